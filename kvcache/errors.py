@@ -1,0 +1,29 @@
+"""What can go wrong. Every message says what was given, the limit, and the next step; what failed has changed nothing."""
+
+
+class KVCacheError(Exception):
+    """Base of all errors that kvcache raises on purpose."""
+
+
+class CapacityError(KVCacheError):
+    """More tokens than the cache, or the model's position table, has room for."""
+
+
+class GeometryError(KVCacheError, ValueError):
+    """Keys or values whose shape, dtype or device is not the cache's."""
+
+
+class PolicyError(KVCacheError, ValueError):
+    """A size policy or limit that cannot work: negative, zero, or contradicting another."""
+
+
+class PositionsError(KVCacheError, ValueError):
+    """Eviction or re-rotation asked of a model whose position encoding makes it silently wrong."""
+
+
+class RollbackError(KVCacheError):
+    """A roll back to a length from which tokens have been evicted since."""
+
+
+class InputError(KVCacheError, ValueError):
+    """A request that cannot be run as given, for example text tokens without their start and stop token."""

@@ -1,0 +1,365 @@
+"""The one file that knows transformers: our layers as `past_key_values`, from 5.2 to the newest.
+
+Two rules make a cache right while tokens leave it: its length is counted in tokens *seen*, and its mask sizes are
+``(kept + new, seen - kept)``. What a release changed is bridged here and nowhere else.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, EncoderDecoderCache
+
+from kvcache.errors import CapacityError, GeometryError, PolicyError, PositionsError, RollbackError
+from kvcache.geometry import CacheGeometry
+from kvcache.layers import KVLayer
+from kvcache.policies import KeepAll, SizePolicy, schedule
+from kvcache.rope import KeyRotation
+
+_VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+_CROP_ZERO_EMPTIES = _VERSION < (5, 14)
+
+PositionMode = Literal["absolute", "rerotated"]
+
+
+class ManagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """A `KVLayer` as transformers sees it."""
+
+    is_sliding = False
+    is_compileable = False
+    supports_early_init = False
+
+    def __init__(self, kv: KVLayer, max_positions: int | None = None) -> None:
+        # Not super().__init__(): it would assign keys and values, which are read from the layer here.
+        self.kv = kv
+        self.max_positions = max_positions
+
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        return self.kv.keys
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        return self.kv.values
+
+    @property
+    def is_initialized(self) -> bool:  # type: ignore[override]
+        return self.kv.keys is not None
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        return not self.kv.policy.evicts
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.kv.policy!r}, seen={self.kv.seen}, stored={self.kv.stored})"
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
+        self.kv.append(key_states[:, :, :0], (key_states if value_states is None else value_states)[:, :, :0])
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return self.kv.append(key_states, value_states)
+
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        # Asked once before a forward writes anything: the place to refuse, with every layer still as it was.
+        fresh = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
+        self.kv.check(fresh)
+        if self.max_positions is not None and self.kv.seen + fresh > self.max_positions:
+            raise CapacityError(
+                f"cannot run {fresh} tokens at position {self.kv.seen}: this model learned {self.max_positions} positions, "
+                "and evicting tokens does not give them back; start a new cache"
+            )
+        retained = self.kv.retained
+        return retained + fresh, self.kv.seen - retained
+
+    def get_seq_length(self, cache_position: Tensor | None = None) -> int:
+        return self.kv.seen
+
+    def get_max_length(self) -> int:
+        limit = self.kv.max_length
+        return -1 if limit is None or self.kv.policy.evicts else limit  # -1 is transformers' word for "no maximum"
+
+    get_max_cache_shape = get_max_length  # its name up to 5.12
+
+    def reset(self) -> None:
+        self.kv.reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.kv.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.kv.select(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.kv.repeat(repeats)
+
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
+        """Negative: remove that many tokens. Positive (up to 5.22): cut to that length. Zero: as the release has it."""
+        n = int(tokens_to_remove)
+        if n > 0 or (n == 0 and _CROP_ZERO_EMPTIES):
+            self.kv.truncate(min(n, self.kv.seen))
+        elif n < 0:
+            self.kv.truncate(max(0, self.kv.seen + n))
+
+
+# ---------------------------------------------------------------------- caches
+
+
+def new_cache(
+    model: Any,
+    policy: SizePolicy | Sequence[SizePolicy] | None = None,
+    *,
+    max_length: int | None = None,
+    preallocate: bool = False,
+    positions: PositionMode = "absolute",
+    rows: int | None = None,
+    padding: Tensor | None = None,
+) -> Any:
+    """A cache to pass as ``past_key_values``; for an encoder-decoder, its decoder's.
+
+    Layers that a model manages its own way (the sliding layers of Gemma3, the state-space layers of a hybrid) stay its
+    own; ours take the place of the full-attention layers.
+
+    Args:
+        model: a transformers model.
+        policy: which tokens stay; one for all layers or a sequence of one per layer.
+        max_length: refuse to hold more tokens than this.
+        preallocate: take the memory for all of them at once.
+        positions: ``"rerotated"`` moves the pinned keys next to the window (needs RoPE).
+        rows: refuse another batch size.
+        padding: pads on the left of each row, ``[batch]``; see `left_padding`.
+
+    Raises:
+        PositionsError, PolicyError, GeometryError: if that cannot work for this model.
+    """
+    if positions not in ("absolute", "rerotated"):
+        raise PositionsError(f"positions={positions!r} must be 'absolute' or 'rerotated'")
+    geometry = CacheGeometry.from_model(model)
+    layers = list(DynamicCache(config=model.config).layers)
+    layers += [_full_layer() for _ in range(geometry.layers - len(layers))]
+    managed = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+    policies = _policy_per_layer(policy, len(layers))
+    evicting = any(policies[i].evicts for i in managed)
+    if evicting or positions == "rerotated":
+        geometry.check_eviction(rerotate=positions == "rerotated")
+    if not managed and any(p.evicts for p in policies):
+        raise PolicyError(
+            f"{policy!r} has no layer to work on: each of the {len(layers)} layers keeps the window of the model's own "
+            "config; use KeepAll(), or unset config.sliding_window"
+        )
+    rotation = key_rotation(model) if evicting and positions == "rerotated" else None
+    for i in managed:
+        kv = KVLayer(
+            policies[i],
+            max_length=max_length,
+            preallocate=preallocate,
+            rotation=rotation,
+            padding=padding,
+            layers=len(managed),
+            rows=rows,
+        )
+        layers[i] = ManagedLayer(kv, geometry.max_positions)
+    cache = Cache(layers=layers)
+    return EncoderDecoderCache(cache, DynamicCache()) if model.config.is_encoder_decoder else cache
+
+
+def _full_layer() -> DynamicLayer:
+    return DynamicLayer()  # type: ignore[no-untyped-call]
+
+
+def _policy_per_layer(policy: SizePolicy | Sequence[SizePolicy] | None, layers: int) -> list[SizePolicy]:
+    if policy is None:
+        return [KeepAll()] * layers
+    if isinstance(policy, SizePolicy):
+        return [policy] * layers
+    if not isinstance(policy, Sequence) or len(policy) != layers:
+        raise PolicyError(
+            f"policy={policy!r} must be one SizePolicy, or a sequence of one for each of the {layers} layers"
+        )
+    return list(policy)
+
+
+def cache_layers(cache: Any) -> list[Any]:
+    """The self-attention layers of a cache, ours and the model's own."""
+    return list(cache.self_attention_cache.layers if isinstance(cache, EncoderDecoderCache) else cache.layers)
+
+
+def kv_layers(cache: Any) -> list[KVLayer]:
+    """The layers of a cache that kvcache manages.
+
+    Raises:
+        GeometryError: if there are none, because the cache is not ours.
+    """
+    managed = [layer.kv for layer in cache_layers(cache) if isinstance(layer, ManagedLayer)]
+    if not managed:
+        raise GeometryError(
+            f"{type(cache).__name__} has no layer that kvcache manages; make the cache with new_cache()"
+        )
+    return managed
+
+
+def truncate(cache: Any, length: int) -> None:
+    """Roll a whole cache back to its first `length` tokens; all of its layers or none.
+
+    Raises:
+        RollbackError: if one of them cannot.
+    """
+    others = [layer for layer in cache_layers(cache) if not isinstance(layer, ManagedLayer)]
+    for kv in kv_layers(cache):
+        kv.check_truncate(length)
+    for layer in others:
+        window = getattr(layer, "sliding_window", None)
+        if window is not None and length > 0 and layer.get_seq_length() >= window:
+            raise RollbackError(
+                f"cannot roll back to {length} tokens: the model's own sliding layers have passed their window of "
+                f"{window}; reset the cache and prefill again"
+            )
+    for layer in others:
+        if length == 0:
+            layer.reset()
+        elif (removed := layer.get_seq_length() - length) > 0:
+            layer.crop(-removed)
+    for kv in kv_layers(cache):
+        kv.truncate(length)
+
+
+def left_padding(attention_mask: Tensor | None) -> Tensor | None:
+    """Pads on the left of each row of a 2-D attention mask, ``[batch]``; None without a mask."""
+    if attention_mask is None or attention_mask.dim() != 2:
+        return None
+    return (attention_mask.cumsum(1) == 0).sum(1)
+
+
+# ---------------------------------------------------------------------- exact windows
+
+
+@contextmanager
+def exact_windows(model: nn.Module) -> Iterator[None]:
+    """Within this block, each token of a chunk sees what its layer's policy says, and no more.
+
+    Transformers makes one causal mask for all layers, from the tokens kept at the start of the chunk. That is exact for
+    single tokens; but in a chunk longer than what is left of the window, its later tokens would see more than the
+    window, and layers with policies of their own would get a mask of the wrong width. Here each attention module gets
+    its own layer's mask. The hooks look at our caches only, and are gone after the block.
+    """
+    implementation = getattr(model.config, "_attn_implementation", "eager")
+    if implementation not in ("sdpa", "eager"):
+        raise PositionsError(
+            f"eviction inside a chunk needs a 4-D mask, which {implementation!r} attention does not take; "
+            "call model.set_attn_implementation('sdpa')"
+        )
+    handles = [
+        module.register_forward_pre_hook(_exact_mask, with_kwargs=True)
+        for module in model.modules()
+        if isinstance(getattr(module, "layer_idx", None), int) and "attention_mask" in _parameters(module)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _parameters(module: nn.Module) -> tuple[str, ...]:
+    return _parameters_of(type(module).forward)
+
+
+@lru_cache(maxsize=256)
+def _parameters_of(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+def _exact_mask(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    given = {**dict(zip(_parameters(module), args, strict=False)), **kwargs}
+    cache = given.get("past_key_values", given.get("layer_past"))
+    crossing = given.get("key_value_states") is not None or given.get("encoder_hidden_states") is not None
+    if not isinstance(cache, Cache | EncoderDecoderCache) or crossing:
+        return args, kwargs
+    layer = cache_layers(cache)[module.layer_idx]  # type: ignore[index]
+    hidden: Tensor = given["hidden_states"]
+    mask: Tensor | None = given.get("attention_mask")
+    if not isinstance(layer, ManagedLayer):
+        return args, kwargs
+    fresh = hidden.shape[1]
+    width = layer.kv.retained + fresh
+    whole = schedule(layer.kv.policy, layer.kv.stored, fresh)[-1] == width
+    if whole and (mask is None or mask.shape[-1] == width):
+        return args, kwargs
+    exact = layer.kv.mask(fresh).to(hidden.device)
+    if mask is not None:
+        shorter = width - mask.shape[-1]  # rows are right-aligned: what the mask lacks on the left is older tokens
+        mask = (
+            mask[..., -width:]
+            if shorter <= 0
+            else nn.functional.pad(mask, (shorter, 0), value=mask.dtype == torch.bool)
+        )
+    if module.config._attn_implementation == "eager" and (mask is None or mask.dtype == torch.bool):  # type: ignore[union-attr]
+        lowest = torch.finfo(hidden.dtype).min
+        mask = (
+            torch.zeros(exact.shape, dtype=hidden.dtype, device=hidden.device)
+            if mask is None
+            else torch.where(mask, 0.0, lowest)
+        )
+    if mask is None:
+        mask = exact
+    else:
+        mask = mask & exact if mask.dtype == torch.bool else mask.masked_fill(~exact, torch.finfo(mask.dtype).min)
+    if "attention_mask" in kwargs or len(args) <= (place := _parameters(module).index("attention_mask")):
+        return args, {**kwargs, "attention_mask": mask}
+    return (*args[:place], mask, *args[place + 1 :]), kwargs
+
+
+# ---------------------------------------------------------------------- rotary embeddings
+
+
+def key_rotation(model: nn.Module) -> KeyRotation:
+    """How to turn this model's keys, checked against the model's own rotary embedding.
+
+    Raises:
+        PositionsError: if it has none, or one whose keys cannot be turned.
+    """
+    rotary = next((m for name, m in model.named_modules() if name.endswith("rotary_emb")), None)
+    frequencies = None
+    if rotary is not None:
+        frequencies = getattr(rotary, "inv_freq", getattr(rotary, "full_attention_inv_freq", None))
+    if rotary is None or not isinstance(frequencies, Tensor):
+        raise PositionsError(
+            "keys cannot be re-rotated: the model has no rotary_emb with inv_freq; keep positions='absolute'"
+        )
+    rope_type = getattr(rotary, "rope_type", "default")
+    if rope_type in ("dynamic", "longrope"):
+        raise PositionsError(
+            f"keys cannot be re-rotated: {rope_type!r} RoPE changes its frequencies with the length; keep positions='absolute'"
+        )
+    for interleaved in (False, True):
+        rotation = KeyRotation(frequencies, interleaved)
+        if _turns_like(rotary, rotation):
+            return rotation
+    raise PositionsError(
+        f"keys cannot be re-rotated: {type(rotary).__name__} does not turn keys in a way kvcache knows; keep positions='absolute'"
+    )
+
+
+def _turns_like(rotary: nn.Module, rotation: KeyRotation) -> bool:
+    """Whether turning a key by 7 positions gives the model's own key 7 positions on."""
+    apply = getattr(sys.modules[type(rotary).__module__], "apply_rotary_pos_emb", None)
+    if apply is None:
+        return False
+    frequencies = rotation.inv_freq
+    keys = torch.linspace(-1, 1, 2 * frequencies.numel(), device=frequencies.device)[None, None, None]
+    extra = {"layer_type": "full_attention"} if "layer_type" in inspect.signature(rotary.forward).parameters else {}
+    placed = []
+    with torch.no_grad():
+        for position in (3, 10):
+            cos, sin = rotary(keys, torch.tensor([[position]], device=keys.device), **extra)
+            if cos.shape[-1] != keys.shape[-1]:
+                return False
+            placed.append(apply(keys, keys, cos, sin)[1])
+    return torch.allclose(rotation(placed[0], 7), placed[1], atol=1e-4)

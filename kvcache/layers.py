@@ -1,0 +1,495 @@
+"""The keys and values of one attention layer, in one preallocated buffer of slots.
+
+A full cache, a bounded one and a sliding window with sinks are the same buffer; they differ in what happens at its end:
+it grows, it refuses, or it wraps. What is stored is always the buffer's first slots, so it is handed out as a view.
+
+Slots need not be in the order of the tokens: attention does not care once keys carry their positions. A full window
+therefore overwrites the slot of the token that leaves, and nothing is ever rolled along. In rows that were padded on the
+left, the pads leave first, last slot first; so what remains of the padding is always the row's first slots, which is
+where the caller's 2-D attention mask expects it.
+"""
+
+import torch
+from torch import Tensor
+
+from kvcache.errors import CapacityError, GeometryError, PolicyError, PositionsError, RollbackError
+from kvcache.policies import KeepAll, SizePolicy, check_policy, schedule
+from kvcache.rope import KeyRotation
+
+_FIRST_SLOTS = 128
+
+
+def slots_for(tokens: int, bound: int | None, preallocate: bool = False) -> int:
+    """How many slots a buffer has once it held `tokens`: all of `bound`, or the next step of a fixed ladder.
+
+    The ladder grows by half at each step, so that the copying of a growing cache stays linear in its tokens; and as it
+    depends on nothing but `tokens`, memory can be told exactly before it is taken.
+    """
+    if preallocate and bound is not None:
+        return bound
+    slots = 0 if tokens == 0 else _FIRST_SLOTS
+    while slots < tokens:
+        slots += slots // 2
+    return slots if bound is None else min(slots, bound)
+
+
+class KVLayer:
+    """Keys and values of one layer, ``[batch, heads, tokens, head_dim]``, under a size policy.
+
+    Appending a chunk of tokens is, by definition, appending them one by one: the same tokens stay, however they came.
+    For inference only: what is stored is detached, so no gradient flows through the cache.
+
+    Args:
+        policy: which tokens stay.
+        max_length: refuse, with a `CapacityError`, to hold more tokens than this.
+        preallocate: take the memory for `max_length` (or the policy's limit) at the first append, not as it is needed.
+        rotation: turn the pinned keys so that they sit next to the window (StreamingLLM); needs rotary keys.
+        padding: pads on the left of each row, ``[batch]``. Needed only where tokens may be evicted.
+        layers: how many layers of the same shape share the budget of a `MaxBytes` policy.
+        rows: refuse a first append with another batch size.
+    """
+
+    def __init__(
+        self,
+        policy: SizePolicy | None = None,
+        *,
+        max_length: int | None = None,
+        preallocate: bool = False,
+        rotation: KeyRotation | None = None,
+        padding: Tensor | None = None,
+        layers: int = 1,
+        rows: int | None = None,
+    ) -> None:
+        if max_length is not None and max_length < 1:
+            raise PolicyError(f"max_length={max_length} must be at least 1; leave it out for a cache that grows")
+        self._given = KeepAll() if policy is None else policy
+        self._layers = layers
+        self._rows = rows
+        self.max_length = max_length
+        self.preallocate = preallocate
+        self.rotation = rotation
+        self.padding = None if padding is None or not bool((padding > 0).any()) else padding.detach().cpu().long()
+        if self.padding is not None and rotation is not None:
+            raise PositionsError(
+                "re-rotated positions need rows without padding; run the rows apart, or keep positions='absolute'"
+            )
+        self.policy = self._given
+        self._check_policy(self._given)
+        self._keys: Tensor | None = None  # [B, H, slots, D]
+        self._values: Tensor | None = None
+        self._pinned_keys: Tensor | None = None  # as they came, for re-rotation
+        self._clear()
+
+    def _clear(self) -> None:
+        self.seen = 0  # tokens appended since the start, evicted ones too
+        self.stored = 0  # tokens held, in the first slots
+        self._overwritten = 0  # slots overwritten since the tokens were last in order
+        self._pads: Tensor | None = (
+            None if self.padding is None else torch.zeros_like(self.padding)
+        )  # held, when in order
+        self._floor = 0  # no roll back below this length: tokens have been evicted since
+
+    # ------------------------------------------------------------------ what it holds
+
+    @property
+    def evicted(self) -> int:
+        """Tokens (pads among them) that have left."""
+        return self.seen - self.stored
+
+    @property
+    def retained(self) -> int:
+        """How many of the stored tokens the next append will still attend to: one more must fit beside them."""
+        return self.policy.keep(self.stored + 1) - 1
+
+    @property
+    def capacity(self) -> int:
+        """Slots in the buffer now."""
+        return 0 if self._keys is None else self._keys.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors that this layer holds."""
+        held = (self._keys, self._values, self._pinned_keys)
+        return sum(t.numel() * t.element_size() for t in held if t is not None)
+
+    @property
+    def keys(self) -> Tensor | None:
+        """The stored keys, in slot order: a view, valid until the next append. None before the first."""
+        return None if self._keys is None else self._keys[:, :, : self.stored]
+
+    @property
+    def values(self) -> Tensor | None:
+        """The stored values, in slot order: a view, valid until the next append. None before the first."""
+        return None if self._values is None else self._values[:, :, : self.stored]
+
+    def positions(self) -> Tensor:
+        """The position of the token in each slot, ``[batch, stored]``, or ``[1, stored]`` if all rows have the same.
+
+        Positions count all tokens from 0, pads too.
+        """
+        pads = self._pads_column()
+        column = torch.arange(self.stored)[None]
+        real = column - pads
+        first = torch.zeros_like(pads) if self.padding is None else self.padding[:, None]
+        in_order = self.seen - self._overwritten  # tokens seen when the slots were last in order
+        result = torch.where(real < self.policy.pinned, first + real, in_order - self.stored + column)
+        if self._overwritten:
+            # The first turns, which took the pads, and the last round; where both took a slot, the later token is there.
+            first_turns = torch.arange(min(int(pads.max()), self._overwritten))
+            turns = torch.cat((first_turns, torch.arange(max(0, self._overwritten - self.stored), self._overwritten)))
+            newest = (in_order + turns).expand(result.shape[0], -1)
+            result = result.scatter_reduce(1, self._victims(turns), newest, "amax")
+        return result
+
+    # ------------------------------------------------------------------ append
+
+    def check(self, fresh: int) -> None:
+        """Raise `CapacityError` if `fresh` more tokens cannot be appended."""
+        if self.max_length is not None and not self.policy.evicts and self.stored + fresh > self.max_length:
+            raise CapacityError(
+                f"cannot append {fresh} tokens: {self.stored} of {self.max_length} slots used; "
+                "raise max_length (max_cache_length), or use a policy that evicts, such as SlidingWindow"
+            )
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new tokens and return all that they attend to: the retained tokens, then the new ones.
+
+        Args:
+            keys: ``[batch, heads, tokens, head_dim]``.
+            values: the same, but for its own head_dim.
+
+        Returns:
+            Keys and values ``[batch, heads, retained + tokens, head_dim]``. Views of the buffer where possible: valid
+            until the next append. Where several tokens come at once and some are evicted meanwhile, they hold all that
+            any of them attends to; `mask` says which query sees what.
+
+        Raises:
+            CapacityError, GeometryError: before anything has changed.
+        """
+        fresh = keys.shape[2]
+        self._check_shapes(keys, values)
+        if self._keys is None:
+            self._allocate(keys, values)
+        else:
+            self.check(fresh)
+        keys, values = keys.detach(), values.detach()
+        self._remember_pinned(keys)
+        after = self.stored + fresh
+        if not self._overwritten and (self.policy.limit is None or after <= self.policy.limit):
+            return self._extend(keys, values)
+        if fresh == 1 and self.policy.keep(after) == self.stored and not self._pads_to_come():
+            return self._overwrite(keys, values)
+        return self._replace(keys, values)
+
+    def _extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write into the slots that are still free: nothing leaves."""
+        start, end = self.stored, self.stored + keys.shape[2]
+        key_slots, value_slots = self._reserve(end)
+        key_slots[:, :, start:end].copy_(keys)
+        value_slots[:, :, start:end].copy_(values)
+        if self._pads is not None:
+            self._pads = self._pads + self._pads_among(keys.shape[2])
+        self.seen += keys.shape[2]
+        self.stored = end
+        return key_slots[:, :, :end], value_slots[:, :, :end]
+
+    def _overwrite(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write one token into the slot of the one that leaves: a ring, without rolling."""
+        assert self._keys is not None and self._values is not None
+        if self._pads is None:
+            slot = self.policy.pinned + self._overwritten % (self.stored - self.policy.pinned)
+            self._keys[:, :, slot : slot + 1].copy_(keys)
+            self._values[:, :, slot : slot + 1].copy_(values)
+        else:
+            slots = self._victims(torch.tensor([self._overwritten]))[:, 0].to(keys.device)
+            rows = torch.arange(keys.shape[0], device=keys.device)
+            self._keys[rows, :, slots] = keys[:, :, 0]
+            self._values[rows, :, slots] = values[:, :, 0]
+        self._overwritten += 1
+        self.seen += 1
+        self._floor = self.seen
+        self._turn_pinned(self._keys, self.evicted)
+        return self._keys[:, :, : self.stored], self._values[:, :, : self.stored]
+
+    def _replace(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The general case: several tokens come or leave; what stays is copied together, in order."""
+        fresh = keys.shape[2]
+        counts = schedule(self.policy, self.stored, fresh)
+        self._straighten()
+        assert self._keys is not None and self._values is not None
+        leaving = self.stored + 1 - counts[0]  # to make room for the first new token
+        if self.stored > leaving:
+            columns = self._columns(self.stored, leaving, self._pads)
+            keys = torch.cat([_take(self._keys, columns), keys], 2)
+            values = torch.cat([_take(self._values, columns), values], 2)
+            self._turn_pinned(keys, self.evicted + leaving)
+        pads = None
+        if self._pads is not None:
+            pads = (self._pads - leaving).clamp_min(0) + self._pads_among(fresh)
+        attended = keys.shape[2]
+        stay = counts[-1]
+        columns = self._columns(attended, attended - stay, pads)
+        key_slots, value_slots = self._reserve(stay)
+        key_slots[:, :, :stay] = _take(keys, columns)
+        value_slots[:, :, :stay] = _take(values, columns)
+        self._pads = None if pads is None else (pads - (attended - stay)).clamp_min(0)
+        for i, count in enumerate(counts):
+            before = self.stored if i == 0 else counts[i - 1]
+            if count <= before:
+                self._floor = self.seen + i + 1
+        self.seen += fresh
+        self.stored = stay
+        return keys, values
+
+    def mask(self, fresh: int) -> Tensor:
+        """What each of the next `fresh` tokens sees, ``[batch or 1, 1, fresh, retained + fresh]``, True for "sees".
+
+        Columns are those that `append` returns. To be asked before it.
+        """
+        counts = torch.tensor(schedule(self.policy, self.stored, fresh))
+        retained = int(counts[0]) - 1
+        query = torch.arange(fresh)[None, :, None]
+        column = torch.arange(retained + fresh)[None, None]
+        pads = self._pads_column()
+        if self._pads is not None:
+            held = (pads - self._overwritten - (self.stored - retained)).clamp_min(0)
+            pads = held + self._pads_among(fresh)[:, None]
+        hidden = (retained + 1 + query - counts[None, :, None] - pads[..., None]).clamp_min(
+            0
+        )  # real tokens, [R, fresh, 1]
+        real = column - pads[..., None]
+        pinned = self.policy.pinned
+        seen = (real >= 0) & (column <= retained + query) & ((real < pinned) | (real >= pinned + hidden))
+        # A pad sees itself: a row of the softmax without any key would be NaN.
+        return (seen | (column == retained + query))[:, None]
+
+    # ------------------------------------------------------------------ going back
+
+    def check_truncate(self, length: int) -> None:
+        """Raise `RollbackError` if the layer cannot be rolled back to `length` tokens."""
+        if not 0 <= length <= self.seen:
+            raise RollbackError(
+                f"cannot roll back to {length} tokens: {self.seen} were seen; give a length of 0 to {self.seen}"
+            )
+        if length >= self._floor or length == 0 or (length <= self.policy.pinned and self.padding is None):
+            return
+        kept = "nothing" if self.padding is not None else f"the {self.policy.pinned} pinned tokens"
+        raise RollbackError(
+            f"cannot roll back to {length} tokens: tokens were evicted up to length {self._floor}, before it only {kept} "
+            f"can be returned to; give {self._floor} or more, pin the prefix with Pinned(n, policy), or reset"
+        )
+
+    def truncate(self, length: int) -> None:
+        """Roll back to the first `length` tokens, keeping the memory. `seen` becomes `length`.
+
+        Raises:
+            RollbackError: if tokens have been evicted since, unless all that remain are pinned.
+        """
+        self.check_truncate(length)
+        if length >= self._floor:
+            if self._pads is not None:
+                assert self.padding is not None
+                self._pads = self._pads - (self.padding.clamp_max(self.seen) - length).clamp_min(0)
+            self.stored -= self.seen - length
+            self.seen = length
+            return
+        self._clear()
+        self.seen = self.stored = length
+        if self._pinned_keys is not None and self._keys is not None:
+            self._keys[:, :, :length] = self._pinned_keys[:, :, :length]
+
+    def reset(self) -> None:
+        """Forget all tokens, keeping the memory."""
+        self._clear()
+
+    def trim(self, max_tokens: int) -> int:
+        """Evict the oldest unpinned tokens now, down to `max_tokens`. Returns how many left.
+
+        Raises:
+            PolicyError: if the pinned tokens alone are more.
+        """
+        if max_tokens < max(1, self.policy.pinned):
+            raise PolicyError(
+                f"cannot trim to {max_tokens} tokens: {self.policy.pinned} are pinned; give at least {max(1, self.policy.pinned)}"
+            )
+        leaving = self.stored - max_tokens
+        if leaving <= 0 or self._keys is None or self._values is None:
+            return 0
+        self._straighten()
+        columns = self._columns(self.stored, leaving, self._pads)
+        self._keys[:, :, :max_tokens] = _take(self._keys, columns)
+        self._values[:, :, :max_tokens] = _take(self._values, columns)
+        if self._pads is not None:
+            self._pads = (self._pads - leaving).clamp_min(0)
+        self.stored = max_tokens
+        self._floor = self.seen
+        self._turn_pinned(self._keys, self.evicted)
+        return leaving
+
+    # ------------------------------------------------------------------ rows
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows, in this order, ``[new batch]``: beam search reorders, a finished request leaves."""
+        if self._keys is None or self._values is None:
+            return
+        rows = rows.to(self._keys.device)
+        if rows.shape[0] == self._keys.shape[0]:
+            for slots in (self._keys[:, :, : self.stored], self._values[:, :, : self.stored], self._pinned_keys):
+                if slots is not None:
+                    slots.copy_(slots.index_select(0, rows))
+        else:
+            with torch.inference_mode(False):
+                self._keys, self._values = self._keys.index_select(0, rows), self._values.index_select(0, rows)
+                if self._pinned_keys is not None:
+                    self._pinned_keys = self._pinned_keys.index_select(0, rows)
+        if self.padding is not None and self._pads is not None:
+            self.padding, self._pads = self.padding[rows.cpu()], self._pads[rows.cpu()]
+        self._bind_policy(self._keys, self._values)
+
+    def repeat(self, times: int) -> None:
+        """Repeat each row `times` times, the copies side by side."""
+        if self._keys is not None:
+            self.select(torch.arange(self._keys.shape[0]).repeat_interleave(times))
+
+    # ------------------------------------------------------------------ inside
+
+    def _check_policy(self, policy: SizePolicy) -> None:
+        check_policy(policy)
+        if self.max_length is not None and policy.limit is not None and policy.limit > self.max_length:
+            raise PolicyError(
+                f"{policy!r} keeps up to {policy.limit} tokens, but max_length is {self.max_length}; lower the one or raise the other"
+            )
+
+    def _bind_policy(self, keys: Tensor, values: Tensor) -> None:
+        """A budget in bytes becomes one in tokens, now that the shape of a token is known."""
+        policy = self._resolved(keys, values)
+        if policy != self.policy:
+            self.policy = policy
+            if (
+                policy.limit is not None and self.capacity > policy.limit
+            ):  # more rows: the budget now holds fewer tokens
+                self.trim(policy.limit)
+                self._keys = None if self._keys is None else self._keys[:, :, : policy.limit].clone()
+                self._values = None if self._values is None else self._values[:, :, : policy.limit].clone()
+
+    def _resolved(self, keys: Tensor, values: Tensor) -> SizePolicy:
+        token = (
+            keys.shape[0]
+            * keys.shape[1]
+            * (keys.shape[3] * keys.element_size() + values.shape[3] * values.element_size())
+        )
+        policy = self._given.resolve(token * self._layers)
+        self._check_policy(policy)
+        return policy
+
+    def _check_shapes(self, keys: Tensor, values: Tensor) -> None:
+        if keys.dim() != 4 or values.dim() != 4 or keys.shape[:3] != values.shape[:3]:
+            raise GeometryError(
+                f"keys {list(keys.shape)} and values {list(values.shape)} must be [batch, heads, tokens, head_dim], alike but for head_dim"
+            )
+        if self._keys is None or self._values is None:
+            if self._rows is not None and keys.shape[0] != self._rows:
+                raise GeometryError(
+                    f"the cache was made for {self._rows} rows, got {keys.shape[0]}; make it with new_cache(batch_size={keys.shape[0]})"
+                )
+            if self.padding is not None and keys.shape[0] != self.padding.shape[0]:
+                raise GeometryError(
+                    f"padding is known for {self.padding.shape[0]} rows, got {keys.shape[0]}; give it for every row"
+                )
+            return
+        for name, new, held in (("keys", keys, self._keys), ("values", values, self._values)):
+            if (new.shape[0], new.shape[1], new.shape[3]) != (held.shape[0], held.shape[1], held.shape[3]):
+                raise GeometryError(
+                    f"{name} {list(new.shape)} do not fit a cache of [{held.shape[0]}, {held.shape[1]}, tokens, {held.shape[3]}]; "
+                    "use a new cache for another model or batch size"
+                )
+            if (new.dtype, new.device) != (held.dtype, held.device):
+                raise GeometryError(
+                    f"{name} are {new.dtype} on {new.device}, the cache holds {held.dtype} on {held.device}; "
+                    "convert them, or use a new cache"
+                )
+
+    def _allocate(self, keys: Tensor, values: Tensor) -> None:
+        self.check(keys.shape[2])
+        self.policy = policy = self._resolved(keys, values)
+        slots = slots_for(0, self._bound(), self.preallocate)
+        with torch.inference_mode(False):  # a buffer made in inference mode could not be written to outside of it
+            self._keys = keys.new_empty((*keys.shape[:2], slots, keys.shape[3]))
+            self._values = values.new_empty((*values.shape[:2], slots, values.shape[3]))
+            if self.rotation is not None and policy.pinned and policy.limit is not None:
+                self._pinned_keys = keys.new_empty((*keys.shape[:2], policy.pinned, keys.shape[3]))
+
+    def _bound(self) -> int | None:
+        return self.max_length if self.policy.limit is None else self.policy.limit
+
+    def _reserve(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """The buffers, grown to hold `tokens`; what is stored moves along."""
+        assert self._keys is not None and self._values is not None
+        if tokens > self.capacity:
+            slots = slots_for(tokens, self._bound(), self.preallocate)
+            with torch.inference_mode(False):
+                for name in ("_keys", "_values"):
+                    old: Tensor = getattr(self, name)
+                    new = old.new_empty((*old.shape[:2], slots, old.shape[3]))
+                    new[:, :, : self.stored] = old[:, :, : self.stored]
+                    setattr(self, name, new)
+        return self._keys, self._values
+
+    def _straighten(self) -> None:
+        """Bring the slots back into the order of the tokens."""
+        if self._overwritten and self._keys is not None and self._values is not None:
+            order = self.positions().argsort(1)
+            self._keys[:, :, : self.stored] = _take(self._keys, order)
+            self._values[:, :, : self.stored] = _take(self._values, order)
+            if self._pads is not None:
+                self._pads = (self._pads - self._overwritten).clamp_min(0)
+            self._overwritten = 0
+
+    def _columns(self, count: int, leaving: int, pads: Tensor | None) -> Tensor:
+        """Which of `count` columns in order stay when `leaving` of them go: pads first, then what follows the pinned."""
+        if pads is None:
+            pads = torch.zeros(1, dtype=torch.long)
+        column = torch.arange(count - leaving)[None]
+        pads = pads[:, None]
+        real = column - (pads - leaving).clamp_min(0)
+        gone = (leaving - pads).clamp_min(0)
+        return torch.where(real < 0, column, torch.where(real < self.policy.pinned, pads + real, pads + real + gone))
+
+    def _victims(self, turns: Tensor) -> Tensor:
+        """The slot that each overwriting turn takes, ``[batch or 1, turns]``.
+
+        A row with ``r`` pads first gives up slots r-1 … 0. Its tokens by age are then in the slots r … n-1, r-1 … 0, and
+        those behind the pinned ones take turns.
+        """
+        pads, n, pinned = self._pads_column(), self.stored, self.policy.pinned
+        age = pinned + (turns - pads) % (n - pinned)
+        return torch.where(turns < pads, pads - 1 - turns, torch.where(age < n - pads, pads + age, n - 1 - age))
+
+    def _pads_column(self) -> Tensor:
+        return torch.zeros(1, 1, dtype=torch.long) if self._pads is None else self._pads[:, None]
+
+    def _pads_among(self, fresh: int) -> Tensor:
+        """How many of the next `fresh` tokens are pads, per row."""
+        assert self.padding is not None
+        return (self.padding - self.seen).clamp(0, fresh)
+
+    def _pads_to_come(self) -> bool:
+        return self.padding is not None and bool((self.padding > self.seen).any())
+
+    def _remember_pinned(self, keys: Tensor) -> None:
+        if self._pinned_keys is not None and self.seen < self.policy.pinned:
+            end = min(self.policy.pinned, self.seen + keys.shape[2])
+            self._pinned_keys[:, :, self.seen : end] = keys[:, :, : end - self.seen]
+
+    def _turn_pinned(self, keys: Tensor, delta: int) -> None:
+        """Let the pinned keys, the first columns of `keys`, sit next to the window: turned by as many as left between."""
+        if self.rotation is not None and self._pinned_keys is not None and delta > 0:
+            keys[:, :, : self.policy.pinned] = self.rotation(self._pinned_keys, delta)
+
+
+def _take(slots: Tensor, columns: Tensor) -> Tensor:
+    """The chosen columns of ``[batch, heads, slots, dim]``, by row where `columns` is not ``[1, n]``."""
+    columns = columns.to(slots.device)
+    if columns.shape[0] == 1:
+        return slots.index_select(2, columns[0])
+    return slots.gather(2, columns[:, None, :, None].expand(-1, slots.shape[1], -1, slots.shape[3]))

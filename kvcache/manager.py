@@ -1,0 +1,235 @@
+"""`KVCacheManager`: wrap a transformers model; get caches, generate, stream, trim, report."""
+
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
+
+from kvcache import hf
+from kvcache.errors import InputError, PolicyError
+from kvcache.geometry import CacheGeometry
+from kvcache.memory import CacheReport, account, estimate_bytes
+from kvcache.policies import KeepAll, SizePolicy
+from kvcache.streaming import as_async, chunked, from_worker
+
+
+class KVCacheManager:
+    """Wraps a transformers model, and never patches it: the model is afterwards what it was before.
+
+    Args:
+        model: a model with ``generate``, or a bare decoder for `new_cache` alone.
+        policy: which tokens stay; one for all layers, or one per layer.
+        max_cache_length: refuse, with a `CapacityError`, to hold more tokens than this; without it the cache grows.
+        positions: ``"absolute"``, or ``"rerotated"``: the pinned tokens (sinks) move along next to the window, so that
+            distances stay within what the model was trained on (StreamingLLM; RoPE models only).
+        preallocate: take a cache's memory at once, not as it grows.
+
+    Raises:
+        PolicyError, PositionsError: if that cannot work for this model.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        policy: SizePolicy | Sequence[SizePolicy] | None = None,
+        max_cache_length: int | None = None,
+        *,
+        positions: hf.PositionMode = "absolute",
+        preallocate: bool = False,
+    ) -> None:
+        self.model = model
+        self.policy: SizePolicy | Sequence[SizePolicy] = KeepAll() if policy is None else policy
+        self.max_cache_length = max_cache_length
+        self.positions: hf.PositionMode = positions
+        self.preallocate = preallocate
+        self.enabled = True
+        self.geometry = CacheGeometry.from_model(model)
+        self._last = CacheReport(())
+        self.new_cache()  # says now, not at the first request, what cannot work
+
+    def __repr__(self) -> str:
+        limit = "" if self.max_cache_length is None else f", max_cache_length={self.max_cache_length}"
+        return (
+            f"{type(self).__name__}({type(self.model).__name__}, {self.policy!r}{limit}, positions={self.positions!r})"
+        )
+
+    @property
+    def _evicts(self) -> bool:
+        policies = [self.policy] if isinstance(self.policy, SizePolicy) else self.policy
+        return any(policy.evicts for policy in policies)
+
+    # ------------------------------------------------------------------ caches
+
+    def new_cache(self, batch_size: int = 1, attention_mask: Tensor | None = None) -> Any:
+        """An empty cache, to pass to the model as ``past_key_values``.
+
+        Args:
+            batch_size: rows, counting beams.
+            attention_mask: ``[batch, tokens]``; needed where rows are padded on the left and the policy evicts, so that
+                pads leave first and are never taken for attention sinks.
+        """
+        return hf.new_cache(
+            self.model,
+            self.policy,
+            max_length=self.max_cache_length,
+            preallocate=self.preallocate,
+            positions=self.positions,
+            rows=batch_size,
+            padding=hf.left_padding(attention_mask) if self._evicts else None,
+        )
+
+    def estimate(self, tokens: int, batch_size: int = 1) -> int:
+        """Bytes that a cache takes after `tokens` per row, exactly; before anything is allocated."""
+        managed = [isinstance(layer, hf.ManagedLayer) for layer in hf.cache_layers(self.new_cache())]
+        policies = [self.policy] * len(managed) if isinstance(self.policy, SizePolicy) else self.policy
+        kept = [policy for policy, ours in zip(policies, managed, strict=True) if ours]
+        geometry = self.geometry
+        return estimate_bytes(
+            CacheGeometry(len(kept), geometry.kv_heads, geometry.head_dim, geometry.value_dim, geometry.dtype),
+            tokens,
+            rows=batch_size,
+            policy=kept,
+            max_length=self.max_cache_length,
+            preallocate=self.preallocate,
+            rerotate=self.positions == "rerotated",
+        )
+
+    def truncate(self, cache: Any, length: int) -> None:
+        """Roll `cache` back to its first `length` tokens, or reset it to a pinned prefix, without reallocating.
+
+        Raises:
+            RollbackError: if tokens have been evicted from what should remain.
+        """
+        hf.truncate(cache, length)
+
+    def trim(self, cache: Any, max_tokens: int) -> int:
+        """Evict the oldest unpinned tokens of `cache` now, down to `max_tokens` a row.
+
+        Returns:
+            How many left, of each row, in the layer that lost most.
+
+        Raises:
+            PositionsError: if this model's tokens cannot be evicted.
+            PolicyError: if more than `max_tokens` are pinned.
+        """
+        self.geometry.check_eviction()
+        layers = hf.kv_layers(cache)
+        pinned = max(layer.policy.pinned for layer in layers)
+        if max_tokens < max(1, pinned):
+            raise PolicyError(
+                f"cannot trim to {max_tokens} tokens: {pinned} are pinned; give at least {max(1, pinned)}"
+            )
+        return max(layer.trim(max_tokens) for layer in layers)
+
+    # ------------------------------------------------------------------ on and off
+
+    def enable_kv_cache(self) -> None:
+        """Use caches again (the default)."""
+        self.enabled = True
+
+    def disable_kv_cache(self) -> None:
+        """Recompute every token: slow, the reference that a cache is measured against. Ignores the policy."""
+        self.enabled = False
+
+    # ------------------------------------------------------------------ generate, stream
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+        """`model.generate` with a managed cache: the same arguments, the same result."""
+        if not self.enabled:
+            self._last = CacheReport((), enabled=False)
+            return self.model.generate(inputs, **{**kwargs, "use_cache": False})
+        cache = kwargs.pop("past_key_values", None)
+        if cache is None:
+            cache = self._cache_for(inputs, kwargs)
+        try:
+            with self._exactly():
+                return self.model.generate(inputs, past_key_values=cache, **kwargs)
+        finally:
+            self._last = self.report(cache)
+
+    def stream(self, inputs: Tensor | None = None, *, chunk_size: int = 16, **kwargs: Any) -> Iterator[Tensor]:
+        """The new tokens of `generate`, in chunks ``[batch, n]`` of `chunk_size` as they come; the last may be shorter.
+
+        Rows that have ended are filled with the pad token, as `generate` does. Closing the iterator ends the run.
+
+        Raises:
+            InputError: for beams, whose tokens are only known at the end, or a chunk size below 1.
+        """
+        if chunk_size < 1:
+            raise InputError(f"chunk_size={chunk_size} must be at least 1")
+        if self._setting("num_beams", kwargs) > 1:
+            raise InputError(
+                "beams cannot be streamed: their tokens are known only at the end; use generate(), or num_beams=1"
+            )
+
+        def work(emit: Callable[[Tensor], None]) -> None:
+            self.generate(inputs, streamer=_Emitter(emit), **kwargs)
+
+        return chunked(from_worker(work), chunk_size)
+
+    def astream(self, inputs: Tensor | None = None, *, chunk_size: int = 16, **kwargs: Any) -> AsyncIterator[Tensor]:
+        """`stream` for an event loop. Cancelling ends the run."""
+        return as_async(self.stream(inputs, chunk_size=chunk_size, **kwargs))
+
+    def report(self, cache: Any = None) -> CacheReport:
+        """The account of `cache`, or of the last run: bytes, tokens seen and kept, evictions, per layer."""
+        return self._last if cache is None else account(hf.cache_layers(cache))
+
+    # ------------------------------------------------------------------ inside
+
+    def _exactly(self) -> AbstractContextManager[None]:
+        return hf.exact_windows(self.model) if self._evicts else nullcontext()
+
+    def _cache_for(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> Any:
+        given = [inputs, *(kwargs.get(name) for name in ("input_ids", "inputs_embeds", "input_features"))]
+        first = next((t for t in given if t is not None), None)
+        rows = 1 if first is None else first.shape[0]
+        copies = max(self._setting("num_beams", kwargs), self._setting("num_return_sequences", kwargs))
+        mask: Tensor | None = None
+        if self._evicts and not self.model.config.is_encoder_decoder:  # there the mask is the encoder's
+            mask = kwargs.get("attention_mask", self._guess_mask(first))
+        return self.new_cache(rows * copies, None if mask is None else mask.repeat_interleave(copies, 0))
+
+    def _guess_mask(self, ids: Tensor | None) -> Tensor | None:
+        """The mask that `generate` makes itself where none is given."""
+        config = self.model.generation_config
+        pad, ends = config.pad_token_id, config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        if ids is None or ids.dim() != 2 or pad is None or pad in ends:
+            return None
+        return torch.ne(ids, pad).long()
+
+    def _setting(self, name: str, kwargs: dict[str, Any]) -> int:
+        for source in (
+            kwargs,
+            vars(kwargs.get("generation_config") or object.__new__(_Empty)),
+            vars(self.model.generation_config),
+        ):
+            if source.get(name) is not None:
+                return int(source[name])
+        return 1
+
+
+class _Empty:
+    """Has no settings."""
+
+
+class _Emitter(BaseStreamer):
+    """Passes each step's tokens on, without the prompt, which `generate` puts first."""
+
+    def __init__(self, emit: Callable[[Tensor], None]) -> None:
+        self._emit = emit
+        self._prompt_to_come = True
+
+    def put(self, value: Tensor) -> None:
+        if self._prompt_to_come:
+            self._prompt_to_come = False
+        else:
+            self._emit(value.reshape(-1))
+
+    def end(self) -> None:
+        """Nothing to flush."""

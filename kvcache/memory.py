@@ -1,0 +1,125 @@
+"""What caches take: an exact estimate before, an account after."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from kvcache.geometry import CacheGeometry
+from kvcache.layers import slots_for
+from kvcache.policies import KeepAll, SizePolicy
+
+
+def estimate_bytes(
+    geometry: CacheGeometry,
+    tokens: int,
+    *,
+    rows: int = 1,
+    policy: SizePolicy | Sequence[SizePolicy] | None = None,
+    max_length: int | None = None,
+    preallocate: bool = False,
+    rerotate: bool = False,
+) -> int:
+    """Bytes that a cache holds once `tokens` have gone through it, exactly.
+
+    Counts the layers that kvcache manages; those a model manages its own way are not in it.
+
+    Args:
+        geometry: of the model; for a hybrid, with only its full-attention layers counted.
+        tokens: per row, pads among them.
+        rows: batch size.
+        policy, max_length, preallocate: as the cache will have them.
+        rerotate: whether positions are re-rotated, which keeps the pinned keys twice.
+    """
+    policies = (
+        [KeepAll() if policy is None else policy] * geometry.layers if not isinstance(policy, Sequence) else policy
+    )
+    total = 0
+    row_bytes = rows * geometry.kv_heads * geometry.dtype.itemsize
+    for given in policies:
+        bound_policy = given.resolve(rows * geometry.token_bytes)
+        limit = bound_policy.limit
+        slots = slots_for(
+            tokens if limit is None else min(tokens, limit), max_length if limit is None else limit, preallocate
+        )
+        total += row_bytes * slots * (geometry.head_dim + geometry.value_dim)
+        if rerotate and limit is not None:
+            total += row_bytes * bound_policy.pinned * geometry.head_dim
+    return total
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer's account. `evicted` counts tokens that have left, per row; `capacity` counts slots."""
+
+    policy: str
+    seen: int
+    stored: int
+    evicted: int
+    capacity: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """The account of a cache: what it has seen, what it holds and what that takes."""
+
+    layers: tuple[LayerReport, ...] = field(repr=False)
+    enabled: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors held, over all layers."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def seen(self) -> int:
+        """Tokens that went through, per row."""
+        return max((layer.seen for layer in self.layers), default=0)
+
+    @property
+    def stored(self) -> int:
+        """Tokens that the fullest layer holds, per row."""
+        return max((layer.stored for layer in self.layers), default=0)
+
+    @property
+    def evicted(self) -> int:
+        """Evictions, summed over the layers."""
+        return sum(layer.evicted for layer in self.layers)
+
+    def __str__(self) -> str:
+        if not self.enabled:
+            return "KV cache disabled: every token is recomputed"
+        lines = [
+            f"{self.seen} tokens seen, {self.stored} kept, {self.nbytes / 2**20:.1f} MiB in {len(self.layers)} layers"
+        ]
+        lines.append(f"{'layers':>8} {'seen':>8} {'kept':>8} {'evicted':>8} {'slots':>8} {'MiB':>8}  policy")
+        start = 0
+        for i, layer in enumerate(self.layers):
+            if i + 1 == len(self.layers) or self.layers[i + 1] != layer:  # equal neighbours share a line
+                span = f"{start}" if start == i else f"{start}-{i}"
+                size = layer.nbytes * (i + 1 - start) / 2**20
+                lines.append(
+                    f"{span:>8} {layer.seen:>8} {layer.stored:>8} {layer.evicted:>8} {layer.capacity:>8} {size:>8.1f}  {layer.policy}"
+                )
+                start = i + 1
+        return "\n".join(lines)
+
+
+def account(layers: Sequence[Any]) -> CacheReport:
+    """The report of a cache's layers, as `kvcache.hf.cache_layers` lists them."""
+    return CacheReport(tuple(_layer_report(layer) for layer in layers))
+
+
+def _layer_report(layer: Any) -> LayerReport:
+    if (kv := getattr(layer, "kv", None)) is not None:
+        return LayerReport(repr(kv.policy), kv.seen, kv.stored, kv.evicted, kv.capacity, kv.nbytes)
+    tensors = [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if isinstance(t, Tensor)]
+    seen = layer.get_seq_length() if tensors else 0
+    stored = tensors[0].shape[-2] if tensors and tensors[0].dim() == 4 else 0
+    # The model's own layers may hold a slice of a larger tensor: what counts is the storage behind it.
+    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return LayerReport(
+        f"the model's own {type(layer).__name__}", seen, stored, seen - stored, stored, sum(held.values())
+    )

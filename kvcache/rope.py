@@ -1,0 +1,42 @@
+"""Turning rotary keys to new positions (RoFormer, Su et al., arXiv:2104.09864)."""
+
+import torch
+from torch import Tensor
+
+
+class KeyRotation:
+    """Turns keys that carry rotary embeddings by a number of positions.
+
+    A rotary key at position ``p`` turned by ``delta`` is, but for rounding, the key at ``p + delta``. Always turn from
+    the keys as they came: 2,000 turns by one position in bf16 end 3.2 away from the truth, one turn by 2,000 ends 0.007
+    away.
+
+    Args:
+        inv_freq: the model's inverse frequencies, ``[rotary_dim / 2]``, scaling included.
+        interleaved: whether the pairs are neighbours (GPT-J, Cohere) and not halves (Llama, GPT-NeoX).
+    """
+
+    def __init__(self, inv_freq: Tensor, interleaved: bool = False) -> None:
+        self.inv_freq = inv_freq.detach().float()
+        self.interleaved = interleaved
+        self._turn: tuple[int, torch.device, Tensor, Tensor] | None = None
+
+    def __call__(self, keys: Tensor, delta: int) -> Tensor:
+        """`keys` ``[batch, heads, tokens, head_dim]`` turned by `delta` positions, in their own dtype."""
+        cos, sin = self._angles(delta, keys.device)
+        width = 2 * self.inv_freq.numel()
+        turning, rest = keys[..., :width].float(), keys[..., width:]
+        if self.interleaved:
+            a, b = turning[..., 0::2], turning[..., 1::2]
+            turned = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+        else:
+            a, b = turning.chunk(2, -1)
+            turned = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+        return torch.cat((turned.to(keys.dtype), rest), -1)
+
+    def _angles(self, delta: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        # One rotation serves every layer of a step, so the last angles are worth keeping.
+        if self._turn is None or self._turn[:2] != (delta, device):
+            angle = self.inv_freq.double() * delta  # in double: at position 100,000 fp32 angles are off by 0.004
+            self._turn = (delta, device, angle.cos().float().to(device), angle.sin().float().to(device))
+        return self._turn[2], self._turn[3]
