@@ -275,8 +275,10 @@ def _parameters_of(forward: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def _exact_mask(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    if kwargs is None:  # another thread's hook, called while it is being removed; this thread's own does the work
+        return None
     given = {**dict(zip(_parameters(module), args, strict=False)), **kwargs}
     cache = given.get("past_key_values", given.get("layer_past"))
     crossing = given.get("key_value_states") is not None or given.get("encoder_hidden_states") is not None

@@ -49,8 +49,11 @@ class SizePolicy(ABC):
         """Whether tokens may ever leave."""
         return self.limit is not None
 
-    def resolve(self, token_bytes: int) -> "SizePolicy":
-        """This policy for a cache whose tokens take `token_bytes` each, over all its layers and rows."""
+    def resolve(self, token_bytes: int, taken: int = 0) -> "SizePolicy":
+        """This policy for a cache whose tokens take `token_bytes` each, over all its layers and rows.
+
+        `taken` tokens of the cache are somebody else's: what a `Pinned` around this policy keeps.
+        """
         return self
 
 
@@ -148,7 +151,7 @@ def parse_bytes(size: int | str) -> int:
 
 @dataclass(frozen=True)
 class MaxBytes(SizePolicy):
-    """Keep as many tokens as fit in `budget` bytes, counted over all layers and rows of a cache.
+    """Keep as many tokens as fit in `budget` bytes, counted over all layers and rows of a cache, pinned tokens too.
 
     Becomes a `MaxTokens` when the cache learns its geometry, with the same low-water mark (a fraction of the limit).
     """
@@ -172,11 +175,11 @@ class MaxBytes(SizePolicy):
     def keep(self, count: int) -> int:
         return count
 
-    def resolve(self, token_bytes: int) -> SizePolicy:
-        tokens = parse_bytes(self.budget) // token_bytes
+    def resolve(self, token_bytes: int, taken: int = 0) -> SizePolicy:
+        tokens = parse_bytes(self.budget) // token_bytes - taken
         if tokens < 1:
             raise PolicyError(
-                f"{self!r} does not hold one token of {token_bytes} bytes; give a budget of at least that"
+                f"{self!r} does not hold {taken + 1} tokens of {token_bytes} bytes; give at least {(taken + 1) * token_bytes}"
             )
         return MaxTokens(tokens, max(1, int(tokens * self.low_water)))
 
@@ -206,8 +209,8 @@ class Pinned(SizePolicy):
     def keep(self, count: int) -> int:
         return count if count <= self.count else self.count + self.policy.keep(count - self.count)
 
-    def resolve(self, token_bytes: int) -> SizePolicy:
-        return Pinned(self.count, self.policy.resolve(token_bytes))
+    def resolve(self, token_bytes: int, taken: int = 0) -> SizePolicy:
+        return Pinned(self.count, self.policy.resolve(token_bytes, taken + self.count))
 
 
 def check_policy(policy: SizePolicy) -> None:

@@ -1,0 +1,91 @@
+"""T3's token loop: prefill, then one token at a time, on a managed cache or recomputed from the start."""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcache_chatterbox.alignment import AlignmentCheck
+from kvcache_chatterbox.requests import Prefill, embed_speech
+from kvcache_chatterbox.sampling import Sampling, draw
+
+
+class Decoder:
+    """One request on a T3 model.
+
+    Args:
+        t3: upstream's T3.
+        request: its prefill.
+        sampling: how tokens are drawn.
+        max_new_tokens: how many at most.
+        cache: what to pass as `past_key_values`; None recomputes everything at every token.
+        generator: of the draws; None takes torch's global one, as upstream does.
+    """
+
+    def __init__(
+        self,
+        t3: Any,
+        request: Prefill,
+        sampling: Sampling,
+        max_new_tokens: int,
+        cache: Any,
+        generator: torch.Generator | None,
+    ) -> None:
+        self._t3 = t3
+        self._cfg_weight = sampling.cfg_weight
+        self._greedy = sampling.temperature == 0
+        self._processors = sampling.processors(t3.is_gpt)
+        self._cache = cache
+        self._generator = generator
+        self._pending = request.embeds  # what the next forward pass runs
+        self._alignment = AlignmentCheck(t3, request.text) if AlignmentCheck.wanted(t3) else None
+        self._ids = torch.full((1, max_new_tokens + 1), t3.hp.start_speech_token, device=t3.device)
+
+    def tokens(self) -> Iterator[Tensor]:
+        """The speech tokens ``[1]`` as they are drawn.
+
+        Upstream's Llama loop returns the stop token too. Its GPT-2 loop does not, and does not look for it in the first
+        token: a model that begins with it goes on.
+        """
+        for made in range(self._ids.shape[1] - 1):
+            token = self._step(made)
+            stop = int(token) == self._t3.hp.stop_speech_token and not (self._t3.is_gpt and made == 0)
+            if not (stop and self._t3.is_gpt):
+                yield token.reshape(1)
+            if stop:
+                return
+
+    # Decorated here and not around the loop: a suspended generator would leave its caller in inference mode.
+    @torch.inference_mode()
+    def _step(self, made: int) -> Tensor:
+        logits = self._combine(self._forward(), made)
+        # The GPT-2 loop penalizes the start token only as long as there is nothing else.
+        drawn = self._ids[:, 1 if self._t3.is_gpt and made else 0 : made + 1]
+        for processor in self._processors:
+            logits = processor(drawn, logits)
+        token = logits.argmax(-1, keepdim=True) if self._greedy else draw(logits, self._generator)
+        self._ids[:, made + 1 : made + 2] = token
+        embeds = embed_speech(self._t3, token, made + 1).expand(self._pending.shape[0], -1, -1)
+        self._pending = embeds if self._cache is not None else torch.cat([self._pending, embeds], dim=1)
+        return token
+
+    def _forward(self) -> Tensor:
+        """Logits of the last position, ``[rows, vocabulary]``."""
+        reading = nullcontext() if self._alignment is None else self._alignment.reader.reading()
+        caching = self._cache is not None
+        with reading:
+            hidden = self._t3.tfmr(inputs_embeds=self._pending, past_key_values=self._cache, use_cache=caching)[0]
+        logits: Tensor = self._t3.speech_head(hidden[:, -1])
+        return logits
+
+    def _combine(self, logits: Tensor, made: int) -> Tensor:
+        """Guidance and alignment: ``[1, vocabulary]``."""
+        if logits.shape[0] == 2:
+            conditional, unconditional = logits[0:1], logits[1:2]
+            weight = torch.as_tensor(self._cfg_weight, device=logits.device, dtype=logits.dtype)
+            logits = conditional + weight * (conditional - unconditional)
+        if self._alignment is not None:
+            logits = self._alignment.step(logits, int(self._ids[0, made]))
+        return logits

@@ -1,0 +1,235 @@
+"""`ChatterboxEngine`: a loaded Chatterbox model, streaming on managed caches."""
+
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from kvcache import CacheReport, CapacityError, InputError, KeepAll, KVCacheManager, Pinned, SizePolicy
+from kvcache.hf import PositionMode, new_cache
+from kvcache.streaming import as_async, chunked
+from kvcache_chatterbox.audio import Speaker
+from kvcache_chatterbox.decoding import Decoder
+from kvcache_chatterbox.requests import check_text, prefill
+from kvcache_chatterbox.sampling import Sampling, SamplingOptions
+
+
+class ChatterboxEngine:
+    """Streams speech tokens, and audio where the model has a vocoder, from a Chatterbox model.
+
+    Each request has a cache of its own, gone when the request ends. Its prefix (voice, text, start of speech) is pinned
+    under every policy: only speech tokens are ever evicted. The model is not patched.
+
+    Args:
+        model: a loaded `ChatterboxTTS`, `ChatterboxMultilingualTTS`, `ChatterboxTurboTTS` (Nano too), or a bare `T3`.
+        policy: which speech tokens stay; by default all.
+        max_cache_length: the most tokens a request may hold, prefix and speech.
+        positions: ``"rerotated"`` moves the prefix along next to the window (Llama variants).
+        double_bos: give the Llama variants the start-of-speech token twice, as upstream does.
+
+    Raises:
+        PolicyError, PositionsError: if the policy cannot work for this model.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        policy: SizePolicy | None = None,
+        max_cache_length: int = 2048,
+        *,
+        positions: PositionMode = "absolute",
+        double_bos: bool = True,
+    ) -> None:
+        self.t3 = getattr(model, "t3", model)
+        if not hasattr(self.t3, "tfmr") or not hasattr(self.t3, "speech_head"):
+            raise InputError(
+                f"{type(model).__name__} is no Chatterbox model: give a ChatterboxTTS (any variant) or its T3"
+            )
+        self.double_bos = double_bos
+        self.enabled = True
+        self._manager = KVCacheManager(self.t3.tfmr, policy, max_cache_length, positions=positions)
+        self._speaker = Speaker(model) if hasattr(model, "s3gen") else None
+        self._last = CacheReport(())
+
+    @property
+    def policy(self) -> SizePolicy:
+        """Which speech tokens stay."""
+        policy = self._manager.policy
+        return policy if isinstance(policy, SizePolicy) else KeepAll()
+
+    def enable_kv_cache(self) -> None:
+        """Use caches again (the default)."""
+        self.enabled = True
+
+    def disable_kv_cache(self) -> None:
+        """Recompute everything at every token: the same tokens, slowly; the reference that caches are measured against."""
+        self.enabled = False
+
+    def report(self) -> CacheReport:
+        """The account of the last request's cache, as of its last chunk."""
+        return self._last
+
+    # ------------------------------------------------------------------ speech tokens
+
+    def inference_stream(
+        self,
+        *,
+        t3_cond: Any,
+        text_tokens: Tensor,
+        max_new_tokens: int = 1000,
+        chunk_size: int = 25,
+        use_kv_cache: bool = True,
+        seed: int | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Iterator[Tensor]:
+        """Speech tokens of one text, in chunks ``[1, n]`` as they come; 25 tokens are a second of speech.
+
+        The chunks together are what upstream's `inference` returns under the same seed (Llama variants, the stop token
+        included), or `inference_turbo` (GPT-2 variants, without it).
+
+        Args:
+            t3_cond: the voice, upstream's `T3Cond`; it is not changed.
+            text_tokens: ``[tokens]`` or ``[1, tokens]``, with start and stop token for the Llama variants; or the same
+                row twice, as upstream wants it.
+            max_new_tokens: how many speech tokens at most.
+            chunk_size: tokens in a chunk; the last may be shorter.
+            use_kv_cache: False recomputes everything, as `disable_kv_cache` does for all requests.
+            seed: of this request's draws; None draws from torch's global generator.
+            **sampling: see `Sampling`; what is left out is as upstream has it.
+
+        Raises:
+            InputError, CapacityError: before anything has run.
+        """
+        options = Sampling.of(self.t3.is_gpt, sampling)
+        if self.t3.is_gpt and options.cfg_weight > 0:
+            raise InputError(f"cfg_weight={options.cfg_weight}: the GPT-2 variants have no guidance; leave it out")
+        for name, value in (("max_new_tokens", max_new_tokens), ("chunk_size", chunk_size)):
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{name}={value} must be a whole number of at least 1")
+        text = check_text(self.t3, text_tokens, guided=options.cfg_weight > 0)
+        positions = self.t3.speech_pos_emb
+        if positions is not None and max_new_tokens >= (longest := positions.emb.num_embeddings):
+            raise InputError(
+                f"max_new_tokens={max_new_tokens}: the model learned {longest} speech positions; ask for fewer"
+            )
+        request = prefill(self.t3, t3_cond, text, self.double_bos)
+        cache = self._new_cache(request.embeds, max_new_tokens) if self.enabled and use_kv_cache else None
+        generator = None if seed is None else torch.Generator(self.t3.device).manual_seed(seed)
+        decoder = Decoder(self.t3, request, options, max_new_tokens, cache, generator)
+        return self._reported(chunked(decoder.tokens(), chunk_size), cache)
+
+    def ainference_stream(
+        self,
+        *,
+        t3_cond: Any,
+        text_tokens: Tensor,
+        max_new_tokens: int = 1000,
+        chunk_size: int = 25,
+        use_kv_cache: bool = True,
+        seed: int | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> AsyncIterator[Tensor]:
+        """`inference_stream` for an event loop. Cancelling ends the request."""
+        return as_async(
+            self.inference_stream(
+                t3_cond=t3_cond,
+                text_tokens=text_tokens,
+                max_new_tokens=max_new_tokens,
+                chunk_size=chunk_size,
+                use_kv_cache=use_kv_cache,
+                seed=seed,
+                **sampling,
+            )
+        )
+
+    # ------------------------------------------------------------------ audio
+
+    def generate_stream(
+        self,
+        text: str,
+        *,
+        audio_prompt_path: str | None = None,
+        exaggeration: float | None = None,
+        language_id: str | None = None,
+        max_new_tokens: int = 1000,
+        chunk_size: int = 25,
+        seed: int | None = None,
+        watermark: bool = True,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Iterator[Tensor]:
+        """Audio of one text, in chunks ``[1, samples]`` at the model's sample rate, as the tokens come.
+
+        Args:
+            text: what to say.
+            audio_prompt_path: a clip of the voice; by default the voice that the model was loaded with.
+            exaggeration: emotion; by default as the voice has it.
+            language_id: for the multilingual model, such as ``"fr"``.
+            watermark: mark each chunk with the model's watermarker.
+            max_new_tokens, chunk_size, seed, **sampling: see `inference_stream`.
+
+        Raises:
+            InputError: if the model is a bare T3, the text is empty, or there is no voice.
+        """
+        speaker = self._with_vocoder()
+        voice = speaker.voice(audio_prompt_path, exaggeration)
+        tokens = self.inference_stream(
+            t3_cond=voice.t3,
+            text_tokens=speaker.tokenize(text, language_id),
+            max_new_tokens=max_new_tokens,
+            chunk_size=chunk_size,
+            seed=seed,
+            **sampling,
+        )
+        return speaker.speak(tokens, voice, watermark)
+
+    def generate(
+        self,
+        text: str,
+        *,
+        audio_prompt_path: str | None = None,
+        exaggeration: float | None = None,
+        language_id: str | None = None,
+        max_new_tokens: int = 1000,
+        seed: int | None = None,
+        watermark: bool = True,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Tensor:
+        """The audio of one text ``[1, samples]``, as upstream's `generate` makes it: all tokens, then one vocoder pass."""
+        speaker = self._with_vocoder()
+        voice = speaker.voice(audio_prompt_path, exaggeration)
+        tokens = self.inference_stream(
+            t3_cond=voice.t3,
+            text_tokens=speaker.tokenize(text, language_id),
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            **sampling,
+        )
+        return speaker.say(tokens, voice, watermark)
+
+    # ------------------------------------------------------------------ inside
+
+    def _with_vocoder(self) -> Speaker:
+        if self._speaker is None:
+            raise InputError(
+                "a bare T3 has no vocoder: give the whole ChatterboxTTS, or use inference_stream() for tokens"
+            )
+        return self._speaker
+
+    def _new_cache(self, embeds: Tensor, max_new_tokens: int) -> Any:
+        rows, prefix = embeds.shape[:2]
+        longest = self._manager.max_cache_length
+        # The last token drawn is never run, and so takes no slot.
+        if longest is not None and not self.policy.evicts and (needed := prefix + max_new_tokens - 1) > longest:
+            raise CapacityError(
+                f"the request may need {needed} tokens ({prefix} of voice and text, {max_new_tokens} of speech), "
+                f"max_cache_length is {longest}; lower max_new_tokens, raise max_cache_length, or give a policy that evicts"
+            )
+        policy = Pinned(prefix, self.policy) if self.policy.evicts else self.policy
+        return new_cache(self.t3.tfmr, policy, max_length=longest, positions=self._manager.positions, rows=rows)
+
+    def _reported(self, chunks: Iterator[Tensor], cache: Any) -> Iterator[Tensor]:
+        for chunk in chunks:
+            self._last = CacheReport((), enabled=False) if cache is None else self._manager.report(cache)
+            yield chunk

@@ -1,0 +1,129 @@
+"""What all benchmarks share: interleaved timing, the machine they ran on, one form of table and file."""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """The options that every benchmark takes."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
+    parser.add_argument("--quick", action="store_true", help="a smoke run: small and few, its figures mean nothing")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads (default: 2)")
+    return parser
+
+
+def interleaved(sides: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Seconds of each side in each round, all sides in turn, so that a machine that slows down slows them all."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for i in tqdm(range(warmup + rounds), desc="rounds", leave=False):
+        for name, run in sides.items():
+            start = time.perf_counter()
+            run()
+            if i >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
+    return {"median": statistics.median(values), "q1": low, "q3": high, "n": len(values)}
+
+
+def paired_ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
+    """Median over the rounds of how many times longer `slow` took; above 1, `fast` is faster."""
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+def machine() -> dict[str, Any]:
+    """The hardware, as far as the operating system tells."""
+    cpu = next(
+        (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.processor(),
+    )
+    memory = next((int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(memory / 2**20, 1),
+        "gpu": gpu,
+        "system": platform.platform(),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Python and the packages whose speed is in the figures."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "kvcache", "chatterbox-tts"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def commit() -> str | None:
+    """The checkout's commit, with a mark if files have been changed since."""
+    try:
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("-changed" if changed.stdout.strip() else "")
+
+
+def finish(
+    benchmark: str, rows: Sequence[Mapping[str, Any]], ratios: Mapping[str, float], options: argparse.Namespace
+) -> None:
+    """Print the table and the ratios, and write the file if asked to."""
+    console = Console()
+    table = Table(title=f"{benchmark}, {machine()['cpu']}, {torch.get_num_threads()} threads")
+    for column in rows[0]:
+        table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
+    for row in rows:
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+    console.print(table)
+    for name, ratio in ratios.items():
+        console.print(f"{name}: {ratio:.2f}x")
+    if options.quick:
+        console.print("a quick run: these figures mean nothing")
+    if options.json is not None:
+        result = {
+            "benchmark": benchmark,
+            "quick": options.quick,
+            "machine": machine(),
+            "versions": versions(),
+            "commit": commit(),
+            "rows": list(rows),
+            "ratios": dict(ratios),
+        }
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _lines(path: str) -> list[str]:
+    file = Path(path)
+    return file.read_text().splitlines() if file.exists() else []

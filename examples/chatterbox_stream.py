@@ -1,0 +1,213 @@
+"""Stream speech from Chatterbox on managed KV caches.
+
+Builds the real T3 model of the installed chatterbox-tts. Weights come from --checkpoint, else from the Hugging Face hub
+if it answers, else they are random: shapes, speed and memory are then real, the speech is not.
+
+    python examples/chatterbox_stream.py --variant nano
+    python examples/chatterbox_stream.py --variant english --checkpoint ./chatterbox --wav hello.wav
+"""
+
+import argparse
+import importlib
+import json
+import time
+import wave
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from kvcache import KeepAll, SlidingWindow
+from kvcache_chatterbox import ChatterboxEngine, byte_tokens, load_t3, random_conditionals
+from kvcache_chatterbox.loading import WEIGHTS, upstream_t3
+
+TEXT = "The birch canoe slid on the smooth planks. Glue the sheet to the dark blue background."
+REPOSITORIES = {
+    "english": "ResembleAI/chatterbox",
+    "multilingual": "ResembleAI/chatterbox",
+    "turbo": "ResembleAI/chatterbox-turbo",
+}
+CLASSES = {
+    "english": ("chatterbox.tts", "ChatterboxTTS"),
+    "multilingual": ("chatterbox.mtl_tts", "ChatterboxMultilingualTTS"),
+    "turbo": ("chatterbox.tts_turbo", "ChatterboxTurboTTS"),
+}
+TOKENS_PER_SECOND = 25  # of speech
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variant", choices=sorted(WEIGHTS), default="nano")
+    parser.add_argument("--text", default=TEXT)
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="a folder with the variant's weights")
+    parser.add_argument(
+        "--weights", choices=("auto", "hub", "random"), default="auto", help="without a checkpoint (default: auto)"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--max-new-tokens", type=int, default=250)
+    parser.add_argument("--chunk-size", type=int, default=25)
+    parser.add_argument("--window", type=int, help="keep only so many speech tokens (default: all)")
+    parser.add_argument("--no-cache", action="store_true", help="recompute everything, for comparison")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--language", default="en", help="of the text, for the multilingual variant")
+    parser.add_argument(
+        "--wav", type=Path, default=Path("chatterbox.wav"), help="where to write audio, if there is a vocoder"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the summary there")
+    return parser.parse_args()
+
+
+def hub_folder(variant: str) -> Path | None:
+    """The variant's files from the Hugging Face hub, or its local copy; None if it does not answer within seconds."""
+    if variant not in REPOSITORIES:
+        return None
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    try:
+        # One small question first, with a short time-out: a machine without a network should not wait for minutes.
+        hf_hub_download(REPOSITORIES[variant], WEIGHTS[variant][0], etag_timeout=3, local_files_only=not _hub_answers())
+        return Path(snapshot_download(REPOSITORIES[variant], etag_timeout=3))
+    except Exception as error:  # the hub's errors have no common base; which one it was is said
+        Console(stderr=True).print(f"[dim]no weights from the hub ({type(error).__name__})[/dim]")
+        return None
+
+
+def _hub_answers() -> bool:
+    import socket
+
+    try:
+        socket.create_connection(("huggingface.co", 443), timeout=3).close()
+    except OSError:
+        return False
+    return True
+
+
+def load(options: argparse.Namespace) -> tuple[Any, str]:
+    """The model, whole where its audio stack is installed, and a sentence on its weights."""
+    folder = options.checkpoint
+    if folder is None and options.weights != "random":
+        folder = hub_folder(options.variant)
+        if folder is None and options.weights == "hub":
+            raise SystemExit(
+                f"the hub has no weights for {options.variant!r} here; give --checkpoint, or --weights random"
+            )
+    if folder is None:
+        sentence = "Weights are random: speed, memory and shapes are real, the tokens are not speech."
+        return load_t3(options.variant, device=options.device, seed=0), sentence
+    if options.variant in CLASSES:
+        module, name = CLASSES[options.variant]
+        try:
+            tts = getattr(importlib.import_module(module), name)
+        except ImportError as error:
+            Console(stderr=True).print(f"[dim]no audio: {error.name} is not installed; speech tokens only[/dim]")
+        else:
+            return tts.from_local(folder, options.device), f"Weights from {folder}."
+    return load_t3(
+        options.variant, folder, device=options.device
+    ), f"T3 weights from {folder}; no vocoder, so tokens only."
+
+
+def text_tokens(t3: Any, text: str, folder: Path | None) -> torch.Tensor:
+    """The text as tokens, by the checkpoint's tokenizer where there is one."""
+    if folder is not None and not t3.is_gpt and (folder / "tokenizer.json").is_file():
+        tokenizer = importlib.import_module("chatterbox.models.tokenizers").EnTokenizer(str(folder / "tokenizer.json"))
+        tokens = tokenizer.text_to_tokens(text)
+        start, stop = torch.tensor([[t3.hp.start_text_token]]), torch.tensor([[t3.hp.stop_text_token]])
+        return torch.cat([start, tokens, stop], 1)
+    if folder is not None and t3.is_gpt:
+        from transformers import AutoTokenizer
+
+        return torch.as_tensor(AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt").input_ids)
+    return byte_tokens(t3, text)
+
+
+def write_wav(path: Path, audio: torch.Tensor, rate: int) -> None:
+    samples = (audio.clamp(-1, 1) * 32767).to(torch.int16).numpy()
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes(samples.tobytes())
+
+
+def main() -> None:
+    options = parse()
+    console = Console()
+    upstream_t3()
+    with console.status(f"loading {options.variant} …"):
+        model, sentence = load(options)
+    t3 = getattr(model, "t3", model)
+    policy = KeepAll() if options.window is None else SlidingWindow(options.window)
+    engine = ChatterboxEngine(model, policy)
+    if options.no_cache:
+        engine.disable_kv_cache()
+    millions = sum(p.numel() for p in t3.parameters()) / 1e6
+    console.print(
+        f"[bold]Chatterbox {options.variant}[/bold], T3 of {millions:.0f} M parameters on {options.device}. {sentence}"
+    )
+    console.print(f"“{options.text}”")
+
+    shared: dict[str, Any] = {
+        "max_new_tokens": options.max_new_tokens,
+        "chunk_size": options.chunk_size,
+        "seed": options.seed,
+    }
+    per_token = 1
+    begin = time.perf_counter()
+    if model is not t3:
+        per_token = model.sr // TOKENS_PER_SECOND
+        language = options.language if t3.hp.is_multilingual else None
+        chunks = engine.generate_stream(options.text, language_id=language, **shared)
+    else:
+        text = text_tokens(t3, options.text, options.checkpoint)
+        chunks = engine.inference_stream(t3_cond=random_conditionals(t3), text_tokens=text, **shared)
+    first, parts, tokens = 0.0, [], 0.0
+    with Live(console=console, refresh_per_second=8) as live:
+        for n, chunk in enumerate(chunks, 1):
+            now = time.perf_counter() - begin
+            first = first or now
+            parts.append(chunk)
+            tokens += chunk.shape[1] / per_token
+            cache = engine.report()
+            live.update(
+                Text(
+                    f"chunk {n}  {tokens:.0f} tokens  {tokens / now:.1f} tokens/s  first chunk {first:.2f} s  "
+                    f"cache {cache.stored} tokens, {cache.nbytes / 2**20:.1f} MiB"
+                )
+            )
+    seconds = time.perf_counter() - begin
+    report = engine.report()
+    summary = {
+        "variant": options.variant,
+        "weights": sentence,
+        "device": options.device,
+        "threads": torch.get_num_threads(),
+        "kv_cache": report.enabled,
+        "policy": repr(engine.policy),
+        "speech tokens": round(tokens),
+        "seconds of speech": round(tokens / TOKENS_PER_SECOND, 2),
+        "first chunk, s": round(first, 3),
+        "total, s": round(seconds, 2),
+        "tokens/s": round(tokens / seconds, 1),
+        "RTF (T3 alone)" if model is t3 else "RTF": round(seconds / (tokens / TOKENS_PER_SECOND), 3),
+        "cache, tokens kept": report.stored,
+        "cache, tokens seen": report.seen,
+        "cache, MiB": round(report.nbytes / 2**20, 1),
+    }
+    table = Table(title="Summary", show_header=False)
+    for name, value in summary.items():
+        table.add_row(name, str(value))
+    console.print(table)
+    if model is not t3:
+        write_wav(options.wav, torch.cat(parts, 1)[0], model.sr)
+        console.print(f"audio in {options.wav}")
+    if options.json is not None:
+        options.json.write_text(json.dumps(summary, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,393 @@
+"""The Chatterbox adapter against upstream's own loops, token for token, on the real T3 classes (random weights)."""
+
+import asyncio
+import dataclasses
+import gc
+import importlib
+import importlib.util
+import threading
+
+import pytest
+import torch
+
+if importlib.util.find_spec("chatterbox") is None:
+    pytest.skip(
+        "chatterbox-tts is not installed (pip install --no-deps chatterbox-tts==0.1.7)", allow_module_level=True
+    )
+
+from t3_models import fingerprint, likely_end, tiny_t3
+
+from kvcache import CapacityError, InputError, MaxBytes, MaxTokens, PolicyError, SlidingWindow
+from kvcache_chatterbox import ChatterboxEngine, byte_tokens, load_t3, random_conditionals
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # upstream's, inside its own loop
+    pytest.mark.filterwarnings("ignore:.*output_attentions.*"),
+]
+TEXT = "The birch canoe slid on the smooth planks."
+SEEDS = range(5)
+MODELS = {}
+
+
+def model(kind):
+    if kind not in MODELS:
+        MODELS[kind] = tiny_t3(kind)
+        if kind == "gpt":  # among 6,563 tokens the stop token would turn up in some runs of 200
+            MODELS[kind].speech_head.bias.data[MODELS[kind].hp.stop_speech_token] = -20
+    return MODELS[kind]
+
+
+def voice(t3, seed=0):
+    return random_conditionals(t3, seed)
+
+
+def upstream(t3, text, tokens, seed, **settings):
+    torch.manual_seed(seed)
+    if t3.is_gpt:  # it makes one token more than asked for
+        return t3.inference_turbo(t3_cond=voice(t3), text_tokens=text, max_gen_len=tokens - 1, **settings)
+    rows = torch.cat([text, text])
+    result = t3.inference(t3_cond=voice(t3), text_tokens=rows, max_new_tokens=tokens, **settings)
+    t3.__dict__["_modules"].pop("patched_model", None)  # upstream registers its backbone a second time
+    return result
+
+
+def ours(t3, text, tokens, seed, chunk_size=25, **settings):
+    engine = ChatterboxEngine(t3)
+    chunks = engine.inference_stream(
+        t3_cond=voice(t3), text_tokens=text, max_new_tokens=tokens, seed=seed, chunk_size=chunk_size, **settings
+    )
+    return torch.cat([torch.zeros(1, 0, dtype=torch.long), *chunks], 1)
+
+
+LLAMA = [
+    {},
+    {"cfg_weight": 0.8, "temperature": 1.0, "min_p": 0.1, "top_p": 0.7, "repetition_penalty": 2.0},
+    {"cfg_weight": 0.3, "temperature": 0.6, "min_p": 0.0, "top_p": 1.0, "repetition_penalty": 1.0},
+]
+GPT = [
+    {},
+    {"temperature": 1.0, "top_k": 50, "top_p": 0.7, "repetition_penalty": 1.0},
+    {"temperature": 0.5, "top_k": 0, "top_p": 1.0},
+]
+
+
+@pytest.mark.parametrize("settings", LLAMA, ids=str)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_english_tokens_are_upstreams(seed, settings):
+    t3 = model("english")
+    text = byte_tokens(t3, TEXT)
+    expected = upstream(t3, text, 200, seed, **settings)
+    assert expected.shape == (1, 200)
+    assert torch.equal(ours(t3, text, 200, seed, chunk_size=[1, 7, 25, 64, 1000][seed], **settings), expected)
+
+
+@pytest.mark.parametrize("settings", GPT, ids=str)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_turbo_tokens_are_upstreams(seed, settings):
+    t3 = model("gpt")
+    text = byte_tokens(t3, TEXT)
+    expected = upstream(t3, text, 200, seed, **settings)
+    assert expected.shape == (1, 200)
+    assert torch.equal(ours(t3, text, 200, seed, chunk_size=[1, 7, 25, 64, 1000][seed], **settings), expected)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_multilingual_tokens_are_upstreams_and_no_hook_stays(seed):
+    # Upstream leaves eager attention, hooks and an analyzer behind: it runs on a model of its own.
+    expected = upstream(tiny_t3("multilingual"), byte_tokens(model("multilingual"), TEXT), 200, seed)
+    t3 = model("multilingual")
+    before = fingerprint(t3)
+    assert torch.equal(ours(t3, byte_tokens(t3, TEXT), 200, seed, chunk_size=7 + seed), expected)
+    assert fingerprint(t3) == before
+
+
+def test_the_alignment_read_from_three_heads_is_upstreams():
+    alignment = importlib.import_module("kvcache_chatterbox.alignment")
+    reference, t3 = tiny_t3("multilingual"), model("multilingual")
+    seen = []
+    analyzer = importlib.import_module("chatterbox.models.t3.t3").AlignmentStreamAnalyzer
+    step = analyzer.step
+
+    def record(self, logits, next_token=None):
+        result = step(self, logits, next_token)
+        seen.append((type(self).__name__, self.alignment.clone()))
+        return result
+
+    analyzer.step = record
+    try:
+        upstream(reference, byte_tokens(t3, TEXT), 40, 1)
+        ours(t3, byte_tokens(t3, TEXT), 40, 1)
+    finally:
+        analyzer.step = step
+    assert alignment.AlignmentCheck.wanted(t3)
+    theirs = [a for name, a in seen if name == "AlignmentStreamAnalyzer"]
+    mine = [a for name, a in seen if name == "Analyzer"]
+    assert len(theirs) == len(mine) > 1  # its repetition check may end the speech before 40 tokens
+    for a, b in zip(theirs, mine, strict=True):
+        # One head alone instead of sixteen in one product: fp32 rounding, on weights of at most 1.
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["english", "gpt"])
+def test_the_end_of_speech_is_upstreams(kind):
+    t3 = likely_end(tiny_t3(kind))
+    text = byte_tokens(t3, TEXT)
+    ended = 0
+    for seed in range(6):
+        expected = upstream(t3, text, 60, seed)
+        assert torch.equal(ours(t3, text, 60, seed, chunk_size=9), expected)
+        ended += expected.shape[1] < 60
+        if kind == "english":
+            assert bool(expected[0, -1] == t3.hp.stop_speech_token) == (expected.shape[1] < 60)
+    assert ended >= 3
+
+
+@pytest.mark.parametrize("kind", ["english", "gpt", "multilingual"])
+def test_without_a_cache_the_tokens_are_the_same(kind):
+    t3 = model(kind)
+    text = byte_tokens(t3, TEXT)
+    engine = ChatterboxEngine(t3)
+    request = {"t3_cond": voice(t3), "text_tokens": text, "max_new_tokens": 40, "seed": 3}
+    cached = torch.cat(list(engine.inference_stream(**request)), 1)
+    assert engine.report().nbytes > 0
+    recomputed = torch.cat(list(engine.inference_stream(**request, use_kv_cache=False)), 1)
+    assert not engine.report().enabled
+    engine.disable_kv_cache()
+    assert torch.equal(torch.cat(list(engine.inference_stream(**request)), 1), cached)
+    assert not engine.report().enabled
+    engine.enable_kv_cache()
+    assert torch.equal(recomputed, cached)
+
+
+def test_without_guidance_one_row_runs():
+    t3 = model("english")
+    engine = ChatterboxEngine(t3)
+    text = byte_tokens(t3, TEXT)
+    request = {"t3_cond": voice(t3), "max_new_tokens": 30, "seed": 0, "cfg_weight": 0.0}
+    one = torch.cat(list(engine.inference_stream(text_tokens=text, **request)), 1)
+    bytes_of_one_row = engine.report().nbytes
+    assert torch.equal(one, torch.cat(list(engine.inference_stream(text_tokens=torch.cat([text, text]), **request)), 1))
+    list(engine.inference_stream(text_tokens=text[0], **{**request, "cfg_weight": 0.5}))
+    assert engine.report().nbytes == 2 * bytes_of_one_row
+    # Guidance of almost nothing is almost none: the same logits but for 1e-9 of their difference.
+    two = torch.cat(list(engine.inference_stream(text_tokens=text, **{**request, "cfg_weight": 1e-9})), 1)
+    assert torch.equal(one, two)
+
+
+def test_greedy_needs_no_seed_and_touches_no_random_state():
+    t3 = model("english")
+    request = {"t3_cond": voice(t3), "text_tokens": byte_tokens(t3, TEXT), "max_new_tokens": 20}
+    engine = ChatterboxEngine(t3)
+    state = torch.random.get_rng_state()
+    first = torch.cat(list(engine.inference_stream(**request, temperature=0.0)), 1)
+    seeded = torch.cat(list(engine.inference_stream(**request, seed=5)), 1)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(first, torch.cat(list(engine.inference_stream(**request, temperature=0.0)), 1))
+    torch.manual_seed(5)
+    assert torch.equal(seeded, torch.cat(list(engine.inference_stream(**request)), 1))
+
+
+def test_the_callers_voice_is_never_changed_and_never_stale():
+    t3 = model("english")
+    mine = voice(t3)
+    before = {f.name: getattr(mine, f.name) for f in dataclasses.fields(mine)}
+    text = byte_tokens(t3, TEXT)
+    engine = ChatterboxEngine(t3)
+    fresh = torch.cat(list(engine.inference_stream(t3_cond=mine, text_tokens=text, max_new_tokens=20, seed=0)), 1)
+    for name, value in before.items():
+        assert getattr(mine, name) is value
+    mine.cond_prompt_speech_emb = torch.zeros(1, 20, 128)  # what upstream may have left there, for another prompt
+    again = torch.cat(list(engine.inference_stream(t3_cond=mine, text_tokens=text, max_new_tokens=20, seed=0)), 1)
+    assert torch.equal(fresh, again)
+    mine.emotion_adv = 0.5  # upstream's own default is a float, which its encoder cannot take
+    assert torch.equal(
+        fresh, torch.cat(list(engine.inference_stream(t3_cond=mine, text_tokens=text, max_new_tokens=20, seed=0)), 1)
+    )
+
+
+@pytest.mark.parametrize("policy", [SlidingWindow(16), MaxTokens(24, 12), MaxBytes("1MiB")], ids=str)
+@pytest.mark.parametrize("kind", ["english", "gpt"])
+def test_a_policy_keeps_the_prefix_and_bounds_the_speech(kind, policy):
+    t3 = model(kind)
+    text = byte_tokens(t3, TEXT)
+    engine = ChatterboxEngine(t3, policy)
+    prefix = 22 + text.shape[1] + 2 if kind == "english" else 21 + text.shape[1] + 1
+    tokens = list(
+        engine.inference_stream(t3_cond=voice(t3), text_tokens=text, max_new_tokens=600, seed=0, chunk_size=1)
+    )
+    assert len(tokens) == 600
+    report = engine.report()
+    assert report.seen == prefix + 599
+    if isinstance(policy, MaxBytes):
+        assert report.nbytes <= 2**20
+    else:
+        assert prefix < report.stored <= prefix + policy.limit
+    assert report.evicted == 4 * (report.seen - report.stored)
+    # What fits in the window is untouched: the first tokens are those of an unbounded cache.
+    free = ours(t3, text, 12, 0)
+    assert torch.equal(torch.cat(tokens[:12], 1), free)
+
+
+def test_a_window_longer_than_the_speech_changes_nothing_and_rerotation_runs():
+    t3 = model("english")
+    text = byte_tokens(t3, TEXT)
+    free = ours(t3, text, 100, 0)
+    for positions in ("absolute", "rerotated"):
+        engine = ChatterboxEngine(t3, SlidingWindow(100), positions=positions)
+        windowed = engine.inference_stream(t3_cond=voice(t3), text_tokens=text, max_new_tokens=100, seed=0)
+        assert torch.equal(torch.cat(list(windowed), 1), free)
+    rerotated = ChatterboxEngine(t3, SlidingWindow(20), positions="rerotated")
+    out = torch.cat(
+        list(rerotated.inference_stream(t3_cond=voice(t3), text_tokens=text, max_new_tokens=100, seed=0)), 1
+    )
+    assert out.shape == free.shape
+    assert torch.equal(out[:, :20], free[:, :20])
+    assert rerotated.report().evicted == 4 * 79  # of 99 speech tokens that were run, all but the window of 20
+
+
+def test_async_twin_and_early_close():
+    t3 = model("gpt")
+    engine = ChatterboxEngine(t3)
+    request = {
+        "t3_cond": voice(t3),
+        "text_tokens": byte_tokens(t3, TEXT),
+        "max_new_tokens": 60,
+        "seed": 2,
+        "chunk_size": 10,
+    }
+
+    async def collect(limit):
+        chunks = []
+        stream = engine.ainference_stream(**request)
+        async for chunk in stream:
+            chunks.append(chunk)
+            if len(chunks) == limit:
+                break
+        await stream.aclose()
+        return torch.cat(chunks, 1)
+
+    whole = torch.cat(list(engine.inference_stream(**request)), 1)
+    assert torch.equal(asyncio.run(collect(100)), whole)
+    assert torch.equal(asyncio.run(collect(2)), whole[:, :20])
+
+
+def test_requests_in_threads_do_not_meet():
+    t3 = model("multilingual")
+    text = byte_tokens(t3, TEXT)
+    alone = {seed: ours(t3, text, 25, seed, chunk_size=3) for seed in range(3)}
+    found = {}
+    threads = [
+        threading.Thread(target=lambda s=s: found.update({s: ours(t3, text, 25, s, chunk_size=3)})) for s in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(found[seed], alone[seed]) for seed in alone)
+
+
+def test_three_hundred_requests_leave_nothing_behind():
+    t3 = model("gpt")
+    engine = ChatterboxEngine(t3)
+    text, cond = byte_tokens(t3, "Hi."), voice(t3)
+    before = fingerprint(t3)
+
+    def request(i):
+        stream = engine.inference_stream(t3_cond=cond, text_tokens=text, max_new_tokens=4, seed=i, chunk_size=1 + i % 5)
+        if i % 3 == 0:
+            next(stream)
+            stream.close()
+        else:
+            list(stream)
+
+    def tensors():
+        gc.collect()
+        return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+
+    request(0)
+    held, threads = tensors(), threading.active_count()
+    for i in range(300):
+        request(i)
+    assert tensors() <= held
+    assert threading.active_count() == threads
+    assert fingerprint(t3) == before
+
+
+BAD = {
+    "no start token": (lambda t: t[:, 1:], {}, "start token 255"),
+    "no stop token": (lambda t: t[:, :-1], {}, "stop token 0"),
+    "empty text": (lambda t: t[:, [0, -1]], {}, "empty"),
+    "no tokens": (lambda t: t[:, :0], {}, "start token"),
+    "three rows": (lambda t: t.expand(3, -1), {}, "one text in two rows"),
+    "two texts": (lambda t: torch.cat([t, t.roll(1, 1)]), {}, "one text in two rows"),
+    "two texts unguided": (lambda t: torch.cat([t, t.roll(1, 1)]), {"cfg_weight": 0.0}, "one request runs one text"),
+    "floats": (lambda t: t.float(), {}, "token ids"),
+    "foreign tokens": (lambda t: torch.cat([t[:, :1], t[:, 1:-1] * 10, t[:, -1:]], 1), {}, "the model knows 0 to 703"),
+    "endless text": (lambda t: torch.cat([t[:, :1], t[:, 1:2].expand(1, 3000), t[:, -1:]], 1), {}, "2050 positions"),
+    "temperature": (lambda t: t, {"temperature": -1.0}, "temperature=-1.0"),
+    "top_p": (lambda t: t, {"top_p": 0.0}, "top_p=0.0"),
+    "min_p": (lambda t: t, {"min_p": 2.0}, "min_p=2.0"),
+    "penalty": (lambda t: t, {"repetition_penalty": 0.0}, "repetition_penalty"),
+    "guidance": (lambda t: t, {"cfg_weight": -0.5}, "cfg_weight=-0.5"),
+    "no tokens wanted": (lambda t: t, {"max_new_tokens": 0}, "max_new_tokens=0"),
+    "no chunk": (lambda t: t, {"chunk_size": 0}, "chunk_size=0"),
+    "too many tokens": (lambda t: t, {"max_new_tokens": 5000}, "4100 speech positions"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_requests_are_refused_before_anything_runs(case):
+    t3 = model("english")
+    change, settings, words = BAD[case]
+    engine = ChatterboxEngine(t3)
+    before = fingerprint(t3)
+    with pytest.raises(InputError, match=words):
+        engine.inference_stream(t3_cond=voice(t3), text_tokens=change(byte_tokens(t3, TEXT)), **settings)
+    assert fingerprint(t3) == before
+
+
+def test_more_refusals():
+    t3, gpt = model("english"), model("gpt")
+    text = byte_tokens(t3, TEXT)
+    with pytest.raises(CapacityError, match=r"may need 267 tokens \(68 of voice and text, 200 of speech\)"):
+        ChatterboxEngine(t3, max_cache_length=200).inference_stream(
+            t3_cond=voice(t3), text_tokens=text, max_new_tokens=200
+        )
+    with pytest.raises(PolicyError, match="max_length is 200"):
+        ChatterboxEngine(t3, SlidingWindow(180), 200).inference_stream(t3_cond=voice(t3), text_tokens=text)
+    with pytest.raises(InputError, match="the GPT-2 variants have no guidance"):
+        ChatterboxEngine(gpt).inference_stream(t3_cond=voice(gpt), text_tokens=byte_tokens(gpt, TEXT), cfg_weight=0.5)
+    with pytest.raises(InputError, match="is empty"):
+        ChatterboxEngine(gpt).inference_stream(t3_cond=voice(gpt), text_tokens=torch.zeros(1, 0, dtype=torch.long))
+    with pytest.raises(InputError, match="no Chatterbox model"):
+        ChatterboxEngine(torch.nn.Linear(2, 2))
+    with pytest.raises(InputError, match="bare T3 has no vocoder"):
+        ChatterboxEngine(t3).generate("Hello.")
+    no_emotion = voice(t3)
+    no_emotion.emotion_adv = None
+    with pytest.raises(InputError, match="emotion_adv is None"):
+        ChatterboxEngine(t3).inference_stream(t3_cond=no_emotion, text_tokens=text)
+    with pytest.raises(InputError, match="is not one of english"):
+        load_t3("klingon")
+
+
+def test_suspended_streams_leave_the_caller_out_of_inference_mode():
+    t3 = model("gpt")
+    stream = ChatterboxEngine(t3).inference_stream(
+        t3_cond=voice(t3), text_tokens=byte_tokens(t3, TEXT), max_new_tokens=9, chunk_size=3
+    )
+    next(stream)
+    assert not torch.is_inference_mode_enabled()
+    assert torch.is_grad_enabled()
+    stream.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["english", "multilingual", "turbo", "nano"])
+def test_full_size_tokens_are_upstreams(variant):
+    t3 = load_t3(variant)
+    upstream_t3 = importlib.import_module("chatterbox.models.t3.t3")
+    upstream_t3.tqdm = lambda steps, **_: steps
+    text = byte_tokens(t3, TEXT)
+    mine = ours(t3, text, 60, 0)
+    assert torch.equal(mine, upstream(t3, text, 60, 0))
