@@ -302,16 +302,16 @@ class KVLayer:
         """Forget all tokens, keeping the memory."""
         self._clear()
 
-    def trim(self, max_tokens: int) -> int:
-        """Evict the oldest unpinned tokens now, down to `max_tokens`. Returns how many left.
+    def trim(self, max_tokens: int | None = None) -> int:
+        """Evict the oldest unpinned tokens now, down to `max_tokens`, or to where the policy trims to. How many left.
 
         Raises:
             PolicyError: if the pinned tokens alone are more.
         """
-        if max_tokens < max(1, self.policy.pinned):
-            raise PolicyError(
-                f"cannot trim to {max_tokens} tokens: {self.policy.pinned} are pinned; give at least {max(1, self.policy.pinned)}"
-            )
+        if max_tokens is None:
+            limit = self.policy.limit
+            max_tokens = self.stored if limit is None else max(1, min(self.stored, self.policy.keep(limit + 1)))
+        self.check_trim(max_tokens)
         leaving = self.stored - max_tokens
         if leaving <= 0 or self._keys is None or self._values is None:
             return 0
@@ -325,6 +325,14 @@ class KVLayer:
         self._floor = self.seen
         self._turn_pinned(self._keys, self.evicted)
         return leaving
+
+    def check_trim(self, max_tokens: int) -> None:
+        """Raise `PolicyError` if the layer cannot be trimmed to `max_tokens`."""
+        if max_tokens < max(1, self.policy.pinned):
+            raise PolicyError(
+                f"cannot trim to {max_tokens} tokens: {self.policy.pinned} are pinned; "
+                f"give at least {max(1, self.policy.pinned)}"
+            )
 
     # ------------------------------------------------------------------ rows
 

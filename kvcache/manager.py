@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from kvcache import hf
-from kvcache.errors import InputError, PolicyError
+from kvcache.errors import InputError
 from kvcache.geometry import CacheGeometry
 from kvcache.memory import CacheReport, account, estimate_bytes
 from kvcache.policies import KeepAll, SizePolicy
@@ -105,8 +105,12 @@ class KVCacheManager:
         """
         hf.truncate(cache, length)
 
-    def trim(self, cache: Any, max_tokens: int) -> int:
-        """Evict the oldest unpinned tokens of `cache` now, down to `max_tokens` a row.
+    def trim(self, cache: Any, max_tokens: int | None = None) -> int:
+        """Evict the oldest unpinned tokens of `cache` now, at a moment of your choice.
+
+        Args:
+            cache: one of ours.
+            max_tokens: how many stay in a row; by default what the policy trims to (nothing leaves under `KeepAll`).
 
         Returns:
             How many left, of each row, in the layer that lost most.
@@ -115,13 +119,11 @@ class KVCacheManager:
             PositionsError: if this model's tokens cannot be evicted.
             PolicyError: if more than `max_tokens` are pinned.
         """
-        self.geometry.check_eviction()
         layers = hf.kv_layers(cache)
-        pinned = max(layer.policy.pinned for layer in layers)
-        if max_tokens < max(1, pinned):
-            raise PolicyError(
-                f"cannot trim to {max_tokens} tokens: {pinned} are pinned; give at least {max(1, pinned)}"
-            )
+        if max_tokens is not None:
+            self.geometry.check_eviction()
+            for layer in layers:
+                layer.check_trim(max_tokens)
         return max(layer.trim(max_tokens) for layer in layers)
 
     # ------------------------------------------------------------------ on and off
