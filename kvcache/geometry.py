@@ -49,9 +49,15 @@ class CacheGeometry:
     max_positions: int | None = None
 
     @property
+    def layer_token_bytes(self) -> tuple[int, int]:
+        """Bytes of one token's key and value, in one row of one layer."""
+        head = self.kv_heads * self.dtype.itemsize
+        return head * self.head_dim, head * self.value_dim
+
+    @property
     def token_bytes(self) -> int:
         """Bytes of one token in one row, over all layers."""
-        return self.layers * self.kv_heads * (self.head_dim + self.value_dim) * self.dtype.itemsize
+        return self.layers * sum(self.layer_token_bytes)
 
     @classmethod
     def from_config(

@@ -162,6 +162,7 @@ def new_cache(
             padding=padding,
             layers=len(managed),
             rows=rows,
+            token_bytes=geometry.layer_token_bytes,
         )
         layers[i] = ManagedLayer(kv, geometry.max_positions)
     cache = Cache(layers=layers)

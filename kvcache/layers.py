@@ -47,6 +47,8 @@ class KVLayer:
         padding: pads on the left of each row, ``[batch]``. Needed only where tokens may be evicted.
         layers: how many layers of the same shape share the budget of a `MaxBytes` policy.
         rows: refuse a first append with another batch size.
+        token_bytes: of one token's key and value in one row of this layer; with `rows` it lets `mask` know a `MaxBytes`
+            budget before the first append.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class KVLayer:
         padding: Tensor | None = None,
         layers: int = 1,
         rows: int | None = None,
+        token_bytes: tuple[int, int] | None = None,
     ) -> None:
         if max_length is not None and max_length < 1:
             raise PolicyError(f"max_length={max_length} must be at least 1; leave it out for a cache that grows")
@@ -73,8 +76,9 @@ class KVLayer:
             raise PositionsError(
                 "re-rotated positions need rows without padding; run the rows apart, or keep positions='absolute'"
             )
-        self.policy = self._given
-        self._check_policy(self._given)
+        check_policy(self._given)
+        self.policy = self._given if rows is None or token_bytes is None else self._resolved(rows, *token_bytes)
+        self._check_bounds(self.policy)
         self._keys: Tensor | None = None  # [B, H, slots, D]
         self._values: Tensor | None = None
         self._pinned_keys: Tensor | None = None  # as they came, for re-rotation
@@ -166,12 +170,14 @@ class KVLayer:
         Raises:
             CapacityError, GeometryError: before anything has changed.
         """
-        fresh = keys.shape[2]
         self._check_shapes(keys, values)
+        fresh = keys.shape[2]
         if self._keys is None:
             self._allocate(keys, values)
         else:
             self.check(fresh)
+        if fresh == 0:
+            return self._valid()
         keys, values = keys.detach(), values.detach()
         self._remember_pinned(keys)
         after = self.stored + fresh
@@ -191,7 +197,7 @@ class KVLayer:
             self._pads = self._pads + self._pads_among(keys.shape[2])
         self.seen += keys.shape[2]
         self.stored = end
-        return key_slots[:, :, :end], value_slots[:, :, :end]
+        return self._valid()
 
     def _overwrite(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write one token into the slot of the one that leaves: a ring, without rolling."""
@@ -209,6 +215,10 @@ class KVLayer:
         self.seen += 1
         self._floor = self.seen
         self._turn_pinned(self._keys, self.evicted)
+        return self._valid()
+
+    def _valid(self) -> tuple[Tensor, Tensor]:
+        assert self._keys is not None and self._values is not None
         return self._keys[:, :, : self.stored], self._values[:, :, : self.stored]
 
     def _replace(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -229,7 +239,7 @@ class KVLayer:
         attended = keys.shape[2]
         stay = counts[-1]
         columns = self._columns(attended, attended - stay, pads)
-        key_slots, value_slots = self._reserve(stay)
+        key_slots, value_slots = self._reserve(max(counts))  # as many as single appends would have taken
         key_slots[:, :, :stay] = _take(keys, columns)
         value_slots[:, :, :stay] = _take(values, columns)
         self._pads = None if pads is None else (pads - (attended - stay)).clamp_min(0)
@@ -310,7 +320,8 @@ class KVLayer:
         """
         if max_tokens is None:
             limit = self.policy.limit
-            max_tokens = self.stored if limit is None else max(1, min(self.stored, self.policy.keep(limit + 1)))
+            target = self.stored if limit is None else min(self.stored, self.policy.keep(limit + 1))
+            max_tokens = max(1, self.policy.pinned, target)
         self.check_trim(max_tokens)
         leaving = self.stored - max_tokens
         if leaving <= 0 or self._keys is None or self._values is None:
@@ -337,57 +348,66 @@ class KVLayer:
     # ------------------------------------------------------------------ rows
 
     def select(self, rows: Tensor) -> None:
-        """Keep these rows, in this order, ``[new batch]``: beam search reorders, a finished request leaves."""
-        if self._keys is None or self._values is None:
-            return
-        rows = rows.to(self._keys.device)
-        if rows.shape[0] == self._keys.shape[0]:
-            for slots in (self._keys[:, :, : self.stored], self._values[:, :, : self.stored], self._pinned_keys):
-                if slots is not None:
-                    slots.copy_(slots.index_select(0, rows))
-        else:
-            with torch.inference_mode(False):
-                self._keys, self._values = self._keys.index_select(0, rows), self._values.index_select(0, rows)
-                if self._pinned_keys is not None:
-                    self._pinned_keys = self._pinned_keys.index_select(0, rows)
+        """Keep these rows, in this order, ``[new batch]``: beam search reorders, a finished request leaves.
+
+        Raises:
+            GeometryError: without any row.
+            PolicyError: if a `MaxBytes` budget does not hold a token of so many rows.
+        """
+        if rows.numel() == 0:
+            raise GeometryError("cannot select no rows: give at least one, or reset the cache")
+        if self._keys is not None and self._values is not None:
+            policy = self._resolved(rows.shape[0], *_token_bytes(self._keys, self._values))
+            self._select_slots(rows.to(self._keys.device))
+            self._adopt(policy)
         if self.padding is not None and self._pads is not None:
             self.padding, self._pads = self.padding[rows.cpu()], self._pads[rows.cpu()]
-        self._bind_policy(self._keys, self._values)
+
+    def _select_slots(self, rows: Tensor) -> None:
+        assert self._keys is not None and self._values is not None
+        if rows.shape[0] == self._keys.shape[0]:
+            for slots in (*self._valid(), self._pinned_keys):
+                if slots is not None:
+                    slots.copy_(slots.index_select(0, rows))
+            return
+        with torch.inference_mode(False):
+            self._keys, self._values = self._keys.index_select(0, rows), self._values.index_select(0, rows)
+            if self._pinned_keys is not None:
+                self._pinned_keys = self._pinned_keys.index_select(0, rows)
+
+    def _adopt(self, policy: SizePolicy) -> None:
+        """Follow another policy from now on: with more rows, a budget in bytes holds fewer tokens."""
+        shrinking = policy.limit is not None and policy.limit < self.capacity
+        self.policy = policy
+        if shrinking and policy.limit is not None and self._keys is not None and self._values is not None:
+            self.trim(min(self.stored, policy.limit))
+            self._straighten()
+            with torch.inference_mode(False):
+                self._keys = self._keys[:, :, : policy.limit].clone()
+                self._values = self._values[:, :, : policy.limit].clone()
 
     def repeat(self, times: int) -> None:
         """Repeat each row `times` times, the copies side by side."""
-        if self._keys is not None:
-            self.select(torch.arange(self._keys.shape[0]).repeat_interleave(times))
+        held = self._keys if self._keys is not None else self.padding
+        if held is not None:
+            self.select(torch.arange(held.shape[0]).repeat_interleave(times))
 
     # ------------------------------------------------------------------ inside
 
-    def _check_policy(self, policy: SizePolicy) -> None:
-        check_policy(policy)
+    def _check_bounds(self, policy: SizePolicy) -> None:
         if self.max_length is not None and policy.limit is not None and policy.limit > self.max_length:
             raise PolicyError(
-                f"{policy!r} keeps up to {policy.limit} tokens, but max_length is {self.max_length}; lower the one or raise the other"
+                f"{policy!r} keeps up to {policy.limit} tokens, but max_length (max_cache_length) is {self.max_length}; "
+                "lower the one or raise the other"
             )
 
-    def _bind_policy(self, keys: Tensor, values: Tensor) -> None:
-        """A budget in bytes becomes one in tokens, now that the shape of a token is known."""
-        policy = self._resolved(keys, values)
-        if policy != self.policy:
-            self.policy = policy
-            if (
-                policy.limit is not None and self.capacity > policy.limit
-            ):  # more rows: the budget now holds fewer tokens
-                self.trim(policy.limit)
-                self._keys = None if self._keys is None else self._keys[:, :, : policy.limit].clone()
-                self._values = None if self._values is None else self._values[:, :, : policy.limit].clone()
-
-    def _resolved(self, keys: Tensor, values: Tensor) -> SizePolicy:
-        token = (
-            keys.shape[0]
-            * keys.shape[1]
-            * (keys.shape[3] * keys.element_size() + values.shape[3] * values.element_size())
-        )
-        policy = self._given.resolve(token * self._layers)
-        self._check_policy(policy)
+    def _resolved(self, rows: int, key_bytes: int, value_bytes: int) -> SizePolicy:
+        """The policy once the shape of a token is known: a budget in bytes becomes one in tokens."""
+        copies = rows * self._layers
+        twice = self._given.pinned * key_bytes * copies if self.rotation is not None else 0
+        policy = self._given.resolve((key_bytes + value_bytes) * copies, twice, self.max_length)
+        check_policy(policy)
+        self._check_bounds(policy)
         return policy
 
     def _check_shapes(self, keys: Tensor, values: Tensor) -> None:
@@ -419,7 +439,7 @@ class KVLayer:
 
     def _allocate(self, keys: Tensor, values: Tensor) -> None:
         self.check(keys.shape[2])
-        self.policy = policy = self._resolved(keys, values)
+        self.policy = policy = self._resolved(keys.shape[0], *_token_bytes(keys, values))
         slots = slots_for(0, self._bound(), self.preallocate)
         with torch.inference_mode(False):  # a buffer made in inference mode could not be written to outside of it
             self._keys = keys.new_empty((*keys.shape[:2], slots, keys.shape[3]))
@@ -493,6 +513,12 @@ class KVLayer:
         """Let the pinned keys, the first columns of `keys`, sit next to the window: turned by as many as left between."""
         if self.rotation is not None and self._pinned_keys is not None and delta > 0:
             keys[:, :, : self.policy.pinned] = self.rotation(self._pinned_keys, delta)
+
+
+def _token_bytes(keys: Tensor, values: Tensor) -> tuple[int, int]:
+    """Bytes of one token's key and value, in one row."""
+    heads = keys.shape[1]
+    return heads * keys.shape[3] * keys.element_size(), heads * values.shape[3] * values.element_size()
 
 
 def _take(slots: Tensor, columns: Tensor) -> Tensor:

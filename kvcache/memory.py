@@ -35,17 +35,16 @@ def estimate_bytes(
     policies = (
         [KeepAll() if policy is None else policy] * geometry.layers if not isinstance(policy, Sequence) else policy
     )
+    key_bytes, value_bytes = (rows * size for size in geometry.layer_token_bytes)
     total = 0
-    row_bytes = rows * geometry.kv_heads * geometry.dtype.itemsize
     for given in policies:
-        bound_policy = given.resolve(rows * geometry.token_bytes)
-        limit = bound_policy.limit
-        slots = slots_for(
-            tokens if limit is None else min(tokens, limit), max_length if limit is None else limit, preallocate
-        )
-        total += row_bytes * slots * (geometry.head_dim + geometry.value_dim)
+        twice = given.pinned * key_bytes * len(policies) if rerotate else 0
+        resolved = given.resolve((key_bytes + value_bytes) * len(policies), twice, max_length)
+        limit = resolved.limit
+        bound, stored = (max_length, tokens) if limit is None else (limit, min(tokens, limit))
+        total += (key_bytes + value_bytes) * slots_for(stored, bound, preallocate)
         if rerotate and limit is not None:
-            total += row_bytes * bound_policy.pinned * geometry.head_dim
+            total += key_bytes * resolved.pinned
     return total
 
 

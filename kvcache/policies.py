@@ -49,10 +49,13 @@ class SizePolicy(ABC):
         """Whether tokens may ever leave."""
         return self.limit is not None
 
-    def resolve(self, token_bytes: int, taken: int = 0) -> "SizePolicy":
+    def resolve(self, token_bytes: int, reserved: int = 0, most: int | None = None) -> "SizePolicy":
         """This policy for a cache whose tokens take `token_bytes` each, over all its layers and rows.
 
-        `taken` tokens of the cache are somebody else's: what a `Pinned` around this policy keeps.
+        Args:
+            token_bytes: of one token.
+            reserved: bytes of the cache that are not this policy's: what a `Pinned` around it keeps.
+            most: how many tokens the cache may hold for this policy, whatever their bytes.
         """
         return self
 
@@ -175,12 +178,15 @@ class MaxBytes(SizePolicy):
     def keep(self, count: int) -> int:
         return count
 
-    def resolve(self, token_bytes: int, taken: int = 0) -> SizePolicy:
-        tokens = parse_bytes(self.budget) // token_bytes - taken
+    def resolve(self, token_bytes: int, reserved: int = 0, most: int | None = None) -> SizePolicy:
+        tokens = (parse_bytes(self.budget) - reserved) // token_bytes
         if tokens < 1:
             raise PolicyError(
-                f"{self!r} does not hold {taken + 1} tokens of {token_bytes} bytes; give at least {(taken + 1) * token_bytes}"
+                f"{self!r} does not hold one token of {token_bytes} bytes beside {reserved} bytes that are pinned; "
+                f"give at least {reserved + token_bytes}"
             )
+        if most is not None:
+            tokens = min(tokens, most)
         return MaxTokens(tokens, max(1, int(tokens * self.low_water)))
 
 
@@ -209,8 +215,9 @@ class Pinned(SizePolicy):
     def keep(self, count: int) -> int:
         return count if count <= self.count else self.count + self.policy.keep(count - self.count)
 
-    def resolve(self, token_bytes: int, taken: int = 0) -> SizePolicy:
-        return Pinned(self.count, self.policy.resolve(token_bytes, taken + self.count))
+    def resolve(self, token_bytes: int, reserved: int = 0, most: int | None = None) -> SizePolicy:
+        most = None if most is None else most - self.count
+        return Pinned(self.count, self.policy.resolve(token_bytes, reserved + self.count * token_bytes, most))
 
 
 def check_policy(policy: SizePolicy) -> None:
