@@ -15,22 +15,7 @@ from torch import Tensor
 from kvcache.errors import CapacityError, GeometryError, PolicyError, PositionsError, RollbackError
 from kvcache.policies import KeepAll, SizePolicy, check_policy, schedule
 from kvcache.rope import KeyRotation
-
-_FIRST_SLOTS = 128
-
-
-def slots_for(tokens: int, bound: int | None, preallocate: bool = False) -> int:
-    """How many slots a buffer has once it held `tokens`: all of `bound`, or the next step of a fixed ladder.
-
-    The ladder grows by half at each step, so that the copying of a growing cache stays linear in its tokens; and as it
-    depends on nothing but `tokens`, memory can be told exactly before it is taken.
-    """
-    if preallocate and bound is not None:
-        return bound
-    slots = 0 if tokens == 0 else _FIRST_SLOTS
-    while slots < tokens:
-        slots += slots // 2
-    return slots if bound is None else min(slots, bound)
+from kvcache.slots import overwritten, slots_for, staying, take
 
 
 class KVLayer:
@@ -142,7 +127,7 @@ class KVLayer:
             first_turns = torch.arange(min(int(pads.max()), self._overwritten))
             turns = torch.cat((first_turns, torch.arange(max(0, self._overwritten - self.stored), self._overwritten)))
             newest = (in_order + turns).expand(result.shape[0], -1)
-            result = result.scatter_reduce(1, self._victims(turns), newest, "amax")
+            result = result.scatter_reduce(1, self._overwritten_slots(turns), newest, "amax")
         return result
 
     # ------------------------------------------------------------------ append
@@ -207,7 +192,7 @@ class KVLayer:
             self._keys[:, :, slot : slot + 1].copy_(keys)
             self._values[:, :, slot : slot + 1].copy_(values)
         else:
-            slots = self._victims(torch.tensor([self._overwritten]))[:, 0].to(keys.device)
+            slots = self._overwritten_slots(torch.tensor([self._overwritten]))[:, 0].to(keys.device)
             rows = torch.arange(keys.shape[0], device=keys.device)
             self._keys[rows, :, slots] = keys[:, :, 0]
             self._values[rows, :, slots] = values[:, :, 0]
@@ -229,19 +214,19 @@ class KVLayer:
         assert self._keys is not None and self._values is not None
         leaving = self.stored + 1 - counts[0]  # to make room for the first new token
         if self.stored > leaving:
-            columns = self._columns(self.stored, leaving, self._pads)
-            keys = torch.cat([_take(self._keys, columns), keys], 2)
-            values = torch.cat([_take(self._values, columns), values], 2)
+            columns = staying(self.stored, leaving, self.policy.pinned, self._pads_column())
+            keys = torch.cat([take(self._keys, columns), keys], 2)
+            values = torch.cat([take(self._values, columns), values], 2)
             self._turn_pinned(keys, self.evicted + leaving)
         pads = None
         if self._pads is not None:
             pads = (self._pads - leaving).clamp_min(0) + self._pads_among(fresh)
         attended = keys.shape[2]
         stay = counts[-1]
-        columns = self._columns(attended, attended - stay, pads)
+        columns = staying(attended, attended - stay, self.policy.pinned, _column(pads))
         key_slots, value_slots = self._reserve(max(counts))  # as many as single appends would have taken
-        key_slots[:, :, :stay] = _take(keys, columns)
-        value_slots[:, :, :stay] = _take(values, columns)
+        key_slots[:, :, :stay] = take(keys, columns)
+        value_slots[:, :, :stay] = take(values, columns)
         self._pads = None if pads is None else (pads - (attended - stay)).clamp_min(0)
         for i, count in enumerate(counts):
             before = self.stored if i == 0 else counts[i - 1]
@@ -327,9 +312,9 @@ class KVLayer:
         if leaving <= 0 or self._keys is None or self._values is None:
             return 0
         self._straighten()
-        columns = self._columns(self.stored, leaving, self._pads)
-        self._keys[:, :, :max_tokens] = _take(self._keys, columns)
-        self._values[:, :, :max_tokens] = _take(self._values, columns)
+        columns = staying(self.stored, leaving, self.policy.pinned, self._pads_column())
+        self._keys[:, :, :max_tokens] = take(self._keys, columns)
+        self._values[:, :, :max_tokens] = take(self._values, columns)
         if self._pads is not None:
             self._pads = (self._pads - leaving).clamp_min(0)
         self.stored = max_tokens
@@ -467,34 +452,17 @@ class KVLayer:
         """Bring the slots back into the order of the tokens."""
         if self._overwritten and self._keys is not None and self._values is not None:
             order = self.positions().argsort(1)
-            self._keys[:, :, : self.stored] = _take(self._keys, order)
-            self._values[:, :, : self.stored] = _take(self._values, order)
+            self._keys[:, :, : self.stored] = take(self._keys, order)
+            self._values[:, :, : self.stored] = take(self._values, order)
             if self._pads is not None:
                 self._pads = (self._pads - self._overwritten).clamp_min(0)
             self._overwritten = 0
 
-    def _columns(self, count: int, leaving: int, pads: Tensor | None) -> Tensor:
-        """Which of `count` columns in order stay when `leaving` of them go: pads first, then what follows the pinned."""
-        if pads is None:
-            pads = torch.zeros(1, dtype=torch.long)
-        column = torch.arange(count - leaving)[None]
-        pads = pads[:, None]
-        real = column - (pads - leaving).clamp_min(0)
-        gone = (leaving - pads).clamp_min(0)
-        return torch.where(real < 0, column, torch.where(real < self.policy.pinned, pads + real, pads + real + gone))
-
-    def _victims(self, turns: Tensor) -> Tensor:
-        """The slot that each overwriting turn takes, ``[batch or 1, turns]``.
-
-        A row with ``r`` pads first gives up slots r-1 … 0. Its tokens by age are then in the slots r … n-1, r-1 … 0, and
-        those behind the pinned ones take turns.
-        """
-        pads, n, pinned = self._pads_column(), self.stored, self.policy.pinned
-        age = pinned + (turns - pads) % (n - pinned)
-        return torch.where(turns < pads, pads - 1 - turns, torch.where(age < n - pads, pads + age, n - 1 - age))
+    def _overwritten_slots(self, turns: Tensor) -> Tensor:
+        return overwritten(turns, self.stored, self.policy.pinned, self._pads_column())
 
     def _pads_column(self) -> Tensor:
-        return torch.zeros(1, 1, dtype=torch.long) if self._pads is None else self._pads[:, None]
+        return _column(self._pads)
 
     def _pads_among(self, fresh: int) -> Tensor:
         """How many of the next `fresh` tokens are pads, per row."""
@@ -521,9 +489,6 @@ def _token_bytes(keys: Tensor, values: Tensor) -> tuple[int, int]:
     return heads * keys.shape[3] * keys.element_size(), heads * values.shape[3] * values.element_size()
 
 
-def _take(slots: Tensor, columns: Tensor) -> Tensor:
-    """The chosen columns of ``[batch, heads, slots, dim]``, by row where `columns` is not ``[1, n]``."""
-    columns = columns.to(slots.device)
-    if columns.shape[0] == 1:
-        return slots.index_select(2, columns[0])
-    return slots.gather(2, columns[:, None, :, None].expand(-1, slots.shape[1], -1, slots.shape[3]))
+def _column(pads: Tensor | None) -> Tensor:
+    """Pads as ``[batch, 1]``, or the ``[1, 1]`` of rows without any."""
+    return torch.zeros(1, 1, dtype=torch.long) if pads is None else pads[:, None]

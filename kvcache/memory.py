@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from kvcache.geometry import CacheGeometry
-from kvcache.layers import slots_for
 from kvcache.policies import KeepAll, SizePolicy
+from kvcache.slots import slots_for
 
 
 def estimate_bytes(

@@ -1,0 +1,52 @@
+"""Where tokens stand in a buffer of slots: arithmetic on counts, without any state.
+
+Rows may begin with pads. ``pads`` is always ``[batch, 1]``, or ``[1, 1]`` where all rows are alike.
+"""
+
+import torch
+from torch import Tensor
+
+_FIRST_SLOTS = 128
+
+
+def slots_for(tokens: int, bound: int | None, preallocate: bool = False) -> int:
+    """How many slots a buffer has once it held `tokens`: all of `bound`, or the next step of a fixed ladder.
+
+    The ladder grows by half at each step, so that the copying of a growing cache stays linear in its tokens; and as it
+    depends on nothing but `tokens`, memory can be told exactly before it is taken.
+    """
+    if preallocate and bound is not None:
+        return bound
+    slots = 0 if tokens == 0 else _FIRST_SLOTS
+    while slots < tokens:
+        slots += slots // 2
+    return slots if bound is None else min(slots, bound)
+
+
+def staying(count: int, leaving: int, pinned: int, pads: Tensor) -> Tensor:
+    """Which of `count` columns in order stay when `leaving` of them go, ``[batch or 1, count - leaving]``.
+
+    Pads go first, then what follows the row's own pinned tokens.
+    """
+    column = torch.arange(count - leaving)[None]
+    real = column - (pads - leaving).clamp_min(0)
+    gone = (leaving - pads).clamp_min(0)
+    return torch.where(real < 0, column, torch.where(real < pinned, pads + real, pads + real + gone))
+
+
+def overwritten(turns: Tensor, stored: int, pinned: int, pads: Tensor) -> Tensor:
+    """The slot that each turn of a full buffer overwrites, ``[batch or 1, turns]``.
+
+    A row with ``r`` pads first gives up slots r-1 … 0. Its tokens by age are then in the slots r … n-1, r-1 … 0, and
+    those behind the pinned ones take turns.
+    """
+    age = pinned + (turns - pads) % (stored - pinned)
+    return torch.where(turns < pads, pads - 1 - turns, torch.where(age < stored - pads, pads + age, stored - 1 - age))
+
+
+def take(slots: Tensor, columns: Tensor) -> Tensor:
+    """The chosen columns of ``[batch, heads, slots, dim]``, by row where `columns` is not ``[1, n]``."""
+    columns = columns.to(slots.device)
+    if columns.shape[0] == 1:
+        return slots.index_select(2, columns[0])
+    return slots.gather(2, columns[:, None, :, None].expand(-1, slots.shape[1], -1, slots.shape[3]))
