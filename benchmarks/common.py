@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -9,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,57 @@ def interleaved(sides: Mapping[str, Callable[[], Any]], rounds: int, warmup: int
             run()
             if i >= warmup:
                 seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+class Gate:
+    """Called by a side before each of its steps: reports how long the last one took, and waits for its turn."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._start = time.perf_counter()
+
+    def __call__(self) -> None:
+        self._connection.send(time.perf_counter() - self._start)
+        if not self._connection.recv():
+            raise SystemExit
+        self._start = time.perf_counter()
+
+
+def _serve(connection: Connection, threads: int, side: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(threads)
+    side(Gate(connection), *arguments)
+
+
+def interleaved_processes(
+    sides: Mapping[str, tuple[Any, ...]], rounds: int, threads: int, warmup: int = 3
+) -> dict[str, list[float]]:
+    """As `interleaved`, but each side lives in a process of its own, as it would in use.
+
+    What one side allocates and frees then does not decide where another's memory comes from. A side is a function and
+    its arguments; it is called with a `Gate` before them, and calls it before each step.
+    """
+    context = multiprocessing.get_context("spawn")
+    ends: dict[str, Connection] = {}
+    processes = []
+    for name, (side, *rest) in tqdm(sides.items(), desc="preparing", leave=False):
+        ends[name], end = context.Pipe()
+        process = context.Process(target=_serve, args=(end, threads, side, tuple(rest)), daemon=True)
+        process.start()
+        end.close()
+        processes.append(process)
+        ends[name].recv()  # prepared: one at a time, so that nobody prepares while another is timed
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for i in tqdm(range(warmup + rounds), desc="rounds", leave=False):
+        for name, end in ends.items():
+            end.send(True)
+            took = end.recv()
+            if i >= warmup:
+                seconds[name].append(took)
+    for end in ends.values():
+        end.send(False)
+    for process in processes:
+        process.join()
     return seconds
 
 

@@ -1,16 +1,19 @@
 """One decode step of Chatterbox's T3 at a long context: upstream's own loop against ours, step by step in turn.
 
-Upstream's `T3.inference` runs unchanged, in a thread that is let through one step at a time by the progress bar it
-iterates over. The rows in between change one thing at a time: our loop on transformers' `DynamicCache`, then our cache.
-Weights are random: they decide neither shapes nor speed.
+Each side is a process of its own. Upstream's `T3.inference` runs unchanged, let through one step at a time by the
+progress bar that it iterates over. The rows in between change one thing at a time: our loop on transformers'
+`DynamicCache`, then our cache. Weights are random: they decide neither shapes nor speed.
+
+A long context of T3's is a short prefill and many speech tokens. So each side prefills a 62-token text, then its cache is
+grown to the context by a few made-up tokens at a time. That is how generation fills memory, and it matters: a cache that
+is concatenated anew asks the system for fresh pages, or finds them in the heap, depending on what came before.
 """
 
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from common import arguments, finish, interleaved, paired_ratio, spread
+from common import Gate, arguments, finish, interleaved_processes, paired_ratio, spread
 from transformers import DynamicCache
 
 from kvcache.hf import new_cache
@@ -19,91 +22,93 @@ from kvcache_chatterbox.decoding import Decoder
 from kvcache_chatterbox.loading import upstream_t3
 from kvcache_chatterbox.requests import check_text, prefill
 
-CONDITIONING = 34
-BOS = 2
+TEXT = "The quick brown fox jumps over the lazy dog, and runs away. "  # 60 letters, 62 tokens with start and stop
+GROWTH = 8  # tokens at a time
+UPSTREAM = "upstream's loop"
+DYNAMIC = "our loop, DynamicCache"
+DEFAULT = "our loop, our cache (default)"
+STATIC = "our loop, our cache, preallocated"
 
 
-class Stepped:
-    """Upstream's loop, run one step at a call."""
+def setup() -> tuple[Any, Any, torch.Tensor]:
+    """The 520M model, a voice and a text in two rows."""
+    t3 = load_t3("english")
+    # A loop that happens to sample the stop token would end: it is made impossible, on every side alike.
+    stop = torch.tensor([t3.hp.stop_speech_token])
+    t3.speech_head.register_forward_hook(lambda module, args, logits: logits.index_fill_(-1, stop, -1e4))
+    return t3, random_conditionals(t3), check_text(t3, byte_tokens(t3, TEXT), guided=True)
 
-    def __init__(self, run: Callable[[], Any]) -> None:
-        self._go = threading.Semaphore(0)
-        self._ready = threading.Semaphore(0)
-        upstream_t3().tqdm = self._gate
-        threading.Thread(target=run, daemon=True).start()
-        self._ready.acquire()  # the prefill is done
 
-    def _gate(self, steps: Iterable[int], **_: Any) -> Iterator[int]:
+@torch.inference_mode()
+def grow(cache: Any, t3: Any, context: int) -> None:
+    """Fill the cache up to `context` tokens as decoding would, a few at a time."""
+    config = t3.cfg
+    while (missing := context - cache.get_seq_length()) > 0:
+        new = (2, config.num_key_value_heads, min(GROWTH, missing), config.head_dim)
+        for layer in range(config.num_hidden_layers):
+            cache.update(torch.randn(new), torch.randn(new), layer)
+
+
+def upstream(gate: Gate, context: int) -> None:
+    t3, voice, rows = setup()
+    caches: list[Any] = []  # the loop's own, caught at its first step
+    t3.tfmr.register_forward_pre_hook(lambda m, args, given: caches.append(given["past_key_values"]), with_kwargs=True)
+
+    def gated(steps: Iterable[int], **_: Any) -> Iterator[int]:
         for i in steps:
-            self._ready.release()
-            self._go.acquire()
+            if i == 2:
+                grow(caches[-1], t3, context)
+            if i >= 2:
+                gate()
             yield i
 
-    def __call__(self) -> None:
-        self._go.release()
-        self._ready.acquire()
+    upstream_t3().tqdm = gated
+    torch.manual_seed(0)
+    t3.inference(t3_cond=voice, text_tokens=rows.clone(), max_new_tokens=1000)
+
+
+def ours(gate: Gate, context: int, kind: str) -> None:
+    t3, voice, rows = setup()
+    if kind == DYNAMIC:
+        cache = DynamicCache(config=t3.cfg)
+    else:
+        cache = new_cache(t3.tfmr, max_length=2048, rows=2, preallocate=kind == STATIC)
+    generator = torch.Generator().manual_seed(0)
+    tokens = Decoder(t3, prefill(t3, voice, rows), Sampling.of(False, {}), 1000, cache, generator).tokens()
+    next(tokens)  # the prefill
+    next(tokens)
+    grow(cache, t3, context)
+    gate()
+    for _ in tokens:
+        gate()
 
 
 def main() -> None:
-    parser = arguments(__doc__.splitlines()[0])
+    parser = arguments((__doc__ or "").splitlines()[0])
     parser.add_argument("--context", type=int, default=900, help="tokens in the cache at the first step (default: 900)")
     parser.add_argument("--steps", type=int, default=40, help="timed steps of each side (default: 40)")
     options = parser.parse_args()
     if options.quick:
-        options.context, options.steps = 80, 3
+        options.context, options.steps = 120, 2
     torch.set_num_threads(options.threads)
-    t3 = load_t3("english")
-    voice = random_conditionals(t3)
-    words = "the quick brown fox jumps over the lazy dog, " * (options.context // 45 + 1)
-    text = byte_tokens(t3, words[: options.context - CONDITIONING - BOS - 2])
-    sampling = Sampling.of(False, {})
-    rows = check_text(t3, text, guided=True)
-    most = options.steps + 10
-
-    def ours(cache: Any) -> Callable[[], Any]:
-        generator = torch.Generator().manual_seed(0)
-        tokens = Decoder(t3, prefill(t3, voice, rows), sampling, most, cache, generator).tokens()
-        next(tokens)  # the prefill
-        return lambda: next(tokens)
-
-    def upstream() -> None:
-        torch.manual_seed(0)
-        t3.inference(t3_cond=voice, text_tokens=rows.clone(), max_new_tokens=most)
-
-    # A step of upstream's that ends by sampling the stop token would end its loop: it is made impossible.
-    stop = t3.hp.stop_speech_token
-    t3.speech_head.register_forward_hook(
-        lambda module, args, logits: logits.index_fill_(-1, torch.tensor([stop]), -1e4)
-    )
-    sides = {
-        "upstream's loop": Stepped(upstream),
-        "our loop, DynamicCache": ours(DynamicCache(config=t3.cfg)),
-        "our loop, our cache (default)": ours(new_cache(t3.tfmr, max_length=2048, rows=2)),
-        "our loop, our cache, preallocated": ours(new_cache(t3.tfmr, max_length=2048, rows=2, preallocate=True)),
-    }
-    seconds = interleaved(sides, options.steps)
-    base = seconds["upstream's loop"]
-    rows_out = []
+    sides: dict[str, tuple[Any, ...]] = {UPSTREAM: (upstream, options.context)}
+    sides |= {name: (ours, options.context, name) for name in (DYNAMIC, DEFAULT, STATIC)}
+    seconds = interleaved_processes(sides, options.steps, options.threads)
+    rows = []
     for name, values in seconds.items():
-        s = spread([1e3 * v for v in values])
-        rows_out.append(
-            {
-                "side": name,
-                "context": options.context,
-                "ms/step": s["median"],
-                "q1": s["q1"],
-                "q3": s["q3"],
-                "steps": s["n"],
-                "upstream / this": paired_ratio(base, values),
-            }
-        )
-    dynamic, ours_default = seconds["our loop, DynamicCache"], seconds["our loop, our cache (default)"]
+        row: dict[str, Any] = {"side": name, "context": options.context}
+        row |= {
+            f"ms/step, {key}" if key != "n" else "steps": value
+            for key, value in spread([1e3 * v for v in values]).items()
+        }
+        rows.append(row | {"upstream / this": paired_ratio(seconds[UPSTREAM], values)})
     ratios = {
-        "upstream_over_default": paired_ratio(base, ours_default),
-        "upstream_over_our_loop_alone": paired_ratio(base, dynamic),
-        "dynamic_cache_over_our_cache": paired_ratio(dynamic, ours_default),
+        "upstream_over_default": paired_ratio(seconds[UPSTREAM], seconds[DEFAULT]),
+        "upstream_over_our_loop_alone": paired_ratio(seconds[UPSTREAM], seconds[DYNAMIC]),
+        "dynamic_cache_over_our_cache": paired_ratio(seconds[DYNAMIC], seconds[DEFAULT]),
+        "growing_over_preallocated": paired_ratio(seconds[DEFAULT], seconds[STATIC]),
     }
-    finish("t3_step", rows_out, ratios, options)
+    finish("t3_step", rows, ratios, options)
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ class KVCacheManager:
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """`model.generate` with a managed cache: the same arguments, the same result."""
-        if not self.enabled:
+        if not self.enabled or kwargs.get("use_cache") is False:
             self._last = CacheReport((), enabled=False)
             return self.model.generate(inputs, **{**kwargs, "use_cache": False})
         cache = kwargs.pop("past_key_values", None)
@@ -149,7 +149,8 @@ class KVCacheManager:
             cache = self._cache_for(inputs, kwargs)
         try:
             with self._exactly():
-                return self.model.generate(inputs, past_key_values=cache, **kwargs)
+                # Said aloud: where a config turns caches off, `generate` would ignore the one it is given.
+                return self.model.generate(inputs, past_key_values=cache, **{**kwargs, "use_cache": True})
         finally:
             self._last = self.report(cache)
 
@@ -206,18 +207,10 @@ class KVCacheManager:
         return torch.ne(ids, pad).long()
 
     def _setting(self, name: str, kwargs: dict[str, Any]) -> int:
-        for source in (
-            kwargs,
-            vars(kwargs.get("generation_config") or object.__new__(_Empty)),
-            vars(self.model.generation_config),
-        ):
-            if source.get(name) is not None:
-                return int(source[name])
-        return 1
-
-
-class _Empty:
-    """Has no settings."""
+        """A generation setting as `generate` will find it; 1 where nobody has set it."""
+        config = kwargs.get("generation_config")
+        found = (kwargs.get(name), getattr(config, name, None), getattr(self.model.generation_config, name, None))
+        return next((int(value) for value in found if value is not None), 1)
 
 
 class _Emitter(BaseStreamer):

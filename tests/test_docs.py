@@ -1,0 +1,75 @@
+"""The documentation: its Python blocks run, its links lead somewhere, and the figures it quotes have their files."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PROSE = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+
+FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+NOT_RUN = re.compile(r"<!-- not run: \S.*? -->\s*\Z")
+ANY_FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+RESULTS = re.compile(r"benchmarks/results/[\w.-]+\.json")
+
+
+def name(page):
+    return str(page.relative_to(ROOT))
+
+
+def blocks(text):
+    """Each Python block, its first line's number, and whether it is to be run."""
+    for match in FENCE.finditer(text):
+        line = text.count("\n", 0, match.start(1))
+        yield "\n" * line + match[1], NOT_RUN.search(text[: match.start()]) is None
+
+
+def slug(heading):
+    """The anchor that the site makes of a heading."""
+    return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip())
+
+
+def broken_links(page, text):
+    for target in LINK.findall(ANY_FENCE.sub("", text)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        if not file.exists() or (anchor and anchor not in map(slug, HEADING.findall(file.read_text()))):
+            yield target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_blocks_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shared = {"__name__": "__main__"}
+    for source, run in blocks(page.read_text()):
+        code = compile(source, str(page), "exec")  # padded, so that a traceback shows the page's line
+        if run:
+            exec(code, shared)
+
+
+@pytest.mark.parametrize("page", PROSE, ids=name)
+def test_links_lead_somewhere(page):
+    assert list(broken_links(page, page.read_text())) == []
+
+
+@pytest.mark.parametrize("page", PROSE, ids=name)
+def test_quoted_figures_have_their_files(page):
+    for quoted in RESULTS.findall(page.read_text()):
+        result = json.loads((ROOT / quoted).read_text())
+        assert set(result) >= {"benchmark", "machine", "versions", "commit", "rows", "ratios"}, quoted
+        assert not result.get("quick"), f"{quoted} is a smoke run, whose figures mean nothing"
+
+
+def test_these_checks_find_what_they_look_for(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("# One page\n```python\nx = 1\n```\n<!-- not run: no network -->\n```python\ny\n```\n")
+    assert [(source.strip(), run) for source, run in blocks(page.read_text())] == [("x = 1", True), ("y", False)]
+    text = "[a](page.md) [b](#one-page) [c](gone.md) [d](page.md#two) [e](https://x.example)\n```\n[f](gone)\n```"
+    assert list(broken_links(page, text)) == ["gone.md", "page.md#two"]
