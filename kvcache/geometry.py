@@ -70,17 +70,18 @@ class CacheGeometry:
         """
         given = config
         config = config.get_text_config(decoder=True)
-        heads = _first(config, "num_attention_heads", "decoder_attention_heads", "n_head", "num_heads")
-        # An encoder-decoder names its encoder's layers first, and a decoder apart.
-        layers = _first(config, "decoder_layers", "num_decoder_layers", "num_hidden_layers", "n_layer", "num_layers")
+        # An encoder-decoder names its decoder's apart. They are read from what was given: in the decoder's config that
+        # newer releases derive from it, these names are back at the defaults of their class.
+        heads = _first(given, "decoder_attention_heads") or _first(config, "num_attention_heads", "n_head", "num_heads")
+        layers = _first(given, "decoder_layers", "num_decoder_layers") or _first(
+            config, "num_hidden_layers", "n_layer", "num_layers"
+        )
         width = _first(config, "hidden_size", "n_embd", "d_model")
         if heads is None or layers is None or width is None:
             raise GeometryError(
                 f"{type(given).__name__} does not say its layers, heads and width (got {layers}, {heads}, {width}); "
                 "build CacheGeometry(layers=…, kv_heads=…, head_dim=…, value_dim=…) yourself"
             )
-        if getattr(config, "is_encoder_decoder", False) or config.model_type == "whisper":
-            heads = _first(config, "decoder_attention_heads") or heads
         head_dim = _first(config, "head_dim", "d_kv") or width // heads
         kv_heads = _first(config, "num_key_value_heads", "num_kv_heads") or heads
         value_dim = head_dim

@@ -140,7 +140,7 @@ def new_cache(
     if positions not in ("absolute", "rerotated"):
         raise PositionsError(f"positions={positions!r} must be 'absolute' or 'rerotated'")
     geometry = CacheGeometry.from_model(model)
-    layers = list(DynamicCache(config=model.config).layers)
+    layers = list(DynamicCache(config=model.config).layers)[: geometry.layers]  # T5's has as many as its encoder
     layers += [_full_layer() for _ in range(geometry.layers - len(layers))]
     managed = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
     policies = _policy_per_layer(policy, len(layers))
@@ -166,7 +166,14 @@ def new_cache(
         )
         layers[i] = ManagedLayer(kv, geometry.max_positions)
     cache = Cache(layers=layers)
-    return EncoderDecoderCache(cache, DynamicCache()) if model.config.is_encoder_decoder else cache
+    return _EncoderDecoderCache(cache, DynamicCache()) if model.config.is_encoder_decoder else cache
+
+
+class _EncoderDecoderCache(EncoderDecoderCache):
+    """Crops and selects rows as well: transformers' own does so only around a `DynamicCache`."""
+
+    def check_dynamic_cache(self, method: str) -> None:
+        """Our layers can do all that a dynamic one's can."""
 
 
 def _full_layer() -> DynamicLayer:
