@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from kvcache.errors import CapacityError, GeometryError, PolicyError, PositionsError, RollbackError
 from kvcache.geometry import CacheGeometry
 from kvcache.layers import KVLayer
-from kvcache.policies import KeepAll, SizePolicy, schedule
+from kvcache.policies import KeepAll, SizePolicy, check_policy, schedule
 from kvcache.rope import KeyRotation
 
 _VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
@@ -35,10 +35,11 @@ class ManagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     is_compileable = False
     supports_early_init = False
 
-    def __init__(self, kv: KVLayer, max_positions: int | None = None) -> None:
+    def __init__(self, kv: KVLayer, max_positions: int | None = None, beside: Sequence[KVLayer] = ()) -> None:
         # Not super().__init__(): it would assign keys and values, which are read from the layer here.
         self.kv = kv
         self.max_positions = max_positions
+        self.beside = beside  # all layers of the cache, to be asked before the first of them changes
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
@@ -68,12 +69,9 @@ class ManagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         # Asked once before a forward writes anything: the place to refuse, with every layer still as it was.
         fresh = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
-        self.kv.check(fresh)
-        if self.max_positions is not None and self.kv.seen + fresh > self.max_positions:
-            raise CapacityError(
-                f"cannot run {fresh} tokens at position {self.kv.seen}: this model learned {self.max_positions} positions, "
-                "and evicting tokens does not give them back; start a new cache"
-            )
+        for kv in self.beside or (self.kv,):
+            kv.check(fresh)
+        check_positions(self.max_positions, self.kv.seen, fresh)
         retained = self.kv.retained
         return retained + fresh, self.kv.seen - retained
 
@@ -105,6 +103,15 @@ class ManagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.kv.truncate(min(n, self.kv.seen))
         elif n < 0:
             self.kv.truncate(max(0, self.kv.seen + n))
+
+
+def check_positions(table: int | None, seen: int, fresh: int) -> None:
+    """Raise `CapacityError` if `fresh` tokens after `seen` would run past a model's table of learned positions."""
+    if table is not None and seen + fresh > table:
+        raise CapacityError(
+            f"cannot run {fresh} tokens at position {seen}: this model learned {table} positions, "
+            "and evicting tokens does not give them back; start a new cache"
+        )
 
 
 # ---------------------------------------------------------------------- caches
@@ -153,6 +160,7 @@ def new_cache(
             "config; use KeepAll(), or unset config.sliding_window"
         )
     rotation = key_rotation(model) if evicting and positions == "rerotated" else None
+    ours: list[KVLayer] = []
     for i in managed:
         kv = KVLayer(
             policies[i],
@@ -164,9 +172,18 @@ def new_cache(
             rows=rows,
             token_bytes=geometry.layer_token_bytes,
         )
-        layers[i] = ManagedLayer(kv, geometry.max_positions)
-    cache = Cache(layers=layers)
+        ours.append(kv)
+        layers[i] = ManagedLayer(kv, geometry.max_positions, ours)
+    cache = _Cache(layers=layers)
     return _EncoderDecoderCache(cache, DynamicCache()) if model.config.is_encoder_decoder else cache
+
+
+class _Cache(Cache):
+    """Resets to empty: up to some release, transformers' own layers keep their length and become zeros."""
+
+    def reset(self) -> None:
+        for layer in self.layers:
+            _empty(layer)
 
 
 class _EncoderDecoderCache(EncoderDecoderCache):
@@ -175,20 +192,32 @@ class _EncoderDecoderCache(EncoderDecoderCache):
     def check_dynamic_cache(self, method: str) -> None:
         """Our layers can do all that a dynamic one's can."""
 
+    def reset(self) -> None:
+        super().reset()  # type: ignore[no-untyped-call]
+        for layer in self.cross_attention_cache.layers:
+            _empty(layer)
+
+
+def _empty(layer: Any) -> None:
+    layer.reset()
+    if isinstance(layer, DynamicLayer):
+        layer.keys = layer.values = None
+        layer.is_initialized = False
+
 
 def _full_layer() -> DynamicLayer:
     return DynamicLayer()  # type: ignore[no-untyped-call]
 
 
 def _policy_per_layer(policy: SizePolicy | Sequence[SizePolicy] | None, layers: int) -> list[SizePolicy]:
-    if policy is None:
-        return [KeepAll()] * layers
-    if isinstance(policy, SizePolicy):
-        return [policy] * layers
-    if not isinstance(policy, Sequence) or len(policy) != layers:
+    if policy is None or isinstance(policy, SizePolicy):
+        return [policy or KeepAll()] * layers
+    if not isinstance(policy, Sequence) or isinstance(policy, str) or len(policy) != layers:
         raise PolicyError(
             f"policy={policy!r} must be one SizePolicy, or a sequence of one for each of the {layers} layers"
         )
+    for one in policy:
+        check_policy(one)
     return list(policy)
 
 
@@ -229,7 +258,7 @@ def truncate(cache: Any, length: int) -> None:
             )
     for layer in others:
         if length == 0:
-            layer.reset()
+            _empty(layer)
         elif (removed := layer.get_seq_length() - length) > 0:
             layer.crop(-removed)
     for kv in kv_layers(cache):

@@ -48,7 +48,8 @@ class KVCacheManager:
         self.enabled = True
         self.geometry = CacheGeometry.from_model(model)
         self._last = CacheReport(())
-        self.new_cache()  # says now, not at the first request, what cannot work
+        # Says now, not at the first request, what cannot work.
+        hf.new_cache(model, policy, max_length=max_cache_length, preallocate=preallocate, positions=positions)
 
     def __repr__(self) -> str:
         limit = "" if self.max_cache_length is None else f", max_cache_length={self.max_cache_length}"
@@ -147,10 +148,16 @@ class KVCacheManager:
         cache = kwargs.pop("past_key_values", None)
         if cache is None:
             cache = self._cache_for(inputs, kwargs)
+        prompt = self._prompt(inputs, kwargs)
         try:
             with self._exactly():
                 # Said aloud: where a config turns caches off, `generate` would ignore the one it is given.
                 return self.model.generate(inputs, past_key_values=cache, **{**kwargs, "use_cache": True})
+        except IndexError:
+            # Some models look into their table of positions before they ask the cache, and find nothing there.
+            seen = hf.cache_layers(cache)[0].get_seq_length()
+            hf.check_positions(self.geometry.max_positions, seen, 1 if seen or prompt is None else prompt.shape[1])
+            raise
         finally:
             self._last = self.report(cache)
 
@@ -187,9 +194,14 @@ class KVCacheManager:
     def _exactly(self) -> AbstractContextManager[None]:
         return hf.exact_windows(self.model) if self._evicts else nullcontext()
 
+    @staticmethod
+    def _prompt(inputs: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
+        """What the model is given to start from: token ids, embeddings or an encoder's features."""
+        given = (kwargs.get(name) for name in ("decoder_input_ids", "input_ids", "inputs_embeds", "input_features"))
+        return next((t for t in (*given, inputs) if t is not None), None)
+
     def _cache_for(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> Any:
-        given = [inputs, *(kwargs.get(name) for name in ("input_ids", "inputs_embeds", "input_features"))]
-        first = next((t for t in given if t is not None), None)
+        first = self._prompt(inputs, kwargs)
         rows = 1 if first is None else first.shape[0]
         copies = max(self._setting("num_beams", kwargs), self._setting("num_return_sequences", kwargs))
         mask: Tensor | None = None
