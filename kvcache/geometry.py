@@ -61,9 +61,21 @@ class CacheGeometry:
 
     @classmethod
     def from_config(
-        cls, config: Any, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+        cls,
+        config: Any,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        latent: bool = False,
     ) -> "CacheGeometry":
         """The geometry of a transformers config's (text) decoder.
+
+        Args:
+            config: of the model.
+            dtype: of keys and values; by default the config's, else float32.
+            device: of the first layer.
+            latent: whether a model with latent attention (DeepSeek-V2, V3) caches its latents, as newer releases of
+                transformers do, or full heads.
 
         Raises:
             GeometryError: if the config does not say how many layers and heads there are.
@@ -83,13 +95,20 @@ class CacheGeometry:
                 "build CacheGeometry(layers=…, kv_heads=…, head_dim=…, value_dim=…) yourself"
             )
         head_dim = _first(config, "head_dim", "d_kv") or width // heads
-        kv_heads = _first(config, "num_key_value_heads", "num_kv_heads") or heads
         value_dim = head_dim
-        if (nope := _first(config, "qk_nope_head_dim")) is not None:  # multi-head latent attention caches full heads
-            head_dim = nope + config.qk_rope_head_dim
-            value_dim, kv_heads = config.v_head_dim, heads
-        if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        if _first(given, "decoder_attention_heads") is not None:
+            kv_heads = heads  # grouped heads would be the encoder's name for its own
+        elif getattr(config, "new_decoder_architecture", False):
+            kv_heads = heads  # Falcon repeats its groups before it caches them
+        elif getattr(config, "multi_query", False):
             kv_heads = 1
+        else:
+            kv_heads = _first(config, "num_key_value_heads", "num_kv_heads") or heads
+        if (nope := _first(config, "qk_nope_head_dim")) is not None:  # multi-head latent attention (arXiv:2405.04434)
+            if latent:
+                kv_heads, head_dim, value_dim = 1, config.kv_lora_rank, config.qk_rope_head_dim
+            else:
+                kv_heads, head_dim, value_dim = heads, nope + config.qk_rope_head_dim, config.v_head_dim
         positions = _positions(config)
         table = _first(config, "max_target_positions", "n_positions", "max_position_embeddings")
         return cls(
@@ -106,7 +125,8 @@ class CacheGeometry:
     @classmethod
     def from_model(cls, model: Any) -> "CacheGeometry":
         """The geometry of a loaded transformers model, in the dtype and on the device of its weights."""
-        return cls.from_config(model.config, dtype=model.dtype, device=model.device)
+        latent = any(hasattr(module, "expand_kv") for module in model.modules())
+        return cls.from_config(model.config, dtype=model.dtype, device=model.device, latent=latent)
 
     def check_eviction(self, *, rerotate: bool = False) -> None:
         """Raise `PositionsError` if evicting tokens, or re-rotating what stays, would be silently wrong."""

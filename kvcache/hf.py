@@ -358,12 +358,16 @@ def _exact_mask(
 # ---------------------------------------------------------------------- rotary embeddings
 
 
-def key_rotation(model: nn.Module) -> KeyRotation:
+def key_rotation(model: Any) -> KeyRotation:
     """How to turn this model's keys, checked against the model's own rotary embedding.
 
     Raises:
         PositionsError: if it has none, or one whose keys cannot be turned.
     """
+    if getattr(model.config.get_text_config(decoder=True), "qk_nope_head_dim", None) is not None:
+        raise PositionsError(
+            "keys cannot be re-rotated: latent attention keeps its rotary channels apart; keep positions='absolute'"
+        )
     rotary = next((m for name, m in model.named_modules() if name.endswith("rotary_emb")), None)
     frequencies = None
     if rotary is not None:

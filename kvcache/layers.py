@@ -53,6 +53,7 @@ class KVLayer:
         self._given = KeepAll() if policy is None else policy
         self._layers = layers
         self._rows = rows
+        self._expected = token_bytes
         self.max_length = max_length
         self.preallocate = preallocate
         self.rotation = rotation
@@ -234,6 +235,7 @@ class KVLayer:
                 self._floor = self.seen + i + 1
         self.seen += fresh
         self.stored = stay
+        self._turn_pinned(key_slots, self.evicted)
         return keys, values
 
     def mask(self, fresh: int) -> Tensor:
@@ -341,12 +343,17 @@ class KVLayer:
         """
         if rows.numel() == 0:
             raise GeometryError("cannot select no rows: give at least one, or reset the cache")
+        policy = self.policy
         if self._keys is not None and self._values is not None:
             policy = self._resolved(rows.shape[0], *_token_bytes(self._keys, self._values))
             self._select_slots(rows.to(self._keys.device))
-            self._adopt(policy)
+        elif self._rows is not None:
+            if self._expected is not None:
+                policy = self._resolved(rows.shape[0], *self._expected)
+            self._rows = rows.shape[0]
         if self.padding is not None and self._pads is not None:
             self.padding, self._pads = self.padding[rows.cpu()], self._pads[rows.cpu()]
+        self._adopt(policy)
 
     def _select_slots(self, rows: Tensor) -> None:
         assert self._keys is not None and self._values is not None
@@ -365,8 +372,8 @@ class KVLayer:
         shrinking = policy.limit is not None and policy.limit < self.capacity
         self.policy = policy
         if shrinking and policy.limit is not None and self._keys is not None and self._values is not None:
-            self.trim(min(self.stored, policy.limit))
-            self._straighten()
+            if self.stored > policy.limit:
+                self.trim(policy.limit)
             with torch.inference_mode(False):
                 self._keys = self._keys[:, :, : policy.limit].clone()
                 self._values = self._values[:, :, : policy.limit].clone()
@@ -374,8 +381,9 @@ class KVLayer:
     def repeat(self, times: int) -> None:
         """Repeat each row `times` times, the copies side by side."""
         held = self._keys if self._keys is not None else self.padding
-        if held is not None:
-            self.select(torch.arange(held.shape[0]).repeat_interleave(times))
+        rows = self._rows if held is None else held.shape[0]
+        if rows is not None:
+            self.select(torch.arange(rows).repeat_interleave(times))
 
     # ------------------------------------------------------------------ inside
 

@@ -202,7 +202,9 @@ class KVCacheManager:
 
     def _cache_for(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> Any:
         first = self._prompt(inputs, kwargs)
-        rows = 1 if first is None else first.shape[0]
+        encoded = kwargs.get("encoder_outputs")
+        known = first if first is not None or encoded is None else encoded[0]
+        rows = 1 if known is None else known.shape[0]
         copies = max(self._setting("num_beams", kwargs), self._setting("num_return_sequences", kwargs))
         mask: Tensor | None = None
         if self._evicts and not self.model.config.is_encoder_decoder:  # there the mask is the encoder's
