@@ -54,16 +54,16 @@ clean:  ## remove what was built and all caches; the environment in .venv stays
 $(READY): pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV): some minutes the first time"
-	$(PIP) install --quiet "$(TORCH)" "$(NEWEST)" -e ".[test]"
-	$(PIP) install --quiet --no-deps $(WITHOUT_DEPENDENCIES)
+	$(PIP) install --quiet --no-warn-conflicts "$(TORCH)" "$(NEWEST)" -e ".[test]"
+	$(PIP) install --quiet --no-warn-conflicts --no-deps $(WITHOUT_DEPENDENCIES)
 	touch $@
 
 $(DOCS_READY): $(READY)
-	$(PIP) install --quiet "$(TORCH)" "$(NEWEST)" -e ".[docs]"
+	$(PIP) install --quiet --no-warn-conflicts "$(TORCH)" "$(NEWEST)" -e ".[docs]"
 	touch $@
 
 # A folder that goes before the environment's own packages: transformers and what it needs, which torch is not part of.
 $(FLOOR_READY): $(READY)
 	rm -rf $(FLOOR)
-	$(PIP) install --quiet --target $(FLOOR) "$(LOWEST)"
+	$(PIP) install --quiet --no-warn-conflicts --target $(FLOOR) "$(LOWEST)"
 	touch $@
