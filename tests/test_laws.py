@@ -146,7 +146,7 @@ def scenarios(variant: str) -> st.SearchStrategy[Scenario]:
     return st.builds(
         Scenario,
         padding=st.lists(st.integers(0, 12) if variant == "padded" else st.just(0), min_size=1, max_size=3),
-        chunks=st.lists(piece, min_size=1, max_size=4).map(lambda pieces: sum(pieces, [])),
+        chunks=st.lists(piece, min_size=1, max_size=4).map(lambda pieces: [n for piece in pieces for n in piece]),
         more=piece,
         cut=st.integers(-12, 8),  # from the start, or from the end: about the pinned tokens and the last eviction
         rows=st.lists(st.integers(0, 2), min_size=1, max_size=4),
@@ -206,16 +206,19 @@ class Pair:
         if layer.seen == 0 and layer.keys is None:
             return
         assert layer.keys.shape[2] == layer.values.shape[2] == layer.stored <= layer.capacity
-        positions = layer.positions().expand(len(oracle.rows), -1)
+        positions = layer.positions().expand(len(oracle.rows), -1).tolist()
         for b, (pads, row) in enumerate(zip(oracle.padding, oracle.rows, strict=True)):
             held = sum(token[0] < pads for token in row)
             # What is left of the padding is the first slots, as the caller's own mask has it; which pads is all one.
-            assert bool((positions[b, :held] < pads).all())
-            assert [int(p) for p in positions[b, held:].sort().values] == [token[0] for token in row[held:]]
-            for slot in range(held, layer.stored):
-                i, (_, key, value) = next((i, t) for i, t in enumerate(row) if t[0] == positions[b, slot])
-                assert torch.equal(layer.values[b, :, slot], value)
-                if not (layer.rotation and i - held < layer.policy.pinned):  # turned: seen in the attention above
+            assert all(position < pads for position in positions[b][:held])
+            real = row[held:]
+            assert sorted(positions[b][held:]) == [position for position, _, _ in real]
+            if real:
+                slots = [positions[b].index(position, held) for position, _, _ in real]
+                assert torch.equal(layer.values[b, :, slots], torch.stack([value for _, _, value in real], 1))
+                # Pinned keys may be turned: what is seen of them is compared in `append`.
+                turned = layer.policy.pinned if layer.rotation else 0
+                for slot, (_, key, _) in zip(slots[turned:], real[turned:], strict=True):
                     assert torch.equal(layer.keys[b, :, slot], key)
 
     def select(self, rows: list[int]) -> None:
