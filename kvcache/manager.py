@@ -208,23 +208,28 @@ class KVCacheManager:
         copies = max(self._setting("num_beams", kwargs), self._setting("num_return_sequences", kwargs))
         mask: Tensor | None = None
         if self._evicts and not self.model.config.is_encoder_decoder:  # there the mask is the encoder's
-            mask = kwargs.get("attention_mask", self._guess_mask(first))
+            mask = kwargs.get("attention_mask")
+            mask = self._guess_mask(first, kwargs) if mask is None else mask
         return self.new_cache(rows * copies, None if mask is None else mask.repeat_interleave(copies, 0))
 
-    def _guess_mask(self, ids: Tensor | None) -> Tensor | None:
+    def _guess_mask(self, ids: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
         """The mask that `generate` makes itself where none is given."""
-        config = self.model.generation_config
-        pad, ends = config.pad_token_id, config.eos_token_id
+        pad, ends = self._found("pad_token_id", kwargs), self._found("eos_token_id", kwargs)
         ends = ends if isinstance(ends, list) else [ends]
         if ids is None or ids.dim() != 2 or pad is None or pad in ends:
             return None
         return torch.ne(ids, pad).long()
 
     def _setting(self, name: str, kwargs: dict[str, Any]) -> int:
-        """A generation setting as `generate` will find it; 1 where nobody has set it."""
-        config = kwargs.get("generation_config")
-        found = (kwargs.get(name), getattr(config, name, None), getattr(self.model.generation_config, name, None))
-        return next((int(value) for value in found if value is not None), 1)
+        """A whole number among the generation settings; 1 where nobody has set it."""
+        value = self._found(name, kwargs)
+        return 1 if value is None else int(value)
+
+    def _found(self, name: str, kwargs: dict[str, Any]) -> Any:
+        """A generation setting as `generate` will find it."""
+        configs = (kwargs.get("generation_config"), self.model.generation_config)
+        found = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+        return next((value for value in found if value is not None), None)
 
 
 class _Emitter(BaseStreamer):

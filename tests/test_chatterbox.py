@@ -353,7 +353,7 @@ def test_more_refusals():
         ChatterboxEngine(t3, max_cache_length=200).inference_stream(
             t3_cond=voice(t3), text_tokens=text, max_new_tokens=200
         )
-    with pytest.raises(PolicyError, match="max_length is 200"):
+    with pytest.raises(PolicyError, match=r"\(max_cache_length\) is 200"):
         ChatterboxEngine(t3, SlidingWindow(180), 200).inference_stream(t3_cond=voice(t3), text_tokens=text)
     with pytest.raises(InputError, match="the GPT-2 variants have no guidance"):
         ChatterboxEngine(gpt).inference_stream(t3_cond=voice(gpt), text_tokens=byte_tokens(gpt, TEXT), cfg_weight=0.5)
