@@ -2,6 +2,7 @@
 
 from kvcache.errors import (
     CapacityError,
+    CorruptError,
     GeometryError,
     InputError,
     KVCacheError,
@@ -9,12 +10,16 @@ from kvcache.errors import (
     PositionsError,
     RollbackError,
 )
+from kvcache.fingerprint import model_fingerprint
 from kvcache.geometry import CacheGeometry
 from kvcache.layers import KVLayer
 from kvcache.manager import KVCacheManager
 from kvcache.memory import CacheReport, LayerReport, estimate_bytes
 from kvcache.policies import KeepAll, MaxBytes, MaxTokens, Pinned, SizePolicy, SlidingWindow
+from kvcache.prefix import PrefixKey, PrefixSnapshot
 from kvcache.rope import KeyRotation
+from kvcache.speakers import SpeakerCache, SpeakerStats, default_store
+from kvcache.stores import DiskStore, MemoryStore, RedisStore, RemoteStore, TieredStore
 
 __version__ = "0.1.0"
 
@@ -22,6 +27,8 @@ __all__ = [
     "CacheGeometry",
     "CacheReport",
     "CapacityError",
+    "CorruptError",
+    "DiskStore",
     "GeometryError",
     "InputError",
     "KVCacheError",
@@ -32,11 +39,21 @@ __all__ = [
     "LayerReport",
     "MaxBytes",
     "MaxTokens",
+    "MemoryStore",
     "Pinned",
     "PolicyError",
     "PositionsError",
+    "PrefixKey",
+    "PrefixSnapshot",
+    "RedisStore",
+    "RemoteStore",
     "RollbackError",
     "SizePolicy",
     "SlidingWindow",
+    "SpeakerCache",
+    "SpeakerStats",
+    "TieredStore",
+    "default_store",
     "estimate_bytes",
+    "model_fingerprint",
 ]

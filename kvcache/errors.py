@@ -27,3 +27,7 @@ class RollbackError(KVCacheError):
 
 class InputError(KVCacheError, ValueError):
     """A request that cannot be run as given, for example text tokens without their start and stop token."""
+
+
+class CorruptError(KVCacheError, ValueError):
+    """A file or value from a disk or network that is not what was written, or not what it says it is."""

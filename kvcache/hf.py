@@ -14,9 +14,16 @@ from typing import Any, Literal
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+)
 
-from kvcache.errors import CapacityError, GeometryError, PolicyError, PositionsError, RollbackError
+from kvcache.errors import CapacityError, GeometryError, InputError, PolicyError, PositionsError, RollbackError
 from kvcache.geometry import CacheGeometry
 from kvcache.layers import KVLayer
 from kvcache.policies import KeepAll, SizePolicy, check_policy, schedule
@@ -176,6 +183,37 @@ def new_cache(
         layers[i] = ManagedLayer(kv, geometry.max_positions, ours)
     cache = _Cache(layers=layers)
     return _EncoderDecoderCache(cache, DynamicCache()) if model.config.is_encoder_decoder else cache
+
+
+def prefix_cache(model: Any) -> Any:
+    """A cache that keeps everything in every layer, also where the model has a window of its own: to compute a prefix on.
+
+    What a layer's window hides, its mask hides; so any cache can begin with what this one holds.
+
+    Raises:
+        InputError: for an encoder-decoder, whose decoder depends on the encoder's input.
+        GeometryError: for a model with layers that keep a state instead of keys and values.
+        PositionsError: for a model whose rotation of the first keys depends on how many follow.
+    """
+    if model.config.is_encoder_decoder:
+        raise InputError(
+            f"{type(model).__name__} is an encoder-decoder: what its decoder computes depends on the encoder's input, "
+            "so no prefix can be reused; keep the encoder's output instead"
+        )
+    layers = DynamicCache(config=model.config).layers
+    other = next((layer for layer in layers if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)), None)
+    if other is not None:
+        raise GeometryError(
+            f"{type(model).__name__} has a {type(other).__name__}, which keeps no keys and values to reuse; "
+            "prefixes need attention in every layer"
+        )
+    for module in model.modules():
+        if (rope_type := getattr(module, "rope_type", None)) in ("dynamic", "longrope"):
+            raise PositionsError(
+                f"no prefix can be reused: {rope_type!r} RoPE turns the first keys by how many tokens follow; "
+                "use a model with another rope_type"
+            )
+    return _Cache(layers=[ManagedLayer(KVLayer()) for _ in layers])
 
 
 class _Cache(Cache):

@@ -1,5 +1,6 @@
 """`KVCacheManager`: wrap a transformers model; get caches, generate, stream, trim, report."""
 
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -9,10 +10,13 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from kvcache import hf
-from kvcache.errors import InputError
+from kvcache.errors import CapacityError, InputError
+from kvcache.fingerprint import model_fingerprint
 from kvcache.geometry import CacheGeometry
 from kvcache.memory import CacheReport, account, estimate_bytes
-from kvcache.policies import KeepAll, SizePolicy
+from kvcache.policies import KeepAll, Pinned, SizePolicy
+from kvcache.prefix import PrefixKey, PrefixSnapshot
+from kvcache.speakers import SpeakerCache, default_store
 from kvcache.streaming import as_async, chunked, from_worker
 
 
@@ -26,6 +30,7 @@ class KVCacheManager:
         positions: ``"absolute"``, or ``"rerotated"``: the pinned tokens (sinks) move along next to the window, so that
             distances stay within what the model was trained on (StreamingLLM; RoPE models only).
         preallocate: take a cache's memory at once, not as it grows.
+        speakers: where prefixes live (`add_prefix`); by default memory over disk, from the first of them on.
 
     Raises:
         PolicyError, PositionsError: if that cannot work for this model.
@@ -39,6 +44,7 @@ class KVCacheManager:
         *,
         positions: hf.PositionMode = "absolute",
         preallocate: bool = False,
+        speakers: SpeakerCache | None = None,
     ) -> None:
         self.model = model
         self.policy: SizePolicy | Sequence[SizePolicy] = KeepAll() if policy is None else policy
@@ -48,6 +54,8 @@ class KVCacheManager:
         self.enabled = True
         self.geometry = CacheGeometry.from_model(model)
         self._last = CacheReport(())
+        self._speakers = speakers
+        self._prefixes: dict[str, PrefixKey] = {}
         # Says now, not at the first request, what cannot work.
         hf.new_cache(model, policy, max_length=max_cache_length, preallocate=preallocate, positions=positions)
 
@@ -64,23 +72,32 @@ class KVCacheManager:
 
     # ------------------------------------------------------------------ caches
 
-    def new_cache(self, batch_size: int = 1, attention_mask: Tensor | None = None) -> Any:
-        """An empty cache, to pass to the model as ``past_key_values``.
+    def new_cache(self, batch_size: int = 1, attention_mask: Tensor | None = None, *, prefix: str | None = None) -> Any:
+        """An empty cache, or one that begins with a prefix, to pass to the model as ``past_key_values``.
 
         Args:
             batch_size: rows, counting beams.
             attention_mask: ``[batch, tokens]``; needed where rows are padded on the left and the policy evicts, so that
                 pads leave first and are never taken for attention sinks.
+            prefix: the name of one added with `add_prefix`. It is pinned: the policy is about what follows it.
+
+        Raises:
+            InputError: for an unknown prefix.
+            CapacityError: if the prefix does not fit.
         """
-        return hf.new_cache(
+        snapshot = None if prefix is None else self._snapshot(prefix)
+        cache = hf.new_cache(
             self.model,
-            self.policy,
+            self.policy if snapshot is None else self._pinned(len(snapshot)),
             max_length=self.max_cache_length,
             preallocate=self.preallocate,
             positions=self.positions,
             rows=batch_size,
             padding=hf.left_padding(attention_mask) if self._evicts else None,
         )
+        if snapshot is not None:
+            snapshot.to(self.model.device).fork(cache, batch_size)
+        return cache
 
     def estimate(self, tokens: int, batch_size: int = 1) -> int:
         """Bytes that a cache takes after `tokens` per row, exactly; before anything is allocated."""
@@ -127,6 +144,58 @@ class KVCacheManager:
                 layer.check_trim(max_tokens)
         return max(layer.trim(max_tokens) for layer in layers)
 
+    # ------------------------------------------------------------------ prefixes
+
+    @property
+    def speakers(self) -> SpeakerCache:
+        """Where the prefixes live."""
+        if self._speakers is None:
+            self._speakers = SpeakerCache(default_store(self.model.device))
+        return self._speakers
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """The names of the prefixes added so far."""
+        return tuple(self._prefixes)
+
+    def add_prefix(self, name: str, prefix: Tensor, *, pin: bool = False) -> None:
+        """Compute a beginning that many requests share (a system prompt, examples), or find it where it was kept.
+
+        What it has in common with a prefix already in memory is not computed again.
+
+        Args:
+            name: for ``generate(prefix=name)`` and the like; one that exists is replaced.
+            prefix: token ids ``[tokens]`` or ``[1, tokens]``, or embeddings ``[tokens, dim]`` or ``[1, tokens, dim]``.
+            pin: never evict it.
+
+        Raises:
+            InputError: if that is no prefix, or the model is in training mode.
+            GeometryError, PositionsError: if this model's prefixes cannot be reused.
+            CapacityError: if the prefix alone is longer than `max_cache_length`.
+        """
+        key = self._prefix_key(prefix)
+        hf.prefix_cache(self.model)
+        if self.max_cache_length is not None and len(key) >= self.max_cache_length:
+            raise CapacityError(
+                f"the prefix {name!r} has {len(key)} tokens, max_cache_length is {self.max_cache_length}; "
+                "raise max_cache_length, or shorten the prefix"
+            )
+        self._compute(key)
+        self._prefixes[name] = key
+        if pin:
+            self.speakers.pin(key)
+
+    def remove_prefix(self, name: str) -> None:
+        """Forget a name. What was computed for it stays in the store until it is evicted there.
+
+        Raises:
+            InputError: for an unknown name.
+        """
+        key = self._named(name)
+        del self._prefixes[name]
+        if key not in self._prefixes.values():
+            self.speakers.pin(key, False)
+
     # ------------------------------------------------------------------ on and off
 
     def enable_kv_cache(self) -> None:
@@ -140,14 +209,26 @@ class KVCacheManager:
     # ------------------------------------------------------------------ generate, stream
 
     @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
-        """`model.generate` with a managed cache: the same arguments, the same result."""
+    def generate(self, inputs: Tensor | None = None, *, prefix: str | None = None, **kwargs: Any) -> Any:
+        """`model.generate` with a managed cache: the same arguments, the same result.
+
+        Args:
+            inputs: as the model's own.
+            prefix: the name of one added with `add_prefix`: the result is as if it stood before each row of the inputs,
+                and is in the result where they are. Rows may be padded on the left, if nothing is evicted.
+            **kwargs: as the model's own.
+
+        Raises:
+            InputError: for an unknown prefix, or inputs that it cannot stand before.
+        """
+        if prefix is not None:
+            inputs, kwargs = self._prefixed(prefix, inputs, kwargs)
         if not self.enabled or kwargs.get("use_cache") is False:
             self._last = CacheReport((), enabled=False)
             return self.model.generate(inputs, **{**kwargs, "use_cache": False})
         cache = kwargs.pop("past_key_values", None)
         if cache is None:
-            cache = self._cache_for(inputs, kwargs)
+            cache = self._cache_for(inputs, kwargs, prefix)
         prompt = self._prompt(inputs, kwargs)
         try:
             with self._exactly():
@@ -161,7 +242,9 @@ class KVCacheManager:
         finally:
             self._last = self.report(cache)
 
-    def stream(self, inputs: Tensor | None = None, *, chunk_size: int = 16, **kwargs: Any) -> Iterator[Tensor]:
+    def stream(
+        self, inputs: Tensor | None = None, *, prefix: str | None = None, chunk_size: int = 16, **kwargs: Any
+    ) -> Iterator[Tensor]:
         """The new tokens of `generate`, in chunks ``[batch, n]`` of `chunk_size` as they come; the last may be shorter.
 
         Rows that have ended are filled with the pad token, as `generate` does. Closing the iterator ends the run.
@@ -177,13 +260,15 @@ class KVCacheManager:
             )
 
         def work(emit: Callable[[Tensor], None]) -> None:
-            self.generate(inputs, streamer=_Emitter(emit), **kwargs)
+            self.generate(inputs, prefix=prefix, streamer=_Emitter(emit), **kwargs)
 
         return chunked(from_worker(work), chunk_size)
 
-    def astream(self, inputs: Tensor | None = None, *, chunk_size: int = 16, **kwargs: Any) -> AsyncIterator[Tensor]:
+    def astream(
+        self, inputs: Tensor | None = None, *, prefix: str | None = None, chunk_size: int = 16, **kwargs: Any
+    ) -> AsyncIterator[Tensor]:
         """`stream` for an event loop. Cancelling ends the run."""
-        return as_async(self.stream(inputs, chunk_size=chunk_size, **kwargs))
+        return as_async(self.stream(inputs, prefix=prefix, chunk_size=chunk_size, **kwargs))
 
     def report(self, cache: Any = None) -> CacheReport:
         """The account of `cache`, or of the last run: bytes, tokens seen and kept, evictions, per layer."""
@@ -200,12 +285,99 @@ class KVCacheManager:
         given = (kwargs.get(name) for name in ("decoder_input_ids", "input_ids", "inputs_embeds", "input_features"))
         return next((t for t in (*given, inputs) if t is not None), None)
 
-    def _cache_for(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> Any:
+    def _prefix_key(self, prefix: Tensor) -> PrefixKey:
+        if not isinstance(prefix, Tensor) or prefix.dim() not in (1, 2, 3) or prefix.dtype == torch.bool:
+            raise InputError(f"a prefix must be token ids or embeddings of one row, got {prefix!r}")
+        embedded = prefix.is_floating_point()
+        if prefix.dim() == (3 if embedded else 2):
+            if prefix.shape[0] != 1:
+                raise InputError(f"a prefix is one row, got {prefix.shape[0]}; add each as a prefix of its own")
+            prefix = prefix[0]
+        if self.model.training:
+            raise InputError("the model is in training mode, where dropout changes what it computes; call model.eval()")
+        return PrefixKey(model_fingerprint(self.model), prefix.to(self.model.dtype) if embedded else prefix)
+
+    def _named(self, name: str) -> PrefixKey:
+        if name not in self._prefixes:
+            known = ", ".join(map(repr, self._prefixes)) or "none yet"
+            raise InputError(f"there is no prefix {name!r} (known: {known}); add it with add_prefix()")
+        return self._prefixes[name]
+
+    def _snapshot(self, name: str) -> PrefixSnapshot:
+        """The prefix of this name for the model as it is now: after a change of its weights it is computed anew."""
+        key = self._named(name)
+        if (now := model_fingerprint(self.model)) != key.model:
+            self._prefixes[name] = key = PrefixKey(now, key.content)
+        return self._compute(key)
+
+    def _compute(self, key: PrefixKey) -> PrefixSnapshot:
+        return self.speakers.get_or_extend(key, lambda start: self._extend(key, start))
+
+    @torch.no_grad()
+    def _extend(self, key: PrefixKey, start: PrefixSnapshot | None) -> PrefixSnapshot:
+        cache, known, began = hf.prefix_cache(self.model), 0, time.perf_counter()
+        if start is not None:
+            start.to(self.model.device).fork(cache)
+            known = len(start)
+        rest = key.content[None, known:].to(self.model.device)
+        given = {"inputs_embeds": rest} if rest.is_floating_point() else {"input_ids": rest}
+        # Without the head: nobody asks for the logits of a prefix.
+        getattr(self.model, "base_model", self.model)(**given, past_key_values=cache, use_cache=True)
+        seconds = time.perf_counter() - began + (0.0 if start is None else start.build_seconds)
+        return PrefixSnapshot.of(hf.kv_layers(cache), key, build_seconds=seconds)
+
+    def _pinned(self, tokens: int) -> SizePolicy | list[SizePolicy]:
+        """The policy for what follows a prefix of so many tokens."""
+        if isinstance(self.policy, SizePolicy):
+            return Pinned(tokens, self.policy) if self.policy.evicts else self.policy
+        return [Pinned(tokens, policy) if policy.evicts else policy for policy in self.policy]
+
+    def _prefixed(
+        self, name: str, inputs: Tensor | None, kwargs: dict[str, Any]
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """The inputs with the prefix before each row, as `generate` wants them even where the cache holds it already."""
+        content = self._named(name).content.to(self.model.device)
+        if kwargs.get("past_key_values") is not None:
+            raise InputError(
+                "give prefix or past_key_values, not both; new_cache(prefix=…) makes a cache that begins with one"
+            )
+        kwargs = dict(kwargs)
+        ids, embeds = kwargs.pop("input_ids", inputs), kwargs.pop("inputs_embeds", None)
+        given = ids if embeds is None else embeds
+        if given is None or given.dim() != (2 if embeds is None else 3) or given.shape[1] == 0:
+            raise InputError(
+                f"the prefix {name!r} needs inputs to stand before: token ids [rows, tokens] or inputs_embeds "
+                f"[rows, tokens, dim] with at least one token, got {None if given is None else list(given.shape)}"
+            )
+        rows = given.shape[0]
+        mask = kwargs.get("attention_mask")
+        if mask is None and embeds is None:
+            mask = self._guess_mask(given, kwargs)
+        if mask is None:
+            mask = torch.ones(given.shape[:2], dtype=torch.long, device=given.device)
+        if self._evicts and not bool(mask.all()):
+            raise InputError(
+                "rows padded behind a prefix need a policy that evicts nothing: pads would count as tokens; "
+                "use KeepAll(), or run rows of different lengths apart"
+            )
+        before = torch.ones(rows, content.shape[0], dtype=mask.dtype, device=mask.device)
+        kwargs["attention_mask"] = torch.cat([before, mask], 1)
+        if embeds is None and not content.is_floating_point():
+            return torch.cat([content.expand(rows, -1).to(given.device), given], 1), kwargs
+        embed = self.model.get_input_embeddings()
+        content = content if content.is_floating_point() else embed(content)
+        given = embed(given) if embeds is None else embeds
+        kwargs["inputs_embeds"] = torch.cat([content.expand(rows, -1, -1), given.to(content.dtype)], 1)
+        return None, kwargs
+
+    def _cache_for(self, inputs: Tensor | None, kwargs: dict[str, Any], prefix: str | None) -> Any:
         first = self._prompt(inputs, kwargs)
         encoded = kwargs.get("encoder_outputs")
         known = first if first is not None or encoded is None else encoded[0]
         rows = 1 if known is None else known.shape[0]
         copies = max(self._setting("num_beams", kwargs), self._setting("num_return_sequences", kwargs))
+        if prefix is not None:
+            return self.new_cache(rows * copies, prefix=prefix)
         mask: Tensor | None = None
         if self._evicts and not self.model.config.is_encoder_decoder:  # there the mask is the encoder's
             mask = kwargs.get("attention_mask")

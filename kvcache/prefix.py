@@ -1,0 +1,252 @@
+"""The keys and values of a prefix, computed once, and the key that says of what.
+
+Attention is causal, so what a prefix computes does not depend on what follows it: a system prompt or a voice can be run
+once and put at the beginning of any cache. A key names the whole content, never a path, a name or an object: the model's
+fingerprint and the token ids or embeddings themselves, which are stored along and compared at each use.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcache.archive import pack, unpack
+from kvcache.errors import CorruptError, GeometryError, InputError
+from kvcache.fingerprint import tensor_bytes
+from kvcache.layers import KVLayer
+
+FORMAT = 1  # of what is stored; another number is another key
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PrefixKey:
+    """What a prefix is: a model and the input it was given.
+
+    Two keys are equal if their fingerprints and every byte of their content are.
+
+    Attributes:
+        model: the model's fingerprint, see `kvcache.fingerprint`.
+        content: token ids ``[tokens]``, or embeddings ``[tokens, dim]``; on the CPU, not to be changed.
+    """
+
+    model: str
+    content: Tensor
+
+    def __post_init__(self) -> None:
+        given = self.content
+        if given.dim() != (2 if given.is_floating_point() else 1) or given.shape[0] == 0:
+            raise InputError(
+                f"a prefix is token ids [tokens] or embeddings [tokens, dim], at least one; got {given.dtype} {list(given.shape)}"
+            )
+        own = given.detach().to("cpu", None if given.is_floating_point() else torch.long, copy=True).contiguous()
+        object.__setattr__(self, "content", own)
+
+    def __len__(self) -> int:
+        return self.content.shape[0]
+
+    def __repr__(self) -> str:
+        kind = "embeddings" if self.content.is_floating_point() else "token ids"
+        return f"PrefixKey({len(self)} {kind}, model {self.model[:8]}, {self.address[:8]})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PrefixKey) and len(self) == len(other) == self.common(other)
+
+    def __hash__(self) -> int:
+        return hash((self.family, len(self), bytes(tensor_bytes(self.content[-1]))))
+
+    @cached_property
+    def address(self) -> str:
+        """Where a store keeps it, 64 hex digits; equal addresses are not yet equal keys."""
+        digest = hashlib.sha256(f"{FORMAT} {self.model} {self.content.dtype} {list(self.content.shape)} ".encode())
+        digest.update(tensor_bytes(self.content))
+        return digest.hexdigest()
+
+    @cached_property
+    def family(self) -> bytes:
+        """The same for all keys that have at least their first token in common."""
+        return b" ".join((self.model.encode(), str(self.content.dtype).encode(), bytes(tensor_bytes(self.content[0]))))
+
+    def common(self, other: "PrefixKey") -> int:
+        """How many of the first tokens are the same, byte for byte; 0 with another model."""
+        if self.family != other.family:
+            return 0
+        shorter = min(len(self), len(other))
+        mine, theirs = (key.content[:shorter].reshape(shorter, -1).view(torch.uint8) for key in (self, other))
+        if torch.equal(mine, theirs):
+            return shorter
+        return int((mine == theirs).all(1).long().argmin())
+
+    def first(self, tokens: int) -> "PrefixKey":
+        """The key of the first `tokens` tokens."""
+        return self if tokens == len(self) else PrefixKey(self.model, self.content[:tokens])
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PrefixSnapshot:
+    """The keys and values of a prefix, one row, never changed.
+
+    Attributes:
+        key: of what.
+        layers: keys and values of each layer, ``[1, heads, tokens, head_dim]``.
+        build_seconds: what it took to compute.
+
+    Raises:
+        GeometryError: if the layers do not hold as many tokens as the key, or not in one row.
+    """
+
+    key: PrefixKey
+    layers: tuple[tuple[Tensor, Tensor], ...]
+    build_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        for i, (keys, values) in enumerate(self.layers):
+            for states in (keys, values):
+                if states.dim() != 4 or states.shape[0] != 1 or states.shape[2] != len(self.key):
+                    raise GeometryError(
+                        f"layer {i} of a prefix of {len(self.key)} tokens must be [1, heads, {len(self.key)}, head_dim], got {list(states.shape)}"
+                    )
+        if not self.layers:
+            raise GeometryError("a prefix has no layers: nothing was computed")
+
+    @classmethod
+    def of(
+        cls, layers: Sequence[KVLayer], key: PrefixKey, *, row: int = 0, build_seconds: float = 0.0
+    ) -> "PrefixSnapshot":
+        """A copy of the first tokens of a cache's layers, as many as `key` has.
+
+        Raises:
+            GeometryError: if tokens have been evicted, or not enough of them were appended.
+        """
+        for kv in layers:
+            if kv.evicted or kv.stored < len(key):
+                raise GeometryError(
+                    f"a prefix of {len(key)} tokens cannot be taken: {kv.seen} were seen and {kv.evicted} evicted; "
+                    "run it on a cache that keeps everything"
+                )
+        with torch.inference_mode(False):
+            copies = tuple(
+                (_copy(kv.keys[row : row + 1, :, : len(key)]), _copy(kv.values[row : row + 1, :, : len(key)]))
+                for kv in layers
+                if kv.keys is not None and kv.values is not None
+            )
+        return cls(key, copies, build_seconds)
+
+    def __len__(self) -> int:
+        return len(self.key)
+
+    def __repr__(self) -> str:
+        return f"PrefixSnapshot({self.key!r}, {len(self.layers)} layers, {self.nbytes / 2**20:.1f} MiB)"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that it keeps in memory, its content too."""
+        tensors = [self.key.content, *(states for layer in self.layers for states in layer)]
+        held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        return sum(held.values())
+
+    def first(self, tokens: int) -> "PrefixSnapshot":
+        """The first `tokens` tokens, as views."""
+        if not 0 < tokens <= len(self):
+            raise InputError(f"cannot take the first {tokens} tokens of a prefix of {len(self)}; give 1 to {len(self)}")
+        if tokens == len(self):
+            return self
+        layers = tuple((keys[:, :, :tokens], values[:, :, :tokens]) for keys, values in self.layers)
+        return PrefixSnapshot(self.key.first(tokens), layers, self.build_seconds * tokens / len(self))
+
+    def to(self, device: torch.device | str) -> "PrefixSnapshot":
+        """The same on another device."""
+        layers = tuple((keys.to(device), values.to(device)) for keys, values in self.layers)
+        return PrefixSnapshot(self.key, layers, self.build_seconds)
+
+    def compact(self) -> "PrefixSnapshot":
+        """The same without the memory of what it was cut from."""
+        with torch.inference_mode(False):
+            layers = tuple((_own(keys), _own(values)) for keys, values in self.layers)
+        return PrefixSnapshot(self.key, layers, self.build_seconds)
+
+    def fork(self, cache: Any, rows: int = 1) -> None:
+        """Begin an empty cache of any kind with this prefix, in all of its rows.
+
+        The one copy made is the cache's own, so no cache ever changes the snapshot, nor another cache.
+
+        Args:
+            cache: one of ours or of transformers', for the model that the prefix is of.
+            rows: the cache's batch size.
+
+        Raises:
+            InputError: if the cache is not empty.
+            GeometryError: if it has another number of layers.
+            CapacityError: if the prefix does not fit.
+        """
+        if (seen := int(cache.get_seq_length())) != 0:
+            raise InputError(f"the cache already holds {seen} tokens; a prefix goes into an empty one: reset it first")
+        if (given := len(cache.layers)) not in (0, len(self.layers)):  # a DynamicCache without a config has none yet
+            raise GeometryError(
+                f"the prefix has {len(self.layers)} layers, the cache {given}; use a cache for the same model"
+            )
+        for i, (keys, values) in enumerate(self.layers):
+            cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), i)
+
+    # ------------------------------------------------------------------ as tensors and as a file
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of its tensors by name, to be stored."""
+        named = {"content": self.key.content}
+        for i, (keys, values) in enumerate(self.layers):
+            named |= {f"keys.{i}": keys[0], f"values.{i}": values[0]}
+        return named
+
+    def header(self) -> dict[str, Any]:
+        """What there is to say about it in JSON."""
+        return {
+            "format": "kvcache-prefix",
+            "version": FORMAT,
+            "model": self.key.model,
+            "layers": len(self.layers),
+            "build_seconds": self.build_seconds,
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> "PrefixSnapshot":
+        """The inverse of `tensors` and `header`.
+
+        Raises:
+            CorruptError: if they do not belong to a prefix of this version.
+        """
+        if (header.get("format"), header.get("version")) != ("kvcache-prefix", FORMAT):
+            raise CorruptError(
+                f"a {header.get('format')!r} of version {header.get('version')!r}; this is version {FORMAT} of 'kvcache-prefix'"
+            )
+        try:
+            layers = tuple(
+                (tensors[f"keys.{i}"][None], tensors[f"values.{i}"][None]) for i in range(int(header["layers"]))
+            )
+            return cls(PrefixKey(str(header["model"]), tensors["content"]), layers, float(header["build_seconds"]))
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise CorruptError(f"the parts of a prefix do not fit together: {error!r}") from error
+
+    def to_bytes(self, secret: bytes | None = None) -> bytes:
+        """As a checked safetensors file; see `kvcache.archive`."""
+        return pack(self.tensors(), self.header(), secret)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, secret: bytes | None = None) -> "PrefixSnapshot":
+        """The inverse of `to_bytes`.
+
+        Raises:
+            CorruptError: if one byte of it has changed.
+        """
+        return cls.from_tensors(*unpack(data, secret))
+
+
+def _copy(states: Tensor) -> Tensor:
+    return states.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _own(states: Tensor) -> Tensor:
+    size = states.numel() * states.element_size()
+    return states if states.is_contiguous() and states.untyped_storage().nbytes() == size else _copy(states)

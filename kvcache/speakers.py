@@ -1,0 +1,159 @@
+"""`SpeakerCache`: prefixes (voices, system prompts) that are computed once and served to every request."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from threading import Lock
+
+import torch
+
+from kvcache.errors import InputError
+from kvcache.prefix import PrefixKey, PrefixSnapshot
+from kvcache.stores import DiskStore, MemoryStore, Store, TieredStore
+from kvcache.stores.base import log
+
+
+@dataclass(frozen=True)
+class SpeakerStats:
+    """What a `SpeakerCache` has done so far.
+
+    Attributes:
+        hits: whole prefixes found, by tier.
+        extended: prefixes of which a beginning was found and the rest computed.
+        built: prefixes computed from nothing.
+        refused: snapshots that a store gave for another content than was asked for.
+        nbytes: bytes held now, by tier.
+        build_seconds: spent on computing prefixes.
+        seconds_saved: what it would have taken to compute those that were found.
+    """
+
+    hits: dict[str, int]
+    extended: int = 0
+    built: int = 0
+    refused: int = 0
+    nbytes: dict[str, int] = field(default_factory=dict)
+    build_seconds: float = 0.0
+    seconds_saved: float = 0.0
+
+
+class SpeakerCache:
+    """Prefixes by content: computed once, whoever asks first, and served from then on.
+
+    Args:
+        store: where they live; by default memory over disk (see `default_store`).
+    """
+
+    def __init__(self, store: Store | None = None) -> None:
+        self.store = default_store() if store is None else store
+        self._lock = Lock()
+        self._building: dict[PrefixKey, Lock] = {}
+        self._waiting: dict[PrefixKey, int] = {}
+        self._extended = self._built = self._refused = 0
+        self._build_seconds = self._seconds_saved = 0.0
+
+    def get(self, key: PrefixKey) -> PrefixSnapshot | None:
+        """The snapshot of exactly this content, if it is stored."""
+        found = self._find(key)
+        return found if found is not None and len(found) == len(key) else None
+
+    def get_or_build(self, key: PrefixKey, build: Callable[[], PrefixSnapshot]) -> PrefixSnapshot:
+        """The snapshot of `key`, from the store or from `build`.
+
+        Several threads that ask for the same at once wait for the first of them, which builds. If it fails, its error is
+        its own, and the next one tries.
+
+        Raises:
+            InputError: if `build` returns the snapshot of something else.
+        """
+        return self._get(key, lambda start: build())
+
+    def get_or_extend(
+        self, key: PrefixKey, extend: Callable[[PrefixSnapshot | None], PrefixSnapshot]
+    ) -> PrefixSnapshot:
+        """As `get_or_build`, but `extend` is given the longest known beginning of `key`, or None, to go on from."""
+        return self._get(key, extend)
+
+    def pin(self, key: PrefixKey, pinned: bool = True) -> None:
+        """Never evict this one from any tier; it need not be there yet."""
+        self.store.pin(key, pinned)
+
+    def evict(self, key: PrefixKey) -> None:
+        """Forget this one in all tiers, pinned or not."""
+        self.store.delete(key)
+
+    def stats(self) -> SpeakerStats:
+        """What was found, computed and refused so far, and what is held now."""
+        tiers = self.store.tiers
+        with self._lock:
+            return SpeakerStats(
+                {tier.name: tier.hits for tier in tiers},
+                self._extended,
+                self._built,
+                self._refused,
+                {tier.name: tier.nbytes for tier in tiers},
+                self._build_seconds,
+                self._seconds_saved,
+            )
+
+    def close(self) -> None:
+        """Wait for what is still being written, and let go of connections."""
+        self.store.close()
+
+    # ------------------------------------------------------------------ inside
+
+    def _get(self, key: PrefixKey, extend: Callable[[PrefixSnapshot | None], PrefixSnapshot]) -> PrefixSnapshot:
+        with self._alone_with(key):  # looking it up too: a file is read once, however many ask for it
+            found = self._find(key)
+            with self._lock:
+                self._seconds_saved += 0.0 if found is None else found.build_seconds
+            return found if found is not None and len(found) == len(key) else self._build(key, found, extend)
+
+    def _find(self, key: PrefixKey) -> PrefixSnapshot | None:
+        """What the store has, if that is what was asked for: no store is trusted, whoever wrote it."""
+        found = self.store.get(key)
+        if found is not None and found.key.common(key) != len(found):
+            log.warning("%s gave %r for %r; it will not be used", self.store.name, found.key, key)
+            with self._lock:
+                self._refused += 1
+            return None
+        return found
+
+    def _build(
+        self, key: PrefixKey, start: PrefixSnapshot | None, extend: Callable[[PrefixSnapshot | None], PrefixSnapshot]
+    ) -> PrefixSnapshot:
+        began = time.perf_counter()
+        built = extend(start)
+        seconds = time.perf_counter() - began
+        if built.key != key:
+            raise InputError(f"asked for {key!r}, built {built.key!r}; build exactly what the key says")
+        self.store.put(built)
+        with self._lock:
+            self._build_seconds += seconds
+            self._extended += start is not None
+            self._built += start is None
+        return built
+
+    @contextmanager
+    def _alone_with(self, key: PrefixKey) -> Iterator[None]:
+        """One thread at a time for each key."""
+        with self._lock:
+            turn = self._building.setdefault(key, Lock())
+            self._waiting[key] = self._waiting.get(key, 0) + 1
+        try:
+            with turn:
+                yield
+        finally:
+            with self._lock:
+                self._waiting[key] -= 1
+                if not self._waiting[key]:
+                    del self._waiting[key], self._building[key]
+
+
+def default_store(device: torch.device | str | None = None) -> TieredStore:
+    """A gibibyte of memory over four of disk; no server needed.
+
+    Args:
+        device: where the memory tier holds them; by default where they were computed.
+    """
+    return TieredStore(MemoryStore("1GiB", device=device), DiskStore())

@@ -1,0 +1,189 @@
+"""What a store of prefixes is, and what all stores of bytes share."""
+
+import logging
+import re
+import time
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from types import TracebackType
+
+from kvcache.errors import InputError
+from kvcache.policies import parse_bytes
+from kvcache.prefix import PrefixKey, PrefixSnapshot
+
+log = logging.getLogger("kvcache.stores")
+
+_ADDRESS = re.compile(r"[0-9a-f]{64}")
+
+
+class Store(AbstractContextManager["Store"], ABC):
+    """Where snapshots live between requests. Safe to use from several threads.
+
+    A store may lose what it was given, at any time. It never hands out a snapshot of another content than was asked for,
+    and never raises because what it stands on is down, full or broken: that costs a computation, and a line in the log.
+
+    Attributes:
+        name: of the tier, in statistics.
+        hits, misses: answers of `get`, with and without a snapshot of the whole key.
+    """
+
+    name: str = "store"
+
+    def __init__(self) -> None:
+        self.hits = 0
+        self.misses = 0
+
+    @abstractmethod
+    def get(self, key: PrefixKey) -> PrefixSnapshot | None:
+        """The longest beginning of `key` that this store can tell, or None."""
+
+    @abstractmethod
+    def has(self, key: PrefixKey) -> bool:
+        """Whether something is stored for exactly this key, without reading it."""
+
+    @abstractmethod
+    def put(self, snapshot: PrefixSnapshot) -> None:
+        """Keep a snapshot, as long as there is room."""
+
+    @abstractmethod
+    def delete(self, key: PrefixKey) -> None:
+        """Forget a snapshot; one that is pinned too."""
+
+    @abstractmethod
+    def pin(self, key: PrefixKey, pinned: bool = True) -> None:
+        """Never evict this snapshot, nor let it expire; or again as any other."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes held; 0 if that cannot be told now."""
+
+    @property
+    def tiers(self) -> "tuple[Store, ...]":
+        """The stores that this one is made of."""
+        return (self,)
+
+    def close(self) -> None:
+        """Wait for what is still being written, and let go of connections."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _counted(self, key: PrefixKey, found: PrefixSnapshot | None) -> PrefixSnapshot | None:
+        if found is not None and len(found) == len(key):
+            self.hits += 1
+        else:
+            self.misses += 1
+        return found
+
+
+class BlobStore(Store):
+    """A store of bytes under addresses of 64 hex digits; a subclass says how to read, write and remove them.
+
+    What is read is untrusted: its checksum, its version and its content are compared with what was asked for. A failure
+    of what lies below is logged and taken for a miss; after one, the store is left alone for `retry_after` seconds, so
+    that a server that is down does not cost every request its time-out.
+
+    Args:
+        max_bytes: never hold more, such as ``"4GiB"``; the least recently used leave first. None sets no limit.
+        secret: sign what is written, and refuse what was not signed with it. For a store that others can write to.
+    """
+
+    retry_after = 0.0
+
+    def __init__(self, max_bytes: int | str | None, secret: bytes | str | None) -> None:
+        super().__init__()
+        self.max_bytes = None if max_bytes is None else parse_bytes(max_bytes)
+        self._secret = secret.encode() if isinstance(secret, str) else secret
+        self._quiet_until = 0.0
+
+    @abstractmethod
+    def _has(self, address: str) -> bool: ...
+
+    @abstractmethod
+    def _read(self, address: str) -> bytes | None: ...
+
+    @abstractmethod
+    def _write(self, address: str, data: bytes) -> None: ...
+
+    @abstractmethod
+    def _remove(self, address: str) -> None: ...
+
+    @abstractmethod
+    def _pin(self, address: str, pinned: bool) -> None: ...
+
+    @abstractmethod
+    def _used(self) -> int: ...
+
+    def get(self, key: PrefixKey) -> PrefixSnapshot | None:
+        found = None
+        if self._available():
+            try:
+                data = self._read(key.address)
+                if data is not None:
+                    found = PrefixSnapshot.from_bytes(data, self._secret)
+            except Exception as error:  # whatever lies below, down to the errors of a third party's driver
+                self._failed("read", error)
+        if found is not None and found.key != key:
+            log.warning("%s: what is stored for %r is %r; it will not be used", self.name, key, found.key)
+            found = None
+        return self._counted(key, found)
+
+    def has(self, key: PrefixKey) -> bool:
+        try:
+            return self._available() and self._has(key.address)
+        except Exception as error:
+            self._failed("look", error)
+            return False
+
+    def put(self, snapshot: PrefixSnapshot) -> None:
+        if not self._available():
+            return
+        try:
+            data = snapshot.to_bytes(self._secret)
+            if self.max_bytes is not None and len(data) > self.max_bytes:
+                log.warning(
+                    "%s: %r takes %d bytes, the store's limit is %d; it is not kept",
+                    self.name, snapshot, len(data), self.max_bytes,
+                )  # fmt: skip
+                return
+            self._write(snapshot.key.address, data)
+        except Exception as error:
+            self._failed("write", error)
+
+    def delete(self, key: PrefixKey) -> None:
+        try:
+            self._remove(key.address)
+        except Exception as error:
+            self._failed("remove", error)
+
+    def pin(self, key: PrefixKey, pinned: bool = True) -> None:
+        try:
+            self._pin(key.address, pinned)
+        except Exception as error:
+            self._failed("pin", error)
+
+    @property
+    def nbytes(self) -> int:
+        try:
+            return self._used() if self._available() else 0
+        except Exception as error:
+            self._failed("measure", error)
+            return 0
+
+    def _available(self) -> bool:
+        return time.monotonic() >= self._quiet_until
+
+    def _failed(self, what: str, error: Exception) -> None:
+        self._quiet_until = time.monotonic() + self.retry_after
+        wait = f"; left alone for {self.retry_after:g} s" if self.retry_after else ""
+        log.warning("%s: could not %s (%s: %s)%s", self.name, what, type(error).__name__, error, wait)
+
+
+def check_address(address: str) -> str:
+    """Raise `InputError` unless this is an address; so no name can lead out of a folder or namespace."""
+    if _ADDRESS.fullmatch(address) is None:
+        raise InputError(f"{address!r} is no address of a prefix: 64 hex digits")
+    return address

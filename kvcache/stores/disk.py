@@ -1,0 +1,114 @@
+"""Snapshots in a folder, shared by all processes of a machine."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from filelock import FileLock
+
+from kvcache.stores.base import BlobStore, check_address
+
+_SUFFIX = ".safetensors"
+_PIN = ".pin"
+_PARTIAL = ".partial"
+
+
+def default_folder() -> Path:
+    """``$KVCACHE_HOME``, or ``kvcache`` in the user's cache folder."""
+    own = os.environ.get("KVCACHE_HOME")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvcache"
+
+
+class DiskStore(BlobStore):
+    """Snapshots as safetensors files, one each. Several processes may use the folder at once.
+
+    A file appears whole or not at all: it is written under another name and renamed. It is not forced to the platter; what
+    a power failure tears, the checksum finds. Writers take turns by a lock on the folder, which the system lets go of if
+    one of them is killed, so that the budget holds for all of them together; readers need no lock.
+
+    Args:
+        folder: made when first written to; by default `default_folder`.
+        max_bytes: of all files; the least recently used leave first.
+        secret: see `BlobStore`.
+    """
+
+    name = "disk"
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str] | None = None,
+        max_bytes: int | str | None = "4GiB",
+        secret: bytes | str | None = None,
+    ) -> None:
+        super().__init__(max_bytes, secret)
+        self.folder = default_folder() if folder is None else Path(folder)
+
+    def _path(self, address: str, suffix: str = _SUFFIX) -> Path:
+        return self.folder / (check_address(address) + suffix)
+
+    def _turn(self) -> FileLock:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.folder / ".lock", timeout=60)
+
+    def _has(self, address: str) -> bool:
+        return self._path(address).exists()
+
+    def _read(self, address: str) -> bytes | None:
+        path = self._path(address)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        with suppress(OSError):  # evicted meanwhile, or not ours to touch: it was read all the same
+            os.utime(path)  # when it was last used
+        return data
+
+    def _write(self, address: str, data: bytes) -> None:
+        with self._turn():
+            for left in self.folder.glob(f"*{_PARTIAL}"):  # by a writer that was killed: whoever writes holds the lock
+                left.unlink(missing_ok=True)
+            self._make_room(len(data), self._path(address))
+            partial = self._path(address, _PARTIAL)
+            try:
+                partial.write_bytes(data)
+                partial.replace(self._path(address))
+            finally:
+                partial.unlink(missing_ok=True)
+
+    def _make_room(self, needed: int, replaced: Path) -> None:
+        if self.max_bytes is None:
+            return
+        files = self._files()
+        total = sum(status.st_size for status in files.values())
+        for path in sorted(files, key=lambda path: (path != replaced, files[path].st_mtime_ns)):
+            if total + needed <= self.max_bytes:
+                return
+            if path == replaced or not path.with_suffix(_PIN).exists():
+                path.unlink(missing_ok=True)
+                total -= files[path].st_size
+        if total + needed > self.max_bytes:
+            raise OSError(f"{needed} bytes do not fit beside {total} pinned ones into {self.max_bytes}")
+
+    def _files(self) -> dict[Path, os.stat_result]:
+        found = {}
+        for path in self.folder.glob(f"*{_SUFFIX}"):
+            try:
+                found[path] = path.stat()
+            except FileNotFoundError:  # removed meanwhile
+                continue
+        return found
+
+    def _remove(self, address: str) -> None:
+        self._pin(address, False)
+        self._path(address).unlink(missing_ok=True)
+
+    def _pin(self, address: str, pinned: bool) -> None:
+        mark = self._path(address, _PIN)
+        if pinned:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+        else:
+            mark.unlink(missing_ok=True)
+
+    def _used(self) -> int:
+        return sum(status.st_size for status in self._files().values())

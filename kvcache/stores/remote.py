@@ -1,0 +1,119 @@
+"""Snapshots anywhere that fsspec reaches: S3, GCS, Azure, SSH, a web server's folder."""
+
+from concurrent.futures import Future
+from threading import Lock, Thread
+from typing import Any
+
+from kvcache.errors import InputError
+from kvcache.stores.base import BlobStore, check_address
+
+_SUFFIX = ".safetensors"
+_PIN = ".pin"
+
+
+class RemoteStore(BlobStore):
+    """Snapshots as files of an fsspec location (extra ``remote``, and the package of the protocol, such as ``s3fs``).
+
+    Object stores write a file whole or not at all; where another location does not, the checksum finds what was torn.
+    A budget is kept by this process as well as it can: others that write at the same time may exceed it together.
+
+    Args:
+        url: such as ``s3://bucket/voices``.
+        max_bytes: of all files; those written longest ago leave first.
+        secret: see `BlobStore`; a location that others can write to deserves one.
+        timeout: seconds to wait for an answer before it counts as a miss.
+        **storage_options: of the file system, such as credentials.
+
+    Raises:
+        InputError: without the package fsspec or that of the protocol.
+    """
+
+    name = "remote"
+    retry_after = 5.0
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        max_bytes: int | str | None = None,
+        secret: bytes | str | None = None,
+        timeout: float = 10.0,
+        **storage_options: Any,
+    ) -> None:
+        super().__init__(max_bytes, secret)
+        try:
+            from fsspec.core import url_to_fs
+
+            self._files, self._folder = url_to_fs(url, **storage_options)
+        except (ImportError, ValueError) as error:
+            raise InputError(
+                f"cannot open {url!r}: {error}; run pip install 'kvcache[remote]' and the package of the protocol"
+            ) from error
+        self.timeout = timeout
+        self._lock = Lock()
+
+    def _path(self, address: str, suffix: str = _SUFFIX) -> str:
+        return f"{self._folder}/{check_address(address)}{suffix}"
+
+    def _has(self, address: str) -> bool:
+        return bool(self._files.exists(self._path(address)))
+
+    def _read(self, address: str) -> bytes | None:
+        answer: Future[bytes | None] = Future()
+
+        def read() -> None:
+            try:
+                answer.set_result(bytes(self._files.cat_file(self._path(address))))
+            except FileNotFoundError:
+                answer.set_result(None)
+            except Exception as error:  # raised again in the thread that asked
+                answer.set_exception(error)
+
+        Thread(
+            target=read, daemon=True, name="kvcache-remote"
+        ).start()  # one that hangs must not keep the program alive
+        return answer.result(self.timeout)
+
+    def _write(self, address: str, data: bytes) -> None:
+        with self._lock:
+            self._files.makedirs(self._folder, exist_ok=True)
+            if self.max_bytes is not None:
+                self._make_room(len(data), self._path(address))
+            self._files.pipe_file(self._path(address), data)
+
+    def _make_room(self, needed: int, replaced: str) -> None:
+        assert self.max_bytes is not None
+        entries = self._listing()
+        pins = {name.removesuffix(_PIN) for name in entries if name.endswith(_PIN)}
+        files = {name: entry for name, entry in entries.items() if name.endswith(_SUFFIX) and name != replaced}
+        total = sum(entry["size"] for entry in files.values())
+        for name in sorted(files, key=lambda name: str(files[name].get("mtime", files[name].get("LastModified", "")))):
+            if total + needed <= self.max_bytes:
+                return
+            if name.removesuffix(_SUFFIX) not in pins:
+                self._files.rm_file(name)
+                total -= files[name]["size"]
+        if total + needed > self.max_bytes:
+            raise OSError(f"{needed} bytes do not fit beside {total} pinned ones into {self.max_bytes}")
+
+    def _listing(self) -> dict[str, dict[str, Any]]:
+        try:
+            return {entry["name"]: entry for entry in self._files.ls(self._folder, detail=True, refresh=True)}
+        except FileNotFoundError:
+            return {}
+
+    def _remove(self, address: str) -> None:
+        for suffix in (_PIN, _SUFFIX):
+            if self._files.exists(self._path(address, suffix)):
+                self._files.rm_file(self._path(address, suffix))
+
+    def _pin(self, address: str, pinned: bool) -> None:
+        mark = self._path(address, _PIN)
+        if pinned:
+            self._files.makedirs(self._folder, exist_ok=True)
+            self._files.pipe_file(mark, b"")
+        elif self._files.exists(mark):
+            self._files.rm_file(mark)
+
+    def _used(self) -> int:
+        return sum(entry["size"] for name, entry in self._listing().items() if name.endswith(_SUFFIX))

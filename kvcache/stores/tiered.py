@@ -1,0 +1,127 @@
+"""Several stores as one: memory over disk over remote."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
+
+from kvcache.errors import InputError
+from kvcache.prefix import PrefixKey, PrefixSnapshot
+from kvcache.stores.base import Store, log
+from kvcache.stores.memory import MemoryStore
+
+_MOST_PENDING = 16  # writes; beyond them a request waits, so that memory stays bounded
+
+
+class TieredStore(Store):
+    """Asks the fastest tier first, and moves what it finds further down up (promotion).
+
+    What is put goes to every tier: to the first at once, to the others by a thread in the background, in order. What the
+    memory tier evicts is written to the next one if it is not there (demotion).
+
+    Args:
+        *tiers: the fastest first.
+        write_behind: False writes to all tiers before `put` returns.
+    """
+
+    name = "tiered"
+
+    def __init__(self, *tiers: Store, write_behind: bool = True) -> None:
+        super().__init__()
+        if not tiers:
+            raise InputError("TieredStore() has no tier; give at least one, such as MemoryStore()")
+        self._tiers = tiers
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="kvcache-write") if write_behind else None
+        self._pending: dict[int, tuple[Future[None], PrefixSnapshot]] = {}
+        self._lock = Lock()
+        if isinstance(tiers[0], MemoryStore) and len(tiers) > 1:
+            tiers[0].on_evict = self._demote
+
+    @property
+    def tiers(self) -> tuple[Store, ...]:
+        return self._tiers
+
+    def get(self, key: PrefixKey) -> PrefixSnapshot | None:
+        best: PrefixSnapshot | None = None
+        for i, tier in enumerate(self._tiers):
+            found = tier.get(key)
+            if found is None and i == 0:
+                found = self._being_written(key)  # evicted from the first tier, and not yet in the next
+            if found is not None and (best is None or len(found) > len(best)):
+                best = found
+            if found is not None and len(found) == len(key):
+                if i:
+                    self._put(found, self._tiers[:i])
+                break
+        return self._counted(key, best)
+
+    def has(self, key: PrefixKey) -> bool:
+        return any(tier.has(key) for tier in self._tiers)
+
+    def put(self, snapshot: PrefixSnapshot) -> None:
+        self._put(snapshot, self._tiers)
+
+    def delete(self, key: PrefixKey) -> None:
+        self.flush()  # or a write that is still to come would bring it back
+        for tier in self._tiers:
+            tier.delete(key)
+
+    def pin(self, key: PrefixKey, pinned: bool = True) -> None:
+        for tier in self._tiers:
+            tier.pin(key, pinned)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tier.nbytes for tier in self._tiers)
+
+    def flush(self) -> None:
+        """Wait until everything put so far has been written."""
+        with self._lock:
+            futures = [future for future, _ in self._pending.values()]
+        for future in futures:
+            future.result()
+
+    def close(self) -> None:
+        self.flush()
+        if self._pool is not None:
+            self._pool.shutdown()
+        for tier in self._tiers:
+            tier.close()
+
+    def _put(self, snapshot: PrefixSnapshot, tiers: tuple[Store, ...]) -> None:
+        tiers[0].put(snapshot)
+        self._later(snapshot, tiers[1:])
+
+    def _demote(self, snapshot: PrefixSnapshot) -> None:
+        self._later(snapshot, self._tiers[1:2], unless_there=True)
+
+    def _later(self, snapshot: PrefixSnapshot, tiers: tuple[Store, ...], unless_there: bool = False) -> None:
+        def write() -> None:
+            for tier in tiers:
+                if not (unless_there and tier.has(snapshot.key)):
+                    tier.put(snapshot)
+
+        if not tiers:
+            return
+        if self._pool is None:
+            write()
+            return
+        with self._lock:
+            crowded = len(self._pending) >= _MOST_PENDING
+        if crowded:
+            self.flush()
+        try:
+            future = self._pool.submit(write)
+        except RuntimeError:  # the interpreter is on its way out
+            log.warning("%s: %r is not written: the program is ending", self.name, snapshot)
+            return
+        with self._lock:
+            self._pending[id(future)] = future, snapshot
+        future.add_done_callback(self._written)
+
+    def _written(self, future: "Future[None]") -> None:
+        with self._lock:
+            self._pending.pop(id(future), None)
+
+    def _being_written(self, key: PrefixKey) -> PrefixSnapshot | None:
+        with self._lock:
+            waiting = [snapshot for _, snapshot in self._pending.values()]
+        return next((snapshot for snapshot in waiting if snapshot.key == key), None)
