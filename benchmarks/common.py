@@ -31,11 +31,22 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def interleaved(sides: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of each side in each round, all sides in turn, so that a machine that slows down slows them all."""
+def interleaved(
+    sides: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    warmup: int = 2,
+    before: Mapping[str, Callable[[], None]] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of each side in each round, all sides in turn, so that a machine that slows down slows them all.
+
+    Args:
+        before: what to do before a side's turn, outside its time.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for i in tqdm(range(warmup + rounds), desc="rounds", leave=False):
         for name, run in sides.items():
+            if before is not None and name in before:
+                before[name]()
             start = time.perf_counter()
             run()
             if i >= warmup:

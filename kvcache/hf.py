@@ -133,6 +133,7 @@ def new_cache(
     positions: PositionMode = "absolute",
     rows: int | None = None,
     padding: Tensor | None = None,
+    geometry: CacheGeometry | None = None,
 ) -> Any:
     """A cache to pass as ``past_key_values``; for an encoder-decoder, its decoder's.
 
@@ -147,13 +148,14 @@ def new_cache(
         positions: ``"rerotated"`` moves the pinned keys next to the window (needs RoPE).
         rows: refuse another batch size.
         padding: pads on the left of each row, ``[batch]``; see `left_padding`.
+        geometry: the model's, where it is known already.
 
     Raises:
         PositionsError, PolicyError, GeometryError: if that cannot work for this model.
     """
     if positions not in ("absolute", "rerotated"):
         raise PositionsError(f"positions={positions!r} must be 'absolute' or 'rerotated'")
-    geometry = CacheGeometry.from_model(model)
+    geometry = CacheGeometry.from_model(model) if geometry is None else geometry
     layers = list(DynamicCache(config=model.config).layers)[: geometry.layers]  # T5's has as many as its encoder
     layers += [_full_layer() for _ in range(geometry.layers - len(layers))]
     managed = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]

@@ -30,7 +30,7 @@ class KVCacheManager:
         positions: ``"absolute"``, or ``"rerotated"``: the pinned tokens (sinks) move along next to the window, so that
             distances stay within what the model was trained on (StreamingLLM; RoPE models only).
         preallocate: take a cache's memory at once, not as it grows.
-        speakers: where prefixes live (`add_prefix`); by default memory over disk, from the first of them on.
+        speakers: where prefixes live (`add_prefix`); by default memory over disk.
 
     Raises:
         PolicyError, PositionsError: if that cannot work for this model.
@@ -54,7 +54,7 @@ class KVCacheManager:
         self.enabled = True
         self.geometry = CacheGeometry.from_model(model)
         self._last = CacheReport(())
-        self._speakers = speakers
+        self.speakers = SpeakerCache(default_store(self.geometry.device)) if speakers is None else speakers
         self._prefixes: dict[str, PrefixKey] = {}
         # Says now, not at the first request, what cannot work.
         hf.new_cache(model, policy, max_length=max_cache_length, preallocate=preallocate, positions=positions)
@@ -94,6 +94,7 @@ class KVCacheManager:
             positions=self.positions,
             rows=batch_size,
             padding=hf.left_padding(attention_mask) if self._evicts else None,
+            geometry=self.geometry,
         )
         if snapshot is not None:
             snapshot.to(self.model.device).fork(cache, batch_size)
@@ -145,13 +146,6 @@ class KVCacheManager:
         return max(layer.trim(max_tokens) for layer in layers)
 
     # ------------------------------------------------------------------ prefixes
-
-    @property
-    def speakers(self) -> SpeakerCache:
-        """Where the prefixes live."""
-        if self._speakers is None:
-            self._speakers = SpeakerCache(default_store(self.model.device))
-        return self._speakers
 
     @property
     def prefixes(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kvcache.archive import pack, unpack
-from kvcache.errors import CorruptError, GeometryError, InputError
+from kvcache.errors import CapacityError, CorruptError, GeometryError, InputError
 from kvcache.fingerprint import tensor_bytes
 from kvcache.layers import KVLayer
 
@@ -38,7 +38,8 @@ class PrefixKey:
 
     def __post_init__(self) -> None:
         given = self.content
-        if given.dim() != (2 if given.is_floating_point() else 1) or given.shape[0] == 0:
+        neither = given.is_complex() or given.dtype == torch.bool
+        if neither or given.dim() != (2 if given.is_floating_point() else 1) or given.shape[0] == 0:
             raise InputError(
                 f"a prefix is token ids [tokens] or embeddings [tokens, dim], at least one; got {given.dtype} {list(given.shape)}"
             )
@@ -75,7 +76,7 @@ class PrefixKey:
         if self.family != other.family:
             return 0
         shorter = min(len(self), len(other))
-        mine, theirs = (key.content[:shorter].reshape(shorter, -1).view(torch.uint8) for key in (self, other))
+        mine, theirs = (_words(key.content[:shorter]) for key in (self, other))
         if torch.equal(mine, theirs):
             return shorter
         return int((mine == theirs).all(1).long().argmin())
@@ -188,6 +189,8 @@ class PrefixSnapshot:
             raise GeometryError(
                 f"the prefix has {len(self.layers)} layers, the cache {given}; use a cache for the same model"
             )
+        for layer in cache.layers:
+            _check_room(layer, len(self))
         for i, (keys, values) in enumerate(self.layers):
             cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), i)
 
@@ -241,6 +244,25 @@ class PrefixSnapshot:
             CorruptError: if one byte of it has changed.
         """
         return cls.from_tensors(*unpack(data, secret))
+
+
+def _check_room(layer: Any, tokens: int) -> None:
+    """Raise `CapacityError` if `tokens` do not fit: asked of every layer before the first of them changes."""
+    if isinstance(kv := getattr(layer, "kv", None), KVLayer):
+        kv.check(tokens)
+    static = not getattr(layer, "is_sliding", False)
+    room = getattr(layer, "max_cache_len", None) if static else None  # of one of transformers' static layers
+    if room is not None and tokens > room:
+        raise CapacityError(
+            f"the prefix has {tokens} tokens, the cache room for {room}; make it with a larger max_cache_len"
+        )
+
+
+def _words(content: Tensor) -> Tensor:
+    """Each token's bytes, ``[tokens, words]``: so that -0.0 is not 0.0 and NaN is NaN; in large words, for speed."""
+    rows = content.reshape(content.shape[0], -1)
+    size = rows.shape[1] * rows.element_size()
+    return rows.view(torch.int64 if size % 8 == 0 else torch.int32 if size % 4 == 0 else torch.uint8)
 
 
 def _copy(states: Tensor) -> Tensor:

@@ -1,5 +1,15 @@
-"""One torch thread per test process: tiny models gain nothing from more, and two processes fight over the cores."""
+"""One torch thread per test process: tiny models gain nothing from more, and two processes fight over the cores.
+
+Voices and prefixes go to a folder of this run's own, not to the user's cache.
+"""
+
+import atexit
+import os
+import shutil
+import tempfile
 
 import torch
 
 torch.set_num_threads(1)
+os.environ["KVCACHE_HOME"] = tempfile.mkdtemp(prefix="kvcache-tests-")
+atexit.register(shutil.rmtree, os.environ["KVCACHE_HOME"], ignore_errors=True)

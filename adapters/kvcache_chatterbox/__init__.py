@@ -3,5 +3,15 @@
 from kvcache_chatterbox.engine import ChatterboxEngine
 from kvcache_chatterbox.loading import byte_tokens, load_t3, random_conditionals
 from kvcache_chatterbox.sampling import Sampling, SamplingOptions
+from kvcache_chatterbox.voices import Voice, Voices
 
-__all__ = ["ChatterboxEngine", "Sampling", "SamplingOptions", "byte_tokens", "load_t3", "random_conditionals"]
+__all__ = [
+    "ChatterboxEngine",
+    "Sampling",
+    "SamplingOptions",
+    "Voice",
+    "Voices",
+    "byte_tokens",
+    "load_t3",
+    "random_conditionals",
+]

@@ -59,7 +59,7 @@ class HeadReader:
                     keys = _project(module, module.k_proj, kv_head, hidden, cos, sin)
                 else:
                     keys = cache.layers[layer].keys[0, kv_head]
-                self.weights[layer, head] = _weights(query, keys, module.scaling)
+                self.weights[layer, head] = _weights(query, keys, module.scaling, kwargs.get("attention_mask"))
 
 
 def _project(module: Any, projection: nn.Linear, head: int, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -71,12 +71,17 @@ def _project(module: Any, projection: nn.Linear, head: int, hidden: Tensor, cos:
     return torch.as_tensor(rotate(states, states, cos, sin)[0])[0, 0]
 
 
-def _weights(query: Tensor, keys: Tensor, scaling: float) -> Tensor:
+def _weights(query: Tensor, keys: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
+    """What row 0 looks at: under the layer's own mask, or where it was given none, causally."""
     scores = (query @ keys.T) * scaling
     new, total = scores.shape
-    if new > 1:
+    lowest = torch.finfo(scores.dtype).min
+    if mask is not None:
+        seen = mask[0, 0, :, :total]
+        scores = scores.masked_fill(~seen, lowest) if seen.dtype == torch.bool else scores + seen
+    elif new > 1:
         future = torch.ones(new, total, dtype=torch.bool, device=scores.device).triu(total - new + 1)
-        scores = scores.masked_fill(future, torch.finfo(scores.dtype).min)
+        scores = scores.masked_fill(future, lowest)
     return torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
 
 
@@ -100,9 +105,20 @@ class AlignmentCheck:
         """Whether this T3 is checked: the multilingual one, up to the release that dropped the analyzer."""
         return bool(t3.hp.is_multilingual) and hasattr(sys.modules[type(t3).__module__], "AlignmentStreamAnalyzer")
 
-    def step(self, logits: Tensor, last_token: int) -> Tensor:
-        """The logits ``[1, vocabulary]``, with the end of speech suppressed or forced where the alignment says so."""
+    def step(self, logits: Tensor, last_token: int, own: tuple[int, Tensor] | None = None) -> Tensor:
+        """The logits ``[1, vocabulary]``, with the end of speech suppressed or forced where the alignment says so.
+
+        Args:
+            own: of a first pass in which rows lay side by side: how many queries and which keys are the conditional's.
+        """
         first = self._analyzer.curr_frame_pos == 0
         maps = [self.reader.weights[head] for head in self._heads]
-        self._analyzer.last_aligned_attns = [(m if first else m[-1:]).cpu() for m in maps]
+        if own is not None:
+            maps = [m[: own[0], own[1]] for m in maps]
+        self._analyzer.last_aligned_attns = [(_square(m) if first else m[-1:]).cpu() for m in maps]
         return torch.as_tensor(self._analyzer.step(logits, next_token=last_token))
+
+
+def _square(weights: Tensor) -> Tensor:
+    """With empty rows for the first queries, which were known and not run: the analyzer counts rows from the start."""
+    return nn.functional.pad(weights, (0, 0, weights.shape[1] - weights.shape[0], 0))

@@ -1,17 +1,23 @@
 """From speech tokens to audio: the voice, the tokenizer and the vocoder of a loaded Chatterbox model."""
 
-import copy
+import hashlib
+import os
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvcache import InputError
+from kvcache_chatterbox.voices import Voice
 
 SPEECH_TOKENS = 6561  # tokens from here on are start and stop, not speech
 SAMPLES_PER_TOKEN = 960  # 24 kHz audio, 25 tokens a second
+_CLIPS = 32
 
 
 class AudioStream:
@@ -65,24 +71,42 @@ class Speaker:
     def __init__(self, tts: Any) -> None:
         self._tts = tts
         self._upstream = sys.modules[type(tts).__module__]
+        self._clips: OrderedDict[bytes, Voice] = OrderedDict()
+        self._encoding = RLock()
 
-    def voice(self, audio_prompt_path: str | None, exaggeration: float | None) -> Any:
-        """Upstream's `Conditionals` for a request; those of the model stay as they are."""
-        conditionals = self._tts.conds
-        if audio_prompt_path is not None:
-            try:
-                self._tts.prepare_conditionals(audio_prompt_path)
-                conditionals, self._tts.conds = self._tts.conds, conditionals
-            except BaseException:
-                self._tts.conds = conditionals
-                raise
-        if conditionals is None:
-            raise InputError("there is no voice: give audio_prompt_path, or load the model with its conds.pt")
-        if exaggeration is not None:
-            conditionals = copy.copy(conditionals)
-            conditionals.t3 = copy.copy(conditionals.t3)
-            conditionals.t3.emotion_adv = exaggeration * torch.ones(1, 1, 1)
-        return conditionals
+    def builtin(self) -> Voice:
+        """The voice that the model was loaded with.
+
+        Raises:
+            InputError: if there is none.
+        """
+        if self._tts.conds is None:
+            raise InputError("there is no voice: give voice or audio_prompt_path, or load the model with its conds.pt")
+        return Voice.of(self._tts.t3, self._tts.conds)
+
+    def encode(self, audio_prompt_path: str | os.PathLike[str]) -> Voice:
+        """The voice of a clip. It takes seconds, so each clip is encoded once; the last few are remembered by content."""
+        try:
+            clip = hashlib.sha256(Path(audio_prompt_path).read_bytes()).digest()
+        except OSError:
+            clip = None
+        with self._encoding:
+            if clip is None:
+                return self._encode(audio_prompt_path)  # upstream says what is wrong with it
+            if clip not in self._clips:
+                self._clips[clip] = self._encode(audio_prompt_path)
+                if len(self._clips) > _CLIPS:
+                    self._clips.popitem(last=False)
+            self._clips.move_to_end(clip)
+            return self._clips[clip]
+
+    def _encode(self, audio_prompt_path: str | os.PathLike[str]) -> Voice:
+        before = self._tts.conds
+        try:
+            self._tts.prepare_conditionals(os.fspath(audio_prompt_path))
+            return Voice.of(self._tts.t3, self._tts.conds)
+        finally:
+            self._tts.conds = before
 
     def tokenize(self, text: str, language_id: str | None) -> Tensor:
         """The text, its punctuation normalized as upstream does it, as T3's text tokens ``[1, n]``."""
@@ -105,7 +129,7 @@ class Speaker:
             torch.nn.functional.pad(tokens, (1, 0), value=hp.start_text_token), (0, 1), value=hp.stop_text_token
         )
 
-    def speak(self, chunks: Iterator[Tensor], voice: Any, watermark: bool) -> Iterator[Tensor]:
+    def speak(self, chunks: Iterator[Tensor], voice: Voice, watermark: bool) -> Iterator[Tensor]:
         """Audio chunks ``[1, samples]`` for chunks of speech tokens ``[1, n]``."""
         stream = AudioStream(lambda tokens: self._vocode(tokens, voice))
         for chunk in chunks:
@@ -113,7 +137,7 @@ class Speaker:
         yield from self._marked(stream.push(self._silence()), watermark)
         yield from self._marked(stream.finish(), watermark)
 
-    def say(self, chunks: Iterator[Tensor], voice: Any, watermark: bool) -> Tensor:
+    def say(self, chunks: Iterator[Tensor], voice: Voice, watermark: bool) -> Tensor:
         """The audio ``[1, samples]`` of all chunks, in one vocoder pass."""
         tokens = torch.cat([*(_speech(chunk) for chunk in chunks), self._silence()])
         if tokens.numel() == 0:
@@ -125,9 +149,11 @@ class Speaker:
         silence = getattr(self._upstream, "S3GEN_SIL", None)
         return torch.full((0 if silence is None else 3,), silence or 0, device=self._tts.t3.device)
 
-    def _vocode(self, tokens: Tensor, voice: Any) -> Tensor:
+    def _vocode(self, tokens: Tensor, voice: Voice) -> Tensor:
         steps = {"n_cfm_timesteps": 2} if getattr(self._tts.s3gen, "meanflow", False) else {}
-        audio, _ = self._tts.s3gen.inference(speech_tokens=tokens, ref_dict=voice.gen, **steps)
+        audio, _ = self._tts.s3gen.inference(
+            speech_tokens=tokens, ref_dict=dict(voice.gen), **steps
+        )  # it writes into it
         return torch.as_tensor(audio).squeeze(0).detach().cpu()
 
     def _marked(self, audio: Tensor, watermark: bool) -> Iterator[Tensor]:

@@ -1,7 +1,8 @@
 """T3's token loop: prefill, then one token at a time, on a managed cache or recomputed from the start."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from kvcache_chatterbox.alignment import AlignmentCheck
 from kvcache_chatterbox.requests import Prefill, embed_speech
+from kvcache_chatterbox.reuse import FirstPass
 from kvcache_chatterbox.sampling import Sampling, draw
 
 
@@ -22,6 +24,7 @@ class Decoder:
         max_new_tokens: how many at most.
         cache: what to pass as `past_key_values`; None recomputes everything at every token.
         generator: of the draws; None takes torch's global one, as upstream does.
+        start: prefills the request into the cache, from what is known of its voice; None runs all of it.
     """
 
     def __init__(
@@ -32,6 +35,7 @@ class Decoder:
         max_new_tokens: int,
         cache: Any,
         generator: torch.Generator | None,
+        start: Callable[[Prefill, Any], FirstPass] | None = None,
     ) -> None:
         self._t3 = t3
         self._cfg_weight = sampling.cfg_weight
@@ -40,6 +44,7 @@ class Decoder:
         self._cache = cache
         self._generator = generator
         self._pending = request.embeds  # what the next forward pass runs
+        self._start = None if start is None else partial(start, request, cache)
         self._alignment = AlignmentCheck(t3, request.text) if AlignmentCheck.wanted(t3) else None
         self._ids = torch.full((1, max_new_tokens + 1), t3.hp.start_speech_token, device=t3.device)
 
@@ -60,7 +65,7 @@ class Decoder:
     # Decorated here and not around the loop: a suspended generator would leave its caller in inference mode.
     @torch.inference_mode()
     def _step(self, made: int) -> Tensor:
-        logits = self._combine(self._forward(), made)
+        logits = self._logits(made)
         # The GPT-2 loop penalizes the start token only as long as there is nothing else.
         drawn = self._ids[:, 1 if self._t3.is_gpt and made else 0 : made + 1]
         for processor in self._processors:
@@ -71,21 +76,20 @@ class Decoder:
         self._pending = embeds if self._cache is not None else torch.cat([self._pending, embeds], dim=1)
         return token
 
-    def _forward(self) -> Tensor:
-        """Logits of the last position, ``[rows, vocabulary]``."""
-        reading = nullcontext() if self._alignment is None else self._alignment.reader.reading()
-        caching = self._cache is not None
-        with reading:
-            hidden = self._t3.tfmr(inputs_embeds=self._pending, past_key_values=self._cache, use_cache=caching)[0]
-        logits: Tensor = self._t3.speech_head(hidden[:, -1])
-        return logits
-
-    def _combine(self, logits: Tensor, made: int) -> Tensor:
-        """Guidance and alignment: ``[1, vocabulary]``."""
+    def _logits(self, made: int) -> Tensor:
+        """Of the last position, guided and checked, ``[1, vocabulary]``."""
+        with nullcontext() if self._alignment is None else self._alignment.reader.reading():
+            out = self._start() if self._start is not None and made == 0 else self._forward()
+        logits: Tensor = self._t3.speech_head(out.hidden)
         if logits.shape[0] == 2:
             conditional, unconditional = logits[0:1], logits[1:2]
             weight = torch.as_tensor(self._cfg_weight, device=logits.device, dtype=logits.dtype)
             logits = conditional + weight * (conditional - unconditional)
         if self._alignment is not None:
-            logits = self._alignment.step(logits, int(self._ids[0, made]))
+            logits = self._alignment.step(logits, int(self._ids[0, made]), out.own)
         return logits
+
+    def _forward(self) -> FirstPass:
+        caching = self._cache is not None
+        out = self._t3.tfmr(inputs_embeds=self._pending, past_key_values=self._cache, use_cache=caching)
+        return FirstPass(out[0][:, -1])

@@ -1,5 +1,6 @@
 """`ChatterboxEngine`: a loaded Chatterbox model, streaming on managed caches."""
 
+import os
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -7,13 +8,25 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from kvcache import CacheReport, CapacityError, InputError, KeepAll, KVCacheManager, Pinned, SizePolicy
+from kvcache import (
+    CacheReport,
+    CapacityError,
+    InputError,
+    KeepAll,
+    KVCacheManager,
+    Pinned,
+    SizePolicy,
+    SpeakerCache,
+    default_store,
+)
 from kvcache.hf import PositionMode, new_cache
 from kvcache.streaming import as_async, chunked
 from kvcache_chatterbox.audio import Speaker
 from kvcache_chatterbox.decoding import Decoder
-from kvcache_chatterbox.requests import check_text, prefill
+from kvcache_chatterbox.requests import check_text, condition, prefill
+from kvcache_chatterbox.reuse import Reuse, VoiceReuse
 from kvcache_chatterbox.sampling import Sampling, SamplingOptions
+from kvcache_chatterbox.voices import Voice, Voices, read_conds
 
 
 class ChatterboxEngine:
@@ -28,6 +41,13 @@ class ChatterboxEngine:
         max_cache_length: the most tokens a request may hold, prefix and speech.
         positions: ``"rerotated"`` moves the prefix along next to the window (Llama variants).
         double_bos: give the Llama variants the start-of-speech token twice, as upstream does.
+        speakers: where what is known of voices lives; by default memory over disk, from the first voice on.
+        reuse: ``"all"`` runs of a request only what is not known of its voice; ``"conditioning"`` does without the
+            unconditional text, which guidance needs; ``"none"`` runs everything.
+
+    Attributes:
+        speakers: where what is known of voices lives.
+        voices: the voices added so far, by name.
 
     Raises:
         PolicyError, PositionsError: if the policy cannot work for this model.
@@ -41,13 +61,20 @@ class ChatterboxEngine:
         *,
         positions: PositionMode = "absolute",
         double_bos: bool = True,
+        speakers: SpeakerCache | None = None,
+        reuse: Reuse = "all",
     ) -> None:
         self.t3 = getattr(model, "t3", model)
         if not hasattr(self.t3, "tfmr") or not hasattr(self.t3, "speech_head"):
             raise InputError(
                 f"{type(model).__name__} is no Chatterbox model: give a ChatterboxTTS (any variant) or its T3"
             )
+        if reuse not in ("all", "conditioning", "none"):
+            raise InputError(f"reuse={reuse!r} must be 'all', 'conditioning' or 'none'")
         self.double_bos = double_bos
+        self.speakers = SpeakerCache(default_store(self.t3.device)) if speakers is None else speakers
+        self._reuse = None if reuse == "none" else VoiceReuse(self.t3, self.speakers, reuse)
+        self.voices = Voices(self.t3, self._reuse)
         self.enabled = True
         self._manager = KVCacheManager(self.t3.tfmr, policy, max_cache_length, positions=positions)
         self._speaker = Speaker(model) if hasattr(model, "s3gen") else None
@@ -71,13 +98,55 @@ class ChatterboxEngine:
         """The account of the last request's cache, as of its last chunk."""
         return self._last
 
+    # ------------------------------------------------------------------ voices
+
+    def add_voice(
+        self,
+        name: str,
+        audio_prompt_path: str | os.PathLike[str] | None = None,
+        *,
+        conditionals: Any = None,
+        exaggeration: float | None = None,
+        pin: bool = False,
+    ) -> Voice:
+        """Add a voice for ``voice=name``: encode its clip and compute what its requests will share, or find it.
+
+        Args:
+            name: one that exists is replaced.
+            audio_prompt_path: a clip of the voice.
+            conditionals: or upstream's `Conditionals` or `T3Cond`, a `Voice`, or the path of a ``conds.pt``.
+            exaggeration: the voice's emotion unless a request gives another; by default as encoded.
+            pin: never evict what was computed.
+
+        Raises:
+            InputError: for a name that cannot be one, or a voice that does not fit the model.
+        """
+        if (audio_prompt_path is None) == (conditionals is None):
+            raise InputError(f"voice {name!r} needs either audio_prompt_path or conditionals")
+        if audio_prompt_path is not None:
+            voice = self._with_vocoder().encode(audio_prompt_path)
+        elif isinstance(conditionals, str | os.PathLike):
+            voice = read_conds(self.t3, conditionals)
+        else:
+            voice = Voice.of(self.t3, conditionals)
+        if exaggeration is not None:
+            voice = voice.with_emotion(exaggeration)
+        self.voices.add(name, voice)
+        if self._reuse is not None:
+            shared = self._reuse.prepare(voice.t3)
+            if pin:
+                self.speakers.pin(shared.key)
+        return voice
+
     # ------------------------------------------------------------------ speech tokens
 
     def inference_stream(
         self,
         *,
-        t3_cond: Any,
         text_tokens: Tensor,
+        t3_cond: Any = None,
+        voice: str | Voice | None = None,
+        exaggeration: float | None = None,
         max_new_tokens: int = 1000,
         chunk_size: int = 25,
         use_kv_cache: bool = True,
@@ -90,9 +159,11 @@ class ChatterboxEngine:
         included), or `inference_turbo` (GPT-2 variants, without it).
 
         Args:
-            t3_cond: the voice, upstream's `T3Cond`; it is not changed.
             text_tokens: ``[tokens]`` or ``[1, tokens]``, with start and stop token for the Llama variants; or the same
                 row twice, as upstream wants it.
+            t3_cond: who speaks, upstream's `T3Cond`, run as it is; it is not changed.
+            voice: who speaks, by the name it was added under; what is known of it is not run again.
+            exaggeration: emotion; by default as the voice has it.
             max_new_tokens: how many speech tokens at most.
             chunk_size: tokens in a chunk; the last may be shorter.
             use_kv_cache: False recomputes everything, as `disable_kv_cache` does for all requests.
@@ -102,29 +173,29 @@ class ChatterboxEngine:
         Raises:
             InputError, CapacityError: before anything has run.
         """
-        options = Sampling.of(self.t3.is_gpt, sampling)
-        if self.t3.is_gpt and options.cfg_weight > 0:
-            raise InputError(f"cfg_weight={options.cfg_weight}: the GPT-2 variants have no guidance; leave it out")
-        for name, value in (("max_new_tokens", max_new_tokens), ("chunk_size", chunk_size)):
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"{name}={value} must be a whole number of at least 1")
-        text = check_text(self.t3, text_tokens, guided=options.cfg_weight > 0)
-        positions = self.t3.speech_pos_emb
-        if positions is not None and max_new_tokens >= (longest := positions.emb.num_embeddings):
-            raise InputError(
-                f"max_new_tokens={max_new_tokens}: the model learned {longest} speech positions; ask for fewer"
-            )
-        request = prefill(self.t3, t3_cond, text, self.double_bos)
-        cache = self._new_cache(request.embeds, max_new_tokens) if self.enabled and use_kv_cache else None
-        generator = None if seed is None else torch.Generator(self.t3.device).manual_seed(seed)
-        decoder = Decoder(self.t3, request, options, max_new_tokens, cache, generator)
-        return self._reported(chunked(decoder.tokens(), chunk_size), cache)
+        if (t3_cond is None) == (voice is None):
+            raise InputError("give either voice, a name among engine.voices, or t3_cond")
+        speaker = self._voice(voice) if t3_cond is None else Voice(t3_cond, {})
+        if exaggeration is not None:
+            speaker = speaker.with_emotion(exaggeration)
+        return self._tokens(
+            speaker,
+            text_tokens,
+            max_new_tokens=max_new_tokens,
+            chunk_size=chunk_size,
+            use_kv_cache=use_kv_cache,
+            seed=seed,
+            reuse=None if t3_cond is not None else self._reuse,
+            sampling=sampling,
+        )
 
     def ainference_stream(
         self,
         *,
-        t3_cond: Any,
         text_tokens: Tensor,
+        t3_cond: Any = None,
+        voice: str | Voice | None = None,
+        exaggeration: float | None = None,
         max_new_tokens: int = 1000,
         chunk_size: int = 25,
         use_kv_cache: bool = True,
@@ -134,8 +205,10 @@ class ChatterboxEngine:
         """`inference_stream` for an event loop. Cancelling ends the request."""
         return as_async(
             self.inference_stream(
-                t3_cond=t3_cond,
                 text_tokens=text_tokens,
+                t3_cond=t3_cond,
+                voice=voice,
+                exaggeration=exaggeration,
                 max_new_tokens=max_new_tokens,
                 chunk_size=chunk_size,
                 use_kv_cache=use_kv_cache,
@@ -150,7 +223,8 @@ class ChatterboxEngine:
         self,
         text: str,
         *,
-        audio_prompt_path: str | None = None,
+        voice: str | Voice | None = None,
+        audio_prompt_path: str | os.PathLike[str] | None = None,
         exaggeration: float | None = None,
         language_id: str | None = None,
         max_new_tokens: int = 1000,
@@ -163,7 +237,8 @@ class ChatterboxEngine:
 
         Args:
             text: what to say.
-            audio_prompt_path: a clip of the voice; by default the voice that the model was loaded with.
+            voice: who speaks, by the name it was added under; by default the voice that the model was loaded with.
+            audio_prompt_path: or a clip of who speaks.
             exaggeration: emotion; by default as the voice has it.
             language_id: for the multilingual model, such as ``"fr"``.
             watermark: mark each chunk with the model's watermarker.
@@ -173,22 +248,24 @@ class ChatterboxEngine:
             InputError: if the model is a bare T3, the text is empty, or there is no voice.
         """
         speaker = self._with_vocoder()
-        voice = speaker.voice(audio_prompt_path, exaggeration)
+        who = self._voice(voice, audio_prompt_path)
         tokens = self.inference_stream(
-            t3_cond=voice.t3,
+            voice=who,
+            exaggeration=exaggeration,
             text_tokens=speaker.tokenize(text, language_id),
             max_new_tokens=max_new_tokens,
             chunk_size=chunk_size,
             seed=seed,
             **sampling,
         )
-        return speaker.speak(tokens, voice, watermark)
+        return speaker.speak(tokens, who, watermark)
 
     def generate(
         self,
         text: str,
         *,
-        audio_prompt_path: str | None = None,
+        voice: str | Voice | None = None,
+        audio_prompt_path: str | os.PathLike[str] | None = None,
         exaggeration: float | None = None,
         language_id: str | None = None,
         max_new_tokens: int = 1000,
@@ -198,17 +275,60 @@ class ChatterboxEngine:
     ) -> Tensor:
         """The audio of one text ``[1, samples]``, as upstream's `generate` makes it: all tokens, then one vocoder pass."""
         speaker = self._with_vocoder()
-        voice = speaker.voice(audio_prompt_path, exaggeration)
+        who = self._voice(voice, audio_prompt_path)
         tokens = self.inference_stream(
-            t3_cond=voice.t3,
+            voice=who,
+            exaggeration=exaggeration,
             text_tokens=speaker.tokenize(text, language_id),
             max_new_tokens=max_new_tokens,
             seed=seed,
             **sampling,
         )
-        return speaker.say(tokens, voice, watermark)
+        return speaker.say(tokens, who, watermark)
 
     # ------------------------------------------------------------------ inside
+
+    def _tokens(
+        self,
+        voice: Voice,
+        text_tokens: Tensor,
+        *,
+        max_new_tokens: int,
+        chunk_size: int,
+        use_kv_cache: bool,
+        seed: int | None,
+        reuse: VoiceReuse | None,
+        sampling: SamplingOptions,
+    ) -> Iterator[Tensor]:
+        options = Sampling.of(self.t3.is_gpt, sampling)
+        if self.t3.is_gpt and options.cfg_weight > 0:
+            raise InputError(f"cfg_weight={options.cfg_weight}: the GPT-2 variants have no guidance; leave it out")
+        for name, value in (("max_new_tokens", max_new_tokens), ("chunk_size", chunk_size)):
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"{name}={value} must be a whole number of at least 1")
+        text = check_text(self.t3, text_tokens, guided=options.cfg_weight > 0)
+        positions = self.t3.speech_pos_emb
+        if positions is not None and max_new_tokens >= (longest := positions.emb.num_embeddings):
+            raise InputError(
+                f"max_new_tokens={max_new_tokens}: the model learned {longest} speech positions; ask for fewer"
+            )
+        conditioning = condition(self.t3, voice.t3) if reuse is None else reuse.condition(voice.t3)
+        request = prefill(self.t3, conditioning, text, self.double_bos)
+        cache = self._new_cache(request.embeds, max_new_tokens) if self.enabled and use_kv_cache else None
+        generator = None if seed is None else torch.Generator(self.t3.device).manual_seed(seed)
+        start = None if cache is None or reuse is None else reuse.start
+        decoder = Decoder(self.t3, request, options, max_new_tokens, cache, generator, start)
+        return self._reported(chunked(decoder.tokens(), chunk_size), cache)
+
+    def _voice(self, voice: str | Voice | None, audio_prompt_path: str | os.PathLike[str] | None = None) -> Voice:
+        if voice is not None and audio_prompt_path is not None:
+            raise InputError(f"give voice={voice!r} or audio_prompt_path={audio_prompt_path!r}, not both")
+        if isinstance(voice, Voice):
+            return voice
+        if voice is not None:
+            return self.voices[voice]
+        speaker = self._with_vocoder()
+        return speaker.builtin() if audio_prompt_path is None else speaker.encode(audio_prompt_path)
 
     def _with_vocoder(self) -> Speaker:
         if self._speaker is None:
@@ -227,7 +347,14 @@ class ChatterboxEngine:
                 f"max_cache_length is {longest}; lower max_new_tokens, raise max_cache_length, or give a policy that evicts"
             )
         policy = Pinned(prefix, self.policy) if self.policy.evicts else self.policy
-        return new_cache(self.t3.tfmr, policy, max_length=longest, positions=self._manager.positions, rows=rows)
+        return new_cache(
+            self.t3.tfmr,
+            policy,
+            max_length=longest,
+            positions=self._manager.positions,
+            rows=rows,
+            geometry=self._manager.geometry,
+        )
 
     def _reported(self, chunks: Iterator[Tensor], cache: Any) -> Iterator[Tensor]:
         for chunk in chunks:

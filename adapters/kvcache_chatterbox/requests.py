@@ -87,21 +87,30 @@ def copy_conditionals(t3: Any, t3_cond: Any) -> Any:
 
 
 @torch.inference_mode()
-def prefill(t3: Any, t3_cond: Any, text: Tensor, double_bos: bool = True) -> Prefill:
+def condition(t3: Any, t3_cond: Any) -> Tensor:
+    """The voice as the beginning of the backbone's input, ``[1, tokens, dim]``."""
+    return torch.as_tensor(t3.prepare_conditioning(copy_conditionals(t3, t3_cond)))
+
+
+@torch.inference_mode()
+def prefill(t3: Any, conditioning: Tensor, text: Tensor, double_bos: bool = True) -> Prefill:
     """Upstream's prefill: conditioning, text, start of speech; the Llama models get that last one twice.
 
     Args:
-        text: ``[rows, tokens]`` from `check_text`; two rows mean guidance.
+        conditioning: from `condition`.
+        text: ``[rows, tokens]`` from `check_text`; two rows mean guidance: the second has its text embeddings zeroed.
         double_bos: keep upstream's second start-of-speech token (Llama models).
     """
-    guided = text.shape[0] == 2
-    bos = torch.full_like(text[:, :1], t3.hp.start_speech_token)
-    embeds, conditioning = t3.prepare_input_embeds(
-        t3_cond=copy_conditionals(t3, t3_cond), text_tokens=text, speech_tokens=bos, cfg_weight=1.0 if guided else 0.0
-    )
-    if not t3.is_gpt and double_bos:
-        embeds = torch.cat([embeds, embed_speech(t3, bos, 0)], dim=1)
-    return Prefill(embeds, (conditioning, conditioning + text.shape[1]))
+    rows, tokens = text.shape
+    embeds = t3.text_emb(text)
+    if rows == 2:
+        embeds[1].zero_()
+    if t3.text_pos_emb is not None:
+        embeds = embeds + t3.text_pos_emb(text)
+    bos = embed_speech(t3, torch.full_like(text[:, :1], t3.hp.start_speech_token), 0)
+    speech = [bos, bos] if double_bos and not t3.is_gpt else [bos]
+    begin = conditioning.shape[1]
+    return Prefill(torch.cat([conditioning.expand(rows, -1, -1), embeds, *speech], dim=1), (begin, begin + tokens))
 
 
 def embed_speech(t3: Any, tokens: Tensor, position: int) -> Tensor:

@@ -1,0 +1,168 @@
+"""What of a request's prefill its voice has computed before.
+
+The conditioning at the beginning is the same for every text. With guidance (CFG) there is more: the unconditional row has
+its text embeddings zeroed, so it depends on the text's length alone, and what a longer text computed begins with what a
+shorter one needs. Both are kept as one prefix per voice and emotion: conditioning, then unconditional text. A request
+then runs its own text in one row and the start of speech in both. The emotion is the last token of the conditioning, so
+another emotion shares all before it.
+"""
+
+import dataclasses
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from kvcache import CacheGeometry, PrefixKey, PrefixSnapshot, SpeakerCache, model_fingerprint
+from kvcache.fingerprint import tensor_bytes
+from kvcache.hf import kv_layers, new_cache
+from kvcache_chatterbox.requests import Prefill, condition
+
+Reuse = Literal["all", "conditioning", "none"]
+
+_CONDITIONINGS = 64
+_STEP = 64  # unconditional texts are kept in multiples of so many tokens, so that processes agree on what to look for
+
+
+@dataclass(frozen=True)
+class FirstPass:
+    """What the first forward pass of a request gives.
+
+    Attributes:
+        hidden: of the last position, ``[rows, dim]``.
+        own: which of the pass's queries and keys are the conditional row's; None if all are, in order.
+    """
+
+    hidden: Tensor
+    own: tuple[int, Tensor] | None = None
+
+
+class VoiceReuse:
+    """Prefills requests from what is known of their voices.
+
+    Args:
+        t3: upstream's T3.
+        speakers: where that lives.
+        mode: ``"all"``; ``"conditioning"`` without the unconditional text.
+    """
+
+    def __init__(self, t3: Any, speakers: SpeakerCache, mode: Reuse) -> None:
+        self.speakers = speakers
+        self._t3 = t3
+        self._geometry = CacheGeometry.from_model(t3.tfmr)
+        self._conditionings: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
+        self._unconditional = mode == "all"
+
+    @torch.inference_mode()
+    def start(self, request: Prefill, cache: Any) -> FirstPass:
+        """Prefill `request` into the empty `cache`."""
+        rows, conditioning = request.embeds.shape[0], request.text[0]
+        if rows == 2 and self._unconditional:
+            return self._start_guided(request, cache)
+        self._known(self._key(request.embeds[0, :conditioning])).to(self._t3.device).fork(cache, rows)
+        out = self._t3.tfmr(inputs_embeds=request.embeds[:, conditioning:], past_key_values=cache, use_cache=True)
+        return FirstPass(out[0][:, -1])
+
+    def condition(self, t3_cond: Any) -> Tensor:
+        """As `requests.condition`; the last few are remembered, by content."""
+        parts = [getattr(t3_cond, field.name) for field in dataclasses.fields(t3_cond)]
+        content = [(p.dtype, p.shape, bytes(tensor_bytes(p))) if isinstance(p, Tensor) else p for p in parts]
+        key = (model_fingerprint(self._t3), *content)
+        known = self._conditionings.get(key)
+        if known is None:
+            known = self._conditionings[key] = condition(self._t3, t3_cond)
+            while len(self._conditionings) > _CONDITIONINGS:
+                self._conditionings.popitem(last=False)
+        return known
+
+    @torch.inference_mode()
+    def key(self, t3_cond: Any) -> PrefixKey:
+        """The prefix that the requests of a voice share; with guidance, those whose text is not long."""
+        conditioning = self.condition(t3_cond)[0]
+        return self._key(conditioning, 0 if self._t3.is_gpt or not self._unconditional else 1)
+
+    @torch.inference_mode()
+    def prepare(self, t3_cond: Any) -> PrefixSnapshot:
+        """What the requests of a voice share, computed now unless it is known."""
+        return self._known(self.key(t3_cond))
+
+    def _key(self, conditioning: Tensor, unconditional: int = 0) -> PrefixKey:
+        """Of a conditioning ``[tokens, dim]``, and an unconditional text of at least so many tokens."""
+        if unconditional:
+            table = self._t3.text_pos_emb.emb.weight  # zeroed embeddings plus their positions: the positions
+            tokens = min(-(-unconditional // _STEP) * _STEP, table.shape[0])
+            conditioning = torch.cat([conditioning, table[:tokens]])
+        return PrefixKey(model_fingerprint(self._t3), conditioning)
+
+    def _known(self, key: PrefixKey) -> PrefixSnapshot:
+        return self.speakers.get_or_extend(key, lambda start: self._extend(key, start))
+
+    @torch.inference_mode()
+    def _extend(self, key: PrefixKey, start: PrefixSnapshot | None) -> PrefixSnapshot:
+        cache, known, began = self._cache(len(key)), 0, time.perf_counter()
+        if start is not None:
+            start.to(self._t3.device).fork(cache)
+            known = len(start)
+        rest = key.content[None, known:].to(self._t3.device)
+        self._t3.tfmr(inputs_embeds=rest, past_key_values=cache, use_cache=True)
+        seconds = time.perf_counter() - began + (0.0 if start is None else start.build_seconds)
+        return PrefixSnapshot.of(kv_layers(cache), key, build_seconds=seconds)
+
+    def _start_guided(self, request: Prefill, cache: Any) -> FirstPass:
+        """Both rows in one pass over one row, side by side, each seeing its own: what they share is there once.
+
+        ====================  ============  ==================  ===============  ===================
+        keys                  conditioning  unconditional text  text, speech     speech
+        ====================  ============  ==================  ===============  ===================
+        known or new          known         known               new              new
+        seen by               both          unconditional       conditional      unconditional
+        ====================  ============  ==================  ===============  ===================
+        """
+        embeds, (conditioning, end), device = request.embeds, request.text, self._t3.device
+        length, speech = embeds.shape[1], embeds.shape[1] - end
+        own, new = length - conditioning, length - conditioning + speech
+        beside = self._cache(end + new)
+        key = self._key(embeds[1, :conditioning], end - conditioning)
+        self._known(key).first(end).to(device).fork(beside)
+
+        sees = torch.zeros(new, end + new, dtype=torch.bool, device=device)
+        sees[:, :conditioning] = True
+        sees[own:, conditioning:end] = True
+        sees[:own, end : end + own] = _causal(own, device)
+        sees[own:, end + own :] = _causal(speech, device)
+        mask = torch.zeros(sees.shape, dtype=embeds.dtype, device=device)
+        mask.masked_fill_(~sees, torch.finfo(embeds.dtype).min)
+        positions = torch.cat([torch.arange(conditioning, length), torch.arange(end, length)]).to(device)
+        hidden = self._t3.tfmr(
+            inputs_embeds=torch.cat([embeds[0, conditioning:], embeds[1, end:]])[None],
+            attention_mask=mask[None, None],
+            position_ids=positions[None],
+            past_key_values=beside,
+            use_cache=True,
+        )[0][0]
+
+        for i, layer in enumerate(kv_layers(beside)):
+            assert layer.keys is not None and layer.values is not None
+            rows = []
+            for states in (layer.keys, layer.values):
+                pair = states.new_empty(2, states.shape[1], length, states.shape[3])
+                pair[0, :, :conditioning], pair[0, :, conditioning:] = (
+                    states[0, :, :conditioning],
+                    states[0, :, end : end + own],
+                )
+                pair[1, :, :end], pair[1, :, end:] = states[0, :, :end], states[0, :, end + own :]
+                rows.append(pair)
+            cache.update(*rows, i)
+        keys = torch.cat([torch.arange(conditioning), torch.arange(end, end + own)]).to(device)
+        return FirstPass(hidden[[own - 1, new - 1]], (own, keys))
+
+    def _cache(self, tokens: int) -> Any:
+        """For one row of so many tokens."""
+        return new_cache(self._t3.tfmr, max_length=tokens, preallocate=True, rows=1, geometry=self._geometry)
+
+
+def _causal(tokens: int, device: torch.device) -> Tensor:
+    return torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()

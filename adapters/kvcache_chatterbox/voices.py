@@ -1,0 +1,260 @@
+"""A voice as one object and one file: what T3 and the vocoder are told about a speaker, and what T3 computed of it."""
+
+import copy
+import dataclasses
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcache import CorruptError, InputError, PrefixSnapshot
+from kvcache.archive import pack, unpack
+from kvcache_chatterbox.reuse import VoiceReuse
+
+VERSION = 1  # of the file
+_FORMAT = "kvcache-voice"
+_LONGEST_NAME = 200
+
+
+@dataclass(frozen=True, eq=False)
+class Voice:
+    """A speaker.
+
+    Attributes:
+        t3: upstream's `T3Cond`: speaker embedding, prompt tokens, emotion.
+        gen: S3Gen's reference, upstream's `ref_dict`; empty if there is no vocoder.
+    """
+
+    t3: Any
+    gen: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, t3: Any, conditionals: Any) -> "Voice":
+        """A voice from upstream's `Conditionals` or `T3Cond`, copied and checked for the model `t3`.
+
+        Raises:
+            InputError: if a part is missing, has another shape or is out of range.
+        """
+        if isinstance(conditionals, Voice):
+            return conditionals
+        given, gen = getattr(conditionals, "t3", conditionals), getattr(conditionals, "gen", {})
+        kinds = _cond_class(t3)
+        names = [field.name for field in dataclasses.fields(kinds)]
+        if not hasattr(given, "speaker_emb"):
+            raise InputError(f"{type(conditionals).__name__} is no voice: give upstream's Conditionals or T3Cond")
+        parts = {name: _kept(getattr(given, name, None)) for name in names}
+        parts["cond_prompt_speech_emb"] = None  # made anew from the tokens: an earlier model may have left it there
+        _check(t3, parts)
+        return cls(kinds(**parts), {name: _kept(value) for name, value in gen.items()})
+
+    def with_emotion(self, exaggeration: float) -> "Voice":
+        """The same speaker with another emotion."""
+        t3 = copy.copy(self.t3)
+        t3.emotion_adv = exaggeration * torch.ones(1, 1, 1)
+        return Voice(t3, self.gen)
+
+
+def read_conds(t3: Any, path: str | os.PathLike[str]) -> Voice:
+    """Upstream's ``conds.pt``, read without executing anything in it.
+
+    Raises:
+        InputError: if it is not one.
+    """
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        parts, gen = dict(found["t3"]), dict(found["gen"])
+        known = {field.name for field in dataclasses.fields(_cond_class(t3))}
+        given = _cond_class(t3)(**{name: value for name, value in parts.items() if name in known})
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # of the zip file, the restricted unpickler, or missing parts
+        raise InputError(f"{path} is no conds.pt of Chatterbox's: {type(error).__name__}: {error}") from error
+    return Voice.of(t3, _Pair(given, gen))
+
+
+@dataclass(frozen=True)
+class _Pair:
+    t3: Any
+    gen: dict[str, Any]
+
+
+class Voices(Mapping[str, Voice]):
+    """The voices of an engine, by name.
+
+    Args:
+        t3: the model that they are for.
+        reuse: what computes their prefixes; None if none are reused.
+    """
+
+    def __init__(self, t3: Any, reuse: VoiceReuse | None) -> None:
+        self._t3 = t3
+        self._reuse = reuse
+        self._voices: dict[str, Voice] = {}
+
+    def __getitem__(self, name: str) -> Voice:
+        if name not in self._voices:
+            known = ", ".join(map(repr, self._voices)) or "none yet"
+            raise InputError(f"there is no voice {name!r} (known: {known}); add it with add_voice()")
+        return self._voices[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._voices
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self._voices))
+
+    def __len__(self) -> int:
+        return len(self._voices)
+
+    def __repr__(self) -> str:
+        return f"Voices({', '.join(map(repr, self))})"
+
+    def add(self, name: str, voice: Voice) -> None:
+        """Name a voice; one of the same name is replaced.
+
+        Raises:
+            InputError: for a name that is empty, longer than 200 characters or not printable.
+        """
+        if not isinstance(name, str) or not name.strip() or len(name) > _LONGEST_NAME or not name.isprintable():
+            raise InputError(f"name={name!r} must be 1 to {_LONGEST_NAME} printable characters")
+        self._voices[name] = voice
+
+    def remove(self, name: str) -> None:
+        """Forget a voice.
+
+        Raises:
+            InputError: if there is none of this name.
+        """
+        self[name]
+        self._voices.pop(name, None)
+
+    def export(self, name: str, path: str | os.PathLike[str], *, computed: bool = True) -> None:
+        """Write a voice as one ``.safetensors`` file, whole or not at all.
+
+        Args:
+            name: of the voice.
+            path: of the file; one that exists is replaced.
+            computed: with the keys and values that T3 computed of it, which serve a model with the same weights.
+
+        Raises:
+            InputError: if there is no voice of this name.
+        """
+        voice = self[name]
+        snapshot = self._reuse.prepare(voice.t3) if computed and self._reuse is not None else None
+        _write(Path(path), name, voice, snapshot)
+
+    def load(self, path: str | os.PathLike[str], name: str | None = None) -> str:
+        """Add the voice in a file that `export` wrote; what a model with the same weights computed is used again.
+
+        Args:
+            path: of the file. It is not trusted: a changed byte is noticed, and what it says is checked.
+            name: by default the one it was exported under.
+
+        Returns:
+            The voice's name.
+
+        Raises:
+            CorruptError: if the file is not intact, or of another version.
+            InputError: if the voice does not fit the model.
+        """
+        written, voice, snapshot = _read(self._t3, Path(path))
+        name = written if name is None else name
+        self.add(name, voice)
+        if self._reuse is not None:
+            if snapshot is not None and snapshot.key == self._reuse.key(voice.t3):
+                self._reuse.speakers.store.put(snapshot)
+            self._reuse.prepare(voice.t3)
+        return name
+
+
+def _write(path: Path, name: str, voice: Voice, snapshot: PrefixSnapshot | None) -> None:
+    parts = {f.name: getattr(voice.t3, f.name) for f in dataclasses.fields(voice.t3)}
+    tensors = {f"t3.{key}": value for key, value in parts.items() if isinstance(value, Tensor)}
+    tensors |= {f"gen.{key}": value for key, value in voice.gen.items() if isinstance(value, Tensor)}
+    header: dict[str, Any] = {
+        "format": _FORMAT,
+        "version": VERSION,
+        "name": name,
+        "gen": {key: value for key, value in voice.gen.items() if not isinstance(value, Tensor)},
+        "prefix": None if snapshot is None else snapshot.header(),
+    }
+    if snapshot is not None:
+        tensors |= {f"prefix.{key}": value for key, value in snapshot.tensors().items()}
+    partial = path.with_name(path.name + f".{os.getpid()}.partial")
+    try:
+        partial.write_bytes(pack(tensors, header))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _read(t3: Any, path: Path) -> tuple[str, Voice, PrefixSnapshot | None]:
+    tensors, header = unpack(path.read_bytes())
+    if (header.get("format"), header.get("version")) != (_FORMAT, VERSION):
+        raise CorruptError(
+            f"{path} is a {header.get('format')!r} of version {header.get('version')!r}, this reads version {VERSION} "
+            f"of {_FORMAT!r}; export the voice again"
+        )
+    groups: dict[str, dict[str, Tensor]] = {"t3": {}, "gen": {}, "prefix": {}}
+    for name, tensor in tensors.items():
+        group, _, key = name.partition(".")
+        groups.setdefault(group, {})[key] = tensor
+    prefix = header.get("prefix")
+    snapshot = None if prefix is None else PrefixSnapshot.from_tensors(groups["prefix"], prefix)
+    names = {field.name for field in dataclasses.fields(_cond_class(t3))}
+    if not {"speaker_emb"} <= groups["t3"].keys() <= names:
+        raise CorruptError(f"{path} has T3 conditionals {sorted(groups['t3'])}; expected some of {sorted(names)}")
+    given = _cond_class(t3)(**{"emotion_adv": None, **groups["t3"]})
+    voice = Voice.of(t3, _Pair(given, {**dict(header.get("gen") or {}), **groups["gen"]}))
+    return str(header.get("name")), voice, snapshot
+
+
+def _cond_class(t3: Any) -> Any:
+    """Upstream's `T3Cond`, of the package that the model comes from."""
+    return next(vars(sys.modules[kind.__module__])["T3Cond"] for kind in type(t3).__mro__ if kind.__name__ == "T3")
+
+
+def _kept(value: Any) -> Any:
+    """A copy of a tensor on the CPU, outside inference mode; anything else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    with torch.inference_mode(False):
+        return value.detach().to("cpu", copy=True)
+
+
+def _check(t3: Any, parts: dict[str, Any]) -> None:
+    """Refuse conditionals that the model would stumble over, or read another voice from."""
+    speaker, prompt, emotion = (parts[name] for name in ("speaker_emb", "cond_prompt_speech_tokens", "emotion_adv"))
+    size = t3.hp.speaker_embed_size
+    if not isinstance(speaker, Tensor) or not speaker.is_floating_point() or speaker.numel() != size:
+        raise InputError(f"speaker_emb must be one embedding of {size} numbers, got {_shape(speaker)}")
+    if prompt is not None:
+        known, longest = t3.speech_emb.num_embeddings, _longest_prompt(t3)
+        if not isinstance(prompt, Tensor) or prompt.is_floating_point() or prompt.dim() != 2 or prompt.shape[0] != 1:
+            raise InputError(f"cond_prompt_speech_tokens must be token ids [1, tokens], got {_shape(prompt)}")
+        if not 0 < prompt.shape[1] <= longest or not 0 <= int(prompt.min()) <= int(prompt.max()) < known:
+            raise InputError(
+                f"cond_prompt_speech_tokens must be 1 to {longest} ids below {known}, got {prompt.shape[1]} "
+                f"from {prompt.min() if prompt.numel() else None} to {prompt.max() if prompt.numel() else None}"
+            )
+    numbers = {"speaker_emb": speaker, "emotion_adv": emotion}
+    for name, value in numbers.items():
+        if value is not None and not bool(torch.isfinite(torch.as_tensor(value)).all()):
+            raise InputError(f"{name} is not finite: compute the voice again")
+    if emotion is not None and torch.as_tensor(emotion).numel() != 1:
+        raise InputError(f"emotion_adv must be one number, got {_shape(emotion)}")
+
+
+def _longest_prompt(t3: Any) -> int:
+    if t3.speech_pos_emb is not None:
+        return int(t3.speech_pos_emb.emb.num_embeddings)
+    return int(t3.tfmr.config.max_position_embeddings) - 1
+
+
+def _shape(value: Any) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else repr(value)

