@@ -12,14 +12,9 @@ process, in turn, and have to give the same first token.
 import importlib.util
 import logging
 import os
-import shutil
-import socket
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from pydoc_data import topics
 from typing import Any
@@ -31,41 +26,21 @@ from kvcache import DiskStore, KVCacheManager, MemoryStore, RedisStore, SpeakerC
 from kvcache.stores import Store
 from kvcache_chatterbox import ChatterboxEngine, load_t3, random_conditionals
 
+sys.path.insert(0, str(ROOT / "examples"))
+from llm_stream import load
+from voices import redis_server
+
 COLD = "computed again"
 OURS = "our loop, nothing reused"
 CONDITIONING = "conditioning from memory"
 MEMORY, DISK, UNCACHED, REDIS = "from memory", "from disk", "from disk, page cache dropped", "from Redis"
 
 
+_BEFORE_THE_FIRST = 3  # what upstream embeds before the first token it draws: the prompt, and twice the start of speech
+
+
 class _FirstToken(Exception):
     """Raised out of upstream's loop as soon as it has drawn a token."""
-
-
-@contextmanager
-def redis_server() -> Iterator[str | None]:
-    """The URL of a server of our own for the time of the run; None where redis-server is not installed."""
-    program = shutil.which("redis-server")
-    if program is None:
-        print("no rows for Redis: redis-server is not installed (Debian: apt-get install redis-server)")
-        yield None
-        return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with tempfile.TemporaryDirectory() as folder:
-        server = subprocess.Popen(
-            [program, "--port", str(port), "--save", "", "--dir", folder], stdout=subprocess.DEVNULL
-        )
-        try:
-            for _ in range(100):
-                with socket.socket() as probe:
-                    if probe.connect_ex(("127.0.0.1", port)) == 0:
-                        break
-                time.sleep(0.05)
-            yield f"redis://127.0.0.1:{port}/0"
-        finally:
-            server.terminate()
-            server.wait()
 
 
 def drop_page_cache(folder: Path) -> None:
@@ -90,23 +65,22 @@ def upstream_first(t3: Any, voice: Any, text: torch.Tensor) -> int:
     torch.manual_seed(0)
     if t3.is_gpt:
         return int(t3.inference_turbo(t3_cond=voice, text_tokens=text, max_gen_len=0)[0, 0])
-    embed, drawn = t3.speech_emb.forward, []
+    drawn: list[int] = []
 
-    def watched(tokens: torch.Tensor) -> torch.Tensor:
-        if tokens.shape == (1, 1) and drawn is not None and watched.calls >= watched.prefill:  # type: ignore[attr-defined]
-            drawn.append(int(tokens))
+    def watch(module: Any, args: tuple[torch.Tensor, ...]) -> None:
+        if args[0].shape == (1, 1) and len(embedded) == _BEFORE_THE_FIRST:
+            drawn.append(int(args[0]))
             raise _FirstToken
-        watched.calls += 1  # type: ignore[attr-defined]
-        return embed(tokens)
+        embedded.append(args[0])
 
-    watched.calls, watched.prefill = 0, 3  # type: ignore[attr-defined]  # prompt, start of speech, start of speech
-    t3.speech_emb.forward = watched
+    embedded: list[torch.Tensor] = []
+    hook = t3.speech_emb.register_forward_pre_hook(watch)
     try:
         t3.inference(t3_cond=voice, text_tokens=text.expand(2, -1).clone(), max_new_tokens=2)
     except _FirstToken:
         pass
     finally:
-        del t3.speech_emb.forward
+        hook.remove()
         t3.__dict__["_modules"].pop("patched_model", None)  # upstream registers its backbone a second time
     return drawn[0]
 
@@ -122,7 +96,7 @@ def chatterbox(variant: str, quick: bool, folder: Path, redis: str | None) -> di
     """All sides of one variant."""
     t3 = load_t3("nano" if quick else variant)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(1)
-    text = torch.randint(1, 200, (1, 30 if t3.is_gpt else 60), generator=generator)
+    text = torch.randint(1, 200, (1, 30 if t3.is_gpt else 60), generator=generator)  # and its start and stop token
     if not t3.is_gpt:
         text = torch.cat([torch.tensor([[t3.hp.start_text_token]]), text, torch.tensor([[t3.hp.stop_text_token]])], 1)
     voice = random_conditionals(t3)
@@ -148,9 +122,6 @@ def chatterbox(variant: str, quick: bool, folder: Path, redis: str | None) -> di
 
 def smollm2(quick: bool, folder: Path, redis: str | None) -> dict[str, Callable[[], int]]:
     """All sides of SmolLM2, on a system prompt out of Python's own documentation."""
-    sys.path.insert(0, str(ROOT / "examples"))
-    from llm_stream import load
-
     model, tokenizer, _ = load(None)
     ids = torch.as_tensor(tokenizer(topics.topics["exceptions"] + topics.topics["assignment"]).input_ids)
     prompt = ids[: 50 if quick else 500]
@@ -190,6 +161,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     ratios: dict[str, float] = {}
     with redis_server() as redis:
+        if redis is None:
+            print("no rows for Redis: redis-server is not installed (Debian: apt-get install redis-server)")
         for case in cases:
             with tempfile.TemporaryDirectory() as name:
                 folder = Path(name)

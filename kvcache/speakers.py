@@ -66,7 +66,7 @@ class SpeakerCache:
         Raises:
             InputError: if `build` returns the snapshot of something else.
         """
-        return self._get(key, lambda start: build())
+        return self._get(key, lambda start: build(), extending=False)
 
     def get_or_extend(
         self, key: PrefixKey, extend: Callable[[PrefixSnapshot | None], PrefixSnapshot]
@@ -102,9 +102,11 @@ class SpeakerCache:
 
     # ------------------------------------------------------------------ inside
 
-    def _get(self, key: PrefixKey, extend: Callable[[PrefixSnapshot | None], PrefixSnapshot]) -> PrefixSnapshot:
+    def _get(
+        self, key: PrefixKey, extend: Callable[[PrefixSnapshot | None], PrefixSnapshot], extending: bool = True
+    ) -> PrefixSnapshot:
         with self._alone_with(key):  # looking it up too: a file is read once, however many ask for it
-            found = self._find(key)
+            found = self._find(key) if extending else self.get(key)
             with self._lock:
                 self._seconds_saved += 0.0 if found is None else found.build_seconds
             return found if found is not None and len(found) == len(key) else self._build(key, found, extend)

@@ -84,7 +84,8 @@ class BlobStore(Store):
 
     What is read is untrusted: its checksum, its version and its content are compared with what was asked for. A failure
     of what lies below is logged and taken for a miss; after one, the store is left alone for `retry_after` seconds, so
-    that a server that is down does not cost every request its time-out.
+    that a server that is down does not cost every request its time-out. What is stored being corrupt, or what is put too
+    large, is no such failure.
 
     Args:
         max_bytes: never hold more, such as ``"4GiB"``; the least recently used leave first. None sets no limit.
@@ -177,9 +178,17 @@ class BlobStore(Store):
         return time.monotonic() >= self._quiet_until
 
     def _failed(self, what: str, error: Exception) -> None:
-        self._quiet_until = time.monotonic() + self.retry_after
-        wait = f"; left alone for {self.retry_after:g} s" if self.retry_after else ""
+        down = self.retry_after and not isinstance(error, ValueError)  # which is about a snapshot, not about the store
+        if down:
+            self._quiet_until = time.monotonic() + self.retry_after
+        wait = f"; left alone for {self.retry_after:g} s" if down else ""
         log.warning("%s: could not %s (%s: %s)%s", self.name, what, type(error).__name__, error, wait)
+
+
+def check_room(needed: int, pinned: int, max_bytes: int) -> None:
+    """Raise ValueError if these bytes do not fit beside the pinned ones; to be asked before any other is evicted."""
+    if pinned + needed > max_bytes:
+        raise ValueError(f"{needed} bytes do not fit beside {pinned} pinned ones into {max_bytes}")
 
 
 def check_address(address: str) -> str:

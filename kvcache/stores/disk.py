@@ -6,7 +6,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from kvcache.stores.base import BlobStore, check_address
+from kvcache.stores.base import BlobStore, check_address, check_room
 
 _SUFFIX = ".safetensors"
 _PIN = ".pin"
@@ -79,15 +79,14 @@ class DiskStore(BlobStore):
         if self.max_bytes is None:
             return
         files = self._files()
+        pinned = {path for path in files if path != replaced and path.with_suffix(_PIN).exists()}
+        check_room(needed, sum(files[path].st_size for path in pinned), self.max_bytes)
         total = sum(status.st_size for status in files.values())
-        for path in sorted(files, key=lambda path: (path != replaced, files[path].st_mtime_ns)):
+        for path in sorted(files.keys() - pinned, key=lambda path: (path != replaced, files[path].st_mtime_ns)):
             if total + needed <= self.max_bytes:
                 return
-            if path == replaced or not path.with_suffix(_PIN).exists():
-                path.unlink(missing_ok=True)
-                total -= files[path].st_size
-        if total + needed > self.max_bytes:
-            raise OSError(f"{needed} bytes do not fit beside {total} pinned ones into {self.max_bytes}")
+            path.unlink(missing_ok=True)
+            total -= files[path].st_size
 
     def _files(self) -> dict[Path, os.stat_result]:
         found = {}
@@ -105,8 +104,8 @@ class DiskStore(BlobStore):
     def _pin(self, address: str, pinned: bool) -> None:
         mark = self._path(address, _PIN)
         if pinned:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            mark.touch()
+            with self._turn():  # not while someone makes room
+                mark.touch()
         else:
             mark.unlink(missing_ok=True)
 

@@ -50,24 +50,25 @@ class MemoryStore(Store):
 
     def get(self, key: PrefixKey) -> PrefixSnapshot | None:
         with self._lock:
-            self._expire()
-            best, length = (key, len(key)) if key in self._entries else (None, 0)
-            for candidate in () if best else self._families.get(key.family, ()):
-                if (common := candidate.common(key)) > length:
-                    best, length = candidate, common
-            if best is None:
-                return self._counted(key, None)
-            self._entries.move_to_end(best)
-            return self._counted(key, self._entries[best].snapshot.first(length))
+            return self._counted(key, self._longest(key))
 
     def has(self, key: PrefixKey) -> bool:
-        return key in self._entries
+        with self._lock:
+            self._expire()
+            return key in self._entries
 
     def put(self, snapshot: PrefixSnapshot) -> None:
         snapshot = (snapshot if self.device is None else snapshot.to(self.device)).compact()
         key, nbytes, evicted = snapshot.key, snapshot.nbytes, []
         with self._lock:
             self._expire()
+            pinned = sum(self._entries[other].nbytes for other in self._pinned - {key} if other in self._entries)
+            if pinned + nbytes > self.max_bytes:
+                log.warning(
+                    "%s: %r does not fit beside %d pinned bytes into %d; it is not kept",
+                    self.name, snapshot, pinned, self.max_bytes,
+                )  # fmt: skip
+                return
             if key in self._entries:
                 self._drop(key)
             relatives = [(other, other.common(key)) for other in self._families.get(key.family, ())]
@@ -76,13 +77,6 @@ class MemoryStore(Store):
             for other, common in relatives:
                 if common == len(other) and other not in self._pinned:
                     self._drop(other)
-            pinned = sum(self._entries[other].nbytes for other in self._pinned if other in self._entries)
-            if pinned + nbytes > self.max_bytes:
-                log.warning(
-                    "%s: %r does not fit beside %d pinned bytes into %d; it is not kept",
-                    self.name, snapshot, pinned, self.max_bytes,
-                )  # fmt: skip
-                return
             for other in [other for other in self._entries if other not in self._pinned]:
                 if self._nbytes + nbytes <= self.max_bytes:
                     break
@@ -107,7 +101,7 @@ class MemoryStore(Store):
                 self._pinned.discard(key)
                 return
             self._pinned.add(key)
-            found = None if key in self._entries else self.get(key)
+            found = None if key in self._entries else self._longest(key)
             if found is not None and len(found) == len(key):
                 self.put(found)  # so far it was only the beginning of a longer one, which may leave
 
@@ -117,6 +111,17 @@ class MemoryStore(Store):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def _longest(self, key: PrefixKey) -> PrefixSnapshot | None:
+        self._expire()
+        best, length = (key, len(key)) if key in self._entries else (None, 0)
+        for candidate in () if best else self._families.get(key.family, ()):
+            if (common := candidate.common(key)) > length:
+                best, length = candidate, common
+        if best is None:
+            return None
+        self._entries.move_to_end(best)
+        return self._entries[best].snapshot.first(length)
 
     def _drop(self, key: PrefixKey) -> None:
         self._nbytes -= self._entries.pop(key).nbytes

@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 from kvcache.errors import InputError
-from kvcache.stores.base import BlobStore, check_address
+from kvcache.stores.base import BlobStore, check_address, check_room
 
 _NAMESPACE = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _LARGEST = 512 * 2**20  # a Redis string
@@ -15,7 +15,7 @@ _LARGEST = 512 * 2**20  # a Redis string
 _PUT = """
 local prefix, address, size, budget, ttl, now = ARGV[1], ARGV[2], tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7]
 local used, sizes, pins = KEYS[2], KEYS[3], KEYS[4]
-local total = 0
+local total, pinned = 0, 0
 local all = redis.call('HGETALL', sizes)
 for i = 1, #all, 2 do
   if all[i] ~= address then
@@ -24,9 +24,11 @@ for i = 1, #all, 2 do
       redis.call('ZREM', used, all[i])
     else
       total = total + tonumber(all[i + 1])
+      if redis.call('SISMEMBER', pins, all[i]) == 1 then pinned = pinned + tonumber(all[i + 1]) end
     end
   end
 end
+if budget > 0 and pinned + size > budget then return pinned end
 if budget > 0 and total + size > budget then
   for _, old in ipairs(redis.call('ZRANGE', used, 0, -1)) do
     if total + size <= budget then break end
@@ -37,7 +39,6 @@ if budget > 0 and total + size > budget then
       redis.call('ZREM', used, old)
     end
   end
-  if total + size > budget then return total end
 end
 if ttl > 0 and redis.call('SISMEMBER', pins, address) == 0 then
   redis.call('SET', KEYS[1], ARGV[3], 'PX', ttl)
@@ -112,7 +113,7 @@ class RedisStore(BlobStore):
             _PUT, len(keys), *keys, self._prefix, address, data, len(data), self.max_bytes or 0, ttl, time.time()
         )
         if full >= 0:
-            raise ValueError(f"{len(data)} bytes do not fit beside {full} pinned ones into {self.max_bytes}")
+            check_room(len(data), full, self.max_bytes or 0)
 
     def _remove(self, address: str) -> None:
         used, sizes, pins = self._books

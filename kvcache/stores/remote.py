@@ -5,7 +5,7 @@ from threading import Lock, Thread
 from typing import Any
 
 from kvcache.errors import InputError
-from kvcache.stores.base import BlobStore, check_address
+from kvcache.stores.base import BlobStore, check_address, check_room
 
 _SUFFIX = ".safetensors"
 _PIN = ".pin"
@@ -86,15 +86,14 @@ class RemoteStore(BlobStore):
         entries = self._listing()
         pins = {name.removesuffix(_PIN) for name in entries if name.endswith(_PIN)}
         files = {name: entry for name, entry in entries.items() if name.endswith(_SUFFIX) and name != replaced}
+        pinned = {name for name in files if name.removesuffix(_SUFFIX) in pins}
+        check_room(needed, sum(files[name]["size"] for name in pinned), self.max_bytes)
         total = sum(entry["size"] for entry in files.values())
-        for name in sorted(files, key=lambda name: str(files[name].get("mtime", files[name].get("LastModified", "")))):
+        for name in sorted(files.keys() - pinned, key=lambda name: _written(files[name])):
             if total + needed <= self.max_bytes:
                 return
-            if name.removesuffix(_SUFFIX) not in pins:
-                self._files.rm_file(name)
-                total -= files[name]["size"]
-        if total + needed > self.max_bytes:
-            raise OSError(f"{needed} bytes do not fit beside {total} pinned ones into {self.max_bytes}")
+            self._files.rm_file(name)
+            total -= files[name]["size"]
 
     def _listing(self) -> dict[str, dict[str, Any]]:
         try:
@@ -117,3 +116,9 @@ class RemoteStore(BlobStore):
 
     def _used(self) -> int:
         return sum(entry["size"] for name, entry in self._listing().items() if name.endswith(_SUFFIX))
+
+
+def _written(entry: dict[str, Any]) -> str:
+    """When a file was written, as its file system calls it: local and SSH, S3, Azure, GCS, memory."""
+    names = ("mtime", "LastModified", "last_modified", "updated", "created")
+    return next((str(entry[name]) for name in names if entry.get(name)), "")

@@ -1,5 +1,6 @@
 """Several stores as one: memory over disk over remote."""
 
+import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
 
@@ -29,11 +30,20 @@ class TieredStore(Store):
         if not tiers:
             raise InputError("TieredStore() has no tier; give at least one, such as MemoryStore()")
         self._tiers = tiers
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="kvcache-write") if write_behind else None
-        self._pending: dict[int, tuple[Future[None], PrefixSnapshot]] = {}
-        self._lock = Lock()
+        self._write_behind = write_behind
+        self._start()
         if isinstance(tiers[0], MemoryStore) and len(tiers) > 1:
             tiers[0].on_evict = self._demote
+
+    def _start(self) -> None:
+        self._process = os.getpid()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="kvcache-write") if self._write_behind else None
+        self._pending: dict[int, tuple[Future[None], PrefixSnapshot]] = {}
+        self._lock = Lock()
+
+    def _after_fork(self) -> None:
+        if self._process != os.getpid():  # the thread stayed in the parent, which writes what was put there
+            self._start()
 
     @property
     def tiers(self) -> tuple[Store, ...]:
@@ -43,8 +53,8 @@ class TieredStore(Store):
         best: PrefixSnapshot | None = None
         for i, tier in enumerate(self._tiers):
             found = tier.get(key)
-            if found is None and i == 0:
-                found = self._being_written(key)  # evicted from the first tier, and not yet in the next
+            if i == 0 and (found is None or len(found) < len(key)):
+                found = self._being_written(key) or found  # evicted from the first tier, and not yet in the next
             if found is not None and (best is None or len(found) > len(best)):
                 best = found
             if found is not None and len(found) == len(key):
@@ -74,6 +84,7 @@ class TieredStore(Store):
 
     def flush(self) -> None:
         """Wait until everything put so far has been written."""
+        self._after_fork()
         with self._lock:
             futures = [future for future, _ in self._pending.values()]
         for future in futures:
@@ -101,6 +112,7 @@ class TieredStore(Store):
 
         if not tiers:
             return
+        self._after_fork()
         if self._pool is None:
             write()
             return
@@ -122,6 +134,7 @@ class TieredStore(Store):
             self._pending.pop(id(future), None)
 
     def _being_written(self, key: PrefixKey) -> PrefixSnapshot | None:
+        self._after_fork()
         with self._lock:
             waiting = [snapshot for _, snapshot in self._pending.values()]
         return next((snapshot for snapshot in waiting if snapshot.key == key), None)

@@ -1,0 +1,491 @@
+"""What stores stand on breaks: files rot, writers are killed, disks fill up, servers leave. It costs a computation."""
+
+import logging
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
+from random import Random
+
+import pytest
+from snapshots import PROCESSES, cold, exact, running_redis, voice
+
+from kvcache import CorruptError, PrefixSnapshot, SpeakerCache
+from kvcache.stores import DiskStore, MemoryStore, RedisStore, TieredStore
+
+
+@pytest.fixture(scope="session")
+def redis_url(tmp_path_factory):
+    with running_redis(tmp_path_factory.mktemp("redis")) as server:
+        yield server.url
+
+
+@pytest.fixture
+def children():
+    """Processes to submit work to, which share nothing with this one; the next one that is free does it."""
+    with ProcessPoolExecutor(4, mp_context=PROCESSES) as pool:
+        yield pool
+
+
+def served(cache, key):
+    """Whether a request for `key` gets what a cold build gives."""
+    return exact(cache.get_or_build(key, lambda: cold(key)), key)
+
+
+def held(folder):
+    """The names and bytes of the snapshots in a folder, and whether each is what it says it is."""
+    for path in folder.glob("*.safetensors"):
+        data = path.read_bytes()
+        snapshot = PrefixSnapshot.from_bytes(data)
+        assert snapshot.key.address == path.stem and exact(snapshot, snapshot.key)
+        yield path.name, len(data)
+
+
+# ---------------------------------------------------------------------- files rot
+
+
+def damaged(data, count):
+    """The file with one byte changed: each byte of its header, and as many others as make `count`; its parts; and more."""
+    random, header = Random(0), 8 + int.from_bytes(data[:8], "little")
+    assert header < 1500
+    for at in [*range(header), *random.sample(range(header, len(data)), count - header)]:
+        yield data[:at] + bytes([data[at] ^ random.randrange(1, 256)]) + data[at + 1 :]
+    for length in [*range(20), header - 1, header, header + 1, *random.sample(range(len(data)), 100), len(data) - 1]:
+        yield data[:length]
+    for added in (b"\0", b"\n", b"}", data[:1], data, bytes(1000)):
+        yield data + added
+
+
+def test_every_changed_byte_is_noticed():
+    data = cold(voice(0, tokens=1000, model="a" * 64)).to_bytes()
+    assert 200_000 < len(data) < 400_000 and exact(PrefixSnapshot.from_bytes(data), voice(0, 1000, model="a" * 64))
+    for broken in damaged(data, 3000):
+        with pytest.raises(CorruptError, match="write it again"):
+            PrefixSnapshot.from_bytes(broken)
+
+
+def test_every_changed_bit_of_a_signed_header_is_noticed():
+    data = cold(voice(0, model="a" * 64)).to_bytes(b"secret")
+    for bit in range(8 * (8 + int.from_bytes(data[:8], "little"))):
+        broken = bytearray(data)
+        broken[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(CorruptError):
+            PrefixSnapshot.from_bytes(bytes(broken), b"secret")
+
+
+def test_a_file_that_has_rotted_is_computed_and_written_again(tmp_path, caplog):
+    key = voice(0, tokens=100)
+    data = cold(key).to_bytes()
+    cache = SpeakerCache(DiskStore(tmp_path))
+    path = cache.store._path(key.address)
+    for i, broken in enumerate(list(damaged(data, 1500))[::20]):
+        path.write_bytes(broken)
+        assert served(cache, key)
+        assert len(caplog.records) == i + 1 and "could not read (CorruptError" in caplog.records[i].getMessage()
+        assert PrefixSnapshot.from_bytes(path.read_bytes()).key == key
+        assert cache.get(key) is not None
+    assert cache.stats().built == i + 1
+
+
+# ---------------------------------------------------------------------- writers are killed
+
+
+def write_forever(folder, budget, seed, started):
+    random, store = Random(seed), DiskStore(folder, budget)
+    snapshots = [cold(voice(random.randrange(100), tokens=500)) for _ in range(4)]
+    started.send(None)
+    while True:
+        store.put(random.choice(snapshots))
+
+
+def test_a_writer_killed_at_any_moment_leaves_nothing_broken(tmp_path):
+    random = Random(0)
+    budget = 5 * len(cold(voice(0, tokens=500)).to_bytes()) + 100
+    for kill in range(200):
+        mine, its = PROCESSES.Pipe()
+        writer = PROCESSES.Process(target=write_forever, args=(tmp_path, budget, kill, its))
+        writer.start()
+        its.close()
+        with mine:
+            mine.recv()
+        time.sleep(random.uniform(0, 0.06))
+        writer.kill()
+        writer.join()
+        assert writer.exitcode == -signal.SIGKILL
+        writer.close()
+        assert sum(size for _, size in held(tmp_path)) == DiskStore(tmp_path).nbytes <= budget
+        assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= budget
+    store, key = DiskStore(tmp_path, budget), voice(1000)
+    store.put(cold(key))
+    assert exact(store.get(key), key)
+    assert not list(tmp_path.glob("*.partial"))
+    assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors", ""}  # the lock has none
+
+
+# ---------------------------------------------------------------------- disks fill up, or cannot be written to
+
+
+def with_files_of_at_most(limit, folder):
+    """As on a disk that is full; what was logged."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    lines = logged()
+    cache, large, small = SpeakerCache(DiskStore(folder)), voice(0, tokens=200), voice(1)
+    for _ in range(2):
+        assert served(cache, small) and served(cache, large)
+    assert cache.stats().built == 3 and exact(cache.get(small), small)
+    return lines
+
+
+def logged():
+    """The lines that the stores of this child process log from now on."""
+    lines, logger = [], logging.getLogger("kvcache.stores")
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger.handlers, logger.propagate = [handler], False
+    return lines
+
+
+def test_what_the_disk_has_no_room_for_is_computed_each_time(tmp_path, children):
+    lines = children.submit(with_files_of_at_most, 20_000, tmp_path).result()
+    assert len(lines) == 2 and all("could not write (OSError: [Errno 27] File too large" in line for line in lines)
+    assert len(list(held(tmp_path))) == 1 and not list(tmp_path.glob("*.partial"))
+
+
+@contextmanager
+def mounted(folder, *options):
+    """A file system of memory in this folder, where one may be mounted."""
+    if (
+        os.geteuid()
+        or subprocess.run(["mount", "-t", "tmpfs", *options, "tmpfs", folder], capture_output=True).returncode
+    ):
+        pytest.skip("not allowed to mount a file system")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_full_disk_costs_what_does_not_fit(tmp_path, caplog):
+    with mounted(tmp_path, "-o", "size=256k"):
+        cache, keys = SpeakerCache(DiskStore(tmp_path)), [voice(i, tokens=200) for i in range(8)]
+        for key in keys * 2:
+            assert served(cache, key)
+        kept = len(list(held(tmp_path)))
+        assert 2 <= kept < 8 and cache.stats().hits == {"disk": kept}
+        assert len(caplog.records) == 16 - 2 * kept and "No space left on device" in caplog.text
+        assert not list(tmp_path.glob("*.partial"))
+        cache.evict(keys[0])
+        assert served(cache, keys[7]) and cache.get(keys[7])  # there is room again
+
+
+@contextmanager
+def read_only(folder):
+    if os.geteuid():  # root may write whatever the mode says
+        folder.chmod(0o500)
+        yield
+        folder.chmod(0o700)
+    else:
+        subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+        yield
+
+
+def test_a_folder_that_cannot_be_written_to_is_still_read(tmp_path, caplog):
+    with mounted(tmp_path) if os.geteuid() == 0 else nullcontext():
+        cache, known, new = SpeakerCache(DiskStore(tmp_path)), voice(0), voice(1)
+        assert served(cache, known)
+        with read_only(tmp_path):
+            assert served(cache, known) and cache.stats().hits == {"disk": 1}
+            assert not caplog.records
+            for _ in range(2):
+                assert served(cache, new)
+            cache.pin(known)
+            cache.evict(known)
+            assert served(cache, known)
+        assert [line.split("(")[0].strip() for line in caplog.messages] == [
+            f"disk: could not {what}" for what in ("write", "write", "pin", "remove")
+        ]
+
+
+@pytest.mark.parametrize("through", ["file/store", "file", "loop/store", "x" * 300])
+def test_a_folder_that_cannot_be_costs_a_computation_each_time(through, tmp_path, caplog):
+    (tmp_path / "file").write_bytes(b"something else")
+    (tmp_path / "loop").symlink_to("loop")
+    cache, key = SpeakerCache(TieredStore(DiskStore(tmp_path / through), write_behind=False)), voice(0)
+    for asked in range(1, 4):
+        assert served(cache, key)
+        assert cache.stats().built == asked <= len(caplog.records)
+    cache.pin(key)
+    cache.evict(key)
+    assert cache.stats().nbytes == {"disk": 0}
+    assert (tmp_path / "file").read_bytes() == b"something else"
+
+
+@pytest.mark.parametrize("deleted", ["files", "folder"])
+def test_what_is_deleted_under_a_store_is_computed_again(deleted, tmp_path):
+    folder, random, stop = tmp_path / "store", Random(0), threading.Event()
+    cache = SpeakerCache(TieredStore(MemoryStore(cold(voice(0)).nbytes), DiskStore(folder, "20kB")))
+
+    def delete():
+        while not stop.wait(0.003):
+            for path in [folder] if deleted == "folder" else list(folder.glob("*")):
+                if path == folder:
+                    shutil.rmtree(folder, ignore_errors=True)
+                else:
+                    path.unlink(missing_ok=True)
+
+    with ThreadPoolExecutor(1) as pool:
+        deleting = pool.submit(delete)
+        until = time.monotonic() + 2
+        while time.monotonic() < until:
+            assert served(cache, voice(random.randrange(6)))
+        stop.set()
+        deleting.result()
+    assert cache.stats().built > 6
+    cache.evict(voice(9))
+    assert served(cache, voice(9))
+    cache.close()
+    assert DiskStore(folder).has(voice(9))
+
+
+# ---------------------------------------------------------------------- Redis leaves
+
+
+def test_a_server_that_leaves_and_comes_back(tmp_path, caplog):
+    random = Random(0)
+    with running_redis(tmp_path) as server:
+        far = RedisStore(server.url, max_bytes="20kB", timeout=20)
+        far.retry_after = 0.2
+        with TieredStore(MemoryStore(cold(voice(0)).nbytes), far) as store:
+            cache = SpeakerCache(store)
+
+            def requests(enough, count=30):
+                deadline = time.monotonic() + 60
+                while count > 0 or not enough():
+                    assert served(cache, voice(random.randrange(6)))
+                    assert time.monotonic() < deadline
+                    count -= 1
+
+            requests(lambda: far.hits > 20)
+            assert not caplog.records
+            for _ in range(3):
+                server.stop()
+                built, hits = cache.stats().built, far.hits
+                requests(lambda built=built: cache.stats().built > built + 20)
+                assert far.hits == hits and far.nbytes == 0
+                server.start()
+                requests(lambda hits=hits: far.hits > hits + 20)
+            assert {record.levelname for record in caplog.records} == {"WARNING"}
+            assert "left alone for 0.2 s" in caplog.text
+
+
+def test_a_server_that_leaves_amid_requests(tmp_path):
+    with running_redis(tmp_path) as server:
+        far = RedisStore(server.url, timeout=5)
+        far.retry_after = 0.05
+        with TieredStore(MemoryStore(cold(voice(0)).nbytes), far) as store:
+            cache, stop = SpeakerCache(store), threading.Event()
+
+            def requests(seed):
+                random, count = Random(seed), 0
+                while not stop.is_set():
+                    assert served(cache, voice(random.randrange(20)))
+                    count += 1
+                return count
+
+            with ThreadPoolExecutor(3) as pool:
+                counts = [pool.submit(requests, seed) for seed in range(3)]
+                for _ in range(8):
+                    time.sleep(0.1)
+                    server.stop()
+                    time.sleep(0.05)
+                    server.start()
+                stop.set()
+                assert all(count.result() > 0 for count in counts)
+
+
+def test_a_server_that_never_answers_is_asked_once(caplog):
+    with (
+        socket.create_server(("127.0.0.1", 0)) as hole,
+        RedisStore(f"redis://127.0.0.1:{hole.getsockname()[1]}", timeout=0.2) as store,
+    ):
+        store.retry_after = 1000
+        cache = SpeakerCache(store)
+        began = time.monotonic()
+        for i in range(50):
+            assert served(cache, voice(i % 5))
+        assert 0.2 <= time.monotonic() - began < 10  # where asking each time would take 20
+        assert cache.stats().nbytes == {"redis": 0}
+    assert caplog.messages == [
+        "redis: could not read (TimeoutError: Timeout reading from socket); left alone for 1000 s"
+    ]
+
+
+def test_a_password_is_used_and_never_logged(tmp_path, caplog):
+    key = voice(0)
+    with running_redis(tmp_path, password="hunter2") as server:
+        with RedisStore(server.url, timeout=20) as store:
+            assert served(SpeakerCache(store), key) and exact(store.get(key), key)
+        assert not caplog.records
+        for password in ("hunter3", ""):
+            with RedisStore(server.url.replace(":hunter2@", f":{password}@" if password else "")) as store:
+                store.retry_after = 0
+                cache = SpeakerCache(store)
+                assert served(cache, key)
+                cache.pin(key)
+                cache.evict(key)
+                assert not store.has(key) and store.nbytes == 0
+        assert len(caplog.records) >= 10 and "hunter" not in caplog.text
+        with RedisStore(server.url, timeout=20) as store:
+            assert exact(store.get(key), key)
+
+
+SUM = """
+local total = 0
+for _, key in ipairs(redis.call('KEYS', ARGV[1] .. '*')) do total = total + redis.call('STRLEN', key) end
+return total
+"""
+
+
+def test_the_budget_on_a_server_holds_whoever_writes(redis_url, caplog):
+    keys = [voice(i, tokens=2 + 3 * i) for i in range(8)]
+    budget, most, done = 3 * len(cold(keys[-1]).to_bytes()), 0, threading.Event()
+
+    def work(seed):
+        random = Random(seed)
+        with RedisStore(redis_url, namespace="busy", max_bytes=budget, timeout=20) as store:
+            for _ in range(150):
+                key = random.choice(keys)
+                match random.choice(("put", "put", "get", "get", "delete")):
+                    case "put":
+                        store.put(cold(key))
+                    case "get":
+                        found = store.get(key)
+                        assert found is None or exact(found, key)
+                    case "delete":
+                        store.delete(key)
+
+    with RedisStore(redis_url, namespace="busy", max_bytes=budget, timeout=20) as store, ThreadPoolExecutor(4) as pool:
+        working = [pool.submit(work, seed) for seed in range(4)]
+        for future in working:
+            future.add_done_callback(lambda _: done.set() if all(each.done() for each in working) else None)
+        while not done.wait(0.001):
+            most = max(most, store._client.eval(SUM, 0, store._prefix))
+        for future in working:
+            future.result()
+        for key in keys:
+            store.put(cold(key))
+        assert not caplog.records
+        assert 0 < most <= budget and store.nbytes <= budget
+        names = {address.decode() for address in store._client.hkeys(store._books[1])}
+        assert names == {address.decode() for address in store._client.zrange(store._books[0], 0, -1)}
+        assert names == {key.address for key in keys if store.has(key)}
+        # The last ones put are those that stayed.
+        assert [store.has(key) for key in keys] == sorted(store.has(key) for key in keys)
+
+
+def fill(url, seeds):
+    with RedisStore(url, namespace="fleet", timeout=20) as store:
+        for seed in seeds:
+            store.put(cold(voice(seed)))
+    return os.getpid()
+
+
+def find(url, seeds):
+    with RedisStore(url, namespace="fleet", timeout=20) as store:
+        return os.getpid(), [exact(store.get(voice(seed)), voice(seed)) for seed in seeds]
+
+
+def test_what_one_process_puts_on_a_server_another_gets(redis_url):
+    with (
+        ProcessPoolExecutor(1, mp_context=PROCESSES) as one,
+        ProcessPoolExecutor(1, mp_context=PROCESSES) as two,
+    ):
+        writer, other = one.submit(fill, redis_url, range(5)), two.submit(fill, redis_url, range(5, 10))
+        assert writer.result() != other.result()
+        for pool, seeds in ((two, range(5)), (one, range(5, 10))):
+            pid, found = pool.submit(find, redis_url, seeds).result()
+            assert found == [True] * 5 and pid in (writer.result(), other.result())
+
+
+# ---------------------------------------------------------------------- several processes, one folder
+
+
+def write_and_fork(folder):
+    """As a server that loads a model and then forks: how the child ended, which also writes."""
+    store = TieredStore(MemoryStore(), DiskStore(folder))
+    store.put(cold(voice(0)))
+    store.flush()
+    if (child := os.fork()) == 0:
+        signal.alarm(30)  # ends it, should it wait for the thread that it has not got
+        for i in range(1, 40):
+            store.put(cold(voice(i)))
+        store.delete(voice(1))
+        store.close()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_process_forked_from_one_that_has_written_writes_too(tmp_path, children):
+    assert children.submit(write_and_fork, tmp_path).result() == 0
+    assert [DiskStore(tmp_path).has(voice(i)) for i in range(40)] == [i != 1 for i in range(40)]
+
+
+def work(folder, budget, seed, seconds):
+    """Ask, pin and forget at random; how often something was found, and what was logged beside what did not fit."""
+    random, lines = Random(seed), logged()
+    cache = SpeakerCache(DiskStore(folder, budget))
+    keys = [voice(i, tokens=10 + 30 * i) for i in range(8)]
+    until, asked = time.monotonic() + seconds, 0
+    while time.monotonic() < until:
+        key = random.choice(keys)
+        match random.choice(("ask",) * 8 + ("evict", "pin", "unpin")):
+            case "ask":
+                assert served(cache, key)
+                asked += 1
+            case "evict":
+                cache.evict(key)
+            case "pin":
+                cache.pin(keys[seed])  # never all of them
+            case "unpin":
+                cache.pin(keys[seed], False)
+    stats = cache.stats()
+    assert stats.hits["disk"] + stats.built == asked
+    return stats.hits["disk"], stats.built, [line for line in lines if "do not fit beside" not in line]
+
+
+def bytes_in(folder):
+    """The folder's bytes at one moment, half-written files too: what two looks in a row agree on. Or None."""
+
+    def look():
+        with os.scandir(folder) as entries:
+            return {(entry.name, entry.inode(), entry.stat().st_size) for entry in entries}
+
+    with suppress(FileNotFoundError):
+        first = look()
+        if first == look():
+            return sum(size for _, _, size in first)
+    return None
+
+
+@pytest.mark.parametrize("seconds", [3, pytest.param(30, marks=pytest.mark.slow)])
+def test_processes_that_share_a_folder_keep_to_its_budget_and_to_the_truth(seconds, tmp_path, children):
+    budget = 2 * len(cold(voice(0, tokens=220)).to_bytes())
+    working = [children.submit(work, tmp_path, budget, seed, seconds) for seed in range(4)]
+    sizes = []
+    while not all(future.done() for future in working):
+        if (size := bytes_in(tmp_path)) is not None:
+            assert size <= budget
+            sizes.append(size)
+        time.sleep(0.0002)
+    for future in working:
+        hits, built, lines = future.result()
+        assert hits > 0 and built > 0 and lines == []
+    assert max(sizes) > 0
+    assert sum(size for _, size in held(tmp_path)) <= budget
