@@ -35,14 +35,14 @@ def model_fingerprint(model: nn.Module) -> str:
         model: any module; the configs of transformers models in it count too.
     """
     modules, tensors = _parts(model)
-    settings = _settings(modules)
     with _lock:
         known = _known.get(model)
-    if known is None or known.settings != settings or not known.is_of(modules, tensors):
-        known = _Read(modules, tensors, settings)
+    if known is None or not known.is_of(modules, tensors):
+        known = _Read(modules, tensors)
         with _lock:
             _known[model] = known
-    return known.digest
+    said = f"{known.digest} {transformers.__version__} {_settings(modules, tensors)}"
+    return hashlib.sha256(said.encode()).hexdigest()
 
 
 def forget(model: nn.Module) -> None:
@@ -57,15 +57,13 @@ class _Read:
     And modules of the same classes: an activation that has no tensor may be exchanged.
     """
 
-    def __init__(self, modules: list[nn.Module], tensors: list[Tensor], settings: str) -> None:
-        self.settings = settings
+    def __init__(self, modules: list[nn.Module], tensors: list[Tensor]) -> None:
         self._classes = [type(module) for module in modules]
         self._tensors: list[ReferenceType[Tensor]] = [ref(tensor) for tensor in tensors]
         self._states = [_state(tensor) for tensor in tensors]
         # Held weakly: memory that was freed and taken again is other memory, though its address may be the same.
         self._memory = [_memory(tensor) for tensor in tensors]
-        weights = _weights(modules)
-        self.digest = hashlib.sha256(f"{weights} {transformers.__version__} {settings}".encode()).hexdigest()
+        self.digest = _weights(modules)
 
     def is_of(self, modules: list[nn.Module], tensors: list[Tensor]) -> bool:
         if [type(module) for module in modules] != self._classes or len(tensors) != len(self._tensors):
@@ -145,8 +143,8 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return memoryview(flat.numpy())  # type: ignore[arg-type]
 
 
-def _settings(modules: list[nn.Module]) -> str:
-    """What is not in the weights: configs with their attention implementation, and adapters switched on or off."""
+def _settings(modules: list[nn.Module], tensors: list[Tensor]) -> str:
+    """What is not in the weights: configs with their attention implementation, adapters switched on or off, autocast."""
     configs: dict[int, Any] = {}
     switches = []
     for i, module in enumerate(modules):
@@ -162,4 +160,6 @@ def _settings(modules: list[nn.Module]) -> str:
         ]
         for config in configs.values()
     ]
-    return json.dumps([said, switches], sort_keys=True, default=str)
+    device = tensors[0].device.type if tensors else "cpu"
+    autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
+    return json.dumps([said, switches, autocast], sort_keys=True, default=str)

@@ -32,6 +32,8 @@ from kvcache.rope import KeyRotation
 _VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 _CROP_ZERO_EMPTIES = _VERSION < (5, 14)
 
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+
 PositionMode = Literal["absolute", "rerotated"]
 
 
@@ -207,6 +209,14 @@ def prefix_cache(model: Any) -> Any:
     if other is not None:
         raise GeometryError(
             f"{type(model).__name__} has a {type(other).__name__}, which keeps no keys and values to reuse; "
+            "prefixes need attention in every layer"
+        )
+    kinds = set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ())
+    if (
+        getattr(model, "_is_stateful", False) or not kinds <= _ATTENTION
+    ):  # up to 5.13 such layers do not show in a cache
+        raise GeometryError(
+            f"{type(model).__name__} has a layer with a state, which keeps no keys and values to reuse; "
             "prefixes need attention in every layer"
         )
     for module in model.modules():

@@ -1,6 +1,5 @@
 """`KVCacheManager`: wrap a transformers model; get caches, generate, stream, trim, report."""
 
-import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -10,12 +9,11 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from kvcache import hf
-from kvcache.errors import CapacityError, InputError
-from kvcache.fingerprint import model_fingerprint
+from kvcache.errors import InputError
 from kvcache.geometry import CacheGeometry
 from kvcache.memory import CacheReport, account, estimate_bytes
 from kvcache.policies import KeepAll, Pinned, SizePolicy
-from kvcache.prefix import PrefixKey, PrefixSnapshot
+from kvcache.prompts import Prompts
 from kvcache.speakers import SpeakerCache, default_store
 from kvcache.streaming import as_async, chunked, from_worker
 
@@ -55,7 +53,7 @@ class KVCacheManager:
         self.geometry = CacheGeometry.from_model(model)
         self._last = CacheReport(())
         self.speakers = SpeakerCache(default_store(self.geometry.device)) if speakers is None else speakers
-        self._prefixes: dict[str, PrefixKey] = {}
+        self._prompts = Prompts(model, self.speakers, max_cache_length, self.geometry.max_positions)
         # Says now, not at the first request, what cannot work.
         hf.new_cache(model, policy, max_length=max_cache_length, preallocate=preallocate, positions=positions)
 
@@ -82,10 +80,13 @@ class KVCacheManager:
             prefix: the name of one added with `add_prefix`. It is pinned: the policy is about what follows it.
 
         Raises:
-            InputError: for an unknown prefix.
+            InputError: for an unknown prefix, or pads behind one under a policy that evicts.
             CapacityError: if the prefix does not fit.
         """
-        snapshot = None if prefix is None else self._snapshot(prefix)
+        snapshot = None if prefix is None else self._prompts.snapshot(prefix)
+        if snapshot is not None and self._evicts and attention_mask is not None:
+            self._refuse_pads(attention_mask)
+            attention_mask = None
         cache = hf.new_cache(
             self.model,
             self.policy if snapshot is None else self._pinned(len(snapshot)),
@@ -97,7 +98,7 @@ class KVCacheManager:
             geometry=self.geometry,
         )
         if snapshot is not None:
-            snapshot.to(self.model.device).fork(cache, batch_size)
+            snapshot.fork(cache, batch_size)
         return cache
 
     def estimate(self, tokens: int, batch_size: int = 1) -> int:
@@ -150,7 +151,7 @@ class KVCacheManager:
     @property
     def prefixes(self) -> tuple[str, ...]:
         """The names of the prefixes added so far."""
-        return tuple(self._prefixes)
+        return tuple(self._prompts)
 
     def add_prefix(self, name: str, prefix: Tensor, *, pin: bool = False) -> None:
         """Compute a beginning that many requests share (a system prompt, examples), or find it where it was kept.
@@ -163,21 +164,11 @@ class KVCacheManager:
             pin: never evict it.
 
         Raises:
-            InputError: if that is no prefix, or the model is in training mode.
+            InputError: if that is no prefix, the model cannot read it, or it is in training mode.
             GeometryError, PositionsError: if this model's prefixes cannot be reused.
-            CapacityError: if the prefix alone is longer than `max_cache_length`.
+            CapacityError: if the prefix alone is longer than `max_cache_length`, or the model's table of positions.
         """
-        key = self._prefix_key(prefix)
-        hf.prefix_cache(self.model)
-        if self.max_cache_length is not None and len(key) >= self.max_cache_length:
-            raise CapacityError(
-                f"the prefix {name!r} has {len(key)} tokens, max_cache_length is {self.max_cache_length}; "
-                "raise max_cache_length, or shorten the prefix"
-            )
-        self._compute(key)
-        self._prefixes[name] = key
-        if pin:
-            self.speakers.pin(key)
+        self._prompts.add(name, prefix, pin)
 
     def remove_prefix(self, name: str) -> None:
         """Forget a name. What was computed for it stays in the store until it is evicted there.
@@ -185,10 +176,7 @@ class KVCacheManager:
         Raises:
             InputError: for an unknown name.
         """
-        key = self._named(name)
-        del self._prefixes[name]
-        if key not in self._prefixes.values():
-            self.speakers.pin(key, False)
+        self._prompts.remove(name)
 
     # ------------------------------------------------------------------ on and off
 
@@ -231,7 +219,8 @@ class KVCacheManager:
         except IndexError:
             # Some models look into their table of positions before they ask the cache, and find nothing there.
             seen = hf.cache_layers(cache)[0].get_seq_length()
-            hf.check_positions(self.geometry.max_positions, seen, 1 if seen or prompt is None else prompt.shape[1])
+            fresh = 1 if prompt is None else max(1, prompt.shape[1] - seen)
+            hf.check_positions(self.geometry.max_positions, seen, fresh)
             raise
         finally:
             self._last = self.report(cache)
@@ -279,47 +268,6 @@ class KVCacheManager:
         given = (kwargs.get(name) for name in ("decoder_input_ids", "input_ids", "inputs_embeds", "input_features"))
         return next((t for t in (*given, inputs) if t is not None), None)
 
-    def _prefix_key(self, prefix: Tensor) -> PrefixKey:
-        if not isinstance(prefix, Tensor) or prefix.dim() not in (1, 2, 3) or prefix.dtype == torch.bool:
-            raise InputError(f"a prefix must be token ids or embeddings of one row, got {prefix!r}")
-        embedded = prefix.is_floating_point()
-        if prefix.dim() == (3 if embedded else 2):
-            if prefix.shape[0] != 1:
-                raise InputError(f"a prefix is one row, got {prefix.shape[0]}; add each as a prefix of its own")
-            prefix = prefix[0]
-        if self.model.training:
-            raise InputError("the model is in training mode, where dropout changes what it computes; call model.eval()")
-        return PrefixKey(model_fingerprint(self.model), prefix.to(self.model.dtype) if embedded else prefix)
-
-    def _named(self, name: str) -> PrefixKey:
-        if name not in self._prefixes:
-            known = ", ".join(map(repr, self._prefixes)) or "none yet"
-            raise InputError(f"there is no prefix {name!r} (known: {known}); add it with add_prefix()")
-        return self._prefixes[name]
-
-    def _snapshot(self, name: str) -> PrefixSnapshot:
-        """The prefix of this name for the model as it is now: after a change of its weights it is computed anew."""
-        key = self._named(name)
-        if (now := model_fingerprint(self.model)) != key.model:
-            self._prefixes[name] = key = PrefixKey(now, key.content)
-        return self._compute(key)
-
-    def _compute(self, key: PrefixKey) -> PrefixSnapshot:
-        return self.speakers.get_or_extend(key, lambda start: self._extend(key, start))
-
-    @torch.no_grad()
-    def _extend(self, key: PrefixKey, start: PrefixSnapshot | None) -> PrefixSnapshot:
-        cache, known, began = hf.prefix_cache(self.model), 0, time.perf_counter()
-        if start is not None:
-            start.to(self.model.device).fork(cache)
-            known = len(start)
-        rest = key.content[None, known:].to(self.model.device)
-        given = {"inputs_embeds": rest} if rest.is_floating_point() else {"input_ids": rest}
-        # Without the head: nobody asks for the logits of a prefix.
-        getattr(self.model, "base_model", self.model)(**given, past_key_values=cache, use_cache=True)
-        seconds = time.perf_counter() - began + (0.0 if start is None else start.build_seconds)
-        return PrefixSnapshot.of(hf.kv_layers(cache), key, build_seconds=seconds)
-
     def _pinned(self, tokens: int) -> SizePolicy | list[SizePolicy]:
         """The policy for what follows a prefix of so many tokens."""
         if isinstance(self.policy, SizePolicy):
@@ -330,13 +278,17 @@ class KVCacheManager:
         self, name: str, inputs: Tensor | None, kwargs: dict[str, Any]
     ) -> tuple[Tensor | None, dict[str, Any]]:
         """The inputs with the prefix before each row, as `generate` wants them even where the cache holds it already."""
-        content = self._named(name).content.to(self.model.device)
-        if kwargs.get("past_key_values") is not None:
-            raise InputError(
-                "give prefix or past_key_values, not both; new_cache(prefix=…) makes a cache that begins with one"
-            )
+        content = self._prompts[name].to(self.model.device)
+        for other in ("past_key_values", "assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"):
+            if kwargs.get(other) is not None:
+                raise InputError(
+                    f"give prefix or {other}, not both; new_cache(prefix=…) makes a cache that begins with one, to be run "
+                    "in a loop of your own"
+                )
         kwargs = dict(kwargs)
         ids, embeds = kwargs.pop("input_ids", inputs), kwargs.pop("inputs_embeds", None)
+        if ids is not None and embeds is not None:
+            raise InputError("give what follows a prefix as token ids or as inputs_embeds, not as both")
         given = ids if embeds is None else embeds
         if given is None or given.dim() != (2 if embeds is None else 3) or given.shape[1] == 0:
             raise InputError(
@@ -344,25 +296,44 @@ class KVCacheManager:
                 f"[rows, tokens, dim] with at least one token, got {None if given is None else list(given.shape)}"
             )
         rows = given.shape[0]
+        kwargs["attention_mask"] = self._mask_behind(content.shape[0], ids, given, kwargs)
+        if ids is not None and not content.is_floating_point():
+            ids = torch.cat([content.expand(rows, -1).to(ids.device), ids], 1)
+        elif ids is not None and embeds is not None:
+            raise InputError(
+                f"the prefix {name!r} is embeddings: give the rest as inputs_embeds alone, without its ids"
+            )
+        if embeds is None and not content.is_floating_point():
+            return ids, kwargs
+        embed = self.model.get_input_embeddings()
+        begin = content.to(self.model.dtype) if content.is_floating_point() else embed(content)
+        rest = embed(given) if embeds is None else embeds
+        kwargs["inputs_embeds"] = torch.cat([begin.expand(rows, -1, -1), rest.to(begin.dtype)], 1)
+        return None, kwargs
+
+    def _mask_behind(self, prefix: int, ids: Tensor | None, given: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """The attention mask of prefix and inputs: the prefix is seen by all."""
         mask = kwargs.get("attention_mask")
-        if mask is None and embeds is None:
-            mask = self._guess_mask(given, kwargs)
+        if mask is not None and mask.shape != given.shape[:2]:
+            raise InputError(
+                f"attention_mask {list(mask.shape)} must be that of the inputs alone, {list(given.shape[:2])}: "
+                "the prefix, which all of them see, is not in it"
+            )
+        if mask is None:
+            mask = self._guess_mask(ids, kwargs)
         if mask is None:
             mask = torch.ones(given.shape[:2], dtype=torch.long, device=given.device)
-        if self._evicts and not bool(mask.all()):
+        if self._evicts:
+            self._refuse_pads(mask)
+        return torch.cat([torch.ones(mask.shape[0], prefix, dtype=mask.dtype, device=mask.device), mask], 1)
+
+    @staticmethod
+    def _refuse_pads(mask: Tensor) -> None:
+        if not bool(mask.all()):
             raise InputError(
                 "rows padded behind a prefix need a policy that evicts nothing: pads would count as tokens; "
                 "use KeepAll(), or run rows of different lengths apart"
             )
-        before = torch.ones(rows, content.shape[0], dtype=mask.dtype, device=mask.device)
-        kwargs["attention_mask"] = torch.cat([before, mask], 1)
-        if embeds is None and not content.is_floating_point():
-            return torch.cat([content.expand(rows, -1).to(given.device), given], 1), kwargs
-        embed = self.model.get_input_embeddings()
-        content = content if content.is_floating_point() else embed(content)
-        given = embed(given) if embeds is None else embeds
-        kwargs["inputs_embeds"] = torch.cat([content.expand(rows, -1, -1), given.to(content.dtype)], 1)
-        return None, kwargs
 
     def _cache_for(self, inputs: Tensor | None, kwargs: dict[str, Any], prefix: str | None) -> Any:
         first = self._prompt(inputs, kwargs)

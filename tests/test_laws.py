@@ -1,6 +1,6 @@
 """The laws of a cache layer, each held to by every policy in every variant, against the oracle of a plain list.
 
-Law 4 (save, load, fork) is held in `test_prefix.py`; law 7 (a model's logits) is tested with the models. A new policy enters
+Law 4 (save, load, fork) is in `test_prefix.py`; law 7 (a model's logits) is tested with the models. A new policy enters
 by one line in `POLICIES`. `LAW_SEARCH=20 pytest tests/test_laws.py` searches twenty times as long, each run elsewhere.
 """
 
