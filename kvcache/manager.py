@@ -280,7 +280,7 @@ class KVCacheManager:
         """The inputs with the prefix before each row, as `generate` wants them even where the cache holds it already."""
         content = self._prompts[name].to(self.model.device)
         for other in ("past_key_values", "assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"):
-            if kwargs.get(other) is not None:
+            if self._found(other, kwargs) is not None:
                 raise InputError(
                     f"give prefix or {other}, not both; new_cache(prefix=…) makes a cache that begins with one, to be run "
                     "in a loop of your own"

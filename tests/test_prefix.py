@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_laws import BUFFERS, KINDS, Kind, Pair, search, tokens
 from torch import Tensor, nn
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, GenerationConfig, StaticCache
 
 import kvcache.fingerprint
 from kvcache import (
@@ -834,6 +834,12 @@ def test_ways_to_run_a_prompt_that_would_run_the_prefix_again_are_refused(asked:
         manager(tiny("llama")).generate(TEXT, prefix="p", **GREEDY, **asked)
 
 
+@pytest.mark.parametrize("asked", [{"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 4}], ids=str)
+def test_they_are_refused_in_a_generation_config_too(asked: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"give prefix or {next(iter(asked))}, not both"):
+        manager(tiny("llama")).generate(TEXT[:1], prefix="p", generation_config=GenerationConfig(**GREEDY, **asked))
+
+
 # ---------------------------------------------------------------------- policies: the prefix is pinned
 
 LEAVING: dict[str, Any] = {
@@ -1511,11 +1517,11 @@ def unchanged(kv: KVCacheManager) -> Iterator[None]:
 
 LLAMA_WIDTH = 64
 NO_PREFIX: dict[str, tuple[Any, str]] = {
-    "a list": ([1, 2], r"must be token ids or embeddings of one row, got \[1, 2\]"),
-    "nothing": (None, "must be token ids or embeddings of one row, got None"),
-    "a number": (torch.tensor(3), r"of one row, got tensor\(3\)"),
-    "a mask": (torch.ones(3, dtype=torch.bool), "token ids or embeddings.*got"),
-    "complex": (torch.ones(3, dtype=torch.complex64), "token ids .* or embeddings .* got torch.complex64"),
+    "a list": ([1, 2], r"token ids \[tokens\] or embeddings \[tokens, dim\] of one row, got \[1, 2\]"),
+    "nothing": (None, "of one row, got None"),
+    "a number": (torch.tensor(3), r"of one row, got torch.int64 \[\]"),
+    "a mask": (torch.ones(3, dtype=torch.bool), r"of one row, got torch.bool \[3\]"),
+    "complex": (torch.ones(3, dtype=torch.complex64), r"token ids .* or embeddings .* got torch.complex64 \[3\]"),
     "empty": (torch.zeros(0, dtype=torch.long), r"at least one; got torch.int64 \[0\]"),
     "an empty row": (torch.zeros(1, 0, dtype=torch.long), r"at least one; got torch.int64 \[0\]"),
     "no embeddings": (torch.zeros(0, LLAMA_WIDTH), r"at least one; got torch.float32 \[0, 64\]"),
@@ -1523,7 +1529,7 @@ NO_PREFIX: dict[str, tuple[Any, str]] = {
     "two rows of embeddings": (torch.zeros(2, 4, LLAMA_WIDTH), "one row, got 2; add each as a prefix of its own"),
     "a row of floats": (torch.zeros(4), r"embeddings \[tokens, dim\], at least one; got torch.float32 \[4\]"),
     "ids in three dimensions": (token_ids(1, 4)[None], r"token ids \[tokens\] .* got torch.int64 \[1, 1, 4\]"),
-    "embeddings in four": (torch.zeros(1, 1, 4, LLAMA_WIDTH), "embeddings of one row"),
+    "embeddings in four": (torch.zeros(1, 1, 4, LLAMA_WIDTH), r"got torch.float32 \[1, 1, 4, 64\]"),
 }
 
 
