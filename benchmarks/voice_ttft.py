@@ -3,7 +3,8 @@
 For Chatterbox the other side is upstream's own loop, stopped at its first token: `T3.inference_turbo` for the shapes of
 Turbo and Nano (376 tokens of voice, 30 of text), `T3.inference` for English with guidance (34 of voice, 62 of text, two
 rows). For SmolLM2-135M it is `generate` with a 500-token system prompt and a 20-token question. Each warm side finds the
-prefix in memory, in a file (in the page cache, and not in it), or on a Redis server on this machine, if there is one.
+prefix in memory, in a file (in the page cache, and not in it), or on a Redis server on this machine, if there is one. "The
+rest alone" is the forward pass over what is not known, with all else ready: no reuse of a prefix can be faster.
 
 T3's weights are random, which decides neither shapes nor speed; SmolLM2's are real. Both sides run on the same model in one
 process, in turn, and have to give the same first token.
@@ -22,7 +23,8 @@ from typing import Any
 import torch
 from common import ROOT, arguments, finish, interleaved, paired_ratio, spread
 
-from kvcache import DiskStore, KVCacheManager, MemoryStore, RedisStore, SpeakerCache
+from kvcache import CacheGeometry, DiskStore, KVCacheManager, MemoryStore, RedisStore, SpeakerCache
+from kvcache.hf import new_cache
 from kvcache.stores import Store
 from kvcache_chatterbox import ChatterboxEngine, load_t3, random_conditionals
 
@@ -33,6 +35,7 @@ from voices import redis_server
 COLD = "computed again"
 OURS = "our loop, nothing reused"
 CONDITIONING = "conditioning from memory"
+REST = "the rest alone"
 MEMORY, DISK, UNCACHED, REDIS = "from memory", "from disk", "from disk, page cache dropped", "from Redis"
 
 
@@ -55,6 +58,30 @@ def stores(folder: Path, redis: str | None) -> dict[str, Store]:
     """A store for each warm side; those of bytes alone, without memory before them."""
     found: dict[str, Store] = {MEMORY: MemoryStore("4GiB"), DISK: DiskStore(folder), UNCACHED: DiskStore(folder)}
     return found if redis is None else found | {REDIS: RedisStore(redis, timeout=30)}
+
+
+class RestAlone:
+    """A forward pass over `rest` behind a cache that holds `known` tokens, made ready outside the time."""
+
+    def __init__(self, decoder: Any, rest: torch.Tensor, known: int) -> None:
+        self._decoder = decoder
+        self._given = {"inputs_embeds" if rest.is_floating_point() else "input_ids": rest}
+        self._known = known
+        self._cache: Any = None
+        self.ready()
+
+    @torch.inference_mode()
+    def ready(self) -> None:
+        """A fresh cache with so many made-up tokens."""
+        geometry = CacheGeometry.from_model(self._decoder)
+        self._cache = new_cache(self._decoder)
+        states = torch.randn(1, geometry.kv_heads, self._known, geometry.head_dim)
+        for layer in range(geometry.layers):
+            self._cache.update(states, states, layer)
+
+    @torch.inference_mode()
+    def __call__(self) -> None:
+        self._decoder(**self._given, past_key_values=self._cache, use_cache=True)
 
 
 # ---------------------------------------------------------------------- Chatterbox
@@ -92,7 +119,7 @@ def our_first(engine: ChatterboxEngine, text: torch.Tensor, **who: Any) -> int:
     return int(next(tokens)[0, 0])
 
 
-def chatterbox(variant: str, quick: bool, folder: Path, redis: str | None) -> dict[str, Callable[[], int]]:
+def chatterbox(variant: str, quick: bool, folder: Path, redis: str | None) -> dict[str, Callable[[], int | None]]:
     """All sides of one variant."""
     t3 = load_t3("nano" if quick else variant)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(1)
@@ -102,7 +129,7 @@ def chatterbox(variant: str, quick: bool, folder: Path, redis: str | None) -> di
     voice = random_conditionals(t3)
     nothing = ChatterboxEngine(t3, speakers=SpeakerCache(MemoryStore()), reuse="none")
     # Upstream writes an embedding into the voice that it is given: each call gets a copy.
-    sides: dict[str, Callable[[], int]] = {
+    sides: dict[str, Callable[[], int | None]] = {
         COLD: lambda: upstream_first(t3, type(voice)(**vars(voice)), text),
         OURS: lambda: our_first(nothing, text, t3_cond=voice),
     }
@@ -110,6 +137,8 @@ def chatterbox(variant: str, quick: bool, folder: Path, redis: str | None) -> di
         part = ChatterboxEngine(t3, speakers=SpeakerCache(MemoryStore("4GiB")), reuse="conditioning")
         part.add_voice("sarah", conditionals=voice)
         sides[CONDITIONING] = lambda: our_first(part, text, voice="sarah")
+    rows = text.shape[1] + (1 if t3.is_gpt else 4)  # with guidance, two starts of speech in each row
+    sides[REST] = RestAlone(t3.tfmr, torch.randn(1, rows, t3.dim), 376 if t3.is_gpt else 34 + text.shape[1])
     for name, store in stores(folder, redis).items():
         engine = ChatterboxEngine(t3, speakers=SpeakerCache(store))
         engine.add_voice("sarah", conditionals=voice)
@@ -120,7 +149,7 @@ def chatterbox(variant: str, quick: bool, folder: Path, redis: str | None) -> di
 # ---------------------------------------------------------------------- a language model
 
 
-def smollm2(quick: bool, folder: Path, redis: str | None) -> dict[str, Callable[[], int]]:
+def smollm2(quick: bool, folder: Path, redis: str | None) -> dict[str, Callable[[], int | None]]:
     """All sides of SmolLM2, on a system prompt out of Python's own documentation."""
     model, tokenizer, _ = load(None)
     ids = torch.as_tensor(tokenizer(topics.topics["exceptions"] + topics.topics["assignment"]).input_ids)
@@ -130,9 +159,10 @@ def smollm2(quick: bool, folder: Path, redis: str | None) -> dict[str, Callable[
     ]
     whole = torch.cat([prompt[None], question], 1)
     once: dict[str, Any] = {"max_new_tokens": 1, "do_sample": False}
-    sides: dict[str, Callable[[], int]] = {
+    sides: dict[str, Callable[[], int | None]] = {
         COLD: lambda: int(model.generate(whole, attention_mask=torch.ones_like(whole), **once)[0, -1])
     }
+    sides[REST] = RestAlone(model.model, question, len(prompt))
     for name, store in stores(folder, redis).items():
         manager = KVCacheManager(model, speakers=SpeakerCache(store))
         manager.add_prefix("system", prompt)
@@ -169,8 +199,12 @@ def main() -> None:
                 make = smollm2 if case == "smollm2" else lambda *rest, case=case: chatterbox(case, *rest)
                 sides = make(options.quick, folder, redis)
                 first = {side: run() for side, run in sides.items()}
-                assert len(set(first.values())) == 1, f"{case}: the sides draw different tokens: {first}"
-                seconds = interleaved(sides, options.rounds, before={UNCACHED: lambda f=folder: drop_page_cache(f)})
+                assert len(set(first.values()) - {None}) == 1, f"{case}: the sides draw different tokens: {first}"
+                seconds = interleaved(
+                    sides,
+                    options.rounds,
+                    before={UNCACHED: lambda f=folder: drop_page_cache(f), REST: sides[REST].ready},
+                )
             label = "english_cfg" if case == "english" else case
             for side, values in seconds.items():
                 spreads = {
@@ -185,6 +219,7 @@ def main() -> None:
                 ("disk_uncached", UNCACHED),
                 ("redis", REDIS),
                 ("conditioning", CONDITIONING),
+                ("rest_alone", REST),
             ):
                 if side in seconds:
                     ratios[f"{label}_{ratio}"] = paired_ratio(seconds[COLD], seconds[side])

@@ -85,13 +85,13 @@ def _parts(model: nn.Module) -> tuple[list[nn.Module], list[Tensor]]:
     return modules, tensors
 
 
-def _state(tensor: Tensor) -> tuple[int, int]:
-    """Its version counter, and where it lies."""
+def _state(tensor: Tensor) -> tuple[object, ...]:
+    """Its version counter, where it lies, and how."""
     try:
-        place = tensor.untyped_storage()._cdata
+        place = tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.stride()
     except (NotImplementedError, RuntimeError):  # a tensor subclass without a storage of its own
-        place = 0
-    return (0 if tensor.is_inference() else tensor._version), place
+        place = None
+    return 0 if tensor.is_inference() else tensor._version, place, tensor.shape, tensor.dtype
 
 
 def _memory(tensor: Tensor) -> StorageWeakRef | None:

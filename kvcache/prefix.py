@@ -67,9 +67,9 @@ class PrefixKey:
         return digest.hexdigest()
 
     @cached_property
-    def family(self) -> bytes:
+    def family(self) -> tuple[str, torch.dtype, bytes]:
         """The same for all keys that have at least their first token in common."""
-        return b" ".join((self.model.encode(), str(self.content.dtype).encode(), bytes(tensor_bytes(self.content[0]))))
+        return self.model, self.content.dtype, bytes(tensor_bytes(self.content[0]))
 
     def common(self, other: "PrefixKey") -> int:
         """How many of the first tokens are the same, byte for byte; 0 with another model."""
@@ -229,7 +229,7 @@ class PrefixSnapshot:
                 (tensors[f"keys.{i}"][None], tensors[f"values.{i}"][None]) for i in range(int(header["layers"]))
             )
             return cls(PrefixKey(str(header["model"]), tensors["content"]), layers, float(header["build_seconds"]))
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, ArithmeticError) as error:
             raise CorruptError(f"the parts of a prefix do not fit together: {error!r}") from error
 
     def to_bytes(self, secret: bytes | None = None) -> bytes:

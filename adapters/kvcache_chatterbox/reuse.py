@@ -146,16 +146,7 @@ class VoiceReuse:
 
         for i, layer in enumerate(kv_layers(beside)):
             assert layer.keys is not None and layer.values is not None
-            rows = []
-            for states in (layer.keys, layer.values):
-                pair = states.new_empty(2, states.shape[1], length, states.shape[3])
-                pair[0, :, :conditioning], pair[0, :, conditioning:] = (
-                    states[0, :, :conditioning],
-                    states[0, :, end : end + own],
-                )
-                pair[1, :, :end], pair[1, :, end:] = states[0, :, :end], states[0, :, end + own :]
-                rows.append(pair)
-            cache.update(*rows, i)
+            cache.update(*(_pair(states, conditioning, end, own) for states in (layer.keys, layer.values)), i)
         keys = torch.cat([torch.arange(conditioning), torch.arange(end, end + own)]).to(device)
         return FirstPass(hidden[[own - 1, new - 1]], (own, keys))
 
@@ -166,3 +157,13 @@ class VoiceReuse:
 
 def _causal(tokens: int, device: torch.device) -> Tensor:
     return torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
+
+
+def _pair(states: Tensor, conditioning: int, end: int, own: int) -> Tensor:
+    """The conditional and the unconditional row, one below the other, from one row in which they lie side by side."""
+    pair = states.new_empty(2, states.shape[1], conditioning + own, states.shape[3])
+    pair[0, :, :conditioning] = states[0, :, :conditioning]
+    pair[0, :, conditioning:] = states[0, :, end : end + own]
+    pair[1, :, :end] = states[0, :, :end]
+    pair[1, :, end:] = states[0, :, end + own :]
+    return pair

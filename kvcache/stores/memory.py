@@ -43,7 +43,7 @@ class MemoryStore(Store):
         self.device = device
         self.on_evict: Callable[[PrefixSnapshot], None] | None = None
         self._entries: OrderedDict[PrefixKey, _Entry] = OrderedDict()  # least recently used first
-        self._families: defaultdict[bytes, set[PrefixKey]] = defaultdict(set)
+        self._families: defaultdict[tuple[object, ...], set[PrefixKey]] = defaultdict(set)
         self._pinned: set[PrefixKey] = set()
         self._nbytes = 0
         self._lock = RLock()

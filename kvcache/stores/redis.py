@@ -64,7 +64,7 @@ class RedisStore(BlobStore):
         timeout: seconds to wait for the server, for a connection and for each answer.
 
     Raises:
-        InputError: for another namespace, or without the package redis.
+        InputError: for another namespace or URL, or without the package redis.
     """
 
     name = "redis"
@@ -90,7 +90,10 @@ class RedisStore(BlobStore):
         self.ttl = ttl
         self._prefix = f"{{{namespace}}}:prefix:"  # in braces, so that a cluster keeps a namespace in one place
         self._books = [f"{{{namespace}}}:{name}" for name in ("used", "sizes", "pins")]
-        self._client: Any = redis.Redis.from_url(url, socket_timeout=timeout, socket_connect_timeout=timeout)
+        try:
+            self._client: Any = redis.Redis.from_url(url, socket_timeout=timeout, socket_connect_timeout=timeout)
+        except ValueError as error:
+            raise InputError(f"cannot use this URL for Redis: {error}") from error
 
     def _key(self, address: str) -> str:
         return self._prefix + check_address(address)
