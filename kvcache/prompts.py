@@ -44,6 +44,9 @@ class Prompts(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self._prompt(name).content
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._prompts
+
     def __iter__(self) -> Iterator[str]:
         return iter(list(self._prompts))
 

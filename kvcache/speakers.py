@@ -22,7 +22,7 @@ class SpeakerStats:
         hits: whole prefixes found, by tier.
         extended: prefixes of which a beginning was found and the rest computed.
         built: prefixes computed from nothing.
-        refused: snapshots that a store gave for another content than was asked for.
+        refused: snapshots that were found and not used, because they were corrupt or of another content.
         nbytes: bytes held now, by tier.
         build_seconds: spent on computing prefixes.
         seconds_saved: what it would have taken to compute those that were found.
@@ -90,7 +90,7 @@ class SpeakerCache:
                 {tier.name: tier.hits for tier in tiers},
                 self._extended,
                 self._built,
-                self._refused,
+                self._refused + sum(tier.refused for tier in tiers),
                 {tier.name: tier.nbytes for tier in tiers},
                 self._build_seconds,
                 self._seconds_saved,

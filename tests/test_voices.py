@@ -524,6 +524,7 @@ def test_names_and_choices_are_checked():
     made.voices.remove("sarah")
     with pytest.raises(InputError, match=r"known: none yet"):
         made.voices.remove("sarah")
+    assert made.voices.get("sarah") is None
     assert len(made.voices) == 0 and "sarah" not in made.voices and repr(made.voices) == "Voices()"
 
 

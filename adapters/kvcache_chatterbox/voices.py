@@ -105,6 +105,10 @@ class Voices(Mapping[str, Voice]):
     def __contains__(self, name: object) -> bool:
         return name in self._voices
 
+    def get(self, name: str, default: Any = None) -> Any:
+        """The voice of this name, or `default`."""
+        return self._voices.get(name, default)
+
     def __iter__(self) -> Iterator[str]:
         return iter(list(self._voices))
 

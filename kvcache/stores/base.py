@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from types import TracebackType
 
-from kvcache.errors import InputError
+from kvcache.errors import CorruptError, InputError
 from kvcache.policies import parse_bytes
 from kvcache.prefix import PrefixKey, PrefixSnapshot
 
@@ -25,6 +25,7 @@ class Store(AbstractContextManager["Store"], ABC):
     Attributes:
         name: of the tier, in statistics.
         hits, misses: answers of `get`, with and without a snapshot of the whole key.
+        refused: what was found and not used, because it was corrupt or of another content.
     """
 
     name: str = "store"
@@ -32,6 +33,7 @@ class Store(AbstractContextManager["Store"], ABC):
     def __init__(self) -> None:
         self.hits = 0
         self.misses = 0
+        self.refused = 0
 
     @abstractmethod
     def get(self, key: PrefixKey) -> PrefixSnapshot | None:
@@ -119,18 +121,25 @@ class BlobStore(Store):
     def _used(self) -> int: ...
 
     def get(self, key: PrefixKey) -> PrefixSnapshot | None:
-        found = None
-        if self._available():
-            try:
-                data = self._read(key.address)
-                if data is not None:
-                    found = PrefixSnapshot.from_bytes(data, self._secret)
-            except Exception as error:  # whatever lies below, down to the errors of a third party's driver
-                self._failed("read", error)
-        if found is not None and found.key != key:
-            log.warning("%s: what is stored for %r is %r; it will not be used", self.name, key, found.key)
-            found = None
-        return self._counted(key, found)
+        return self._counted(key, self._found(key))
+
+    def _found(self, key: PrefixKey) -> PrefixSnapshot | None:
+        try:
+            data = self._read(key.address) if self._available() else None
+        except Exception as error:  # whatever lies below, down to the errors of a third party's driver
+            self._failed("read", error)
+            return None
+        if data is None:
+            return None
+        try:
+            found = PrefixSnapshot.from_bytes(data, self._secret)
+            if found.key != key:
+                raise CorruptError(f"it is {found.key!r}")
+        except Exception as error:  # what a stranger may have written there has no end
+            self.refused += 1
+            log.warning("%s: what is stored for %r is not that (%s); it will not be used", self.name, key, error)
+            return None
+        return found
 
     def has(self, key: PrefixKey) -> bool:
         try:
