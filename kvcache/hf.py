@@ -6,6 +6,7 @@ Two rules make a cache right while tokens leave it: its length is counted in tok
 
 import inspect
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -27,6 +28,7 @@ from kvcache.errors import CapacityError, GeometryError, InputError, PolicyError
 from kvcache.geometry import CacheGeometry
 from kvcache.layers import KVLayer
 from kvcache.policies import KeepAll, SizePolicy, check_policy, schedule
+from kvcache.prefix import PrefixKey, PrefixSnapshot
 from kvcache.rope import KeyRotation
 
 _VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
@@ -226,6 +228,26 @@ def prefix_cache(model: Any) -> Any:
                 "use a model with another rope_type"
             )
     return _Cache(layers=[ManagedLayer(KVLayer()) for _ in layers])
+
+
+def extend_prefix(
+    run: Callable[[Tensor], Any], key: PrefixKey, start: PrefixSnapshot | None, cache: Any, device: torch.device
+) -> PrefixSnapshot:
+    """The snapshot of `key`, computed on an empty cache.
+
+    Args:
+        run: runs ``[1, tokens]`` ids or ``[1, tokens, dim]`` embeddings on that cache.
+        key: of what.
+        start: a beginning of it that is known and need not be run; None if nothing is.
+        cache: of ours, which keeps everything; see `prefix_cache`.
+        device: where the model wants its input.
+    """
+    began, known, spent = time.perf_counter(), 0, 0.0
+    if start is not None:
+        start.to(device).fork(cache)
+        known, spent = len(start), start.build_seconds
+    run(key.content[None, known:].to(device))
+    return PrefixSnapshot.of(kv_layers(cache), key, build_seconds=spent + time.perf_counter() - began)
 
 
 class _Cache(Cache):

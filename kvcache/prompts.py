@@ -1,6 +1,5 @@
 """The prefixes of one language model by name: system prompts, examples, computed once and found again."""
 
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -136,13 +135,11 @@ class Prompts(Mapping[str, Tensor]):
     @torch.no_grad()
     def _extend(self, key: PrefixKey, start: PrefixSnapshot | None) -> PrefixSnapshot:
         self._refuse_training()
-        cache, known, began = hf.prefix_cache(self._model), 0, time.perf_counter()
-        if start is not None:
-            start.to(self._model.device).fork(cache)
-            known = len(start)
-        rest = key.content[None, known:].to(self._model.device)
-        given = {"inputs_embeds": rest} if rest.is_floating_point() else {"input_ids": rest}
-        # Without the head: nobody asks for the logits of a prefix.
-        getattr(self._model, "base_model", self._model)(**given, past_key_values=cache, use_cache=True)
-        seconds = time.perf_counter() - began + (0.0 if start is None else start.build_seconds)
-        return PrefixSnapshot.of(hf.kv_layers(cache), key, build_seconds=seconds)
+        cache = hf.prefix_cache(self._model)
+        body = getattr(self._model, "base_model", self._model)  # without the head: nobody asks for a prefix's logits
+        kind = "inputs_embeds" if key.content.is_floating_point() else "input_ids"
+
+        def run(rest: Tensor) -> None:
+            body(**{kind: rest}, past_key_values=cache, use_cache=True)
+
+        return hf.extend_prefix(run, key, start, cache, self._model.device)

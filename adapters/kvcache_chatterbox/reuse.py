@@ -8,7 +8,6 @@ another emotion shares all before it.
 """
 
 import dataclasses
-import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from kvcache import CacheGeometry, PrefixKey, PrefixSnapshot, SpeakerCache, model_fingerprint
 from kvcache.fingerprint import tensor_bytes
-from kvcache.hf import kv_layers, new_cache
+from kvcache.hf import extend_prefix, kv_layers, new_cache
 from kvcache_chatterbox.requests import Prefill, condition
 
 Reuse = Literal["all", "conditioning", "none"]
@@ -102,14 +101,12 @@ class VoiceReuse:
 
     @torch.inference_mode()
     def _extend(self, key: PrefixKey, start: PrefixSnapshot | None) -> PrefixSnapshot:
-        cache, known, began = self._cache(len(key)), 0, time.perf_counter()
-        if start is not None:
-            start.to(self._t3.device).fork(cache)
-            known = len(start)
-        rest = key.content[None, known:].to(self._t3.device)
-        self._t3.tfmr(inputs_embeds=rest, past_key_values=cache, use_cache=True)
-        seconds = time.perf_counter() - began + (0.0 if start is None else start.build_seconds)
-        return PrefixSnapshot.of(kv_layers(cache), key, build_seconds=seconds)
+        cache = self._cache(len(key))
+
+        def run(rest: Tensor) -> None:
+            self._t3.tfmr(inputs_embeds=rest, past_key_values=cache, use_cache=True)
+
+        return extend_prefix(run, key, start, cache, self._t3.device)
 
     def _start_guided(self, request: Prefill, cache: Any) -> FirstPass:
         """Both rows in one pass over one row, side by side, each seeing its own: what they share is there once.
