@@ -16,6 +16,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from pydoc_data import topics
 from typing import Any
@@ -24,6 +25,7 @@ import torch
 from common import ROOT, arguments, finish, interleaved, paired_ratio, spread
 
 from kvcache import CacheGeometry, DiskStore, KVCacheManager, MemoryStore, RedisStore, SpeakerCache
+from kvcache.cpu import few_rows
 from kvcache.hf import new_cache
 from kvcache.stores import Store
 from kvcache_chatterbox import ChatterboxEngine, load_t3, random_conditionals
@@ -35,6 +37,7 @@ from voices import redis_server
 COLD = "computed again"
 OURS = "our loop, nothing reused"
 CONDITIONING = "conditioning from memory"
+WITHOUT = "from memory, without oneDNN"
 REST = "the rest alone"
 MEMORY, DISK, UNCACHED, REDIS = "from memory", "from disk", "from disk, page cache dropped", "from Redis"
 
@@ -63,7 +66,8 @@ def stores(folder: Path, redis: str | None) -> dict[str, Store]:
 class RestAlone:
     """A forward pass over `rest` behind a cache that holds `known` tokens, made ready outside the time."""
 
-    def __init__(self, decoder: Any, rest: torch.Tensor, known: int) -> None:
+    def __init__(self, decoder: Any, rest: torch.Tensor, known: int, onednn: bool) -> None:
+        self._onednn = onednn
         self._decoder = decoder
         self._given = {"inputs_embeds" if rest.is_floating_point() else "input_ids": rest}
         self._known = known
@@ -81,6 +85,10 @@ class RestAlone:
 
     @torch.inference_mode()
     def __call__(self) -> None:
+        with few_rows(self._decoder) if self._onednn else nullcontext():
+            self._run()
+
+    def _run(self) -> None:
         self._decoder(**self._given, past_key_values=self._cache, use_cache=True)
 
 
@@ -137,8 +145,13 @@ def chatterbox(variant: str, quick: bool, folder: Path, redis: str | None) -> di
         part = ChatterboxEngine(t3, speakers=SpeakerCache(MemoryStore("4GiB")), reuse="conditioning")
         part.add_voice("sarah", conditionals=voice)
         sides[CONDITIONING] = lambda: our_first(part, text, voice="sarah")
+        without = ChatterboxEngine(t3, speakers=SpeakerCache(MemoryStore("4GiB")), onednn=False)
+        without.add_voice("sarah", conditionals=voice)
+        sides[WITHOUT] = lambda: our_first(without, text, voice="sarah")
     rows = text.shape[1] + (1 if t3.is_gpt else 4)  # with guidance, two starts of speech in each row
-    sides[REST] = RestAlone(t3.tfmr, torch.randn(1, rows, t3.dim), 376 if t3.is_gpt else 34 + text.shape[1])
+    sides[REST] = RestAlone(
+        t3.tfmr, torch.randn(1, rows, t3.dim), 376 if t3.is_gpt else 34 + text.shape[1], not t3.is_gpt
+    )
     for name, store in stores(folder, redis).items():
         engine = ChatterboxEngine(t3, speakers=SpeakerCache(store))
         engine.add_voice("sarah", conditionals=voice)
@@ -162,7 +175,7 @@ def smollm2(quick: bool, folder: Path, redis: str | None) -> dict[str, Callable[
     sides: dict[str, Callable[[], int | None]] = {
         COLD: lambda: int(model.generate(whole, attention_mask=torch.ones_like(whole), **once)[0, -1])
     }
-    sides[REST] = RestAlone(model.model, question, len(prompt))
+    sides[REST] = RestAlone(model.model, question, len(prompt), False)
     for name, store in stores(folder, redis).items():
         manager = KVCacheManager(model, speakers=SpeakerCache(store))
         manager.add_prefix("system", prompt)
@@ -219,6 +232,7 @@ def main() -> None:
                 ("disk_uncached", UNCACHED),
                 ("redis", REDIS),
                 ("conditioning", CONDITIONING),
+                ("warm_without_onednn", WITHOUT),
                 ("rest_alone", REST),
             ):
                 if side in seconds:

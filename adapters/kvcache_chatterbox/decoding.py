@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvcache.cpu import few_rows
 from kvcache_chatterbox.alignment import AlignmentCheck
 from kvcache_chatterbox.requests import Prefill, embed_speech
 from kvcache_chatterbox.reuse import FirstPass
@@ -25,6 +26,7 @@ class Decoder:
         cache: what to pass as `past_key_values`; None recomputes everything at every token.
         generator: of the draws; None takes torch's global one, as upstream does.
         start: prefills the request into the cache, from what is known of its voice; None runs all of it.
+        onednn: let oneDNN prefill where it is faster, see `kvcache.cpu`.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class Decoder:
         cache: Any,
         generator: torch.Generator | None,
         start: Callable[[Prefill, Any], FirstPass] | None = None,
+        onednn: bool = True,
     ) -> None:
         self._t3 = t3
         self._cfg_weight = sampling.cfg_weight
@@ -45,6 +48,7 @@ class Decoder:
         self._generator = generator
         self._pending = request.embeds  # what the next forward pass runs
         self._start = None if start is None else partial(start, request, cache)
+        self._onednn = onednn and not t3.is_gpt  # whose layers are no `linear`
         self._alignment = AlignmentCheck(t3, request.text) if AlignmentCheck.wanted(t3) else None
         self._ids = torch.full((1, max_new_tokens + 1), t3.hp.start_speech_token, device=t3.device)
 
@@ -78,7 +82,8 @@ class Decoder:
 
     def _logits(self, made: int) -> Tensor:
         """Of the last position, guided and checked, ``[1, vocabulary]``."""
-        with nullcontext() if self._alignment is None else self._alignment.reader.reading():
+        reading = nullcontext() if self._alignment is None else self._alignment.reader.reading()
+        with reading, few_rows(self._t3.tfmr) if self._onednn and made == 0 else nullcontext():
             out = self._start() if self._start is not None and made == 0 else self._forward()
         logits: Tensor = self._t3.speech_head(out.hidden)
         if logits.shape[0] == 2:

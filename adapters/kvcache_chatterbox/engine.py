@@ -44,6 +44,7 @@ class ChatterboxEngine:
         speakers: where what is known of voices lives; by default memory over disk, from the first voice on.
         reuse: ``"all"`` runs of a request only what is not known of its voice; ``"conditioning"`` does without the
             unconditional text, which guidance needs; ``"none"`` runs everything.
+        onednn: let oneDNN prefill the Llama variants where it is faster: in fp32, on a CPU. See `kvcache.cpu`.
 
     Attributes:
         speakers: where what is known of voices lives.
@@ -63,6 +64,7 @@ class ChatterboxEngine:
         double_bos: bool = True,
         speakers: SpeakerCache | None = None,
         reuse: Reuse = "all",
+        onednn: bool = True,
     ) -> None:
         self.t3 = getattr(model, "t3", model)
         if not hasattr(self.t3, "tfmr") or not hasattr(self.t3, "speech_head"):
@@ -72,6 +74,7 @@ class ChatterboxEngine:
         if reuse not in ("all", "conditioning", "none"):
             raise InputError(f"reuse={reuse!r} must be 'all', 'conditioning' or 'none'")
         self.double_bos = double_bos
+        self.onednn = onednn
         self.speakers = SpeakerCache(default_store(self.t3.device)) if speakers is None else speakers
         self._reuse = None if reuse == "none" else VoiceReuse(self.t3, self.speakers, reuse)
         self.voices = Voices(self.t3, self._reuse)
@@ -317,7 +320,7 @@ class ChatterboxEngine:
         cache = self._new_cache(request.embeds, max_new_tokens) if self.enabled and use_kv_cache else None
         generator = None if seed is None else torch.Generator(self.t3.device).manual_seed(seed)
         start = None if cache is None or reuse is None else reuse.start
-        decoder = Decoder(self.t3, request, options, max_new_tokens, cache, generator, start)
+        decoder = Decoder(self.t3, request, options, max_new_tokens, cache, generator, start, self.onednn)
         return self._reported(chunked(decoder.tokens(), chunk_size), cache)
 
     def _voice(self, voice: str | Voice | None, audio_prompt_path: str | os.PathLike[str] | None = None) -> Voice:
