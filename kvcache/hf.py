@@ -34,6 +34,7 @@ from kvcache.rope import KeyRotation
 _VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 _CROP_ZERO_EMPTIES = _VERSION < (5, 14)
 
+_BY_LENGTH = ("dynamic", "longrope")  # RoPE whose frequencies depend on how long the text becomes
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
 PositionMode = Literal["absolute", "rerotated"]
@@ -214,15 +215,14 @@ def prefix_cache(model: Any) -> Any:
             "prefixes need attention in every layer"
         )
     kinds = set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ())
-    if (
-        getattr(model, "_is_stateful", False) or not kinds <= _ATTENTION
-    ):  # up to 5.13 such layers do not show in a cache
+    # Up to 5.13 such layers do not show in a cache.
+    if getattr(model, "_is_stateful", False) or not kinds <= _ATTENTION:
         raise GeometryError(
             f"{type(model).__name__} has a layer with a state, which keeps no keys and values to reuse; "
             "prefixes need attention in every layer"
         )
     for module in model.modules():
-        if (rope_type := getattr(module, "rope_type", None)) in ("dynamic", "longrope"):
+        if (rope_type := getattr(module, "rope_type", None)) in _BY_LENGTH:
             raise PositionsError(
                 f"no prefix can be reused: {rope_type!r} RoPE turns the first keys by how many tokens follow; "
                 "use a model with another rope_type"
@@ -449,7 +449,7 @@ def key_rotation(model: Any) -> KeyRotation:
             "keys cannot be re-rotated: the model has no rotary_emb with inv_freq; keep positions='absolute'"
         )
     rope_type = getattr(rotary, "rope_type", "default")
-    if rope_type in ("dynamic", "longrope"):
+    if rope_type in _BY_LENGTH:
         raise PositionsError(
             f"keys cannot be re-rotated: {rope_type!r} RoPE changes its frequencies with the length; keep positions='absolute'"
         )

@@ -289,3 +289,16 @@ def logits(model: Any, ids: Tensor, cache: Any = None, chunks: Sequence[int] | N
         result.append(output.logits)
         start = end
     return torch.cat(result, 1)
+
+
+ROPE_BY_LENGTH = [  # whose frequencies depend on how long the text becomes
+    {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+    {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 8,
+        "long_factor": [4.0] * 8,
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+]

@@ -1,10 +1,22 @@
 """Small T3 models of upstream's own classes, with random weights."""
 
 import importlib
+import importlib.util
 
+import pytest
 import torch
 
+if importlib.util.find_spec("chatterbox") is None:
+    pytest.skip(
+        "chatterbox-tts is not installed (pip install --no-deps chatterbox-tts==0.1.7)", allow_module_level=True
+    )
+
 from kvcache_chatterbox.loading import upstream_t3
+
+UPSTREAMS_WARNINGS = [  # from inside its own loop
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*output_attentions.*"),
+]
 
 
 def tiny_t3(kind, seed=0):

@@ -4,26 +4,16 @@ import asyncio
 import dataclasses
 import gc
 import importlib
-import importlib.util
 import threading
 
 import pytest
 import torch
-
-if importlib.util.find_spec("chatterbox") is None:
-    pytest.skip(
-        "chatterbox-tts is not installed (pip install --no-deps chatterbox-tts==0.1.7)", allow_module_level=True
-    )
-
-from t3_models import fingerprint, likely_end, tiny_t3
+from t3_models import UPSTREAMS_WARNINGS, fingerprint, likely_end, tiny_t3
 
 from kvcache import CapacityError, InputError, MaxBytes, MaxTokens, PolicyError, SlidingWindow
 from kvcache_chatterbox import ChatterboxEngine, byte_tokens, load_t3, random_conditionals
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::FutureWarning"),  # upstream's, inside its own loop
-    pytest.mark.filterwarnings("ignore:.*output_attentions.*"),
-]
+pytestmark = UPSTREAMS_WARNINGS
 TEXT = "The birch canoe slid on the smooth planks."
 SEEDS = range(5)
 MODELS = {}

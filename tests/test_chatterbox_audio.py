@@ -1,6 +1,5 @@
 """From tokens to audio: the joints, the lengths, and a whole Chatterbox model with a small deterministic vocoder."""
 
-import importlib.util
 import sys
 import types
 
@@ -8,12 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-if importlib.util.find_spec("chatterbox") is None:
-    pytest.skip(
-        "chatterbox-tts is not installed (pip install --no-deps chatterbox-tts==0.1.7)", allow_module_level=True
-    )
-
 from t3_models import tiny_t3
 
 from kvcache import InputError

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import FAMILIES, SEQ2SEQ, build, cases, dynamic_cache, logits, tiny, token_ids
+from families import FAMILIES, ROPE_BY_LENGTH, SEQ2SEQ, build, cases, dynamic_cache, logits, tiny, token_ids
 from hypothesis import given
 from hypothesis import strategies as st
 from test_laws import BUFFERS, KINDS, Kind, Pair, search, tokens
@@ -698,21 +698,7 @@ def test_an_encoder_decoder_says_that_its_decoder_depends_on_the_encoder(name: s
     assert kv.prefixes == ()
 
 
-@pytest.mark.parametrize(
-    "rope",
-    [
-        {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
-        {
-            "rope_type": "longrope",
-            "rope_theta": 10000.0,
-            "short_factor": [1.0] * 8,
-            "long_factor": [4.0] * 8,
-            "factor": 4.0,
-            "original_max_position_embeddings": 64,
-        },
-    ],
-    ids=["dynamic", "longrope"],
-)
+@pytest.mark.parametrize("rope", ROPE_BY_LENGTH, ids=lambda rope: rope["rope_type"])
 def test_a_rotation_that_depends_on_what_follows_is_refused(rope: dict[str, Any]) -> None:
     kv = KVCacheManager(build("llama", rope_parameters=rope, max_position_embeddings=256), speakers=in_memory())
     with pytest.raises(PositionsError, match=f"'{rope['rope_type']}' RoPE .* use a model with another rope_type"):

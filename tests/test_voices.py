@@ -1,7 +1,6 @@
 """Voices of Chatterbox: what is reused equals what upstream computes, files are checked, and nobody gets another's voice."""
 
 import asyncio
-import importlib.util
 import os
 import pickle
 import tempfile
@@ -12,14 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-if importlib.util.find_spec("chatterbox") is None:
-    pytest.skip(
-        "chatterbox-tts is not installed (pip install --no-deps chatterbox-tts==0.1.7)", allow_module_level=True
-    )
-
-from t3_models import fingerprint, tiny_t3
-from test_chatterbox import upstream
+from t3_models import UPSTREAMS_WARNINGS, fingerprint, tiny_t3
+from test_chatterbox import MODELS, model, upstream
 from test_chatterbox_audio import tts
 
 from kvcache import CorruptError, DiskStore, InputError, MemoryStore, SlidingWindow, SpeakerCache, TieredStore
@@ -29,20 +22,8 @@ from kvcache_chatterbox.decoding import Decoder
 from kvcache_chatterbox.requests import check_text, condition, prefill
 from kvcache_chatterbox.reuse import VoiceReuse
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::FutureWarning"),  # upstream's, inside its own loop
-    pytest.mark.filterwarnings("ignore:.*output_attentions.*"),
-]
+pytestmark = UPSTREAMS_WARNINGS
 KINDS = ["english", "multilingual", "gpt"]
-MODELS = {}
-
-
-def model(kind):
-    if kind not in MODELS:
-        MODELS[kind] = tiny_t3(kind)
-        if kind == "gpt":  # among 6,563 tokens the stop token would turn up in some runs of 200
-            MODELS[kind].speech_head.bias.data[MODELS[kind].hp.stop_speech_token] = -20
-    return MODELS[kind]
 
 
 def memory():

@@ -17,6 +17,7 @@ from families import (
     FAMILIES,
     OWN_WINDOW,
     RELEASE,
+    ROPE_BY_LENGTH,
     ROTATING,
     SEQ2SEQ,
     build,
@@ -547,21 +548,7 @@ def test_keys_without_rotary_embeddings_refuse_rerotation(name: str) -> None:
         KVCacheManager(tiny(name), SlidingWindow(8, sinks=2), positions="rerotated")
 
 
-@pytest.mark.parametrize(
-    "rope",
-    [
-        {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
-        {
-            "rope_type": "longrope",
-            "rope_theta": 10000.0,
-            "short_factor": [1.0] * 8,
-            "long_factor": [4.0] * 8,
-            "factor": 4.0,
-            "original_max_position_embeddings": 64,
-        },
-    ],
-    ids=["dynamic", "longrope"],
-)
+@pytest.mark.parametrize("rope", ROPE_BY_LENGTH, ids=lambda rope: rope["rope_type"])
 def test_frequencies_that_change_with_the_length_refuse_rerotation(rope: dict[str, Any]) -> None:
     model = build("llama", rope_parameters=rope, max_position_embeddings=256)
     with pytest.raises(PositionsError, match=rope["rope_type"]):

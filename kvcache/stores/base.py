@@ -4,8 +4,10 @@ import logging
 import re
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Set
 from contextlib import AbstractContextManager
 from types import TracebackType
+from typing import Any, TypeVar
 
 from kvcache.errors import CorruptError, InputError
 from kvcache.policies import parse_bytes
@@ -14,6 +16,7 @@ from kvcache.prefix import PrefixKey, PrefixSnapshot
 log = logging.getLogger("kvcache.stores")
 
 _ADDRESS = re.compile(r"[0-9a-f]{64}")
+_File = TypeVar("_File")
 
 
 class Store(AbstractContextManager["Store"], ABC):
@@ -198,6 +201,25 @@ def check_room(needed: int, pinned: int, max_bytes: int) -> None:
     """Raise ValueError if these bytes do not fit beside the pinned ones; to be asked before any other is evicted."""
     if pinned + needed > max_bytes:
         raise ValueError(f"{needed} bytes do not fit beside {pinned} pinned ones into {max_bytes}")
+
+
+def leaving(files: Mapping[_File, tuple[int, Any]], pinned: Set[_File], needed: int, max_bytes: int) -> Iterator[_File]:
+    """Which files have to leave so that `needed` more bytes fit, one by one.
+
+    Args:
+        files: the size of each, and what they leave in the order of.
+        pinned: those of them that stay.
+
+    Raises:
+        ValueError: before any leaves, if they do not fit beside the pinned ones.
+    """
+    check_room(needed, sum(files[file][0] for file in pinned), max_bytes)
+    total = sum(size for size, _ in files.values())
+    for file in sorted(files.keys() - pinned, key=lambda file: files[file][1]):
+        if total + needed <= max_bytes:
+            return
+        yield file
+        total -= files[file][0]
 
 
 def check_address(address: str) -> str:

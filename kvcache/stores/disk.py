@@ -6,7 +6,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from kvcache.stores.base import BlobStore, check_address, check_room
+from kvcache.stores.base import BlobStore, check_address, leaving
 
 _SUFFIX = ".safetensors"
 _PIN = ".pin"
@@ -78,15 +78,12 @@ class DiskStore(BlobStore):
     def _make_room(self, needed: int, replaced: Path) -> None:
         if self.max_bytes is None:
             return
-        files = self._files()
+        files = {
+            path: (status.st_size, (path != replaced, status.st_mtime_ns)) for path, status in self._files().items()
+        }
         pinned = {path for path in files if path != replaced and path.with_suffix(_PIN).exists()}
-        check_room(needed, sum(files[path].st_size for path in pinned), self.max_bytes)
-        total = sum(status.st_size for status in files.values())
-        for path in sorted(files.keys() - pinned, key=lambda path: (path != replaced, files[path].st_mtime_ns)):
-            if total + needed <= self.max_bytes:
-                return
+        for path in leaving(files, pinned, needed, self.max_bytes):
             path.unlink(missing_ok=True)
-            total -= files[path].st_size
 
     def _files(self) -> dict[Path, os.stat_result]:
         found = {}

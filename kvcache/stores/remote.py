@@ -5,7 +5,7 @@ from threading import Lock, Thread
 from typing import Any
 
 from kvcache.errors import InputError
-from kvcache.stores.base import BlobStore, check_address, check_room
+from kvcache.stores.base import BlobStore, check_address, leaving
 
 _SUFFIX = ".safetensors"
 _PIN = ".pin"
@@ -78,22 +78,19 @@ class RemoteStore(BlobStore):
         with self._lock:
             self._files.makedirs(self._folder, exist_ok=True)
             if self.max_bytes is not None:
-                self._make_room(len(data), self._path(address))
+                self._make_room(len(data), self._path(address), self.max_bytes)
             self._files.pipe_file(self._path(address), data)
 
-    def _make_room(self, needed: int, replaced: str) -> None:
-        assert self.max_bytes is not None
+    def _make_room(self, needed: int, replaced: str, max_bytes: int) -> None:
         entries = self._listing()
-        pins = {name.removesuffix(_PIN) for name in entries if name.endswith(_PIN)}
-        files = {name: entry for name, entry in entries.items() if name.endswith(_SUFFIX) and name != replaced}
-        pinned = {name for name in files if name.removesuffix(_SUFFIX) in pins}
-        check_room(needed, sum(files[name]["size"] for name in pinned), self.max_bytes)
-        total = sum(entry["size"] for entry in files.values())
-        for name in sorted(files.keys() - pinned, key=lambda name: _written(files[name])):
-            if total + needed <= self.max_bytes:
-                return
+        files = {
+            name: (entry["size"], _written(entry))
+            for name, entry in entries.items()
+            if name.endswith(_SUFFIX) and name != replaced
+        }
+        pinned = {name for name in files if name.removesuffix(_SUFFIX) + _PIN in entries}
+        for name in leaving(files, pinned, needed, max_bytes):
             self._files.rm_file(name)
-            total -= files[name]["size"]
 
     def _listing(self) -> dict[str, dict[str, Any]]:
         try:
