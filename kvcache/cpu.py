@@ -2,8 +2,7 @@
 
 A prefill whose beginning is known runs some dozens of rows. There torch's fp32 linear layers spend more time on bringing
 the weights into shape, which MKL does anew at each call, than on arithmetic; oneDNN, which torch ships as well, spends less.
-Measured on an Intel Xeon with AVX-512, 2 threads, weights of 1024 by 4096: 31 rows 25 against 19 ms for twelve of them, 66
-rows 34 against 29, 196 rows 79 against 66; with 2 rows it is the other way round.
+With one or two rows it is the other way round. What it brings is a row of its own in ``benchmarks/voice_ttft.py``.
 """
 
 from contextlib import AbstractContextManager, nullcontext
