@@ -293,6 +293,13 @@ def _policy_per_layer(policy: SizePolicy | Sequence[SizePolicy] | None, layers: 
     return list(policy)
 
 
+def decoding_arguments(positions: Tensor) -> dict[str, Tensor]:
+    """How a model is told the positions of one token per row, ``[rows, 1]``, by a tensor on its device."""
+    # Up to 5.3 models take it for the slots of their cache, which ours know better, and GPT-2 counts it out on the host
+    # where it is missing.
+    return {"position_ids": positions} | ({"cache_position": positions[0]} if _VERSION < (5, 4) else {})
+
+
 def cache_layers(cache: Any) -> list[Any]:
     """The self-attention layers of a cache, ours and the model's own."""
     return list(cache.self_attention_cache.layers if isinstance(cache, EncoderDecoderCache) else cache.layers)

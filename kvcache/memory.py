@@ -62,10 +62,19 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class CacheReport:
-    """The account of a cache: what it has seen, what it holds and what that takes."""
+    """The account of a cache: what it has seen, what it holds and what that takes.
+
+    Attributes:
+        layers: one by one.
+        enabled: False where everything is recomputed, and there is no cache.
+        backend: what runs the decode steps, where that is the decode engine.
+        fallback: why it is not what was asked for; None if it is.
+    """
 
     layers: tuple[LayerReport, ...] = field(repr=False)
     enabled: bool = True
+    backend: str | None = None
+    fallback: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -103,6 +112,10 @@ class CacheReport:
                     f"{span:>8} {layer.seen:>8} {layer.stored:>8} {layer.evicted:>8} {layer.capacity:>8} {size:>8.1f}  {layer.policy}"
                 )
                 start = i + 1
+        if self.backend is not None:
+            lines.append(f"decoded by: {self.backend}")
+        if self.fallback is not None:
+            lines.append(f"not as asked: {self.fallback}")
         return "\n".join(lines)
 
 

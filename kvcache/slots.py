@@ -50,3 +50,36 @@ def take(slots: Tensor, columns: Tensor) -> Tensor:
     if columns.shape[0] == 1:
         return slots.index_select(2, columns[0])
     return slots.gather(2, columns[:, None, :, None].expand(-1, slots.shape[1], -1, slots.shape[3]))
+
+
+# ---------------------------------------------------------------------- the same on a device, for rows of their own
+
+
+def ring_slot(positions: Tensor, pinned: Tensor, slots: int) -> Tensor:
+    """The slot of a ring that each row's token at its position is written to, ``[rows]``.
+
+    The first `pinned` tokens have slots of their own; the others share the rest, the newest in the place of the oldest.
+    """
+    return torch.where(positions < pinned, positions, pinned + (positions - pinned) % (slots - pinned))
+
+
+def ring_sees(length: Tensor, stored: Tensor, pinned: Tensor, slots: int, columns: Tensor) -> Tensor:
+    """Which columns of a ring hold a token that its row still sees, ``[rows, columns]``, True for "sees".
+
+    Args:
+        length: tokens seen, the current one among them, ``[rows]``.
+        stored: how many of them stay: the pinned ones and the most recent, ``[rows]``.
+        pinned: how many of the first tokens never leave, ``[rows]``.
+        slots: of the whole ring.
+        columns: the slots that are asked for.
+    """
+    newest, stored, pinned = (length - 1)[:, None], stored[:, None], pinned[:, None]
+    token = newest - (newest - columns) % (slots - pinned)  # the last one written there, if there was any
+    recent = (token >= pinned) & (token > newest - (stored - pinned))
+    return torch.where(columns < pinned, columns <= newest, recent)
+
+
+def staying_of(length: Tensor, limit: Tensor, low: Tensor) -> Tensor:
+    """How many of `length` tokens a policy keeps that trims to `low` when one more than `limit` comes, ``[rows]``."""
+    over = length - limit
+    return torch.where(over <= 0, length, low + (over - 1) % (limit + 1 - low))

@@ -11,5 +11,7 @@ import tempfile
 import torch
 
 torch.set_num_threads(1)
+# Without a GPU, Triton's kernels run in its interpreter; it asks for this once, when it is first imported.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 os.environ["KVCACHE_HOME"] = tempfile.mkdtemp(prefix="kvcache-tests-")
 atexit.register(shutil.rmtree, os.environ["KVCACHE_HOME"], ignore_errors=True)

@@ -554,9 +554,9 @@ def test_a_voice_the_model_is_given_later_is_the_one_that_speaks(monkeypatch):
 def test_the_first_pass_is_the_decoders_own_where_nothing_is_reused():
     t3 = model("gpt")
     request = prefill(t3, condition(t3, random_conditionals(t3)), check_text(t3, text("gpt"), False))
-    from kvcache_chatterbox import Sampling
+    from kvcache_chatterbox.sampling import sampling_of
 
-    plain = Decoder(t3, request, Sampling.of(True, {}), 5, None, torch.Generator().manual_seed(0))
+    plain = Decoder(t3, request, sampling_of(True, {}), 5, None, torch.Generator().manual_seed(0))
     known = ChatterboxEngine(t3, reuse="none")
     expected = tokens(known, text("gpt"), 5, t3_cond=random_conditionals(t3), seed=0)
     assert torch.equal(torch.cat(list(plain.tokens()))[None], expected)

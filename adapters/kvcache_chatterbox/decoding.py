@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from kvcache.cpu import few_rows
+from kvcache.decoding import Sampling
 from kvcache_chatterbox.alignment import AlignmentCheck
 from kvcache_chatterbox.requests import Prefill, embed_speech
 from kvcache_chatterbox.reuse import FirstPass
-from kvcache_chatterbox.sampling import Sampling, draw
+from kvcache_chatterbox.sampling import draw, processors
 
 
 class Decoder:
@@ -42,8 +43,8 @@ class Decoder:
     ) -> None:
         self._t3 = t3
         self._cfg_weight = sampling.cfg_weight
-        self._greedy = sampling.temperature == 0
-        self._processors = sampling.processors(t3.is_gpt)
+        self._greedy = sampling.greedy
+        self._processors = processors(sampling, t3.is_gpt)
         self._cache = cache
         self._generator = generator
         self._pending = request.embeds  # what the next forward pass runs
@@ -80,11 +81,19 @@ class Decoder:
         self._pending = embeds if self._cache is not None else torch.cat([self._pending, embeds], dim=1)
         return token
 
-    def _logits(self, made: int) -> Tensor:
-        """Of the last position, guided and checked, ``[1, vocabulary]``."""
+    @torch.inference_mode()
+    def prefill(self) -> Tensor:
+        """Run what the request starts from. The logits of the last position, ``[rows, vocabulary]``."""
+        return torch.as_tensor(self._t3.speech_head(self._run(0).hidden))
+
+    def _run(self, made: int) -> FirstPass:
         reading = nullcontext() if self._alignment is None else self._alignment.reader.reading()
         with reading, few_rows(self._t3.tfmr) if self._onednn and made == 0 else nullcontext():
-            out = self._start() if self._start is not None and made == 0 else self._forward()
+            return self._start() if self._start is not None and made == 0 else self._forward()
+
+    def _logits(self, made: int) -> Tensor:
+        """Of the last position, guided and checked, ``[1, vocabulary]``."""
+        out = self._run(made)
         logits: Tensor = self._t3.speech_head(out.hidden)
         if logits.shape[0] == 2:
             conditional, unconditional = logits[0:1], logits[1:2]

@@ -1,8 +1,9 @@
 """`ChatterboxEngine`: a loaded Chatterbox model, streaming on managed caches."""
 
+import dataclasses
 import os
 from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,13 +20,16 @@ from kvcache import (
     SpeakerCache,
     default_store,
 )
+from kvcache.decoding import BackendName, Sampling
 from kvcache.hf import PositionMode, new_cache
+from kvcache.precision import Precision
 from kvcache.streaming import as_async, chunked
 from kvcache_chatterbox.audio import Speaker
 from kvcache_chatterbox.decoding import Decoder
 from kvcache_chatterbox.requests import check_text, condition, prefill
 from kvcache_chatterbox.reuse import Reuse, VoiceReuse
-from kvcache_chatterbox.sampling import Sampling, SamplingOptions
+from kvcache_chatterbox.sampling import SamplingOptions, sampling_of
+from kvcache_chatterbox.stepping import Stepper, at_precision
 from kvcache_chatterbox.voices import Voice, Voices, read_conds
 
 
@@ -45,6 +49,12 @@ class ChatterboxEngine:
         reuse: ``"all"`` runs of a request only what is not known of its voice; ``"conditioning"`` does without the
             unconditional text, which guidance needs; ``"none"`` runs everything.
         onednn: let oneDNN prefill the Llama variants where it is faster: in fp32, on a CPU. See `kvcache.cpu`.
+        backend: what decodes, see `kvcache.decoding.Decoding`: ``"eager"``, ``"compile"``, ``"graph"`` or
+            ``"graph+compile"``; ``"auto"`` is graph on a GPU, eager elsewhere; ``"off"`` is the token loop that looks at
+            the host for every token. What cannot be done falls back to that, and the report says why.
+        precision: of the backbone: ``"bf16"``, ``"fp16"``, ``"int8"``, see `kvcache.precision`; by default as the model is.
+        kv_dtype: of the cache while decoding; by default bf16 where the precision is bf16 or int8, else the model's.
+        tf32: let a GPU round the inputs of fp32 products to TF32 while decoding.
 
     Attributes:
         speakers: where what is known of voices lives.
@@ -65,6 +75,10 @@ class ChatterboxEngine:
         speakers: SpeakerCache | None = None,
         reuse: Reuse = "all",
         onednn: bool = True,
+        backend: BackendName | Literal["auto", "off"] = "auto",
+        precision: Precision | None = None,
+        kv_dtype: torch.dtype | None = None,
+        tf32: bool = False,
     ) -> None:
         self.t3 = getattr(model, "t3", model)
         if not hasattr(self.t3, "tfmr") or not hasattr(self.t3, "speech_head"):
@@ -73,6 +87,8 @@ class ChatterboxEngine:
             )
         if reuse not in ("all", "conditioning", "none"):
             raise InputError(f"reuse={reuse!r} must be 'all', 'conditioning' or 'none'")
+        if precision is not None:
+            self.t3 = at_precision(self.t3, precision)
         self.double_bos = double_bos
         self.onednn = onednn
         self.speakers = SpeakerCache(default_store(self.t3.device)) if speakers is None else speakers
@@ -82,6 +98,17 @@ class ChatterboxEngine:
         self._manager = KVCacheManager(self.t3.tfmr, policy, max_cache_length, positions=positions)
         self._speaker = Speaker(model) if hasattr(model, "s3gen") else None
         self._last = CacheReport(())
+        if backend == "auto":
+            backend = "eager" if self.t3.device.type == "cpu" else "graph"
+        if kv_dtype is None and precision in ("bf16", "int8"):
+            kv_dtype = torch.bfloat16
+        self._stepper, self._why_not = None, None
+        if backend != "off":
+            self._why_not = Stepper.why_not(self.t3)
+            if self._why_not is None and positions == "rerotated" and self.policy.evicts:
+                self._why_not = "re-rotated positions are turned on the host"
+            if self._why_not is None:
+                self._stepper = Stepper(self.t3, backend, kv_dtype, tf32, self.policy, max_cache_length)
 
     @property
     def policy(self) -> SizePolicy:
@@ -100,6 +127,11 @@ class ChatterboxEngine:
     def report(self) -> CacheReport:
         """The account of the last request's cache, as of its last chunk."""
         return self._last
+
+    def release(self) -> None:
+        """Let go of what waits for the next request: caches, and what was captured or compiled for them."""
+        if self._stepper is not None:
+            self._stepper.release()
 
     # ------------------------------------------------------------------ voices
 
@@ -303,7 +335,7 @@ class ChatterboxEngine:
         reuse: VoiceReuse | None,
         sampling: SamplingOptions,
     ) -> Iterator[Tensor]:
-        options = Sampling.of(self.t3.is_gpt, sampling)
+        options = sampling_of(self.t3.is_gpt, sampling)
         if self.t3.is_gpt and options.cfg_weight > 0:
             raise InputError(f"cfg_weight={options.cfg_weight}: the GPT-2 variants have no guidance; leave it out")
         for name, value in (("max_new_tokens", max_new_tokens), ("chunk_size", chunk_size)):
@@ -321,7 +353,9 @@ class ChatterboxEngine:
         generator = None if seed is None else torch.Generator(self.t3.device).manual_seed(seed)
         start = None if cache is None or reuse is None else reuse.start
         decoder = Decoder(self.t3, request, options, max_new_tokens, cache, generator, start, self.onednn)
-        return self._reported(chunked(decoder.tokens(), chunk_size), cache)
+        if self._stepper is None or cache is None:
+            return self._reported(chunked(decoder.tokens(), chunk_size), cache)
+        return self._stepped(self._stepper, decoder, cache, options, max_new_tokens, chunk_size, generator)
 
     def _voice(self, voice: str | Voice | None, audio_prompt_path: str | os.PathLike[str] | None = None) -> Voice:
         if voice is not None and audio_prompt_path is not None:
@@ -361,5 +395,20 @@ class ChatterboxEngine:
 
     def _reported(self, chunks: Iterator[Tensor], cache: Any) -> Iterator[Tensor]:
         for chunk in chunks:
-            self._last = CacheReport((), enabled=False) if cache is None else self._manager.report(cache)
+            report = CacheReport((), enabled=False) if cache is None else self._manager.report(cache)
+            self._last = dataclasses.replace(report, fallback=self._why_not)
+            yield chunk
+
+    def _stepped(
+        self,
+        stepper: Stepper,
+        decoder: Decoder,
+        cache: Any,
+        sampling: Sampling,
+        total: int,
+        size: int,
+        generator: torch.Generator | None,
+    ) -> Iterator[Tensor]:
+        logits = decoder.prefill()
+        for chunk, self._last in stepper.chunks(logits, cache, sampling, total, size, generator):
             yield chunk

@@ -1,0 +1,203 @@
+"""Keys and values of rows that decode together: fixed memory, and every row's length on the device.
+
+A step writes one token per row at the row's own position and reads what the row still sees, and the host need not know
+either: nothing in a step depends on a Python number, so it can be captured once and replayed. Each layer's buffer is a
+ring whose first slots are pinned; with as many slots as tokens it is simply a buffer.
+
+The host keeps its own count of the tokens, which needs no look at the device: each step adds one to every row.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kvcache.errors import CapacityError, GeometryError, PolicyError
+from kvcache.geometry import CacheGeometry
+from kvcache.layers import KVLayer
+from kvcache.memory import CacheReport, LayerReport
+from kvcache.policies import SizePolicy
+from kvcache.slots import ring_sees, ring_slot, staying_of
+
+_ENDLESS = 2**62
+
+
+class StaticKV:
+    """Keys and values of all layers for `rows` rows of up to `slots` tokens.
+
+    Args:
+        geometry: of the model.
+        rows: how many.
+        slots: of each row.
+        dtype: of what is held; by default the model's. The keys of a bf16 cache are rounded once, as they are written.
+
+    Attributes:
+        keys, values: a buffer per layer, ``[rows, heads, slots, dim]``. What no token was written to is zero.
+        length: tokens seen by each row, on the device, ``[rows]``.
+        seen: the same on the host.
+    """
+
+    def __init__(self, geometry: CacheGeometry, rows: int, slots: int, *, dtype: torch.dtype | None = None) -> None:
+        if rows < 1 or slots < 1:
+            raise GeometryError(f"a cache of {rows} rows and {slots} slots holds nothing; give at least 1 of each")
+        self.rows, self.slots = rows, slots
+        device, dtype = geometry.device, dtype or geometry.dtype
+        shape = rows, geometry.kv_heads, slots
+        with torch.inference_mode(False):
+            # Zeros, not whatever was there: what is masked still takes part, times nothing, and NaN times nothing is NaN.
+            self.keys = [
+                torch.zeros(*shape, geometry.head_dim, dtype=dtype, device=device) for _ in range(geometry.layers)
+            ]
+            self.values = [
+                torch.zeros(*shape, geometry.value_dim, dtype=dtype, device=device) for _ in range(geometry.layers)
+            ]
+            self.length, self.pinned, self.low = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(3))
+            self.limit = torch.full_like(self.length, _ENDLESS)
+            self.order = torch.arange(slots, device=device)
+            self._row = torch.arange(rows, device=device)
+        self.seen = [0] * rows
+        self._policies: list[SizePolicy | None] = [None] * rows
+        # Of the step that is running:
+        self.slot = self.length
+        self.columns = slots
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+
+    # ------------------------------------------------------------------ between steps
+
+    def load(self, first: int, layers: Sequence[KVLayer], pads: Tensor | None = None) -> None:
+        """Begin the rows from `first` on with what was prefilled: all of it, or as much as its policy has left.
+
+        Args:
+            first: the first of as many rows as the layers hold.
+            layers: after a prefill, all under the same policy. They may be forgotten afterwards.
+            pads: on the left of each row, ``[batch]``, which are left out; by default as the layers know them.
+
+        Raises:
+            PolicyError, GeometryError, CapacityError: if that cannot be held here; nothing has changed then.
+        """
+        rows = self._check_fit(first, layers)
+        source = layers[0]
+        policy, pads = source.policy, source.padding if pads is None else pads.cpu()
+        lengths = [source.seen] * len(rows) if pads is None else [source.seen - int(p) for p in pads]
+        positions = source.positions() - (0 if pads is None else pads[:, None])  # [B or 1, stored]; pads below zero
+        ring = self.slots - policy.pinned
+        where = torch.where(positions < policy.pinned, positions, policy.pinned + (positions - policy.pinned) % ring)
+        device = self.length.device
+        for kv, keys, values in zip(layers, self.keys, self.values, strict=True):
+            assert kv.keys is not None and kv.values is not None
+            for i, row in enumerate(rows):
+                mine, real = where[i % len(where)], (positions[i % len(where)] >= 0).nonzero()[:, 0]
+                to = mine[real].to(device)
+                for held, new in ((keys, kv.keys), (values, kv.values)):
+                    states = new[i] if len(real) == kv.stored else new[i].index_select(1, real.to(device))
+                    held[row].index_copy_(1, to, states.to(held.dtype))
+        for row, length in zip(rows, lengths, strict=True):
+            self.seen[row], self._policies[row] = length, policy
+        chosen = slice(first, first + len(rows))
+        self.length[chosen] = torch.tensor(lengths, device=device)
+        self.pinned[chosen] = policy.pinned
+        self.limit[chosen] = _ENDLESS if policy.limit is None else policy.limit
+        self.low[chosen] = 0 if policy.limit is None else policy.keep(policy.limit + 1)
+
+    def _check_fit(self, first: int, layers: Sequence[KVLayer]) -> range:
+        held = layers[0].keys
+        if held is None or len(layers) != len(self.keys):
+            raise GeometryError(
+                f"{len(layers)} layers{'' if held is None else ' without any token'} cannot be loaded into {len(self.keys)}; prefill them first"
+            )
+        for kv, keys in zip(layers, self.keys, strict=True):
+            if kv.keys is None or kv.keys.shape[1::2] != keys.shape[1::2]:
+                raise GeometryError(
+                    f"a layer of heads and head_dim {None if kv.keys is None else list(kv.keys.shape[1::2])} does not fit {list(keys.shape[1::2])}; load the cache of the model that this one was made for"
+                )
+        rows = range(first, first + held.shape[0])
+        if first < 0 or rows.stop > self.rows:
+            raise GeometryError(f"rows {first} to {rows.stop - 1} are not among the {self.rows} rows of this cache")
+        policy = layers[0].policy
+        if any(kv.policy != policy or kv.seen != layers[0].seen for kv in layers):
+            raise PolicyError("layers with policies of their own cannot decode together; give all of them the same")
+        if layers[0].rotation is not None and policy.evicts:
+            raise PolicyError("re-rotated positions cannot be decoded on the device; use positions='absolute'")
+        needed = policy.limit if policy.limit is not None else layers[0].stored
+        if needed > self.slots:
+            raise CapacityError(f"{needed} tokens do not fit {self.slots} slots; make a cache with more")
+        return rows
+
+    def free(self, first: int, rows: int) -> None:
+        """Empty these rows. They go on taking part in steps, for nothing."""
+        chosen = slice(first, first + rows)
+        self.length[chosen] = 0
+        self.limit[chosen] = _ENDLESS
+        self.pinned[chosen] = 0
+        for row in range(first, first + rows):
+            self.seen[row], self._policies[row] = 0, None
+
+    def check(self, steps: int) -> None:
+        """Raise `CapacityError` if a row that evicts nothing has no room for so many more tokens."""
+        for row, (seen, policy) in enumerate(zip(self.seen, self._policies, strict=True)):
+            if policy is not None and not policy.evicts and seen + steps > self.slots:
+                raise CapacityError(
+                    f"cannot decode {steps} tokens: row {row} uses {seen} of {self.slots} slots; raise max_cache_length, "
+                    "or use a policy that evicts, such as SlidingWindow"
+                )
+
+    def advance(self, steps: int) -> None:
+        """Count what so many steps have written."""
+        self.seen = [seen + steps for seen in self.seen]
+
+    def reach(self) -> tuple[int, bool]:
+        """What the next step has to read: how many slots, and whether every row sees all of them."""
+        busy = [
+            (seen + 1, policy) for seen, policy in zip(self.seen, self._policies, strict=True) if policy is not None
+        ]
+        longest = max((length for length, _ in busy), default=1)
+        alike = len(busy) == self.rows and all(
+            length == longest and (policy.limit is None or length <= policy.limit) for length, policy in busy
+        )
+        return min(longest, self.slots), alike and longest <= self.slots
+
+    def report(self) -> CacheReport:
+        """The account of the rows in use, as `KVCacheManager.report` gives it."""
+        busy = [i for i, policy in enumerate(self._policies) if policy is not None]
+        longest = max(busy, key=lambda row: self.seen[row], default=0)
+        policy, seen = self._policies[longest], self.seen[longest]
+        stored = seen
+        if policy is not None and policy.limit is not None and seen > policy.limit:
+            low = policy.keep(policy.limit + 1)
+            stored = low + (seen - policy.limit - 1) % (policy.limit + 1 - low)
+        layers = (
+            LayerReport(
+                repr(policy), seen, stored, seen - stored, self.slots, sum(t.numel() * t.element_size() for t in pair)
+            )
+            for pair in zip(self.keys, self.values, strict=True)
+        )
+        return CacheReport(tuple(layers))
+
+    # ------------------------------------------------------------------ within a step
+
+    def begin(self, columns: int) -> None:
+        """Say where this step's tokens go, and how many slots are read."""
+        self.slot = ring_slot(self.length, self.pinned, self.slots)
+        self.columns = columns
+
+    def counts(self) -> Tensor:
+        """Of each row: tokens seen, the current one among them; how many of them stay; how many are pinned, ``[rows, 3]``."""
+        length = self.length + 1
+        return torch.stack((length, staying_of(length, self.limit, self.low), self.pinned), 1)
+
+    def mask(self, order: Tensor) -> Tensor:
+        """What each row's current token sees of the slots in `order`, ``[rows, 1, 1, columns]``."""
+        length = self.length + 1
+        stored = staying_of(length, self.limit, self.low)
+        return ring_sees(length, stored, self.pinned, self.slots, order)[:, None, None]
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the current token of each row, ``[rows, heads, 1, dim]``; the slots to read, a view."""
+        held_keys, held_values = self.keys[layer], self.values[layer]
+        held_keys[self._row, :, self.slot] = keys[:, :, 0].to(held_keys.dtype)
+        held_values[self._row, :, self.slot] = values[:, :, 0].to(held_values.dtype)
+        return held_keys[:, :, : self.columns], held_values[:, :, : self.columns]

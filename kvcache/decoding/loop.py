@@ -1,0 +1,271 @@
+"""The decode loop: whole steps on the device, a chunk at a time.
+
+A step runs the model on each request's last token, draws the next, writes it down and moves on, without a look at the
+host. Whether a request has ended is looked at once a chunk, by whoever asked for it; what was decoded beyond the end is
+thrown away.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcache.decoding.backends import Backend, BackendName, Eager, backend_for
+from kvcache.decoding.cache import StaticKV
+from kvcache.decoding.sampler import Sampler, Sampling
+from kvcache.decoding.wiring import DecodeInputs, kernel_reason
+from kvcache.errors import GeometryError, KVCacheError
+from kvcache.memory import CacheReport
+
+Forward = Callable[[Tensor, Tensor, dict[str, Any]], Tensor]
+"""Runs a model on one token per request: token ids ``[requests]``; how many tokens each request has made so far,
+``[requests]``; what else to hand to the model. Gives logits ``[rows, vocabulary]``."""
+
+_NOISE_BYTES = 64 * 2**20
+_log = logging.getLogger("kvcache")
+
+
+class Decoding:
+    """Requests that decode together on a `StaticKV`.
+
+    Args:
+        forward: the model, see `Forward`.
+        kv: its cache: as many rows as requests, or twice as many with guidance.
+        sampler: how tokens are drawn.
+        backend: ``"eager"``; ``"compile"`` by torch's compiler, which takes a minute or so at the first chunk;
+            ``"graph"`` records a step once and replays it (a CUDA graph; on a CPU a trace, which shows that a step can be
+            captured and is no faster); ``"graph+compile"`` records the compiled step.
+        kernel: read the cache with the Triton kernel where there is a GPU for it; False takes torch's own attention.
+        tf32: let a GPU round the inputs of fp32 products to TF32.
+        ahead: the most steps between two looks at the host.
+
+    Attributes:
+        token: each request's last token, ``[requests]``.
+        fallback: why something else than `backend` runs; None if it does.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        kv: StaticKV,
+        sampler: Sampler,
+        backend: BackendName = "eager",
+        *,
+        kernel: bool = True,
+        tf32: bool = False,
+        ahead: int = 64,
+    ) -> None:
+        requests, vocabulary = sampler.seen.shape
+        self.rows = 2 if sampler.guided else 1
+        if kv.rows != requests * self.rows:
+            raise GeometryError(
+                f"{requests} requests of {self.rows} rows need a cache of {requests * self.rows} rows, this one has {kv.rows}"
+            )
+        device = kv.length.device
+        self.kv = kv
+        self.sampler = sampler
+        self._forward = forward
+        self._inputs = DecodeInputs(kv, kernel and kernel_reason(device) is None)
+        self._tf32 = tf32
+        self.ahead = max(1, min(ahead, _NOISE_BYTES // (4 * requests * vocabulary)))
+        with torch.inference_mode(False):
+            self.token, self.made = (torch.zeros(requests, dtype=torch.long, device=device) for _ in range(2))
+            self._column = torch.zeros(1, dtype=torch.long, device=device)
+            self._out = torch.zeros(requests, self.ahead, dtype=torch.long, device=device)
+            self._noise = torch.ones(self.ahead, requests, vocabulary, device=device)
+        self._generators = [_default_generator(device)] * requests
+        self._states: dict[torch.Generator, Tensor] = {}  # as they were before the last chunk
+        self._backend: Backend
+        self._backend, self.fallback = backend_for(backend, device)
+
+    @property
+    def backend(self) -> str:
+        """What runs the steps."""
+        return self._backend.name
+
+    def report(self) -> CacheReport:
+        """The account of the cache, and of what runs the steps."""
+        return replace(self.kv.report(), backend=self.backend, fallback=self.fallback)
+
+    @property
+    def order(self) -> Tensor:
+        """``arange(slots)``."""
+        return self.kv.order
+
+    # ------------------------------------------------------------------ requests
+
+    @torch.no_grad()
+    def start(
+        self,
+        first: int,
+        logits: Tensor,
+        sampling: Sequence[Sampling],
+        generators: Sequence[torch.Generator | None],
+        seen: Sequence[Tensor],
+    ) -> Tensor:
+        """Begin requests whose rows have been loaded: draw the first token of each, ``[requests]``.
+
+        Args:
+            first: the first of these requests.
+            logits: of the last position of their prefill, ``[rows, vocabulary]``.
+            sampling: their settings.
+            generators: of their draws; None takes torch's default one. Requests with the same share its draws, as the
+                rows of a batch do in `generate`.
+            seen: the token ids that their repetition penalty is about from the start.
+        """
+        which = slice(first, first + len(sampling))
+        default = _default_generator(self.token.device)
+        for i, request in enumerate(range(*which.indices(len(self._generators)))):
+            self.sampler.set(request, sampling[i])
+            self.sampler.begin(request, seen[i])
+            self._generators[request] = generators[i] or default
+        self._states = {}
+        draws = not all(one.greedy for one in sampling)
+        noise = self._noise[0, which]
+        if draws:
+            _draw(self._generators[which], noise)
+        token = self.sampler(logits, noise, draws, which)
+        self.token[which] = token
+        self.made[which] = 1
+        return token
+
+    @torch.no_grad()
+    def chunk(self, steps: int) -> Tensor:
+        """The next tokens of every request, ``[requests, steps]``.
+
+        Args:
+            steps: at most `ahead`.
+
+        Raises:
+            CapacityError: if a row has no room for them; nothing has changed then.
+        """
+        if not 1 <= steps <= self.ahead:
+            raise GeometryError(f"a chunk of {steps} steps: give 1 to {self.ahead}")
+        self.kv.check(steps)
+        draws = self.sampler.draws
+        if draws:
+            default = _default_generator(self.token.device)
+            self._states = {g: g.get_state() for g in self._generators if g is default}
+            for noise in self._noise[:steps]:
+                _draw(self._generators, noise)
+        self._column.zero_()
+        with _tf32(self._tf32):
+            for _ in range(steps):
+                self._step(draws)
+                self.kv.advance(1)
+        return self._out[:, :steps].clone()
+
+    def chunks(
+        self, total: int, size: int, ends: Sequence[int], pad: int = 0, first_may_end: bool = True
+    ) -> Iterator[Tensor]:
+        """The tokens of all requests in chunks ``[requests, size]``, from the first on; the last may be shorter.
+
+        Over when every request has ended; what a request that has ended would say further is `pad`.
+
+        Args:
+            total: the most tokens of a request.
+            size: tokens in a chunk. The host looks at the device once for each, and every `ahead` tokens.
+            ends: the tokens that end a request.
+            pad: the token behind an end.
+            first_may_end: whether a request may end with its first token.
+        """
+        stops = torch.tensor(ends, dtype=torch.long, device=self.token.device)
+        ended = torch.zeros_like(self.token, dtype=torch.bool)
+        held, made, over = self.token[:, None].clone(), 1, False
+        if first_may_end:
+            held, ended, over = self._ended(held, ended, stops, pad)
+        while True:
+            while not over and made < total and held.shape[1] < size:
+                steps = min(size - held.shape[1], total - made, self.ahead)
+                new, ended, over = self._ended(self.chunk(steps), ended, stops, pad)
+                if new.shape[1] < steps:
+                    self.rewind(new.shape[1])
+                held = torch.cat([held, new], 1)
+                made += new.shape[1]
+            yield held
+            if over or made == total:
+                return
+            held = held[:, :0]
+
+    @staticmethod
+    def _ended(tokens: Tensor, ended: Tensor, stops: Tensor, pad: int) -> tuple[Tensor, Tensor, bool]:
+        """The tokens up to where the last request ends, padded behind each end; which have ended; whether all have."""
+        stopping = torch.isin(tokens, stops) & ~ended[:, None]
+        after = (stopping.cumsum(1) - stopping.long() > 0) | ended[:, None]
+        tokens = tokens.masked_fill(after, pad)
+        running = (~(after | stopping)).any(0).sum()  # columns after which some request still runs
+        needed = min(int(running) + 1, tokens.shape[1])  # the one look at the device
+        tokens, stopping = tokens[:, :needed], stopping[:, :needed]
+        ended = ended | stopping.any(1)
+        return tokens, ended, int(running) < needed
+
+    def rewind(self, steps: int) -> None:
+        """Leave torch's default generator as if the last chunk had ended after so many steps."""
+        for generator, state in self._states.items():
+            generator.set_state(state)
+        if self._states:
+            for noise in self._noise[:steps]:
+                _draw(self._generators, noise)
+        self._states = {}
+
+    def _step(self, draws: bool) -> None:
+        try:
+            self._backend(self, draws)
+        except KVCacheError:
+            raise
+        except Exception as error:
+            if isinstance(self._backend, Eager):
+                raise
+            self.fallback = f"{self._backend.name} failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            _log.warning("decoding goes on in eager mode: %s", self.fallback)
+            self._backend = Eager()
+            self._backend(self, draws)
+
+    # ------------------------------------------------------------------ what is captured
+
+    def step(self, order: Tensor, whole: bool, draws: bool) -> None:
+        """One token for every request. `order` is ``arange(columns)``: so many slots are read."""
+        logits = self._forward(self.token, self.made, self._inputs.of_step(order, whole))
+        token = self.sampler(logits, self._noise.index_select(0, self._column)[0], draws)
+        self._out.index_copy_(1, self._column, token[:, None])
+        self.token.copy_(token)
+        for count in (self.made, self._column, self.kv.length):
+            count.add_(1)
+
+    def reach(self) -> tuple[int, bool]:
+        """How many slots the next step has to read, and whether every row sees all of them."""
+        return (self.kv.slots, False) if self._inputs.kernel else self.kv.reach()
+
+    def state(self) -> list[Tensor]:
+        """All that a step changes, but for keys and values, which it writes again to where it wrote them."""
+        return [self.token, self.made, self._column, self._out, self.kv.length, self.sampler.seen]
+
+
+def _draw(generators: Sequence[torch.Generator], noise: Tensor) -> None:
+    """Exponential noise ``[requests, vocabulary]``, as `torch.multinomial` draws it."""
+    if all(generator is generators[0] for generator in generators):
+        noise.exponential_(generator=generators[0])
+        return
+    for generator, row in zip(generators, noise, strict=True):
+        row.exponential_(generator=generator)
+
+
+def _default_generator(device: torch.device) -> torch.Generator:
+    if device.type == "cuda":
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+        return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    return torch.default_generator
+
+
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed or before
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

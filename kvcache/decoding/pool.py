@@ -1,0 +1,43 @@
+"""Decodings that wait for their next request: what was captured or compiled serves again."""
+
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from threading import Lock
+
+from kvcache.decoding.loop import Decoding
+
+
+class Pool:
+    """Lends a `Decoding` to one request at a time, and keeps one of a kind for the next."""
+
+    def __init__(self) -> None:
+        self._idle: dict[Hashable, Decoding] = {}
+        self._lock = Lock()
+
+    @contextmanager
+    def lent(self, kind: Hashable, slots: int, make: Callable[[int], Decoding]) -> Iterator[Decoding]:
+        """A decoding of this kind with at least so many slots; a new one if none waits.
+
+        Args:
+            kind: what must be alike, such as the number of rows.
+            slots: what the request needs.
+            make: makes one with so many slots.
+        """
+        with self._lock:
+            decoding = self._idle.pop(kind, None)
+        if decoding is None or decoding.kv.slots < slots:
+            decoding = None  # its memory first
+            decoding = make(slots)
+        try:
+            yield decoding
+        finally:
+            decoding.kv.free(0, decoding.kv.rows)
+            with self._lock:
+                waiting = self._idle.get(kind)
+                if waiting is None or waiting.kv.slots < decoding.kv.slots:
+                    self._idle[kind] = decoding
+
+    def clear(self) -> None:
+        """Let go of what waits, and of its memory."""
+        with self._lock:
+            self._idle.clear()

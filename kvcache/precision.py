@@ -1,0 +1,248 @@
+"""A model's linear layers in fewer bits: bf16, fp16 or int8, on the kernels that are fastest where it runs.
+
+Decoding a token reads every weight once and does little with it, so half the bits are half the time. What is converted
+is a copy: it shares all that stays as it is, and the model itself is not touched.
+
+On a CPU only the linear layers change, each with its weights packed for its kernel; norms, rotary positions, the residual
+stream and the head stay in fp32. int8 keeps one scale per output channel for the weights (symmetric, rounded to nearest)
+and one per token for the activations, found as they come (as ZeroQuant has it, Yao et al., arXiv:2206.01861). On a GPU
+bf16 and fp16 convert the whole module, as is usual there: casts around each layer would cost more than they save.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Literal, get_args
+from weakref import finalize
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from kvcache.errors import InputError
+from kvcache.fingerprint import tensor_digest
+from kvcache.modules import rebuilt
+
+Precision = Literal["fp32", "bf16", "fp16", "int8"]
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Refuse what cannot be computed on `device`.
+
+    Raises:
+        InputError: with what can.
+    """
+    if precision not in get_args(Precision):
+        raise InputError(f"precision={precision!r} must be one of {', '.join(map(repr, get_args(Precision)))}")
+    if device.type == "cpu" and precision in ("bf16", "fp16") and not _onednn_has(precision):
+        raise InputError(
+            f"precision={precision!r}: this CPU has no fast {precision} arithmetic (AVX-512 or AMX); use 'int8' or 'fp32'"
+        )
+    if device.type == "cpu" and precision == "int8" and torch.backends.quantized.engine == "none":
+        raise InputError("precision='int8': this build of torch has no int8 kernels for CPUs; use 'bf16' or 'fp32'")
+    if device.type != "cpu" and precision == "int8":
+        raise InputError(
+            f"precision='int8' runs on CPUs; on {device.type} use 'bf16', or quantize the model with torchao before it is wrapped"
+        )
+
+
+def with_precision(model: nn.Module, precision: Precision, *, wide: Collection[str] = ()) -> Any:
+    """A copy of `model` whose linear layers compute in `precision`; what does not change is shared with it.
+
+    Args:
+        model: in fp32 where it shall run on a CPU; a bare decoder, or a model with its head, which is left as it is.
+        precision: ``"fp32"``, ``"bf16"``, ``"fp16"`` or ``"int8"``.
+        wide: linear layers that stay as they are, by the end of their names, such as ``"mlp.down_proj"`` or
+            ``"layers.0.mlp.down_proj"``.
+
+    Raises:
+        InputError: if this device cannot, the model is not fp32, or a name in `wide` is no linear layer.
+    """
+    weight = next(model.parameters())
+    check_precision(precision, weight.device)
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    for end in wide:
+        if not any(_ends(name, end) for name in linear):
+            raise InputError(
+                f"wide names {end!r}, and no linear layer's name ends so; there are, for example, {linear[:3]}"
+            )
+    if weight.device.type != "cpu":
+        return model if weight.dtype == _DTYPES[precision] else _cast(model, _DTYPES[precision])
+    if weight.dtype != torch.float32:
+        raise InputError(
+            f"the model is {weight.dtype}: on a CPU precision={precision!r} starts from fp32; load it with dtype=torch.float32"
+        )
+    if precision == "fp32":
+        return model
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+
+    packed: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear | Conv1D) or module is head or any(_ends(name, end) for end in wide):
+            continue
+        if name not in packed:
+            packed |= _packed(name, module, model, precision, wide)
+    return rebuilt(model, lambda name, module: packed.get(name))
+
+
+_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def _packed(
+    name: str, module: nn.Linear | Conv1D, model: nn.Module, precision: str, wide: Collection[str]
+) -> dict[str, nn.Module]:
+    """What takes the place of a linear layer, and of those that read the same input, by name."""
+    parent, _, own = name.rpartition(".")
+    for group in _TOGETHER:
+        if own == group[0]:
+            names = [f"{parent}.{other}" if parent else other for other in group]
+            layers = [model.get_submodule(parent)._modules.get(other) for other in group]
+            plain = [layer for layer in layers if type(layer) is nn.Linear]
+            if len(plain) == len(group) and not any(_ends(n, end) for n in names for end in wide):
+                together = PackedLinear(plain, precision)
+                parts = [_Part(together, i) for i in range(len(group))]
+                return {n: part.of(parts[0]) for n, part in zip(names, parts, strict=True)}
+    return {name: PackedLinear([module], precision)}
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    new: nn.Module = rebuilt(model, lambda name, module: None)
+    with torch.no_grad():
+        for module in new.modules():
+            kinds: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for held in kinds:
+                for name, tensor in held.items():
+                    # Rotary frequencies stay in fp32: in bf16 the positions of a long text would melt into each other.
+                    if tensor is not None and tensor.is_floating_point() and "inv_freq" not in name:
+                        cast = tensor.to(dtype)
+                        held[name] = nn.Parameter(cast, False) if isinstance(tensor, nn.Parameter) else cast
+    return new
+
+
+def _ends(name: str, end: str) -> bool:
+    return name == end or name.endswith("." + end)
+
+
+# ---------------------------------------------------------------------- kernels on a CPU
+
+# The packed weights of torch's CPU kernels are opaque to its compiler, so compiled and traced steps name them by number.
+_kernels: dict[int, Callable[[Tensor], Tensor]] = {}
+_numbers = itertools.count()
+_torch_library: Any = torch.library  # has no types
+_library = _torch_library.Library("kvcache", "FRAGMENT")
+_library.define("packed_linear(Tensor states, int kernel, int out_features) -> Tensor")
+_library.impl("packed_linear", lambda states, kernel, out_features: _kernels[kernel](states), "CPU")
+_torch_library.register_fake(
+    "kvcache::packed_linear",
+    lambda states, kernel, out_features: states.new_empty((*states.shape[:-1], out_features)),
+    lib=_library,
+)
+
+
+class PackedLinear(nn.Module):
+    """Linear layers of packed weights on a CPU, fp32 in and out.
+
+    Layers that read the same input (queries, keys and values; gate and up) are one product, computed by whoever asks
+    first: fewer and larger calls.
+
+    Args:
+        sources: ``nn.Linear`` layers or GPT-2's ``Conv1D`` in fp32, with the same input.
+        precision: what their weights become.
+    """
+
+    digest: Tensor
+    bias: Tensor | None
+
+    def __init__(self, sources: Sequence[nn.Linear | Conv1D], precision: str) -> None:
+        super().__init__()
+        weight = torch.cat([_rows_out(source) for source in sources])
+        self.widths = [_rows_out(source).shape[0] for source in sources]
+        self.out_features, self.in_features = weight.shape
+        self.precision = precision
+        biases = [source.bias for source in sources]
+        zeros = [torch.zeros(width) for width in self.widths]
+        bias = (
+            None
+            if all(b is None for b in biases)
+            else torch.cat([b.detach() if b is not None else z for b, z in zip(biases, zeros, strict=True)])
+        )
+        self.register_buffer("bias", bias)
+        # So that a model's fingerprint still tells weights apart that it can no longer read.
+        said = hashlib.sha256(f"{precision} {tensor_digest(weight)}".encode()).digest()
+        self.register_buffer("digest", torch.tensor(list(said), dtype=torch.uint8))
+        self._kernel = next(_numbers)
+        _kernels[self._kernel] = _int8(weight) if precision == "int8" else _half(weight, precision)
+        finalize(self, _kernels.pop, self._kernel, None)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.widths}, {self.precision}"
+
+    def forward(self, states: Tensor) -> Tensor:
+        if self.precision == "int8":
+            # The operator has one scale for all tokens. With each token brought to the same size first, that is its own.
+            size = states.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+            out = self._product(states / size) * size
+        else:
+            out = self._product(states.to(_DTYPES[self.precision])).to(states.dtype)
+        return out if self.bias is None else out + self.bias
+
+    def _product(self, states: Tensor) -> Tensor:
+        return torch.as_tensor(torch.ops.kvcache.packed_linear(states, self._kernel, self.out_features))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedLinear":
+        return self  # immutable, and the number stands for weights that cannot be copied
+
+
+class _Part(nn.Module):
+    """One of several layers that are computed together."""
+
+    def __init__(self, together: PackedLinear, index: int) -> None:
+        super().__init__()
+        self.together = together
+        self.index = index
+        self.shared: list[tuple[Tensor, tuple[Tensor, ...]] | None] = [None]
+
+    def of(self, first: "_Part") -> "_Part":
+        self.shared = first.shared
+        return self
+
+    def forward(self, states: Tensor) -> Tensor:
+        held = self.shared[0]
+        if held is None or held[0] is not states:  # also where another thread has taken the place meanwhile
+            held = (states, self.together(states).split(self.together.widths, -1))
+        self.shared[0] = None if self.index == len(self.together.widths) - 1 else held
+        return held[1][self.index]
+
+
+def _rows_out(source: nn.Linear | Conv1D) -> Tensor:
+    """The weights as ``[out, in]``."""
+    weight = source.weight.detach()
+    return weight.t() if isinstance(source, Conv1D) else weight
+
+
+def _int8(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    scale = weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny).double() / 127
+    quantized = torch.quantize_per_channel(weight, scale, torch.zeros(len(scale), dtype=torch.long), 0, torch.qint8)
+    packed = torch.ops.quantized.linear_prepack(quantized, None)
+    # Without VNNI the kernel adds pairs of products in 16 bits, where 8-bit activations would overflow.
+    reduce = not _has_vnni()
+    linear = torch.ops.quantized.linear_dynamic.default
+    return lambda states: linear(states, packed, reduce)
+
+
+def _half(weight: Tensor, precision: str) -> Callable[[Tensor], Tensor]:
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(_DTYPES[precision]).contiguous())
+    linear = torch.ops.mkldnn._linear_pointwise.default
+    return lambda states: linear(states, packed, None, "none", [], "")
+
+
+def _onednn_has(precision: str) -> bool:
+    able = getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported", None)
+    return bool(torch._C._has_mkldnn and able is not None and able())
+
+
+def _has_vnni() -> bool:
+    known = getattr(torch.cpu, "_is_vnni_supported", None)
+    return bool(known is not None and known())
