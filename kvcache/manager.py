@@ -2,13 +2,18 @@
 
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from kvcache import hf
+from kvcache.decoding.backends import BackendName, check_backend
+from kvcache.decoding.language import LanguageDecoder
+from kvcache.decoding.settings import GenerationSettings
+from kvcache.decoding.wiring import why_not
 from kvcache.errors import InputError
 from kvcache.geometry import CacheGeometry
 from kvcache.memory import CacheReport, account, estimate_bytes
@@ -16,6 +21,8 @@ from kvcache.policies import KeepAll, Pinned, SizePolicy
 from kvcache.prompts import Prompts
 from kvcache.speakers import SpeakerCache, default_store
 from kvcache.streaming import as_async, chunked, from_worker
+
+Backends = BackendName | Literal["auto", "off"]
 
 
 class KVCacheManager:
@@ -29,6 +36,7 @@ class KVCacheManager:
             distances stay within what the model was trained on (StreamingLLM; RoPE models only).
         preallocate: take a cache's memory at once, not as it grows.
         speakers: where prefixes live (`add_prefix`); by default memory over disk.
+        kv_dtype: of the cache that ``stream(backend=…)`` decodes on; by default the model's.
 
     Raises:
         PolicyError, PositionsError: if that cannot work for this model.
@@ -43,6 +51,7 @@ class KVCacheManager:
         positions: hf.PositionMode = "absolute",
         preallocate: bool = False,
         speakers: SpeakerCache | None = None,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         self.model = model
         self.policy: SizePolicy | Sequence[SizePolicy] = KeepAll() if policy is None else policy
@@ -53,6 +62,7 @@ class KVCacheManager:
         self.geometry = CacheGeometry.from_model(model)
         self._last = CacheReport(())
         self.speakers = SpeakerCache(default_store(self.geometry.device)) if speakers is None else speakers
+        self._decoder = LanguageDecoder(model, self.geometry, kv_dtype, max_cache_length)
         self._prompts = Prompts(model, self.speakers, max_cache_length, self.geometry.max_positions)
         # Says now, not at the first request, what cannot work.
         hf.new_cache(model, policy, max_length=max_cache_length, preallocate=preallocate, positions=positions)
@@ -226,14 +236,28 @@ class KVCacheManager:
             self._last = self.report(cache)
 
     def stream(
-        self, inputs: Tensor | None = None, *, prefix: str | None = None, chunk_size: int = 16, **kwargs: Any
+        self,
+        inputs: Tensor | None = None,
+        *,
+        prefix: str | None = None,
+        chunk_size: int = 16,
+        backend: Backends = "off",
+        **kwargs: Any,
     ) -> Iterator[Tensor]:
         """The new tokens of `generate`, in chunks ``[batch, n]`` of `chunk_size` as they come; the last may be shorter.
 
         Rows that have ended are filled with the pad token, as `generate` does. Closing the iterator ends the run.
 
+        Args:
+            inputs, prefix, **kwargs: as in `generate`.
+            chunk_size: tokens in a chunk.
+            backend: ``"off"`` lets `generate` run each token. The others decode in whole steps, without a look at the host
+                between chunks: ``"eager"``, ``"compile"``, ``"graph"``, ``"graph+compile"`` (see
+                `kvcache.decoding.Decoding`), and ``"auto"``, which is graph on a GPU and eager elsewhere. What they cannot
+                do `generate` does, and the report says why.
+
         Raises:
-            InputError: for beams, whose tokens are only known at the end, or a chunk size below 1.
+            InputError: for beams, whose tokens are only known at the end, a chunk size below 1, or an unknown backend.
         """
         if chunk_size < 1:
             raise InputError(f"chunk_size={chunk_size} must be at least 1")
@@ -242,22 +266,90 @@ class KVCacheManager:
                 "beams cannot be streamed: their tokens are known only at the end; use generate(), or num_beams=1"
             )
 
+        if backend == "auto":
+            backend = "eager" if self.geometry.device.type == "cpu" else "graph"
+        reason = None
+        if backend != "off":
+            check_backend(backend)
+            settings = GenerationSettings.of(self.model, kwargs)
+            reason = self._why_not(settings, inputs, prefix, kwargs)
+            if reason is None:
+                return self._decoded(settings, inputs, prefix, chunk_size, backend, kwargs)
+
         def work(emit: Callable[[Tensor], None]) -> None:
             self.generate(inputs, prefix=prefix, streamer=_Emitter(emit), **kwargs)
+            self._last = replace(self._last, fallback=reason)
 
         return chunked(from_worker(work), chunk_size)
 
     def astream(
-        self, inputs: Tensor | None = None, *, prefix: str | None = None, chunk_size: int = 16, **kwargs: Any
+        self,
+        inputs: Tensor | None = None,
+        *,
+        prefix: str | None = None,
+        chunk_size: int = 16,
+        backend: Backends = "off",
+        **kwargs: Any,
     ) -> AsyncIterator[Tensor]:
         """`stream` for an event loop. Cancelling ends the run."""
-        return as_async(self.stream(inputs, prefix=prefix, chunk_size=chunk_size, **kwargs))
+        return as_async(self.stream(inputs, prefix=prefix, chunk_size=chunk_size, backend=backend, **kwargs))
+
+    def release(self) -> None:
+        """Let go of what waits for the next ``stream(backend=…)``: a cache, and what was captured or compiled for it."""
+        self._decoder.release()
 
     def report(self, cache: Any = None) -> CacheReport:
         """The account of `cache`, or of the last run: bytes, tokens seen and kept, evictions, per layer."""
         return self._last if cache is None else account(hf.cache_layers(cache))
 
     # ------------------------------------------------------------------ inside
+
+    def _why_not(
+        self, settings: GenerationSettings, inputs: Tensor | None, prefix: str | None, kwargs: dict[str, Any]
+    ) -> str | None:
+        """Why the decode engine cannot do this; None if it can."""
+        if not self.enabled:
+            return "the cache is disabled"
+        if self.positions == "rerotated" and self._evicts:
+            return "re-rotated positions are turned on the host"
+        if not isinstance(self.policy, SizePolicy):
+            return "layers have policies of their own"
+        if (mask := self._mask_of(inputs, kwargs)) is not None and (
+            mask.dim() != 2 or not bool((mask.bool().int().diff(dim=1) >= 0).all()) or not bool(mask[:, -1].all())
+        ):
+            return "the attention mask hides more than pads on the left"
+        if mask is not None and not bool(mask.all()):
+            if prefix is not None:
+                return "rows are padded behind a prefix"
+            limit = self.policy.limit
+            if self._evicts and (limit is None or self.policy.keep(limit + 1) < limit):
+                return "pads count towards the moment at which this policy trims, and on the device there are none"
+        return settings.why_not or why_not(self.model)
+
+    def _mask_of(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
+        mask: Tensor | None = kwargs.get("attention_mask")
+        return self._guess_mask(self._prompt(inputs, kwargs), kwargs) if mask is None else mask
+
+    def _decoded(
+        self,
+        settings: GenerationSettings,
+        inputs: Tensor | None,
+        prefix: str | None,
+        chunk_size: int,
+        backend: BackendName,
+        kwargs: dict[str, Any],
+    ) -> Iterator[Tensor]:
+        names = ("input_ids", "inputs_embeds", "attention_mask")
+        given = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+
+        def prefill() -> tuple[Tensor, Any, Sequence[Tensor], Tensor | None]:
+            out = self.generate(inputs, prefix=prefix, generation_config=settings.prefill, **given)
+            pads = None if prefix is not None else hf.left_padding(self._mask_of(inputs, kwargs))
+            return out.logits[0], out.past_key_values, list(out.sequences[:, :-1]), pads
+
+        for chunk, report in self._decoder.chunks(prefill, settings, backend, chunk_size):
+            self._last = report
+            yield chunk
 
     def _exactly(self) -> AbstractContextManager[None]:
         return hf.exact_windows(self.model) if self._evicts else nullcontext()

@@ -20,7 +20,7 @@ from kvcache import (
     SpeakerCache,
     default_store,
 )
-from kvcache.decoding import BackendName, Sampling
+from kvcache.decoding import BackendName, Sampling, check_backend
 from kvcache.hf import PositionMode, new_cache
 from kvcache.precision import Precision
 from kvcache.streaming import as_async, chunked
@@ -87,6 +87,8 @@ class ChatterboxEngine:
             )
         if reuse not in ("all", "conditioning", "none"):
             raise InputError(f"reuse={reuse!r} must be 'all', 'conditioning' or 'none'")
+        if backend not in ("auto", "off"):
+            check_backend(backend)
         if precision is not None:
             self.t3 = at_precision(self.t3, precision)
         self.double_bos = double_bos
@@ -410,5 +412,6 @@ class ChatterboxEngine:
         generator: torch.Generator | None,
     ) -> Iterator[Tensor]:
         logits = decoder.prefill()
-        for chunk, self._last in stepper.chunks(logits, cache, sampling, total, size, generator):
+        for chunk, report in stepper.chunks(logits, cache, sampling, total, size, generator):
+            self._last = report
             yield chunk

@@ -1,10 +1,20 @@
 """The decode engine: static caches, a sampler and whole steps on the device, run eagerly, compiled or as a graph."""
 
-from kvcache.decoding.backends import BackendName
+from kvcache.decoding.backends import BackendName, check_backend
 from kvcache.decoding.cache import StaticKV
 from kvcache.decoding.loop import Decoding
 from kvcache.decoding.pool import Pool
 from kvcache.decoding.sampler import Sampler, Sampling
 from kvcache.decoding.wiring import decoder_copy, why_not
 
-__all__ = ["BackendName", "Decoding", "Pool", "Sampler", "Sampling", "StaticKV", "decoder_copy", "why_not"]
+__all__ = [
+    "BackendName",
+    "Decoding",
+    "Pool",
+    "Sampler",
+    "Sampling",
+    "StaticKV",
+    "check_backend",
+    "decoder_copy",
+    "why_not",
+]

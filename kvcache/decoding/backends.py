@@ -41,14 +41,20 @@ class Backend(Protocol):
     def __call__(self, steps: Steps, draws: bool) -> None: ...
 
 
+def check_backend(name: str) -> None:
+    """Raise `InputError` for an unknown name."""
+    if name not in get_args(BackendName):
+        known = ", ".join(map(repr, get_args(BackendName)))
+        raise InputError(f"backend={name!r} must be one of {known}, 'auto' or 'off'")
+
+
 def backend_for(name: str, device: torch.device) -> tuple[Backend, str | None]:
     """The backend of that name, and what is missing of it on this device, if anything.
 
     Raises:
         InputError: for an unknown name.
     """
-    if name not in get_args(BackendName):
-        raise InputError(f"backend={name!r} must be one of {', '.join(map(repr, get_args(BackendName)))}")
+    check_backend(name)
     if name == "eager":
         return Eager(), None
     if name == "compile":
@@ -151,7 +157,7 @@ Recorder = Callable[[Callable[[], None], Callable[[], None]], Callable[[], Any]]
 
 def cuda_graph(step: Callable[[], None], restore: Callable[[], None]) -> Callable[[], Any]:
     """Record a step in a CUDA graph, after it ran three times: libraries set themselves up at their first calls."""
-    stream = torch.cuda.Stream()
+    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvcache.errors import CapacityError, GeometryError, PolicyError
 from kvcache.geometry import CacheGeometry
+from kvcache.hf import check_positions
 from kvcache.layers import KVLayer
 from kvcache.memory import CacheReport, LayerReport
 from kvcache.policies import SizePolicy
@@ -56,6 +57,7 @@ class StaticKV:
             self.order = torch.arange(slots, device=device)
             self._row = torch.arange(rows, device=device)
         self.seen = [0] * rows
+        self._positions = geometry.max_positions
         self._policies: list[SizePolicy | None] = [None] * rows
         # Of the step that is running:
         self.slot = self.length
@@ -137,8 +139,10 @@ class StaticKV:
             self.seen[row], self._policies[row] = 0, None
 
     def check(self, steps: int) -> None:
-        """Raise `CapacityError` if a row that evicts nothing has no room for so many more tokens."""
+        """Raise `CapacityError` if a row has no room, or no positions, for so many more tokens."""
         for row, (seen, policy) in enumerate(zip(self.seen, self._policies, strict=True)):
+            if policy is not None:
+                check_positions(self._positions, seen, steps)
             if policy is not None and not policy.evicts and seen + steps > self.slots:
                 raise CapacityError(
                     f"cannot decode {steps} tokens: row {row} uses {seen} of {self.slots} slots; raise max_cache_length, "

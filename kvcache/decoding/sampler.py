@@ -100,7 +100,8 @@ class Sampler:
         """Draw for a request by these settings from now on."""
         device = self.seen.device
         greedy = sampling.greedy
-        drop = 0.0 if greedy else 1 - sampling.top_p  # subtracted in double, as transformers does
+        # Subtracted in double, as transformers does. Nothing is dropped below 0, not even what rounds to no probability.
+        drop = -1.0 if greedy or sampling.top_p == 1 else 1 - sampling.top_p
         values = [
             float(greedy),
             sampling.repetition_penalty,

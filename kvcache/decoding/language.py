@@ -1,0 +1,85 @@
+"""A transformers language model on the decode engine: what `generate` would say, decoded in whole steps."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcache.decoding.backends import BackendName
+from kvcache.decoding.cache import StaticKV
+from kvcache.decoding.loop import Decoding
+from kvcache.decoding.pool import Pool
+from kvcache.decoding.sampler import TRANSFORMERS, Sampler
+from kvcache.decoding.settings import GenerationSettings
+from kvcache.decoding.wiring import decoder_copy
+from kvcache.geometry import CacheGeometry
+from kvcache.hf import kv_layers
+from kvcache.memory import CacheReport
+from kvcache.slots import slots_for
+
+
+class LanguageDecoder:
+    """Decodes what a language model's prefill has begun.
+
+    Args:
+        model: with its head.
+        geometry: its.
+        kv_dtype: of the static cache; by default the model's.
+        max_length: the most tokens of a row. A cache that keeps all of them is made as long at once.
+    """
+
+    def __init__(
+        self, model: Any, geometry: CacheGeometry, kv_dtype: torch.dtype | None, max_length: int | None
+    ) -> None:
+        self._model = model
+        self._geometry = geometry
+        self._kv_dtype = kv_dtype
+        self._max_length = max_length
+        self._pool = Pool()
+
+    def release(self) -> None:
+        """Let go of the memory that waits for the next request."""
+        self._pool.clear()
+
+    def chunks(
+        self,
+        prefill: Callable[[], tuple[Tensor, Any, Sequence[Tensor], Tensor | None]],
+        settings: GenerationSettings,
+        backend: BackendName,
+        size: int,
+    ) -> Iterator[tuple[Tensor, CacheReport]]:
+        """New tokens ``[rows, n]`` as `generate` would give them, and the account of the cache.
+
+        Args:
+            prefill: gives the logits of the last position ``[rows, vocabulary]``, the cache, the token ids that each row
+                began with, and how many of them are pads.
+            settings: of the generation.
+            backend: see `Decoding`.
+            size: tokens in a chunk.
+        """
+        logits, cache, seen, pads = prefill()
+        layers = kv_layers(cache)
+        policy = layers[0].policy
+        total = settings.new_tokens(seen[0].shape[0])
+        needed = layers[0].stored + total - 1 if policy.limit is None else policy.limit
+        if policy.limit is None and self._max_length is not None:
+            needed = min(needed, self._max_length)
+        rows, vocabulary = logits.shape
+
+        def make(slots: int) -> Decoding:
+            room = slots_for(slots, self._max_length, preallocate=True) if policy.limit is None else slots
+            kv = StaticKV(self._geometry, rows, room, dtype=self._kv_dtype)
+            model = decoder_copy(self._model)
+
+            def step(tokens: Tensor, made: Tensor, given: dict[str, Any]) -> Tensor:
+                return torch.as_tensor(model(input_ids=tokens[:, None], **given).logits[:, -1])
+
+            return Decoding(step, kv, Sampler(rows, vocabulary, TRANSFORMERS, logits.device), backend)
+
+        with self._pool.lent((rows, backend), needed, make) as decoding:
+            decoding.kv.load(0, layers, pads)
+            del cache, layers
+            decoding.start(0, logits, [settings.sampling] * rows, [None] * rows, seen)
+            for chunk in decoding.chunks(total, size, settings.ends, settings.pad):
+                yield chunk, decoding.report()
