@@ -257,7 +257,9 @@ def test_single_requests_draw_what_transformers_processors_and_multinomial_draw(
 
 def test_drawn_tokens_are_distributed_as_their_probabilities():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(4000, -1)
-    sampler = sampler_of(logits, [torch.tensor([0])] * 4000, [Sampling(1, 1, repetition_penalty=1)] * 4000, TRANSFORMERS)
+    sampler = sampler_of(
+        logits, [torch.tensor([0])] * 4000, [Sampling(1, 1, repetition_penalty=1)] * 4000, TRANSFORMERS
+    )
     tokens = sampler(logits, noise_of(logits.shape, torch.Generator().manual_seed(0)))
     share = tokens.bincount(minlength=4) / 4000
     # Five standard deviations of a binomial share, at most.

@@ -165,7 +165,7 @@ def cuda_graph(step: Callable[[], None], restore: Callable[[], None]) -> Callabl
             restore()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the device
         step()
     return graph.replay
 

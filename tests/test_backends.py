@@ -1,0 +1,180 @@
+"""`KVCacheManager.stream(backend=…)`: whatever runs the steps, the tokens are those of `generate`."""
+
+import gc
+import logging
+import weakref
+
+import pytest
+import torch
+from families import FAMILIES, build, tiny, token_ids
+from transformers import GenerationConfig, StoppingCriteriaList
+
+from kvcache import CapacityError, InputError, KVCacheManager, MaxBytes, MaxTokens, SlidingWindow
+from kvcache.decoding import why_not
+
+NATIVE = {"llama", "mistral", "qwen2", "qwen3", "phi3", "gpt2", "gpt-neox", "opt", "cohere"}
+DRAWING = [
+    {"do_sample": False},
+    {"do_sample": False, "repetition_penalty": 1.5},
+    {"do_sample": True},
+    {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.3},
+]
+POLICIES = [None, SlidingWindow(12, sinks=3), MaxTokens(24, 15), MaxBytes("40KB")]
+
+
+def text(manager, ids, backend, seed=0, **given):
+    torch.manual_seed(seed)
+    tokens = torch.cat(list(manager.stream(ids, backend=backend, **given)), 1)
+    return tokens, torch.get_rng_state()
+
+
+def same(manager, ids, backend, native=True, **given):
+    """The tokens equal those of `generate`, and torch's generator is left where that leaves it."""
+    expected, drawn = text(manager, ids, "off", **given)
+    tokens, ours = text(manager, ids, backend, **given)
+    report = manager.report()
+    assert (report.fallback is None) == native, report.fallback
+    assert report.backend == (backend if native else None)
+    assert torch.equal(tokens, expected)
+    assert torch.equal(drawn, ours)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("bart", "t5")])
+def test_every_family_says_the_same_or_says_why_not(name):
+    model = tiny(name)
+    manager = KVCacheManager(model)
+    native = name in NATIVE
+    assert (why_not(model) is None) == native
+    for drawing in DRAWING[::3]:
+        same(manager, token_ids(2, 9), "eager", native, max_new_tokens=40, chunk_size=7, **drawing)
+
+
+@pytest.mark.parametrize("backend", ["eager", "graph"])
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_policies_padding_and_prefixes(name, policy, backend):
+    manager = KVCacheManager(tiny(name), policy)
+    manager.add_prefix("before", token_ids(1, 11, seed=5))
+    ids = token_ids(2, 9)
+    padded = ids.clone()
+    padded[1, :4] = 0
+    trims_at_once = isinstance(policy, MaxTokens | MaxBytes)
+    for drawing in DRAWING:
+        same(manager, ids, backend, max_new_tokens=40, prefix="before", **drawing)
+        mask = (padded != 0).long()
+        same(manager, padded, backend, not trims_at_once, attention_mask=mask, max_new_tokens=40, **drawing)
+
+
+def test_rows_end_by_themselves():
+    manager = KVCacheManager(tiny("llama"))
+    ids = token_ids(3, 6)
+    said, _ = text(manager, ids, "off", max_new_tokens=30, do_sample=False)
+    for ends in ([int(said[0, 4])], [int(said[0, 4]), int(said[1, 11]), int(said[2, 20])], [int(said[2, 0])]):
+        for size in (1, 4, 64):
+            for drawing in DRAWING:
+                same(manager, ids, "eager", max_new_tokens=30, eos_token_id=ends, chunk_size=size, **drawing)
+
+
+def test_embeddings_and_a_generation_config():
+    model = tiny("llama")
+    manager = KVCacheManager(model)
+    embeds = model.get_input_embeddings()(token_ids(2, 9))
+    expected = torch.cat(list(manager.stream(inputs_embeds=embeds, max_new_tokens=20, do_sample=False)), 1)
+    ours = torch.cat(list(manager.stream(inputs_embeds=embeds, max_new_tokens=20, do_sample=False, backend="eager")), 1)
+    assert torch.equal(ours, expected)
+    config = GenerationConfig(max_length=25, do_sample=True, top_k=5, pad_token_id=0)
+    same(manager, token_ids(2, 9), "eager", generation_config=config)
+
+
+def test_one_manager_serves_requests_of_all_shapes_in_turn():
+    manager = KVCacheManager(tiny("gpt2"), max_cache_length=80)
+    for rows, prompt, new in ((1, 9, 30), (2, 5, 10), (1, 3, 70), (1, 30, 50), (2, 9, 30)):
+        for backend in ("eager", "graph"):
+            same(manager, token_ids(rows, prompt, seed=new), backend, max_new_tokens=new, do_sample=True)
+
+
+NOT_OURS = {
+    "a stopping criterion": ({"stopping_criteria": StoppingCriteriaList([lambda ids, scores: ids.shape[1] >= 15])}, "stopping_criteria"),
+    "no repeated n-grams": ({"no_repeat_ngram_size": 2}, "no_repeat_ngram_size"),
+    "at least some tokens": ({"min_new_tokens": 5}, "min_new_tokens"),
+    "typical tokens": ({"do_sample": True, "typical_p": 0.5}, "typical_p"),
+    "without a cache": ({"use_cache": False}, "use_cache=False"),
+    "a hole in the mask": ({"attention_mask": torch.tensor([[1, 1, 0, 1, 1, 1, 1, 1, 1]])}, "mask hides more"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NOT_OURS)
+def test_what_the_engine_cannot_do_generate_does(case):
+    given, reason = NOT_OURS[case]
+    manager = KVCacheManager(tiny("llama"))
+    same(manager, token_ids(1, 9), "eager", False, max_new_tokens=20, **given)
+    assert reason in manager.report().fallback
+    assert reason in str(manager.report()) or not manager.report().enabled
+
+
+def test_rerotation_layers_of_their_own_and_a_disabled_cache_are_left_to_generate():
+    for given in ({"positions": "rerotated"}, {}):
+        policy = SlidingWindow(12, sinks=3)
+        manager = KVCacheManager(tiny("llama"), policy if given else [policy, policy], **given)
+        same(manager, token_ids(2, 9), "eager", False, max_new_tokens=20, do_sample=False)
+    manager = KVCacheManager(tiny("llama"))
+    manager.disable_kv_cache()
+    same(manager, token_ids(2, 9), "eager", False, max_new_tokens=8, do_sample=False)
+
+
+def test_too_long_is_refused_as_generate_refuses_it():
+    ids = token_ids(1, 9)
+    for manager in (KVCacheManager(tiny("llama"), max_cache_length=30), KVCacheManager(tiny("gpt2"))):
+        for backend in ("eager", "graph"):
+            with pytest.raises(CapacityError, match=r"30 slots|learned 256 positions"):
+                list(manager.stream(ids, max_new_tokens=300, do_sample=False, backend=backend))
+        same(manager, ids, "eager", max_new_tokens=15, do_sample=False)  # and the next request is served
+
+
+def test_bad_backends_are_refused_at_once():
+    manager = KVCacheManager(tiny("llama"))
+    with pytest.raises(InputError, match="backend='fast' must be one of 'eager', 'compile'"):
+        manager.stream(token_ids(1, 3), backend="fast")
+
+
+def test_a_backend_that_fails_is_left_for_the_eager_one(monkeypatch, caplog):
+    manager = KVCacheManager(tiny("llama"))
+    ids = token_ids(1, 9)
+    expected, _ = text(manager, ids, "off", max_new_tokens=30, do_sample=True)
+    monkeypatch.setattr("kvcache.decoding.backends.make_fx", lambda step: _breaking)
+    with caplog.at_level(logging.WARNING, "kvcache"):
+        tokens, _ = text(manager, ids, "graph", max_new_tokens=30, do_sample=True)
+    assert torch.equal(tokens, expected)
+    assert manager.report().backend == "eager"
+    assert "graph failed: RuntimeError: no memory for a graph" in manager.report().fallback
+    assert "goes on in eager mode" in caplog.text
+
+
+def _breaking():
+    raise RuntimeError("no memory for a graph")
+
+
+def test_closing_a_stream_gives_its_cache_back_and_release_frees_it():
+    manager = KVCacheManager(build("llama"), max_cache_length=64)
+    stream = manager.stream(token_ids(1, 9), max_new_tokens=50, chunk_size=4, backend="eager", do_sample=False)
+    next(stream)
+    stream.close()
+    (waiting,) = manager._decoder._pool._idle.values()
+    assert waiting.kv.seen == [0]
+    gone = weakref.ref(waiting.kv)
+    del waiting, stream
+    same(manager, token_ids(1, 5), "eager", max_new_tokens=50, do_sample=False)
+    assert gone() is not None  # served again
+    manager.release()
+    gc.collect()
+    assert gone() is None
+
+
+def test_the_model_is_left_as_it_was():
+    model = build("llama")
+    before = str(model.config), {name: id(module) for name, module in model.named_modules()}, list(model.state_dict())
+    manager = KVCacheManager(model)
+    same(manager, token_ids(1, 9), "graph", max_new_tokens=20, do_sample=False)
+    assert model.config._attn_implementation == "sdpa"
+    assert before == (str(model.config), {n: id(m) for n, m in model.named_modules()}, list(model.state_dict()))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
