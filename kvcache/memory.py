@@ -1,9 +1,13 @@
-"""What caches take: an exact estimate before, an account after."""
+"""What caches take: an exact estimate before, an account after, and memory that is taken as it is written to."""
 
+import math
+import mmap
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kvcache.geometry import CacheGeometry
@@ -135,3 +139,12 @@ def _layer_report(layer: Any) -> LayerReport:
     return LayerReport(
         f"the model's own {type(layer).__name__}", seen, stored, seen - stored, stored, sum(held.values())
     )
+
+
+def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros of which a CPU's memory holds only what has been written to; `torch.zeros` writes all of them at once."""
+    if device.type != "cpu" or math.prod(shape) == 0:
+        return torch.zeros(*shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    private = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
+    return torch.frombuffer(mmap.mmap(-1, size, **private), dtype=dtype).view(*shape)

@@ -16,7 +16,7 @@ from kvcache.errors import CapacityError, GeometryError, PolicyError
 from kvcache.geometry import CacheGeometry
 from kvcache.hf import check_positions
 from kvcache.layers import KVLayer
-from kvcache.memory import CacheReport, LayerReport
+from kvcache.memory import CacheReport, LayerReport, zeros
 from kvcache.policies import SizePolicy
 from kvcache.slots import ring_sees, ring_slot, staying_of
 
@@ -46,12 +46,8 @@ class StaticKV:
         shape = rows, geometry.kv_heads, slots
         with torch.inference_mode(False):
             # Zeros, not whatever was there: what is masked still takes part, times nothing, and NaN times nothing is NaN.
-            self.keys = [
-                torch.zeros(*shape, geometry.head_dim, dtype=dtype, device=device) for _ in range(geometry.layers)
-            ]
-            self.values = [
-                torch.zeros(*shape, geometry.value_dim, dtype=dtype, device=device) for _ in range(geometry.layers)
-            ]
+            self.keys = [zeros((*shape, geometry.head_dim), dtype, device) for _ in range(geometry.layers)]
+            self.values = [zeros((*shape, geometry.value_dim), dtype, device) for _ in range(geometry.layers)]
             self.length, self.pinned, self.low = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(3))
             self.limit = torch.full_like(self.length, _ENDLESS)
             self.order = torch.arange(slots, device=device)
@@ -65,7 +61,7 @@ class StaticKV:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values."""
+        """Bytes of all keys and values; on a CPU the system hands out their memory as it is written to."""
         return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
 
     # ------------------------------------------------------------------ between steps
