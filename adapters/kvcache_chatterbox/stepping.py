@@ -115,7 +115,7 @@ class Stepper:
             return Decoding(T3Step(t3, rows), kv, sampler, self._backend, tf32=self._tf32)
 
         with self._pool.lent(rows, needed, make) as decoding:
-            decoding.kv.load(0, layers)
+            decoding.load(0, layers)
             begin = torch.tensor([t3.hp.start_speech_token], device=logits.device)
             first = decoding.start(0, logits, [sampling], [generator], [begin])
             if t3.is_gpt:  # penalizes the start token only as long as there is nothing else

@@ -7,7 +7,8 @@ ring whose first slots are pinned; with as many slots as tokens it is simply a b
 The host keeps its own count of the tokens, which needs no look at the device: each step adds one to every row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -55,6 +56,7 @@ class StaticKV:
         self.seen = [0] * rows
         self._positions = geometry.max_positions
         self._policies: list[SizePolicy | None] = [None] * rows
+        self._pending: list[tuple[range, Callable[[], None]]] = []
         # Of the step that is running:
         self.slot = self.length
         self.columns = slots
@@ -66,42 +68,58 @@ class StaticKV:
 
     # ------------------------------------------------------------------ between steps
 
-    def load(self, first: int, layers: Sequence[KVLayer], pads: Tensor | None = None) -> None:
+    def load(self, first: int, layers: Sequence[KVLayer], pads: Tensor | None = None, *, later: bool = False) -> None:
         """Begin the rows from `first` on with what was prefilled: all of it, or as much as its policy has left.
 
         Args:
             first: the first of as many rows as the layers hold.
             layers: after a prefill, all under the same policy. They may be forgotten afterwards.
             pads: on the left of each row, ``[batch]``, which are left out; by default as the layers know them.
+            later: copy when `settle` is called. The layers must not change until then.
 
         Raises:
             PolicyError, GeometryError, CapacityError: if that cannot be held here; nothing has changed then.
         """
-        rows = self._check_fit(first, layers)
+        rows = self.check_load(first, layers)
         source = layers[0]
         policy, pads = source.policy, source.padding if pads is None else pads.cpu()
         lengths = [source.seen] * len(rows) if pads is None else [source.seen - int(p) for p in pads]
         positions = source.positions() - (0 if pads is None else pads[:, None])  # [B or 1, stored]; pads below zero
-        ring = self.slots - policy.pinned
-        where = torch.where(positions < policy.pinned, positions, policy.pinned + (positions - policy.pinned) % ring)
+        pinned = policy.pinned if policy.evicts else 0
         device = self.length.device
-        for kv, keys, values in zip(layers, self.keys, self.values, strict=True):
-            assert kv.keys is not None and kv.values is not None
-            for i, row in enumerate(rows):
-                mine, real = where[i % len(where)], (positions[i % len(where)] >= 0).nonzero()[:, 0]
-                to = mine[real].to(device)
-                for held, new in ((keys, kv.keys), (values, kv.values)):
-                    states = new[i] if len(real) == kv.stored else new[i].index_select(1, real.to(device))
-                    held[row].index_copy_(1, to, states.to(held.dtype))
         for row, length in zip(rows, lengths, strict=True):
             self.seen[row], self._policies[row] = length, policy
         chosen = slice(first, first + len(rows))
         self.length[chosen] = torch.tensor(lengths, device=device)
-        self.pinned[chosen] = policy.pinned
+        self.pinned[chosen] = pinned
         self.limit[chosen] = _ENDLESS if policy.limit is None else policy.limit
         self.low[chosen] = 0 if policy.limit is None else policy.keep(policy.limit + 1)
+        self._pending.append((rows, partial(self._copy, rows, layers, positions.expand(len(rows), -1), pinned)))
+        if not later:
+            self.settle()
 
-    def _check_fit(self, first: int, layers: Sequence[KVLayer]) -> range:
+    def settle(self) -> None:
+        """Copy what was loaded for later."""
+        for _, copy in self._pending:
+            copy()
+        self._pending = []
+
+    def _copy(self, rows: range, layers: Sequence[KVLayer], positions: Tensor, pinned: int) -> None:
+        """The tokens at these positions, ``[rows, stored]``, to their slots; pads stand below zero."""
+        slots = ring_slot(positions, torch.tensor(pinned), self.slots)
+        stored = torch.arange(positions.shape[1])
+        for i, row in enumerate(rows):
+            real = stored[positions[i] >= 0]
+            inorder = torch.equal(slots[i][real], stored[: len(real)])
+            to = slice(len(real)) if inorder else slots[i][real].to(self.length.device)
+            taken = slice(len(stored) - len(real), None) if inorder else real.to(self.length.device)
+            for kv, keys, values in zip(layers, self.keys, self.values, strict=True):
+                assert kv.keys is not None and kv.values is not None
+                keys[row][:, to] = kv.keys[i][:, taken].to(keys.dtype)
+                values[row][:, to] = kv.values[i][:, taken].to(values.dtype)
+
+    def check_load(self, first: int, layers: Sequence[KVLayer]) -> range:
+        """The rows that `load` would begin; raises what it would raise."""
         held = layers[0].keys
         if held is None or len(layers) != len(self.keys):
             raise GeometryError(
@@ -127,6 +145,7 @@ class StaticKV:
 
     def free(self, first: int, rows: int) -> None:
         """Empty these rows. They go on taking part in steps, for nothing."""
+        self._pending = [(loaded, copy) for loaded, copy in self._pending if not first <= loaded[0] < first + rows]
         chosen = slice(first, first + rows)
         self.length[chosen] = 0
         self.limit[chosen] = _ENDLESS

@@ -78,7 +78,7 @@ class LanguageDecoder:
             return Decoding(step, kv, Sampler(rows, vocabulary, TRANSFORMERS, logits.device), backend)
 
         with self._pool.lent((rows, backend), needed, make) as decoding:
-            decoding.kv.load(0, layers, pads)
+            decoding.load(0, layers, pads)
             del cache, layers
             decoding.start(0, logits, [settings.sampling] * rows, [None] * rows, seen)
             for chunk in decoding.chunks(total, size, settings.ends, settings.pad):

@@ -19,6 +19,7 @@ from kvcache.decoding.cache import StaticKV
 from kvcache.decoding.sampler import Sampler, Sampling
 from kvcache.decoding.wiring import DecodeInputs, kernel_reason
 from kvcache.errors import GeometryError, KVCacheError
+from kvcache.layers import KVLayer
 from kvcache.memory import CacheReport
 
 Forward = Callable[[Tensor, Tensor, dict[str, Any]], Tensor]
@@ -98,6 +99,10 @@ class Decoding:
 
     # ------------------------------------------------------------------ requests
 
+    def load(self, first: int, layers: Sequence[KVLayer], pads: Tensor | None = None) -> None:
+        """As `StaticKV.load`, but copied only before the next step: a request's first token does not wait for it."""
+        self.kv.load(first, layers, pads, later=True)
+
     @torch.no_grad()
     def start(
         self,
@@ -146,6 +151,7 @@ class Decoding:
         if not 1 <= steps <= self.ahead:
             raise GeometryError(f"a chunk of {steps} steps: give 1 to {self.ahead}")
         self.kv.check(steps)
+        self.kv.settle()
         draws = self.sampler.draws
         if draws:
             default = _default_generator(self.token.device)
