@@ -55,17 +55,43 @@ def interleaved(
 
 
 class Gate:
-    """Called by a side before each of its steps: reports how long the last one took, and waits for its turn."""
+    """Called by a side before each of its turns: reports how long the last one took, and waits for the next.
+
+    Attributes:
+        told: what the side does when it is told something between two turns, outside their time.
+        notes: what the side has to say at its end.
+    """
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._start = time.perf_counter()
+        self.told: Callable[[Any], None] = lambda word: None
+        self.notes: dict[str, Any] = {}
 
     def __call__(self) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
         self._connection.send(time.perf_counter() - self._start)
-        if not self._connection.recv():
+        while (order := self._connection.recv())[0] == "tell":
+            self.told(order[1])
+            self._connection.send(None)
+        if order[0] == "end":
+            self._connection.send(self.notes | memory())
             raise SystemExit
         self._start = time.perf_counter()
+
+
+def memory() -> dict[str, float]:
+    """MiB of this process now and at most, and at most on the GPU, if it used one."""
+    status = dict(line.split(":", 1) for line in _lines("/proc/self/status"))
+    found = {
+        name: int(status[field].split()[0]) / 2**10
+        for name, field in (("MiB", "VmRSS"), ("MiB, peak", "VmHWM"))
+        if field in status
+    }
+    if torch.cuda.is_initialized():
+        found["GPU MiB, peak"] = torch.cuda.max_memory_allocated() / 2**20
+    return found
 
 
 def _serve(connection: Connection, threads: int, side: Callable[..., None], arguments: tuple[Any, ...]) -> None:
@@ -73,35 +99,59 @@ def _serve(connection: Connection, threads: int, side: Callable[..., None], argu
     side(Gate(connection), *arguments)
 
 
+class Processes:
+    """Sides that live in a process each, as they would in use, and take turns.
+
+    What one side allocates and frees then does not decide where another's memory comes from. A side is a function and
+    its arguments; it is called with a `Gate` before them, and calls it before each turn.
+    """
+
+    def __init__(self, sides: Mapping[str, tuple[Any, ...]], threads: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._ends: dict[str, Connection] = {}
+        self._processes = []
+        for name, (side, *rest) in tqdm(sides.items(), desc="preparing", leave=False):
+            self._ends[name], end = context.Pipe()
+            process = context.Process(target=_serve, args=(end, threads, side, tuple(rest)), daemon=True)
+            process.start()
+            end.close()
+            self._processes.append(process)
+            self._ends[name].recv()  # prepared: one at a time, so that nobody prepares while another is timed
+
+    def tell(self, word: Any) -> None:
+        """Let every side do what it does at this word."""
+        for end in self._ends.values():
+            end.send(("tell", word))
+            end.recv()
+
+    def rounds(self, rounds: int, warmup: int = 3) -> dict[str, list[float]]:
+        """Seconds of each side in each round."""
+        seconds: dict[str, list[float]] = {name: [] for name in self._ends}
+        for i in tqdm(range(warmup + rounds), desc="rounds", leave=False):
+            for name, end in self._ends.items():
+                end.send(("turn",))
+                took = end.recv()
+                if i >= warmup:
+                    seconds[name].append(took)
+        return seconds
+
+    def end(self) -> dict[str, dict[str, Any]]:
+        """Let every side end; their notes."""
+        for end in self._ends.values():
+            end.send(("end",))
+        notes = {name: end.recv() for name, end in self._ends.items()}
+        for process in self._processes:
+            process.join()
+        return notes
+
+
 def interleaved_processes(
     sides: Mapping[str, tuple[Any, ...]], rounds: int, threads: int, warmup: int = 3
 ) -> dict[str, list[float]]:
-    """As `interleaved`, but each side lives in a process of its own, as it would in use.
-
-    What one side allocates and frees then does not decide where another's memory comes from. A side is a function and
-    its arguments; it is called with a `Gate` before them, and calls it before each step.
-    """
-    context = multiprocessing.get_context("spawn")
-    ends: dict[str, Connection] = {}
-    processes = []
-    for name, (side, *rest) in tqdm(sides.items(), desc="preparing", leave=False):
-        ends[name], end = context.Pipe()
-        process = context.Process(target=_serve, args=(end, threads, side, tuple(rest)), daemon=True)
-        process.start()
-        end.close()
-        processes.append(process)
-        ends[name].recv()  # prepared: one at a time, so that nobody prepares while another is timed
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for i in tqdm(range(warmup + rounds), desc="rounds", leave=False):
-        for name, end in ends.items():
-            end.send(True)
-            took = end.recv()
-            if i >= warmup:
-                seconds[name].append(took)
-    for end in ends.values():
-        end.send(False)
-    for process in processes:
-        process.join()
+    """As `interleaved`, but with each side in a process of its own, see `Processes`."""
+    processes = Processes(sides, threads)
+    seconds = processes.rounds(rounds, warmup)
+    processes.end()
     return seconds
 
 
@@ -160,15 +210,19 @@ def commit() -> str | None:
 
 
 def finish(
-    benchmark: str, rows: Sequence[Mapping[str, Any]], ratios: Mapping[str, float], options: argparse.Namespace
+    benchmark: str,
+    rows: Sequence[Mapping[str, Any]],
+    ratios: Mapping[str, float],
+    options: argparse.Namespace,
+    **more: Any,
 ) -> None:
-    """Print the table and the ratios, and write the file if asked to."""
+    """Print the table and the ratios, and write the file, with what more there is, if asked to."""
     console = Console()
     table = Table(title=f"{benchmark}, {machine()['cpu']}, {torch.get_num_threads()} threads")
     for column in rows[0]:
         table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
     for row in rows:
-        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+        table.add_row(*(_cell(value) for value in row.values()))
     console.print(table)
     for name, ratio in ratios.items():
         console.print(f"{name}: {ratio:.2f}x")
@@ -183,9 +237,16 @@ def finish(
             "commit": commit(),
             "rows": list(rows),
             "ratios": dict(ratios),
+            **more,
         }
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.0f}" if value >= 1e4 else f"{value:.4g}"
+    return "–" if value is None else str(value)
 
 
 def _lines(path: str) -> list[str]:

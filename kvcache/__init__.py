@@ -16,6 +16,7 @@ from kvcache.layers import KVLayer
 from kvcache.manager import KVCacheManager
 from kvcache.memory import CacheReport, LayerReport, estimate_bytes
 from kvcache.policies import KeepAll, MaxBytes, MaxTokens, Pinned, SizePolicy, SlidingWindow
+from kvcache.precision import with_precision
 from kvcache.prefix import PrefixKey, PrefixSnapshot
 from kvcache.rope import KeyRotation
 from kvcache.speakers import SpeakerCache, SpeakerStats, default_store
@@ -56,4 +57,5 @@ __all__ = [
     "default_store",
     "estimate_bytes",
     "model_fingerprint",
+    "with_precision",
 ]

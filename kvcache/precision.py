@@ -40,7 +40,11 @@ def check_precision(precision: str, device: torch.device) -> None:
         raise InputError(
             f"precision={precision!r}: this CPU has no fast {precision} arithmetic (AVX-512 or AMX); use 'int8' or 'fp32'"
         )
-    if device.type == "cpu" and precision == "int8" and torch.backends.quantized.engine == "none":
+    if (
+        device.type == "cpu"
+        and precision == "int8"
+        and not (torch._C._has_mkldnn and hasattr(torch.ops.onednn, "qlinear_prepack"))
+    ):
         raise InputError("precision='int8': this build of torch has no int8 kernels for CPUs; use 'bf16' or 'fp32'")
     if device.type != "cpu" and precision == "int8":
         raise InputError(
@@ -127,6 +131,10 @@ def _ends(name: str, end: str) -> bool:
 
 # ---------------------------------------------------------------------- kernels on a CPU
 
+_TINY = torch.finfo(torch.float32).tiny
+# Without VNNI kernels add pairs of products in 16 bits, where activations of 8 bits could overflow.
+_LEVELS = 127 if getattr(torch.cpu, "_is_vnni_supported", lambda: False)() else 63
+
 # The packed weights of torch's CPU kernels are opaque to its compiler, so compiled and traced steps name them by number.
 _kernels: dict[int, Callable[[Tensor], Tensor]] = {}
 _numbers = itertools.count()
@@ -136,7 +144,9 @@ _library.define("packed_linear(Tensor states, int kernel, int out_features) -> T
 _library.impl("packed_linear", lambda states, kernel, out_features: _kernels[kernel](states), "CPU")
 _torch_library.register_fake(
     "kvcache::packed_linear",
-    lambda states, kernel, out_features: states.new_empty((*states.shape[:-1], out_features)),
+    lambda states, kernel, out_features: states.new_empty(
+        (*states.shape[:-1], out_features), dtype=torch.float32 if states.dtype == torch.int8 else states.dtype
+    ),
     lib=_library,
 )
 
@@ -181,9 +191,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         if self.precision == "int8":
-            # The operator has one scale for all tokens. With each token brought to the same size first, that is its own.
-            size = states.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-            out = self._product(states / size) * size
+            scale = states.abs().amax(-1, keepdim=True).clamp_min(_TINY) / _LEVELS  # of each token
+            out = self._product((states / scale).round().to(torch.int8)) * scale
         else:
             out = self._product(states.to(_DTYPES[self.precision])).to(states.dtype)
         return out if self.bias is None else out + self.bias
@@ -223,13 +232,11 @@ def _rows_out(source: nn.Linear | Conv1D) -> Tensor:
 
 
 def _int8(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    scale = weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny).double() / 127
-    quantized = torch.quantize_per_channel(weight, scale, torch.zeros(len(scale), dtype=torch.long), 0, torch.qint8)
-    packed = torch.ops.quantized.linear_prepack(quantized, None)
-    # Without VNNI the kernel adds pairs of products in 16 bits, where 8-bit activations would overflow.
-    reduce = not _has_vnni()
-    linear = torch.ops.quantized.linear_dynamic.default
-    return lambda states: linear(states, packed, reduce)
+    scale = weight.abs().amax(1).clamp_min(_TINY) / 127
+    packed = torch.ops.onednn.qlinear_prepack((weight / scale[:, None]).round().to(torch.int8), None)
+    zero = torch.zeros(len(scale), dtype=torch.int32)
+    linear = torch.ops.onednn.qlinear_pointwise.default
+    return lambda states: linear(states, 1.0, 0, packed, scale, zero, None, 1.0, 0, torch.float32, "none", [], "")
 
 
 def _half(weight: Tensor, precision: str) -> Callable[[Tensor], Tensor]:
@@ -241,8 +248,3 @@ def _half(weight: Tensor, precision: str) -> Callable[[Tensor], Tensor]:
 def _onednn_has(precision: str) -> bool:
     able = getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported", None)
     return bool(torch._C._has_mkldnn and able is not None and able())
-
-
-def _has_vnni() -> bool:
-    known = getattr(torch.cpu, "_is_vnni_supported", None)
-    return bool(known is not None and known())

@@ -86,14 +86,21 @@ class StaticKV:
         lengths = [source.seen] * len(rows) if pads is None else [source.seen - int(p) for p in pads]
         positions = source.positions() - (0 if pads is None else pads[:, None])  # [B or 1, stored]; pads below zero
         pinned = policy.pinned if policy.evicts else 0
+        limit = _ENDLESS if policy.limit is None else policy.limit
+        low = 0 if policy.limit is None else policy.keep(policy.limit + 1)
+        held, kept = (positions >= 0).sum(1), staying_of(torch.tensor(lengths), torch.tensor(limit), torch.tensor(low))
+        if bool((held != kept).any()):
+            raise PolicyError(
+                f"rows that hold {held.tolist()} tokens, where {policy!r} keeps {kept.tolist()} of {lengths}, cannot go on "
+                "here: they were trimmed, or tokens left together with pads; decode without a backend"
+            )
         device = self.length.device
         for row, length in zip(rows, lengths, strict=True):
             self.seen[row], self._policies[row] = length, policy
         chosen = slice(first, first + len(rows))
         self.length[chosen] = torch.tensor(lengths, device=device)
         self.pinned[chosen] = pinned
-        self.limit[chosen] = _ENDLESS if policy.limit is None else policy.limit
-        self.low[chosen] = 0 if policy.limit is None else policy.keep(policy.limit + 1)
+        self.limit[chosen], self.low[chosen] = limit, low
         self._pending.append((rows, partial(self._copy, rows, layers, positions.expand(len(rows), -1), pinned)))
         if not later:
             self.settle()

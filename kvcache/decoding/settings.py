@@ -66,7 +66,7 @@ class GenerationSettings:
         )
         first = copy.deepcopy(config)
         first.update(
-            max_new_tokens=1, do_sample=False, temperature=1.0, top_k=50, top_p=1.0, min_p=None, repetition_penalty=1.0,
+            max_new_tokens=1, max_length=None, do_sample=False, temperature=1.0, top_k=50, top_p=1.0, min_p=None, repetition_penalty=1.0,
             return_dict_in_generate=True, output_logits=True,
         )  # fmt: skip
         return cls(sampling, config.max_new_tokens, config.max_length, tuple(ends), pad, first, why_not)

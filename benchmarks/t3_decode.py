@@ -1,0 +1,677 @@
+"""A decode step of Chatterbox's T3, in every way there is to run it: upstream's loop, a static cache, our engine.
+
+Each side is a process of its own, and they take turns of a few tokens. Upstream's `T3.inference` (English, guided: two rows)
+and `T3.inference_turbo` (Nano, one row) run unchanged, let through by the progress bar that they iterate over. "StaticCache"
+is what speed-ups of Chatterbox do: transformers' static cache of 1500 slots, on a GPU a CUDA graph of the forward pass,
+upstream's sampling in Python around it. Our engine runs whole steps, sampling included, and looks at its tokens once a turn.
+
+Weights are random: they decide neither shapes nor speed. The stop token is made impossible, by a bias of the head, on every
+side alike. Each side prefills a real request, then its cache is grown to the context: where caches are concatenated, by a few
+made-up tokens at a time, as decoding would.
+
+`--ablation` takes the engine's best side and leaves out one ingredient at a time.
+"""
+
+import argparse
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import Gate, Processes, arguments, finish, paired_ratio, spread
+from torch import Tensor, nn
+from transformers import StaticCache
+from transformers.pytorch_utils import Conv1D
+
+import kvcache.precision
+from kvcache import CacheGeometry
+from kvcache.decoding import Decoding, Sampler, StaticKV
+from kvcache.hf import decoding_arguments, kv_layers, new_cache
+from kvcache_chatterbox import byte_tokens, load_t3, random_conditionals
+from kvcache_chatterbox.decoding import Decoder
+from kvcache_chatterbox.loading import upstream_t3
+from kvcache_chatterbox.requests import Prefill, check_text, copy_conditionals, embed_speech, prefill
+from kvcache_chatterbox.sampling import draw, order, processors, sampling_of
+from kvcache_chatterbox.stepping import T3Step, at_precision
+
+TEXT = "The quick brown fox jumps over the lazy dog, and runs away. "  # 60 letters
+GROWTH = 8  # tokens at a time
+TOKENS_PER_SECOND = 25  # of speech
+SLOTS = 2048  # of our caches, as the engine's default has it
+STATIC_SLOTS = 1500  # as the branch `faster` of rsxdalv/chatterbox has it
+NANO_CONTEXT = 400  # 376 tokens of voice and some text stand before the first token
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is run: the same for all sides."""
+
+    variant: str
+    device: str
+    turn: int  # tokens
+    layers: int | None = None
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to run it."""
+
+    label: str
+    kind: str  # of KINDS
+    precision: str = "fp32"
+    backend: str = "eager"
+    kv: str | None = None  # of the cache; by default as the engine chooses
+    chunk: int | None = None  # tokens between two looks at the host; by default a turn's
+    our_cache: bool = False
+    together: bool = True  # one product for queries, keys and values, and for gate and up
+    sampler: bool = True  # on the device
+    cpp_wrapper: bool = True
+    kernel: bool = True
+
+    @property
+    def kv_precision(self) -> str:
+        """Of the cache."""
+        wide = "fp32" if self.precision in ("fp32", "int8") else self.precision
+        if self.kind == "engine":
+            return self.kv or ("bf16" if self.precision in ("bf16", "int8") else wide)
+        return wide
+
+
+UPSTREAM = "upstream"
+SIDES = {
+    "upstream": Side("upstream's loop", "upstream"),
+    "upstream-cache": Side("upstream's loop, our cache", "upstream", our_cache=True),
+    "static": Side("StaticCache", "static"),
+    **{
+        f"{backend}-{precision}": Side(f"ours, {backend}", "engine", precision, backend)
+        for precision in ("fp32", "bf16", "int8")
+        for backend in ("eager", "compile")
+    },
+}
+GPU_SIDES = {
+    "upstream": SIDES["upstream"],
+    "upstream-bf16": replace(SIDES["upstream"], precision="bf16"),
+    "upstream-cache-bf16": replace(SIDES["upstream-cache"], precision="bf16"),
+    "static": Side("StaticCache + graph of the forward", "static"),
+    "static-bf16": Side("StaticCache + graph of the forward", "static", "bf16"),
+    "graph-fp32": Side("ours, graph", "engine", backend="graph"),
+    **{
+        f"{backend}-bf16": Side(f"ours, {backend}", "engine", "bf16", backend)
+        for backend in ("eager", "graph", "compile", "graph+compile")
+    },
+}
+
+
+def ablations(device: str) -> dict[str, Side]:
+    """The best side, and what it is without each of its ingredients."""
+    if device == "cpu":
+        best = Side("the best: compile, int8", "engine", "int8", "compile")
+        others = [
+            replace(best, label="the token loop instead of the engine", kind="loop"),
+            replace(best, label="eager instead of compile", backend="eager"),
+            replace(best, label="bf16 instead of int8", precision="bf16"),
+            replace(best, label="fp32 instead of int8", precision="fp32", kv="bf16"),
+            replace(best, label="fp32 cache instead of bf16", kv="fp32"),
+            replace(best, label="a product each for q, k, v, gate, up", together=False),
+            replace(best, label="transformers' sampling, a look per token", sampler=False, chunk=1),
+            replace(best, label="without cpp_wrapper", cpp_wrapper=False),
+            replace(best, label="a look per token", chunk=1),
+        ]
+    else:
+        best = Side("the best: graph+compile, bf16", "engine", "bf16", "graph+compile")
+        others = [
+            replace(best, label="the token loop instead of the engine", kind="loop"),
+            replace(best, label="eager instead of graph+compile", backend="eager"),
+            replace(best, label="without the compiler", backend="graph"),
+            replace(best, label="without the graph", backend="compile"),
+            replace(best, label="fp32 instead of bf16", precision="fp32", kv="bf16"),
+            replace(best, label="fp32 cache instead of bf16", kv="fp32"),
+            replace(best, label="torch's attention instead of the Triton kernel", kernel=False),
+            replace(best, label="transformers' sampling, a look per token", sampler=False, chunk=1),
+            replace(best, label="a look per token", chunk=1),
+        ]
+    return {side.label: side for side in (best, *others)}
+
+
+# ---------------------------------------------------------------------- the model
+
+
+@dataclass
+class Model:
+    """What a side works with.
+
+    Attributes:
+        t3: with a head that never stops.
+        voice: not to be written to by two requests.
+        text: in as many rows as it takes.
+        weights: bytes of backbone and head.
+        per_token: bytes of a token's keys and values, in all rows.
+    """
+
+    t3: Any
+    voice: Any
+    text: Tensor
+    weights: int
+    per_token: int
+
+    def request(self) -> Prefill:
+        with torch.inference_mode():
+            return prefill(self.t3, self.t3.prepare_conditioning(self.voice), self.text)
+
+    def is_stop(self, token: Tensor) -> bool:
+        """A look at the device, as every loop takes it."""
+        return int(token) == self.t3.hp.stop_speech_token
+
+
+def make(case: Case, side: Side) -> Model:
+    """The model of a side."""
+    t3 = load_t3(case.variant)  # type: ignore[arg-type]
+    if case.layers is not None:
+        name = "h" if t3.is_gpt else "layers"
+        setattr(t3.tfmr, name, getattr(t3.tfmr, name)[: case.layers])
+        t3.cfg.num_hidden_layers = t3.tfmr.config.num_hidden_layers = case.layers
+    head = nn.Linear(t3.dim, t3.speech_head.out_features)
+    with torch.no_grad():
+        head.weight.copy_(t3.speech_head.weight)
+        head.bias.zero_() if t3.speech_head.bias is None else head.bias.copy_(t3.speech_head.bias)
+        head.bias[t3.hp.stop_speech_token] = -1e4
+    t3.speech_head = head.eval()
+    t3 = t3.to(case.device)
+    backbone = sum(m.weight.numel() for m in t3.tfmr.modules() if isinstance(m, nn.Linear | Conv1D))
+    on_cpu = case.device == "cpu"
+    weights = backbone * BYTES[side.precision] + head.weight.numel() * BYTES["fp32" if on_cpu else side.precision]
+    geometry = CacheGeometry.from_model(t3.tfmr)
+    states = geometry.layers * geometry.kv_heads * (geometry.head_dim + geometry.value_dim)
+    if side.precision != "fp32":
+        t3 = at_precision(t3, side.precision)  # type: ignore[arg-type]
+    voice = copy_conditionals(t3, random_conditionals(t3))
+    text = check_text(t3, byte_tokens(t3, TEXT), guided=not t3.is_gpt)
+    return Model(t3, voice, text, weights, text.shape[0] * states * BYTES[side.kv_precision])
+
+
+@torch.inference_mode()
+def grow(cache: Any, t3: Any, context: int) -> None:
+    """Fill a cache up to `context` tokens as decoding would, a few at a time."""
+    geometry = CacheGeometry.from_model(t3.tfmr)
+    rows = 1 if t3.is_gpt else 2
+    while (missing := context - int(cache.get_seq_length())) > 0:
+        new = (rows, geometry.kv_heads, min(GROWTH, missing), geometry.head_dim)
+        for layer in range(geometry.layers):
+            states = torch.randn(2, *new, device=t3.device, dtype=geometry.dtype)
+            cache.update(states[0], states[1], layer)
+
+
+# ---------------------------------------------------------------------- the sides
+
+
+def upstream(turn: Callable[[], None], told: Callable[[Callable[[int], None]], None], model: Model, side: Side) -> None:
+    """Upstream's own loop, on its cache or on ours."""
+    t3, caches = model.t3, []
+
+    def given(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        cache = kwargs.get("past_key_values")
+        if cache is None and side.our_cache:
+            cache = our_cache(t3)
+        caches.append(cache)
+        return args, kwargs | {"past_key_values": cache}
+
+    def gated(steps: Iterable[int], **_: Any) -> Iterator[int]:
+        for i in steps:
+            if i >= 2:  # the cache has been handed on by now
+                if i == 2:
+                    told(lambda context: grow(caches[-1], t3, context))
+                turn()
+            yield i
+
+    t3.tfmr.register_forward_pre_hook(given, with_kwargs=True)
+    upstream_t3().tqdm = gated
+    run_upstream(model, 4000)
+
+
+def our_cache(t3: Any) -> Any:
+    return new_cache(t3.tfmr, max_length=SLOTS, rows=1 if t3.is_gpt else 2, preallocate=True)
+
+
+def run_upstream(model: Model, tokens: int) -> Tensor:
+    """What upstream says under seed 0."""
+    t3 = model.t3
+    torch.manual_seed(0)
+    if t3.is_gpt:
+        return torch.as_tensor(t3.inference_turbo(model.voice, model.text, max_gen_len=tokens - 1))
+    return torch.as_tensor(t3.inference(t3_cond=model.voice, text_tokens=model.text.clone(), max_new_tokens=tokens))
+
+
+class Static:
+    """transformers' static cache under upstream's sampling; on a GPU the forward pass is a CUDA graph."""
+
+    def __init__(self, model: Model) -> None:
+        t3 = self.t3 = model.t3
+        self.model = model
+        self.sampling = sampling_of(t3.is_gpt, {})
+        self.processors = processors(self.sampling, t3.is_gpt)
+        self.rows = model.text.shape[0]
+        self.cache = StaticCache(config=t3.tfmr.config, max_cache_len=STATIC_SLOTS)
+        self.replay: Callable[[], None] | None = None
+
+    @torch.inference_mode()
+    def begin(self) -> Tensor:
+        """The first token."""
+        t3 = self.t3
+        embeds = self.model.request().embeds
+        hidden = t3.tfmr(inputs_embeds=embeds, past_key_values=self.cache, use_cache=True)[0]
+        self.slots = torch.arange(STATIC_SLOTS, device=t3.device)
+        self.position = torch.full((self.rows, 1), embeds.shape[1], device=t3.device)
+        self.embeds = torch.zeros_like(embeds[:, :1])
+        self.logits: Tensor = t3.speech_head(hidden[:, -1])
+        self.ids = torch.full((1, 1), t3.hp.start_speech_token, device=t3.device)
+        if t3.device.type == "cuda":
+            self.capture()
+        return self.draw()
+
+    def forward(self) -> None:
+        """From `embeds` to `logits`, nothing else of which moves in memory."""
+        hidden = self.t3.tfmr(
+            inputs_embeds=self.embeds,
+            attention_mask=(self.slots <= self.position)[:, None, None],
+            past_key_values=self.cache,
+            use_cache=True,
+            **decoding_arguments(self.position),
+        )[0]
+        self.logits = self.t3.speech_head(hidden[:, -1])
+        self.position.add_(1)
+
+    def capture(self) -> None:
+        first, length = self.logits, int(self.position[0])
+        stream: Any = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.forward()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.forward()
+        self.replay, self.replayed = graph.replay, self.logits
+        self.reach(length, fill=False)
+        self.logits = first
+
+    @torch.inference_mode()
+    def reach(self, context: int, fill: bool = True) -> None:
+        """Hold so many tokens."""
+        before = int(self.position[0])
+        for layer in self.cache.layers:
+            if fill:
+                layer.keys[:, :, before:context].normal_()
+                layer.values[:, :, before:context].normal_()
+            if hasattr(layer, "cumulative_length"):  # not up to 5.3
+                layer.cumulative_length.fill_(context)
+        self.position.fill_(context)
+
+    @torch.inference_mode()
+    def draw(self) -> Tensor:
+        logits = self.logits.float()
+        if self.rows == 2:
+            logits = logits[:1] + self.sampling.cfg_weight * (logits[:1] - logits[1:])
+        ids = self.ids[:, 1:] if self.t3.is_gpt and self.ids.shape[1] > 1 else self.ids
+        for processor in self.processors:
+            logits = processor(ids, logits)
+        token = draw(logits, None)
+        self.ids = torch.cat([self.ids, token], 1)
+        self.model.is_stop(token)
+        return token
+
+    @torch.inference_mode()
+    def step(self) -> Tensor:
+        """The next token."""
+        embeds = embed_speech(self.t3, self.ids[:, -1:], self.ids.shape[1] - 1)
+        self.embeds.copy_(embeds.expand(self.rows, -1, -1))
+        if self.replay is None:
+            self.forward()
+        else:
+            self.replay()
+            self.logits = self.replayed
+        return self.draw()
+
+
+class HostSampler(Sampler):
+    """Leaves the logits to the host."""
+
+    @property
+    def draws(self) -> bool:
+        return False
+
+    def __call__(self, logits: Tensor, noise: Tensor, draws: bool = True, which: slice = slice(None)) -> Tensor:
+        if not hasattr(self, "logits"):
+            with torch.inference_mode(False):
+                self.logits = torch.zeros_like(logits)
+                self.none = torch.zeros(1, dtype=torch.long, device=logits.device)
+        self.logits.copy_(logits)
+        return self.none
+
+
+class Engine:
+    """The decode engine, as the Chatterbox adapter runs it."""
+
+    def __init__(self, model: Model, side: Side) -> None:
+        self.model, self.side = model, side
+        t3 = self.t3 = model.t3
+        self.sampling = sampling_of(t3.is_gpt, {})
+        self.processors = processors(self.sampling, t3.is_gpt)
+        rows = model.text.shape[0]
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[side.kv_precision]
+        self.kv = StaticKV(CacheGeometry.from_model(t3.tfmr), rows, SLOTS, dtype=dtype)
+        kind = Sampler if side.sampler else HostSampler
+        sampler = kind(1, t3.speech_head.out_features, order(t3.is_gpt), t3.device, guided=rows == 2)
+        self.decoding = Decoding(T3Step(t3, rows), self.kv, sampler, side.backend, kernel=side.kernel)  # type: ignore[arg-type]
+        if not side.cpp_wrapper:
+            self.decoding._backend._options = {}  # type: ignore[attr-defined]
+        self.ids = torch.full((1, 1), t3.hp.start_speech_token, device=t3.device)
+
+    def begin(self) -> Tensor:
+        """The first token."""
+        cache = new_cache(self.t3.tfmr, max_length=SLOTS, rows=self.kv.rows)
+        logits = Decoder(self.t3, self.model.request(), self.sampling, 1, cache, None).prefill()
+        self.kv.load(0, kv_layers(cache))
+        first = self.decoding.start(0, logits, [self.sampling], [None], [self.ids[0]])
+        if self.t3.is_gpt:
+            self.decoding.sampler.begin(0, first)
+        return first if self.side.sampler else self.draw()[0]
+
+    @torch.no_grad()
+    def reach(self, context: int) -> None:
+        """Hold so many tokens."""
+        before = self.kv.seen[0]
+        for states in (*self.kv.keys, *self.kv.values):
+            states[:, :, before:context].normal_()
+        self.kv.length.fill_(context)
+        self.kv.seen = [context] * self.kv.rows
+
+    def turn(self, tokens: int) -> Tensor:
+        """The next tokens ``[1, n]``, with a look at the host after each chunk."""
+        size = self.side.chunk or tokens
+        chunks = []
+        for _ in range(0, tokens, size):
+            chunks.append(self.decoding.chunk(size))
+            if not self.side.sampler:
+                chunks[-1] = self.draw()
+            self.model.is_stop(chunks[-1][0, -1])
+        if self.decoding.fallback is not None:
+            raise RuntimeError(f"{self.side.label}: {self.decoding.fallback}")
+        return torch.cat(chunks, 1)
+
+    @torch.inference_mode()
+    def draw(self) -> Tensor:
+        """What transformers' processors make of the logits, put where the next step looks for it."""
+        logits = self.decoding.sampler.logits.float()  # type: ignore[attr-defined]
+        if self.kv.rows == 2:
+            logits = logits[:1] + self.sampling.cfg_weight * (logits[:1] - logits[1:])
+        ids = self.ids[:, 1:] if self.t3.is_gpt and self.ids.shape[1] > 1 else self.ids
+        for processor in self.processors:
+            logits = processor(ids, logits)
+        token = draw(logits, None)
+        self.ids = torch.cat([self.ids, token], 1)
+        self.decoding.token.copy_(token[0])
+        return token
+
+
+def serve(gate: Gate, case: Case, side: Side) -> None:
+    """Run a side, a turn at a time."""
+    logging.getLogger("chatterbox").setLevel(logging.ERROR)
+    kvcache.precision._TOGETHER = kvcache.precision._TOGETHER if side.together else ()
+    model = make(case, side)
+    gate.notes |= {"weights": model.weights, "per token": model.per_token}
+    torch.manual_seed(0)
+    if side.kind == "engine":
+        engine = Engine(model, side)
+        engine.begin()
+        start = time.perf_counter()
+        engine.turn(side.chunk or case.turn)
+        gate.notes["first"] = time.perf_counter() - start
+        gate.told = engine.reach
+        while True:
+            gate()
+            engine.turn(case.turn)
+    elif side.kind == "static":
+        static = Static(model)
+        static.begin()
+        gate.told = static.reach
+        while True:
+            gate()
+            for _ in range(case.turn):
+                static.step()
+    elif side.kind == "loop":
+        cache = our_cache(model.t3)
+        sampling = sampling_of(model.t3.is_gpt, {})
+        tokens = Decoder(model.t3, model.request(), sampling, 4000, cache, None).tokens()
+        next(tokens)  # the prefill
+        next(tokens)
+        gate.told = lambda context: grow(cache, model.t3, context)
+        while True:
+            gate()
+            for _ in range(case.turn):
+                next(tokens)
+    else:
+        made = 0
+
+        def step() -> None:
+            nonlocal made
+            if made % case.turn == 0:
+                gate()
+            made += 1
+
+        upstream(step, lambda told: setattr(gate, "told", told), model, side)
+
+
+def check(case: Case) -> None:
+    """Upstream's loop, on its cache and on ours, the static cache and our engine say the same, in fp32 on a CPU."""
+    tokens, side = 12, SIDES[UPSTREAM]
+    expected = run_upstream(make(case, side), tokens)[0].tolist()
+    model = make(case, side)
+    model.t3.tfmr.register_forward_pre_hook(
+        lambda module, args, kwargs: (
+            (args, kwargs | {"past_key_values": our_cache(model.t3)}) if kwargs.get("past_key_values") is None else None
+        ),
+        with_kwargs=True,
+    )
+    said = {"upstream's loop, our cache": run_upstream(model, tokens)[0].tolist()}
+    torch.manual_seed(0)
+    static = Static(make(case, side))
+    said["StaticCache"] = [int(static.begin()), *(int(static.step()) for _ in range(tokens - 1))]
+    for label, ours in {
+        "ours": SIDES["eager-fp32"],
+        "ours, sampler on the host": replace(SIDES["eager-fp32"], sampler=False, chunk=1),
+    }.items():
+        torch.manual_seed(0)
+        engine = Engine(make(case, ours), ours)
+        said[label] = [int(engine.begin()), *engine.turn(tokens - 1)[0].tolist()]
+    for name, got in said.items():
+        assert got == expected, f"{case.variant}: {name} says {got}, upstream {expected}"
+
+
+# ---------------------------------------------------------------------- measuring
+
+
+def bandwidth(device: str) -> float:
+    """Bytes per second that a large copy reads and writes: the best of several."""
+    source = torch.ones(2**28, device=device)  # 1 GiB
+    target = torch.empty_like(source)
+    best = 0.0
+    for _ in range(8):
+        start = time.perf_counter()
+        target.copy_(source)
+        if device != "cpu":
+            torch.cuda.synchronize()
+        best = max(best, 2 * source.nbytes / (time.perf_counter() - start))
+    return best
+
+
+def measure(
+    case: Case, sides: dict[str, Side], contexts: list[int], options: argparse.Namespace, speed: float
+) -> tuple[list[dict[str, Any]], dict[int, dict[str, list[float]]]]:
+    """A row for each side and context, and the seconds per token of each."""
+    processes = Processes({key: (serve, case, side) for key, side in sides.items()}, options.threads)
+    seconds: dict[int, dict[str, list[float]]] = {}
+    for context in contexts:
+        processes.tell(context)
+        rounds = processes.rounds(options.steps, warmup=1)
+        seconds[context] = {key: [value / case.turn for value in values] for key, values in rounds.items()}
+    notes = processes.end()
+    rows = []
+    for context, taken in seconds.items():
+        for key, side in sides.items():
+            values, note = taken[key], notes[key]
+            ms = spread([1e3 * value for value in values])
+            floor = 1e3 * (note["weights"] + note["per token"] * context) / speed
+            rows.append(
+                {
+                    "variant": case.variant,
+                    "side": side.label,
+                    "precision": side.precision,
+                    "context": context,
+                    "ms/token": ms["median"],
+                    "q1": ms["q1"],
+                    "q3": ms["q3"],
+                    "turns": ms["n"],
+                    "tokens/s": 1e3 / ms["median"],
+                    "RTF": ms["median"] / 1e3 * TOKENS_PER_SECOND,
+                    "upstream / this": paired_ratio(taken[UPSTREAM], values) if UPSTREAM in taken else None,
+                    "floor, %": 100 * floor / ms["median"],
+                    "peak MiB": note.get("GPU MiB, peak", note.get("MiB, peak")),
+                    "resident MiB": note.get("MiB"),
+                    "first turn, s": note["first"] if side.backend != "eager" and "first" in note else None,
+                }
+            )
+    return rows, seconds
+
+
+def best_ratio(taken: dict[str, list[float]], keys: Iterable[str], over: str) -> float | None:
+    """How many times longer `over` takes than the best of `keys`."""
+    if over not in taken:
+        return None
+    found = [paired_ratio(taken[over], taken[key]) for key in keys if key in taken]
+    return max(found, default=None)
+
+
+def ratios_of(device: str, seconds: dict[str, dict[int, dict[str, list[float]]]]) -> dict[str, float]:
+    english = seconds.get("english", {}).get(900, {})
+    nano = seconds.get("nano", {}).get(NANO_CONTEXT, {})
+    found: dict[str, float | None]
+    if device == "cpu":
+        ours = [key for key, side in SIDES.items() if side.kind == "engine"]
+        found = {
+            "t3_520m_fp32": best_ratio(english, [key for key in ours if "fp32" in key], UPSTREAM),
+            "t3_520m_best": best_ratio(english, ours, UPSTREAM),
+            "nano_best": best_ratio(nano, ours, UPSTREAM),
+        }
+    else:
+        graphs = ("graph-bf16", "graph+compile-bf16")
+        found = {
+            "gpu_graph_over_upstream": best_ratio(english, graphs, "upstream-bf16"),
+            "gpu_graph_over_static_graph": best_ratio(english, graphs, "static-bf16"),
+        }
+    return {name: ratio for name, ratio in found.items() if ratio is not None}
+
+
+def ablate(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each row with what it takes over the best's."""
+    best = rows[0]["ms/token"]
+    dropped = ("upstream / this",)
+    return [{k: v for k, v in row.items() if k not in dropped} | {"cost": row["ms/token"] / best} for row in rows]
+
+
+def plot(rows: list[dict[str, Any]], file: Path) -> None:
+    """Bars of the time per token, a panel for each variant and context."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise SystemExit("--plot needs matplotlib; run pip install 'kvcache[bench]'") from error
+    panels = sorted({(row["variant"], row["context"]) for row in rows})
+    longest = max(sum((row["variant"], row["context"]) == panel for row in rows) for panel in panels)
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(5.5 * len(panels), 1.2 + 0.4 * longest), squeeze=False, layout="constrained"
+    )
+    for axis, panel in zip(axes[0], panels, strict=True):
+        chosen = [row for row in rows if (row["variant"], row["context"]) == panel]
+        names = [f"{row['side']}, {row['precision']}" for row in chosen]
+        colors = ["tab:blue" if row["side"].startswith("ours") else "tab:gray" for row in chosen]
+        bars = axis.barh(names, [row["ms/token"] for row in chosen], color=colors)
+        axis.bar_label(bars, fmt="%.3g", padding=3)
+        axis.invert_yaxis()
+        axis.margins(x=0.12)
+        axis.set_xlabel("ms per token")
+        axis.set_title(f"T3 {panel[0]}, {panel[1]} tokens of context")
+    figure.savefig(file, dpi=150)
+
+
+def options_of() -> argparse.Namespace:
+    parser = arguments((__doc__ or "").splitlines()[0])
+    parser.add_argument("--variant", choices=("english", "nano", "all"), default="all")
+    parser.add_argument(
+        "--contexts", default="100,500,900", help="tokens in the cache at the first step (default: 100,500,900)"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--steps", type=int, default=8, help="timed turns of each side and context (default: 8)")
+    parser.add_argument("--turn", type=int, default=10, help="tokens in a turn (default: 10)")
+    parser.add_argument("--sides", help=f"some of {', '.join(SIDES)}; on a GPU {', '.join(GPU_SIDES)}")
+    parser.add_argument("--ablation", action="store_true", help="also leave out one ingredient of the best at a time")
+    parser.add_argument("--layers", type=int, help="only so many of the backbone's, for a quick check")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the times there (PNG, PDF or SVG)")
+    options = parser.parse_args()
+    if options.device == "auto":
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.quick:
+        options.steps, options.turn, options.contexts = 2, 3, "110,400"
+        options.layers = options.layers or 2
+        options.sides = options.sides or "upstream,upstream-cache,static,eager-fp32,compile-int8"
+    return options
+
+
+def main() -> None:
+    options = options_of()
+    torch.set_num_threads(options.threads)
+    known = SIDES if options.device == "cpu" else GPU_SIDES
+    keys = list(known) if options.sides is None else options.sides.split(",")
+    if unknown := set(keys) - set(known):
+        raise SystemExit(f"--sides: there is no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    sides = {key: known[key] for key in keys}
+    variants = ("english", "nano") if options.variant == "all" else (options.variant,)
+    contexts = sorted({int(context) for context in options.contexts.split(",")})
+    speed = bandwidth(options.device)
+    rows: list[dict[str, Any]] = []
+    ablation: list[dict[str, Any]] = []
+    seconds: dict[str, dict[int, dict[str, list[float]]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)  # nothing is found compiled
+        for variant in variants:
+            case = Case(variant, options.device, options.turn, options.layers)
+            if options.quick:
+                check(replace(case, device="cpu"))
+            reached = contexts
+            if variant == "nano":  # what its prefix takes is too short to be reached
+                reached = [context for context in contexts if context >= NANO_CONTEXT + 50]
+                reached = [NANO_CONTEXT, *reached] if options.quick is False else [NANO_CONTEXT]
+            found, seconds[variant] = measure(case, sides, reached, options, speed)
+            rows += found
+            if options.ablation:
+                ablation += ablate(measure(case, ablations(options.device), reached[-1:], options, speed)[0])
+    more: dict[str, Any] = {"copy, GB/s": speed / 1e9, "weights": "random", "sides": keys}
+    if options.device == "cpu":
+        more["gpu"] = "not yet measured"
+    if ablation:
+        more["ablation"] = ablation
+    finish("t3_decode", rows, ratios_of(options.device, seconds), options, **more)
+    if options.plot is not None:
+        plot(rows, options.plot)
+
+
+if __name__ == "__main__":
+    main()
