@@ -51,6 +51,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=250)
     parser.add_argument("--chunk-size", type=int, default=25)
     parser.add_argument("--window", type=int, help="keep only so many speech tokens (default: all)")
+    parser.add_argument(
+        "--backend", choices=("auto", "eager", "compile", "graph", "graph+compile", "off"), default="auto",
+        help="what decodes (default: auto, graph on a GPU, eager elsewhere; compile takes a minute at first)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16", "fp16", "int8"), help="of the backbone (default: as loaded)"
+    )
     parser.add_argument("--no-cache", action="store_true", help="recompute everything, for comparison")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--language", default="en", help="of the text, for the multilingual variant")
@@ -142,7 +149,7 @@ def main() -> None:
         model, sentence = load(options)
     t3 = getattr(model, "t3", model)
     policy = KeepAll() if options.window is None else SlidingWindow(options.window)
-    engine = ChatterboxEngine(model, policy)
+    engine = ChatterboxEngine(model, policy, backend=options.backend, precision=options.precision)
     if options.no_cache:
         engine.disable_kv_cache()
     millions = sum(p.numel() for p in t3.parameters()) / 1e6
@@ -188,6 +195,8 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "kv_cache": report.enabled,
         "policy": repr(engine.policy),
+        "decoded by": report.backend or "a loop on the host",
+        "precision": options.precision or "as loaded",
         "speech tokens": round(tokens),
         "seconds of speech": round(tokens / TOKENS_PER_SECOND, 2),
         "first chunk, s": round(first, 3),
