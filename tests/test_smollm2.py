@@ -61,3 +61,17 @@ def test_a_system_prompt_that_is_known_changes_neither_logits_nor_tokens(smollm2
     plain = model.generate(whole, attention_mask=torch.ones_like(whole), **sampled)
     torch.manual_seed(3)
     assert torch.equal(again.generate(question, prefix="system", **sampled), plain)
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.filterwarnings("ignore")  # of the GGUF reader, about its own copies
+def test_every_backend_says_what_generate_says(smollm2):
+    model, tokenizer = smollm2
+    manager = KVCacheManager(model)
+    ids = tokenizer("The history of the steam engine begins with", return_tensors="pt").input_ids
+    greedy = {"max_new_tokens": 500, "do_sample": False, "eos_token_id": -1}  # no token ends it
+    plain = model.generate(ids, **greedy)[:, ids.shape[1] :]
+    assert plain.shape[1] == 500
+    for backend in ("eager", "graph", "compile"):
+        assert torch.equal(torch.cat(list(manager.stream(ids, backend=backend, **greedy)), 1), plain), backend
+        assert manager.report().fallback is None
