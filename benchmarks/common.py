@@ -7,6 +7,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -209,6 +210,18 @@ def commit() -> str | None:
     return head + ("-changed" if changed.stdout.strip() else "")
 
 
+def show(title: str, rows: Sequence[Mapping[str, Any]]) -> Console:
+    """Print a table."""
+    console = Console(width=None if sys.stdout.isatty() else 180)
+    table = Table(title=title)
+    for column in rows[0]:
+        table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row.values()))
+    console.print(table)
+    return console
+
+
 def finish(
     benchmark: str,
     rows: Sequence[Mapping[str, Any]],
@@ -217,15 +230,9 @@ def finish(
     **more: Any,
 ) -> None:
     """Print the table and the ratios, and write the file, with what more there is, if asked to."""
-    console = Console()
-    table = Table(title=f"{benchmark}, {machine()['cpu']}, {torch.get_num_threads()} threads")
-    for column in rows[0]:
-        table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
-    for row in rows:
-        table.add_row(*(_cell(value) for value in row.values()))
-    console.print(table)
+    console = show(f"{benchmark}, {machine()['cpu']}, {torch.get_num_threads()} threads", rows)
     for name, ratio in ratios.items():
-        console.print(f"{name}: {ratio:.2f}x")
+        console.print(f"{name}: {ratio:.4g}x")
     if options.quick:
         console.print("a quick run: these figures mean nothing")
     if options.json is not None:

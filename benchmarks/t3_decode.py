@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Gate, Processes, arguments, finish, paired_ratio, spread
+from common import Gate, Processes, arguments, finish, paired_ratio, show, spread
 from torch import Tensor, nn
 from transformers import StaticCache
 from transformers.pytorch_utils import Conv1D
@@ -39,7 +39,7 @@ from kvcache_chatterbox.requests import Prefill, check_text, copy_conditionals, 
 from kvcache_chatterbox.sampling import draw, order, processors, sampling_of
 from kvcache_chatterbox.stepping import T3Step, at_precision
 
-TEXT = "The quick brown fox jumps over the lazy dog, and runs away. "  # 60 letters
+TEXT = "The quick brown fox jumps over the lazy dog, and runs away. "  # 60 letters; Nano says the first 16
 GROWTH = 8  # tokens at a time
 TOKENS_PER_SECOND = 25  # of speech
 SLOTS = 2048  # of our caches, as the engine's default has it
@@ -166,7 +166,7 @@ class Model:
 
     def is_stop(self, token: Tensor) -> bool:
         """A look at the device, as every loop takes it."""
-        return int(token) == self.t3.hp.stop_speech_token
+        return bool(int(token) == self.t3.hp.stop_speech_token)
 
 
 def make(case: Case, side: Side) -> Model:
@@ -191,7 +191,7 @@ def make(case: Case, side: Side) -> Model:
     if side.precision != "fp32":
         t3 = at_precision(t3, side.precision)  # type: ignore[arg-type]
     voice = copy_conditionals(t3, random_conditionals(t3))
-    text = check_text(t3, byte_tokens(t3, TEXT), guided=not t3.is_gpt)
+    text = check_text(t3, byte_tokens(t3, TEXT[:16] if t3.is_gpt else TEXT), guided=not t3.is_gpt)
     return Model(t3, voice, text, weights, text.shape[0] * states * BYTES[side.kv_precision])
 
 
@@ -258,6 +258,7 @@ class Static:
         self.rows = model.text.shape[0]
         self.cache = StaticCache(config=t3.tfmr.config, max_cache_len=STATIC_SLOTS)
         self.replay: Callable[[], None] | None = None
+        self.replayed: Tensor
 
     @torch.inference_mode()
     def begin(self) -> Tensor:
@@ -305,6 +306,7 @@ class Static:
     def reach(self, context: int, fill: bool = True) -> None:
         """Hold so many tokens."""
         before = int(self.position[0])
+        layer: Any
         for layer in self.cache.layers:
             if fill:
                 layer.keys[:, :, before:context].normal_()
@@ -378,7 +380,8 @@ class Engine:
         cache = new_cache(self.t3.tfmr, max_length=SLOTS, rows=self.kv.rows)
         logits = Decoder(self.t3, self.model.request(), self.sampling, 1, cache, None).prefill()
         self.kv.load(0, kv_layers(cache))
-        first = self.decoding.start(0, logits, [self.sampling], [None], [self.ids[0]])
+        sampling = self.sampling if self.side.sampler else replace(self.sampling, temperature=0)  # takes no noise
+        first = self.decoding.start(0, logits, [sampling], [None], [self.ids[0]])
         if self.t3.is_gpt:
             self.decoding.sampler.begin(0, first)
         return first if self.side.sampler else self.draw()[0]
@@ -423,7 +426,8 @@ class Engine:
 def serve(gate: Gate, case: Case, side: Side) -> None:
     """Run a side, a turn at a time."""
     logging.getLogger("chatterbox").setLevel(logging.ERROR)
-    kvcache.precision._TOGETHER = kvcache.precision._TOGETHER if side.together else ()
+    if not side.together:
+        kvcache.precision._TOGETHER = ()  # type: ignore[assignment]
     model = make(case, side)
     gate.notes |= {"weights": model.weights, "per token": model.per_token}
     torch.manual_seed(0)
@@ -480,15 +484,15 @@ def check(case: Case) -> None:
         with_kwargs=True,
     )
     said = {"upstream's loop, our cache": run_upstream(model, tokens)[0].tolist()}
-    torch.manual_seed(0)
     static = Static(make(case, side))
+    torch.manual_seed(0)
     said["StaticCache"] = [int(static.begin()), *(int(static.step()) for _ in range(tokens - 1))]
     for label, ours in {
         "ours": SIDES["eager-fp32"],
         "ours, sampler on the host": replace(SIDES["eager-fp32"], sampler=False, chunk=1),
     }.items():
-        torch.manual_seed(0)
         engine = Engine(make(case, ours), ours)
+        torch.manual_seed(0)
         said[label] = [int(engine.begin()), *engine.turn(tokens - 1)[0].tolist()]
     for name, got in said.items():
         assert got == expected, f"{case.variant}: {name} says {got}, upstream {expected}"
@@ -578,7 +582,7 @@ def ratios_of(device: str, seconds: dict[str, dict[int, dict[str, list[float]]]]
     return {name: ratio for name, ratio in found.items() if ratio is not None}
 
 
-def ablate(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def without_ingredients(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each row with what it takes over the best's."""
     best = rows[0]["ms/token"]
     dropped = ("upstream / this",)
@@ -625,7 +629,7 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--ablation", action="store_true", help="also leave out one ingredient of the best at a time")
     parser.add_argument("--layers", type=int, help="only so many of the backbone's, for a quick check")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the times there (PNG, PDF or SVG)")
-    options = parser.parse_args()
+    options: argparse.Namespace = parser.parse_args()
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.quick:
@@ -656,19 +660,22 @@ def main() -> None:
             if options.quick:
                 check(replace(case, device="cpu"))
             reached = contexts
-            if variant == "nano":  # what its prefix takes is too short to be reached
-                reached = [context for context in contexts if context >= NANO_CONTEXT + 50]
-                reached = [NANO_CONTEXT, *reached] if options.quick is False else [NANO_CONTEXT]
+            if variant == "nano":  # whose prefill alone takes nearly so many
+                reached = sorted({NANO_CONTEXT, *(context for context in contexts if context > NANO_CONTEXT)})
             found, seconds[variant] = measure(case, sides, reached, options, speed)
             rows += found
             if options.ablation:
-                ablation += ablate(measure(case, ablations(options.device), reached[-1:], options, speed)[0])
+                found, _ = measure(case, ablations(options.device), reached[-1:], options, speed)
+                ablation += without_ingredients(found)
     more: dict[str, Any] = {"copy, GB/s": speed / 1e9, "weights": "random", "sides": keys}
     if options.device == "cpu":
         more["gpu"] = "not yet measured"
     if ablation:
         more["ablation"] = ablation
-    finish("t3_decode", rows, ratios_of(options.device, seconds), options, **more)
+        show("t3_decode, one ingredient of the best left out", ablation)
+    # Ratios are of the whole model.
+    ratios = ratios_of(options.device, seconds) if options.layers is None else {}
+    finish("t3_decode", rows, ratios, options, **more)
     if options.plot is not None:
         plot(rows, options.plot)
 

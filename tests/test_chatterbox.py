@@ -5,13 +5,16 @@ import dataclasses
 import gc
 import importlib
 import threading
+import weakref
 
 import pytest
 import torch
 from t3_models import UPSTREAMS_WARNINGS, fingerprint, likely_end, tiny_t3
 
 from kvcache import CapacityError, InputError, MaxBytes, MaxTokens, PolicyError, SlidingWindow
+from kvcache.precision import check_precision
 from kvcache_chatterbox import ChatterboxEngine, byte_tokens, load_t3, random_conditionals
+from kvcache_chatterbox.stepping import Stepper
 
 pytestmark = UPSTREAMS_WARNINGS
 TEXT = "The birch canoe slid on the smooth planks."
@@ -370,6 +373,143 @@ def test_suspended_streams_leave_the_caller_out_of_inference_mode():
     assert not torch.is_inference_mode_enabled()
     assert torch.is_grad_enabled()
     stream.close()
+
+
+# ---------------------------------------------------------------------- the decode engine
+
+
+def spoken(engine, text, tokens, seed, who=0, chunk_size=25, **settings):
+    chunks = engine.inference_stream(
+        t3_cond=voice(engine.t3, who),
+        text_tokens=text,
+        max_new_tokens=tokens,
+        seed=seed,
+        chunk_size=chunk_size,
+        **settings,
+    )
+    return torch.cat(list(chunks), 1)
+
+
+@pytest.mark.parametrize("backend", ["off", "eager", "graph"])
+@pytest.mark.parametrize("kind", ["english", "gpt"])
+def test_every_backend_says_upstreams_tokens(kind, backend):
+    t3 = model(kind)
+    text = byte_tokens(t3, TEXT)
+    cases = list(enumerate(LLAMA if kind == "english" else GPT))
+    expected = [upstream(t3, text, 80, seed, **settings) for seed, settings in cases]
+    before = fingerprint(t3)  # upstream leaves hooks
+    engine = ChatterboxEngine(t3, backend=backend)
+    for seed, settings in cases:
+        assert torch.equal(spoken(engine, text, 80, seed, chunk_size=[1, 7, 64][seed], **settings), expected[seed])
+    report = engine.report()
+    assert (report.backend, report.fallback) == (None if backend == "off" else backend, None)
+    assert fingerprint(t3) == before
+
+
+@pytest.mark.parametrize("backend", ["eager", "graph"])
+def test_every_backend_says_upstreams_tokens_without_guidance(backend):
+    # Upstream has no loop of one row: what looks at the host for every token, tested above, is the reference.
+    t3 = model("english")
+    text = byte_tokens(t3, TEXT)
+    off, engine = (ChatterboxEngine(t3, backend=name) for name in ("off", backend))
+    for settings in ({"cfg_weight": 0.0}, {"cfg_weight": 0.0, "temperature": 0.0}, {}):
+        assert torch.equal(spoken(engine, text, 60, 4, **settings), spoken(off, text, 60, 4, **settings))
+    assert engine.report().fallback is None
+
+
+@pytest.mark.parametrize("backend", ["eager", "graph"])
+@pytest.mark.parametrize("kind", ["english", "gpt"])
+def test_every_backend_ends_where_upstream_ends(kind, backend):
+    t3 = likely_end(tiny_t3(kind), by=2.8 if kind == "english" else 6.0)
+    text = byte_tokens(t3, TEXT)
+    engine = ChatterboxEngine(t3, backend=backend)
+    ends = set()
+    for seed in range(5):
+        expected = upstream(t3, text, 60, seed)
+        for size in (1, 9, 60):
+            found = [torch.zeros(1, 0, dtype=torch.long)]
+            found += engine.inference_stream(
+                t3_cond=voice(t3), text_tokens=text, max_new_tokens=60, seed=seed, chunk_size=size
+            )
+            assert torch.equal(torch.cat(found, 1), expected)
+        ends.add(expected.shape[1])
+    assert len(ends) > 1
+
+
+def precise(name):
+    try:
+        check_precision(name, torch.device("cpu"))
+    except InputError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    "precision",
+    [
+        pytest.param(name, marks=pytest.mark.skipif(not precise(name), reason=f"this CPU has no fast {name}"))
+        for name in ("int8", "bf16")
+    ],
+)
+@pytest.mark.parametrize("kind", ["english", "gpt"])
+def test_fewer_bits_are_close_and_keep_requests_apart(kind, precision, monkeypatch):
+    t3 = model(kind)
+    before = fingerprint(t3)
+    seen = []
+    chunks = Stepper.chunks
+    monkeypatch.setattr(
+        Stepper, "chunks", lambda self, logits, *rest: seen.append(logits) or chunks(self, logits, *rest)
+    )
+    texts = [byte_tokens(t3, text) for text in (TEXT, "Hi.", TEXT * 3)]
+    engine = ChatterboxEngine(t3, precision=precision)
+    for i, text in enumerate(texts):  # one engine after another voice and length, a new engine, and one in fp32
+        said = spoken(engine, text, 20, i, who=i)
+        assert torch.equal(said, spoken(ChatterboxEngine(t3, precision=precision), text, 20, i, who=i))
+        spoken(ChatterboxEngine(t3), text, 1, i, who=i)
+        ours, again, exact = seen[-3:]
+        assert torch.equal(ours, again)
+        assert not torch.equal(ours, exact)
+        for row in range(len(ours)):
+            assert torch.corrcoef(torch.stack([ours[row], exact[row]]))[0, 1] > 0.99
+    wide = ChatterboxEngine(t3)
+    for one in (engine, wide):
+        spoken(one, texts[0], 5, 0)
+    assert 2 * engine.report().nbytes == wide.report().nbytes  # the cache is bf16
+    assert fingerprint(t3) == before
+
+
+def test_an_unknown_backend_is_refused_before_anything():
+    with pytest.raises(InputError, match=r"backend='fast' must be one of 'eager', .* 'auto' or 'off'"):
+        ChatterboxEngine(model("english"), backend="fast")
+    with pytest.raises(InputError, match="precision='int4' must be one of"):
+        ChatterboxEngine(model("english"), precision="int4")
+
+
+def test_what_the_engine_cannot_decode_falls_back_and_says_why():
+    t3 = model("multilingual")
+    engine = ChatterboxEngine(t3, backend="graph")
+    text = byte_tokens(t3, TEXT)
+    assert torch.equal(spoken(engine, text, 20, 1), spoken(ChatterboxEngine(t3, backend="off"), text, 20, 1))
+    assert "alignment check" in engine.report().fallback
+    rerotated = ChatterboxEngine(model("english"), SlidingWindow(9), backend="graph", positions="rerotated")
+    spoken(rerotated, byte_tokens(model("english"), TEXT), 5, 0)
+    assert "re-rotated" in rerotated.report().fallback
+
+
+def test_release_lets_go_of_what_waits():
+    t3 = model("gpt")
+    text = byte_tokens(t3, TEXT)
+    engine = ChatterboxEngine(t3, backend="graph")
+    said = spoken(engine, text, 10, 0)
+    [waiting] = engine._stepper._pool._idle.values()
+    held = weakref.ref(waiting)
+    del waiting
+    engine.release()
+    gc.collect()
+    assert engine._stepper._pool._idle == {}
+    assert held() is None
+    assert torch.equal(spoken(engine, text, 10, 0), said)
+    ChatterboxEngine(t3, backend="off").release()  # there is nothing to do
 
 
 @pytest.mark.slow

@@ -130,7 +130,7 @@ class StaticKV:
         held = layers[0].keys
         if held is None or len(layers) != len(self.keys):
             raise GeometryError(
-                f"{len(layers)} layers{'' if held is None else ' without any token'} cannot be loaded into {len(self.keys)}; prefill them first"
+                f"{len(layers)} layers{' without any token' if held is None else ''} cannot be loaded into {len(self.keys)}; prefill them first"
             )
         for kv, keys in zip(layers, self.keys, strict=True):
             if kv.keys is None or kv.keys.shape[1::2] != keys.shape[1::2]:

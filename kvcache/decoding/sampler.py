@@ -46,7 +46,7 @@ class Sampling:
             ("temperature", self.temperature >= 0, "at least 0 (0 is greedy)"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
-            ("top_k", self.top_k >= 0, "at least 0 (0 is all)"),
+            ("top_k", isinstance(self.top_k, int) and self.top_k >= 0, "a whole number of at least 0 (0 is all)"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0 (1 is none)"),
             ("cfg_weight", self.cfg_weight >= 0, "at least 0 (0 is without guidance)"),
         ):
