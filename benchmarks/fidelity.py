@@ -162,7 +162,7 @@ def speech_rows(options: argparse.Namespace, steps: int) -> list[dict[str, Any]]
         own.tfmr(inputs_embeds=request.embeds, past_key_values=cache, use_cache=True)
         kv = StaticKV(CacheGeometry.from_model(t3.tfmr), rows, request.embeds.shape[1] + steps, dtype=dtype)
         kv.load(0, kv_layers(cache))
-        inputs, step, logits = DecodeInputs(kv, kernel=False), T3Step(own, rows), []
+        inputs, step, logits = DecodeInputs(kv, kernel=False), T3Step(own, rows, precision), []
         for i in range(steps):
             columns, whole = kv.reach()
             given = inputs.of_step(kv.order[:columns], whole)

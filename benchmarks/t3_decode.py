@@ -70,9 +70,15 @@ class Side:
     chunk: int | None = None  # tokens between two looks at the host; by default a turn's
     our_cache: bool = False
     together: bool = True  # one product for queries, keys and values, and for gate and up
+    narrow_head: bool = True  # on a CPU, in bf16 where the backbone is not in fp32
     sampler: bool = True  # on the device
     cpp_wrapper: bool = True
     kernel: bool = True
+
+    @property
+    def head(self) -> Any:
+        """What decides the head's precision in the engine."""
+        return self.precision if self.narrow_head and self.kind == "engine" else None
 
     @property
     def kv_precision(self) -> str:
@@ -119,6 +125,7 @@ def ablations(device: str) -> dict[str, Side]:
             replace(best, label="fp32 instead of int8", precision="fp32", kv="bf16"),
             replace(best, label="fp32 cache instead of bf16", kv="fp32"),
             replace(best, label="a product each for q, k, v, gate, up", together=False),
+            replace(best, label="fp32 head instead of bf16", narrow_head=False),
             replace(best, label="transformers' sampling, a look per token", sampler=False, chunk=1),
             replace(best, label="without cpp_wrapper", cpp_wrapper=False),
             replace(best, label="a look per token", chunk=1),
@@ -185,7 +192,8 @@ def make(case: Case, side: Side) -> Model:
     t3 = t3.to(case.device)
     backbone = sum(m.weight.numel() for m in t3.tfmr.modules() if isinstance(m, nn.Linear | Conv1D))
     on_cpu = case.device == "cpu"
-    weights = backbone * BYTES[side.precision] + head.weight.numel() * BYTES["fp32" if on_cpu else side.precision]
+    head_bytes = BYTES["fp32" if on_cpu and side.head in (None, "fp32") else "bf16" if on_cpu else side.precision]
+    weights = backbone * BYTES[side.precision] + head.weight.numel() * head_bytes
     geometry = CacheGeometry.from_model(t3.tfmr)
     states = geometry.layers * geometry.kv_heads * (geometry.head_dim + geometry.value_dim)
     if side.precision != "fp32":
@@ -370,7 +378,7 @@ class Engine:
         self.kv = StaticKV(CacheGeometry.from_model(t3.tfmr), rows, SLOTS, dtype=dtype)
         kind = Sampler if side.sampler else HostSampler
         sampler = kind(1, t3.speech_head.out_features, order(t3.is_gpt), t3.device, guided=rows == 2)
-        self.decoding = Decoding(T3Step(t3, rows), self.kv, sampler, side.backend, kernel=side.kernel)  # type: ignore[arg-type]
+        self.decoding = Decoding(T3Step(t3, rows, side.head), self.kv, sampler, side.backend, kernel=side.kernel)  # type: ignore[arg-type]
         if not side.cpp_wrapper:
             self.decoding._backend._options = {}  # type: ignore[attr-defined]
         self.ids = torch.full((1, 1), t3.hp.start_speech_token, device=t3.device)

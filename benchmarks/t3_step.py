@@ -20,7 +20,7 @@ from kvcache.hf import new_cache
 from kvcache_chatterbox import byte_tokens, load_t3, random_conditionals
 from kvcache_chatterbox.decoding import Decoder
 from kvcache_chatterbox.loading import upstream_t3
-from kvcache_chatterbox.requests import check_text, prefill
+from kvcache_chatterbox.requests import check_text, condition, prefill
 from kvcache_chatterbox.sampling import sampling_of
 
 TEXT = "The quick brown fox jumps over the lazy dog, and runs away. "  # 60 letters, 62 tokens with start and stop
@@ -75,7 +75,9 @@ def ours(gate: Gate, context: int, kind: str) -> None:
     else:
         cache = new_cache(t3.tfmr, max_length=2048, rows=2, preallocate=kind == STATIC)
     generator = torch.Generator().manual_seed(0)
-    tokens = Decoder(t3, prefill(t3, voice, rows), sampling_of(False, {}), 1000, cache, generator).tokens()
+    tokens = Decoder(
+        t3, prefill(t3, condition(t3, voice), rows), sampling_of(False, {}), 1000, cache, generator
+    ).tokens()
     next(tokens)  # the prefill
     next(tokens)
     grow(cache, t3, context)

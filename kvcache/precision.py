@@ -37,7 +37,7 @@ def check_precision(precision: str, device: torch.device) -> None:
     """
     if precision not in get_args(Precision):
         raise InputError(f"precision={precision!r} must be one of {', '.join(map(repr, get_args(Precision)))}")
-    if device.type == "cpu" and precision in ("bf16", "fp16") and not _onednn_has(precision):
+    if device.type == "cpu" and precision in ("bf16", "fp16") and not has_half(precision):
         raise InputError(
             f"precision={precision!r}: this CPU has no fast {precision} arithmetic (AVX-512 or AMX); use 'int8' or 'fp32'"
         )
@@ -201,12 +201,19 @@ _TINY = torch.finfo(torch.float32).tiny
 _LEVELS = 127 if getattr(torch.cpu, "_is_vnni_supported", lambda: False)() else 63
 
 # The packed weights of torch's CPU kernels are opaque to its compiler, so compiled and traced steps name them by number.
-_kernels: dict[int, Callable[[Tensor], Tensor]] = {}
+_kernels: dict[int, tuple[Callable[..., Tensor], tuple[Any, ...]]] = {}  # an operator, and what follows its input
 _numbers = itertools.count()
 _torch_library: Any = torch.library  # has no types
 _library = _torch_library.Library("kvcache", "FRAGMENT")
 _library.define("packed_linear(Tensor states, int kernel, int out_features) -> Tensor")
-_library.impl("packed_linear", lambda states, kernel, out_features: _kernels[kernel](states), "CPU")
+
+
+def _run(states: Tensor, kernel: int, out_features: int) -> Tensor:
+    operator, others = _kernels[kernel]
+    return operator(states, *others)
+
+
+_library.impl("packed_linear", _run, "CPU")
 _torch_library.register_fake(
     "kvcache::packed_linear",
     lambda states, kernel, out_features: states.new_empty(
@@ -275,7 +282,9 @@ class PackedLinear(nn.Module):
         return out if self.bias is None else out + self.bias
 
     def _product(self, states: Tensor) -> Tensor:
-        return torch.as_tensor(torch.ops.kvcache.packed_linear(states, self._kernel, self.out_features))
+        flat = states.reshape(-1, self.in_features)  # as the kernels would do, at each call
+        out = torch.ops.kvcache.packed_linear(flat, self._kernel, self.out_features)
+        return torch.as_tensor(out).view(*states.shape[:-1], self.out_features)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PackedLinear":
         return self  # immutable, and the number stands for weights that cannot be copied
@@ -308,22 +317,22 @@ def _rows_out(source: nn.Linear | Conv1D) -> Tensor:
     return weight.t() if isinstance(source, Conv1D) else weight
 
 
-def _int8(weight: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+def _int8(weight: Tensor) -> tuple[tuple[Callable[..., Tensor], tuple[Any, ...]], Tensor]:
     """The product with these weights, and the sum of each output's weights as they are after rounding."""
     scale = weight.abs().amax(1).clamp_min(_TINY) / 127
-    packed = torch.ops.onednn.qlinear_prepack((weight / scale[:, None]).round().to(torch.int8), None)
-    sums = (weight / scale[:, None]).round().sum(1) * scale
+    rounded = (weight / scale[:, None]).round()
+    packed = torch.ops.onednn.qlinear_prepack(rounded.to(torch.int8), None)
     zero = torch.zeros(len(scale), dtype=torch.int32)
-    linear = torch.ops.onednn.qlinear_pointwise.default
-    return lambda states: linear(states, 1.0, 0, packed, scale, zero, None, 1.0, 0, torch.float32, "none", [], ""), sums
+    others: tuple[Any, ...] = (1.0, 0, packed, scale, zero, None, 1.0, 0, torch.float32, "none", [], "")
+    return (torch.ops.onednn.qlinear_pointwise.default, others), rounded.sum(1) * scale
 
 
-def _half(weight: Tensor, precision: str) -> Callable[[Tensor], Tensor]:
+def _half(weight: Tensor, precision: str) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(_DTYPES[precision]).contiguous())
-    linear = torch.ops.mkldnn._linear_pointwise.default
-    return lambda states: linear(states, packed, None, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise.default, (packed, None, "none", [], "")
 
 
-def _onednn_has(precision: str) -> bool:
+def has_half(precision: str) -> bool:
+    """Whether this CPU computes fast in ``"bf16"`` or ``"fp16"``."""
     able = getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported", None)
     return bool(torch._C._has_mkldnn and able is not None and able())

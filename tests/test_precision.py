@@ -270,7 +270,7 @@ def test_packed_weights_die_with_the_copy(name, precision):
 
 
 def test_what_a_cpu_cannot_is_refused(monkeypatch):
-    monkeypatch.setattr(precision_module, "_onednn_has", lambda precision: False)
+    monkeypatch.setattr(precision_module, "has_half", lambda precision: False)
     for precision in ("bf16", "fp16"):
         with pytest.raises(InputError, match=f"precision='{precision}': this CPU has no fast {precision}"):
             with_precision(tiny("llama"), precision)

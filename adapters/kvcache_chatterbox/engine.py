@@ -110,7 +110,7 @@ class ChatterboxEngine:
             if self._why_not is None and positions == "rerotated" and self.policy.evicts:
                 self._why_not = "re-rotated positions are turned on the host"
             if self._why_not is None:
-                self._stepper = Stepper(self.t3, backend, kv_dtype, tf32, self.policy, max_cache_length)
+                self._stepper = Stepper(self.t3, backend, kv_dtype, tf32, precision, self.policy, max_cache_length)
 
     @property
     def policy(self) -> SizePolicy:

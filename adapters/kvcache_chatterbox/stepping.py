@@ -10,7 +10,7 @@ from kvcache import CacheGeometry, CacheReport, SizePolicy
 from kvcache.decoding import BackendName, Decoding, Pool, Sampler, Sampling, StaticKV, decoder_copy
 from kvcache.hf import kv_layers
 from kvcache.modules import rebuilt
-from kvcache.precision import Precision, with_precision
+from kvcache.precision import PackedLinear, Precision, has_half, with_precision
 from kvcache.slots import slots_for
 from kvcache_chatterbox.alignment import AlignmentCheck
 from kvcache_chatterbox.sampling import order
@@ -25,13 +25,22 @@ def at_precision(t3: Any, precision: Precision) -> Any:
 
 
 class T3Step(nn.Module):
-    """From a speech token to the logits of the next, without a number from the host."""
+    """From a speech token to the logits of the next, without a number from the host.
 
-    def __init__(self, t3: Any, rows: int) -> None:
+    Args:
+        t3: whose step.
+        rows: 2 with guidance.
+        precision: of the backbone. The head takes as many bits on a CPU, but no fewer than 16: what it gives is compared.
+    """
+
+    def __init__(self, t3: Any, rows: int, precision: Precision | None = None) -> None:
         super().__init__()
         self.tfmr = decoder_copy(t3.tfmr)
         self.embed, self.positions = t3.speech_emb, t3.speech_pos_emb
         self.head = t3.speech_head
+        if precision not in (None, "fp32") and t3.device.type == "cpu":
+            half = "fp16" if precision == "fp16" else "bf16"
+            self.head = PackedLinear([t3.speech_head], half) if has_half(half) else t3.speech_head
         self.rows = rows
 
     def forward(self, tokens: Tensor, made: Tensor, given: dict[str, Any]) -> Tensor:
@@ -50,6 +59,7 @@ class Stepper:
         t3: upstream's T3.
         backend, tf32: see `Decoding`.
         kv_dtype: of the cache; by default the model's.
+        precision: what `t3` computes in, see `at_precision`.
         policy: of the speech tokens.
         max_length: the most tokens a request may hold. A cache that keeps all of them is made as long at once, so that
             what was captured serves every request.
@@ -61,13 +71,14 @@ class Stepper:
         backend: BackendName,
         kv_dtype: torch.dtype | None,
         tf32: bool,
+        precision: Precision | None,
         policy: SizePolicy,
         max_length: int | None,
     ) -> None:
         self._t3 = t3
         self._geometry = CacheGeometry.from_model(t3.tfmr)
         self._backend: BackendName = backend
-        self._kv_dtype, self._tf32 = kv_dtype, tf32
+        self._kv_dtype, self._tf32, self._precision = kv_dtype, tf32, precision
         self._policy, self._max_length = policy, max_length
         self._pool = Pool()
 
@@ -112,7 +123,7 @@ class Stepper:
                 room = slots if self._policy.limit is None else slots_for(slots, None)
             kv = StaticKV(self._geometry, rows, room, dtype=self._kv_dtype)
             sampler = Sampler(1, logits.shape[1], order(t3.is_gpt), logits.device, guided=rows == 2)
-            return Decoding(T3Step(t3, rows), kv, sampler, self._backend, tf32=self._tf32)
+            return Decoding(T3Step(t3, rows, self._precision), kv, sampler, self._backend, tf32=self._tf32)
 
         with self._pool.lent(rows, needed, make) as decoding:
             decoding.load(0, layers)

@@ -1,7 +1,7 @@
 """What runs a step: Python, torch's compiler, a captured graph, or both of these."""
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -83,6 +83,8 @@ class Compiled:
 
     def __init__(self, device: torch.device, compiler: str = "inductor") -> None:
         self._options: dict[str, Any] = {"cpp_wrapper": True} if device.type == "cpu" and compiler == "inductor" else {}
+        if hasattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe"):  # releases that know this option
+            self._options["guard_filter_fn"] = _changing
         self._compiler = compiler
         self._compiled: tuple[Steps, Callable[[Tensor, bool, bool], None]] | None = None
 
@@ -105,6 +107,11 @@ class Compiled:
         )
         compiled = torch.compile(own, fullgraph=True, backend=self._compiler, options=self._options or None)
         return lambda order, whole, draws: compiled(steps, order, whole, draws)
+
+
+def _changing(guards: Sequence[Any]) -> list[bool]:
+    """What may change between two steps, and is worth a look at each: not what hangs on the steps themselves."""
+    return ["self" not in guard.name and not guard.name.startswith("G[") for guard in guards]
 
 
 class Graph:
