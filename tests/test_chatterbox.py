@@ -6,12 +6,14 @@ import gc
 import importlib
 import threading
 import weakref
+from functools import partial
 
 import pytest
 import torch
 from t3_models import UPSTREAMS_WARNINGS, fingerprint, likely_end, tiny_t3
 
 from kvcache import CapacityError, InputError, MaxBytes, MaxTokens, PolicyError, SlidingWindow
+from kvcache.decoding import backends
 from kvcache.precision import check_precision
 from kvcache_chatterbox import ChatterboxEngine, byte_tokens, load_t3, random_conditionals
 from kvcache_chatterbox.stepping import Stepper
@@ -404,6 +406,20 @@ def test_every_backend_says_upstreams_tokens(kind, backend):
     report = engine.report()
     assert (report.backend, report.fallback) == (None if backend == "off" else backend, None)
     assert fingerprint(t3) == before
+
+
+@pytest.mark.parametrize("kind", ["english", "gpt"])
+def test_five_hundred_greedy_tokens_on_every_backend(kind, monkeypatch):
+    # torch's compiler without its slow half, which test_decode_full.py has
+    monkeypatch.setattr(backends, "Compiled", partial(backends.Compiled, compiler="aot_eager"))
+    t3 = model(kind)
+    text = byte_tokens(t3, TEXT)
+    said = {
+        backend: spoken(ChatterboxEngine(t3, backend=backend), text, 500, 0, temperature=0.0)
+        for backend in ("off", "eager", "graph", "compile")
+    }
+    assert said["off"].shape[1] == 500
+    assert all(torch.equal(tokens, said["off"]) for tokens in said.values())
 
 
 @pytest.mark.parametrize("backend", ["eager", "graph"])
