@@ -249,7 +249,7 @@ class Steps(StoppingCriteria):
 
 
 def workers() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("kvcache")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("kvcache-stream")]
 
 
 @pytest.fixture
