@@ -608,20 +608,23 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
         raise SystemExit("--plot needs matplotlib; run pip install 'kvcache[bench]'") from error
     panels = sorted({(row["variant"], row["context"]) for row in rows})
     longest = max(sum((row["variant"], row["context"]) == panel for row in rows) for panel in panels)
-    figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(5.5 * len(panels), 1.2 + 0.4 * longest), squeeze=False, layout="constrained"
-    )
-    for axis, panel in zip(axes[0], panels, strict=True):
+    across = max(len([p for p in panels if p[0] == variant]) for variant, _ in panels)
+    down = -(-len(panels) // across)
+    size = 4.6 * across, down * (1.0 + 0.32 * longest)
+    figure, axes = pyplot.subplots(down, across, figsize=size, squeeze=False, sharey=True, layout="constrained")
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, panel in zip(axes.flat, panels, strict=False):
         chosen = [row for row in rows if (row["variant"], row["context"]) == panel]
         names = [f"{row['side']}, {row['precision']}" for row in chosen]
         colors = ["tab:blue" if row["side"].startswith("ours") else "tab:gray" for row in chosen]
         bars = axis.barh(names, [row["ms/token"] for row in chosen], color=colors)
         axis.bar_label(bars, fmt="%.3g", padding=3)
-        axis.invert_yaxis()
-        axis.margins(x=0.12)
+        axis.margins(x=0.14)
         axis.set_xlabel("ms per token")
         axis.set_title(f"T3 {panel[0]}, {panel[1]} tokens of context")
-    figure.savefig(file, dpi=150)
+    axes[0, 0].invert_yaxis()  # which they share
+    figure.savefig(file, dpi=110)
 
 
 def options_of() -> argparse.Namespace:
