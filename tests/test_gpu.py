@@ -1,5 +1,7 @@
 """On a GPU: real captures, no look at the host during replays, no memory taken while decoding."""
 
+import importlib.util
+
 import pytest
 import torch
 from families import build, token_ids
@@ -76,7 +78,8 @@ def test_without_the_kernel_it_is_the_same():
 
 @pytest.mark.parametrize("kind", ["english", "gpt"])
 def test_chatterbox_speaks_the_same_on_every_backend(kind):
-    pytest.importorskip("chatterbox", reason="chatterbox-tts is not installed")
+    if importlib.util.find_spec("chatterbox") is None:  # imported whole, it would want its audio stack
+        pytest.skip("chatterbox-tts is not installed")
     from t3_models import tiny_t3
 
     from kvcache_chatterbox import ChatterboxEngine, byte_tokens, random_conditionals
