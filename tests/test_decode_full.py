@@ -8,6 +8,7 @@ import torch
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1800),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # from inside upstream's conditioning
     pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning"),  # torch's own, at the compiler's import
 ]
 TOKENS = 500
