@@ -221,12 +221,11 @@ def prefix_cache(model: Any) -> Any:
             f"{type(model).__name__} has a layer with a state, which keeps no keys and values to reuse; "
             "prefixes need attention in every layer"
         )
-    for module in model.modules():
-        if (rope_type := getattr(module, "rope_type", None)) in _BY_LENGTH:
-            raise PositionsError(
-                f"no prefix can be reused: {rope_type!r} RoPE turns the first keys by how many tokens follow; "
-                "use a model with another rope_type"
-            )
+    if (rope_type := rope_by_length(model)) is not None:
+        raise PositionsError(
+            f"no prefix can be reused: {rope_type!r} RoPE turns the first keys by how many tokens follow; "
+            "use a model with another rope_type"
+        )
     return _Cache(layers=[ManagedLayer(KVLayer()) for _ in layers])
 
 
@@ -435,6 +434,12 @@ def _exact_mask(
 
 
 # ---------------------------------------------------------------------- rotary embeddings
+
+
+def rope_by_length(model: Any) -> str | None:
+    """The kind of a model's rotary embedding, if its frequencies depend on how long the text becomes."""
+    kinds = (getattr(module, "rope_type", None) for module in model.modules())
+    return next((kind for kind in kinds if kind in _BY_LENGTH), None)
 
 
 def key_rotation(model: Any) -> KeyRotation:

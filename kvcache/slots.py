@@ -79,7 +79,7 @@ def ring_sees(length: Tensor, stored: Tensor, pinned: Tensor, slots: int, column
     return torch.where(columns < pinned, columns <= newest, recent)
 
 
-def staying_of(length: Tensor, limit: Tensor, low: Tensor) -> Tensor:
+def staying_of(length: Tensor, limit: Tensor | int, low: Tensor | int) -> Tensor:
     """How many of `length` tokens a policy keeps that trims to `low` when one more than `limit` comes, ``[rows]``."""
     over = length - limit
     return torch.where(over <= 0, length, low + (over - 1) % (limit + 1 - low))

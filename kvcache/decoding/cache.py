@@ -86,9 +86,8 @@ class StaticKV:
         lengths = [source.seen] * len(rows) if pads is None else [source.seen - int(p) for p in pads]
         positions = source.positions() - (0 if pads is None else pads[:, None])  # [B or 1, stored]; pads below zero
         pinned = policy.pinned if policy.evicts else 0
-        limit = _ENDLESS if policy.limit is None else policy.limit
-        low = 0 if policy.limit is None else policy.keep(policy.limit + 1)
-        held, kept = (positions >= 0).sum(1), staying_of(torch.tensor(lengths), torch.tensor(limit), torch.tensor(low))
+        limit, low = _marks(policy)
+        held, kept = (positions >= 0).sum(1), staying_of(torch.tensor(lengths), limit, low)
         if bool((held != kept).any()):
             raise PolicyError(
                 f"rows that hold {held.tolist()} tokens, where {policy!r} keeps {kept.tolist()} of {lengths}, cannot go on "
@@ -126,7 +125,7 @@ class StaticKV:
                 values[row][:, to] = kv.values[i][:, taken].to(values.dtype)
 
     def check_load(self, first: int, layers: Sequence[KVLayer]) -> range:
-        """The rows that `load` would begin; raises what it would raise."""
+        """The rows that `load` would begin, if these layers fit there; raises if they do not."""
         held = layers[0].keys
         if held is None or len(layers) != len(self.keys):
             raise GeometryError(
@@ -191,10 +190,7 @@ class StaticKV:
         busy = [i for i, policy in enumerate(self._policies) if policy is not None]
         longest = max(busy, key=lambda row: self.seen[row], default=0)
         policy, seen = self._policies[longest], self.seen[longest]
-        stored = seen
-        if policy is not None and policy.limit is not None and seen > policy.limit:
-            low = policy.keep(policy.limit + 1)
-            stored = low + (seen - policy.limit - 1) % (policy.limit + 1 - low)
+        stored = seen if policy is None else int(staying_of(torch.tensor(seen), *_marks(policy)))
         layers = (
             LayerReport(
                 repr(policy), seen, stored, seen - stored, self.slots, sum(t.numel() * t.element_size() for t in pair)
@@ -227,3 +223,8 @@ class StaticKV:
         held_keys[self._row, :, self.slot] = keys[:, :, 0].to(held_keys.dtype)
         held_values[self._row, :, self.slot] = values[:, :, 0].to(held_values.dtype)
         return held_keys[:, :, : self.columns], held_values[:, :, : self.columns]
+
+
+def _marks(policy: SizePolicy) -> tuple[int, int]:
+    """The most tokens that a policy keeps, and to how many it trims when one more comes."""
+    return (_ENDLESS, 0) if policy.limit is None else (policy.limit, policy.keep(policy.limit + 1))

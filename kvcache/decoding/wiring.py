@@ -13,7 +13,7 @@ from kvcache.decoding.cache import StaticKV
 from kvcache.decoding.kernel import available, decode_attention
 from kvcache.errors import GeometryError
 from kvcache.geometry import CacheGeometry
-from kvcache.hf import decoding_arguments
+from kvcache.hf import decoding_arguments, rope_by_length
 from kvcache.modules import rebuilt
 
 _ATTENTION = "kvcache_decode"
@@ -35,7 +35,7 @@ def why_not(model: Any) -> str | None:
     geometry = CacheGeometry.from_model(model)
     if geometry.positions not in ("rope", "learned"):
         return f"the positions of {name} are {geometry.positions}"
-    if any(getattr(module, "rope_type", None) in ("dynamic", "longrope") for module in model.modules()):
+    if rope_by_length(model) is not None:
         return f"{name} has rotary positions that depend on the length"
     if getattr(text, "attn_logit_softcapping", None) or getattr(text, "qk_nope_head_dim", None):
         return f"{name} has attention of a kind of its own"
