@@ -1,6 +1,6 @@
 """Matrix products with few rows, on a CPU.
 
-A prefill whose beginning is known runs some dozens of rows. There torch's fp32 linear layers spend more time on bringing
+A prefill whose beginning is known, or requests that decode together, run some or some dozens of rows. There torch's fp32 linear layers spend more time on bringing
 the weights into shape, which MKL does anew at each call, than on arithmetic; oneDNN, which torch ships as well, spends less.
 With one or two rows it is the other way round. What it brings is a row of its own in ``benchmarks/voice_ttft.py``.
 """
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-_FEWEST, _MOST = 16, 256
+FEWEST = 4
+_MOST = 256
 
 
 class _OneDNN(TorchFunctionMode):
@@ -26,7 +27,7 @@ class _OneDNN(TorchFunctionMode):
 
 
 def few_rows(module: torch.nn.Module) -> AbstractContextManager[Any]:
-    """Within this block, this thread's fp32 linear layers of some dozens of rows run on oneDNN.
+    """Within this block, this thread's fp32 linear layers of 4 to 256 rows run on oneDNN.
 
     The same sums in another order: results differ in the last place. Nothing is patched, and nothing else is affected. For
     a model that is not on a CPU or not in fp32, or a torch without oneDNN, the block does nothing.
@@ -45,5 +46,5 @@ def _suits(states: Tensor, weight: Tensor) -> bool:
         and states.device.type == "cpu"
         and weight.is_contiguous()
         and not torch.is_grad_enabled()
-        and _FEWEST <= states.numel() // max(1, states.shape[-1]) <= _MOST
+        and FEWEST <= states.numel() // max(1, states.shape[-1]) <= _MOST
     )

@@ -29,5 +29,13 @@ class InputError(KVCacheError, ValueError):
     """A request that cannot be run as given, for example text tokens without their start and stop token."""
 
 
+class BusyError(KVCacheError):
+    """More requests than may wait. Nothing is wrong with this one; it may come again later."""
+
+
+class ClosedError(KVCacheError):
+    """A request to what has been closed, or closes before it has answered."""
+
+
 class CorruptError(KVCacheError, ValueError):
     """A file or value from a disk or network that is not what was written, or not what it says it is."""

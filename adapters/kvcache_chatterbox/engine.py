@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -20,16 +21,17 @@ from kvcache import (
     SpeakerCache,
     default_store,
 )
-from kvcache.decoding import BackendName, Sampling, check_backend
+from kvcache.decoding import BackendName, Batch, Job, check_backend
 from kvcache.hf import PositionMode, new_cache
 from kvcache.precision import Precision
 from kvcache.streaming import as_async, chunked
 from kvcache_chatterbox.audio import Speaker
 from kvcache_chatterbox.decoding import Decoder
-from kvcache_chatterbox.requests import check_text, condition, prefill
+from kvcache_chatterbox.requests import check_count, check_text, condition, prefill
 from kvcache_chatterbox.reuse import Reuse, VoiceReuse
 from kvcache_chatterbox.sampling import SamplingOptions, sampling_of
 from kvcache_chatterbox.stepping import Stepper, at_precision
+from kvcache_chatterbox.utterance import Utterance
 from kvcache_chatterbox.voices import Voice, Voices, read_conds
 
 
@@ -110,7 +112,9 @@ class ChatterboxEngine:
             if self._why_not is None and positions == "rerotated" and self.policy.evicts:
                 self._why_not = "re-rotated positions are turned on the host"
             if self._why_not is None:
-                self._stepper = Stepper(self.t3, backend, kv_dtype, tf32, precision, self.policy, max_cache_length)
+                self._stepper = Stepper(
+                    self.t3, backend, kv_dtype, tf32, precision, self.policy, max_cache_length, onednn
+                )
 
     @property
     def policy(self) -> SizePolicy:
@@ -213,18 +217,16 @@ class ChatterboxEngine:
         if (t3_cond is None) == (voice is None):
             raise InputError("give either voice, a name among engine.voices, or t3_cond")
         speaker = self._voice(voice) if t3_cond is None else Voice(t3_cond, {})
-        if exaggeration is not None:
-            speaker = speaker.with_emotion(exaggeration)
-        return self._tokens(
+        utterance = self.utterance(
             speaker,
             text_tokens,
+            exaggeration=exaggeration,
             max_new_tokens=max_new_tokens,
-            chunk_size=chunk_size,
-            use_kv_cache=use_kv_cache,
             seed=seed,
-            reuse=None if t3_cond is not None else self._reuse,
-            sampling=sampling,
+            reused=t3_cond is None,
+            **sampling,
         )
+        return self._tokens(utterance, chunk_size, use_kv_cache)
 
     def ainference_stream(
         self,
@@ -323,41 +325,117 @@ class ChatterboxEngine:
         )
         return speaker.say(tokens, who, watermark)
 
-    # ------------------------------------------------------------------ inside
+    # ------------------------------------------------------------------ utterances, as batches take them
 
-    def _tokens(
+    def utterance(
         self,
         voice: Voice,
         text_tokens: Tensor,
         *,
-        max_new_tokens: int,
-        chunk_size: int,
-        use_kv_cache: bool,
-        seed: int | None,
-        reuse: VoiceReuse | None,
-        sampling: SamplingOptions,
-    ) -> Iterator[Tensor]:
+        exaggeration: float | None = None,
+        max_new_tokens: int = 1000,
+        seed: int | None = None,
+        reused: bool = True,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Utterance:
+        """One text in one voice, checked. See `inference_stream`.
+
+        Raises:
+            InputError: if it cannot be said.
+        """
         options = sampling_of(self.t3.is_gpt, sampling)
         if self.t3.is_gpt and options.cfg_weight > 0:
             raise InputError(f"cfg_weight={options.cfg_weight}: the GPT-2 variants have no guidance; leave it out")
-        for name, value in (("max_new_tokens", max_new_tokens), ("chunk_size", chunk_size)):
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"{name}={value} must be a whole number of at least 1")
+        check_count("max_new_tokens", max_new_tokens)
         text = check_text(self.t3, text_tokens, guided=options.cfg_weight > 0)
         positions = self.t3.speech_pos_emb
         if positions is not None and max_new_tokens >= (longest := positions.emb.num_embeddings):
             raise InputError(
                 f"max_new_tokens={max_new_tokens}: the model learned {longest} speech positions; ask for fewer"
             )
-        conditioning = condition(self.t3, voice.t3) if reuse is None else reuse.condition(voice.t3)
-        request = prefill(self.t3, conditioning, text, self.double_bos)
-        cache = self._new_cache(request.embeds, max_new_tokens) if self.enabled and use_kv_cache else None
-        generator = None if seed is None else torch.Generator(self.t3.device).manual_seed(seed)
-        start = None if cache is None or reuse is None else reuse.start
-        decoder = Decoder(self.t3, request, options, max_new_tokens, cache, generator, start, self.onednn)
+        if exaggeration is not None:
+            voice = voice.with_emotion(exaggeration)
+        return Utterance(voice, text[:1], options, max_new_tokens, seed, reused)
+
+    def job(self, utterance: Utterance) -> Job:
+        """An utterance for a batch of `batch`; where the model can be guided it has two rows, whatever its weight.
+
+        Raises:
+            InputError: without a seed, as its draws are to be its own.
+        """
+        generator = utterance.generator()
+        if generator is None:
+            raise InputError("an utterance of a batch needs a seed")
+
+        def run() -> tuple[Tensor, Any]:
+            decoder, cache = self._decoder(utterance, 1 if self.t3.is_gpt else 2, None, caching=True)
+            return decoder.prefill(), cache
+
+        return self._batched().job(run, utterance.sampling, utterance.max_new_tokens, generator)
+
+    def batch(self, places: int, slots: int, *, compact: bool = True) -> AbstractContextManager[Batch]:
+        """A batch of so many utterances that decode together, each with so many slots of cache.
+
+        Its memory and what was captured or compiled for it wait for the next batch of the same size; see `release`.
+
+        Args:
+            compact: see `kvcache.decoding.Batch`.
+
+        Raises:
+            InputError: if this engine decodes on the host, with the reason.
+        """
+        return self._batched().batch(places, slots, compact)
+
+    def slots(self, utterance: Utterance) -> int:
+        """Slots of cache that an utterance needs in a batch: voice, text, start of speech and speech, or what its policy
+        keeps of it."""
+        prefix = self._conditioning(utterance).shape[1] + utterance.text.shape[1]
+        prefix += 2 if self.double_bos and not self.t3.is_gpt else 1
+        geometry, rows = self._manager.geometry, 1 if self.t3.is_gpt else 2
+        limit = (
+            Pinned(prefix, self.policy).resolve(geometry.token_bytes * rows, 0, self._manager.max_cache_length).limit
+        )
+        return prefix + utterance.max_new_tokens - 1 if limit is None else limit
+
+    @property
+    def batches(self) -> bool:
+        """Whether utterances can decode together here."""
+        return self._stepper is not None and self.enabled
+
+    def _batched(self) -> Stepper:
+        if self._stepper is None or not self.enabled:
+            raise InputError(
+                f"this engine decodes one utterance at a time: {self._why_not or 'backend is off, or caching disabled'}"
+            )
+        return self._stepper
+
+    # ------------------------------------------------------------------ inside
+
+    def _tokens(self, utterance: Utterance, chunk_size: int, use_kv_cache: bool = True) -> Iterator[Tensor]:
+        """The speech tokens of one utterance, in chunks ``[1, n]``."""
+        check_count("chunk_size", chunk_size)
+        rows = 2 if utterance.sampling.cfg_weight > 0 else 1
+        generator = utterance.generator()
+        decoder, cache = self._decoder(utterance, rows, generator, self.enabled and use_kv_cache)
         if self._stepper is None or cache is None:
             return self._reported(chunked(decoder.tokens(), chunk_size), cache)
-        return self._stepped(self._stepper, decoder, cache, options, max_new_tokens, chunk_size, generator)
+        return self._stepped(self._stepper, decoder, cache, utterance, chunk_size, generator)
+
+    def _decoder(
+        self, utterance: Utterance, rows: int, generator: torch.Generator | None, caching: bool
+    ) -> tuple[Decoder, Any]:
+        """What prefills an utterance, and the cache for it, both new."""
+        reuse = self._reuse if utterance.reused else None
+        text = utterance.text.expand(rows, -1)
+        request = prefill(self.t3, self._conditioning(utterance), text, self.double_bos)
+        total = utterance.max_new_tokens
+        cache = self._new_cache(request.embeds, total) if caching else None
+        start = None if cache is None or reuse is None else reuse.start
+        return Decoder(self.t3, request, utterance.sampling, total, cache, generator, start, self.onednn), cache
+
+    def _conditioning(self, utterance: Utterance) -> Tensor:
+        reuse = self._reuse if utterance.reused else None
+        return condition(self.t3, utterance.voice.t3) if reuse is None else reuse.condition(utterance.voice.t3)
 
     def _voice(self, voice: str | Voice | None, audio_prompt_path: str | os.PathLike[str] | None = None) -> Voice:
         if voice is not None and audio_prompt_path is not None:
@@ -406,12 +484,12 @@ class ChatterboxEngine:
         stepper: Stepper,
         decoder: Decoder,
         cache: Any,
-        sampling: Sampling,
-        total: int,
+        utterance: Utterance,
         size: int,
         generator: torch.Generator | None,
     ) -> Iterator[Tensor]:
         logits = decoder.prefill()
-        for chunk, report in stepper.chunks(logits, cache, sampling, total, size, generator):
+        total = utterance.max_new_tokens
+        for chunk, report in stepper.chunks(logits, cache, utterance.sampling, total, size, generator):
             self._last = report
             yield chunk

@@ -23,6 +23,12 @@ class Prefill:
     text: tuple[int, int]
 
 
+def check_count(name: str, value: int) -> None:
+    """Raise `InputError` if `value` counts nothing."""
+    if not isinstance(value, int) or value < 1:
+        raise InputError(f"{name}={value} must be a whole number of at least 1")
+
+
 def check_text(t3: Any, text_tokens: Tensor, guided: bool) -> Tensor:
     """The text as the rows that the model runs, ``[1 or 2, tokens]`` on its device.
 

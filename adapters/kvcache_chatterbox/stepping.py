@@ -1,13 +1,16 @@
 """T3 on the decode engine: its step, and the decodings that wait between requests."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kvcache import CacheGeometry, CacheReport, SizePolicy
-from kvcache.decoding import BackendName, Decoding, Pool, Sampler, Sampling, StaticKV, decoder_copy
+from kvcache.cpu import FEWEST, few_rows
+from kvcache.decoding import BackendName, Batch, Decoding, Job, Pool, Sampler, Sampling, StaticKV, decoder_copy
 from kvcache.hf import kv_layers
 from kvcache.modules import rebuilt
 from kvcache.precision import PackedLinear, Precision, has_half, with_precision
@@ -31,9 +34,10 @@ class T3Step(nn.Module):
         t3: whose step.
         rows: 2 with guidance.
         precision: of the backbone. The head takes as many bits on a CPU, but no fewer than 16: what it gives is compared.
+        onednn: let oneDNN multiply where rows are few and it is faster; see `kvcache.cpu`.
     """
 
-    def __init__(self, t3: Any, rows: int, precision: Precision | None = None) -> None:
+    def __init__(self, t3: Any, rows: int, precision: Precision | None = None, onednn: bool = True) -> None:
         super().__init__()
         self.tfmr = decoder_copy(t3.tfmr)
         self.embed, self.positions = t3.speech_emb, t3.speech_pos_emb
@@ -42,14 +46,17 @@ class T3Step(nn.Module):
             half = "fp16" if precision == "fp16" else "bf16"
             self.head = PackedLinear([t3.speech_head], half) if has_half(half) else t3.speech_head
         self.rows = rows
+        self._onednn = onednn and not t3.is_gpt  # whose layers are no `linear`
 
     def forward(self, tokens: Tensor, made: Tensor, given: dict[str, Any]) -> Tensor:
         embeds = self.embed(tokens)
         if self.positions is not None:
             embeds = embeds + self.positions.emb(made)
         embeds = embeds[:, None].repeat_interleave(self.rows, 0)
-        hidden = self.tfmr(inputs_embeds=embeds, **given)[0]
-        return torch.as_tensor(self.head(hidden[:, -1]))
+        faster = self._onednn and embeds.shape[0] >= FEWEST and not torch.compiler.is_compiling()
+        with few_rows(self.tfmr) if faster else nullcontext():
+            hidden = self.tfmr(inputs_embeds=embeds, **given)[0]
+            return torch.as_tensor(self.head(hidden[:, -1]))
 
 
 class Stepper:
@@ -63,6 +70,7 @@ class Stepper:
         policy: of the speech tokens.
         max_length: the most tokens a request may hold. A cache that keeps all of them is made as long at once, so that
             what was captured serves every request.
+        onednn: see `T3Step`.
     """
 
     def __init__(
@@ -74,8 +82,10 @@ class Stepper:
         precision: Precision | None,
         policy: SizePolicy,
         max_length: int | None,
+        onednn: bool,
     ) -> None:
         self._t3 = t3
+        self._onednn = onednn
         self._geometry = CacheGeometry.from_model(t3.tfmr)
         self._backend: BackendName = backend
         self._kv_dtype, self._tf32, self._precision = kv_dtype, tf32, precision
@@ -92,6 +102,59 @@ class Stepper:
     def release(self) -> None:
         """Let go of the memory that waits for the next request."""
         self._pool.clear()
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token in one cache row, over all layers."""
+        return replace(self._geometry, dtype=self._kv_dtype or self._geometry.dtype).token_bytes
+
+    @contextmanager
+    def batch(self, places: int, slots: int, compact: bool = True) -> Iterator[Batch]:
+        """A batch of so many utterances that decode together, each with so many slots, guided where the model can be."""
+        rows = 1 if self._t3.is_gpt else 2
+
+        def make(slots: int) -> Decoding:
+            return self._decoding(places, rows, slots)
+
+        with self._pool.lent(("batch", places), slots, make, exactly=True) as decoding:
+            yield Batch(decoding, compact=compact)
+
+    def job(
+        self, prefill: Callable[[], tuple[Tensor, Any]], sampling: Sampling, total: int, generator: torch.Generator
+    ) -> Job:
+        """One utterance for a batch, which ends as upstream's loop does.
+
+        Args:
+            prefill: gives the logits ``[rows, vocabulary]`` of its last position, and the cache.
+            sampling, generator: how tokens are drawn.
+            total: the most tokens.
+        """
+        hp, is_gpt = self._t3.hp, self._t3.is_gpt
+
+        def layers() -> tuple[Tensor, Any]:
+            logits, cache = prefill()
+            return logits, kv_layers(cache)
+
+        # Upstream's GPT-2 loop keeps its stop token to itself, speaks one that comes first, and penalizes the start token
+        # only as long as there is nothing else.
+        return Job(
+            layers,
+            sampling,
+            generator,
+            total,
+            ends=[hp.stop_speech_token],
+            seen=torch.tensor([hp.start_speech_token]),
+            first_may_end=not is_gpt,
+            forgets=is_gpt,
+            says_end=not is_gpt,
+        )
+
+    def _decoding(self, requests: int, rows: int, slots: int) -> Decoding:
+        t3, device = self._t3, self._t3.device
+        kv = StaticKV(self._geometry, requests * rows, slots, dtype=self._kv_dtype)
+        sampler = Sampler(requests, t3.speech_head.out_features, order(t3.is_gpt), device, guided=rows == 2)
+        step = T3Step(t3, rows, self._precision, self._onednn)
+        return Decoding(step, kv, sampler, self._backend, tf32=self._tf32)
 
     def chunks(
         self,
@@ -121,9 +184,7 @@ class Stepper:
                 room = slots_for(slots, self._max_length, preallocate=True)
             else:  # a budget in bytes is kept to the byte; prefixes of other lengths shall fit what counts tokens
                 room = slots if self._policy.limit is None else slots_for(slots, None)
-            kv = StaticKV(self._geometry, rows, room, dtype=self._kv_dtype)
-            sampler = Sampler(1, logits.shape[1], order(t3.is_gpt), logits.device, guided=rows == 2)
-            return Decoding(T3Step(t3, rows, self._precision), kv, sampler, self._backend, tf32=self._tf32)
+            return self._decoding(1, rows, room)
 
         with self._pool.lent(rows, needed, make) as decoding:
             decoding.load(0, layers)

@@ -1,6 +1,7 @@
 """The decode engine: static caches, a sampler and whole steps on the device, run eagerly, compiled or as a graph."""
 
 from kvcache.decoding.backends import BackendName, check_backend
+from kvcache.decoding.batch import Batch, Job, Piece
 from kvcache.decoding.cache import StaticKV
 from kvcache.decoding.loop import Decoding
 from kvcache.decoding.pool import Pool
@@ -9,7 +10,10 @@ from kvcache.decoding.wiring import decoder_copy, why_not
 
 __all__ = [
     "BackendName",
+    "Batch",
     "Decoding",
+    "Job",
+    "Piece",
     "Pool",
     "Sampler",
     "Sampling",

@@ -7,6 +7,7 @@ ring whose first slots are pinned; with as many slots as tokens it is simply a b
 The host keeps its own count of the tokens, which needs no look at the device: each step adds one to every row.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -66,6 +67,16 @@ class StaticKV:
         """Bytes of all keys and values; on a CPU the system hands out their memory as it is written to."""
         return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
 
+    def front(self, rows: int) -> "StaticKV":
+        """The first rows as a cache of their own: the same memory, lengths and policies."""
+        new = copy.copy(self)
+        new.rows = rows
+        new.keys, new.values = [t[:rows] for t in self.keys], [t[:rows] for t in self.values]
+        new.length, new.pinned, new.low, new.limit, new._row = (
+            t[:rows] for t in (self.length, self.pinned, self.low, self.limit, self._row)
+        )
+        return new
+
     # ------------------------------------------------------------------ between steps
 
     def load(self, first: int, layers: Sequence[KVLayer], pads: Tensor | None = None, *, later: bool = False) -> None:
@@ -106,9 +117,8 @@ class StaticKV:
 
     def settle(self) -> None:
         """Copy what was loaded for later."""
-        for _, copy in self._pending:
-            copy()
-        self._pending = []
+        while self._pending:
+            self._pending.pop(0)[1]()
 
     def _copy(self, rows: range, layers: Sequence[KVLayer], positions: Tensor, pinned: int) -> None:
         """The tokens at these positions, ``[rows, stored]``, to their slots; pads stand below zero."""
@@ -151,7 +161,7 @@ class StaticKV:
 
     def free(self, first: int, rows: int) -> None:
         """Empty these rows. They go on taking part in steps, for nothing."""
-        self._pending = [(loaded, copy) for loaded, copy in self._pending if not first <= loaded[0] < first + rows]
+        self._pending[:] = [(loaded, copy) for loaded, copy in self._pending if not first <= loaded[0] < first + rows]
         chosen = slice(first, first + rows)
         self.length[chosen] = 0
         self.limit[chosen] = _ENDLESS
@@ -159,9 +169,21 @@ class StaticKV:
         for row in range(first, first + rows):
             self.seen[row], self._policies[row] = 0, None
 
+    def move(self, first: int, to: int, rows: int) -> None:
+        """Bring these rows to others, which they replace."""
+        self.settle()
+        source, target = slice(first, first + rows), slice(to, to + rows)
+        used = min(max(self.seen[source]), self.slots)
+        for held in (*self.keys, *self.values):
+            held[target, :, :used] = held[source, :, :used]
+        for marks in (self.length, self.pinned, self.low, self.limit):
+            marks[target] = marks[source].clone()
+        self.seen[target], self._policies[target] = self.seen[source], self._policies[source]
+        self.free(first, rows)
+
     def check(self, steps: int) -> None:
         """Raise `CapacityError` if a row has no room, or no positions, for so many more tokens."""
-        for row, (seen, policy) in enumerate(zip(self.seen, self._policies, strict=True)):
+        for row, (seen, policy) in enumerate(self._accounts()):
             if policy is not None:
                 check_positions(self._positions, seen, steps)
             if policy is not None and not policy.evicts and seen + steps > self.slots:
@@ -172,13 +194,16 @@ class StaticKV:
 
     def advance(self, steps: int) -> None:
         """Count what so many steps have written."""
-        self.seen = [seen + steps for seen in self.seen]
+        for row in range(self.rows):
+            self.seen[row] += steps
+
+    def _accounts(self) -> list[tuple[int, SizePolicy | None]]:
+        """Of each row: tokens seen, and its policy; None where nothing has been loaded."""
+        return list(zip(self.seen, self._policies, strict=True))[: self.rows]
 
     def reach(self) -> tuple[int, bool]:
         """What the next step has to read: how many slots, and whether every row sees all of them."""
-        busy = [
-            (seen + 1, policy) for seen, policy in zip(self.seen, self._policies, strict=True) if policy is not None
-        ]
+        busy = [(seen + 1, policy) for seen, policy in self._accounts() if policy is not None]
         longest = max((length for length, _ in busy), default=1)
         alike = len(busy) == self.rows and all(
             length == longest and (policy.limit is None or length <= policy.limit) for length, policy in busy
@@ -187,7 +212,7 @@ class StaticKV:
 
     def report(self) -> CacheReport:
         """The account of the rows in use, as `KVCacheManager.report` gives it."""
-        busy = [i for i, policy in enumerate(self._policies) if policy is not None]
+        busy = [row for row, (_, policy) in enumerate(self._accounts()) if policy is not None]
         longest = max(busy, key=lambda row: self.seen[row], default=0)
         policy, seen = self._policies[longest], self.seen[longest]
         stored = seen if policy is None else int(staying_of(torch.tensor(seen), *_marks(policy)))

@@ -5,6 +5,7 @@ host. Whether a request has ended is looked at once a chunk, by whoever asked fo
 thrown away.
 """
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from kvcache.decoding.backends import Backend, BackendName, Eager, backend_for
 from kvcache.decoding.cache import StaticKV
-from kvcache.decoding.sampler import Sampler, Sampling
+from kvcache.decoding.sampler import GREEDY, Sampler, Sampling
 from kvcache.decoding.wiring import DecodeInputs, kernel_reason
 from kvcache.errors import GeometryError, KVCacheError
 from kvcache.layers import KVLayer
@@ -78,10 +79,12 @@ class Decoding:
             self._column = torch.zeros(1, dtype=torch.long, device=device)
             self._out = torch.zeros(requests, self.ahead, dtype=torch.long, device=device)
             self._noise = torch.ones(self.ahead, requests, vocabulary, device=device)
-        self._generators = [_default_generator(device)] * requests
+        self._generators: list[torch.Generator | None] = [None] * requests  # None where nothing is drawn
         self._states: dict[torch.Generator, Tensor] = {}  # as they were before the last chunk
+        self._named: BackendName = backend
         self._backend: Backend
         self._backend, self.fallback = backend_for(backend, device)
+        self._fronts: dict[int, Decoding] = {}
 
     @property
     def backend(self) -> str:
@@ -96,6 +99,24 @@ class Decoding:
     def order(self) -> Tensor:
         """``arange(slots)``."""
         return self.kv.order
+
+    def front(self, requests: int) -> "Decoding":
+        """The first requests as a decoding of their own, for steps that cost only as much as they need.
+
+        The same memory throughout; what runs the steps is captured or compiled for each number of requests.
+        """
+        if requests == len(self.token):
+            return self
+        if requests not in self._fronts:
+            new = copy.copy(self)
+            new._fronts = {}
+            new.kv, new.sampler = self.kv.front(requests * self.rows), self.sampler.front(requests)
+            new._inputs = DecodeInputs(new.kv, self._inputs.kernel)
+            new.token, new.made, new._out = self.token[:requests], self.made[:requests], self._out[:requests]
+            new._noise = self._noise[:, :requests]
+            new._backend, new.fallback = backend_for(self._named, self.token.device)
+            self._fronts[requests] = new
+        return self._fronts[requests]
 
     # ------------------------------------------------------------------ requests
 
@@ -132,11 +153,28 @@ class Decoding:
         draws = not all(one.greedy for one in sampling)
         noise = self._noise[0, which]
         if draws:
-            _draw(self._generators[which], noise)
+            self._draw(noise, which)
         token = self.sampler(logits, noise, draws, which)
         self.token[which] = token
         self.made[which] = 1
         return token
+
+    def free(self, first: int, requests: int) -> None:
+        """End these requests. Their rows are empty, draw nothing, and take part in steps for nothing."""
+        self.kv.free(first * self.rows, requests * self.rows)
+        for request in range(first, first + requests):
+            self.sampler.set(request, GREEDY)
+            self._generators[request] = None
+
+    @torch.no_grad()
+    def move(self, request: int, to: int) -> None:
+        """Bring a request to another place, which must be free."""
+        self.kv.move(request * self.rows, to * self.rows, self.rows)
+        self.sampler.move(request, to)
+        for held in (self.token, self.made):
+            held[to] = held[request].clone()
+        self._generators[to] = self._generators[request]
+        self.free(request, 1)
 
     @torch.no_grad()
     def chunk(self, steps: int) -> Tensor:
@@ -157,7 +195,7 @@ class Decoding:
             default = _default_generator(self.token.device)
             self._states = {g: g.get_state() for g in self._generators if g is default}
             for noise in self._noise[:steps]:
-                _draw(self._generators, noise)
+                self._draw(noise)
         self._column.zero_()
         with _tf32(self._tf32):
             for _ in range(steps):
@@ -215,8 +253,17 @@ class Decoding:
             generator.set_state(state)
         if self._states:
             for noise in self._noise[:steps]:
-                _draw(self._generators, noise)
+                self._draw(noise)
         self._states = {}
+
+    def _draw(self, noise: Tensor, which: slice = slice(None)) -> None:
+        """Exponential noise ``[requests, vocabulary]``, as `torch.multinomial` draws it."""
+        generators = self._generators[: len(self.token)][which]
+        if all(generator is generators[0] for generator in generators):
+            generators, noise = generators[:1], noise[None]
+        for generator, row in zip(generators, noise, strict=True):
+            if generator is not None:
+                row.exponential_(generator=generator)
 
     def _step(self, draws: bool) -> None:
         try:
@@ -249,15 +296,6 @@ class Decoding:
     def state(self) -> list[Tensor]:
         """All that a step changes, but for keys and values, which it writes again to where it wrote them."""
         return [self.token, self.made, self._column, self._out, self.kv.length, self.sampler.seen]
-
-
-def _draw(generators: Sequence[torch.Generator], noise: Tensor) -> None:
-    """Exponential noise ``[requests, vocabulary]``, as `torch.multinomial` draws it."""
-    if all(generator is generators[0] for generator in generators):
-        noise.exponential_(generator=generators[0])
-        return
-    for generator, row in zip(generators, noise, strict=True):
-        row.exponential_(generator=generator)
 
 
 def _default_generator(device: torch.device) -> torch.Generator:

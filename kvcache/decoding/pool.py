@@ -15,26 +15,29 @@ class Pool:
         self._lock = Lock()
 
     @contextmanager
-    def lent(self, kind: Hashable, slots: int, make: Callable[[int], Decoding]) -> Iterator[Decoding]:
+    def lent(
+        self, kind: Hashable, slots: int, make: Callable[[int], Decoding], exactly: bool = False
+    ) -> Iterator[Decoding]:
         """A decoding of this kind with at least so many slots; a new one if none waits.
 
         Args:
             kind: what must be alike, such as the number of rows.
             slots: what the request needs.
             make: makes one with so many slots.
+            exactly: or with just so many, where memory is bounded.
         """
         with self._lock:
             decoding = self._idle.pop(kind, None)
-        if decoding is None or decoding.kv.slots < slots:
+        if decoding is None or decoding.kv.slots < slots or (exactly and decoding.kv.slots != slots):
             decoding = None  # its memory first
             decoding = make(slots)
         try:
             yield decoding
         finally:
-            decoding.kv.free(0, decoding.kv.rows)
+            decoding.free(0, len(decoding.token))
             with self._lock:
                 waiting = self._idle.get(kind)
-                if waiting is None or waiting.kv.slots < decoding.kv.slots:
+                if waiting is None or exactly or waiting.kv.slots < decoding.kv.slots:
                     self._idle[kind] = decoding
 
     def clear(self) -> None:

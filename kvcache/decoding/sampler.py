@@ -6,6 +6,7 @@ likely of the probabilities divided by exponential noise, which is what `torch.m
 taken from a generator beforehand draws the very tokens that `multinomial` would draw from it.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -59,6 +60,10 @@ class Sampling:
         return self.temperature == 0
 
 
+GREEDY = Sampling(temperature=0, repetition_penalty=1)
+"""The most likely token, whatever came before."""
+
+
 class Sampler:
     """Draws one token for each of several requests.
 
@@ -94,7 +99,19 @@ class Sampler:
             self._top_k = torch.full((requests, 1), vocabulary, dtype=torch.long, device=device)
         self._greedy = [True] * requests
         for request in range(requests):
-            self.set(request, Sampling(temperature=0, repetition_penalty=1))
+            self.set(request, GREEDY)
+
+    def front(self, requests: int) -> "Sampler":
+        """The sampler of the first requests: the same settings and marks."""
+        new = copy.copy(self)
+        new.seen, new._settings, new._top_k = self.seen[:requests], self._settings[:, :requests], self._top_k[:requests]
+        return new
+
+    def move(self, request: int, to: int) -> None:
+        """Bring a request's settings and marks to another place."""
+        for held in (self.seen, self._settings[:, :, 0].t(), self._top_k):
+            held[to] = held[request].clone()
+        self._greedy[to] = self._greedy[request]
 
     def set(self, request: int, sampling: Sampling) -> None:
         """Draw for a request by these settings from now on."""
@@ -118,7 +135,7 @@ class Sampler:
     @property
     def draws(self) -> bool:
         """Whether any request draws at all. A step in which none does needs no sort."""
-        return not all(self._greedy)
+        return not all(self._greedy[: len(self.seen)])
 
     def begin(self, request: int, seen: Tensor) -> None:
         """Forget what a request has drawn; its penalty is about these token ids, ``[tokens]``, and what it draws."""

@@ -1,0 +1,54 @@
+"""One text in one voice, decoded as one: what a request comes down to, and a segment of a long text."""
+
+import copy
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kvcache.decoding import Sampling
+from kvcache_chatterbox.audio import SPEECH_TOKENS
+from kvcache_chatterbox.voices import Voice
+
+_TAIL = 50  # two seconds
+
+
+@dataclass(frozen=True, eq=False)
+class Utterance:
+    """What is said, by whom and how; checked, with nothing computed yet.
+
+    Attributes:
+        voice: who speaks.
+        text: its tokens ``[1, n]``, on the model's device.
+        sampling: how speech tokens are drawn.
+        max_new_tokens: how many at most.
+        seed: of the draws; None takes torch's global generator.
+        reused: whether what is known of the voice is used.
+    """
+
+    voice: Voice
+    text: Tensor
+    sampling: Sampling
+    max_new_tokens: int
+    seed: int | None
+    reused: bool
+
+    def generator(self) -> torch.Generator | None:
+        """A new one for its draws; None for torch's global one."""
+        return None if self.seed is None else torch.Generator(self.text.device).manual_seed(self.seed)
+
+    def after(self, spoken: Tensor | None) -> "Utterance":
+        """The same, but going on from what was `spoken` before, speech tokens ``[n]``.
+
+        The last two seconds of that take the place of the end of the voice's speech prompt, at most half of it: the prompt
+        is what the model takes manner and pace from. Its keys and values are then this utterance's own.
+        """
+        prompt = self.voice.t3.cond_prompt_speech_tokens
+        if spoken is None or prompt is None:
+            return self
+        tail = spoken[spoken < SPEECH_TOKENS][-min(_TAIL, prompt.shape[1] // 2) :].to(prompt)
+        if tail.numel() == 0:
+            return self
+        t3 = copy.copy(self.voice.t3)
+        t3.cond_prompt_speech_tokens = torch.cat([prompt[:, : prompt.shape[1] - len(tail)], tail[None]], 1)
+        return replace(self, voice=Voice(t3, self.voice.gen), reused=False)
