@@ -18,18 +18,19 @@ READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.ready-docs
 FLOOR_READY := $(FLOOR)/.ready
 # The rest is arithmetic on tensors, which no release of transformers can change.
-FLOOR_TESTS := $(filter-out tests/test_laws.py tests/test_policies.py tests/test_stores.py tests/test_store_faults.py tests/test_kernel.py tests/test_precision.py,$(wildcard tests/test_*.py))
+FLOOR_TESTS := $(filter-out tests/test_laws.py tests/test_policies.py tests/test_stores.py tests/test_store_faults.py tests/test_kernel.py tests/test_precision.py tests/test_segments.py tests/test_plan.py tests/test_server.py tests/test_chatterbox_audio.py tests/test_batch.py tests/test_scheduler.py,$(wildcard tests/test_*.py))
 BENCHMARKS := $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint docs bench clean
+.PHONY: help demo test test-slow test-fleet lint docs bench clean
 
 help:  ## print the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
-demo: $(READY)  ## stream speech tokens from Chatterbox, see known voices start sooner, then text far past a window
+demo: $(READY)  ## stream speech tokens from Chatterbox, see known voices start sooner, a long text in segments, then text far past a window
 	$(PY) examples/chatterbox_stream.py --variant nano
 	$(PY) examples/voices.py
+	$(PY) examples/long_text.py
 	$(PY) examples/llm_stream.py
 
 test: $(READY) $(FLOOR_READY)  ## run the tests on the newest and on the lowest transformers; the slow ones are left out
@@ -38,6 +39,10 @@ test: $(READY) $(FLOOR_READY)  ## run the tests on the newest and on the lowest 
 
 test-slow: $(READY)  ## run the tests that take minutes or gigabytes
 	$(PY) -m pytest -m slow
+
+test-fleet: $(READY)  ## run the tests of replicas on a local Ray, which it installs
+	$(PIP) install --quiet --no-warn-conflicts "$(TORCH)" "$(NEWEST)" -e ".[test,ray]"
+	$(PY) -m pytest -m slow tests/test_ray.py
 
 lint: $(READY)  ## check style, format and types
 	$(PY) -m ruff check .

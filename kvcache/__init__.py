@@ -1,7 +1,9 @@
 """KV-cache management for autoregressive models that you run yourself, straight from PyTorch and transformers."""
 
 from kvcache.errors import (
+    BusyError,
     CapacityError,
+    ClosedError,
     CorruptError,
     GeometryError,
     InputError,
@@ -19,15 +21,18 @@ from kvcache.policies import KeepAll, MaxBytes, MaxTokens, Pinned, SizePolicy, S
 from kvcache.precision import with_precision
 from kvcache.prefix import PrefixKey, PrefixSnapshot
 from kvcache.rope import KeyRotation
+from kvcache.scheduler import Scheduler, SchedulerMetrics
 from kvcache.speakers import SpeakerCache, SpeakerStats, default_store
 from kvcache.stores import DiskStore, MemoryStore, RedisStore, RemoteStore, TieredStore
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BusyError",
     "CacheGeometry",
     "CacheReport",
     "CapacityError",
+    "ClosedError",
     "CorruptError",
     "DiskStore",
     "GeometryError",
@@ -49,6 +54,8 @@ __all__ = [
     "RedisStore",
     "RemoteStore",
     "RollbackError",
+    "Scheduler",
+    "SchedulerMetrics",
     "SizePolicy",
     "SlidingWindow",
     "SpeakerCache",

@@ -54,6 +54,8 @@ class Request:
         sequence: a job begins when the one before has ended.
         deliver: takes the chunks.
         blocked: says that the consumer is behind, and no further job should begin; those that have begun go on.
+        watch: is told what is decoded as it is, whatever its turn in the order: which job, how many new tokens, whether it
+            has ended.
     """
 
     def __init__(
@@ -65,10 +67,11 @@ class Request:
         sequence: bool = False,
         deliver: Callable[[Chunk], None] = lambda chunk: None,
         blocked: Callable[[], bool] = lambda: False,
+        watch: Callable[[int, int, bool], None] = lambda index, tokens, over: None,
     ) -> None:
         if jobs < 1 or size < 1:
             raise InputError(f"a request of {jobs} jobs in chunks of {size} tokens: give at least 1 of each")
-        self.jobs, self.deliver, self.blocked = jobs, deliver, blocked
+        self.jobs, self.deliver, self.blocked, self._watch = jobs, deliver, blocked, watch
         self._make, self._size, self._sequence = make, size, sequence
         self.running: dict[Job, int] = {}
         self.entered = 0
@@ -115,6 +118,7 @@ class Request:
         if piece.over:
             del self.running[piece.job]
             self._ended.add(index)
+        self._watch(index, len(piece.tokens), piece.over)
         self._due()
 
     def _due(self) -> None:
@@ -318,7 +322,7 @@ class Scheduler:
             BusyError: if too many wait.
             ClosedError: if the scheduler is closed, or has not begun.
         """
-        if self._thread is None or self._closing:
+        if self.closed:
             raise ClosedError("the scheduler is closed; use it within `async with`")
         if (waiting := self.metrics().waiting) >= self._max_waiting:
             self._counts["refused"] += 1
@@ -337,6 +341,11 @@ class Scheduler:
             self._added.append(request)
             self._changed.notify()
         return Stream(self, request, inbox, through)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no requests: not yet begun, closed, or ended by an error."""
+        return self._thread is None or self._closing
 
     def metrics(self) -> SchedulerMetrics:
         """What it does and has done."""
@@ -364,9 +373,9 @@ class Scheduler:
     def _first(self, seconds: float) -> None:
         self._firsts.append(seconds)
 
-    def _drop(self, request: Request) -> None:
+    def _drop(self, request: Request, counts: str = "cancelled") -> None:
         if self._inboxes.pop(request, None) is not None:
-            self._counts["cancelled"] += 1
+            self._counts[counts] += 1
             with self._changed:
                 self._dropped.append(request)
                 self._changed.notify()
@@ -481,8 +490,8 @@ class Stream(AsyncIterator[T], Generic[T]):
                     self._items.extend(await asyncio.to_thread(list, self._through(item)))
         except StopAsyncIteration:
             raise
-        except BaseException:  # cancelled, or it cannot be made into what was wanted
-            await self.aclose()
+        except BaseException as error:  # cancelled, or it cannot be made into what was wanted
+            self._end("failed" if isinstance(error, Exception) else "cancelled")
             raise
         if not self._given:
             self._given = True
@@ -491,8 +500,11 @@ class Stream(AsyncIterator[T], Generic[T]):
 
     async def aclose(self) -> None:
         """End the request. Nothing happens if it has ended."""
+        self._end("cancelled")
+
+    def _end(self, counts: str) -> None:
         self._ended = True
-        self._scheduler._drop(self._request)
+        self._scheduler._drop(self._request, counts)
 
     def __del__(self) -> None:
         if not self._ended:

@@ -3,7 +3,7 @@
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from typing import TypeVar
 
 import torch
@@ -60,6 +60,20 @@ def from_worker(work: Callable[[Callable[[T], None]], None], ahead: int = 64) ->
     finally:
         stopped.set()
         thread.join()
+
+
+def in_thread(items: Iterator[T], ahead: int = 64) -> Iterator[T]:
+    """The same items, made in a thread of their own; see `from_worker`."""
+
+    def work(emit: Callable[[T], None]) -> None:
+        try:
+            for item in items:
+                emit(item)
+        finally:
+            if isinstance(items, Generator):
+                items.close()
+
+    return from_worker(work, ahead)
 
 
 def chunked(tokens: Iterator[Tensor], size: int) -> Iterator[Tensor]:

@@ -28,7 +28,8 @@ def run(layer, states):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
-    ("shape", "suits"), [((1, 31), True), ((2, 33), True), ((256,), True), ((1, 4), True), ((1, 3), False), ((1, 300), False)]
+    ("shape", "suits"),
+    [((1, 31), True), ((2, 33), True), ((256,), True), ((1, 4), True), ((1, 3), False), ((1, 300), False)],
 )
 def test_a_linear_layer_of_few_rows_gives_the_same(shape, suits, bias):
     layer = nn.Linear(96, 160, bias=bias)

@@ -1,10 +1,11 @@
 """From speech tokens to audio: the voice, the tokenizer and the vocoder of a loaded Chatterbox model."""
 
 import hashlib
+import math
 import os
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -16,7 +17,11 @@ from kvcache import InputError
 from kvcache_chatterbox.voices import Voice
 
 SPEECH_TOKENS = 6561  # tokens from here on are start and stop, not speech
-SAMPLES_PER_TOKEN = 960  # 24 kHz audio, 25 tokens a second
+SAMPLE_RATE = 24_000
+SAMPLES_PER_TOKEN = 960  # 25 tokens a second
+_EDGE = (
+    120  # samples, 5 ms: less than an `AudioStream` holds back, so the end of a segment is at hand when the next comes
+)
 _CLIPS = 32
 
 
@@ -28,7 +33,7 @@ class AudioStream:
 
     Args:
         vocode: tokens ``[n]`` to audio ``[n * 960]``.
-        context: tokens before a chunk that are run again with it.
+        context: tokens before a chunk that are run again with it; S3Gen silences the first one of any run.
         fade: samples of cross-fade.
     """
 
@@ -55,10 +60,94 @@ class AudioStream:
         self._held = audio[audio.numel() - keep :]
         return audio[: audio.numel() - keep]
 
-    def finish(self) -> Tensor:
-        """What was held back for a chunk that does not come."""
-        held, self._held, self._tokens = self._held, None, None
+    def flush(self) -> Tensor:
+        """What was held back; the next chunk is not faded into it, but still made together with the tokens before it."""
+        held, self._held = self._held, None
         return torch.zeros(0) if held is None else held
+
+    def finish(self) -> Tensor:
+        """What was held back for a chunk that does not come; the next chunk starts anew."""
+        self._tokens = None
+        return self.flush()
+
+
+class SegmentedAudio:
+    """Turns the speech tokens of a text's segments, pushed in text order, into audio that joins without a click.
+
+    Between two segments there is a pause, and where they meet their edges are faded over 5 ms. The first segment's start
+    and the last one's end stay as the vocoder makes them. A segment without speech tokens is not heard at all: neither it
+    nor a pause for it.
+
+    Args:
+        vocode: tokens ``[n]`` to audio ``[n * 960]``.
+        ending: tokens ``[n]`` behind each segment, or behind the last if they are joined; by default none.
+        pause: seconds of silence between two segments.
+        joined: the segments continue one another: each is made together with the end of the one before. With ``pause=0``
+            they are faded into one another, as chunks of one segment are.
+        mark: what the audio ``[samples]`` goes through before it is handed out, once.
+
+    Raises:
+        InputError: if `pause` is negative or not finite.
+    """
+
+    def __init__(
+        self,
+        vocode: Callable[[Tensor], Tensor],
+        *,
+        ending: Tensor | None = None,
+        pause: float = 0.2,
+        joined: bool = False,
+        mark: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        if not 0 <= pause < math.inf:
+            raise InputError(f"pause={pause} must be a number of seconds, 0 or more")
+        self._stream = AudioStream(vocode)
+        self._ending = ending
+        self._silence = torch.zeros(round(pause * SAMPLE_RATE))
+        self._joined = joined
+        self._mark = mark
+        self._index: int | None = None  # of the segment last heard
+
+    def push(self, index: int, tokens: Tensor) -> Tensor:
+        """The audio ``[1, samples]`` that `tokens` of the segment `index` complete; it may have no samples.
+
+        Args:
+            index: of the segment; it never falls, and may skip.
+            tokens: ``[n]`` or ``[1, n]``; those that are not speech are dropped.
+
+        Raises:
+            InputError: if a later segment was heard already.
+        """
+        speech = _speech(tokens)
+        if speech.numel() == 0:
+            return torch.zeros(1, 0)
+        if self._index is not None and index < self._index:
+            raise InputError(f"segment {index} comes after segment {self._index}: push segments in the text's order")
+        before, self._index = self._index, index
+        if before is None or index == before or (self._joined and self._silence.numel() == 0):
+            return self._out(self._stream.push(speech))
+        end = self._stream.flush() if self._joined else self._end()
+        start = self._stream.push(speech)
+        rising = torch.linspace(0, 1, _EDGE + 2)[1:-1]
+        end, start = end.clone(), start.clone()
+        end[-_EDGE:] *= rising.flip(0)
+        start[:_EDGE] *= rising
+        return self._out(end, self._silence, start)
+
+    def finish(self) -> Tensor:
+        """The audio ``[1, samples]`` that was held back for tokens that do not come."""
+        heard, self._index = self._index is not None, None
+        return self._out(self._end()) if heard else torch.zeros(1, 0)
+
+    def _end(self) -> Tensor:
+        ending = torch.zeros(0) if self._ending is None else self._stream.push(self._ending)
+        return torch.cat([ending, self._stream.finish()])
+
+    def _out(self, *parts: Tensor) -> Tensor:
+        audio = torch.cat(parts)
+        if audio.numel() and self._mark is not None:
+            audio = self._mark(audio)
+        return audio[None]
 
 
 class Speaker:
@@ -110,43 +199,95 @@ class Speaker:
 
     def tokenize(self, text: str, language_id: str | None) -> Tensor:
         """The text, its punctuation normalized as upstream does it, as T3's text tokens ``[1, n]``."""
-        if not text.strip():
-            raise InputError("the text is empty: give at least one word to speak")
+        self.check_language(language_id)
         text = self._upstream.punc_norm(text)
         tokenizer, hp = self._tts.tokenizer, self._tts.t3.hp
         if self._tts.t3.is_gpt:
             return torch.as_tensor(tokenizer(text, return_tensors="pt", padding=True, truncation=True).input_ids)
         if hp.is_multilingual:
-            languages = getattr(self._upstream, "SUPPORTED_LANGUAGES", {})
-            if language_id is None or language_id.lower() not in languages:
-                raise InputError(
-                    f"language_id={language_id!r} is not one of {', '.join(languages)}; name the text's language"
-                )
-            tokens = tokenizer.text_to_tokens(text, language_id=language_id.lower())
+            tokens = tokenizer.text_to_tokens(text, language_id=str(language_id).lower())
         else:
             tokens = tokenizer.text_to_tokens(text)
         return torch.nn.functional.pad(
             torch.nn.functional.pad(tokens, (1, 0), value=hp.start_text_token), (0, 1), value=hp.stop_text_token
         )
 
-    def speak(self, chunks: Iterator[Tensor], voice: Voice, watermark: bool) -> Iterator[Tensor]:
-        """Audio chunks ``[1, samples]`` for chunks of speech tokens ``[1, n]``."""
-        stream = AudioStream(lambda tokens: self._vocode(tokens, voice))
-        for chunk in chunks:
-            yield from self._marked(stream.push(_speech(chunk)), watermark)
-        yield from self._marked(stream.push(self._silence()), watermark)
-        yield from self._marked(stream.finish(), watermark)
+    def segmented(self, voice: Voice, watermark: bool, *, pause: float = 0.2, joined: bool = False) -> SegmentedAudio:
+        """What turns the speech tokens of segments into the voice's audio as they are pushed; one request's own.
 
-    def say(self, chunks: Iterator[Tensor], voice: Voice, watermark: bool) -> Tensor:
-        """The audio ``[1, samples]`` of all chunks, in one vocoder pass."""
-        tokens = torch.cat([*(_speech(chunk) for chunk in chunks), self._silence()])
-        if tokens.numel() == 0:
-            return torch.zeros(1, 0)
-        return torch.cat(list(self._marked(self._vocode(tokens, voice), watermark)), 1)
+        Args:
+            voice: who speaks.
+            watermark: mark each stretch that is handed out with the model's watermarker, if it has one.
+            pause: seconds of silence between two segments.
+            joined: the segments continue one another, see `SegmentedAudio`.
 
-    def _silence(self) -> Tensor:
+        Raises:
+            InputError: if `pause` is negative or not finite, or the vocoder knows nothing of the voice.
+        """
+        _check_heard(voice)
+        return SegmentedAudio(
+            lambda tokens: self._vocode(tokens, voice),
+            ending=self._ending(),
+            pause=pause,
+            joined=joined,
+            mark=self._marked if watermark else None,
+        )
+
+    def speak(
+        self,
+        pieces: Iterable[tuple[int, Tensor]],
+        voice: Voice,
+        watermark: bool,
+        *,
+        pause: float = 0.2,
+        joined: bool = False,
+    ) -> Iterator[Tensor]:
+        """Audio chunks ``[1, samples]`` of segments, as their speech tokens come.
+
+        Args:
+            pieces: a segment's index and speech tokens of it ``[1, n]``, in the text's order.
+            voice, watermark, pause, joined: see `segmented`.
+        """
+        return heard(self.segmented(voice, watermark, pause=pause, joined=joined), pieces)
+
+    def say(
+        self,
+        pieces: Iterable[tuple[int, Tensor]],
+        voice: Voice,
+        watermark: bool,
+        *,
+        pause: float = 0.2,
+        joined: bool = False,
+    ) -> Tensor:
+        """The audio ``[1, samples]`` of segments, one vocoder pass each and marked as a whole; as long as it is streamed.
+
+        Args:
+            pieces: as for `speak`; of whole segments, ``enumerate(segments)``.
+            voice, watermark, pause, joined: see `segmented`.
+        """
+        _check_heard(voice)
+        audio = SegmentedAudio(lambda tokens: self._vocode(tokens, voice), pause=pause, joined=joined)
+        segments: dict[int, list[Tensor]] = {}
+        for index, tokens in pieces:
+            if (speech := _speech(tokens)).numel():
+                segments.setdefault(index, []).append(speech)
+        for index in list(segments)[-1:] if joined else segments:
+            segments[index].append(self._ending())  # in the segment's own pass, as upstream has it
+        parts = [audio.push(index, torch.cat(speech)) for index, speech in segments.items()]
+        whole = torch.cat([*parts, audio.finish()], 1)
+        return self._marked(whole[0])[None] if watermark and whole.numel() else whole
+
+    def check_language(self, language_id: str | None) -> None:
+        """Raise `InputError` if the multilingual model does not speak this language; others are not asked."""
+        languages = getattr(self._upstream, "SUPPORTED_LANGUAGES", {})
+        if self._tts.t3.hp.is_multilingual and (language_id is None or language_id.lower() not in languages):
+            raise InputError(
+                f"language_id={language_id!r} is not one of {', '.join(languages)}; name the text's language"
+            )
+
+    def _ending(self) -> Tensor:
         """What upstream puts behind the tokens: Turbo's three of silence."""
-        silence = getattr(self._upstream, "S3GEN_SIL", None)
+        silence = getattr(self._upstream, "S3GEN_SIL", None) if self._tts.t3.is_gpt else None
         return torch.full((0 if silence is None else 3,), silence or 0, device=self._tts.t3.device)
 
     def _vocode(self, tokens: Tensor, voice: Voice) -> Tensor:
@@ -156,12 +297,27 @@ class Speaker:
         )  # it writes into it
         return torch.as_tensor(audio).squeeze(0).detach().cpu()
 
-    def _marked(self, audio: Tensor, watermark: bool) -> Iterator[Tensor]:
-        if audio.numel() and watermark and getattr(self._tts, "watermarker", None) is not None:
-            audio = torch.from_numpy(self._tts.watermarker.apply_watermark(audio.numpy(), sample_rate=self._tts.sr))
-        if audio.numel():
-            yield audio[None]
+    def _marked(self, audio: Tensor) -> Tensor:
+        if getattr(self._tts, "watermarker", None) is None:
+            return audio
+        return torch.from_numpy(self._tts.watermarker.apply_watermark(audio.numpy(), sample_rate=self._tts.sr))
 
 
-def _speech(chunk: Tensor) -> Tensor:
-    return chunk[chunk < SPEECH_TOKENS]
+def heard(audio: SegmentedAudio, pieces: Iterable[tuple[int, Tensor]]) -> Iterator[Tensor]:
+    for index, tokens in pieces:
+        if (chunk := audio.push(index, tokens)).numel():
+            yield chunk
+    if (chunk := audio.finish()).numel():
+        yield chunk
+
+
+def _check_heard(voice: Voice) -> None:
+    if not voice.gen:
+        raise InputError(
+            "the voice has no reference for the vocoder, only T3's conditionals; add it from a clip, from upstream's "
+            "whole Conditionals, or use inference_stream() for tokens"
+        )
+
+
+def _speech(tokens: Tensor) -> Tensor:
+    return tokens[tokens < SPEECH_TOKENS]

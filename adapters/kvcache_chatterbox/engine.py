@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -24,15 +24,21 @@ from kvcache import (
 from kvcache.decoding import BackendName, Batch, Job, check_backend
 from kvcache.hf import PositionMode, new_cache
 from kvcache.precision import Precision
-from kvcache.streaming import as_async, chunked
-from kvcache_chatterbox.audio import Speaker
+from kvcache.streaming import as_async, chunked, in_thread
+from kvcache_chatterbox.audio import SegmentedAudio, Speaker, heard
 from kvcache_chatterbox.decoding import Decoder
+from kvcache_chatterbox.long_text import Carry, LongText, Watch, check_carry, in_batch, seeds, unwatched
+from kvcache_chatterbox.plan import LongTextPlan, make_plan
 from kvcache_chatterbox.requests import check_count, check_text, condition, prefill
 from kvcache_chatterbox.reuse import Reuse, VoiceReuse
 from kvcache_chatterbox.sampling import SamplingOptions, sampling_of
+from kvcache_chatterbox.segments import split
 from kvcache_chatterbox.stepping import Stepper, at_precision
 from kvcache_chatterbox.utterance import Utterance
 from kvcache_chatterbox.voices import Voice, Voices, read_conds
+
+_UPSTREAMS_MOST = 1000  # speech tokens
+_SLOTS_STEP = 256  # what is recorded for a graph reads so many at a time
 
 
 class ChatterboxEngine:
@@ -104,6 +110,7 @@ class ChatterboxEngine:
         self._last = CacheReport(())
         if backend == "auto":
             backend = "eager" if self.t3.device.type == "cpu" else "graph"
+        self._captures = backend not in ("eager", "off")
         if kv_dtype is None and precision in ("bf16", "int8"):
             kv_dtype = torch.bfloat16
         self._stepper, self._why_not = None, None
@@ -216,7 +223,7 @@ class ChatterboxEngine:
         """
         if (t3_cond is None) == (voice is None):
             raise InputError("give either voice, a name among engine.voices, or t3_cond")
-        speaker = self._voice(voice) if t3_cond is None else Voice(t3_cond, {})
+        speaker = self.voice_of(voice) if t3_cond is None else Voice(t3_cond, {})
         utterance = self.utterance(
             speaker,
             text_tokens,
@@ -256,7 +263,84 @@ class ChatterboxEngine:
             )
         )
 
+    def inference_segments(
+        self,
+        *,
+        texts: Sequence[Tensor],
+        t3_cond: Any = None,
+        voice: str | Voice | None = None,
+        exaggeration: float | None = None,
+        max_new_tokens: int = 1000,
+        chunk_size: int = 25,
+        seed: int | None = None,
+        max_rows: int = 8,
+        carry: Carry | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Speech tokens of several texts that follow one another, decoded together, in their order.
+
+        Args:
+            texts: each as `inference_stream` takes one.
+            seed: of the first; each further text has the next number.
+            max_rows: texts that decode together at most. The first decodes alone until its first chunk is there.
+            carry: ``"tail"`` decodes one after another, each from the end of the one before; see `Utterance.after`.
+            t3_cond, voice, exaggeration, max_new_tokens, chunk_size, **sampling: see `inference_stream`.
+
+        Yields:
+            Which text, and tokens of it ``[1, n]``.
+
+        Raises:
+            InputError, CapacityError: before anything has run.
+        """
+        if (t3_cond is None) == (voice is None):
+            raise InputError("give either voice, a name among engine.voices, or t3_cond")
+        if not texts:
+            raise InputError("texts is empty: give at least one text")
+        check_count("max_rows", max_rows)
+        check_count("chunk_size", chunk_size)
+        check_carry(carry)
+        speaker = self.voice_of(voice) if t3_cond is None else Voice(t3_cond, {})
+        utterances = [
+            self.utterance(
+                speaker,
+                text,
+                exaggeration=exaggeration,
+                max_new_tokens=max_new_tokens,
+                seed=one,
+                reused=t3_cond is None,
+                **sampling,
+            )
+            for text, one in zip(texts, seeds(seed, len(texts)), strict=True)
+        ]
+        return self._in_order(utterances, min(max_rows, len(texts)), chunk_size, carry)
+
     # ------------------------------------------------------------------ audio
+
+    def plan(
+        self,
+        text: str,
+        *,
+        voice: str | Voice | None = None,
+        language_id: str | None = None,
+        max_new_tokens: int | None = None,
+        max_rows: int = 8,
+        memory_budget: int | None = None,
+        segment_characters: int | None = 200,
+    ) -> LongTextPlan:
+        """What `generate_stream` will do with a text, and what that takes; see there for the arguments.
+
+        Raises:
+            InputError, CapacityError: if it cannot be spoken.
+        """
+        return self.long_text(
+            text,
+            self.voice_of(voice),
+            language_id=language_id,
+            max_new_tokens=max_new_tokens,
+            max_rows=max_rows,
+            memory_budget=memory_budget,
+            segment_characters=segment_characters,
+        ).plan
 
     def generate_stream(
         self,
@@ -266,38 +350,69 @@ class ChatterboxEngine:
         audio_prompt_path: str | os.PathLike[str] | None = None,
         exaggeration: float | None = None,
         language_id: str | None = None,
-        max_new_tokens: int = 1000,
+        max_new_tokens: int | None = None,
         chunk_size: int = 25,
         seed: int | None = None,
         watermark: bool = True,
+        max_rows: int = 8,
+        memory_budget: int | None = None,
+        segment_characters: int | None = 200,
+        pause: float = 0.2,
+        carry: Carry | None = None,
+        overlap: bool | None = None,
+        watch: Watch = unwatched,
         **sampling: Unpack[SamplingOptions],
     ) -> Iterator[Tensor]:
-        """Audio of one text, in chunks ``[1, samples]`` at the model's sample rate, as the tokens come.
+        """Audio of a text of any length, in chunks ``[1, samples]`` at the model's sample rate, as the tokens come.
+
+        A text that is longer than `segment_characters` is divided between sentences. The segments decode together, the
+        first one alone until its first chunk is out; audio comes in the text's order.
 
         Args:
             text: what to say.
             voice: who speaks, by the name it was added under; by default the voice that the model was loaded with.
             audio_prompt_path: or a clip of who speaks.
             exaggeration: emotion; by default as the voice has it.
-            language_id: for the multilingual model, such as ``"fr"``.
-            watermark: mark each chunk with the model's watermarker.
-            max_new_tokens, chunk_size, seed, **sampling: see `inference_stream`.
+            language_id: such as ``"fr"``: what the multilingual model speaks, and by whose rules sentences are told.
+            max_new_tokens: speech tokens of a segment at most. By default 1000, as upstream, for a text of one segment;
+                of several, three times as many as it will probably take (see `plan`).
+            chunk_size, **sampling: see `inference_stream`.
+            seed: of the first segment's draws; each further segment has the next number.
+            watermark: mark each stretch of audio with the model's watermarker.
+            max_rows: segments that decode together at most; with guidance each takes two rows of the cache.
+            memory_budget: bytes that their cache may take; fewer rows where not all fit.
+            segment_characters: of a segment at most; None never divides.
+            pause: seconds of silence between segments.
+            carry: ``"tail"`` decodes one segment after another, each from the end of the one before.
+            overlap: decode in a thread of its own while audio is made; by default on a GPU. On a CPU the two would only take
+                each other's cores.
+            watch: is told of progress, in the thread that decodes: which segment, how many new speech tokens, whether it
+                has ended.
 
         Raises:
-            InputError: if the model is a bare T3, the text is empty, or there is no voice.
+            InputError: if the model is a bare T3, there is nothing to say, or no voice to say it.
+            CapacityError: if a segment does not fit the cache, or no segment the budget.
         """
-        speaker = self._with_vocoder()
-        who = self._voice(voice, audio_prompt_path)
-        tokens = self.inference_stream(
-            voice=who,
+        who = self.voice_of(voice, audio_prompt_path)
+        long = self.long_text(
+            text,
+            who,
             exaggeration=exaggeration,
-            text_tokens=speaker.tokenize(text, language_id),
+            language_id=language_id,
             max_new_tokens=max_new_tokens,
-            chunk_size=chunk_size,
             seed=seed,
+            max_rows=max_rows,
+            memory_budget=memory_budget,
+            segment_characters=segment_characters,
+            carry=carry,
             **sampling,
         )
-        return speaker.speak(tokens, who, watermark)
+        check_count("chunk_size", chunk_size)
+        audio = self.audio(who, watermark, pause=pause, joined=carry is not None)
+        pieces = self._in_order(long.utterances, long.plan.rows, chunk_size, carry, long.plan.slots, watch)
+        if overlap or (overlap is None and self.t3.device.type != "cpu"):
+            pieces = in_thread(pieces)
+        return heard(audio, pieces)
 
     def generate(
         self,
@@ -307,23 +422,112 @@ class ChatterboxEngine:
         audio_prompt_path: str | os.PathLike[str] | None = None,
         exaggeration: float | None = None,
         language_id: str | None = None,
-        max_new_tokens: int = 1000,
+        max_new_tokens: int | None = None,
         seed: int | None = None,
         watermark: bool = True,
+        max_rows: int = 8,
+        memory_budget: int | None = None,
+        segment_characters: int | None = 200,
+        pause: float = 0.2,
+        carry: Carry | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> Tensor:
-        """The audio of one text ``[1, samples]``, as upstream's `generate` makes it: all tokens, then one vocoder pass."""
-        speaker = self._with_vocoder()
-        who = self._voice(voice, audio_prompt_path)
-        tokens = self.inference_stream(
-            voice=who,
+        """The audio of a text ``[1, samples]``: all tokens, then one vocoder pass for each segment, as upstream's `generate`
+        does for its one. The arguments are those of `generate_stream`, whose chunks are together as long."""
+        who = self.voice_of(voice, audio_prompt_path)
+        long = self.long_text(
+            text,
+            who,
             exaggeration=exaggeration,
-            text_tokens=speaker.tokenize(text, language_id),
+            language_id=language_id,
             max_new_tokens=max_new_tokens,
             seed=seed,
+            max_rows=max_rows,
+            memory_budget=memory_budget,
+            segment_characters=segment_characters,
+            carry=carry,
             **sampling,
         )
-        return speaker.say(tokens, who, watermark)
+        pieces = self._in_order(long.utterances, long.plan.rows, 1000, carry, long.plan.slots)
+        return self._with_vocoder().say(pieces, who, watermark, pause=pause, joined=carry is not None)
+
+    def long_text(
+        self,
+        text: str,
+        voice: Voice,
+        *,
+        exaggeration: float | None = None,
+        language_id: str | None = None,
+        max_new_tokens: int | None = None,
+        seed: int | None = None,
+        max_rows: int = 8,
+        memory_budget: int | None = None,
+        segment_characters: int | None = 200,
+        carry: Carry | None = None,
+        slots: int | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> LongText:
+        """A text as utterances, with the plan for them; see `generate_stream` for the arguments.
+
+        Args:
+            slots: of each row of the batch that they shall fit; by default as many as they need, up to `max_cache_length`.
+        """
+        speaker = self._with_vocoder()
+        speaker.check_language(language_id)
+        parts = split(text, language_id, len(text) + 20 if segment_characters is None else segment_characters)
+        tokens = [speaker.tokenize(part.text, language_id) for part in parts]
+        if len(parts) == 1 and max_new_tokens is None:
+            max_new_tokens = _UPSTREAMS_MOST
+        options = sampling_of(self.t3.is_gpt, sampling)
+        guided = not self.t3.is_gpt and (self.batches or options.cfg_weight > 0)
+        who = voice if exaggeration is None else voice.with_emotion(exaggeration)
+        positions = self.t3.speech_pos_emb
+        plan = make_plan(
+            parts,
+            [one.shape[1] for one in tokens],
+            language=language_id,
+            prefix=self._conditioning(who, True).shape[1],
+            overhead=self._overhead,
+            token_bytes=self._token_bytes,
+            guided=guided,
+            max_rows=1 if carry is not None else max_rows,
+            memory_budget=memory_budget,
+            max_new_tokens=max_new_tokens,
+            longest=None if positions is None else positions.emb.num_embeddings - 1,
+            max_length=self._manager.max_cache_length if slots is None else slots,
+            slots_of=self._slots_taken if slots is None else self._slots_needed,
+        )
+        utterances = [
+            self.utterance(who, text_tokens, max_new_tokens=segment.most, seed=one, **sampling)
+            for text_tokens, segment, one in zip(tokens, plan.segments, seeds(seed, len(parts)), strict=True)
+        ]
+        return LongText(plan, utterances, carry)
+
+    def audio(
+        self, voice: str | Voice | None, watermark: bool = True, *, pause: float = 0.2, joined: bool = False
+    ) -> SegmentedAudio:
+        """What turns the speech tokens of segments into a voice's audio as they are pushed; one request's own.
+
+        Args:
+            voice: who speaks.
+            watermark, pause, joined: see `SegmentedAudio`.
+        """
+        return self._with_vocoder().segmented(self.voice_of(voice), watermark, pause=pause, joined=joined)
+
+    def voice_of(self, voice: str | Voice | None, audio_prompt_path: str | os.PathLike[str] | None = None) -> Voice:
+        """Who speaks: a voice by its name, of a clip, or the one that the model was loaded with.
+
+        Raises:
+            InputError: if there is no such voice.
+        """
+        if voice is not None and audio_prompt_path is not None:
+            raise InputError(f"give voice={voice!r} or audio_prompt_path={audio_prompt_path!r}, not both")
+        if isinstance(voice, Voice):
+            return voice
+        if voice is not None:
+            return self.voices[voice]
+        speaker = self._with_vocoder()
+        return speaker.builtin() if audio_prompt_path is None else speaker.encode(audio_prompt_path)
 
     # ------------------------------------------------------------------ utterances, as batches take them
 
@@ -387,15 +591,36 @@ class ChatterboxEngine:
         return self._batched().batch(places, slots, compact)
 
     def slots(self, utterance: Utterance) -> int:
-        """Slots of cache that an utterance needs in a batch: voice, text, start of speech and speech, or what its policy
-        keeps of it."""
-        prefix = self._conditioning(utterance).shape[1] + utterance.text.shape[1]
-        prefix += 2 if self.double_bos and not self.t3.is_gpt else 1
-        geometry, rows = self._manager.geometry, 1 if self.t3.is_gpt else 2
-        limit = (
-            Pinned(prefix, self.policy).resolve(geometry.token_bytes * rows, 0, self._manager.max_cache_length).limit
+        """Slots of cache that an utterance needs in each of its rows in a batch."""
+        prefix = (
+            self._conditioning(utterance.voice, utterance.reused).shape[1] + utterance.text.shape[1] + self._overhead
         )
-        return prefix + utterance.max_new_tokens - 1 if limit is None else limit
+        return self._slots_taken(prefix, utterance.max_new_tokens)
+
+    def room(self, max_rows: int, slots: int | None = None, memory_budget: int | None = None) -> tuple[int, int]:
+        """Slots and places of a batch that any utterance fits, within a budget.
+
+        Args:
+            max_rows: places at most.
+            slots: of each; by default `max_cache_length`.
+            memory_budget: bytes of the cache.
+
+        Raises:
+            InputError: if this engine decodes one utterance at a time.
+            CapacityError: if the budget does not hold one place.
+        """
+        self._batched()
+        check_count("max_rows", max_rows)
+        slots = self._manager.max_cache_length if slots is None else slots
+        assert slots is not None
+        check_count("slots", slots)
+        one = slots * self._token_bytes * (1 if self.t3.is_gpt else 2)
+        if memory_budget is not None and memory_budget < one:
+            raise CapacityError(
+                f"one row of {slots} tokens takes {one / 2**20:.1f} MiB of KV cache, memory_budget is "
+                f"{memory_budget / 2**20:.1f} MiB; raise it, or lower max_cache_length"
+            )
+        return slots, max_rows if memory_budget is None else min(max_rows, memory_budget // one)
 
     @property
     def batches(self) -> bool:
@@ -427,25 +652,76 @@ class ChatterboxEngine:
         """What prefills an utterance, and the cache for it, both new."""
         reuse = self._reuse if utterance.reused else None
         text = utterance.text.expand(rows, -1)
-        request = prefill(self.t3, self._conditioning(utterance), text, self.double_bos)
+        request = prefill(self.t3, self._conditioning(utterance.voice, utterance.reused), text, self.double_bos)
         total = utterance.max_new_tokens
         cache = self._new_cache(request.embeds, total) if caching else None
         start = None if cache is None or reuse is None else reuse.start
         return Decoder(self.t3, request, utterance.sampling, total, cache, generator, start, self.onednn), cache
 
-    def _conditioning(self, utterance: Utterance) -> Tensor:
-        reuse = self._reuse if utterance.reused else None
-        return condition(self.t3, utterance.voice.t3) if reuse is None else reuse.condition(utterance.voice.t3)
+    def _conditioning(self, voice: Voice, reused: bool) -> Tensor:
+        reuse = self._reuse if reused else None
+        return condition(self.t3, voice.t3) if reuse is None else reuse.condition(voice.t3)
 
-    def _voice(self, voice: str | Voice | None, audio_prompt_path: str | os.PathLike[str] | None = None) -> Voice:
-        if voice is not None and audio_prompt_path is not None:
-            raise InputError(f"give voice={voice!r} or audio_prompt_path={audio_prompt_path!r}, not both")
-        if isinstance(voice, Voice):
-            return voice
-        if voice is not None:
-            return self.voices[voice]
-        speaker = self._with_vocoder()
-        return speaker.builtin() if audio_prompt_path is None else speaker.encode(audio_prompt_path)
+    @property
+    def _overhead(self) -> int:
+        """Start-of-speech tokens behind the text."""
+        return 2 if self.double_bos and not self.t3.is_gpt else 1
+
+    @property
+    def _token_bytes(self) -> int:
+        """Of one token in one cache row, over all layers."""
+        return self._manager.geometry.token_bytes if self._stepper is None else self._stepper.token_bytes
+
+    def _slots_needed(self, before: int, total: int) -> int:
+        """Slots of a row with so many tokens before the speech and so many of it, or what the policy keeps of them."""
+        token = self._manager.geometry.token_bytes * (1 if self.t3.is_gpt else 2)
+        policy = Pinned(before, self.policy).resolve(token, 0, self._manager.max_cache_length)
+        return before + total - 1 if policy.limit is None else policy.limit  # the last token drawn is never run
+
+    def _slots_taken(self, before: int, total: int) -> int:
+        """The same; in steps where steps of the decode are captured or compiled, which then serve other texts, too."""
+        needed = self._slots_needed(before, total)
+        most = self._manager.max_cache_length
+        if not self._captures or self.policy.evicts or most is None or needed > most:
+            return needed
+        return min(-(-needed // _SLOTS_STEP) * _SLOTS_STEP, most)
+
+    def _in_order(
+        self,
+        utterances: Sequence[Utterance],
+        rows: int,
+        chunk_size: int,
+        carry: Carry | None,
+        slots: int | None = None,
+        watch: Watch = unwatched,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The speech tokens of utterances, decoded together if that can be, one after another else."""
+        if rows == 1 or carry is not None or not self.batches:
+            return self._one_by_one(utterances, chunk_size, carry, watch)
+        slots = max(map(self.slots, utterances)) if slots is None else slots
+        return self._together(utterances, rows, chunk_size, slots, watch)
+
+    def _one_by_one(
+        self, utterances: Sequence[Utterance], chunk_size: int, carry: Carry | None, watch: Watch
+    ) -> Iterator[tuple[int, Tensor]]:
+        before = None
+        for index, utterance in enumerate(utterances):
+            said = []
+            for chunk in self._tokens(utterance.after(before), chunk_size):
+                said.append(chunk[0])
+                watch(index, chunk.shape[1], False)
+                yield index, chunk
+            watch(index, 0, True)
+            before = torch.cat(said) if carry is not None and said else None
+
+    def _together(
+        self, utterances: Sequence[Utterance], rows: int, chunk_size: int, slots: int, watch: Watch
+    ) -> Iterator[tuple[int, Tensor]]:
+        with self.batch(rows, slots) as batch:
+            for chunk in in_batch(batch, [self.job(utterance) for utterance in utterances], chunk_size, watch):
+                self._last = batch.report()
+                if chunk.tokens.numel():
+                    yield chunk.index, chunk.tokens[None].to(self.t3.device)
 
     def _with_vocoder(self) -> Speaker:
         if self._speaker is None:

@@ -1,0 +1,145 @@
+"""Many texts at once, for an event loop: audio of each as its segments are decoded beside everybody else's."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Self, Unpack
+
+from kvcache import InputError
+from kvcache.decoding import Job
+from kvcache.scheduler import Chunk, Scheduler, SchedulerMetrics, Stream
+from kvcache_chatterbox.engine import ChatterboxEngine
+from kvcache_chatterbox.long_text import Carry
+from kvcache_chatterbox.requests import check_count
+from kvcache_chatterbox.sampling import SamplingOptions
+from kvcache_chatterbox.voices import Voice
+
+
+class SpeechScheduler:
+    """Speaks for many clients on one engine, their segments decoded together.
+
+    ``async with SpeechScheduler(engine) as scheduler`` starts and ends its thread; `submit` gives one client's audio.
+
+    Args:
+        engine: around a whole Chatterbox model.
+        max_rows: segments that decode together at most; with guidance each takes two rows of the cache.
+        memory_budget: bytes that their cache may take; fewer rows where not all fit.
+        max_waiting: clients that may wait for their first row; one more is refused.
+        max_characters: of a text.
+        slots: tokens that a segment may come to, voice, text and speech; by default the engine's `max_cache_length`.
+        ahead, prefills, reserved: see `kvcache.scheduler.Scheduler`.
+
+    Raises:
+        InputError: if the engine decodes one utterance at a time, or has no vocoder.
+        CapacityError: if the budget does not hold one row.
+    """
+
+    def __init__(
+        self,
+        engine: ChatterboxEngine,
+        *,
+        max_rows: int = 8,
+        memory_budget: int | None = None,
+        max_waiting: int = 64,
+        max_characters: int = 20_000,
+        slots: int | None = None,
+        ahead: int = 32,
+        prefills: int = 8,
+        reserved: int | None = None,
+    ) -> None:
+        self._engine = engine
+        self._slots, self.rows = engine.room(max_rows, slots, memory_budget)
+        self._max_characters = max_characters
+        self._scheduler = Scheduler(
+            lambda: engine.batch(self.rows, self._slots),
+            self.rows,
+            max_waiting=max_waiting,
+            ahead=ahead,
+            prefills=prefills,
+            reserved=reserved,
+        )
+
+    async def __aenter__(self) -> Self:
+        await self._scheduler.__aenter__()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End all requests, whose clients are told, and the thread."""
+        await self._scheduler.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no requests: not yet begun, closed, or ended by an error."""
+        return self._scheduler.closed
+
+    def metrics(self) -> SchedulerMetrics:
+        """What it does and has done; ``ttfa`` is to the first audio."""
+        return self._scheduler.metrics()
+
+    def submit(
+        self,
+        text: str,
+        *,
+        voice: str | Voice | None = None,
+        audio_prompt_path: str | os.PathLike[str] | None = None,
+        exaggeration: float | None = None,
+        language_id: str | None = None,
+        max_new_tokens: int | None = None,
+        chunk_size: int = 25,
+        seed: int | None = None,
+        pause: float = 0.2,
+        carry: Carry | None = None,
+        segment_characters: int | None = 200,
+        watermark: bool = True,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Stream[Tensor]:
+        """One text's audio in chunks ``[1, samples]``. See `ChatterboxEngine.generate_stream` for the arguments.
+
+        Closing the stream, cancelling who waits for it, or forgetting it frees its rows.
+
+        Raises:
+            InputError, CapacityError: if it cannot be spoken.
+            BusyError: if too many wait.
+            ClosedError: outside ``async with``.
+        """
+        if len(text) > self._max_characters:
+            raise InputError(
+                f"the text has {len(text)} characters, max_characters is {self._max_characters}; send it in parts"
+            )
+        check_count("chunk_size", chunk_size)
+        engine = self._engine
+        who = engine.voice_of(voice, audio_prompt_path)
+        long = engine.long_text(
+            text,
+            who,
+            exaggeration=exaggeration,
+            language_id=language_id,
+            max_new_tokens=max_new_tokens,
+            seed=int(torch.randint(2**31, ())) if seed is None else seed,
+            carry=carry,
+            segment_characters=segment_characters,
+            max_rows=self.rows,
+            slots=self._slots,
+            **sampling,
+        )
+        audio = engine.audio(who, watermark, pause=pause, joined=carry is not None)
+        last = len(long.utterances) - 1
+
+        def job(index: int, before: Tensor | None) -> Job:
+            return engine.job(long.utterance(index, before))
+
+        def heard(chunk: Chunk) -> Iterator[Any]:
+            parts = [audio.push(chunk.index, chunk.tokens)]
+            if chunk.last and chunk.index == last:
+                parts.append(audio.finish())
+            return (part for part in parts if part.numel())
+
+        return self._scheduler.submit(
+            len(long.utterances), job, size=chunk_size, sequence=carry is not None, through=heard
+        )

@@ -1,0 +1,266 @@
+"""A long text in segments that can be spoken by themselves: whole sentences, packed evenly."""
+
+import re
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import sentencex  # type: ignore[import-untyped]
+
+from kvcache import InputError
+
+_SHORTEST_TARGET = 20  # characters; below it, segments are scraps without an intonation of their own
+_QUOTED = 40  # characters of the text that a message repeats
+
+# ISO 639-1. sentencex takes any string for a language and splits what it does not know as English, without a word.
+_LANGUAGES = (
+    "aa ab ae af ak am an ar as av ay az ba be bg bh bi bm bn bo br bs ca ce ch co cr cs cu cv cy da de dv dz ee el en eo "
+    "es et eu fa ff fi fj fo fr fy ga gd gl gn gu gv ha he hi ho hr ht hu hy hz ia id ie ig ii ik io is it iu ja jv ka kg "
+    "ki kj kk kl km kn ko kr ks ku kv kw ky la lb lg li ln lo lt lu lv mg mh mi mk ml mn mr ms mt my na nb nd ne ng nl nn "
+    "no nr nv ny oc oj om or os pa pi pl ps pt qu rm rn ro ru rw sa sc sd se sg sh si sk sl sm sn so sq sr ss st su sv sw "
+    "ta te tg th ti tk tl tn to tr ts tt tw ty ug uk ur uz ve vi vo wa wo xh yi yo za zh zu"
+)
+
+# How good a place a gap is to pause at. Words that belong together have none between them.
+_WORD, _CLAUSE, _SENTENCE, _PARAGRAPH = 1, 2, 3, 4
+
+_CLOSING = ")]}\"'”’»›」』）】》〉"
+_PAUSING = ",;:—–،؛，、；：。！？!?…"
+_BLANK_LINE = re.compile(r"\n\s*\n|\r\s*\r|\u2029")
+_BREAK = re.compile("[\n\r\u2028\u2029]")
+_QUOTES = re.compile('["“”„«»‹›「」『』()（）]')
+# Chinese and Japanese write on without a space; a comma between digits is part of a number.
+_UNSPACED_CLAUSE = re.compile(r"[，、；：。！？](?!(?<=\d.)\d)[)）」』】》〉”’]*")
+_INITIAL = re.compile(r"\W*([^\W\d_])\.$")
+_NUMBERING = re.compile(r"\W*([^\W\d_]|\d{1,3})[.)]$")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a text that is spoken by itself.
+
+    Attributes:
+        text: ``given[start:end]``, without whitespace around it.
+        start, end: where in the given text, in characters.
+    """
+
+    text: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class _Piece:
+    start: int
+    end: int
+    gap: int  # what kind of place its end is
+
+
+def split(text: str, language: str | None = "en", target: int = 200) -> list[Segment]:
+    """Divide a text into segments of at most `target` characters, between sentences where that is possible.
+
+    Neighbouring sentences are packed into the fewest segments, and among those packings the most even one is taken:
+    segments decode together in one batch, and the longest decides how long that takes.
+
+    A sentence longer than `target` is divided behind clause punctuation, and a clause longer than that at whitespace.
+    Words are never divided, so a single word longer than `target` is a segment of its own. In Chinese, Japanese or Thai
+    without spaces, clause punctuation is where a sentence may be divided, and what has none stays whole. What has no
+    letter or digit (a dash, an emoji) stays with its neighbour and may make a segment longer than `target`: by itself
+    there would be nothing to say. The words of all segments, in order, are the words of the text.
+
+    Args:
+        text: what to say. Blank lines end sentences, too; single line breaks do not.
+        language: two-letter code (ISO 639-1), also with a region ("pt-BR"); None means English.
+        target: characters of a segment at most, at least 20.
+
+    Raises:
+        InputError: if there is nothing to say, or the language or target cannot be used.
+    """
+    language = primary_language(language)
+    if target < _SHORTEST_TARGET:
+        raise InputError(f"target={target} characters is below {_SHORTEST_TARGET}; give about 200")
+    _check_text(text)
+    pieces: list[_Piece] = []
+    for sentence in _runs(_kept_together(text, _pieces(text, language)), _SENTENCE):
+        pieces += _divided(sentence, target)
+    return [Segment(text[piece.start : piece.end], piece.start, piece.end) for piece in _packed(pieces, target)]
+
+
+def primary_language(language: str | None) -> str:
+    """The two-letter code of a language as callers write it: "en" for None, "pt" for "pt-BR".
+
+    Raises:
+        InputError: if there is no such language.
+    """
+    if language is None:
+        return "en"
+    code = re.split("[-_]", language)[0].lower()
+    if code not in _LANGUAGES.split():
+        raise InputError(
+            f"language={language!r} is not a two-letter code of ISO 639-1; give one such as 'en', 'de' or 'zh', "
+            "for a language without a code that of its nearest relative, or None for English"
+        )
+    return code
+
+
+def _check_text(text: str) -> None:
+    if not isinstance(text, str):
+        raise InputError(f"the text must be a str, got {type(text).__name__}; decode bytes first")
+    if not text.strip():
+        raise InputError("the text is empty: give at least one word to speak")
+    beginning = text.strip()[:_QUOTED]
+    if not _says_something(text, 0, len(text)):
+        raise InputError(f"the text {beginning!r} has no letter or digit; give at least one word to speak")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the text {beginning!r} has half a character (a lone surrogate) at position {error.start}; "
+            "decode it again from its source"
+        ) from error
+
+
+def _says_something(text: str, start: int, end: int) -> bool:
+    return any(text[at].isalnum() for at in range(start, end))
+
+
+def _pieces(text: str, language: str) -> list[_Piece]:
+    """The smallest parts that the text may be divided into: words, and clauses of what is written without spaces."""
+    gaps: dict[int, int] = {}  # what kind of place the end of a sentence is
+    begin = 0
+    for blank in (*_BLANK_LINE.finditer(text), None):
+        paragraph = text[begin : len(text) if blank is None else blank.start()]
+        # Sentences inside quotes or brackets: not to be parted from each other unless the whole is too long.
+        gaps.update((begin + at, _CLAUSE) for at in _sentence_ends(_QUOTES.sub(" ", paragraph), language))
+        gaps.update((begin + at, _SENTENCE) for at in _sentence_ends(paragraph, language))
+        gaps[begin + len(paragraph.rstrip())] = _PARAGRAPH
+        begin = len(text) if blank is None else blank.end()
+
+    pieces = []
+    for word in re.finditer(r"\S+", text):
+        start, end = word.span()
+        cuts = {cut.end(): _CLAUSE for cut in _UNSPACED_CLAUSE.finditer(text, start, end)}
+        cuts[end] = _CLAUSE if _pauses(text[start:end]) else _WORD
+        for at in range(start + 1, end + 1):
+            if at in gaps and (cut := _cut(text, word.start(), at, end)) is not None:
+                cuts[cut] = max(gaps[at], cuts.get(cut, _WORD))
+        for cut, gap in sorted(cuts.items()):
+            pieces.append(_Piece(start, cut, gap))
+            start = cut
+    return pieces
+
+
+def _pauses(word: str) -> bool:
+    """Whether there is clause punctuation behind the last letter or digit of a word."""
+    for character in reversed(word):
+        if character in _PAUSING or character.isalnum():
+            return character in _PAUSING
+    return False
+
+
+def _sentence_ends(text: str, language: str) -> Iterator[int]:
+    """Where sentences end, at their last character that is not whitespace."""
+    # sentencex 1.0.32 panics, which no `except Exception` catches, on a wide space behind an initial ("I\xa0.").
+    plain = re.sub(r"[^\S\n]", " ", text)
+    begin = 0
+    for sentence in sentencex.segment(language, plain):
+        if sentence.strip():
+            yield begin + len(sentence.rstrip())
+        begin += len(sentence)
+
+
+def _cut(text: str, start: int, at: int, end: int) -> int | None:
+    """Where to cut the word ``text[start:end]`` of which the part before `at` ends a sentence; None: nowhere."""
+    if not _says_something(text, at, end):
+        return end  # only closing quotes and brackets are left of it
+    before = at - 1
+    while before > start and text[before] in _CLOSING:
+        before -= 1
+    if text[before].isascii():
+        return None  # "z.B." and "example.com" are words
+    while unicodedata.category(text[at]) in ("Pe", "Pf"):
+        at += 1
+    return at
+
+
+def _kept_together(text: str, pieces: list[_Piece]) -> list[_Piece]:
+    """The pieces, those that say nothing by themselves joined to a neighbour, and without pauses behind initials."""
+    joined: list[_Piece] = []
+    waiting: int | None = None  # where something begins that says nothing and goes with what follows
+    for i, piece in enumerate(pieces):
+        before = joined[-1] if joined else _Piece(0, 0, _PARAGRAPH)
+        said, last = text[piece.start : piece.end], i + 1 == len(pieces)
+        if _says_something(text, piece.start, piece.end):
+            begins = piece.gap == _SENTENCE and _only_begins(said, before.gap >= _SENTENCE)
+            start = piece.start if waiting is None else waiting
+            joined.append(_Piece(start, piece.end, _WORD if begins else piece.gap))
+            waiting = None
+        elif not last and (waiting is not None or not joined or _opens(text, said, before.end, piece.start)):
+            waiting = piece.start if waiting is None else waiting
+        else:
+            joined[-1] = _Piece(before.start, piece.end, max(before.gap, piece.gap))
+    return joined
+
+
+def _opens(text: str, said: str, before: int, start: int) -> bool:
+    """Whether something without words belongs to what follows: an opening quote, or a bullet that begins a line."""
+    brackets = all(unicodedata.category(character) in ("Ps", "Pi") for character in said)
+    return brackets or _BREAK.search(text, before, start) is not None
+
+
+def _only_begins(word: str, alone: bool) -> bool:
+    """Whether a word of which sentencex says that it ends a sentence begins something: "M. Dupont", "2. Stir"."""
+    initial = _INITIAL.match(word)
+    return (initial is not None and initial[1].isupper()) or (alone and _NUMBERING.match(word) is not None)
+
+
+def _runs(pieces: list[_Piece], gap: int) -> Iterator[list[_Piece]]:
+    """The pieces up to each place that is at least as good as `gap`."""
+    run: list[_Piece] = []
+    for piece in pieces:
+        run.append(piece)
+        if piece.gap >= gap:
+            yield run
+            run = []
+    if run:
+        yield run
+
+
+def _divided(sentence: list[_Piece], target: int) -> Iterator[_Piece]:
+    """The sentence in one piece if it is short enough, else its clauses, and of a long clause even parts."""
+    if (whole := _whole(sentence)).end - whole.start <= target:
+        yield whole
+        return
+    for clause in _runs(sentence, _CLAUSE):
+        if (whole := _whole(clause)).end - whole.start <= target:
+            yield whole
+        else:
+            yield from _packed(clause, target)
+
+
+def _whole(pieces: list[_Piece]) -> _Piece:
+    return _Piece(pieces[0].start, pieces[-1].end, pieces[-1].gap)
+
+
+def _packed(pieces: list[_Piece], target: int) -> list[_Piece]:
+    """Neighbours put together into the fewest pieces of at most `target`, with the least sum of squared lengths."""
+    costs = [(0, 0)]  # of the first n pieces: how many they become, and the squares
+    begins: list[int] = []
+    for last, piece in enumerate(pieces):
+        choices = []
+        for first in range(last, -1, -1):
+            length = piece.end - pieces[first].start
+            if length > target and first < last:
+                break
+            count, squares = costs[first]
+            choices.append((count + 1, squares + length**2, first))
+        count, squares, first = min(choices)
+        costs.append((count, squares))
+        begins.append(first)
+    packed = []
+    end = len(pieces)
+    while end:
+        first = begins[end - 1]
+        packed.append(_whole(pieces[first:end]))
+        end = first
+    return packed[::-1]

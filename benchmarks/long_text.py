@@ -1,0 +1,324 @@
+"""A long text on Chatterbox's T3: its segments one after the other, as upstream speaks them, and together in one batch.
+
+Each side is a process of its own and they take turns: where segments run one after the other a turn is one segment, where
+they run together an eighth of the text's tokens. Upstream's `T3.inference` runs unchanged. Ours knows the voice, as it does
+from the second request on. Then each of our sides begins the text anew a few times and stops at its first chunk.
+
+Weights are random: they decide neither shapes nor speed. The stop token is made impossible, by a bias of the head, on every
+side alike, so each segment is exactly as long as asked.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import Gate, Processes, arguments, finish, memory, spread
+from torch import nn
+
+from kvcache.scheduler import Request, Turns
+from kvcache_chatterbox import ChatterboxEngine, load_t3, stand_in
+from kvcache_chatterbox.loading import upstream_t3
+from kvcache_chatterbox.long_text import LongText
+
+# The Harvard sentences (IEEE, 1969), two a segment.
+TEXT = """
+The birch canoe slid on the smooth planks. Glue the sheet to the dark blue background.
+It is easy to tell the depth of a well. These days a chicken leg is a rare dish.
+Rice is often served in round bowls. The juice of lemons makes fine punch.
+The box was thrown beside the parked truck. The hogs were fed chopped corn and garbage.
+Four hours of steady work faced us. A large size in stockings is hard to sell.
+The boy was there when the sun rose. A rod is used to catch pink salmon.
+The source of the huge river is the clear spring. Kick the ball straight and follow through.
+Help the woman get back to her feet. A pot of tea helps to pass the evening.
+"""
+CHARACTERS = 100
+CHUNK = 25
+TOKENS_PER_SECOND = 25  # of speech
+UPSTREAM = "upstream's loop, one after the other, fp32"
+ALONE, BATCH = "ours, one after the other", "ours, together"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is spoken: the same for all sides."""
+
+    tokens: int  # of each segment
+    segments: int
+    layers: int | None = None
+
+
+@dataclass(frozen=True)
+class Side:
+    """How.
+
+    Attributes:
+        label: in the table.
+        rows: segments that decode together; None is upstream's loop.
+        precision: of the weights.
+        compact, onednn: False leaves one ingredient out.
+    """
+
+    label: str
+    rows: int | None
+    precision: str = "fp32"
+    compact: bool = True
+    onednn: bool = True
+
+
+def sides(segments: int, ingredients: bool) -> dict[str, Side]:
+    found = {
+        "upstream": Side(UPSTREAM, None),
+        "alone-fp32": Side(f"{ALONE}, fp32", 1),
+        "alone-int8": Side(f"{ALONE}, int8", 1, "int8"),
+        "batch-fp32": Side(f"{BATCH}, fp32", segments),
+        "batch-bf16": Side(f"{BATCH}, bf16", segments, "bf16"),
+        "batch-int8": Side(f"{BATCH}, int8", segments, "int8"),
+    }
+    if ingredients:
+        found["no-onednn"] = Side(f"{BATCH}, fp32, without oneDNN", segments, onednn=False)
+        found["no-compact"] = Side(f"{BATCH}, fp32, steps always run all rows", segments, compact=False)
+        found["two"] = Side("ours, two together, fp32", 2)
+        found["four"] = Side("ours, four together, fp32", 4)
+    return found
+
+
+def model(case: Case) -> Any:
+    """T3-520M, whose head never stops."""
+    t3 = load_t3("english")
+    if case.layers is not None:
+        t3.tfmr.layers = t3.tfmr.layers[: case.layers]
+        t3.cfg.num_hidden_layers = t3.tfmr.config.num_hidden_layers = case.layers
+    head = nn.Linear(t3.dim, t3.speech_head.out_features)
+    with torch.no_grad():
+        head.weight.copy_(t3.speech_head.weight)
+        head.bias.zero_()
+        head.bias[t3.hp.stop_speech_token] = -1e4
+    t3.speech_head = head.eval()
+    return t3
+
+
+def engine_of(case: Case, side: Side) -> ChatterboxEngine:
+    precision: Any = None if side.precision == "fp32" else side.precision
+    return ChatterboxEngine(stand_in(model(case)), precision=precision, onednn=side.onednn)
+
+
+def planned(engine: ChatterboxEngine, case: Case, rows: int) -> LongText:
+    text = " ".join(TEXT.split("\n")[1 : case.segments + 1])
+    long = engine.long_text(
+        text,
+        engine.voice_of(None),
+        max_new_tokens=case.tokens,
+        seed=0,
+        max_rows=rows,
+        segment_characters=CHARACTERS,
+    )
+    assert len(long.utterances) == case.segments, f"{len(long.utterances)} segments"
+    return long
+
+
+# ---------------------------------------------------------------------- the sides
+
+
+def upstream(case: Case) -> Iterator[list[int]]:
+    """What upstream says of each segment."""
+    module = upstream_t3()
+    module.tqdm = lambda steps, **_: steps
+    t3 = model(case)
+    tts = stand_in(t3)
+    for i, one in enumerate(planned(ChatterboxEngine(tts), case, 1).utterances):
+        torch.manual_seed(i)
+        said = t3.inference(t3_cond=tts.conds.t3, text_tokens=one.text.expand(2, -1), max_new_tokens=case.tokens)
+        yield said[0].tolist()
+
+
+def alone(engine: ChatterboxEngine, long: LongText) -> Iterator[list[int]]:
+    """What our engine says of each segment, one after the other."""
+    for one in long.utterances:
+        yield torch.cat(list(engine._tokens(one, CHUNK)), 1)[0].tolist()
+
+
+def together(
+    engine: ChatterboxEngine, long: LongText, compact: bool, parts: int, notes: dict[str, Any]
+) -> Iterator[list[list[int]] | None]:
+    """Their tokens after the last of so many equal parts of the work; None after the others."""
+    said: list[list[int]] = [[] for _ in long.utterances]
+    with engine.batch(long.plan.rows, long.plan.slots, compact=compact) as batch:
+        turns = Turns(batch)
+        request = Request(
+            len(said),
+            lambda i, _: engine.job(long.utterances[i]),
+            size=CHUNK,
+            deliver=lambda chunk: said[chunk.index].extend(chunk.tokens.tolist()),
+        )
+        turns.add(request)
+        total = sum(one.max_new_tokens for one in long.utterances)
+        part = 1
+        while not request.over:
+            turns.turn()
+            if part < parts and turns.tokens >= total * part / parts:
+                part += 1
+                yield None
+        if request.error is not None:
+            raise request.error
+        notes |= {"KV bytes": batch.report().nbytes, "planned": long.plan.kv_bytes}
+    yield said
+
+
+def serve(gate: Gate, case: Case, side: Side) -> None:
+    """A side's turns: of the whole text, or, when told so, up to its first chunk."""
+    if side.rows is None:
+        gate()
+        while True:
+            for _ in upstream(case):
+                gate()
+    engine = engine_of(case, side)
+    long = planned(engine, case, side.rows)
+    for _ in engine._tokens(long.utterances[0], CHUNK):  # the voice is known, libraries are loaded
+        break
+    engine.release()
+    first = [False]
+
+    def told(word: str) -> None:
+        first[0] = word == "first"
+
+    gate.told = told
+    resident = resident_from_here()
+    gate()
+    while True:
+        if first[0]:
+            stream = engine._in_order(long.utterances, long.plan.rows, CHUNK, None, long.plan.slots)
+            next(stream)
+            stream.close()  # type: ignore[attr-defined]
+            gate()
+            continue
+        units = (
+            alone(engine, long) if side.rows == 1 else together(engine, long, side.compact, case.segments, gate.notes)
+        )
+        for _ in units:
+            if first[0]:
+                break
+            gate()
+        gate.notes |= {"estimate, MiB": resident + estimate(engine, long) / 2**20} | {
+            "peak, MiB": memory().get("MiB, peak")
+        }
+
+
+def resident_from_here() -> float:
+    """MiB of this process; from here on its peak is counted anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return memory()["MiB"]
+
+
+def estimate(engine: ChatterboxEngine, long: LongText) -> float:
+    """Bytes that the text will take beside the model: the plan's cache, a prefill's own, and the sampler's noise."""
+    prefix = long.plan.prefix + max(one.text_tokens for one in long.plan.segments)
+    token = long.plan.row_bytes / long.plan.slots
+    noise = 64 * long.plan.rows * engine.t3.speech_head.out_features * 4
+    return long.plan.kv_bytes + 2 * prefix * token + noise
+
+
+# ---------------------------------------------------------------------- measuring
+
+
+def check() -> None:
+    """Upstream, one after the other and together say the same, in fp32."""
+    case = Case(tokens=24, segments=4, layers=3)
+    expected = list(upstream(case))
+    engine = engine_of(case, Side("", 1))
+    apart = list(alone(engine, planned(engine, case, 1)))
+    *_, batch = together(engine, planned(engine, case, 3), True, 1, {})
+    assert apart == expected, "one after the other says something else than upstream"
+    assert batch == expected, "together says something else than upstream"
+
+
+def rows_of(
+    case: Case,
+    chosen: dict[str, Side],
+    seconds: dict[str, list[float]],
+    firsts: dict[str, list[float]],
+    notes: dict[str, dict[str, Any]],
+) -> list[dict[str, Any]]:
+    tokens = case.tokens * case.segments
+    rounds = len(seconds["upstream"]) // case.segments
+    slowest = sum(seconds["upstream"])
+    rows = []
+    for key, side in chosen.items():
+        turn, first, note = spread(seconds[key]), spread(firsts[key]) if firsts.get(key) else {}, notes[key]
+        total = sum(seconds[key]) / rounds
+        rows.append(
+            {
+                "side": side.label,
+                "s": total,
+                "turn, s": turn["median"],
+                "q1": turn["q1"],
+                "q3": turn["q3"],
+                "ms/token": 1e3 * total / tokens,
+                "RTF": total / (tokens / TOKENS_PER_SECOND),
+                "upstream / this": slowest / sum(seconds[key]),
+                "first chunk, s": first.get("median"),
+                "first q1": first.get("q1"),
+                "first q3": first.get("q3"),
+                "KV MiB": note["KV bytes"] / 2**20 if "KV bytes" in note else None,
+                "planned MiB": note["planned"] / 2**20 if "planned" in note else None,
+                "peak MiB": note.get("peak, MiB"),
+                "estimate MiB": note.get("estimate, MiB"),
+            }
+        )
+    return rows
+
+
+def ratios_of(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
+    best = min((row for key, row in rows.items() if key.startswith("batch-")), key=lambda row: row["s"])
+    batch = rows["batch-fp32"]
+    return {
+        "batch8_over_sequential": rows["alone-fp32"]["s"] / batch["s"],
+        "batch8_best_over_sequential_best": rows["alone-int8"]["s"] / best["s"],
+        "batch8_best_over_upstream": rows["upstream"]["s"] / best["s"],
+        "first_chunk_batch_over_single": batch["first chunk, s"] / rows["alone-fp32"]["first chunk, s"],
+        "peak_over_estimate": batch["peak MiB"] / batch["estimate MiB"],
+    }
+
+
+def options_of() -> argparse.Namespace:
+    parser = arguments(str(__doc__).split("\n")[0])
+    parser.add_argument("--tokens", type=int, default=200, help="speech tokens of each segment (default: 200)")
+    parser.add_argument("--segments", type=int, default=8, choices=range(2, 9), help="of the text (default: 8)")
+    parser.add_argument("--rounds", type=int, default=1, help="times that the text is spoken (default: 1)")
+    parser.add_argument("--firsts", type=int, default=5, help="first chunks of each side (default: 5)")
+    parser.add_argument("--ingredients", action="store_true", help="also with one ingredient left out, and fewer rows")
+    parser.add_argument("--sides", help="only these, by their short names, with commas")
+    options = parser.parse_args()
+    if options.quick:
+        options.tokens, options.segments, options.firsts, options.layers = 30, 3, 2, 2
+    else:
+        options.layers = None
+    return options
+
+
+def main() -> None:
+    options = options_of()
+    torch.set_num_threads(options.threads)
+    check()
+    case = Case(options.tokens, options.segments, options.layers)
+    chosen = sides(case.segments, options.ingredients)
+    if options.sides:
+        chosen = {key: side for key, side in chosen.items() if key in options.sides.split(",")}
+    served: dict[str, tuple[Callable[..., None], Case, Side]] = {
+        key: (serve, case, side) for key, side in chosen.items()
+    }
+    processes = Processes(served, options.threads)
+    seconds = processes.rounds(case.segments * options.rounds, warmup=0)
+    processes.tell("first")
+    firsts = processes.rounds(options.firsts, warmup=1) if options.firsts else {}
+    firsts.pop("upstream", None)
+    notes = processes.end()
+    rows = rows_of(case, chosen, seconds, firsts, notes)
+    ratios = ratios_of(dict(zip(chosen, rows, strict=True))) if not options.sides else {}
+    finish("long_text", rows, ratios, options, tokens=case.tokens, segments=case.segments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""Long texts through the engine: segments together and one by one say the same, in order, within the memory planned."""
+
+import asyncio
+
+import pytest
+import torch
+from t3_models import likely_end, tiny_t3
+
+from kvcache import BusyError, CapacityError, ClosedError, InputError, SlidingWindow
+from kvcache_chatterbox import ChatterboxEngine, SpeechScheduler, byte_tokens, random_conditionals, stand_in
+from kvcache_chatterbox.audio import SAMPLES_PER_TOKEN
+
+TEXT = (
+    "The birch canoe slid on the smooth planks. Glue the sheet to the dark blue background. "
+    "It is easy to tell the depth of a well. These days a chicken leg is a rare dish. "
+    "Rice is often served in round bowls. The juice of lemons makes fine punch."
+)
+SHORT = {"segment_characters": 90, "max_new_tokens": 30, "seed": 3}  # three segments
+
+
+def engine(kind="english", policy=None, ends=0.0, **options):
+    t3 = likely_end(tiny_t3(kind), by=ends) if ends else tiny_t3(kind)
+    return ChatterboxEngine(stand_in(t3), policy, **options)
+
+
+def audio(stream):
+    return torch.cat([torch.zeros(1, 0), *stream], 1)
+
+
+@pytest.mark.parametrize("policy", [None, SlidingWindow(12)])
+@pytest.mark.parametrize("kind", ["english", "gpt"])
+def test_together_one_by_one_and_whole_are_the_same_audio(kind, policy):
+    ours = engine(kind, policy, ends=2.0)
+    together = audio(ours.generate_stream(TEXT, chunk_size=7, **SHORT))
+    assert len(ours.plan(TEXT, segment_characters=90, max_new_tokens=30).segments) == 3
+    for other in (
+        audio(ours.generate_stream(TEXT, max_rows=1, **SHORT)),
+        audio(ours.generate_stream(TEXT, max_rows=2, overlap=True, **SHORT)),
+        audio(engine(kind, policy, ends=2.0, backend="off").generate_stream(TEXT, **SHORT)),
+        ours.generate(TEXT, **SHORT),
+    ):
+        torch.testing.assert_close(other, together, atol=1e-6, rtol=0)  # joints fade between equal signals
+
+
+@pytest.mark.parametrize("kind", ["english", "gpt"])
+def test_a_segment_says_what_it_says_alone_with_its_seed(kind):
+    ours = engine(kind, ends=2.0)
+    texts = [byte_tokens(ours.t3, text) for text in ("Hello there.", "Good morning to you all.", "Bye.", "So it goes.")]
+    voice = random_conditionals(ours.t3)
+    got = {}
+    for index, tokens in ours.inference_segments(
+        texts=texts, t3_cond=voice, seed=5, max_new_tokens=25, chunk_size=4, max_rows=3
+    ):
+        assert index >= max(got, default=0)  # in the order of the texts
+        got.setdefault(index, []).append(tokens)
+    for i, text in enumerate(texts):
+        alone = list(
+            ours.inference_stream(text_tokens=text, t3_cond=voice, seed=5 + i, max_new_tokens=25, chunk_size=4)
+        )
+        assert torch.equal(torch.cat(got[i], 1), torch.cat(alone, 1))
+        assert [chunk.shape for chunk in got[i][:-1]] == [(1, 4)] * (len(got[i]) - 1)
+
+
+def test_the_first_chunk_waits_for_no_other_segment(monkeypatch):
+    ours = engine()
+    jobs, entered = [], []
+    make = ours.job
+    monkeypatch.setattr(ours, "job", lambda utterance: jobs.append(make(utterance)) or jobs[-1])
+    seen = []
+    stream = ours.generate_stream(TEXT, chunk_size=10, watch=lambda *said: seen.append(said), **SHORT)
+    for job in jobs:
+        monkeypatch.setattr(job, "prefill", lambda run=job.prefill: entered.append(1) or run())
+    next(stream)
+    assert len(jobs) == 3
+    assert {index for index, _, _ in seen} == {0}
+    assert sum(tokens for _, tokens, _ in seen) <= 10 + 8  # one look beyond the chunk
+    list(stream)
+    spoken = [sum(tokens for index, tokens, _ in seen if index == i) for i in range(3)]
+    assert spoken == [30, 30, 30]
+    assert sorted(index for index, _, over in seen if over) == [0, 1, 2]
+
+
+def test_the_tail_is_carried_into_the_next_segments_prompt():
+    ours = engine()
+    said, prompts = [], []
+    step = ours._decoder
+
+    def watched(utterance, *args):
+        prompts.append(utterance.voice.t3.cond_prompt_speech_tokens[0])
+        return step(utterance, *args)
+
+    ours._decoder = watched
+    texts = [byte_tokens(ours.t3, text) for text in ("Hello there.", "Good morning.", "Bye.")]
+    ours.add_voice("v", conditionals=random_conditionals(ours.t3))
+    said = {}
+    for index, tokens in ours.inference_segments(texts=texts, voice="v", seed=1, max_new_tokens=30, carry="tail"):
+        said.setdefault(index, []).append(tokens[0])
+    first = prompts[0]
+    for i in (1, 2):
+        before = torch.cat(said[i - 1])
+        tail = before[before < 6561][-len(first) // 2 :]
+        assert torch.equal(prompts[i][-len(tail) :], tail) and torch.equal(
+            prompts[i][: -len(tail)], first[: -len(tail)]
+        )
+    alone = torch.cat(list(ours.inference_stream(text_tokens=texts[0], voice="v", seed=1, max_new_tokens=30)), 1)
+    assert torch.equal(torch.cat(said[0]), alone[0])
+    assert len(ours.voices) == 1 and torch.equal(ours.voices["v"].t3.cond_prompt_speech_tokens[0], first)
+    joined = audio(ours.generate_stream(TEXT, carry="tail", pause=0.0, **SHORT))
+    whole = ours.generate(TEXT, carry="tail", pause=0.0, **SHORT)
+    assert joined.shape == whole.shape
+
+
+@pytest.mark.parametrize("kind", ["english", "gpt"])
+@pytest.mark.parametrize("kv_dtype", [None, torch.bfloat16])
+def test_what_the_plan_says_is_what_the_batch_holds(kind, kv_dtype):
+    ours = engine(kind, kv_dtype=kv_dtype)
+    for rows in (2, 3):
+        plan = ours.plan(TEXT, max_rows=rows, segment_characters=90, max_new_tokens=30)
+        assert plan.rows == rows
+        list(ours.generate_stream(TEXT, max_rows=rows, **SHORT))
+        assert ours.report().nbytes == plan.kv_bytes == rows * plan.row_bytes
+    one = ours.plan(TEXT, max_rows=1, segment_characters=90, max_new_tokens=30).row_bytes
+    bounded = {"memory_budget": 2 * one + one // 2}
+    assert ours.plan(TEXT, segment_characters=90, max_new_tokens=30, **bounded).rows == 2
+    list(ours.generate_stream(TEXT, **SHORT, **bounded))
+    assert ours.report().nbytes <= bounded["memory_budget"]
+    with pytest.raises(CapacityError, match=r"one segment takes .* MiB of KV cache"):
+        ours.generate_stream(TEXT, memory_budget=one - 1, **SHORT)
+
+
+def test_a_window_bounds_the_plan():
+    plan = engine(policy=SlidingWindow(12)).plan(TEXT, segment_characters=90, max_new_tokens=400)
+    whole = engine().plan(TEXT, segment_characters=90, max_new_tokens=400)
+    assert plan.slots == whole.slots - 399 + 12 and plan.kv_bytes < whole.kv_bytes
+
+
+def test_captured_steps_serve_texts_of_other_lengths():
+    ours = engine(backend="graph")
+    plans = [ours.plan(TEXT, segment_characters=90, max_new_tokens=most) for most in (30, 60)]
+    assert plans[0].slots == plans[1].slots == 256
+    list(ours.generate_stream(TEXT, **SHORT))
+    held = next(decoding for kind, decoding in ours._stepper._pool._idle.items() if kind == ("batch", 3))
+    list(ours.generate_stream(TEXT, **{**SHORT, "max_new_tokens": 60}))
+    assert held in ours._stepper._pool._idle.values()
+    ours.release()
+    assert not ours._stepper._pool._idle
+
+
+def test_a_model_that_decodes_on_the_host_speaks_one_segment_after_the_other():
+    ours = engine("multilingual")
+    request = {**SHORT, "max_new_tokens": 6, "language_id": "FR"}
+    assert audio(ours.generate_stream(TEXT, **request)).shape[1] > 0
+    assert "alignment" in ours.report().fallback
+    with pytest.raises(InputError, match=r"one utterance at a time.*alignment"):
+        SpeechScheduler(ours)
+
+
+def test_an_early_end_leaves_nothing_behind():
+    ours = engine()
+    stream = ours.generate_stream(TEXT, overlap=True, **SHORT)
+    next(stream)
+    stream.close()
+    decoding = ours._stepper._pool._idle["batch", 3]
+    assert set(decoding.kv.seen) == {0} and decoding.kv.length.tolist() == [0] * 6
+    assert audio(ours.generate_stream(TEXT, **SHORT)).shape[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("", {}, "text is empty"),
+        ("  \n ", {}, "text is empty"),
+        ("🙂🙃", {}, "no letter or digit"),
+        ("word" * 1250, {}, "5000 characters cannot be divided"),
+        (TEXT, {"language_id": "klingon"}, "'klingon' is not a two-letter code"),
+        (TEXT, {"voice": "nobody"}, "there is no voice 'nobody'"),
+        (TEXT, {"max_rows": 0}, "max_rows must be at least 1"),
+        (TEXT, {"carry": "all"}, "carry='all' must be"),
+        (TEXT, {"chunk_size": 0}, "chunk_size=0 must be"),
+        (TEXT, {"segment_characters": 3}, "target=3"),
+        (TEXT, {"pause": -1.0}, "pause=-1.0"),
+        (TEXT, {"voice": "silent"}, "no reference for the vocoder"),
+        (TEXT, {"temperature": -1.0}, "temperature=-1.0"),
+    ],
+)
+def test_bad_requests_are_refused_before_anything_runs(text, options, message):
+    ours = engine()
+    ours.add_voice("silent", conditionals=random_conditionals(ours.t3))
+    with pytest.raises(InputError, match=message):
+        ours.generate_stream(text, **options)
+    if "max_rows" in options:
+        with pytest.raises(InputError, match="max_rows=0"):
+            SpeechScheduler(ours, **options)
+        return
+
+    async def submit():
+        async with SpeechScheduler(ours) as scheduler:
+            with pytest.raises(InputError, match=message):
+                scheduler.submit(text, **options)
+
+    asyncio.run(submit())
+
+
+def test_no_segment_too_long_for_the_cache():
+    ours = engine(max_cache_length=100)
+    with pytest.raises(CapacityError, match=r"segment 0 .* may need .* slots of cache"):
+        ours.generate_stream(TEXT, **SHORT)
+    with pytest.raises(CapacityError, match="one row of 100 tokens takes"):
+        SpeechScheduler(ours, memory_budget=1000)
+
+
+# ---------------------------------------------------------------------- many texts at once
+
+
+def test_clients_hear_what_they_would_hear_alone():
+    ours = engine(ends=2.0)
+    ours.add_voice("other", conditionals=stand_in(ours.t3, seed=4).conds)
+    requests = [
+        {**SHORT, "seed": i, "voice": ("other" if i % 3 == 0 else None), "temperature": 0.0 if i == 2 else 0.8}
+        for i in range(7)
+    ]
+    requests[4]["carry"] = "tail"
+
+    async def client(scheduler, request):
+        return torch.cat(
+            [torch.zeros(1, 0), *[part async for part in scheduler.submit(TEXT, chunk_size=9, **request)]], 1
+        )
+
+    async def all_of_them():
+        async with SpeechScheduler(ours, max_rows=3, slots=300) as scheduler:
+            heard = await asyncio.gather(*(client(scheduler, request) for request in requests))
+            return heard, scheduler.metrics()
+
+    heard, metrics = asyncio.run(all_of_them())
+    for request, got in zip(requests, heard, strict=True):
+        torch.testing.assert_close(got, audio(ours.generate_stream(TEXT, chunk_size=9, **request)), atol=1e-6, rtol=0)
+        assert got.shape[1] % SAMPLES_PER_TOKEN == 0
+    assert (metrics.finished, metrics.busy, metrics.waiting, metrics.running) == (7, 0, 0, 0)
+    assert set(metrics.ttfa) == {"p50", "p90", "p99"}
+
+
+def test_limits_have_clear_refusals():
+    ours = engine()
+
+    async def run():
+        scheduler = SpeechScheduler(ours, max_rows=1, max_waiting=1, max_characters=500)
+        with pytest.raises(ClosedError, match="closed"):
+            scheduler.submit(TEXT, **SHORT)
+        async with scheduler:
+            with pytest.raises(InputError, match="max_characters is 500"):
+                scheduler.submit(TEXT * 5, **SHORT)
+            with pytest.raises(CapacityError, match="slots of cache"):
+                scheduler.submit(TEXT, max_new_tokens=3000)
+            running = scheduler.submit(TEXT, **SHORT)
+            await anext(running)
+            waiting = scheduler.submit(TEXT, **SHORT)
+            with pytest.raises(BusyError, match="1 requests wait already"):
+                scheduler.submit(TEXT, **SHORT)
+            await running.aclose()
+            assert (await anext(waiting)).shape[1] > 0
+            left = scheduler.submit(TEXT, **SHORT)
+        with pytest.raises(ClosedError, match="closed before"):
+            async for _ in left:
+                pass
+        return scheduler.metrics()
+
+    metrics = asyncio.run(run())
+    assert (metrics.refused, metrics.cancelled, metrics.finished, metrics.busy) == (1, 1, 0, 0)

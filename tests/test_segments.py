@@ -1,0 +1,240 @@
+"""Long texts in segments: nothing lost, no word divided, the fewest and most even packing."""
+
+import ast
+import itertools
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from kvcache import InputError
+from kvcache_chatterbox.segments import Segment, primary_language, split
+
+SEARCH = settings(max_examples=150, derandomize=True, deadline=None, database=None)
+
+# Three sentences each, ends where a reader would put them.
+SENTENCES = {
+    "en": ["Dr. Smith paid $3.50 to Mr. Jones at 5 p.m. on Monday.", "“Is it mine?” she asked.", "Nobody knew."],
+    "fr": ["« Bonjour ! » dit M. Dupont en 3,5 secondes.", "Il part demain ; rien ne presse.", "Vraiment ?"],
+    "de": ["Am 3. Oktober kam Dr. Meier, z. B. mit dem Zug.", "„Wirklich?“, fragte er.", "»Ja.«"],
+    "hi": ["नमस्ते मित्र।", "आप कैसे हैं?", "मैं ठीक हूँ।"],
+    "ar": ["مرحبا يا صديقي.", "كيف حالك؟", "أنا بخير؛ شكرا."],
+    "zh": ["我叫张三，今年三十岁，住在北京的一条小街上。", "“你去哪儿呢，我的朋友？”", "他问了我两次。"],
+    "ja": ["「元気ですか？」", "はい、元気です、ありがとうございます。", "行こう。"],
+}
+SPACELESS = {"zh", "ja"}
+
+words = st.text(
+    st.characters(categories=["L", "Nd", "Po", "Ps", "Pe", "Pd", "So"], exclude_characters="\u2029"), min_size=1
+)
+plain_word = st.text("abcdefgXYZ", min_size=1, max_size=30) | st.sampled_from(["z.B.", "т.е.", "go.”Then", "a?b=c"])
+spaces = st.sampled_from([" ", "  ", "\n", "\n\n", "\r\n\r\n", "\xa0", "\u3000", "\u2029", "\t", "\x85"])
+
+
+@st.composite
+def prose(draw):
+    """Words with every kind of end and space between them."""
+    ends = st.sampled_from(["", "", "", "", ",", ";", ".", "!", "?", "…", ".”", ")", " —", ". 😀", ".\n\n- "])
+    parts = draw(st.lists(st.tuples(plain_word, ends, spaces), min_size=1, max_size=40))
+    return "".join(itertools.chain.from_iterable(parts))
+
+
+def said(text):
+    return any(character.isalnum() for character in text)
+
+
+def check(text, segments):
+    """What holds for every text: segments in order, cut out of it at whitespace or clause marks, all of it in them."""
+    assert segments
+    position = 0
+    for segment in segments:
+        assert segment.text == text[segment.start : segment.end] == segment.text.strip()
+        assert said(segment.text)
+        assert segment.start >= position, "two segments overlap"
+        assert not text[position : segment.start].strip(), "something between two segments is lost"
+        position = segment.end
+    assert not text[position:].strip()
+
+
+@SEARCH
+@given(prose(), st.sampled_from(["en", "fr", "de", "ru", None]), st.sampled_from([20, 45, 200]))
+def test_words_are_kept_in_order_and_whole(text, language, target):
+    segments = split(text, language, target)
+    check(text, segments)
+    assert [word for segment in segments for word in segment.text.split()] == text.split()
+    for segment in segments:
+        spoken = [word for word in segment.text.split() if said(word)]
+        if len(segment.text) > target:
+            assert len(spoken) == 1, "only a single word, with what stays with it, may be longer"
+
+
+@SEARCH
+@given(st.lists(words, min_size=1, max_size=30), spaces, st.sampled_from(["en", "zh", "hi", "am", "xh"]))
+@example(["I", ".", "x"], "\xa0", "en")  # sentencex panics on it as it is
+@example(["aaaaaaaaaa", "(", "-", "bbbbbbbbbbbbb", ")"], " ", "en")
+@example(["(", ")", "a", "(", "(", ")"], "\n", "en")
+@example(["））次", "。", "一。二"], " ", "zh")
+def test_any_text_is_split_or_refused(parts, space, language):
+    text = space.join(parts)
+    if not said(text):
+        with pytest.raises(InputError, match=r"no letter or digit|empty"):
+            split(text, language, 20)
+        return
+    segments = split(text, language, 20)
+    check(text, segments)
+    assert "".join("".join(segment.text.split()) for segment in segments) == "".join(text.split())
+
+
+@SEARCH
+@given(st.lists(st.integers(3, 60), min_size=1, max_size=8), st.integers(60, 130))
+def test_packing_is_the_fewest_and_most_even(lengths, target):
+    """Against all ways to put neighbours together."""
+    sentences = ["A" + "b" * (length - 2) + "." for length in lengths]
+    options = []
+    for breaks in itertools.product([False, True], repeat=len(sentences) - 1):
+        packing = [sentences[0]]
+        for sentence, apart in zip(sentences[1:], breaks, strict=True):
+            packing = [*packing, sentence] if apart else [*packing[:-1], f"{packing[-1]} {sentence}"]
+        if all(len(part) <= target for part in packing):
+            options.append((len(packing), sum(len(part) ** 2 for part in packing)))
+    found = [len(segment.text) for segment in split(" ".join(sentences), "en", target)]
+    assert (len(found), sum(length**2 for length in found)) == min(options)
+
+
+@pytest.mark.parametrize("language", SENTENCES)
+def test_sentences_of_a_language(language):
+    """With a target as long as the longest sentence, every sentence stays whole."""
+    sentences = SENTENCES[language]
+    text = ("" if language in SPACELESS else " ").join(sentences)
+    target = max(20, *(len(sentence) for sentence in sentences))
+    segments = split(text, language, target)
+    check(text, segments)
+    assert len(segments) > 1
+    for sentence in sentences:
+        assert sum(sentence in segment.text for segment in segments) == 1, (sentence, segments)
+
+
+def texts(text, *, language="en", target):
+    return [segment.text for segment in split(text, language, target)]
+
+
+@pytest.mark.parametrize(
+    ("text", "language", "target", "expected"),
+    [
+        ("One two three four. Five six seven.", "en", 20, ["One two three four.", "Five six seven."]),
+        ("Dr. Smith met Mr. Jones. He left at once.", "en", 24, ["Dr. Smith met Mr. Jones.", "He left at once."]),
+        ("It was 3.5 miles. Then 1,000 more.", "en", 20, ["It was 3.5 miles.", "Then 1,000 more."]),
+        ("He said: “I am going home.” Then he left us.", "en", 30, ["He said: “I am going home.”", "Then he left us."]),
+        ("(I am going home.) “Now then.” [Yes, let us.]", "en", 20, ["(I am going home.)", "“Now then.”", "[Yes, let us.]"]),
+        ("Hier, elle a enfin vu M. Roux. Bonne nuit.", "fr", 30, ["Hier, elle a enfin vu M. Roux.", "Bonne nuit."]),
+        ("Boil it. 2. Stir all of the rice.", "en", 24, ["Boil it.", "2. Stir all of the rice."]),
+        ("No stop\n\nand there is none down here", "en", 27, ["No stop", "and there is none down here"]),
+        ("See plan B.\r\n\r\nThen all of us leave it now.", "en", 28, ["See plan B.", "Then all of us leave it now."]),
+        ("Buy\n- bread and butter\n- milk", "en", 20, ["Buy", "- bread and butter", "- milk"]),
+        ("When it rained, we stayed at home all day long", "en", 32, ["When it rained,", "we stayed at home all day long"]),
+        ("We waited — nobody came to see us that day", "en", 32, ["We waited —", "nobody came to see us that day"]),
+        ("one two three four five six seven", "en", 20, ["one two three four", "five six seven"]),
+        ("a word-with-a-hyphen-and-www.example.com/path b", "en", 20, ["a", "word-with-a-hyphen-and-www.example.com/path", "b"]),
+        ("“I stood there for long. Then I turned around.”", "en", 30, ["“I stood there for long.", "Then I turned around.”"]),
+        ("(मैं घर गया था।)वह आया और गया।", "hi", 20, ["(मैं घर गया था।)", "वह आया और गया।"]),
+        ("我叫张三，今年三十岁，住在北京的一条小街上，天天读书", "zh", 20, ["我叫张三，今年三十岁，", "住在北京的一条小街上，天天读书"]),
+        ("「一二三四五六七八。」「一二三四五六七八九十。」", "ja", 20, ["「一二三四五六七八。」", "「一二三四五六七八九十。」"]),
+        ("一二三四五六七八１，０００九十一二三四五六七八", "zh", 20, ["一二三四五六七八１，０００九十一二三四五六七八"]),
+        ("สวัสดีครับผมชื่อสมชาย ยินดีที่ได้รู้จักทุกคน", "th", 25, ["สวัสดีครับผมชื่อสมชาย", "ยินดีที่ได้รู้จักทุกคน"]),
+    ],
+)  # fmt: skip
+def test_where_texts_are_divided(text, language, target, expected):
+    assert texts(text, language=language, target=target) == expected
+
+
+def test_what_says_nothing_has_no_segment_of_its_own():
+    text = "😀 It is a fine day. 😀😀 ( and then ) it rained !\n\n* * *\n\nThe end. 👍"
+    segments = split(text, "en", 24)
+    check(text, segments)
+    assert [segment.text for segment in segments] == [
+        "😀 It is a fine day. 😀😀",
+        "( and then ) it rained !",
+        "* * *\n\nThe end. 👍",
+    ]
+
+
+def test_a_word_longer_than_the_target_is_a_segment():
+    text = f"Say {'a' * 5000} now, please."
+    assert [len(segment.text) for segment in split(text, "en", 100)] == [3, 5000, 12]
+
+
+def test_a_text_that_fits_is_one_segment():
+    assert split("  Hello there.\n\nGood bye. ", None) == [Segment("Hello there.\n\nGood bye.", 2, 25)]
+
+
+def test_realistic_paragraph_is_even():
+    text = (
+        "The birch canoe slid on the smooth planks. Glue the sheet to the dark blue background. It is easy to tell the "
+        "depth of a well. These days a chicken leg is a rare dish. Rice is often served in round bowls. The juice of "
+        "lemons makes fine punch. The box was thrown beside the parked truck. The hogs were fed chopped corn and garbage."
+    )
+    lengths = [len(part) for part in texts(text, target=200)]
+    assert len(lengths) == 2
+    assert max(lengths) - min(lengths) < 50
+
+
+def upstream_punc_norm(module):
+    """Upstream's function out of its source; its module imports an audio stack."""
+    for folder in sys.path:
+        source = Path(folder) / "chatterbox" / f"{module}.py"
+        if source.is_file():
+            tree = ast.parse(source.read_text())
+            found = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "punc_norm"]
+            space: dict = {}
+            exec(compile(ast.Module(found, []), str(source), "exec"), space)
+            return space["punc_norm"]
+    return pytest.skip("chatterbox is not installed")
+
+
+@pytest.mark.parametrize("module", ["tts", "mtl_tts"])
+def test_segments_end_sensibly_with_upstreams_rules(module):
+    """Each segment that upstream normalizes by itself ends with one mark, and begins with none that closes."""
+    punc_norm = upstream_punc_norm(module)
+    text = (
+        "We waited: nobody came; then — at last — she did… “Who is it?” he asked. It was only the wind, the old wind that "
+        "had blown here since before any of them was born, and it said nothing at all to anybody who had come to hear."
+    )
+    normalized = [punc_norm(part) for part in texts(text, target=40)]
+    assert len(normalized) > 5
+    for part in normalized:
+        assert part[0].isalnum() or part[0] == '"'
+        assert part[-1] in '.,!?-"'
+        assert not any(part.endswith(two) for two in (",.", "..", ",,", "?.", "-.")), part
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        ("", {}, "the text is empty: give at least one word"),
+        (" \n\u3000\t", {}, "the text is empty"),
+        ("… !? 😀 --", {}, r"the text '… !\? 😀 --' has no letter or digit"),
+        ("?" * 1000, {}, "the text '" + r"\?" * 40 + "' has no letter"),
+        ("Hello \ud83d there", {}, r"half a character \(a lone surrogate\) at position 6"),
+        (b"Hello", {}, "must be a str, got bytes; decode"),
+        (None, {}, "must be a str, got NoneType"),
+        ("Hello", {"language": "xx"}, "language='xx' is not a two-letter code of ISO 639-1; give one such as"),
+        ("Hello", {"language": "english"}, "language='english' is not"),
+        ("Hello", {"language": ""}, "language='' is not"),
+        ("Hello", {"target": 19}, "target=19 characters is below 20; give about 200"),
+        ("Hello", {"target": 0}, "target=0 characters"),
+        ("Hello", {"target": -200}, "target=-200 characters"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(text, arguments, message):
+    with pytest.raises(InputError, match=message):
+        split(text, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("given_code", "code"), [(None, "en"), ("en", "en"), ("PT", "pt"), ("pt-BR", "pt"), ("zh_Hans", "zh"), ("no", "no")]
+)
+def test_language_codes(given_code, code):
+    assert primary_language(given_code) == code
+    assert split("One. Two.", given_code)
