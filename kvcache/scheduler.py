@@ -106,6 +106,7 @@ class Request:
             self.take(batch.enter(job))
         except BaseException:
             self.running.pop(job, None)
+            batch.leave(job)
             raise
 
     def take(self, piece: Piece) -> None:
@@ -289,7 +290,9 @@ class Scheduler:
         try:
             await started
         except BaseException:
-            self._closing = True
+            with self._changed:
+                self._closing = True
+                self._changed.notify()
             raise
         return self
 
@@ -399,21 +402,7 @@ class Scheduler:
             turns = self._turns = Turns(batch, *self._order)
             self._call(_begin, started)
             while not self._closing:
-                with self._changed:
-                    while not (self._closing or self._added or self._dropped or turns.requests):
-                        self._changed.wait()
-                    added, self._added = self._added, []
-                    dropped, self._dropped = self._dropped, []
-                for request in added:
-                    turns.add(request)
-                for request in dropped:
-                    turns.drop(request)
-                before = turns.tokens
-                for request in turns.turn():
-                    self._call(self._over, request)
-                if turns.tokens == before and turns.requests:  # all that is left waits for its consumer
-                    with self._changed:
-                        self._changed.wait(0.02)
+                self._turn(turns)
         finally:
             self._closing = True
             self._turns, self._tokens = None, turns.tokens
@@ -421,6 +410,23 @@ class Scheduler:
                 turns.drop(request)
             opened.__exit__(None, None, None)
             self._call(self._end_all)
+
+    def _turn(self, turns: Turns) -> None:
+        with self._changed:
+            while not (self._closing or self._added or self._dropped or turns.requests):
+                self._changed.wait()
+            added, self._added = self._added, []
+            dropped, self._dropped = self._dropped, []
+        for request in added:
+            turns.add(request)
+        for request in dropped:
+            turns.drop(request)
+        over = turns.turn()
+        for request in over:
+            self._call(self._over, request)
+        if not over and turns.requests and turns.batch.busy == 0:  # all that is left waits for its consumer
+            with self._changed:
+                self._changed.wait(0.02)
 
     def _end_all(self) -> None:
         for request in list(self._inboxes):
@@ -487,7 +493,7 @@ class Stream(AsyncIterator[T], Generic[T]):
                         raise item.error
                 else:
                     self._inbox.taken += 1
-                    self._items.extend(await asyncio.to_thread(list, self._through(item)))
+                    self._items.extend(await asyncio.to_thread(self._made, item))
         except StopAsyncIteration:
             raise
         except BaseException as error:  # cancelled, or it cannot be made into what was wanted
@@ -498,12 +504,16 @@ class Stream(AsyncIterator[T], Generic[T]):
             self._scheduler._first(time.perf_counter() - self._since)
         return self._items.popleft()
 
+    def _made(self, chunk: Chunk) -> list[T]:
+        return list(self._through(chunk))
+
     async def aclose(self) -> None:
         """End the request. Nothing happens if it has ended."""
         self._end("cancelled")
 
     def _end(self, counts: str) -> None:
         self._ended = True
+        self._items.clear()
         self._scheduler._drop(self._request, counts)
 
     def __del__(self) -> None:

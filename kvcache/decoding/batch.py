@@ -15,6 +15,7 @@ from torch import Tensor
 from kvcache.decoding.loop import Decoding
 from kvcache.decoding.sampler import Sampling
 from kvcache.errors import CapacityError, GeometryError
+from kvcache.hf import check_positions
 from kvcache.layers import KVLayer
 from kvcache.memory import CacheReport
 
@@ -126,6 +127,7 @@ class Batch:
                 f"a job of {stored} tokens and {job.total} new ones needs {needed} slots, there are {decoding.kv.slots}; "
                 "ask for fewer tokens, or make a batch with more slots"
             )
+        check_positions(decoding.kv.positions, layers[0].seen, job.total - 1)
         decoding.load(place * rows, layers)
         try:
             first = decoding.start(place, logits, [job.sampling], [job.generator], [job.seen])

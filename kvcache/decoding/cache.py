@@ -37,6 +37,7 @@ class StaticKV:
     Attributes:
         keys, values: a buffer per layer, ``[rows, heads, slots, dim]``. What no token was written to is zero.
         length: tokens seen by each row, on the device, ``[rows]``.
+        taken: 1 for rows that have been loaded, 0 for free ones, which count nothing.
         seen: the same on the host.
     """
 
@@ -50,12 +51,14 @@ class StaticKV:
             # Zeros, not whatever was there: what is masked still takes part, times nothing, and NaN times nothing is NaN.
             self.keys = [zeros((*shape, geometry.head_dim), dtype, device) for _ in range(geometry.layers)]
             self.values = [zeros((*shape, geometry.value_dim), dtype, device) for _ in range(geometry.layers)]
-            self.length, self.pinned, self.low = (torch.zeros(rows, dtype=torch.long, device=device) for _ in range(3))
+            self.length, self.pinned, self.low, self.taken = (
+                torch.zeros(rows, dtype=torch.long, device=device) for _ in range(4)
+            )
             self.limit = torch.full_like(self.length, _ENDLESS)
             self.order = torch.arange(slots, device=device)
             self._row = torch.arange(rows, device=device)
         self.seen = [0] * rows
-        self._positions = geometry.max_positions
+        self.positions = geometry.max_positions
         self._policies: list[SizePolicy | None] = [None] * rows
         self._pending: list[tuple[range, Callable[[], None]]] = []
         # Of the step that is running:
@@ -72,8 +75,8 @@ class StaticKV:
         new = copy.copy(self)
         new.rows = rows
         new.keys, new.values = [t[:rows] for t in self.keys], [t[:rows] for t in self.values]
-        new.length, new.pinned, new.low, new.limit, new._row = (
-            t[:rows] for t in (self.length, self.pinned, self.low, self.limit, self._row)
+        new.length, new.pinned, new.low, new.limit, new.taken, new._row = (
+            t[:rows] for t in (self.length, self.pinned, self.low, self.limit, self.taken, self._row)
         )
         return new
 
@@ -109,7 +112,7 @@ class StaticKV:
             self.seen[row], self._policies[row] = length, policy
         chosen = slice(first, first + len(rows))
         self.length[chosen] = torch.tensor(lengths, device=device)
-        self.pinned[chosen] = pinned
+        self.pinned[chosen], self.taken[chosen] = pinned, 1
         self.limit[chosen], self.low[chosen] = limit, low
         self._pending.append((rows, partial(self._copy, rows, layers, positions.expand(len(rows), -1), pinned)))
         if not later:
@@ -165,7 +168,7 @@ class StaticKV:
         chosen = slice(first, first + rows)
         self.length[chosen] = 0
         self.limit[chosen] = _ENDLESS
-        self.pinned[chosen] = 0
+        self.pinned[chosen] = self.taken[chosen] = 0
         for row in range(first, first + rows):
             self.seen[row], self._policies[row] = 0, None
 
@@ -176,7 +179,7 @@ class StaticKV:
         used = min(max(self.seen[source]), self.slots)
         for held in (*self.keys, *self.values):
             held[target, :, :used] = held[source, :, :used]
-        for marks in (self.length, self.pinned, self.low, self.limit):
+        for marks in (self.length, self.pinned, self.low, self.limit, self.taken):
             marks[target] = marks[source].clone()
         self.seen[target], self._policies[target] = self.seen[source], self._policies[source]
         self.free(first, rows)
@@ -185,7 +188,7 @@ class StaticKV:
         """Raise `CapacityError` if a row has no room, or no positions, for so many more tokens."""
         for row, (seen, policy) in enumerate(self._accounts()):
             if policy is not None:
-                check_positions(self._positions, seen, steps)
+                check_positions(self.positions, seen, steps)
             if policy is not None and not policy.evicts and seen + steps > self.slots:
                 raise CapacityError(
                     f"cannot decode {steps} tokens: row {row} uses {seen} of {self.slots} slots; raise max_cache_length, "
@@ -195,7 +198,7 @@ class StaticKV:
     def advance(self, steps: int) -> None:
         """Count what so many steps have written."""
         for row in range(self.rows):
-            self.seen[row] += steps
+            self.seen[row] += steps * (self._policies[row] is not None)
 
     def _accounts(self) -> list[tuple[int, SizePolicy | None]]:
         """Of each row: tokens seen, and its policy; None where nothing has been loaded."""

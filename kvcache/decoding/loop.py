@@ -75,7 +75,9 @@ class Decoding:
         self._tf32 = tf32
         self.ahead = max(1, min(ahead, _NOISE_BYTES // (4 * requests * vocabulary)))
         with torch.inference_mode(False):
-            self.token, self.made = (torch.zeros(requests, dtype=torch.long, device=device) for _ in range(2))
+            self.token, self.made, self._begun = (
+                torch.zeros(requests, dtype=torch.long, device=device) for _ in range(3)
+            )
             self._column = torch.zeros(1, dtype=torch.long, device=device)
             self._out = torch.zeros(requests, self.ahead, dtype=torch.long, device=device)
             self._noise = torch.ones(self.ahead, requests, vocabulary, device=device)
@@ -93,7 +95,8 @@ class Decoding:
 
     def report(self) -> CacheReport:
         """The account of the cache, and of what runs the steps."""
-        return replace(self.kv.report(), backend=self.backend, fallback=self.fallback)
+        whys = [one.fallback for one in (self, *self._fronts.values()) if one.fallback is not None]
+        return replace(self.kv.report(), backend=self.backend, fallback=whys[0] if whys else None)
 
     @property
     def order(self) -> Tensor:
@@ -113,6 +116,7 @@ class Decoding:
             new.kv, new.sampler = self.kv.front(requests * self.rows), self.sampler.front(requests)
             new._inputs = DecodeInputs(new.kv, self._inputs.kernel)
             new.token, new.made, new._out = self.token[:requests], self.made[:requests], self._out[:requests]
+            new._begun = self._begun[:requests]
             new._noise = self._noise[:, :requests]
             new._backend, new.fallback = backend_for(self._named, self.token.device)
             self._fronts[requests] = new
@@ -156,12 +160,13 @@ class Decoding:
             self._draw(noise, which)
         token = self.sampler(logits, noise, draws, which)
         self.token[which] = token
-        self.made[which] = 1
+        self.made[which] = self._begun[which] = 1
         return token
 
     def free(self, first: int, requests: int) -> None:
         """End these requests. Their rows are empty, draw nothing, and take part in steps for nothing."""
         self.kv.free(first * self.rows, requests * self.rows)
+        self.made[first : first + requests] = self._begun[first : first + requests] = 0
         for request in range(first, first + requests):
             self.sampler.set(request, GREEDY)
             self._generators[request] = None
@@ -171,7 +176,7 @@ class Decoding:
         """Bring a request to another place, which must be free."""
         self.kv.move(request * self.rows, to * self.rows, self.rows)
         self.sampler.move(request, to)
-        for held in (self.token, self.made):
+        for held in (self.token, self.made, self._begun):
             held[to] = held[request].clone()
         self._generators[to] = self._generators[request]
         self.free(request, 1)
@@ -286,8 +291,9 @@ class Decoding:
         token = self.sampler(logits, self._noise.index_select(0, self._column)[0], draws)
         self._out.index_copy_(1, self._column, token[:, None])
         self.token.copy_(token)
-        for count in (self.made, self._column, self.kv.length):
-            count.add_(1)
+        self._column.add_(1)
+        self.made.add_(self._begun)
+        self.kv.length.add_(self.kv.taken)
 
     def reach(self) -> tuple[int, bool]:
         """How many slots the next step has to read, and whether every row sees all of them."""
