@@ -272,14 +272,21 @@ def rows_of(
 
 def ratios_of(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
     best = min((row for key, row in rows.items() if key.startswith("batch-")), key=lambda row: row["s"])
-    batch = rows["batch-fp32"]
-    return {
-        "batch8_over_sequential": rows["alone-fp32"]["s"] / batch["s"],
-        "batch8_best_over_sequential_best": rows["alone-int8"]["s"] / best["s"],
+    batch, alone = rows["batch-fp32"], rows["alone-fp32"]
+    found = {
+        "batch8_over_sequential": alone["s"] / batch["s"],
         "batch8_best_over_upstream": rows["upstream"]["s"] / best["s"],
-        "first_chunk_batch_over_single": batch["first chunk, s"] / rows["alone-fp32"]["first chunk, s"],
         "peak_over_estimate": batch["peak MiB"] / batch["estimate MiB"],
     }
+    if "alone-int8" in rows:
+        found["batch8_best_over_sequential_best"] = rows["alone-int8"]["s"] / best["s"]
+    if "no-onednn" in rows:
+        found["onednn_gain"] = rows["no-onednn"]["s"] / batch["s"]
+    if "no-compact" in rows:
+        found["compact_gain"] = rows["no-compact"]["s"] / batch["s"]
+    if batch["first chunk, s"] is not None:
+        found["first_chunk_batch_over_single"] = batch["first chunk, s"] / alone["first chunk, s"]
+    return found
 
 
 def options_of() -> argparse.Namespace:
@@ -289,7 +296,10 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=1, help="times that the text is spoken (default: 1)")
     parser.add_argument("--firsts", type=int, default=5, help="first chunks of each side (default: 5)")
     parser.add_argument("--ingredients", action="store_true", help="also with one ingredient left out, and fewer rows")
-    parser.add_argument("--sides", help="only these, by their short names, with commas")
+    parser.add_argument(
+        "--sides",
+        help="only these, by their short names, with commas; each takes 2 to 5 GB, and none may be swapped out",
+    )
     options = parser.parse_args()
     if options.quick:
         options.tokens, options.segments, options.firsts, options.layers = 30, 3, 2, 2
@@ -303,7 +313,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     check()
     case = Case(options.tokens, options.segments, options.layers)
-    chosen = sides(case.segments, options.ingredients)
+    chosen = sides(case.segments, options.ingredients or options.sides is not None)
     if options.sides:
         chosen = {key: side for key, side in chosen.items() if key in options.sides.split(",")}
     served: dict[str, tuple[Callable[..., None], Case, Side]] = {
@@ -316,7 +326,7 @@ def main() -> None:
     firsts.pop("upstream", None)
     notes = processes.end()
     rows = rows_of(case, chosen, seconds, firsts, notes)
-    ratios = ratios_of(dict(zip(chosen, rows, strict=True))) if not options.sides else {}
+    ratios = ratios_of(dict(zip(chosen, rows, strict=True)))
     finish("long_text", rows, ratios, options, tokens=case.tokens, segments=case.segments)
 
 
