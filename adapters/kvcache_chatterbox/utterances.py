@@ -1,0 +1,346 @@
+"""Speech tokens of utterances on managed caches: one by one, or several together in a batch."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from typing_extensions import Unpack
+
+from kvcache import (
+    CacheReport,
+    CapacityError,
+    InputError,
+    KeepAll,
+    KVCacheManager,
+    Pinned,
+    SizePolicy,
+    SpeakerCache,
+    default_store,
+)
+from kvcache.decoding import BackendName, Batch, Job, check_backend
+from kvcache.hf import PositionMode, new_cache
+from kvcache.precision import Precision
+from kvcache.streaming import chunked
+from kvcache_chatterbox.decoding import Decoder
+from kvcache_chatterbox.long_text import Carry, Watch, in_batch, unwatched
+from kvcache_chatterbox.requests import check_count, check_text, condition, prefill
+from kvcache_chatterbox.reuse import Reuse, VoiceReuse
+from kvcache_chatterbox.sampling import SamplingOptions, sampling_of
+from kvcache_chatterbox.stepping import Stepper, at_precision
+from kvcache_chatterbox.utterance import Utterance
+from kvcache_chatterbox.voices import Voice
+
+_SLOTS_STEP = 256  # what is recorded for a graph reads so many at a time
+
+
+class UtteranceDecoder:
+    """What `ChatterboxEngine` decodes with: a T3, its caches, what is known of voices, and the engine of its steps.
+
+    Args:
+        t3: upstream's.
+        policy, max_cache_length, positions, double_bos, speakers, reuse, onednn, backend, precision, kv_dtype, tf32: see
+            `ChatterboxEngine`.
+    """
+
+    def __init__(
+        self,
+        t3: Any,
+        policy: SizePolicy | None,
+        max_cache_length: int,
+        *,
+        positions: PositionMode,
+        double_bos: bool,
+        speakers: SpeakerCache | None,
+        reuse: Reuse,
+        onednn: bool,
+        backend: BackendName | Literal["auto", "off"],
+        precision: Precision | None,
+        kv_dtype: torch.dtype | None,
+        tf32: bool,
+    ) -> None:
+        if reuse not in ("all", "conditioning", "none"):
+            raise InputError(f"reuse={reuse!r} must be 'all', 'conditioning' or 'none'")
+        if backend not in ("auto", "off"):
+            check_backend(backend)
+        self.t3 = t3 if precision is None else at_precision(t3, precision)
+        self.double_bos = double_bos
+        self.onednn = onednn
+        self.speakers = SpeakerCache(default_store(self.t3.device)) if speakers is None else speakers
+        self._reuse = None if reuse == "none" else VoiceReuse(self.t3, self.speakers, reuse)
+        self.enabled = True
+        self._manager = KVCacheManager(self.t3.tfmr, policy, max_cache_length, positions=positions)
+        self._last = CacheReport(())
+        if backend == "auto":
+            backend = "eager" if self.t3.device.type == "cpu" else "graph"
+        self._captures = backend not in ("eager", "off")
+        if kv_dtype is None and precision in ("bf16", "int8"):
+            kv_dtype = torch.bfloat16
+        self._stepper, self._why_not = None, None
+        if backend != "off":
+            self._why_not = Stepper.why_not(self.t3)
+            if self._why_not is None and positions == "rerotated" and self.policy.evicts:
+                self._why_not = "re-rotated positions are turned on the host"
+            if self._why_not is None:
+                self._stepper = Stepper(
+                    self.t3, backend, kv_dtype, tf32, precision, self.policy, max_cache_length, onednn
+                )
+
+    @property
+    def policy(self) -> SizePolicy:
+        """Which speech tokens stay."""
+        policy = self._manager.policy
+        return policy if isinstance(policy, SizePolicy) else KeepAll()
+
+    def enable_kv_cache(self) -> None:
+        """Use caches again (the default)."""
+        self.enabled = True
+
+    def disable_kv_cache(self) -> None:
+        """Recompute everything at every token: the same tokens, slowly; the reference that caches are measured against."""
+        self.enabled = False
+
+    def report(self) -> CacheReport:
+        """The account of the last request's cache, as of its last chunk."""
+        return self._last
+
+    def release(self) -> None:
+        """Let go of what waits for the next request: caches, and what was captured or compiled for them."""
+        if self._stepper is not None:
+            self._stepper.release()
+
+    # ------------------------------------------------------------------ utterances, as batches take them
+
+    def utterance(
+        self,
+        voice: Voice,
+        text_tokens: Tensor,
+        *,
+        exaggeration: float | None = None,
+        max_new_tokens: int = 1000,
+        seed: int | None = None,
+        reused: bool = True,
+        **sampling: Unpack[SamplingOptions],
+    ) -> Utterance:
+        """One text in one voice, checked. See `inference_stream`.
+
+        Raises:
+            InputError: if it cannot be said.
+        """
+        options = sampling_of(self.t3.is_gpt, sampling)
+        if self.t3.is_gpt and options.cfg_weight > 0:
+            raise InputError(f"cfg_weight={options.cfg_weight}: the GPT-2 variants have no guidance; leave it out")
+        check_count("max_new_tokens", max_new_tokens)
+        text = check_text(self.t3, text_tokens, guided=options.cfg_weight > 0)
+        positions = self.t3.speech_pos_emb
+        if positions is not None and max_new_tokens >= (longest := positions.emb.num_embeddings):
+            raise InputError(
+                f"max_new_tokens={max_new_tokens}: the model learned {longest} speech positions; ask for fewer"
+            )
+        if exaggeration is not None:
+            voice = voice.with_emotion(exaggeration)
+        return Utterance(voice, text[:1], options, max_new_tokens, seed, reused)
+
+    def job(self, utterance: Utterance) -> Job:
+        """An utterance for a batch of `batch`; where the model can be guided it has two rows, whatever its weight.
+
+        Raises:
+            InputError: without a seed, as its draws are to be its own.
+        """
+        generator = utterance.generator()
+        if generator is None:
+            raise InputError("an utterance of a batch needs a seed")
+
+        def run() -> tuple[Tensor, Any]:
+            decoder, cache = self._decoder(utterance, 1 if self.t3.is_gpt else 2, None, caching=True)
+            return decoder.prefill(), cache
+
+        return self._batched().job(run, utterance.sampling, utterance.max_new_tokens, generator)
+
+    def batch(self, places: int, slots: int, *, compact: bool = True) -> AbstractContextManager[Batch]:
+        """A batch of so many utterances that decode together, each with so many slots of cache.
+
+        Its memory and what was captured or compiled for it wait for the next batch of the same size; see `release`.
+
+        Args:
+            compact: see `kvcache.decoding.Batch`.
+
+        Raises:
+            InputError: if this engine decodes on the host, with the reason.
+        """
+        return self._batched().batch(places, slots, compact)
+
+    def slots(self, utterance: Utterance) -> int:
+        """Slots of cache that an utterance needs in each of its rows in a batch."""
+        prefix = (
+            self._conditioning(utterance.voice, utterance.reused).shape[1] + utterance.text.shape[1] + self._overhead
+        )
+        return self._slots_taken(prefix, utterance.max_new_tokens)
+
+    def room(self, max_rows: int, slots: int | None = None, memory_budget: int | None = None) -> tuple[int, int]:
+        """Slots and places of a batch that any utterance fits, within a budget.
+
+        Args:
+            max_rows: places at most.
+            slots: of each; by default `max_cache_length`.
+            memory_budget: bytes of the cache.
+
+        Raises:
+            InputError: if this engine decodes one utterance at a time.
+            CapacityError: if the budget does not hold one place.
+        """
+        self._batched()
+        check_count("max_rows", max_rows)
+        slots = self._manager.max_cache_length if slots is None else slots
+        assert slots is not None
+        check_count("slots", slots)
+        one = slots * self._token_bytes * (1 if self.t3.is_gpt else 2)
+        if memory_budget is not None and memory_budget < one:
+            raise CapacityError(
+                f"one row of {slots} tokens takes {one / 2**20:.1f} MiB of KV cache, memory_budget is "
+                f"{memory_budget / 2**20:.1f} MiB; raise it, or lower max_cache_length"
+            )
+        return slots, max_rows if memory_budget is None else min(max_rows, memory_budget // one)
+
+    @property
+    def batches(self) -> bool:
+        """Whether utterances can decode together here."""
+        return self._stepper is not None and self.enabled
+
+    def _batched(self) -> Stepper:
+        if self._stepper is None or not self.enabled:
+            raise InputError(
+                f"this engine decodes one utterance at a time: {self._why_not or 'backend is off, or caching disabled'}"
+            )
+        return self._stepper
+
+    # ------------------------------------------------------------------ inside
+
+    def _tokens(self, utterance: Utterance, chunk_size: int, use_kv_cache: bool = True) -> Iterator[Tensor]:
+        """The speech tokens of one utterance, in chunks ``[1, n]``."""
+        check_count("chunk_size", chunk_size)
+        rows = 2 if utterance.sampling.cfg_weight > 0 else 1
+        generator = utterance.generator()
+        decoder, cache = self._decoder(utterance, rows, generator, self.enabled and use_kv_cache)
+        if self._stepper is None or cache is None:
+            return self._reported(chunked(decoder.tokens(), chunk_size), cache)
+        return self._stepped(self._stepper, decoder, cache, utterance, chunk_size, generator)
+
+    def _decoder(
+        self, utterance: Utterance, rows: int, generator: torch.Generator | None, caching: bool
+    ) -> tuple[Decoder, Any]:
+        """What prefills an utterance, and the cache for it, both new."""
+        reuse = self._reuse if utterance.reused else None
+        text = utterance.text.expand(rows, -1)
+        request = prefill(self.t3, self._conditioning(utterance.voice, utterance.reused), text, self.double_bos)
+        total = utterance.max_new_tokens
+        cache = self._new_cache(request.embeds, total) if caching else None
+        start = None if cache is None or reuse is None else reuse.start
+        return Decoder(self.t3, request, utterance.sampling, total, cache, generator, start, self.onednn), cache
+
+    def _conditioning(self, voice: Voice, reused: bool) -> Tensor:
+        reuse = self._reuse if reused else None
+        return condition(self.t3, voice.t3) if reuse is None else reuse.condition(voice.t3)
+
+    @property
+    def _overhead(self) -> int:
+        """Start-of-speech tokens behind the text."""
+        return 2 if self.double_bos and not self.t3.is_gpt else 1
+
+    @property
+    def _token_bytes(self) -> int:
+        """Of one token in one cache row, over all layers."""
+        return self._manager.geometry.token_bytes if self._stepper is None else self._stepper.token_bytes
+
+    def _slots_needed(self, before: int, total: int) -> int:
+        """Slots of a row with so many tokens before the speech and so many of it, or what the policy keeps of them."""
+        token = self._manager.geometry.token_bytes * (1 if self.t3.is_gpt else 2)
+        policy = Pinned(before, self.policy).resolve(token, 0, self._manager.max_cache_length)
+        return before + total - 1 if policy.limit is None else policy.limit  # the last token drawn is never run
+
+    def _slots_taken(self, before: int, total: int) -> int:
+        """The same; in steps where steps of the decode are captured or compiled, which then serve other texts, too."""
+        needed = self._slots_needed(before, total)
+        most = self._manager.max_cache_length
+        if not self._captures or self.policy.evicts or most is None or needed > most:
+            return needed
+        return min(-(-needed // _SLOTS_STEP) * _SLOTS_STEP, most)
+
+    def _in_order(
+        self,
+        utterances: Sequence[Utterance],
+        rows: int,
+        chunk_size: int,
+        carry: Carry | None,
+        slots: int | None = None,
+        watch: Watch = unwatched,
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The speech tokens of utterances, decoded together if that can be, one after another else."""
+        if rows == 1 or carry is not None or not self.batches:
+            return self._one_by_one(utterances, chunk_size, carry, watch)
+        slots = max(map(self.slots, utterances)) if slots is None else slots
+        return self._together(utterances, rows, chunk_size, slots, watch)
+
+    def _one_by_one(
+        self, utterances: Sequence[Utterance], chunk_size: int, carry: Carry | None, watch: Watch
+    ) -> Iterator[tuple[int, Tensor]]:
+        before = None
+        for index, utterance in enumerate(utterances):
+            said = []
+            for chunk in self._tokens(utterance.after(before), chunk_size):
+                said.append(chunk[0])
+                watch(index, chunk.shape[1], False)
+                yield index, chunk
+            watch(index, 0, True)
+            before = torch.cat(said) if carry is not None and said else None
+
+    def _together(
+        self, utterances: Sequence[Utterance], rows: int, chunk_size: int, slots: int, watch: Watch
+    ) -> Iterator[tuple[int, Tensor]]:
+        with self.batch(rows, slots) as batch:
+            for chunk in in_batch(batch, [self.job(utterance) for utterance in utterances], chunk_size, watch):
+                self._last = batch.report()
+                if chunk.tokens.numel():
+                    yield chunk.index, chunk.tokens[None].to(self.t3.device)
+
+    def _new_cache(self, embeds: Tensor, max_new_tokens: int) -> Any:
+        rows, prefix = embeds.shape[:2]
+        longest = self._manager.max_cache_length
+        # The last token drawn is never run, and so takes no slot.
+        if longest is not None and not self.policy.evicts and (needed := prefix + max_new_tokens - 1) > longest:
+            raise CapacityError(
+                f"the request may need {needed} tokens ({prefix} of voice and text, {max_new_tokens} of speech), "
+                f"max_cache_length is {longest}; lower max_new_tokens, raise max_cache_length, or give a policy that evicts"
+            )
+        policy = Pinned(prefix, self.policy) if self.policy.evicts else self.policy
+        return new_cache(
+            self.t3.tfmr,
+            policy,
+            max_length=longest,
+            positions=self._manager.positions,
+            rows=rows,
+            geometry=self._manager.geometry,
+        )
+
+    def _reported(self, chunks: Iterator[Tensor], cache: Any) -> Iterator[Tensor]:
+        for chunk in chunks:
+            report = CacheReport((), enabled=False) if cache is None else self._manager.report(cache)
+            self._last = dataclasses.replace(report, fallback=self._why_not)
+            yield chunk
+
+    def _stepped(
+        self,
+        stepper: Stepper,
+        decoder: Decoder,
+        cache: Any,
+        utterance: Utterance,
+        size: int,
+        generator: torch.Generator | None,
+    ) -> Iterator[Tensor]:
+        logits = decoder.prefill()
+        total = utterance.max_new_tokens
+        for chunk, report in stepper.chunks(logits, cache, utterance.sampling, total, size, generator):
+            self._last = report
+            yield chunk
