@@ -58,12 +58,14 @@ class Side:
         label: in the table.
         rows: segments that decode together; None is upstream's loop.
         precision: of the weights.
+        backend: what runs the steps; a compiled one is compiled before it is timed.
         compact, onednn: False leaves one ingredient out.
     """
 
     label: str
     rows: int | None
     precision: str = "fp32"
+    backend: str = "eager"
     compact: bool = True
     onednn: bool = True
 
@@ -76,6 +78,7 @@ def sides(segments: int, ingredients: bool) -> dict[str, Side]:
         "batch-fp32": Side(f"{BATCH}, fp32", segments),
         "batch-bf16": Side(f"{BATCH}, bf16", segments, "bf16"),
         "batch-int8": Side(f"{BATCH}, int8", segments, "int8"),
+        "batch-int8-compiled": Side(f"{BATCH}, int8, compiled", segments, "int8", "compile"),
     }
     if ingredients:
         found["no-onednn"] = Side(f"{BATCH}, fp32, without oneDNN", segments, onednn=False)
@@ -102,7 +105,8 @@ def model(case: Case) -> Any:
 
 def engine_of(case: Case, side: Side) -> ChatterboxEngine:
     precision: Any = None if side.precision == "fp32" else side.precision
-    return ChatterboxEngine(stand_in(model(case)), precision=precision, onednn=side.onednn)
+    backend: Any = side.backend
+    return ChatterboxEngine(stand_in(model(case)), precision=precision, backend=backend, onednn=side.onednn)
 
 
 def planned(engine: ChatterboxEngine, case: Case, rows: int) -> LongText:
@@ -169,23 +173,30 @@ def together(
 
 def serve(gate: Gate, case: Case, side: Side) -> None:
     """A side's turns: of the whole text, or, when told so, up to its first chunk."""
-    if side.rows is None:
-        gate()
-        while True:
-            for _ in upstream(case):
-                gate()
-    engine = engine_of(case, side)
-    long = planned(engine, case, side.rows)
-    for _ in engine._tokens(long.utterances[0], CHUNK):  # the voice is known, libraries are loaded
-        break
-    engine.release()
     first = [False]
 
     def told(word: str) -> None:
         first[0] = word == "first"
 
     gate.told = told
+    if side.rows is None:
+        gate()
+        while True:
+            for _ in upstream(case):
+                gate()
+                while first[0]:
+                    gate()
+    engine = engine_of(case, side)
+    long = planned(engine, case, side.rows)
+    for _ in engine._tokens(long.utterances[0], CHUNK):  # the voice is known, libraries are loaded
+        break
+    engine.release()
     resident = resident_from_here()
+    if side.rows > 1:  # some of the text, so that what is compiled is compiled
+        warm = together(engine, long, side.compact, 5 * case.segments, {})
+        for _ in zip(range(10), warm, strict=False):
+            pass
+        warm.close()  # type: ignore[attr-defined]
     gate()
     while True:
         if first[0]:
