@@ -517,7 +517,7 @@ def test_names_and_choices_are_checked():
 
 @pytest.mark.parametrize("kind", ["english", "gpt", "multilingual"])
 def test_audio_of_a_named_voice_is_that_of_its_clip(kind, monkeypatch, tmp_path):
-    loaded = tts(kind, monkeypatch)
+    loaded = tts(kind)
     made = ChatterboxEngine(loaded, speakers=memory())
     clip, builtin = tmp_path / "clip.wav", loaded.conds
     clip.write_bytes(b"a clip")
@@ -540,11 +540,13 @@ def test_audio_of_a_named_voice_is_that_of_its_clip(kind, monkeypatch, tmp_path)
         made.generate("Hello there", voice="sarah", audio_prompt_path=clip)
 
 
-def test_a_voice_the_model_is_given_later_is_the_one_that_speaks(monkeypatch):
-    loaded = tts("english", monkeypatch)
+def test_a_voice_the_model_is_given_later_is_the_one_that_speaks(tmp_path):
+    loaded = tts("english")
     made = ChatterboxEngine(loaded, speakers=memory())
     first = made.generate("Hello there", max_new_tokens=12, seed=0)
-    loaded.prepare_conditionals("another.wav")
+    another = tmp_path / "another.wav"
+    another.write_bytes(b"a clip")
+    loaded.prepare_conditionals(str(another))
     second = made.generate("Hello there", max_new_tokens=12, seed=0)
     assert not torch.equal(first, second)
     plain = ChatterboxEngine(loaded, reuse="none")
