@@ -22,12 +22,14 @@ from kvcache.precision import with_precision
 from kvcache.prefix import PrefixKey, PrefixSnapshot
 from kvcache.rope import KeyRotation
 from kvcache.scheduler import Scheduler, SchedulerMetrics
+from kvcache.scoring import TOVA, HeavyHitters, KeyDiff, KeyNorm, RankingPolicy, SnapKV, pyramid
 from kvcache.speakers import SpeakerCache, SpeakerStats, default_store
 from kvcache.stores import DiskStore, MemoryStore, RedisStore, RemoteStore, TieredStore
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "TOVA",
     "BusyError",
     "CacheGeometry",
     "CacheReport",
@@ -36,11 +38,14 @@ __all__ = [
     "CorruptError",
     "DiskStore",
     "GeometryError",
+    "HeavyHitters",
     "InputError",
     "KVCacheError",
     "KVCacheManager",
     "KVLayer",
     "KeepAll",
+    "KeyDiff",
+    "KeyNorm",
     "KeyRotation",
     "LayerReport",
     "MaxBytes",
@@ -51,6 +56,7 @@ __all__ = [
     "PositionsError",
     "PrefixKey",
     "PrefixSnapshot",
+    "RankingPolicy",
     "RedisStore",
     "RemoteStore",
     "RollbackError",
@@ -58,11 +64,13 @@ __all__ = [
     "SchedulerMetrics",
     "SizePolicy",
     "SlidingWindow",
+    "SnapKV",
     "SpeakerCache",
     "SpeakerStats",
     "TieredStore",
     "default_store",
     "estimate_bytes",
     "model_fingerprint",
+    "pyramid",
     "with_precision",
 ]

@@ -24,11 +24,13 @@ from transformers.cache_utils import (
     EncoderDecoderCache,
 )
 
+from kvcache import attention
 from kvcache.errors import CapacityError, GeometryError, InputError, PolicyError, PositionsError, RollbackError
 from kvcache.geometry import CacheGeometry
 from kvcache.layers import KVLayer
 from kvcache.policies import KeepAll, SizePolicy, check_policy, schedule
 from kvcache.prefix import PrefixKey, PrefixSnapshot
+from kvcache.ranked import RankedLayer, check_ranked
 from kvcache.rope import KeyRotation
 
 _VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
@@ -76,13 +78,21 @@ class ManagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.kv.append(key_states[:, :, :0], (key_states if value_states is None else value_states)[:, :, :0])
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        return self.kv.append(key_states, value_states)
+        keys, values = self.kv.append(key_states, value_states)
+        if self.kv.by_head:
+            attention.stored(self.kv, keys, values)
+        return keys, values
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         # Asked once before a forward writes anything: the place to refuse, with every layer still as it was.
         fresh = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
         for kv in self.beside or (self.kv,):
             kv.check(fresh)
+            if kv.by_head and not attention.observing():
+                raise PolicyError(
+                    f"under {kv.policy!r} each head sees its own tokens, and the cache what is attended to; run the model "
+                    "as manager.runner, or by manager.generate() and stream()"
+                )
         check_positions(self.max_positions, self.kv.seen, fresh)
         retained = self.kv.retained
         return retained + fresh, self.kv.seen - retained
@@ -176,16 +186,19 @@ def new_cache(
     rotation = key_rotation(model) if evicting and positions == "rerotated" else None
     ours: list[KVLayer] = []
     for i in managed:
-        kv = KVLayer(
-            policies[i],
-            max_length=max_length,
-            preallocate=preallocate,
-            rotation=rotation,
-            padding=padding,
-            layers=len(managed),
-            rows=rows,
-            token_bytes=geometry.layer_token_bytes,
-        )
+        given: dict[str, Any] = {
+            "max_length": max_length,
+            "preallocate": preallocate,
+            "padding": padding,
+            "layers": len(managed),
+            "rows": rows,
+            "token_bytes": geometry.layer_token_bytes,
+        }
+        if policies[i].ranking is not None:
+            check_ranked(policies[i], rerotated=rotation is not None)
+            kv: KVLayer = RankedLayer(policies[i], **given)
+        else:
+            kv = KVLayer(policies[i], rotation=rotation, **given)
         ours.append(kv)
         layers[i] = ManagedLayer(kv, geometry.max_positions, ours)
     cache = _Cache(layers=layers)
@@ -304,14 +317,14 @@ def cache_layers(cache: Any) -> list[Any]:
     return list(cache.self_attention_cache.layers if isinstance(cache, EncoderDecoderCache) else cache.layers)
 
 
-def kv_layers(cache: Any) -> list[KVLayer]:
+def kv_layers(cache: Any, some: bool = True) -> list[KVLayer]:
     """The layers of a cache that kvcache manages.
 
     Raises:
-        GeometryError: if there are none, because the cache is not ours.
+        GeometryError: if there are none, because the cache is not ours, and `some` must be.
     """
     managed = [layer.kv for layer in cache_layers(cache) if isinstance(layer, ManagedLayer)]
-    if not managed:
+    if not managed and some:
         raise GeometryError(
             f"{type(cache).__name__} has no layer that kvcache manages; make the cache with new_cache()"
         )
@@ -363,7 +376,7 @@ def exact_windows(model: nn.Module) -> Iterator[None]:
     its own layer's mask. The hooks look at our caches only, and are gone after the block.
     """
     implementation = getattr(model.config, "_attn_implementation", "eager")
-    if implementation not in ("sdpa", "eager"):
+    if implementation not in ("sdpa", "eager", attention.ATTENTION):
         raise PositionsError(
             f"eviction inside a chunk needs a 4-D mask, which {implementation!r} attention does not take; "
             "call model.set_attn_implementation('sdpa')"
@@ -402,7 +415,7 @@ def _exact_mask(
     layer = cache_layers(cache)[module.layer_idx]  # type: ignore[index]
     hidden: Tensor = given["hidden_states"]
     mask: Tensor | None = given.get("attention_mask")
-    if not isinstance(layer, ManagedLayer):
+    if not isinstance(layer, ManagedLayer) or layer.kv.by_head:
         return args, kwargs
     fresh = hidden.shape[1]
     width = layer.kv.retained + fresh

@@ -82,6 +82,11 @@ class KVLayer:
     # ------------------------------------------------------------------ what it holds
 
     @property
+    def by_head(self) -> bool:
+        """Whether attention must go through `kvcache.attention`, as its heads keep tokens of their own."""
+        return False
+
+    @property
     def evicted(self) -> int:
         """Tokens (pads among them) that have left."""
         return self.seen - self.stored

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from kvcache import hf
+from kvcache.attention import observed_copy
 from kvcache.decoding.backends import BackendName, check_backend
 from kvcache.decoding.language import LanguageDecoder
 from kvcache.decoding.settings import GenerationSettings
@@ -65,13 +66,20 @@ class KVCacheManager:
         self._decoder = LanguageDecoder(model, self.geometry, kv_dtype, max_cache_length)
         self._prompts = Prompts(model, self.speakers, max_cache_length, self.geometry.max_positions)
         # Says now, not at the first request, what cannot work.
-        hf.new_cache(model, policy, max_length=max_cache_length, preallocate=preallocate, positions=positions)
+        first = hf.new_cache(model, policy, max_length=max_cache_length, preallocate=preallocate, positions=positions)
+        observed = any(kv.by_head for kv in hf.kv_layers(first, some=False))
+        self._runner = observed_copy(model) if observed else None
 
     def __repr__(self) -> str:
         limit = "" if self.max_cache_length is None else f", max_cache_length={self.max_cache_length}"
         return (
             f"{type(self).__name__}({type(self.model).__name__}, {self.policy!r}{limit}, positions={self.positions!r})"
         )
+
+    @property
+    def runner(self) -> Any:
+        """What to call in a loop of your own: the model, or where the policy ranks tokens a copy that shares its weights."""
+        return self.model if self._runner is None else self._runner
 
     @property
     def _evicts(self) -> bool:
@@ -225,7 +233,7 @@ class KVCacheManager:
         try:
             with self._exactly():
                 # Said aloud: where a config turns caches off, `generate` would ignore the one it is given.
-                return self.model.generate(inputs, past_key_values=cache, **{**kwargs, "use_cache": True})
+                return self.runner.generate(inputs, past_key_values=cache, **{**kwargs, "use_cache": True})
         except IndexError:
             # Some models look into their table of positions before they ask the cache, and find nothing there.
             seen = hf.cache_layers(cache)[0].get_seq_length()
@@ -314,6 +322,8 @@ class KVCacheManager:
             return "re-rotated positions are turned on the host"
         if not isinstance(self.policy, SizePolicy):
             return "layers have policies of their own"
+        if self._runner is not None:
+            return "tokens are ranked on the host"
         if (mask := self._mask_of(inputs, kwargs)) is not None and (
             mask.dim() != 2 or not bool((mask.bool().int().diff(dim=1) >= 0).all()) or not bool(mask[:, -1].all())
         ):
@@ -352,7 +362,7 @@ class KVCacheManager:
             yield chunk
 
     def _exactly(self) -> AbstractContextManager[None]:
-        return hf.exact_windows(self.model) if self._evicts else nullcontext()
+        return hf.exact_windows(self.runner) if self._evicts else nullcontext()
 
     @staticmethod
     def _prompt(inputs: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:

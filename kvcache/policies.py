@@ -21,6 +21,9 @@ from typing import TYPE_CHECKING
 
 from kvcache.errors import PolicyError
 
+if TYPE_CHECKING:
+    from kvcache.scoring import RankingPolicy
+
 
 class SizePolicy(ABC):
     """Base of all size policies."""
@@ -48,6 +51,11 @@ class SizePolicy(ABC):
     def evicts(self) -> bool:
         """Whether tokens may ever leave."""
         return self.limit is not None
+
+    @property
+    def ranking(self) -> "RankingPolicy | None":
+        """What ranks the tokens that are not pinned (see `kvcache.scoring`); None if the oldest leave first."""
+        return None
 
     def resolve(self, token_bytes: int, reserved: int = 0, most: int | None = None) -> "SizePolicy":
         """This policy for a cache whose tokens take `token_bytes` each, over all its layers and rows.
@@ -211,6 +219,10 @@ class Pinned(SizePolicy):
     @property
     def evicts(self) -> bool:
         return self.policy.evicts
+
+    @property
+    def ranking(self) -> "RankingPolicy | None":
+        return self.policy.ranking
 
     def keep(self, count: int) -> int:
         return count if count <= self.count else self.count + self.policy.keep(count - self.count)

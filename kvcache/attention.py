@@ -1,0 +1,123 @@
+"""Attention that tells caches what is looked at, and lets each KV head see its own tokens.
+
+A model's own attention is used for the sums; beside it, layers that rank tokens by attention are told the queries, and only
+they. No layer is forced to eager attention, and the model itself is not changed: a copy of its structure that shares its
+weights runs in its place.
+"""
+
+import copy
+from contextvars import ContextVar
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kvcache.errors import PolicyError
+from kvcache.modules import rebuilt
+from kvcache.ranked import Piece
+
+ATTENTION = "kvcache_observed"
+_BASE = "sdpa"
+
+# The layer that stored the keys which the next attention of this thread is given, and these keys.
+_stored: ContextVar[tuple[Any, Tensor, Tensor] | None] = ContextVar("kvcache_stored", default=None)
+_observing: ContextVar[bool] = ContextVar("kvcache_observing", default=False)
+
+
+def observing() -> bool:
+    """Whether the model that is running in this thread tells its cache what is attended to."""
+    return _observing.get()
+
+
+def stored(layer: Any, keys: Tensor, values: Tensor) -> None:
+    """Say that a layer has just returned these keys and values, for the attention that follows."""
+    if _observing.get():
+        _stored.set((layer, keys, values))
+
+
+def observed_copy(model: Any) -> Any:
+    """A copy of a model that shares its tensors and tells our caches what it attends to.
+
+    Raises:
+        PolicyError: if its attention cannot be told apart from the rest of it.
+    """
+    implementation = getattr(model.config, "_attn_implementation", "eager")
+    if not getattr(model, "_supports_attention_backend", False) or implementation != _BASE:
+        raise PolicyError(
+            f"{type(model).__name__} with {implementation!r} attention cannot tell its cache what it attends to; load it "
+            "with attn_implementation='sdpa' where it has that, or use a policy by age, such as SlidingWindow"
+        )
+    AttentionInterface.register(ATTENTION, _attend)
+    AttentionMaskInterface.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS[_BASE])
+    new = rebuilt(model, lambda name, module: None)
+    configs: dict[int, Any] = {}
+    for module in new.modules():
+        config = module.__dict__.get("config")
+        if config is not None and getattr(config, "_attn_implementation", None) == _BASE:
+            if id(config) not in configs:
+                configs[id(config)] = copy.copy(config)
+                configs[id(config)]._attn_implementation_internal = ATTENTION
+            module.config = configs[id(config)]
+    body = getattr(new, "base_model", new)
+    body.register_forward_pre_hook(_begin)
+    body.register_forward_hook(_end, always_call=True)
+    return new
+
+
+def _begin(module: nn.Module, args: Any) -> None:
+    _observing.set(True)
+
+
+def _end(module: nn.Module, args: Any, output: Any) -> None:
+    _observing.set(False)
+    _stored.set(None)
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The model's own attention; for our layers, each piece of KV heads over its own tokens."""
+    held = _stored.get()
+    _stored.set(None)
+    if held is None or held[1] is not key:
+        base = ALL_ATTENTION_FUNCTIONS[_BASE]
+        return base(module, query, key, value, attention_mask, scaling=scaling, **kwargs)[0], None
+    layer, keys, values = held
+    rows, heads, fresh, dim = query.shape
+    pieces = layer.pieces(keys, values, fresh)
+    grouped = query.view(rows, sum(len(piece.heads) for piece in pieces), -1, fresh, dim)
+    out = query.new_empty(*grouped.shape[:4], pieces[0].values.shape[3])
+    for piece in pieces:
+        own = grouped if len(pieces) == 1 else grouped[:, piece.heads]
+        found = _piece_attention(own, piece, scaling)
+        if len(pieces) == 1:
+            out = found
+        else:
+            out[:, piece.heads] = found
+        if piece.layer.observes:
+            piece.layer.observe(own.flatten(1, 2), dim**-0.5 if scaling is None else scaling)
+    return out.view(rows, heads, fresh, -1).transpose(1, 2), None
+
+
+def _piece_attention(query: Tensor, piece: Piece, scaling: float | None) -> Tensor:
+    """Attention of queries ``[rows, KV heads, groups, fresh, dim]``, in that shape."""
+    fresh = query.shape[3]
+    attend = nn.functional.scaled_dot_product_attention
+    if fresh == 1:
+        # The query heads of one KV head are so many queries to it: keys and values need not be repeated.
+        return attend(query.squeeze(3), piece.keys, piece.values, piece.mask, scale=scaling)[:, :, :, None]
+    groups = query.shape[2]
+    mask = piece.mask
+    if mask is not None and mask.shape[1] > 1:
+        mask = mask.repeat_interleave(groups, 1)
+    keys, values = (states.repeat_interleave(groups, 1) for states in (piece.keys, piece.values))
+    out = attend(query.flatten(1, 2), keys, values, mask, is_causal=mask is None, scale=scaling)
+    return out.view(*query.shape[:4], -1)

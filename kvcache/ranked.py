@@ -1,0 +1,299 @@
+"""A layer whose KV heads each keep the tokens that a `RankingPolicy` scores highest."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcache.errors import GeometryError, PolicyError, PositionsError, RollbackError
+from kvcache.layers import KVLayer
+from kvcache.policies import SizePolicy, check_policy
+from kvcache.scoring import RankingPolicy, Seen
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some KV heads of a layer as one attention sees them.
+
+    Attributes:
+        layer: whose tokens these are; it is told the queries afterwards, if it wants to know.
+        heads: which KV heads of the layer.
+        keys, values: all that the new tokens attend to, ``[batch, heads, tokens, dim]``.
+        mask: which new token sees what, ``[batch or 1, heads or 1, fresh, tokens]``; None if each sees all before it.
+    """
+
+    layer: Any
+    heads: Sequence[int]
+    keys: Tensor
+    values: Tensor
+    mask: Tensor | None
+
+
+class RankedLayer(KVLayer):
+    """Keys and values of one layer, ``[batch, KV heads, tokens, head_dim]``, of which the best-scored stay.
+
+    A chunk is stored, attended to as a whole, and then ranked. Where the policy looks at queries, `observe` says what they
+    were and does the ranking, so it must follow each append; see `kvcache.attention`. Tokens stay in order.
+
+    Args:
+        policy: a `RankingPolicy`, or one `Pinned`.
+        max_length, preallocate, padding, rows, layers, token_bytes: as for `KVLayer`.
+    """
+
+    def __init__(
+        self,
+        policy: SizePolicy,
+        *,
+        max_length: int | None = None,
+        preallocate: bool = False,
+        padding: Tensor | None = None,
+        layers: int = 1,
+        rows: int | None = None,
+        token_bytes: tuple[int, int] | None = None,
+    ) -> None:
+        if policy.ranking is None:
+            raise PolicyError(f"{policy!r} ranks no tokens; give for example SnapKV(1024), or use a KVLayer")
+        self.ranking: RankingPolicy = policy.ranking
+        super().__init__(
+            policy,
+            max_length=max_length,
+            preallocate=preallocate,
+            layers=layers,
+            rows=rows,
+            token_bytes=token_bytes,
+        )
+        if padding is not None and bool((padding > 0).any()):
+            self.padding = padding.detach().cpu().long()
+
+    def _clear(self) -> None:
+        super()._clear()
+        self._pads = None  # of the base, which knows them by counts; here each token's position tells
+        self._at: Tensor | None = None  # [B, H, stored] positions, int32
+        self._mass: Tensor | None = None  # [B, H, stored] attention received in all
+        self._queries: Tensor | None = None  # [B, heads, n, D] the latest
+        self._scaling = 1.0
+        self._waiting: tuple[Tensor, Tensor, Tensor] | None = None  # keys, values, positions that wait to be observed
+
+    # ------------------------------------------------------------------ what it holds
+
+    @property
+    def by_head(self) -> bool:
+        return True
+
+    @property
+    def observes(self) -> bool:
+        """Whether it must be told what is attended to."""
+        return self.ranking.observes
+
+    @property
+    def retained(self) -> int:
+        return self.stored
+
+    @property
+    def nbytes(self) -> int:
+        more = (self._at, self._mass, self._queries)
+        return super().nbytes + sum(t.numel() * t.element_size() for t in more if t is not None)
+
+    def positions(self) -> Tensor:
+        """The position of the token in each slot, ``[batch, KV heads, stored]``."""
+        return torch.zeros(1, 1, 0, dtype=torch.long) if self._at is None else self._at.long().cpu()
+
+    # ------------------------------------------------------------------ append, observe
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new tokens and return all that they attend to: all that is stored, then the new ones.
+
+        Raises:
+            GeometryError, PolicyError: before anything has changed.
+        """
+        self._check_shapes(keys, values)
+        if self._waiting is not None:
+            raise PolicyError(
+                f"{self.ranking!r} ranks tokens by what is attended to, but was not told after the last append; run the "
+                "model as manager.runner, or call observe()"
+            )
+        if self._keys is None:
+            self._allocate(keys, values)
+        fresh, after = keys.shape[2], self.stored + keys.shape[2]
+        if fresh == 0:
+            return self._valid()
+        keys, values = keys.detach(), values.detach()
+        at = torch.arange(self.seen, self.seen + fresh, dtype=torch.int32, device=keys.device)
+        at = at.expand(keys.shape[0], keys.shape[1], -1)
+        at = at.contiguous() if self._at is None else torch.cat([self._at, at], 2)
+        unpinned = self.seen + fresh > self.policy.pinned
+        assert self.policy.limit is not None
+        if after <= self.policy.limit:
+            attended = self._extend(keys, values)
+            self._at = at
+        else:
+            held = self._valid()
+            attended = torch.cat([held[0], keys], 2), torch.cat([held[1], values], 2)
+            self.seen += fresh
+        waiting = (*attended, at)
+        if self.observes and unpinned:
+            self._waiting = waiting
+        elif after > self.policy.limit:
+            self._rank(*waiting, self.policy.keep(after))
+        return attended
+
+    def pieces(self, keys: Tensor, values: Tensor, fresh: int) -> list[Piece]:
+        """What the attention of the last `fresh` tokens sees: to be asked after their append, before `observe`."""
+        columns = keys.shape[2]
+        mask = None
+        if self.padding is not None or (fresh > 1 and columns > fresh):
+            column, query = torch.arange(columns, device=keys.device), torch.arange(fresh, device=keys.device)
+            mask = (column <= columns - fresh + query[:, None])[None, None]
+        if self.padding is not None and mask is not None:
+            at = self._at if self._waiting is None else self._waiting[2]
+            assert at is not None
+            pads = self.padding.to(keys.device)[:, None, None, None]
+            itself = column == columns - fresh + query[:, None]  # a pad sees itself: no row of a softmax without a key
+            mask = (mask & (at[:, :, None, :] >= pads)) | itself
+        return [Piece(self, range(keys.shape[1]), keys, values, mask)]
+
+    @torch.no_grad()
+    def observe(self, queries: Tensor, scaling: float) -> None:
+        """Learn what the tokens of the last append looked at; then rank, if there are too many.
+
+        Args:
+            queries: of these tokens, ``[batch, heads, tokens, head_dim]``.
+            scaling: of the scores.
+        """
+        if self._waiting is None:
+            return
+        keys, values, at = self._waiting
+        self._scaling = scaling
+        if self.ranking.accumulates:
+            self._add_mass(self._seen(keys, values, at, queries.detach()))
+        if self.ranking.queries:
+            self._keep_queries(queries.detach())
+        self._waiting = None
+        assert self.policy.limit is not None
+        if keys.shape[2] > self.policy.limit:
+            self._rank(keys, values, at, self.policy.keep(keys.shape[2]))
+
+    def _add_mass(self, seen: Seen) -> None:
+        mass = seen.mass
+        for weights, at in seen.parts():
+            if self.padding is not None:  # pads look at something, too
+                real = at >= self.padding.to(at.device)[:, None]
+                weights = weights * real[:, None, :, None]
+            mass = mass + seen.per_kv_head(weights.sum(2)) * seen.groups
+        self._mass = mass
+
+    def _keep_queries(self, queries: Tensor) -> None:
+        count = self.ranking.queries
+        if queries.shape[2] < count and self._queries is not None:
+            queries = torch.cat([self._queries[:, :, queries.shape[2] - count :], queries], 2)
+        self._queries = queries[:, :, -count:].clone()
+
+    def _seen(self, keys: Tensor, values: Tensor, at: Tensor, queries: Tensor | None) -> Seen:
+        mass = torch.zeros(at.shape, device=keys.device) if self._mass is None else self._mass
+        pads = torch.zeros(1, 1, 1, dtype=torch.long) if self.padding is None else self.padding[:, None, None]
+        return Seen(
+            keys,
+            values,
+            at,
+            pads.to(keys.device),
+            self.seen,
+            keys[:, :, :0] if queries is None else queries,
+            self._scaling,
+            torch.nn.functional.pad(mass, (0, at.shape[2] - mass.shape[2])),
+        )
+
+    def _rank(self, keys: Tensor, values: Tensor, at: Tensor, stay: int) -> None:
+        """Keep the best `stay` of these tokens."""
+        seen = self._seen(keys, values, at, self._queries)
+        score = self.ranking.score(seen).float().expand(at.shape)
+        own = at - seen.padding
+        # Pads leave first; pinned and recent tokens stay; of equal scores the older ones.
+        score = score.masked_fill(own < 0, -torch.inf)
+        kept = ((own >= 0) & (own < self.policy.pinned)) | (at >= self.seen - self.ranking.recent) & (own >= 0)
+        columns = score.masked_fill(kept, torch.inf).sort(dim=2, descending=True, stable=True).indices[:, :, :stay]
+        columns = columns.sort(2).values
+        key_slots, value_slots = self._reserve(stay)
+        for slots, states in ((key_slots, keys), (value_slots, values)):
+            slots[:, :, :stay] = states.gather(2, columns[..., None].expand(-1, -1, -1, states.shape[3]))
+        with torch.inference_mode(False):
+            self._at = at.gather(2, columns)
+            if self.ranking.accumulates:
+                self._mass = seen.mass.gather(2, columns)
+        self.stored = stay
+        self._floor = self.seen
+
+    # ------------------------------------------------------------------ going back, trimming
+
+    def check_truncate(self, length: int) -> None:
+        if self.observes and 0 < length < self.seen:
+            raise RollbackError(
+                f"cannot roll back to {length} tokens: {self.ranking!r} cannot forget what the tokens after them looked "
+                "at; reset the cache, or rank without attention, by KeyNorm or KeyDiff"
+            )
+        if 0 < length < self._floor <= self.seen:
+            raise RollbackError(
+                f"cannot roll back to {length} tokens: tokens left up to length {self._floor}; give {self._floor} or "
+                "more, or reset"
+            )
+        super().check_truncate(length)
+
+    def truncate(self, length: int) -> None:
+        self.check_truncate(length)
+        if length == 0:
+            self._clear()
+            return
+        self.stored -= self.seen - length
+        self.seen = length
+        self._at = None if self._at is None else self._at[:, :, : self.stored]
+
+    def check_trim(self, max_tokens: int) -> None:
+        least = self.policy.pinned + self.ranking.recent
+        if max_tokens < least:
+            raise PolicyError(
+                f"cannot trim to {max_tokens} tokens: {self.policy.pinned} are pinned and {self.ranking.recent} recent; "
+                f"give at least {least}"
+            )
+
+    def trim(self, max_tokens: int | None = None) -> int:
+        """Rank now, down to `max_tokens`, or to where the policy ranks down to. How many left."""
+        assert self.policy.limit is not None
+        stay = min(self.stored, self.policy.keep(self.policy.limit + 1)) if max_tokens is None else max_tokens
+        if max_tokens is not None:
+            self.check_trim(stay)
+        leaving = self.stored - stay
+        if leaving <= 0 or self._at is None:
+            return 0
+        keys, values = self._valid()
+        self._rank(keys.clone(), values.clone(), self._at, stay)
+        return leaving
+
+    # ------------------------------------------------------------------ rows
+
+    def select(self, rows: Tensor) -> None:
+        if rows.numel() == 0:
+            raise GeometryError("cannot select no rows: give at least one, or reset the cache")
+        if self._waiting is not None:
+            raise PolicyError("rows cannot be chosen between an append and its observation")
+        padding, self.padding = self.padding, None
+        super().select(rows)
+        self.padding = None if padding is None else padding[rows.cpu()]
+        for name in ("_at", "_mass", "_queries"):
+            held: Tensor | None = getattr(self, name)
+            if held is not None:
+                setattr(self, name, held.index_select(0, rows.to(held.device)))
+
+
+def check_ranked(policy: SizePolicy, rerotated: bool) -> None:
+    """Refuse what ranking cannot do.
+
+    Raises:
+        PositionsError: with re-rotated positions.
+    """
+    check_policy(policy)
+    if rerotated and policy.ranking is not None:
+        raise PositionsError(
+            f"{policy!r} keeps other tokens in each head, so there is no window to turn sinks towards; "
+            "use positions='absolute'"
+        )

@@ -1,0 +1,241 @@
+"""Policies that rank tokens: when the cache is full, those with the lowest scores leave, in each KV head its own.
+
+Age-based policies (`kvcache.policies`) know what leaves before anything has run; these look at keys, values and queries. A
+new one is one class with a `score`::
+
+    @dataclass(frozen=True)
+    class LargeValues(RankingPolicy):
+        def score(self, seen: Seen) -> Tensor:
+            return seen.values.norm(dim=-1)
+
+A chunk is attended to as a whole and ranked after it, as all methods of the papers do with a prompt: so unlike under an
+age-based policy, what stays depends on how the tokens were divided into chunks.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvcache.errors import PolicyError
+from kvcache.policies import SizePolicy
+
+_QUERIES_AT_ONCE = 128  # whose weights are held at a time
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a layer holds when its tokens are ranked.
+
+    Attributes:
+        keys: ``[batch, KV heads, tokens, head_dim]``, in the order of the tokens.
+        values: the same, but for its own head_dim.
+        positions: of each token, ``[batch, KV heads, tokens]``, pads counted.
+        padding: pads on the left of each row, ``[batch, 1, 1]``.
+        length: tokens seen so far, those that have left among them.
+        queries: the latest ones, ``[batch, heads, n, head_dim]``, n being at most the policy's `queries`.
+        scaling: of the scores.
+        mass: the attention that each token has received in all, summed over queries and the heads of a KV head,
+            ``[batch, KV heads, tokens]``, where the policy `accumulates`.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    padding: Tensor
+    length: int
+    queries: Tensor
+    scaling: float
+    mass: Tensor
+
+    @property
+    def groups(self) -> int:
+        """Query heads per KV head."""
+        return self.queries.shape[1] // self.keys.shape[1]
+
+    def weights(self) -> Tensor:
+        """The attention of the latest queries, causal and without pads, ``[batch, heads, queries, tokens]``, in fp32."""
+        parts = [weights for weights, _ in self.parts()]
+        return torch.cat(parts, 2)
+
+    def parts(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """`weights`, few queries at a time, with the positions of these."""
+        batch, heads, count, dim = self.queries.shape
+        keys = self.keys.to(self.queries.dtype)
+        first = self.length - count
+        real = self.positions >= self.padding
+        for start in range(0, count, _QUERIES_AT_ONCE):
+            part = self.queries[:, :, start : start + _QUERIES_AT_ONCE]
+            # The query heads of one KV head are so many queries to it: keys need not be repeated.
+            grouped = part.reshape(batch, keys.shape[1], -1, dim) * self.scaling
+            scores = (grouped @ keys.transpose(2, 3)).view(batch, keys.shape[1], self.groups, part.shape[2], -1)
+            at = torch.arange(first + start, first + start + part.shape[2], device=keys.device)
+            if count > 1 or bool((self.padding > 0).any()):
+                sees = (self.positions[:, :, None] <= at[:, None]) & real[:, :, None]
+                scores = scores.masked_fill(~sees[:, :, None], torch.finfo(scores.dtype).min)
+            yield scores.softmax(-1, dtype=torch.float32).view(batch, heads, part.shape[2], -1), at
+
+    def per_kv_head(self, by_head: Tensor) -> Tensor:
+        """The mean over the heads of each KV head: ``[batch, heads, …]`` to ``[batch, KV heads, …]``."""
+        return by_head.view(by_head.shape[0], self.keys.shape[1], self.groups, *by_head.shape[2:]).mean(2)
+
+
+@dataclass(frozen=True)
+class RankingPolicy(SizePolicy):
+    """Keep the tokens with the highest scores, at most `limit` in each KV head.
+
+    Args:
+        limit: tokens that a KV head ever holds after a forward.
+        sinks: first tokens that never leave.
+        recent: latest tokens that never leave.
+        low_water: to how many the cache is ranked down when one more than `limit` comes, which spreads the cost. Default:
+            7/8 of the limit.
+    """
+
+    limit: int
+    sinks: int = 4
+    recent: int = 32
+    low_water: int | None = None
+
+    queries: ClassVar[int] = 0  # how many of the latest queries `score` looks at
+    accumulates: ClassVar[bool] = False  # whether it looks at the mass of all queries
+
+    def __post_init__(self) -> None:
+        protected = self.sinks + self.recent
+        if self.sinks < 0 or self.recent < 1:
+            raise PolicyError(f"{self!r}: sinks must be at least 0 and recent at least 1, the current token")
+        if self.limit <= protected:
+            raise PolicyError(
+                f"limit={self.limit} leaves nothing to rank beside {self.sinks} sinks and {self.recent} recent tokens; "
+                f"give at least {protected + 1}, or protect fewer"
+            )
+        if self.low_water is None:
+            object.__setattr__(self, "low_water", max(protected + 1, self.limit * 7 // 8))
+        if not protected < self._low <= self.limit:
+            raise PolicyError(f"low_water={self.low_water} must be from {protected + 1} to limit={self.limit}")
+
+    @property
+    def _low(self) -> int:
+        return self.limit if self.low_water is None else self.low_water
+
+    @property
+    def pinned(self) -> int:
+        return self.sinks
+
+    @property
+    def ranking(self) -> "RankingPolicy":
+        return self
+
+    @property
+    def observes(self) -> bool:
+        """Whether it needs to see what the model attends to."""
+        return self.queries > 0 or self.accumulates
+
+    def keep(self, count: int) -> int:
+        return count if count <= self.limit else self._low
+
+    @abstractmethod
+    def score(self, seen: Seen) -> Tensor:
+        """How much each token is worth keeping, ``[batch, KV heads, tokens]``, or ``[batch, 1, tokens]`` for all alike."""
+
+
+@dataclass(frozen=True)
+class HeavyHitters(RankingPolicy):
+    """H2O: what has received most attention so far (Zhang et al., arXiv:2306.14048).
+
+    With `average`, attention per query that could see the token, so that older tokens have no advantage; without it the
+    sum, as in the paper. It looks at every query, which costs most of all these policies.
+    """
+
+    average: bool = True
+
+    accumulates: ClassVar[bool] = True
+
+    def score(self, seen: Seen) -> Tensor:
+        return seen.mass / (seen.length - seen.positions) if self.average else seen.mass
+
+
+@dataclass(frozen=True)
+class SnapKV(RankingPolicy):
+    """What the latest 64 queries look at, smoothed over neighbours (Li et al., arXiv:2404.14469).
+
+    Args:
+        kernel: tokens over which scores are averaged, odd.
+    """
+
+    recent: int = 64
+    kernel: int = 5
+
+    queries: ClassVar[int] = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise PolicyError(f"kernel={self.kernel} must be odd and at least 1")
+
+    def score(self, seen: Seen) -> Tensor:
+        looks = seen.per_kv_head(seen.weights().mean(2))
+        looks = looks.masked_fill(seen.positions >= seen.length - self.recent, 0)  # they stay anyway
+        return smoothed(looks, self.kernel)
+
+
+@dataclass(frozen=True)
+class TOVA(RankingPolicy):
+    """What the latest query looks at, averaged over all heads, which keep the same tokens (Oren et al., arXiv:2401.06104)."""
+
+    recent: int = 1
+
+    queries: ClassVar[int] = 1
+
+    def score(self, seen: Seen) -> Tensor:
+        if torch.equal(seen.positions, seen.positions[:, :1].expand_as(seen.positions)):
+            return seen.weights()[:, :, -1].mean(1, keepdim=True)
+        return seen.per_kv_head(seen.weights()[:, :, -1])
+
+
+@dataclass(frozen=True)
+class KeyNorm(RankingPolicy):
+    """Small keys stay: they are what attention rests on (Devoto et al., arXiv:2406.11430). Looks at no query."""
+
+    def score(self, seen: Seen) -> Tensor:
+        return -seen.keys.float().norm(dim=-1)
+
+
+@dataclass(frozen=True)
+class KeyDiff(RankingPolicy):
+    """Keys that are unlike the average key stay (Park et al., arXiv:2504.15364). Looks at no query."""
+
+    def score(self, seen: Seen) -> Tensor:
+        anchor = torch.nn.functional.normalize(seen.keys.float(), dim=-1).mean(2, keepdim=True)
+        return -torch.nn.functional.cosine_similarity(seen.keys.float(), anchor, dim=-1)
+
+
+def smoothed(scores: Tensor, kernel: int) -> Tensor:
+    """The mean of each score and its neighbours, zeros beyond the ends."""
+    return torch.nn.functional.avg_pool1d(scores, kernel, 1, kernel // 2)
+
+
+def pyramid(policy: RankingPolicy, layers: int, beta: float = 20.0) -> list[RankingPolicy]:
+    """The same policy with more room in the first layers and less in the last (PyramidKV, Cai et al., arXiv:2406.02069).
+
+    Args:
+        policy: whose `limit` is the mean over the layers.
+        layers: of the model.
+        beta: the last layer gets ``limit / beta`` tokens, but never fewer than are protected.
+
+    Raises:
+        PolicyError: if there is no layer, or beta is below 1.
+    """
+    if layers < 1 or beta < 1:
+        raise PolicyError(f"layers={layers} and beta={beta} must be at least 1")
+    least = max(policy.sinks + policy.recent + 1, round(policy.limit / beta))
+    low = policy._low / policy.limit
+    steps = [i / max(1, layers - 1) for i in range(layers)]
+    limits = [round(2 * policy.limit - least - step * 2 * (policy.limit - least)) for step in steps]
+    return [
+        replace(policy, limit=limit, low_water=max(policy.sinks + policy.recent + 1, round(limit * low)))
+        for limit in limits
+    ]
