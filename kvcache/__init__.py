@@ -14,6 +14,8 @@ from kvcache.errors import (
 )
 from kvcache.fingerprint import model_fingerprint
 from kvcache.geometry import CacheGeometry
+from kvcache.head_profile import HeadProfile, measure_heads
+from kvcache.heads import Adaptive, PerHead
 from kvcache.layers import KVLayer
 from kvcache.manager import KVCacheManager
 from kvcache.memory import CacheReport, LayerReport, estimate_bytes
@@ -30,6 +32,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "TOVA",
+    "Adaptive",
     "BusyError",
     "CacheGeometry",
     "CacheReport",
@@ -38,6 +41,7 @@ __all__ = [
     "CorruptError",
     "DiskStore",
     "GeometryError",
+    "HeadProfile",
     "HeavyHitters",
     "InputError",
     "KVCacheError",
@@ -51,6 +55,7 @@ __all__ = [
     "MaxBytes",
     "MaxTokens",
     "MemoryStore",
+    "PerHead",
     "Pinned",
     "PolicyError",
     "PositionsError",
@@ -70,6 +75,7 @@ __all__ = [
     "TieredStore",
     "default_store",
     "estimate_bytes",
+    "measure_heads",
     "model_fingerprint",
     "pyramid",
     "with_precision",

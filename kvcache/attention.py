@@ -102,8 +102,8 @@ def _attend(
             out = found
         else:
             out[:, piece.heads] = found
-        if piece.layer.observes:
-            piece.layer.observe(own.flatten(1, 2), dim**-0.5 if scaling is None else scaling)
+        if piece.observe is not None:
+            piece.observe(own.flatten(1, 2), dim**-0.5 if scaling is None else scaling)
     return out.view(rows, heads, fresh, -1).transpose(1, 2), None
 
 

@@ -27,10 +27,10 @@ from transformers.cache_utils import (
 from kvcache import attention
 from kvcache.errors import CapacityError, GeometryError, InputError, PolicyError, PositionsError, RollbackError
 from kvcache.geometry import CacheGeometry
+from kvcache.heads import layer_for
 from kvcache.layers import KVLayer
 from kvcache.policies import KeepAll, SizePolicy, check_policy, schedule
 from kvcache.prefix import PrefixKey, PrefixSnapshot
-from kvcache.ranked import RankedLayer, check_ranked
 from kvcache.rope import KeyRotation
 
 _VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
@@ -65,7 +65,7 @@ class ManagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     @property
     def is_initialized(self) -> bool:  # type: ignore[override]
-        return self.kv.keys is not None
+        return self.kv.initialized
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
@@ -194,11 +194,12 @@ def new_cache(
             "rows": rows,
             "token_bytes": geometry.layer_token_bytes,
         }
-        if policies[i].ranking is not None:
-            check_ranked(policies[i], rerotated=rotation is not None)
-            kv: KVLayer = RankedLayer(policies[i], **given)
-        else:
-            kv = KVLayer(policies[i], rotation=rotation, **given)
+        kv = layer_for(policies[i], rotation, **given)
+        if kv.by_head and rotation is not None:
+            raise PositionsError(
+                f"under {policies[i]!r} each head keeps tokens of its own, so there is no window to turn sinks towards; "
+                "use positions='absolute'"
+            )
         ours.append(kv)
         layers[i] = ManagedLayer(kv, geometry.max_positions, ours)
     cache = _Cache(layers=layers)

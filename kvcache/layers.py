@@ -102,6 +102,11 @@ class KVLayer:
         return 0 if self._keys is None else self._keys.shape[2]
 
     @property
+    def initialized(self) -> bool:
+        """Whether it knows the shape of its tokens."""
+        return self._keys is not None
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors that this layer holds."""
         held = (self._keys, self._values, self._pinned_keys)
@@ -146,6 +151,11 @@ class KVLayer:
                 "raise max_length (max_cache_length), or use a policy that evicts, such as SlidingWindow"
             )
 
+    def check_append(self, keys: Tensor, values: Tensor) -> None:
+        """Raise `GeometryError` or `CapacityError` if these cannot be appended."""
+        self._check_shapes(keys, values)
+        self.check(keys.shape[2])
+
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store new tokens and return all that they attend to: the retained tokens, then the new ones.
 
@@ -161,12 +171,10 @@ class KVLayer:
         Raises:
             CapacityError, GeometryError: before anything has changed.
         """
-        self._check_shapes(keys, values)
+        self.check_append(keys, values)
         fresh = keys.shape[2]
         if self._keys is None:
             self._allocate(keys, values)
-        else:
-            self.check(fresh)
         if fresh == 0:
             return self._valid()
         keys, values = keys.detach(), values.detach()
@@ -436,7 +444,6 @@ class KVLayer:
                 )
 
     def _allocate(self, keys: Tensor, values: Tensor) -> None:
-        self.check(keys.shape[2])
         self.policy = policy = self._resolved(keys.shape[0], *_token_bytes(keys, values))
         slots = slots_for(0, self._bound(), self.preallocate)
         with torch.inference_mode(False):  # a buffer made in inference mode could not be written to outside of it

@@ -54,7 +54,10 @@ def estimate_bytes(
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer's account. `evicted` counts tokens that have left, per row; `capacity` counts slots."""
+    """One layer's account. `evicted` counts tokens that have left, per row; `capacity` counts slots.
+
+    `heads` says how many tokens each KV head holds, where they differ; the other counts are then the fullest head's.
+    """
 
     policy: str
     seen: int
@@ -62,6 +65,7 @@ class LayerReport:
     evicted: int
     capacity: int
     nbytes: int
+    heads: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,8 @@ def account(layers: Sequence[Any]) -> CacheReport:
 
 def _layer_report(layer: Any) -> LayerReport:
     if (kv := getattr(layer, "kv", None)) is not None:
-        return LayerReport(repr(kv.policy), kv.seen, kv.stored, kv.evicted, kv.capacity, kv.nbytes)
+        heads = getattr(kv, "heads", ())
+        return LayerReport(repr(kv.policy), kv.seen, kv.stored, kv.evicted, kv.capacity, kv.nbytes, heads)
     tensors = [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if isinstance(t, Tensor)]
     seen = layer.get_seq_length() if tensors else 0
     stored = tensors[0].shape[-2] if tensors and tensors[0].dim() == 4 else 0

@@ -1,16 +1,16 @@
 """A layer whose KV heads each keep the tokens that a `RankingPolicy` scores highest."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvcache.errors import GeometryError, PolicyError, PositionsError, RollbackError
+from kvcache.errors import GeometryError, PolicyError, RollbackError
 from kvcache.layers import KVLayer
-from kvcache.policies import SizePolicy, check_policy
+from kvcache.policies import SizePolicy
 from kvcache.scoring import RankingPolicy, Seen
+from kvcache.slots import slots_for
 
 
 @dataclass(frozen=True)
@@ -18,17 +18,17 @@ class Piece:
     """Some KV heads of a layer as one attention sees them.
 
     Attributes:
-        layer: whose tokens these are; it is told the queries afterwards, if it wants to know.
         heads: which KV heads of the layer.
         keys, values: all that the new tokens attend to, ``[batch, heads, tokens, dim]``.
         mask: which new token sees what, ``[batch or 1, heads or 1, fresh, tokens]``; None if each sees all before it.
+        observe: is told the queries, ``[batch, heads, fresh, head_dim]``, and their scaling, after they have been attended.
     """
 
-    layer: Any
     heads: Sequence[int]
     keys: Tensor
     values: Tensor
     mask: Tensor | None
+    observe: Callable[[Tensor, float], None] | None
 
 
 class RankedLayer(KVLayer):
@@ -102,18 +102,21 @@ class RankedLayer(KVLayer):
 
     # ------------------------------------------------------------------ append, observe
 
+    def check_append(self, keys: Tensor, values: Tensor) -> None:
+        super().check_append(keys, values)
+        if self._waiting is not None:
+            raise PolicyError(
+                f"{self.ranking!r} ranks tokens by what is attended to, but was not told after the last append; run the "
+                "model as manager.runner, or call observe()"
+            )
+
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store new tokens and return all that they attend to: all that is stored, then the new ones.
 
         Raises:
             GeometryError, PolicyError: before anything has changed.
         """
-        self._check_shapes(keys, values)
-        if self._waiting is not None:
-            raise PolicyError(
-                f"{self.ranking!r} ranks tokens by what is attended to, but was not told after the last append; run the "
-                "model as manager.runner, or call observe()"
-            )
+        self.check_append(keys, values)
         if self._keys is None:
             self._allocate(keys, values)
         fresh, after = keys.shape[2], self.stored + keys.shape[2]
@@ -152,7 +155,7 @@ class RankedLayer(KVLayer):
             pads = self.padding.to(keys.device)[:, None, None, None]
             itself = column == columns - fresh + query[:, None]  # a pad sees itself: no row of a softmax without a key
             mask = (mask & (at[:, :, None, :] >= pads)) | itself
-        return [Piece(self, range(keys.shape[1]), keys, values, mask)]
+        return [Piece(range(keys.shape[1]), keys, values, mask, self.observe if self.observes else None)]
 
     @torch.no_grad()
     def observe(self, queries: Tensor, scaling: float) -> None:
@@ -204,16 +207,40 @@ class RankedLayer(KVLayer):
             torch.nn.functional.pad(mass, (0, at.shape[2] - mass.shape[2])),
         )
 
+    def seen_all(self) -> Seen:
+        """What there is to rank now."""
+        keys, values = self._valid()
+        assert self._at is not None
+        return self._seen(keys, values, self._at, self._queries)
+
+    def worth(self) -> Tensor:
+        """The scores of what is stored, best first in each head, ``[batch, KV heads, stored]``; infinite for what must stay."""
+        return self._scores(self.seen_all()).sort(dim=2, descending=True).values
+
+    def rank_to(self, stay: int) -> None:
+        """Keep the best `stay` of what is stored."""
+        if stay < self.stored and self._at is not None:
+            keys, values = self._valid()
+            self._rank(keys.clone(), values.clone(), self._at, stay)
+
+    def fit(self) -> None:
+        """Give back slots that are far more than what is stored needs."""
+        slots = slots_for(self.stored, self._bound())
+        if self._keys is not None and self._values is not None and slots < self.capacity:
+            with torch.inference_mode(False):
+                self._keys, self._values = self._keys[:, :, :slots].clone(), self._values[:, :, :slots].clone()
+
+    def _scores(self, seen: Seen) -> Tensor:
+        score = self.ranking.score(seen).float().expand(seen.positions.shape)
+        own = seen.positions - seen.padding
+        kept = (own >= 0) & ((own < self.policy.pinned) | (seen.positions >= self.seen - self.ranking.recent))
+        # Pads leave first; pinned and recent tokens stay.
+        return score.masked_fill(own < 0, -torch.inf).masked_fill(kept, torch.inf)
+
     def _rank(self, keys: Tensor, values: Tensor, at: Tensor, stay: int) -> None:
-        """Keep the best `stay` of these tokens."""
+        """Keep the best `stay` of these tokens; of equal scores the older ones."""
         seen = self._seen(keys, values, at, self._queries)
-        score = self.ranking.score(seen).float().expand(at.shape)
-        own = at - seen.padding
-        # Pads leave first; pinned and recent tokens stay; of equal scores the older ones.
-        score = score.masked_fill(own < 0, -torch.inf)
-        kept = ((own >= 0) & (own < self.policy.pinned)) | (at >= self.seen - self.ranking.recent) & (own >= 0)
-        columns = score.masked_fill(kept, torch.inf).sort(dim=2, descending=True, stable=True).indices[:, :, :stay]
-        columns = columns.sort(2).values
+        columns = self._scores(seen).sort(dim=2, descending=True, stable=True).indices[:, :, :stay].sort(2).values
         key_slots, value_slots = self._reserve(stay)
         for slots, states in ((key_slots, keys), (value_slots, values)):
             slots[:, :, :stay] = states.gather(2, columns[..., None].expand(-1, -1, -1, states.shape[3]))
@@ -263,10 +290,9 @@ class RankedLayer(KVLayer):
         if max_tokens is not None:
             self.check_trim(stay)
         leaving = self.stored - stay
-        if leaving <= 0 or self._at is None:
+        if leaving <= 0:
             return 0
-        keys, values = self._valid()
-        self._rank(keys.clone(), values.clone(), self._at, stay)
+        self.rank_to(stay)
         return leaving
 
     # ------------------------------------------------------------------ rows
@@ -283,17 +309,3 @@ class RankedLayer(KVLayer):
             held: Tensor | None = getattr(self, name)
             if held is not None:
                 setattr(self, name, held.index_select(0, rows.to(held.device)))
-
-
-def check_ranked(policy: SizePolicy, rerotated: bool) -> None:
-    """Refuse what ranking cannot do.
-
-    Raises:
-        PositionsError: with re-rotated positions.
-    """
-    check_policy(policy)
-    if rerotated and policy.ranking is not None:
-        raise PositionsError(
-            f"{policy!r} keeps other tokens in each head, so there is no window to turn sinks towards; "
-            "use positions='absolute'"
-        )

@@ -210,7 +210,8 @@ class KeyDiff(RankingPolicy):
 
     def score(self, seen: Seen) -> Tensor:
         anchor = torch.nn.functional.normalize(seen.keys.float(), dim=-1).mean(2, keepdim=True)
-        return -torch.nn.functional.cosine_similarity(seen.keys.float(), anchor, dim=-1)
+        alike: Tensor = torch.nn.functional.cosine_similarity(seen.keys.float(), anchor, dim=-1)
+        return -alike
 
 
 def smoothed(scores: Tensor, kernel: int) -> Tensor:

@@ -1,0 +1,355 @@
+"""KV heads with budgets of their own: some keep everything and others a window, or they share one budget by need.
+
+A layer is then several smaller ones, of the kinds that there are, each with some of the KV heads.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvcache.errors import GeometryError, PolicyError, RollbackError
+from kvcache.layers import KVLayer
+from kvcache.policies import KeepAll, Pinned, SizePolicy, check_policy, schedule
+from kvcache.ranked import Piece, RankedLayer
+from kvcache.scoring import RankingPolicy
+
+_ENDLESS = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class PerHead(SizePolicy):
+    """A policy for each KV head of a layer."""
+
+    heads: tuple[SizePolicy, ...]
+
+    def __post_init__(self) -> None:
+        if not self.heads:
+            raise PolicyError("PerHead has no heads; give a policy for each KV head of the layer")
+        for policy in self.heads:
+            check_policy(policy)
+            if policy.evicts and (policy.limit is None or isinstance(policy, PerHead | Adaptive)):
+                raise PolicyError(f"{policy!r} cannot be that of one head; give it a limit in tokens")
+
+    @property
+    def pinned(self) -> int:
+        return min(policy.pinned for policy in self.heads)
+
+    @property
+    def limit(self) -> int | None:
+        limits = [policy.limit for policy in self.heads]
+        return None if None in limits else max(limit for limit in limits if limit is not None)
+
+    @property
+    def evicts(self) -> bool:
+        return any(policy.evicts for policy in self.heads)
+
+    def keep(self, count: int) -> int:
+        return max(policy.keep(count) for policy in self.heads)
+
+
+@dataclass(frozen=True)
+class Adaptive(SizePolicy):
+    """The heads of a layer share the budget of all of them: tokens stay where they score highest (Feng et al., Ada-KV,
+    arXiv:2407.11550).
+
+    Args:
+        policy: ranks the tokens; its `limit` is the mean over the heads.
+        floor: what share of its own part each head is sure to keep.
+    """
+
+    policy: RankingPolicy
+    floor: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.policy, RankingPolicy):
+            raise PolicyError(f"policy={self.policy!r} ranks no tokens; give for example SnapKV(1024)")
+        if not 0 <= self.floor <= 1:
+            raise PolicyError(f"floor={self.floor} must be from 0 to 1")
+
+    @property
+    def pinned(self) -> int:
+        return self.policy.pinned
+
+    @property
+    def limit(self) -> int:
+        return self.policy.limit
+
+    def keep(self, count: int) -> int:
+        return self.policy.keep(count)
+
+
+def layer_for(policy: SizePolicy, rotation: Any = None, **given: Any) -> KVLayer:
+    """The layer that a policy needs.
+
+    Args:
+        rotation, **given: as for `KVLayer`.
+    """
+    count, inner = 0, policy
+    while isinstance(inner, Pinned) and isinstance(inner.policy, Pinned | PerHead | Adaptive):
+        count, inner = count + inner.count, inner.policy
+    if isinstance(inner, PerHead):
+        return SplitLayer(PerHead(tuple(Pinned(count, head) if count else head for head in inner.heads)), **given)
+    if isinstance(inner, Adaptive):
+        return AdaptiveLayer(inner, first=count, **given)
+    if policy.ranking is not None:
+        return RankedLayer(policy, **given)
+    return KVLayer(policy, rotation=rotation, **given)
+
+
+class SplitLayer(KVLayer):
+    """A layer whose KV heads are held by several layers, each with a policy of its own.
+
+    What a token attends to differs by head, so attention goes through `kvcache.attention`; `append` returns only what it
+    was given.
+    """
+
+    def __init__(self, policy: PerHead, **given: Any) -> None:
+        self.parts: list[tuple[list[int], KVLayer]] = []
+        self._pieces: list[Piece] = []
+        self._checked(given)
+        super().__init__(KeepAll(), max_length=given.get("max_length"), padding=given.get("padding"))
+        self.policy = policy
+        for one in dict.fromkeys(policy.heads):
+            heads = [head for head, other in enumerate(policy.heads) if other == one]
+            self.parts.append((heads, layer_for(one, **given)))
+
+    @staticmethod
+    def _checked(given: dict[str, Any]) -> None:
+        if given.get("rotation") is not None:
+            raise PolicyError("heads with policies of their own keep positions='absolute'")
+        given.pop("token_bytes", None)  # of all heads together; no part has a budget in bytes
+
+    def _clear(self) -> None:
+        self.seen = 0
+        self._pieces = []
+        self._keys = self._values = self._pinned_keys = None
+        for _, part in self.parts:
+            part.reset()
+
+    # ------------------------------------------------------------------ what it holds
+
+    @property
+    def by_head(self) -> bool:
+        return True
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """How many tokens each KV head holds."""
+        held = {head: part.stored for heads, part in self.parts for head in heads}
+        return tuple(held[head] for head in sorted(held))
+
+    @property
+    def stored(self) -> int:
+        """Tokens held by the fullest head."""
+        return max((part.stored for _, part in self.parts), default=0)
+
+    @stored.setter
+    def stored(self, value: int) -> None:
+        """Is what the parts hold."""
+
+    @property
+    def retained(self) -> int:
+        return max(part.retained for _, part in self.parts)
+
+    @property
+    def capacity(self) -> int:
+        return max(part.capacity for _, part in self.parts)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for _, part in self.parts)
+
+    @property
+    def initialized(self) -> bool:
+        return all(part.initialized for _, part in self.parts)
+
+    @property
+    def keys(self) -> Tensor | None:
+        """The stored keys, where all heads hold as many; see `parts` where they do not.
+
+        Raises:
+            GeometryError: if they do not.
+        """
+        return self._together([part.keys for _, part in self.parts])
+
+    @property
+    def values(self) -> Tensor | None:
+        """The stored values, as `keys`."""
+        return self._together([part.values for _, part in self.parts])
+
+    def _together(self, held: Sequence[Tensor | None]) -> Tensor | None:
+        states = [states for states in held if states is not None]
+        if len(states) < len(held):
+            return None
+        if len({part.shape[2] for part in states}) > 1:
+            raise GeometryError(f"the heads hold {list(self.heads)} tokens, which is no tensor; read them from parts")
+        order = torch.tensor([head for heads, _ in self.parts for head in heads]).argsort()
+        return torch.cat(states, 1)[:, order.to(states[0].device)]
+
+    def positions(self) -> Tensor:
+        """The position of the token in each slot of the fullest head, ``[batch or 1, stored]`` or by head."""
+        return max((part for _, part in self.parts), key=lambda part: part.stored).positions()
+
+    # ------------------------------------------------------------------ append
+
+    def check(self, fresh: int) -> None:
+        for _, part in self.parts:
+            part.check(fresh)
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new tokens. What they attend to is in `pieces`; returned is what was given."""
+        count = sum(len(heads) for heads, _ in self.parts)
+        if keys.dim() != 4 or keys.shape[1] != count or values.dim() != 4 or values.shape[:3] != keys.shape[:3]:
+            raise GeometryError(
+                f"keys {list(keys.shape)} and values {list(values.shape)} must be [batch, {count}, tokens, head_dim]: "
+                f"the policy is for {count} KV heads"
+            )
+        for heads, part in self.parts:
+            part.check_append(keys[:, heads], values[:, heads])
+        fresh = keys.shape[2]
+        pieces = []
+        for heads, part in self.parts:
+            mask = None if isinstance(part, RankedLayer) else _mask(part, fresh, keys.device)
+            own = part.append(keys[:, heads], values[:, heads])
+            if isinstance(part, RankedLayer):
+                pieces += [replace(piece, heads=heads) for piece in part.pieces(*own, fresh)]
+            else:
+                pieces.append(Piece(heads, *own, mask, None))
+        self._pieces = pieces
+        self.seen += fresh
+        return keys, values
+
+    def pieces(self, keys: Tensor, values: Tensor, fresh: int) -> list[Piece]:
+        """What the last append's tokens attend to, by head."""
+        return self._pieces
+
+    # ------------------------------------------------------------------ going back, trimming, rows
+
+    def check_truncate(self, length: int) -> None:
+        if not 0 <= length <= self.seen:
+            raise RollbackError(f"cannot roll back to {length} tokens: {self.seen} were seen; give 0 to {self.seen}")
+        for _, part in self.parts:
+            part.check_truncate(length)
+
+    def truncate(self, length: int) -> None:
+        self.check_truncate(length)
+        for _, part in self.parts:
+            part.truncate(length)
+        self.seen = length
+
+    def check_trim(self, max_tokens: int) -> None:
+        for _, part in self.parts:
+            part.check_trim(max_tokens)
+
+    def trim(self, max_tokens: int | None = None) -> int:
+        if max_tokens is not None:
+            self.check_trim(max_tokens)
+        return max(part.trim(max_tokens) for _, part in self.parts)
+
+    def select(self, rows: Tensor) -> None:
+        for _, part in self.parts:
+            part.select(rows)
+
+    def repeat(self, times: int) -> None:
+        for _, part in self.parts:
+            part.repeat(times)
+
+
+def _mask(part: KVLayer, fresh: int, device: torch.device) -> Tensor | None:
+    """What each of the next tokens sees of a part; None where it sees all before it."""
+    whole = schedule(part.policy, part.stored, fresh)[-1] == part.stored + fresh
+    if part.padding is None and (fresh == 1 or (part.stored == 0 and whole)):
+        return None
+    return part.mask(fresh).to(device)
+
+
+class AdaptiveLayer(SplitLayer):
+    """KV heads that share one budget, see `Adaptive`. In a batch a head's share is the same in all rows.
+
+    Args:
+        policy: of the layer.
+        first: tokens that are pinned before the policy's own.
+    """
+
+    def __init__(self, policy: Adaptive, *, first: int = 0, **given: Any) -> None:
+        self._adaptive = policy
+        self._first = first
+        self._given_parts = {**given, "preallocate": False}
+        self._told = 0
+        super().__init__(PerHead((KeepAll(),)), **given)
+        self.parts = []
+        self.policy = Pinned(first, policy) if first else policy
+
+    def _clear(self) -> None:
+        super()._clear()
+        self._told = 0
+
+    @property
+    def initialized(self) -> bool:
+        return bool(self.parts) and super().initialized
+
+    @property
+    def retained(self) -> int:
+        return self.stored
+
+    @property
+    def capacity(self) -> int:
+        return max((part.capacity for _, part in self.parts), default=0)
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new tokens, which attend to all that is stored and to themselves; the ranking follows their attention."""
+        if not self.parts and keys.dim() == 4:
+            inner = replace(self._adaptive.policy, limit=_ENDLESS, low_water=_ENDLESS)
+            given = {name: value for name, value in self._given_parts.items() if name != "token_bytes"}
+            for head in range(keys.shape[1]):
+                self.parts.append(([head], RankedLayer(Pinned(self._first, inner) if self._first else inner, **given)))
+        result = super().append(keys, values)
+        self._told = 0
+        self._pieces = [
+            replace(piece, observe=partial(self._observe, part, piece.observe))
+            for piece, (_, part) in zip(self._pieces, self.parts, strict=True)
+        ]
+        return result
+
+    def _observe(
+        self, part: KVLayer, then: Callable[[Tensor, float], None] | None, queries: Tensor, scaling: float
+    ) -> None:
+        if then is not None:
+            then(queries, scaling)
+        self._told += 1
+        if self._told == len(self.parts) and sum(self.heads) > self._first_budget:
+            self._share(self.policy.keep(self._adaptive.limit + self._first + 1))
+
+    @property
+    def _first_budget(self) -> int:
+        return (self._adaptive.limit + self._first) * len(self.parts)
+
+    @torch.no_grad()
+    def _share(self, mean: int) -> None:
+        """Rank all heads together, down to `mean` tokens a head."""
+        parts = [part for _, part in self.parts if isinstance(part, RankedLayer)]
+        ranked = [part.worth().mean(0)[0] for part in parts]  # best first, of each head
+        floor = self._first + self._adaptive.policy.sinks + self._adaptive.policy.recent
+        floor = max(floor, int(self._adaptive.floor * mean))
+        sure = torch.cat([worth.new_full((min(floor, len(worth)),), torch.inf) for worth in ranked])
+        left = mean * len(parts) - len(sure)
+        rest = [worth[floor:] for worth in ranked]
+        owner = torch.cat([torch.full_like(worth, i, dtype=torch.long) for i, worth in enumerate(rest)])
+        best = torch.cat(rest).topk(max(0, min(left, len(owner)))).indices
+        counts = torch.bincount(owner[best], minlength=len(parts))
+        for part, worth, count in zip(parts, ranked, counts.tolist(), strict=True):
+            part.rank_to(min(floor, len(worth)) + count)
+            part.fit()
+
+    def trim(self, max_tokens: int | None = None) -> int:
+        if max_tokens is not None:
+            self.check_trim(max_tokens)
+        before = sum(self.heads)
+        mean = self.policy.keep(self._adaptive.limit + self._first + 1) if max_tokens is None else max_tokens
+        if self.parts and before > mean * len(self.parts):
+            self._share(mean)
+        return (before - sum(self.heads)) // max(1, len(self.parts))
