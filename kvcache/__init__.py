@@ -22,9 +22,10 @@ from kvcache.memory import CacheReport, LayerReport, estimate_bytes
 from kvcache.policies import KeepAll, MaxBytes, MaxTokens, Pinned, SizePolicy, SlidingWindow
 from kvcache.precision import with_precision
 from kvcache.prefix import PrefixKey, PrefixSnapshot
+from kvcache.quantized import Quantization
 from kvcache.rope import KeyRotation
 from kvcache.scheduler import Scheduler, SchedulerMetrics
-from kvcache.scoring import TOVA, HeavyHitters, KeyDiff, KeyNorm, RankingPolicy, SnapKV, pyramid
+from kvcache.scoring import TOVA, FarLooks, HeavyHitters, KeyDiff, KeyNorm, RankingPolicy, Rehearsed, SnapKV, pyramid
 from kvcache.speakers import SpeakerCache, SpeakerStats, default_store
 from kvcache.stores import DiskStore, MemoryStore, RedisStore, RemoteStore, TieredStore
 
@@ -40,6 +41,7 @@ __all__ = [
     "ClosedError",
     "CorruptError",
     "DiskStore",
+    "FarLooks",
     "GeometryError",
     "HeadProfile",
     "HeavyHitters",
@@ -61,8 +63,10 @@ __all__ = [
     "PositionsError",
     "PrefixKey",
     "PrefixSnapshot",
+    "Quantization",
     "RankingPolicy",
     "RedisStore",
+    "Rehearsed",
     "RemoteStore",
     "RollbackError",
     "Scheduler",

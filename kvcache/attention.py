@@ -9,6 +9,7 @@ import copy
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
@@ -60,14 +61,37 @@ def observed_copy(model: Any) -> Any:
                 configs[id(config)] = copy.copy(config)
                 configs[id(config)]._attn_implementation_internal = ATTENTION
             module.config = configs[id(config)]
-    body = getattr(new, "base_model", new)
-    body.register_forward_pre_hook(_begin)
-    body.register_forward_hook(_end, always_call=True)
+    for body in {new, getattr(new, "base_model", new)}:  # OPT calls its base model's decoder, and never the base model
+        body.register_forward_pre_hook(_begin, with_kwargs=True)
+        body.register_forward_hook(_end, always_call=True)
     return new
 
 
-def _begin(module: nn.Module, args: Any) -> None:
+def _begin(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    if not _observing.get():
+        _check_mask(kwargs)
     _observing.set(True)
+
+
+def _check_mask(given: dict[str, Any]) -> None:
+    """Refuse a mask that hides more than the pads which the cache knows of: heads of their own have their own masks."""
+    cache, name = given.get("past_key_values"), "attention_mask"
+    if (decoders := getattr(cache, "self_attention_cache", None)) is not None:
+        cache, name = decoders, "decoder_attention_mask"
+    held = (getattr(layer, "kv", None) for layer in getattr(cache, "layers", ()))
+    kv = next((kv for kv in held if kv is not None and kv.by_head), None)
+    mask = given.get(name)
+    if kv is None or mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        raise PolicyError(f"under {kv.policy!r} each head has a mask of its own; give {name} [batch, tokens], or none")
+    padding = mask.new_zeros(1, 1) if kv.padding is None else kv.padding[:, None].to(mask.device)
+    pads = torch.arange(mask.shape[1], device=mask.device) < padding
+    if pads.shape[0] not in (1, mask.shape[0]) or not bool((mask.bool() != pads).all()):
+        raise PolicyError(
+            f"{name} hides more than the pads on the left that the cache was made for, which {kv.policy!r} cannot; "
+            "give it to new_cache(), too, or use a policy by age"
+        )
 
 
 def _end(module: nn.Module, args: Any, output: Any) -> None:

@@ -75,6 +75,10 @@ class Adaptive(SizePolicy):
         return self.policy.pinned
 
     @property
+    def ranking(self) -> RankingPolicy:
+        return self.policy
+
+    @property
     def limit(self) -> int:
         return self.policy.limit
 
@@ -135,6 +139,17 @@ class SplitLayer(KVLayer):
     @property
     def by_head(self) -> bool:
         return True
+
+    @property
+    def rehearsing(self) -> bool:
+        """As a `RankedLayer`'s."""
+        return any(isinstance(part, RankedLayer) and part.rehearsing for _, part in self.parts)
+
+    @rehearsing.setter
+    def rehearsing(self, on: bool) -> None:
+        for _, part in self.parts:
+            if isinstance(part, RankedLayer):
+                part.rehearsing = on
 
     @property
     def heads(self) -> tuple[int, ...]:
@@ -220,7 +235,7 @@ class SplitLayer(KVLayer):
             else:
                 pieces.append(Piece(heads, *own, mask, None))
         self._pieces = pieces
-        self.seen += fresh
+        self.seen += 0 if self.rehearsing else fresh
         return keys, values
 
     def pieces(self, keys: Tensor, values: Tensor, fresh: int) -> list[Piece]:
@@ -324,26 +339,17 @@ class AdaptiveLayer(SplitLayer):
         if self._told == len(self.parts) and sum(self.heads) > self._first_budget:
             self._share(self.policy.keep(self._adaptive.limit + self._first + 1))
 
+    def floor(self, mean: int) -> int:
+        """What each head is sure to keep where it keeps `mean` tokens on average."""
+        protected = self._first + self._adaptive.policy.sinks + self._adaptive.policy.recent
+        return max(protected, int(self._adaptive.floor * mean))
+
     @property
     def _first_budget(self) -> int:
         return (self._adaptive.limit + self._first) * len(self.parts)
 
-    @torch.no_grad()
     def _share(self, mean: int) -> None:
-        """Rank all heads together, down to `mean` tokens a head."""
-        parts = [part for _, part in self.parts if isinstance(part, RankedLayer)]
-        ranked = [part.worth().mean(0)[0] for part in parts]  # best first, of each head
-        floor = self._first + self._adaptive.policy.sinks + self._adaptive.policy.recent
-        floor = max(floor, int(self._adaptive.floor * mean))
-        sure = torch.cat([worth.new_full((min(floor, len(worth)),), torch.inf) for worth in ranked])
-        left = mean * len(parts) - len(sure)
-        rest = [worth[floor:] for worth in ranked]
-        owner = torch.cat([torch.full_like(worth, i, dtype=torch.long) for i, worth in enumerate(rest)])
-        best = torch.cat(rest).topk(max(0, min(left, len(owner)))).indices
-        counts = torch.bincount(owner[best], minlength=len(parts))
-        for part, worth, count in zip(parts, ranked, counts.tolist(), strict=True):
-            part.rank_to(min(floor, len(worth)) + count)
-            part.fit()
+        share([self], mean)
 
     def trim(self, max_tokens: int | None = None) -> int:
         if max_tokens is not None:
@@ -353,3 +359,20 @@ class AdaptiveLayer(SplitLayer):
         if self.parts and before > mean * len(self.parts):
             self._share(mean)
         return (before - sum(self.heads)) // max(1, len(self.parts))
+
+
+@torch.no_grad()
+def share(layers: Sequence[AdaptiveLayer], mean: int) -> None:
+    """Rank the heads of all these layers together, down to `mean` tokens a head."""
+    parts = [part for layer in layers for _, part in layer.parts if isinstance(part, RankedLayer)]
+    floors = [layer.floor(mean) for layer in layers for _ in layer.parts]
+    ranked = [part.worth().mean(0)[0] for part in parts]  # best first, of each head
+    sure = [min(floor, len(worth)) for floor, worth in zip(floors, ranked, strict=True)]
+    rest = [worth[first:] for first, worth in zip(sure, ranked, strict=True)]
+    owner = torch.cat([torch.full_like(worth, i, dtype=torch.long) for i, worth in enumerate(rest)])
+    left = max(0, mean * len(parts) - sum(sure))
+    best = torch.cat(rest).topk(min(left, len(owner))).indices
+    counts = torch.bincount(owner[best], minlength=len(parts)).tolist()
+    for part, first, count in zip(parts, sure, counts, strict=True):
+        part.rank_to(first + count)
+        part.fit()

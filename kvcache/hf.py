@@ -27,10 +27,11 @@ from transformers.cache_utils import (
 from kvcache import attention
 from kvcache.errors import CapacityError, GeometryError, InputError, PolicyError, PositionsError, RollbackError
 from kvcache.geometry import CacheGeometry
-from kvcache.heads import layer_for
+from kvcache.heads import PerHead, layer_for
 from kvcache.layers import KVLayer
 from kvcache.policies import KeepAll, SizePolicy, check_policy, schedule
 from kvcache.prefix import PrefixKey, PrefixSnapshot
+from kvcache.quantized import Quantization, QuantizedLayer
 from kvcache.rope import KeyRotation
 
 _VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
@@ -149,6 +150,7 @@ def new_cache(
     rows: int | None = None,
     padding: Tensor | None = None,
     geometry: CacheGeometry | None = None,
+    quantization: Quantization | None = None,
 ) -> Any:
     """A cache to pass as ``past_key_values``; for an encoder-decoder, its decoder's.
 
@@ -164,6 +166,7 @@ def new_cache(
         rows: refuse another batch size.
         padding: pads on the left of each row, ``[batch]``; see `left_padding`.
         geometry: the model's, where it is known already.
+        quantization: hold keys and values in few bits.
 
     Raises:
         PositionsError, PolicyError, GeometryError: if that cannot work for this model.
@@ -186,14 +189,13 @@ def new_cache(
     rotation = key_rotation(model) if evicting and positions == "rerotated" else None
     ours: list[KVLayer] = []
     for i in managed:
-        given: dict[str, Any] = {
-            "max_length": max_length,
-            "preallocate": preallocate,
-            "padding": padding,
-            "layers": len(managed),
-            "rows": rows,
-            "token_bytes": geometry.layer_token_bytes,
-        }
+        given: dict[str, Any] = {"max_length": max_length, "padding": padding, "layers": len(managed), "rows": rows}
+        if quantization is not None:
+            kv: KVLayer = _quantized(policies[i], quantization, rotation, preallocate, geometry, given)
+            ours.append(kv)
+            layers[i] = ManagedLayer(kv, geometry.max_positions, ours)
+            continue
+        given |= {"preallocate": preallocate, "token_bytes": geometry.layer_token_bytes}
         kv = layer_for(policies[i], rotation, **given)
         if kv.by_head and rotation is not None:
             raise PositionsError(
@@ -204,6 +206,26 @@ def new_cache(
         layers[i] = ManagedLayer(kv, geometry.max_positions, ours)
     cache = _Cache(layers=layers)
     return _EncoderDecoderCache(cache, DynamicCache()) if model.config.is_encoder_decoder else cache
+
+
+def _quantized(
+    policy: SizePolicy,
+    quantization: Quantization,
+    rotation: KeyRotation | None,
+    preallocate: bool,
+    geometry: CacheGeometry,
+    given: dict[str, Any],
+) -> QuantizedLayer:
+    if policy.ranking is not None or isinstance(policy, PerHead):
+        raise PolicyError(
+            f"{policy!r} chooses tokens by head, and tokens that are quantized leave in groups; use one of the two, or a "
+            "policy by age, such as SlidingWindow"
+        )
+    if rotation is not None:
+        raise PositionsError("quantized keys cannot be re-rotated; keep positions='absolute'")
+    if preallocate:
+        raise PolicyError("a quantized cache grows by groups; leave preallocate out")
+    return QuantizedLayer(policy, quantization, geometry=geometry, **given)
 
 
 def prefix_cache(model: Any) -> Any:
@@ -355,6 +377,34 @@ def truncate(cache: Any, length: int) -> None:
             layer.crop(-removed)
     for kv in kv_layers(cache):
         kv.truncate(length)
+
+
+_REHEARSED = 2048  # tokens read again at a time
+_LEAD = 8  # tokens before them, which say where it goes on
+
+
+def rehearse(model: Any, cache: Any, ids: Tensor, instruction: Tensor | None) -> None:
+    """Run a text again on a cache that holds it, whose ranked layers look at what is looked at and store nothing.
+
+    Args:
+        model: that tells the cache what it attends to; see `kvcache.attention`.
+        cache: of ours.
+        ids: ``[rows, tokens]``.
+        instruction: token ids ``[1, tokens]`` before each part.
+    """
+    layers: list[Any] = kv_layers(cache)
+    body = getattr(model, "base_model", model)
+    try:
+        for layer in layers:
+            layer.rehearsing = True
+        for start in range(0, ids.shape[1], _REHEARSED):
+            part = ids[:, max(0, start - _LEAD) : start + _REHEARSED]
+            if instruction is not None:
+                part = torch.cat([instruction.to(ids.device).expand(ids.shape[0], -1), part], 1)
+            body(part, past_key_values=cache, use_cache=True)
+    finally:
+        for layer in layers:
+            layer.rehearsing = False
 
 
 def left_padding(attention_mask: Tensor | None) -> Tensor | None:

@@ -15,11 +15,14 @@ from kvcache.decoding.backends import BackendName, check_backend
 from kvcache.decoding.language import LanguageDecoder
 from kvcache.decoding.settings import GenerationSettings
 from kvcache.decoding.wiring import why_not
-from kvcache.errors import InputError
+from kvcache.errors import InputError, PolicyError
 from kvcache.geometry import CacheGeometry
+from kvcache.heads import AdaptiveLayer, share
 from kvcache.memory import CacheReport, account, estimate_bytes
 from kvcache.policies import KeepAll, Pinned, SizePolicy
 from kvcache.prompts import Prompts
+from kvcache.quantized import Quantization, quantized_bytes
+from kvcache.scoring import Rehearsed
 from kvcache.speakers import SpeakerCache, default_store
 from kvcache.streaming import as_async, chunked, from_worker
 
@@ -38,6 +41,7 @@ class KVCacheManager:
         preallocate: take a cache's memory at once, not as it grows.
         speakers: where prefixes live (`add_prefix`); by default memory over disk.
         kv_dtype: of the cache that ``stream(backend=…)`` decodes on; by default the model's.
+        quantization: hold keys and values in 8 or 4 bits.
 
     Raises:
         PolicyError, PositionsError: if that cannot work for this model.
@@ -53,6 +57,7 @@ class KVCacheManager:
         preallocate: bool = False,
         speakers: SpeakerCache | None = None,
         kv_dtype: torch.dtype | None = None,
+        quantization: Quantization | None = None,
     ) -> None:
         self.model = model
         self.policy: SizePolicy | Sequence[SizePolicy] = KeepAll() if policy is None else policy
@@ -66,7 +71,15 @@ class KVCacheManager:
         self._decoder = LanguageDecoder(model, self.geometry, kv_dtype, max_cache_length)
         self._prompts = Prompts(model, self.speakers, max_cache_length, self.geometry.max_positions)
         # Says now, not at the first request, what cannot work.
-        first = hf.new_cache(model, policy, max_length=max_cache_length, preallocate=preallocate, positions=positions)
+        self.quantization = quantization
+        first = hf.new_cache(
+            model,
+            policy,
+            max_length=max_cache_length,
+            preallocate=preallocate,
+            positions=positions,
+            quantization=quantization,
+        )
         observed = any(kv.by_head for kv in hf.kv_layers(first, some=False))
         self._runner = observed_copy(model) if observed else None
 
@@ -114,6 +127,7 @@ class KVCacheManager:
             rows=batch_size,
             padding=hf.left_padding(attention_mask) if self._evicts else None,
             geometry=self.geometry,
+            quantization=self.quantization,
         )
         if snapshot is not None:
             snapshot.fork(cache, batch_size)
@@ -125,6 +139,17 @@ class KVCacheManager:
         policies = [self.policy] * len(managed) if isinstance(self.policy, SizePolicy) else self.policy
         kept = [policy for policy, ours in zip(policies, managed, strict=True) if ours]
         geometry = self.geometry
+        if self.quantization is not None:
+            token = geometry.kv_heads, geometry.head_dim, geometry.value_dim, geometry.dtype
+            limit = self.max_cache_length
+            return sum(
+                quantized_bytes(*token, self.quantization, tokens, batch_size, one, limit, layers=len(kept))
+                for one in kept
+            )
+        if self._runner is not None:
+            raise PolicyError(
+                "what a cache takes whose heads keep tokens of their own depends on the text; ask report(cache) afterwards"
+            )
         return estimate_bytes(
             CacheGeometry(len(kept), geometry.kv_heads, geometry.head_dim, geometry.value_dim, geometry.dtype),
             tokens,
@@ -163,6 +188,51 @@ class KVCacheManager:
             for layer in layers:
                 layer.check_trim(max_tokens)
         return max(layer.trim(max_tokens) for layer in layers)
+
+    @torch.no_grad()
+    def compress(self, cache: Any, inputs: Tensor, max_tokens: int, *, instruction: Tensor | None = None) -> int:
+        """Read a text that `cache` holds a second time and keep what was looked at most (KVzip, arXiv:2505.23416).
+
+        Where the policy is `Adaptive`, all heads of all layers share the budget.
+
+        Args:
+            cache: one of ours under a `Rehearsed` policy, of which nothing has left, after the text has been run on it.
+            inputs: the text again: token ids ``[rows, tokens]``.
+            max_tokens: how many tokens a head keeps on average.
+            instruction: token ids ``[1, tokens]`` to put before it, for example of "Repeat the previous context exactly.".
+
+        Returns:
+            How many tokens left, a head, on average.
+
+        Raises:
+            InputError: if the cache holds another number of tokens or rows.
+            PolicyError: if its policy is another, or protects more than `max_tokens`.
+        """
+        layers = hf.kv_layers(cache)
+        given = tuple(inputs.shape) if isinstance(inputs, Tensor) else inputs
+        if not isinstance(inputs, Tensor) or inputs.dim() != 2 or inputs.shape[1] != layers[0].seen:
+            raise InputError(
+                f"inputs {given} must be the token ids [rows, {layers[0].seen}] that the cache has seen: they are read again"
+            )
+        if not all(isinstance(layer.policy.ranking, Rehearsed) for layer in layers):
+            raise PolicyError(
+                f"compress() needs a cache under Rehearsed, or Adaptive(Rehearsed(…)), got {layers[0].policy!r}; "
+                "under other policies tokens leave by themselves, or by trim()"
+            )
+        if any(layer.evicted for layer in layers):
+            raise InputError("tokens have left this cache already; give Rehearsed a limit that holds the whole text")
+        for layer in layers:
+            layer.check_trim(max_tokens)
+        before = [layer.stored for layer in layers]
+        hf.rehearse(self.runner, cache, inputs.to(self.model.device), instruction)
+        adaptive = [layer for layer in layers if isinstance(layer, AdaptiveLayer)]
+        if len(adaptive) == len(layers):
+            if before[0] > max_tokens:
+                share(adaptive, max_tokens)
+        else:
+            for layer in layers:
+                layer.trim(max_tokens)
+        return max(0, before[0] - max_tokens)
 
     # ------------------------------------------------------------------ prefixes
 
@@ -324,6 +394,8 @@ class KVCacheManager:
             return "layers have policies of their own"
         if self._runner is not None:
             return "tokens are ranked on the host"
+        if self.quantization is not None:
+            return "a quantized cache is read on the host"
         if (mask := self._mask_of(inputs, kwargs)) is not None and (
             mask.dim() != 2 or not bool((mask.bool().int().diff(dim=1) >= 0).all()) or not bool(mask[:, -1].all())
         ):

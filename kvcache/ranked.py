@@ -1,7 +1,7 @@
 """A layer whose KV heads each keep the tokens that a `RankingPolicy` scores highest."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -74,6 +74,7 @@ class RankedLayer(KVLayer):
         self._mass: Tensor | None = None  # [B, H, stored] attention received in all
         self._queries: Tensor | None = None  # [B, heads, n, D] the latest
         self._scaling = 1.0
+        self.rehearsing = False  # tokens are attended to and looked at, and not stored
         self._waiting: tuple[Tensor, Tensor, Tensor] | None = None  # keys, values, positions that wait to be observed
 
     # ------------------------------------------------------------------ what it holds
@@ -126,6 +127,10 @@ class RankedLayer(KVLayer):
         at = torch.arange(self.seen, self.seen + fresh, dtype=torch.int32, device=keys.device)
         at = at.expand(keys.shape[0], keys.shape[1], -1)
         at = at.contiguous() if self._at is None else torch.cat([self._at, at], 2)
+        if self.rehearsing:
+            held = self._valid()
+            self._waiting = torch.cat([held[0], keys], 2), torch.cat([held[1], values], 2), at
+            return self._waiting[:2]
         unpinned = self.seen + fresh > self.policy.pinned
         assert self.policy.limit is not None
         if after <= self.policy.limit:
@@ -150,12 +155,13 @@ class RankedLayer(KVLayer):
             column, query = torch.arange(columns, device=keys.device), torch.arange(fresh, device=keys.device)
             mask = (column <= columns - fresh + query[:, None])[None, None]
         if self.padding is not None and mask is not None:
-            at = self._at if self._waiting is None else self._waiting[2]
-            assert at is not None
-            pads = self.padding.to(keys.device)[:, None, None, None]
+            left = self.seen - columns  # before these; pads are the first to leave, in every head
+            pads = (self.padding.clamp_max(self.seen) - left).clamp_min(0).to(keys.device)[:, None, None, None]
             itself = column == columns - fresh + query[:, None]  # a pad sees itself: no row of a softmax without a key
-            mask = (mask & (at[:, :, None, :] >= pads)) | itself
-        return [Piece(range(keys.shape[1]), keys, values, mask, self.observe if self.observes else None)]
+            mask = (mask & (column >= pads)) | itself
+        return [
+            Piece(range(keys.shape[1]), keys, values, mask, self.observe if self.observes or self.rehearsing else None)
+        ]
 
     @torch.no_grad()
     def observe(self, queries: Tensor, scaling: float) -> None:
@@ -169,6 +175,10 @@ class RankedLayer(KVLayer):
             return
         keys, values, at = self._waiting
         self._scaling = scaling
+        if self.rehearsing:
+            self._waiting = None
+            self._rehearse(self._seen(keys, values, at, queries.detach()))
+            return
         if self.ranking.accumulates:
             self._add_mass(self._seen(keys, values, at, queries.detach()))
         if self.ranking.queries:
@@ -181,11 +191,19 @@ class RankedLayer(KVLayer):
     def _add_mass(self, seen: Seen) -> None:
         mass = seen.mass
         for weights, at in seen.parts():
-            if self.padding is not None:  # pads look at something, too
-                real = at >= self.padding.to(at.device)[:, None]
-                weights = weights * real[:, None, :, None]
-            mass = mass + seen.per_kv_head(weights.sum(2)) * seen.groups
+            weights = seen.per_kv_head(weights)
+            if (counted := self.ranking.counted(seen, at)) is not None:
+                weights = weights * counted
+            mass = mass + weights.sum(2) * seen.groups
         self._mass = mass
+
+    def _rehearse(self, seen: Seen) -> None:
+        seen = replace(seen, length=self.seen + seen.queries.shape[2])
+        most = seen.mass
+        for weights, _ in seen.parts():
+            by_head = weights.amax(2).view(*most.shape[:2], seen.groups, -1)
+            most = torch.maximum(most, by_head.amax(2))
+        self._mass = most[:, :, : self.stored].clone()
 
     def _keep_queries(self, queries: Tensor) -> None:
         count = self.ranking.queries
@@ -194,7 +212,8 @@ class RankedLayer(KVLayer):
         self._queries = queries[:, :, -count:].clone()
 
     def _seen(self, keys: Tensor, values: Tensor, at: Tensor, queries: Tensor | None) -> Seen:
-        mass = torch.zeros(at.shape, device=keys.device) if self._mass is None else self._mass
+        unknown = 0.0 if self.ranking.accumulates else -1.0
+        mass = torch.zeros(*at.shape[:2], 0, device=keys.device) if self._mass is None else self._mass
         pads = torch.zeros(1, 1, 1, dtype=torch.long) if self.padding is None else self.padding[:, None, None]
         return Seen(
             keys,
@@ -204,7 +223,7 @@ class RankedLayer(KVLayer):
             self.seen,
             keys[:, :, :0] if queries is None else queries,
             self._scaling,
-            torch.nn.functional.pad(mass, (0, at.shape[2] - mass.shape[2])),
+            torch.nn.functional.pad(mass, (0, at.shape[2] - mass.shape[2]), value=unknown),
         )
 
     def seen_all(self) -> Seen:
@@ -246,7 +265,7 @@ class RankedLayer(KVLayer):
             slots[:, :, :stay] = states.gather(2, columns[..., None].expand(-1, -1, -1, states.shape[3]))
         with torch.inference_mode(False):
             self._at = at.gather(2, columns)
-            if self.ranking.accumulates:
+            if self._mass is not None:
                 self._mass = seen.mass.gather(2, columns)
         self.stored = stay
         self._floor = self.seen
@@ -273,7 +292,7 @@ class RankedLayer(KVLayer):
             return
         self.stored -= self.seen - length
         self.seen = length
-        self._at = None if self._at is None else self._at[:, :, : self.stored]
+        self._at = None if self._at is None else self._at[:, :, : self.stored].clone()
 
     def check_trim(self, max_tokens: int) -> None:
         least = self.policy.pinned + self.ranking.recent
@@ -285,6 +304,7 @@ class RankedLayer(KVLayer):
 
     def trim(self, max_tokens: int | None = None) -> int:
         """Rank now, down to `max_tokens`, or to where the policy ranks down to. How many left."""
+        self._refuse_waiting("trim")
         assert self.policy.limit is not None
         stay = min(self.stored, self.policy.keep(self.policy.limit + 1)) if max_tokens is None else max_tokens
         if max_tokens is not None:
@@ -295,16 +315,18 @@ class RankedLayer(KVLayer):
         self.rank_to(stay)
         return leaving
 
+    def _refuse_waiting(self, what: str) -> None:
+        if self._waiting is not None:
+            raise PolicyError(f"cannot {what} between an append and its observation; call observe() first")
+
     # ------------------------------------------------------------------ rows
 
     def select(self, rows: Tensor) -> None:
         if rows.numel() == 0:
             raise GeometryError("cannot select no rows: give at least one, or reset the cache")
-        if self._waiting is not None:
-            raise PolicyError("rows cannot be chosen between an append and its observation")
-        padding, self.padding = self.padding, None
+        self._refuse_waiting("choose rows")
         super().select(rows)
-        self.padding = None if padding is None else padding[rows.cpu()]
+        self.padding = None if self.padding is None else self.padding[rows.cpu()]
         for name in ("_at", "_mass", "_queries"):
             held: Tensor | None = getattr(self, name)
             if held is not None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kvcache.errors import PolicyError
-from kvcache.policies import SizePolicy
+from kvcache.policies import SizePolicy, _at_least
 
 _QUERIES_AT_ONCE = 128  # whose weights are held at a time
 
@@ -57,7 +57,7 @@ class Seen:
         return self.queries.shape[1] // self.keys.shape[1]
 
     def weights(self) -> Tensor:
-        """The attention of the latest queries, causal and without pads, ``[batch, heads, queries, tokens]``, in fp32."""
+        """The attention of the latest queries, causal, ``[batch, heads, queries, tokens]``, in fp32; pads look at nothing."""
         parts = [weights for weights, _ in self.parts()]
         return torch.cat(parts, 2)
 
@@ -73,10 +73,14 @@ class Seen:
             grouped = part.reshape(batch, keys.shape[1], -1, dim) * self.scaling
             scores = (grouped @ keys.transpose(2, 3)).view(batch, keys.shape[1], self.groups, part.shape[2], -1)
             at = torch.arange(first + start, first + start + part.shape[2], device=keys.device)
-            if count > 1 or bool((self.padding > 0).any()):
-                sees = (self.positions[:, :, None] <= at[:, None]) & real[:, :, None]
-                scores = scores.masked_fill(~sees[:, :, None], torch.finfo(scores.dtype).min)
-            yield scores.softmax(-1, dtype=torch.float32).view(batch, heads, part.shape[2], -1), at
+            if count == 1 and not bool((self.padding > 0).any()):
+                weights = scores.softmax(-1, dtype=torch.float32)
+            else:
+                hidden = ((self.positions[:, :, None] > at[:, None]) | ~real[:, :, None])[:, :, None]
+                weights = scores.masked_fill(hidden, torch.finfo(scores.dtype).min).softmax(-1, dtype=torch.float32)
+                # Of a pad, and of a query older than all that is left, everything is hidden: it looks at nothing.
+                weights = weights.masked_fill_(hidden, 0)
+            yield weights.view(batch, heads, part.shape[2], -1), at
 
     def per_kv_head(self, by_head: Tensor) -> Tensor:
         """The mean over the heads of each KV head: ``[batch, heads, …]`` to ``[batch, KV heads, …]``."""
@@ -101,12 +105,13 @@ class RankingPolicy(SizePolicy):
     low_water: int | None = None
 
     queries: ClassVar[int] = 0  # how many of the latest queries `score` looks at
-    accumulates: ClassVar[bool] = False  # whether it looks at the mass of all queries
+    accumulates: ClassVar[bool] = False  # whether it looks at the mass of all queries, those of them that are `counted`
 
     def __post_init__(self) -> None:
+        _at_least("limit", self.limit, 1)
+        _at_least("sinks", self.sinks, 0)
+        _at_least("recent", self.recent, 1, ": the current token is one")
         protected = self.sinks + self.recent
-        if self.sinks < 0 or self.recent < 1:
-            raise PolicyError(f"{self!r}: sinks must be at least 0 and recent at least 1, the current token")
         if self.limit <= protected:
             raise PolicyError(
                 f"limit={self.limit} leaves nothing to rank beside {self.sinks} sinks and {self.recent} recent tokens; "
@@ -114,6 +119,7 @@ class RankingPolicy(SizePolicy):
             )
         if self.low_water is None:
             object.__setattr__(self, "low_water", max(protected + 1, self.limit * 7 // 8))
+        _at_least("low_water", self._low, 1)
         if not protected < self._low <= self.limit:
             raise PolicyError(f"low_water={self.low_water} must be from {protected + 1} to limit={self.limit}")
 
@@ -136,6 +142,10 @@ class RankingPolicy(SizePolicy):
 
     def keep(self, count: int) -> int:
         return count if count <= self.limit else self._low
+
+    def counted(self, seen: Seen, at: Tensor) -> Tensor | None:
+        """Whose looks are added to the mass: of the queries at these positions, by token; None for all."""
+        return None
 
     @abstractmethod
     def score(self, seen: Seen) -> Tensor:
@@ -173,7 +183,8 @@ class SnapKV(RankingPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kernel < 1 or self.kernel % 2 == 0:
+        _at_least("kernel", self.kernel, 1)
+        if self.kernel % 2 == 0:
             raise PolicyError(f"kernel={self.kernel} must be odd and at least 1")
 
     def score(self, seen: Seen) -> Tensor:
@@ -201,7 +212,7 @@ class KeyNorm(RankingPolicy):
     """Small keys stay: they are what attention rests on (Devoto et al., arXiv:2406.11430). Looks at no query."""
 
     def score(self, seen: Seen) -> Tensor:
-        return -seen.keys.float().norm(dim=-1)
+        return -_norm(seen.keys)
 
 
 @dataclass(frozen=True)
@@ -209,9 +220,55 @@ class KeyDiff(RankingPolicy):
     """Keys that are unlike the average key stay (Park et al., arXiv:2504.15364). Looks at no query."""
 
     def score(self, seen: Seen) -> Tensor:
-        anchor = torch.nn.functional.normalize(seen.keys.float(), dim=-1).mean(2, keepdim=True)
-        alike: Tensor = torch.nn.functional.cosine_similarity(seen.keys.float(), anchor, dim=-1)
-        return -alike
+        real = (seen.positions >= seen.padding)[..., None]
+        keys = torch.nn.functional.normalize(seen.keys.float(), dim=-1) * real
+        average = torch.nn.functional.normalize(keys.mean(2, keepdim=True), dim=-1)
+        return torch.sum(-keys * average, -1)
+
+
+@dataclass(frozen=True)
+class FarLooks(RankingPolicy):
+    """What is looked at from afar: the mean attention of all queries at least `near` tokens later, times the value's norm.
+
+    Each token is looked at by its neighbours, which says nothing of its use once they are gone; so their looks do not
+    count. The best of these policies by this project's own measurements among those that need no second pass.
+
+    Args:
+        near: queries nearer than this do not count.
+    """
+
+    near: int = 32
+
+    accumulates: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.near < 0:
+            raise PolicyError(f"near={self.near} must be at least 0")
+
+    def counted(self, seen: Seen, at: Tensor) -> Tensor:
+        return seen.positions[:, :, None] <= (at - self.near)[:, None]
+
+    def score(self, seen: Seen) -> Tensor:
+        looks = (seen.length - self.near - seen.positions).clamp_min(1)
+        return seen.mass / looks * _norm(seen.values)
+
+
+@dataclass(frozen=True)
+class Rehearsed(RankingPolicy):
+    """What is looked at most while the text is read a second time (KVzip, Kim et al., arXiv:2505.23416).
+
+    The cache keeps all until `KVCacheManager.compress` reads the text again, against what is held, and ranks by the largest
+    attention that each token then got. That costs another prefill, and is worth it where the cache then serves many
+    requests. What came later stays before all that was rehearsed, the newest first.
+    """
+
+    def score(self, seen: Seen) -> Tensor:
+        return torch.where(seen.mass < 0, 1 + seen.positions / 2**40, seen.mass)
+
+
+def _norm(states: Tensor) -> Tensor:
+    return torch.as_tensor(torch.linalg.vector_norm(states, dim=-1, dtype=torch.float32))
 
 
 def smoothed(scores: Tensor, kernel: int) -> Tensor:
@@ -228,13 +285,16 @@ def pyramid(policy: RankingPolicy, layers: int, beta: float = 20.0) -> list[Rank
         beta: the last layer gets ``limit / beta`` tokens, but never fewer than are protected.
 
     Raises:
-        PolicyError: if there is no layer, or beta is below 1.
+        PolicyError: if the policy ranks nothing, there is no layer, or beta is below 1.
     """
-    if layers < 1 or beta < 1:
-        raise PolicyError(f"layers={layers} and beta={beta} must be at least 1")
+    if not isinstance(policy, RankingPolicy):
+        raise PolicyError(f"{policy!r} is no RankingPolicy; give for example SnapKV(1024)")
+    _at_least("layers", layers, 1)
+    if not isinstance(beta, int | float) or not beta >= 1:
+        raise PolicyError(f"beta={beta!r} must be a number of at least 1")
     least = max(policy.sinks + policy.recent + 1, round(policy.limit / beta))
     low = policy._low / policy.limit
-    steps = [i / max(1, layers - 1) for i in range(layers)]
+    steps = [i / (layers - 1) for i in range(layers)] if layers > 1 else [0.5]
     limits = [round(2 * policy.limit - least - step * 2 * (policy.limit - least)) for step in steps]
     return [
         replace(policy, limit=limit, low_water=max(policy.sinks + policy.recent + 1, round(limit * low)))
