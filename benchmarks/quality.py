@@ -41,7 +41,10 @@ from transformers import DynamicCache
 
 from kvcache import (
     TOVA,
+    Adaptive,
     CacheGeometry,
+    FarLooks,
+    HeadProfile,
     HeavyHitters,
     KeepAll,
     KeyDiff,
@@ -49,7 +52,9 @@ from kvcache import (
     KVCacheManager,
     Pinned,
     Quantization,
+    Rehearsed,
     SnapKV,
+    measure_heads,
     pyramid,
 )
 
@@ -67,23 +72,22 @@ def ranking(policy: Callable[..., Any]) -> Callable[[int], Any]:
     return lambda limit: policy(limit + limit // 7, low_water=limit)
 
 
-# How ours keep so many tokens. What has no limit of its own is trimmed to it after the context.
+# How ours keep so many tokens. StreamingLLM is trimmed to it after the context, what is rehearsed compressed.
 METHODS: dict[str, Callable[[int], Any]] = {
     "StreamingLLM": lambda limit: Pinned(4, KeepAll()),
     "HeavyHitters": ranking(HeavyHitters),
+    "FarLooks": ranking(FarLooks),
     "SnapKV": ranking(SnapKV),
     "TOVA": ranking(TOVA),
     "KeyNorm": ranking(KeyNorm),
     "KeyDiff": ranking(KeyDiff),
     "pyramid of SnapKV": lambda limit: pyramid(ranking(SnapKV)(limit), LAYERS),
+    "Adaptive SnapKV": lambda limit: Adaptive(ranking(SnapKV)(limit)),
+    "Rehearsed": lambda limit: Rehearsed(8192),
+    "Adaptive Rehearsed": lambda limit: Adaptive(Rehearsed(8192), floor=0),
+    "head profile": lambda limit: profile_of(limit),
 }
-# The method (None keeps all), and bits.
-QUANTIZED: dict[str, tuple[str | None, int]] = {
-    "int8": (None, 8),
-    "int4": (None, 4),
-    "SnapKV, int8": ("SnapKV", 8),
-    "SnapKV, int4": ("SnapKV", 4),
-}
+QUANTIZED = {"int8": 8, "int4": 4}  # bits
 
 
 @dataclass
@@ -120,6 +124,16 @@ class Row:
         }
 
 
+PROFILE: list[HeadProfile] = []  # of the model, measured on other text
+INSTRUCTION: Tensor | None = None
+
+
+def profile_of(limit: int) -> list[Any]:
+    """As many heads that keep everything as fit into a mean of so many tokens a head, of a context of 1,024."""
+    near = PROFILE[0].window + PROFILE[0].sinks
+    return PROFILE[0].policies(max(0.0, (limit - near) / (1024 - near)))
+
+
 class Ours:
     """A row of ours, or of transformers' `DynamicCache`: how its cache is made."""
 
@@ -142,7 +156,9 @@ class Ours:
         manager = self._managers[limit]
         cache = manager.new_cache()
         manager.runner(ids, past_key_values=cache, logits_to_keep=1)
-        if self.row.budget < 1 and getattr(manager.policy, "limit", 0) is None:
+        if self.row.budget < 1 and isinstance(getattr(manager.policy, "ranking", None), Rehearsed):
+            manager.compress(cache, ids, limit, instruction=INSTRUCTION)
+        elif self.row.budget < 1 and manager.policy == Pinned(4, KeepAll()):
             manager.trim(cache, max_tokens=limit)
         return manager.runner, cache
 
@@ -195,10 +211,7 @@ def sides(model: Any, options: argparse.Namespace) -> list[Ours]:
         if name in METHODS:
             found += [Ours(model, Row("ours", name, budget), None, METHODS[name]) for budget in budgets]
         else:
-            method, bits = QUANTIZED[name]
-            for budget in [1.0] if method is None else budgets:
-                policy = None if method is None else METHODS[method]
-                found.append(Ours(model, Row("ours", name, budget), Quantization(bits), policy))
+            found.append(Ours(model, Row("ours", name, 1.0), Quantization(QUANTIZED[name])))
     return found
 
 
@@ -375,6 +388,12 @@ def main() -> None:
         "rounds": options.rounds,
         "threads": options.threads,
     }
+    global INSTRUCTION
+    INSTRUCTION = torch.tensor([tokenizer("\n\nRepeat the previous context exactly.\n").input_ids])
+    if "head profile" in options.methods:
+        # Of the text between the pieces.
+        sample = pieces_of(tokenizer, 2 * options.pieces, options.context)[1::2][:4]
+        PROFILE.append(measure_heads(model, [row[None] for row in sample], window=60))
     rows = measure(model, task, options)
     theirs, by = of_kvpress(task, options)
     tokens = options.pieces * options.after

@@ -471,7 +471,8 @@ def _exact_mask(
     fresh = hidden.shape[1]
     width = layer.kv.retained + fresh
     whole = schedule(layer.kv.policy, layer.kv.stored, fresh)[-1] == width
-    if whole and (mask is None or mask.shape[-1] == width):
+    # Where transformers makes no mask, because the first layer holds no pads, this one may.
+    if whole and (not layer.kv.holds_pads if mask is None else mask.shape[-1] == width):
         return args, kwargs
     exact = layer.kv.mask(fresh).to(hidden.device)
     if mask is not None:

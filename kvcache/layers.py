@@ -102,6 +102,11 @@ class KVLayer:
         return 0 if self._keys is None else self._keys.shape[2]
 
     @property
+    def holds_pads(self) -> bool:
+        """Whether any row still has pads among what is stored."""
+        return self._pads is not None and bool(self._pads.any())
+
+    @property
     def initialized(self) -> bool:
         """Whether it knows the shape of its tokens."""
         return self._keys is not None
