@@ -57,6 +57,7 @@ from kvcache import (
     measure_heads,
     pyramid,
 )
+from kvcache.hf import exact_windows
 
 sys.path.insert(0, str(ROOT / "examples"))
 from llm_stream import load
@@ -155,7 +156,8 @@ class Ours:
             self._managers[limit] = KVCacheManager(self.model, policy, quantization=self.quantization)
         manager = self._managers[limit]
         cache = manager.new_cache()
-        manager.runner(ids, past_key_values=cache, logits_to_keep=1)
+        with exact_windows(manager.runner):
+            manager.runner(ids, past_key_values=cache, logits_to_keep=1)
         if self.row.budget < 1 and isinstance(getattr(manager.policy, "ranking", None), Rehearsed):
             manager.compress(cache, ids, limit, instruction=INSTRUCTION)
         elif self.row.budget < 1 and manager.policy == Pinned(4, KeepAll()):
@@ -171,7 +173,8 @@ class Ours:
 def continued(runner: Any, cache: Any, ids: Tensor, begin: int) -> Tensor:
     """The logits of a chunk ``[1, n]`` that stands at this position, ``[n, vocabulary]``."""
     positions = torch.arange(begin, begin + ids.shape[1])
-    logits: Tensor = runner(ids, past_key_values=cache, position_ids=positions[None]).logits[0]
+    with exact_windows(runner):  # where a layer keeps a window, its masks
+        logits: Tensor = runner(ids, past_key_values=cache, position_ids=positions[None]).logits[0]
     return logits
 
 

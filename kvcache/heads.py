@@ -3,7 +3,7 @@
 A layer is then several smaller ones, of the kinds that there are, each with some of the KV heads.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcache.errors import GeometryError, PolicyError, RollbackError
+from kvcache.errors import CorruptError, GeometryError, PolicyError, RollbackError
 from kvcache.layers import KVLayer
 from kvcache.policies import KeepAll, Pinned, SizePolicy, check_policy, schedule
 from kvcache.ranked import Piece, RankedLayer
@@ -183,6 +183,10 @@ class SplitLayer(KVLayer):
         return all(part.initialized for _, part in self.parts)
 
     @property
+    def rows(self) -> int | None:
+        return self.parts[0][1].rows if self.parts else self._rows
+
+    @property
     def keys(self) -> Tensor | None:
         """The stored keys, where all heads hold as many; see `parts` where they do not.
 
@@ -241,6 +245,32 @@ class SplitLayer(KVLayer):
     def pieces(self, keys: Tensor, values: Tensor, fresh: int) -> list[Piece]:
         """What the last append's tokens attend to, by head."""
         return self._pieces
+
+    # ------------------------------------------------------------------ as tensors
+
+    @property
+    def given(self) -> SizePolicy:
+        return self.policy
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        tensors: dict[str, Tensor] = {}
+        counts = {"seen": self.seen, "parts": len(self.parts)}
+        for i, (_, part) in enumerate(self.parts):
+            own, numbers = part.state()
+            tensors |= {f"{i}.{name}": tensor for name, tensor in own.items()}
+            counts |= {f"{i}.{name}": number for name, number in numbers.items()}
+        return tensors, counts
+
+    def restore(self, tensors: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:
+        if counts.get("parts") != len(self.parts):
+            raise CorruptError(f"heads were saved in {counts.get('parts')} parts, here they are in {len(self.parts)}")
+        for i, (_, part) in enumerate(self.parts):
+            begin = f"{i}."
+            own = {name[len(begin) :]: tensor for name, tensor in tensors.items() if name.startswith(begin)}
+            part.restore(own, {name[len(begin) :]: n for name, n in counts.items() if name.startswith(begin)})
+        if {part.seen for _, part in self.parts} - {counts["seen"]}:
+            raise CorruptError("the heads that were saved do not belong together")
+        self.seen = counts["seen"]
 
     # ------------------------------------------------------------------ going back, trimming, rows
 
@@ -318,10 +348,7 @@ class AdaptiveLayer(SplitLayer):
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store new tokens, which attend to all that is stored and to themselves; the ranking follows their attention."""
         if not self.parts and keys.dim() == 4:
-            inner = replace(self._adaptive.policy, limit=_ENDLESS, low_water=_ENDLESS)
-            given = {name: value for name, value in self._given_parts.items() if name != "token_bytes"}
-            for head in range(keys.shape[1]):
-                self.parts.append(([head], RankedLayer(Pinned(self._first, inner) if self._first else inner, **given)))
+            self._divide(keys.shape[1])
         result = super().append(keys, values)
         self._told = 0
         self._pieces = [
@@ -329,6 +356,21 @@ class AdaptiveLayer(SplitLayer):
             for piece, (_, part) in zip(self._pieces, self.parts, strict=True)
         ]
         return result
+
+    def _divide(self, heads: int) -> None:
+        inner = replace(self._adaptive.policy, limit=_ENDLESS, low_water=_ENDLESS)
+        given = {name: value for name, value in self._given_parts.items() if name != "token_bytes"}
+        for head in range(heads):
+            self.parts.append(([head], RankedLayer(Pinned(self._first, inner) if self._first else inner, **given)))
+
+    def restore(self, tensors: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:
+        parts = counts.get("parts")
+        if type(parts) is not int or not 0 <= parts <= 1024 or self.parts:
+            raise CorruptError(f"a state of {parts!r} heads, in a layer of {len(self.parts)}; give it to an empty one")
+        self._divide(parts)
+        super().restore(tensors, counts)
+        if sum(self.heads) > self._first_budget:
+            raise CorruptError(f"the heads hold {list(self.heads)} tokens, more than {self.policy!r} allows")
 
     def _observe(
         self, part: KVLayer, then: Callable[[Tensor, float], None] | None, queries: Tensor, scaling: float

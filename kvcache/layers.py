@@ -9,10 +9,12 @@ left, the pads leave first, last slot first; so what remains of the padding is a
 where the caller's 2-D attention mask expects it.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from kvcache.errors import CapacityError, GeometryError, PolicyError, PositionsError, RollbackError
+from kvcache.errors import CapacityError, CorruptError, GeometryError, PolicyError, PositionsError, RollbackError
 from kvcache.policies import KeepAll, SizePolicy, check_policy, schedule
 from kvcache.rope import KeyRotation
 from kvcache.slots import overwritten, slots_for, staying, take
@@ -100,6 +102,11 @@ class KVLayer:
     def capacity(self) -> int:
         """Slots in the buffer now."""
         return 0 if self._keys is None else self._keys.shape[2]
+
+    @property
+    def rows(self) -> int | None:
+        """The batch size; None before it is known."""
+        return self._rows if self._keys is None else self._keys.shape[0]
 
     @property
     def holds_pads(self) -> bool:
@@ -402,6 +409,86 @@ class KVLayer:
         rows = self._rows if held is None else held.shape[0]
         if rows is not None:
             self.select(torch.arange(rows).repeat_interleave(times))
+
+    # ------------------------------------------------------------------ as tensors
+
+    @property
+    def given(self) -> SizePolicy:
+        """The policy as it was given, before a budget in bytes became one in tokens."""
+        return self._given
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """All that it takes to go on exactly from here: copies of tensors, and counts.
+
+        Raises:
+            GeometryError: of rows with pads.
+        """
+        if self.padding is not None:
+            raise GeometryError("rows padded on the left cannot be saved; run the rows apart")
+        counts = {"seen": self.seen, "stored": self.stored, "overwritten": self._overwritten, "floor": self._floor}
+        held = {"keys": self.keys, "values": self.values, "pinned_keys": self._pinned_keys}
+        tensors = {name: states.clone() for name, states in held.items() if states is not None}
+        return tensors, counts | {"tensors": len(tensors)}
+
+    def restore(self, tensors: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:
+        """Continue, in an empty layer made alike, as the layer of which this is the `state`; tensors are copied.
+
+        Raises:
+            CorruptError: if these are not a state of such a layer.
+        """
+        seen, stored = self._check_state(tensors, counts, {"keys", "values", "pinned_keys"})
+        if not tensors:
+            return
+        overwritten = counts["overwritten"]
+        in_order = seen - overwritten
+        limit = self.policy.limit
+        if not 0 <= overwritten <= seen - stored or in_order < stored or (overwritten and limit is None):
+            raise CorruptError(f"{overwritten} tokens overwritten of {seen} seen and {stored} stored")
+        pinned = tensors.get("pinned_keys")
+        self._allocate(tensors["keys"][:, :, :0], tensors["values"][:, :, :0])
+        if (pinned is None) != (self._pinned_keys is None) or (
+            pinned is not None and self._pinned_keys is not None and pinned.shape != self._pinned_keys.shape
+        ):
+            raise CorruptError("the pinned keys do not fit the policy")
+        self._fill(tensors["keys"], tensors["values"])
+        if pinned is not None:
+            self._pinned_keys = pinned.clone()
+        self.seen, self._overwritten, self._floor = seen, overwritten, counts["floor"]
+
+    def _fill(self, keys: Tensor, values: Tensor) -> None:
+        stored = keys.shape[2]
+        key_slots, value_slots = self._reserve(stored)
+        key_slots[:, :, :stored], value_slots[:, :, :stored] = keys, values
+        self.stored = stored
+
+    def _check_state(
+        self, tensors: Mapping[str, Tensor], counts: Mapping[str, int], known: set[str]
+    ) -> tuple[int, int]:
+        """Tokens seen and stored, if keys, values and counts fit each other and this layer, which is empty."""
+        if self.seen:
+            raise CorruptError(f"the layer already holds {self.seen} tokens; a state goes into an empty one")
+        numbers = [counts.get(name) for name in ("seen", "stored", "floor")]
+        if (
+            any(type(n) is not int or n < 0 for n in counts.values())
+            or None in numbers
+            or set(tensors) - known
+            or (counts.get("tensors") != len(tensors))
+        ):
+            raise CorruptError(f"counts {dict(counts)} with tensors {sorted(tensors)} are no state of a layer")
+        seen, stored, floor = counts["seen"], counts["stored"], counts["floor"]
+        if not tensors:
+            if seen or stored:
+                raise CorruptError(f"{stored} tokens stored, and no tensors")
+            return 0, 0
+        keys, values = tensors["keys"], tensors["values"]
+        self._check_shapes(keys, values)
+        policy = self._resolved(keys.shape[0], *_token_bytes(keys, values))
+        most = self.max_length if policy.limit is None else policy.limit
+        if keys.shape[2] != stored or stored > seen or floor > seen or (most is not None and stored > most):
+            raise CorruptError(f"{stored} tokens stored of {seen} seen, in keys {list(keys.shape)}, under {policy!r}")
+        if (stored < seen) != (floor > 0) or (stored < seen and policy.limit is None and floor == 0):
+            raise CorruptError(f"{seen - stored} tokens have left, the last at length {floor}")
+        return seen, stored
 
     # ------------------------------------------------------------------ inside
 

@@ -15,13 +15,15 @@ from kvcache.decoding.backends import BackendName, check_backend
 from kvcache.decoding.language import LanguageDecoder
 from kvcache.decoding.settings import GenerationSettings
 from kvcache.decoding.wiring import why_not
-from kvcache.errors import InputError, PolicyError
+from kvcache.errors import GeometryError, InputError, PolicyError
+from kvcache.fingerprint import model_fingerprint
 from kvcache.geometry import CacheGeometry
 from kvcache.heads import AdaptiveLayer, share
 from kvcache.memory import CacheReport, account, estimate_bytes
 from kvcache.policies import KeepAll, Pinned, SizePolicy
 from kvcache.prompts import Prompts
 from kvcache.quantized import Quantization, quantized_bytes
+from kvcache.saved import read_saved, restore_layers, save_layers
 from kvcache.scoring import Rehearsed
 from kvcache.speakers import SpeakerCache, default_store
 from kvcache.streaming import as_async, chunked, from_worker
@@ -188,6 +190,48 @@ class KVCacheManager:
             for layer in layers:
                 layer.check_trim(max_tokens)
         return max(layer.trim(max_tokens) for layer in layers)
+
+    def save(self, cache: Any, secret: bytes | None = None) -> bytes:
+        """A whole cache as a checked safetensors file, compressed as it is, to go on from later or elsewhere.
+
+        Args:
+            cache: one of ours, of rows without pads.
+            secret: sign the file with it, see `kvcache.archive`.
+
+        Raises:
+            GeometryError: if the model manages some of its layers itself, or rows have pads.
+        """
+        layers = hf.kv_layers(cache)
+        if len(layers) != len(hf.cache_layers(cache)) or self.model.config.is_encoder_decoder:
+            raise GeometryError(
+                f"{type(self.model).__name__} keeps a part of its cache in its own way, which cannot be saved"
+            )
+        return save_layers(layers, model_fingerprint(self.model), layers[0].rows or 1, secret)
+
+    def load(self, data: bytes, secret: bytes | None = None) -> Any:
+        """The cache that `save` wrote, under the same model and policy; it goes on exactly where it stood.
+
+        Raises:
+            CorruptError: if one byte has changed, or the parts do not fit together.
+            InputError: if it is of another model or policy.
+        """
+        tensors, header = read_saved(data, model_fingerprint(self.model), secret)
+        cache = hf.new_cache(
+            self.model,
+            self.policy,
+            max_length=self.max_cache_length,
+            preallocate=self.preallocate,
+            positions=self.positions,
+            rows=header["rows"],
+            geometry=self.geometry,
+            quantization=self.quantization,
+        )
+        restore_layers(hf.kv_layers(cache), tensors, header, self.geometry.device)
+        return cache
+
+    def fork(self, cache: Any) -> Any:
+        """A copy of a cache, which goes on by itself."""
+        return self.load(self.save(cache))
 
     @torch.no_grad()
     def compress(self, cache: Any, inputs: Tensor, max_tokens: int, *, instruction: Tensor | None = None) -> int:

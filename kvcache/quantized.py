@@ -318,7 +318,7 @@ class QuantizedLayer(KVLayer):
                 f"the layer already holds {self.seen} tokens; a state goes into an empty one: reset it first"
             )
         try:
-            self._check_state(tensors, counts)
+            self._check_parts(tensors, counts)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError, KVCacheError) as error:
             raise CorruptError(f"not a state of this layer: {error}; it will not be used, save it again") from error
         if not tensors:
@@ -342,7 +342,7 @@ class QuantizedLayer(KVLayer):
         pinned = min(seen, self.policy.pinned)
         return {"pinned": pinned, "groups": full - first, "tail": seen - pinned - full * self.quantization.group}
 
-    def _check_state(self, tensors: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:
+    def _check_parts(self, tensors: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:
         known = {"bits": self.quantization.bits, "group": self.quantization.group}
         seen, stored, floor = (counts[name] for name in ("seen", "stored", "floor"))
         if set(counts) != {"seen", "stored", "floor", *known} or any(type(n) is not int for n in counts.values()):

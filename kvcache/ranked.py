@@ -1,12 +1,12 @@
 """A layer whose KV heads each keep the tokens that a `RankingPolicy` scores highest."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from kvcache.errors import GeometryError, PolicyError, RollbackError
+from kvcache.errors import CorruptError, GeometryError, PolicyError, RollbackError
 from kvcache.layers import KVLayer
 from kvcache.policies import SizePolicy
 from kvcache.scoring import RankingPolicy, Seen
@@ -318,6 +318,50 @@ class RankedLayer(KVLayer):
     def _refuse_waiting(self, what: str) -> None:
         if self._waiting is not None:
             raise PolicyError(f"cannot {what} between an append and its observation; call observe() first")
+
+    # ------------------------------------------------------------------ as tensors
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
+        self._refuse_waiting("save")
+        tensors, counts = super().state()
+        held = {"at": self._at, "mass": self._mass, "queries": self._queries}
+        tensors |= {name: part.clone() for name, part in held.items() if part is not None}
+        if tensors:
+            tensors["scaling"] = torch.tensor(self._scaling, dtype=torch.float64)
+        return tensors, counts | {"tensors": len(tensors)}
+
+    def restore(self, tensors: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:
+        known = {"keys", "values", "at", "mass", "queries", "scaling"}
+        seen, stored = self._check_state(tensors, counts, known)
+        if not tensors:
+            return
+        keys, at, scaling = tensors["keys"], tensors.get("at"), tensors.get("scaling")
+        mass, queries = tensors.get("mass"), tensors.get("queries")
+        shape = (*keys.shape[:2], stored)
+        if stored and (
+            at is None
+            or (tuple(at.shape), at.dtype) != (shape, torch.int32)
+            or not bool((at.diff(dim=2) > 0).all())
+            or int(at.min()) < 0
+            or int(at.max()) >= seen
+        ):
+            raise CorruptError("the positions of the tokens that are stored are not in order")
+        if mass is not None and (tuple(mass.shape), mass.dtype) != (shape, torch.float32):
+            raise CorruptError(f"the attention received is {mass.dtype} {list(mass.shape)}, not float32 {list(shape)}")
+        if queries is not None and (
+            queries.dim() != 4
+            or queries.dtype != keys.dtype
+            or (queries.shape[0], queries.shape[3]) != (keys.shape[0], keys.shape[3])
+            or queries.shape[1] % keys.shape[1]
+            or not 0 < queries.shape[2] <= min(seen, self.ranking.queries)
+        ):
+            raise CorruptError(f"queries {list(queries.shape)} do not fit keys {list(keys.shape)}")
+        if scaling is None or scaling.numel() != 1 or not bool(scaling.isfinite()):
+            raise CorruptError("the scaling of the scores is missing")
+        self._allocate(keys[:, :, :0], tensors["values"][:, :, :0])
+        self._fill(keys, tensors["values"])
+        self.seen, self._floor, self._scaling = seen, counts["floor"], float(scaling)
+        self._at, self._mass, self._queries = (None if part is None else part.clone() for part in (at, mass, queries))
 
     # ------------------------------------------------------------------ rows
 
