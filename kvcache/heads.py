@@ -115,7 +115,9 @@ class SplitLayer(KVLayer):
         self.parts: list[tuple[list[int], KVLayer]] = []
         self._pieces: list[Piece] = []
         self._checked(given)
-        super().__init__(KeepAll(), max_length=given.get("max_length"), padding=given.get("padding"))
+        super().__init__(
+            KeepAll(), max_length=given.get("max_length"), padding=given.get("padding"), rows=given.get("rows")
+        )
         self.policy = policy
         for one in dict.fromkeys(policy.heads):
             heads = [head for head, other in enumerate(policy.heads) if other == one]
@@ -264,11 +266,13 @@ class SplitLayer(KVLayer):
     def restore(self, tensors: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:
         if counts.get("parts") != len(self.parts):
             raise CorruptError(f"heads were saved in {counts.get('parts')} parts, here they are in {len(self.parts)}")
+        left = set(tensors)
         for i, (_, part) in enumerate(self.parts):
             begin = f"{i}."
             own = {name[len(begin) :]: tensor for name, tensor in tensors.items() if name.startswith(begin)}
             part.restore(own, {name[len(begin) :]: n for name, n in counts.items() if name.startswith(begin)})
-        if {part.seen for _, part in self.parts} - {counts["seen"]}:
+            left -= {f"{begin}{name}" for name in own}
+        if left or {part.seen for _, part in self.parts} - {counts["seen"]}:
             raise CorruptError("the heads that were saved do not belong together")
         self.seen = counts["seen"]
 
