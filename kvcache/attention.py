@@ -45,10 +45,14 @@ def observed_copy(model: Any) -> Any:
         PolicyError: if its attention cannot be told apart from the rest of it.
     """
     implementation = getattr(model.config, "_attn_implementation", "eager")
-    if not getattr(model, "_supports_attention_backend", False) or implementation != _BASE:
+    name = type(model).__name__
+    instead = "use a policy by age, such as SlidingWindow"
+    if not getattr(model, "_supports_attention_backend", False):
+        raise PolicyError(f"{name} brings its own attention, which cannot tell its cache what it attends to; {instead}")
+    if implementation != _BASE:
         raise PolicyError(
-            f"{type(model).__name__} with {implementation!r} attention cannot tell its cache what it attends to; load it "
-            "with attn_implementation='sdpa' where it has that, or use a policy by age, such as SlidingWindow"
+            f"{name} has {implementation!r} attention, which cannot tell its cache what it attends to; load it with "
+            f"attn_implementation='sdpa' where it has that, or {instead}"
         )
     AttentionInterface.register(ATTENTION, _attend)
     AttentionMaskInterface.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS[_BASE])
@@ -111,9 +115,14 @@ def _attend(
     """The model's own attention; for our layers, each piece of KV heads over its own tokens."""
     held = _stored.get()
     _stored.set(None)
-    if held is None or held[1] is not key:
+    if held is None:
         base = ALL_ATTENTION_FUNCTIONS[_BASE]
         return base(module, query, key, value, attention_mask, scaling=scaling, **kwargs)[0], None
+    if held[1] is not key:
+        raise PolicyError(
+            f"{type(module).__name__} attends to other keys than its cache returned, so heads cannot see tokens of their "
+            "own; use a policy by age, such as SlidingWindow"
+        )
     layer, keys, values = held
     rows, heads, fresh, dim = query.shape
     pieces = layer.pieces(keys, values, fresh)

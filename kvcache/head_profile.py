@@ -56,6 +56,8 @@ class HeadProfile:
             raise InputError("a head profile needs the same number of heads in each layer, at least one")
         if not all(isinstance(share, float) and 0 <= share <= 1 for layer in self.far for share in layer):
             raise InputError("a head profile's shares must be numbers from 0 to 1")
+        if self.tokens < 1:
+            raise InputError(f"a head profile of {self.tokens} tokens; it is measured on at least one")
         SlidingWindow(self.window, sinks=self.sinks)
 
     def policies(self, share: float, far: SizePolicy | None = None) -> list[SizePolicy]:
@@ -98,9 +100,15 @@ class HeadProfile:
         """
         try:
             content = json.loads(Path(path).read_text())
-            if (content.pop("format"), content.pop("version")) != (_FORMAT, 1):
+            version = content.pop("version")
+            if content.pop("format") != _FORMAT or type(version) is not int or version != 1:
                 raise CorruptError(f"{path} is no head profile of version 1; measure it again with measure_heads()")
-            content["far"] = tuple(tuple(float(share) for share in layer) for layer in content["far"])
+            far = content["far"]
+            if not isinstance(far, list) or not all(isinstance(layer, list) for layer in far):
+                raise TypeError("its shares are no lists")
+            if any(type(share) not in (int, float) for layer in far for share in layer):
+                raise TypeError("its shares are no numbers")
+            content["far"] = tuple(tuple(float(share) for share in layer) for layer in far)
             for name in ("sinks", "window", "tokens"):
                 if type(content[name]) is not int:
                     raise TypeError(f"{name} is {content[name]!r}")
@@ -109,7 +117,7 @@ class HeadProfile:
             profile = cls(**content)
         except CorruptError:
             raise
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise CorruptError(f"{path} is no head profile: {error}; measure it again with measure_heads()") from error
         if model is not None and profile.model != model:
             raise InputError(f"{path} was measured on another model; measure this one with measure_heads()")

@@ -31,7 +31,10 @@ class PerHead(SizePolicy):
             raise PolicyError("PerHead has no heads; give a policy for each KV head of the layer")
         for policy in self.heads:
             check_policy(policy)
-            if policy.evicts and (policy.limit is None or isinstance(policy, PerHead | Adaptive)):
+            inner = policy
+            while isinstance(inner, Pinned):
+                inner = inner.policy
+            if isinstance(inner, PerHead | Adaptive) or (policy.evicts and policy.limit is None):
                 raise PolicyError(f"{policy!r} cannot be that of one head; give it a limit in tokens")
 
     @property
@@ -204,7 +207,7 @@ class SplitLayer(KVLayer):
 
     def _together(self, held: Sequence[Tensor | None]) -> Tensor | None:
         states = [states for states in held if states is not None]
-        if len(states) < len(held):
+        if not states or len(states) < len(held):
             return None
         if len({part.shape[2] for part in states}) > 1:
             raise GeometryError(f"the heads hold {list(self.heads)} tokens, which is no tensor; read them from parts")
@@ -213,6 +216,8 @@ class SplitLayer(KVLayer):
 
     def positions(self) -> Tensor:
         """The position of the token in each slot of the fullest head, ``[batch or 1, stored]`` or by head."""
+        if not self.parts:
+            return torch.zeros(1, 1, 0, dtype=torch.long)
         return max((part for _, part in self.parts), key=lambda part: part.stored).positions()
 
     # ------------------------------------------------------------------ append
@@ -245,8 +250,9 @@ class SplitLayer(KVLayer):
         return keys, values
 
     def pieces(self, keys: Tensor, values: Tensor, fresh: int) -> list[Piece]:
-        """What the last append's tokens attend to, by head."""
-        return self._pieces
+        """What the last append's tokens attend to, by head: handed over, as it may be far more than what stays."""
+        pieces, self._pieces = self._pieces, []
+        return pieces
 
     # ------------------------------------------------------------------ as tensors
 
@@ -300,16 +306,24 @@ class SplitLayer(KVLayer):
         return max(part.trim(max_tokens) for _, part in self.parts)
 
     def select(self, rows: Tensor) -> None:
+        if rows.numel() == 0:
+            raise GeometryError("cannot select no rows: give at least one, or reset the cache")
+        padding = None if self.padding is None else self.padding[rows.cpu()]
         for _, part in self.parts:
             part.select(rows)
+        self.padding = padding
+        self._rows = None if self._rows is None else rows.shape[0]
 
     def repeat(self, times: int) -> None:
-        for _, part in self.parts:
-            part.repeat(times)
+        rows = self.rows if self.padding is None else self.padding.shape[0]
+        if rows is not None:
+            self.select(torch.arange(rows).repeat_interleave(times))
 
 
 def _mask(part: KVLayer, fresh: int, device: torch.device) -> Tensor | None:
     """What each of the next tokens sees of a part; None where it sees all before it."""
+    if fresh == 0:
+        return None
     whole = schedule(part.policy, part.stored, fresh)[-1] == part.stored + fresh
     if part.padding is None and (fresh == 1 or (part.stored == 0 and whole)):
         return None
@@ -327,11 +341,13 @@ class AdaptiveLayer(SplitLayer):
     def __init__(self, policy: Adaptive, *, first: int = 0, **given: Any) -> None:
         self._adaptive = policy
         self._first = first
-        self._given_parts = {**given, "preallocate": False}
+        # No part has a bound of its own: one head may hold the budget of all.
+        self._given_parts = {**given, "preallocate": False, "max_length": None}
         self._told = 0
         super().__init__(PerHead((KeepAll(),)), **given)
         self.parts = []
         self.policy = Pinned(first, policy) if first else policy
+        self._check_bounds(self.policy)
 
     def _clear(self) -> None:
         super()._clear()
@@ -351,9 +367,15 @@ class AdaptiveLayer(SplitLayer):
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store new tokens, which attend to all that is stored and to themselves; the ranking follows their attention."""
-        if not self.parts and keys.dim() == 4:
+        divided = bool(self.parts)
+        if not divided and keys.dim() == 4:
             self._divide(keys.shape[1])
-        result = super().append(keys, values)
+        try:
+            result = super().append(keys, values)
+        except Exception:
+            if not divided:
+                self.parts = []  # of the heads of what was refused
+            raise
         self._told = 0
         self._pieces = [
             replace(piece, observe=partial(self._observe, part, piece.observe))
@@ -364,6 +386,7 @@ class AdaptiveLayer(SplitLayer):
     def _divide(self, heads: int) -> None:
         inner = replace(self._adaptive.policy, limit=_ENDLESS, low_water=_ENDLESS)
         given = {name: value for name, value in self._given_parts.items() if name != "token_bytes"}
+        given |= {"padding": self.padding, "rows": self._rows}  # of the rows that there are now
         for head in range(heads):
             self.parts.append(([head], RankedLayer(Pinned(self._first, inner) if self._first else inner, **given)))
 
@@ -400,6 +423,9 @@ class AdaptiveLayer(SplitLayer):
     def trim(self, max_tokens: int | None = None) -> int:
         if max_tokens is not None:
             self.check_trim(max_tokens)
+        for _, part in self.parts:
+            if isinstance(part, RankedLayer):
+                part._refuse_waiting("trim")
         before = sum(self.heads)
         mean = self.policy.keep(self._adaptive.limit + self._first + 1) if max_tokens is None else max_tokens
         if self.parts and before > mean * len(self.parts):

@@ -79,6 +79,8 @@ class ManagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.kv.append(key_states[:, :, :0], (key_states if value_states is None else value_states)[:, :, :0])
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.kv.seen:  # a prefix goes into an empty layer without any attention
+            _check_observed(self.kv)
         keys, values = self.kv.append(key_states, value_states)
         if self.kv.by_head:
             attention.stored(self.kv, keys, values)
@@ -89,11 +91,7 @@ class ManagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         fresh = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
         for kv in self.beside or (self.kv,):
             kv.check(fresh)
-            if kv.by_head and not attention.observing():
-                raise PolicyError(
-                    f"under {kv.policy!r} each head sees its own tokens, and the cache what is attended to; run the model "
-                    "as manager.runner, or by manager.generate() and stream()"
-                )
+            _check_observed(kv)
         check_positions(self.max_positions, self.kv.seen, fresh)
         retained = self.kv.retained
         return retained + fresh, self.kv.seen - retained
@@ -126,6 +124,14 @@ class ManagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.kv.truncate(min(n, self.kv.seen))
         elif n < 0:
             self.kv.truncate(max(0, self.kv.seen + n))
+
+
+def _check_observed(kv: KVLayer) -> None:
+    if kv.by_head and not attention.observing():
+        raise PolicyError(
+            f"under {kv.policy!r} each head sees its own tokens, and the cache what is attended to; run the model as "
+            "manager.runner, or by manager.generate() and stream()"
+        )
 
 
 def check_positions(table: int | None, seen: int, fresh: int) -> None:
