@@ -89,6 +89,13 @@ class Adaptive(SizePolicy):
         return self.policy.keep(count)
 
 
+def chosen_by_head(policy: SizePolicy) -> bool:
+    """Whether the heads of a layer may keep different tokens."""
+    while isinstance(policy, Pinned):
+        policy = policy.policy
+    return policy.ranking is not None or isinstance(policy, PerHead | Adaptive)
+
+
 def layer_for(policy: SizePolicy, rotation: Any = None, **given: Any) -> KVLayer:
     """The layer that a policy needs.
 
@@ -155,6 +162,16 @@ class SplitLayer(KVLayer):
         for _, part in self.parts:
             if isinstance(part, RankedLayer):
                 part.rehearsing = on
+
+    def begin_rehearsal(self) -> Callable[[], None]:
+        """As a `RankedLayer`'s."""
+        undone = [part.begin_rehearsal() for _, part in self.parts if isinstance(part, RankedLayer)]
+
+        def undo() -> None:
+            for one in undone:
+                one()
+
+        return undo
 
     @property
     def heads(self) -> tuple[int, ...]:

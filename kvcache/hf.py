@@ -27,7 +27,7 @@ from transformers.cache_utils import (
 from kvcache import attention
 from kvcache.errors import CapacityError, GeometryError, InputError, PolicyError, PositionsError, RollbackError
 from kvcache.geometry import CacheGeometry
-from kvcache.heads import PerHead, layer_for
+from kvcache.heads import SplitLayer, chosen_by_head, layer_for
 from kvcache.layers import KVLayer
 from kvcache.policies import KeepAll, SizePolicy, check_policy, schedule
 from kvcache.prefix import PrefixKey, PrefixSnapshot
@@ -208,6 +208,10 @@ def new_cache(
                 f"under {policies[i]!r} each head keeps tokens of its own, so there is no window to turn sinks towards; "
                 "use positions='absolute'"
             )
+        if isinstance(kv, SplitLayer) and kv.parts and len(kv.heads) != geometry.kv_heads:
+            raise GeometryError(
+                f"{policies[i]!r} is for {len(kv.heads)} KV heads, the model has {geometry.kv_heads}; give a policy for each"
+            )
         ours.append(kv)
         layers[i] = ManagedLayer(kv, geometry.max_positions, ours)
     cache = _Cache(layers=layers)
@@ -222,7 +226,7 @@ def _quantized(
     geometry: CacheGeometry,
     given: dict[str, Any],
 ) -> QuantizedLayer:
-    if policy.ranking is not None or isinstance(policy, PerHead):
+    if chosen_by_head(policy):
         raise PolicyError(
             f"{policy!r} chooses tokens by head, and tokens that are quantized leave in groups; use one of the two, or a "
             "policy by age, such as SlidingWindow"
@@ -400,14 +404,17 @@ def rehearse(model: Any, cache: Any, ids: Tensor, instruction: Tensor | None) ->
     """
     layers: list[Any] = kv_layers(cache)
     body = getattr(model, "base_model", model)
+    before = [layer.begin_rehearsal() for layer in layers]
     try:
-        for layer in layers:
-            layer.rehearsing = True
         for start in range(0, ids.shape[1], _REHEARSED):
             part = ids[:, max(0, start - _LEAD) : start + _REHEARSED]
             if instruction is not None:
                 part = torch.cat([instruction.to(ids.device).expand(ids.shape[0], -1), part], 1)
             body(part, past_key_values=cache, use_cache=True)
+    except BaseException:
+        for undo in before:
+            undo()
+        raise
     finally:
         for layer in layers:
             layer.rehearsing = False

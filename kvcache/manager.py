@@ -263,7 +263,11 @@ class KVCacheManager:
                 f"compress() needs a cache under Rehearsed, or Adaptive(Rehearsed(…)), got {layers[0].policy!r}; "
                 "under other policies tokens leave by themselves, or by trim()"
             )
-        if any(layer.evicted for layer in layers):
+        if layers[0].padding is not None or inputs.shape[0] != layers[0].rows:
+            raise InputError(
+                f"the cache holds {layers[0].rows} rows, {given[0]} were given; rows that were padded must be run apart"
+            )
+        if any(min(getattr(layer, "heads", ()) or (layer.stored,)) < layer.seen for layer in layers):
             raise InputError("tokens have left this cache already; give Rehearsed a limit that holds the whole text")
         for layer in layers:
             layer.check_trim(max_tokens)

@@ -21,9 +21,6 @@ from typing import TYPE_CHECKING
 
 from kvcache.errors import PolicyError
 
-if TYPE_CHECKING:
-    from kvcache.scoring import RankingPolicy
-
 
 class SizePolicy(ABC):
     """Base of all size policies."""
@@ -53,7 +50,7 @@ class SizePolicy(ABC):
         return self.limit is not None
 
     @property
-    def ranking(self) -> "RankingPolicy | None":
+    def ranking(self) -> "SizePolicy | None":
         """What ranks the tokens that are not pinned (see `kvcache.scoring`); None if the oldest leave first."""
         return None
 
@@ -221,7 +218,7 @@ class Pinned(SizePolicy):
         return self.policy.evicts
 
     @property
-    def ranking(self) -> "RankingPolicy | None":
+    def ranking(self) -> "SizePolicy | None":
         return self.policy.ranking
 
     def keep(self, count: int) -> int:

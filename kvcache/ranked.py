@@ -53,7 +53,7 @@ class RankedLayer(KVLayer):
         rows: int | None = None,
         token_bytes: tuple[int, int] | None = None,
     ) -> None:
-        if policy.ranking is None:
+        if not isinstance(policy.ranking, RankingPolicy):
             raise PolicyError(f"{policy!r} ranks no tokens; give for example SnapKV(1024), or use a KVLayer")
         self.ranking: RankingPolicy = policy.ranking
         super().__init__(
@@ -196,6 +196,16 @@ class RankedLayer(KVLayer):
                 weights = weights * counted
             mass = mass + weights.sum(2) * seen.groups
         self._mass = mass
+
+    def begin_rehearsal(self) -> Callable[[], None]:
+        """From now on, until `rehearsing` is set to False, look and store nothing. Returns what undoes a failed one."""
+        before = self._mass
+
+        def undo() -> None:
+            self._mass, self._waiting = before, None
+
+        self._mass, self.rehearsing = None, True
+        return undo
 
     def _rehearse(self, seen: Seen) -> None:
         seen = replace(seen, length=self.seen + seen.queries.shape[2])
