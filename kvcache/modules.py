@@ -23,7 +23,7 @@ def rebuilt(module: nn.Module, replace: Callable[[str, nn.Module], nn.Module | N
             if new is None:
                 new = copy.copy(old)
                 for key, value in vars(old).items():
-                    if isinstance(value, dict) and (key.endswith("_hooks") or key in ("_parameters", "_buffers")):
+                    if isinstance(value, dict) and ("_hooks" in key or key in ("_parameters", "_buffers")):
                         new.__dict__[key] = copy.copy(value)
                 new.__dict__["_modules"] = {
                     child: None if part is None else visit(f"{name}.{child}" if name else child, part)

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from kvcache import (
+    Adaptive,
     CapacityError,
     GeometryError,
+    HeavyHitters,
     InputError,
     KeepAll,
     KVCacheError,
@@ -32,7 +34,9 @@ from kvcache import (
     MaxTokens,
     Pinned,
     PolicyError,
+    SizePolicy,
     SlidingWindow,
+    SnapKV,
     hf,
 )
 
@@ -517,6 +521,19 @@ def test_no_operation_changes_the_model(name: str) -> None:
     assert not {"generate", "sampled", "beams", "stream", "closed stream", "disabled"} & set(failed)
     assert ("truncate" in failed) == FAMILIES[name].hybrid  # past the model's own window
     assert ("wrong positions" in failed) != FAMILIES[name].rope
+
+
+@pytest.mark.parametrize("policy", [SnapKV(8, sinks=2, recent=2), Adaptive(HeavyHitters(8, sinks=2, recent=2))])
+def test_ranking_tokens_changes_the_model_as_little(policy: SizePolicy) -> None:
+    """It runs a copy with hooks of its own."""
+    model = build("llama")
+    model.generate(token_ids(), max_new_tokens=2, **GREEDY)
+    before = portrait(model)
+    kv = KVCacheManager(model, policy)
+    kv.generate(token_ids(), max_new_tokens=6, **GREEDY)
+    list(kv.stream(token_ids(), max_new_tokens=6, **GREEDY))
+    assert portrait(model) == before
+    assert no_hooks(model)
 
 
 def test_a_disabled_cache_is_not_there_at_all() -> None:
