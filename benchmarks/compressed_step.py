@@ -10,6 +10,9 @@ at every step. With a policy for each head, half of the heads keep everything an
 
 Quantized: decode steps from 2,000 and 8,000 tokens on, which are made up. Every cycle of 64 steps fills and quantizes one group.
 
+T3: the backbone of Chatterbox's English T3 with guidance in 2 rows, on caches of made-up tokens. Its weights are random, so bytes
+and time are all that can be told, and that every kind of cache runs.
+
 "over …, %" compares the totals of all cycles. "typical" compares cycles made of each step's median over the cycles, in which a
 step that something else on the machine slowed down does not count.
 """
@@ -20,6 +23,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import cycle
 from pydoc_data import topics
 from typing import Any
 
@@ -32,6 +36,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, QuantizedC
 from kvcache import (
     TOVA,
     Adaptive,
+    FarLooks,
     HeavyHitters,
     KeepAll,
     KeyDiff,
@@ -49,6 +54,7 @@ from llm_stream import load
 
 CYCLING, FULL, GROWING = "cycle", "full", "growing"  # the lengths that a cache goes over
 GROUP = 64
+PARTS = ("policies", "quantized", "t3")
 BACKENDS = {"quanto": "optimum.quanto", "hqq": "hqq"}  # of transformers' own quantized cache, and their modules
 
 
@@ -71,22 +77,26 @@ class Side:
         cache: Any,
         cut: Callable[[int], None] | None,
         nbytes: Callable[[], int],
+        rows: int = 1,
     ) -> None:
         self.name, self.lengths = name, lengths
-        self._run, self.cache, self._cut, self.nbytes = run, cache, cut, nbytes
+        self._run, self.cache, self._cut, self.nbytes, self._rows = run, cache, cut, nbytes, rows
 
     @classmethod
-    def ours(cls, name: str, lengths: str, model: Any, policy: Any = None, plain: bool = False, **given: Any) -> "Side":
+    def ours(
+        cls, name: str, lengths: str, model: Any, policy: Any = None, plain: bool = False, rows: int = 1, **given: Any
+    ) -> "Side":
         manager = KVCacheManager(model, policy, **given)
-        cache = manager.new_cache()
+        cache = manager.new_cache(rows)
 
         def cut(tokens: int) -> None:
             manager.truncate(cache, cache.get_seq_length() - tokens)
 
-        return cls(name, lengths, manager.runner, cache, cut if plain else None, lambda: manager.report(cache).nbytes)
+        nbytes = lambda: manager.report(cache).nbytes  # noqa: E731
+        return cls(name, lengths, manager.runner, cache, cut if plain else None, nbytes, rows)
 
     @classmethod
-    def theirs(cls, name: str, lengths: str, model: Any, cache: Any) -> "Side":
+    def theirs(cls, name: str, lengths: str, model: Any, cache: Any, rows: int = 1) -> "Side":
         def cut(tokens: int) -> None:
             cache.crop(-tokens)
 
@@ -97,12 +107,16 @@ class Side:
             cache,
             cut,
             lambda: sum(held(v) for layer in cache.layers for v in vars(layer).values()),
+            rows,
         )
 
     def read(self, ids: Tensor) -> float:
         """Feed tokens; the seconds that it took."""
+        given: dict[str, Any] = {"input_ids": ids, "logits_to_keep": 1}
+        if ids.is_floating_point():
+            given = {"inputs_embeds": ids.expand(self._rows, -1, -1)}
         start = time.perf_counter()
-        self._run(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self._run(**given, past_key_values=self.cache, use_cache=True)
         return time.perf_counter() - start
 
     def step(self, token: Tensor) -> float:
@@ -134,12 +148,12 @@ Times = dict[str, list[list[float]]]  # seconds of each side, cycle by cycle
 def take_turns(sides: list[Side], ids: Tensor, steps: int, cycles: int, title: str) -> Times:
     """Let all sides step through some cycles, and one more before them that does not count."""
     times: Times = {side.name: [] for side in sides}
-    tokens = iter(ids.repeat(1 + steps * (cycles + 1) // len(ids)))
+    tokens = cycle(ids)
     with tqdm(total=steps * (cycles + 1), desc=title, leave=False) as progress:
         for i in range(cycles + 1):
             mine: dict[str, list[float]] = {side.name: [] for side in sides}
             for _ in range(steps):
-                token = next(tokens).view(1, 1)
+                token = next(tokens)[None, None]
                 for side in sides:
                     mine[side.name].append(side.step(token))
                 progress.update(1)
@@ -234,11 +248,11 @@ def policy_rows(model: Any, ids: Tensor, ratios: dict[str, float], options: argp
 
 
 @torch.inference_mode()
-def fill(cache: Any, model: Any, tokens: int) -> None:
+def fill(cache: Any, model: Any, tokens: int, rows: int = 1) -> None:
     """Let a cache hold so many made-up tokens."""
     config = model.config
     generator = torch.Generator().manual_seed(0)
-    shape = (1, config.num_key_value_heads, tokens, config.head_dim)
+    shape = (rows, config.num_key_value_heads, tokens, config.head_dim)
     for layer in range(config.num_hidden_layers):
         cache.update(torch.randn(shape, generator=generator), torch.randn(shape, generator=generator), layer)
 
@@ -286,6 +300,43 @@ def quantized_rows(
     return rows
 
 
+# ---------------------------------------------------------------------- T3
+
+
+@torch.inference_mode()
+def speech_rows(ratios: dict[str, float], options: argparse.Namespace) -> list[dict[str, Any]]:
+    from kvcache_chatterbox import load_t3
+
+    tokens, steps = (320, 8) if options.quick else (1000, GROUP)
+    model = load_t3("english").tfmr
+    if options.quick:
+        model.layers = model.layers[:2]
+        model.config.num_hidden_layers = 2
+    limit = tokens // 2
+    sides = [
+        Side.ours(f"KeepAll, {GROWING}", GROWING, model, KeepAll(), rows=2),
+        Side.theirs(f"DynamicCache, {GROWING}", GROWING, model, DynamicCache(config=model.config), rows=2),
+        Side.ours("int8", GROWING, model, KeepAll(), quantization=Quantization(8, group=GROUP), rows=2),
+        Side.ours("int4", GROWING, model, KeepAll(), quantization=Quantization(4, group=GROUP), rows=2),
+    ]
+    for side in sides:
+        fill(side.cache, model, tokens, rows=2)
+    generator = torch.Generator().manual_seed(0)
+    read = torch.randn(tokens, model.config.hidden_size, generator=generator)
+    kept = {
+        "SlidingWindow": SlidingWindow(limit, sinks=4),
+        "HeavyHitters": HeavyHitters(limit),
+        "FarLooks": FarLooks(limit),
+        "Adaptive(SnapKV)": Adaptive(SnapKV(limit)),
+    }
+    for name, policy in kept.items():
+        side = Side.ours(name, GROWING, model, policy, rows=2)
+        side.read(read[None])  # policies that rank must see it
+        sides.append(side)
+    times = take_turns(sides, read, steps, 1, "T3")
+    return list(table("T3", {GROWING: f"{tokens + 1} and on"}, sides, times, ratios, trims=False))
+
+
 # ---------------------------------------------------------------------- the model
 
 
@@ -312,7 +363,7 @@ def main() -> None:
         "--lengths", type=int, nargs="+", default=[2000, 8000], help="of quantized caches (default: 2000 8000)"
     )
     parser.add_argument("--blocks", type=int, default=2, help="of 64 steps on quantized caches, timed (default: 2)")
-    parser.add_argument("--parts", nargs="+", choices=("policies", "quantized"), default=["policies", "quantized"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.quick:
@@ -328,6 +379,8 @@ def main() -> None:
         rows += policy_rows(model, ids, ratios, options)
     if "quantized" in options.parts:
         rows += quantized_rows(model, ids, ratios, options)
+    if "t3" in options.parts:
+        rows += speech_rows(ratios, options)
     finish("compressed_step", rows, ratios, options)
 
 
