@@ -82,7 +82,7 @@ METHODS: dict[str, Callable[[int], Any]] = {
     "TOVA": ranking(TOVA),
     "KeyNorm": ranking(KeyNorm),
     "KeyDiff": ranking(KeyDiff),
-    "pyramid of SnapKV": lambda limit: pyramid(ranking(SnapKV)(limit), LAYERS),
+    "pyramid of SnapKV": lambda limit: pyramid(ranking(SnapKV)(limit), LAYERS, tokens=1024),
     "Adaptive SnapKV": lambda limit: Adaptive(ranking(SnapKV)(limit)),
     "Rehearsed": lambda limit: Rehearsed(8192),
     "Adaptive Rehearsed": lambda limit: Adaptive(Rehearsed(8192), floor=0),

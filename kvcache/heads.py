@@ -322,6 +322,10 @@ class SplitLayer(KVLayer):
             self.check_trim(max_tokens)
         return max(part.trim(max_tokens) for _, part in self.parts)
 
+    def fit(self) -> None:
+        for _, part in self.parts:
+            part.fit()
+
     def select(self, rows: Tensor) -> None:
         if rows.numel() == 0:
             raise GeometryError("cannot select no rows: give at least one, or reset the cache")

@@ -357,6 +357,13 @@ class KVLayer:
                 f"give at least {max(1, self.policy.pinned)}"
             )
 
+    def fit(self) -> None:
+        """Give back the slots that what is stored does not need, as after a `trim`; not those that were preallocated."""
+        slots = slots_for(self.stored, self._bound(), self.preallocate)
+        if self._keys is not None and self._values is not None and slots < self.capacity:
+            with torch.inference_mode(False):
+                self._keys, self._values = self._keys[:, :, :slots].clone(), self._values[:, :, :slots].clone()
+
     # ------------------------------------------------------------------ rows
 
     def select(self, rows: Tensor) -> None:

@@ -171,7 +171,9 @@ class KVCacheManager:
         hf.truncate(cache, length)
 
     def trim(self, cache: Any, max_tokens: int | None = None) -> int:
-        """Evict the oldest unpinned tokens of `cache` now, at a moment of your choice.
+        """Evict unpinned tokens of `cache` now, at a moment of your choice, and give back the memory they took.
+
+        The oldest leave, or under a policy that ranks those that are worth least.
 
         Args:
             cache: one of ours.
@@ -189,7 +191,10 @@ class KVCacheManager:
             self.geometry.check_eviction()
             for layer in layers:
                 layer.check_trim(max_tokens)
-        return max(layer.trim(max_tokens) for layer in layers)
+        left = max(layer.trim(max_tokens) for layer in layers)
+        for layer in layers:
+            layer.fit()
+        return left
 
     def save(self, cache: Any, secret: bytes | None = None) -> bytes:
         """A whole cache as a checked safetensors file, compressed as it is, to go on from later or elsewhere.
@@ -280,6 +285,7 @@ class KVCacheManager:
         else:
             for layer in layers:
                 layer.trim(max_tokens)
+                layer.fit()
         return max(0, before[0] - max_tokens)
 
     # ------------------------------------------------------------------ prefixes

@@ -292,6 +292,12 @@ class QuantizedLayer(KVLayer):
                 "run the rows apart, or without quantization"
             )
 
+    def fit(self) -> None:
+        """Give back the groups that hold nothing, as after a `trim`."""
+        first, full = self._groups()
+        for side in self._sides or ():
+            side.cut(full - first)
+
     # ------------------------------------------------------------------ saving
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:

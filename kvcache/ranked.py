@@ -10,7 +10,8 @@ from kvcache.errors import CorruptError, GeometryError, PolicyError, RollbackErr
 from kvcache.layers import KVLayer
 from kvcache.policies import SizePolicy
 from kvcache.scoring import RankingPolicy, Seen
-from kvcache.slots import slots_for
+
+_AT_ONCE = 16  # queries that wait to be looked at together, or to push older ones out together
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ class RankedLayer(KVLayer):
         self._pads = None  # of the base, which knows them by counts; here each token's position tells
         self._at: Tensor | None = None  # [B, H, stored] positions, int32
         self._mass: Tensor | None = None  # [B, H, stored] attention received in all
-        self._queries: Tensor | None = None  # [B, heads, n, D] the latest
+        self._queries: Tensor | None = None  # [B, heads, room, D]; in the first `_held` places the latest
+        self._held = 0
         self._scaling = 1.0
         self.rehearsing = False  # tokens are attended to and looked at, and not stored
         self._waiting: tuple[Tensor, Tensor, Tensor] | None = None  # keys, values, positions that wait to be observed
@@ -179,9 +181,12 @@ class RankedLayer(KVLayer):
             self._waiting = None
             self._rehearse(self._seen(keys, values, at, queries.detach()))
             return
-        if self.ranking.accumulates:
+        if self.ranking.accumulates and (self.ranking.queries or queries.shape[2] > _AT_ONCE):
+            self._count(keys, values, at, self.seen - queries.shape[2])
             self._add_mass(self._seen(keys, values, at, queries.detach()))
-        if self.ranking.queries:
+        elif self.ranking.accumulates and self._held + queries.shape[2] > _AT_ONCE:
+            self._count(keys, values, at, self.seen - queries.shape[2])
+        if self.ranking.queries or (self.ranking.accumulates and queries.shape[2] <= _AT_ONCE):
             self._keep_queries(queries.detach())
         self._waiting = None
         assert self.policy.limit is not None
@@ -199,6 +204,7 @@ class RankedLayer(KVLayer):
 
     def begin_rehearsal(self) -> Callable[[], None]:
         """From now on, until `rehearsing` is set to False, look and store nothing. Returns what undoes a failed one."""
+        self._count_all()
         before = self._mass
 
         def undo() -> None:
@@ -216,10 +222,48 @@ class RankedLayer(KVLayer):
         self._mass = most[:, :, : self.stored].clone()
 
     def _keep_queries(self, queries: Tensor) -> None:
-        count = self.ranking.queries
-        if queries.shape[2] < count and self._queries is not None:
-            queries = torch.cat([self._queries[:, :, queries.shape[2] - count :], queries], 2)
-        self._queries = queries[:, :, -count:].clone()
+        """Note the queries of the latest tokens: as many as the policy looks at, or those whose looks are not yet counted."""
+        most, fresh = self.ranking.queries, queries.shape[2]
+        if most and fresh >= most:
+            queries, fresh, self._held = queries[:, :, -most:], most, 0
+        room = min(most, self._held + fresh) + (min(_AT_ONCE, most - 1) if most else _AT_ONCE)
+        if self._queries is None or self._queries.shape[2] < min(room, self._held + fresh):
+            old = self._queries
+            with torch.inference_mode(False):  # a buffer made in inference mode could not be written to outside of it
+                self._queries = queries.new_zeros((*queries.shape[:2], room, queries.shape[3]))
+            if old is not None:
+                self._queries[:, :, : self._held] = old[:, :, : self._held]
+        if self._held + fresh > self._queries.shape[2]:
+            left = min(self._held, max(0, most - fresh))
+            self._queries[:, :, :left] = self._queries[:, :, self._held - left : self._held].clone()
+            self._held = left
+        self._queries[:, :, self._held : self._held + fresh] = queries
+        self._held += fresh
+
+    @property
+    def _latest(self) -> Tensor | None:
+        """The queries that the policy looks at."""
+        most = self.ranking.queries
+        return (
+            None if self._queries is None or not most else self._queries[:, :, max(0, self._held - most) : self._held]
+        )
+
+    def _count(self, keys: Tensor, values: Tensor, at: Tensor, length: int | None = None) -> None:
+        """Add the looks that wait to be counted, all at once: the keys are then read once for all of them.
+
+        Args:
+            keys, values, at: of all tokens that are there.
+            length: tokens seen when the last of these queries came; by default all.
+        """
+        if self._queries is not None and self._held and not self.ranking.queries:
+            waiting = self._queries[:, :, : self._held]
+            seen = self._seen(keys, values, at, waiting)
+            self._add_mass(seen if length is None else replace(seen, length=length))
+            self._held = 0
+
+    def _count_all(self) -> None:
+        if self._at is not None and self._waiting is None:
+            self._count(*self._valid(), self._at)
 
     def _seen(self, keys: Tensor, values: Tensor, at: Tensor, queries: Tensor | None) -> Seen:
         unknown = 0.0 if self.ranking.accumulates else -1.0
@@ -238,9 +282,9 @@ class RankedLayer(KVLayer):
 
     def seen_all(self) -> Seen:
         """What there is to rank now."""
-        keys, values = self._valid()
+        self._count_all()
         assert self._at is not None
-        return self._seen(keys, values, self._at, self._queries)
+        return self._seen(*self._valid(), self._at, self._latest)
 
     def worth(self) -> Tensor:
         """The scores of what is stored, best first in each head, ``[batch, KV heads, stored]``; infinite for what must stay."""
@@ -252,13 +296,6 @@ class RankedLayer(KVLayer):
             keys, values = self._valid()
             self._rank(keys.clone(), values.clone(), self._at, stay)
 
-    def fit(self) -> None:
-        """Give back slots that are far more than what is stored needs."""
-        slots = slots_for(self.stored, self._bound())
-        if self._keys is not None and self._values is not None and slots < self.capacity:
-            with torch.inference_mode(False):
-                self._keys, self._values = self._keys[:, :, :slots].clone(), self._values[:, :, :slots].clone()
-
     def _scores(self, seen: Seen) -> Tensor:
         score = self.ranking.score(seen).float().expand(seen.positions.shape)
         own = seen.positions - seen.padding
@@ -268,7 +305,8 @@ class RankedLayer(KVLayer):
 
     def _rank(self, keys: Tensor, values: Tensor, at: Tensor, stay: int) -> None:
         """Keep the best `stay` of these tokens; of equal scores the older ones."""
-        seen = self._seen(keys, values, at, self._queries)
+        self._count(keys, values, at)
+        seen = self._seen(keys, values, at, self._latest)
         columns = self._scores(seen).sort(dim=2, descending=True, stable=True).indices[:, :, :stay].sort(2).values
         key_slots, value_slots = self._reserve(stay)
         for slots, states in ((key_slots, keys), (value_slots, values)):
@@ -333,8 +371,9 @@ class RankedLayer(KVLayer):
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         self._refuse_waiting("save")
+        self._count_all()
         tensors, counts = super().state()
-        held = {"at": self._at, "mass": self._mass, "queries": self._queries}
+        held = {"at": self._at, "mass": self._mass, "queries": self._latest}
         tensors |= {name: part.clone() for name, part in held.items() if part is not None}
         if tensors:
             tensors["scaling"] = torch.tensor(self._scaling, dtype=torch.float64)
@@ -371,7 +410,9 @@ class RankedLayer(KVLayer):
         self._allocate(keys[:, :, :0], tensors["values"][:, :, :0])
         self._fill(keys, tensors["values"])
         self.seen, self._floor, self._scaling = seen, counts["floor"], float(scaling)
-        self._at, self._mass, self._queries = (None if part is None else part.clone() for part in (at, mass, queries))
+        self._at, self._mass = (None if part is None else part.clone() for part in (at, mass))
+        if queries is not None:
+            self._keep_queries(queries)
 
     # ------------------------------------------------------------------ rows
 

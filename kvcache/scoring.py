@@ -157,7 +157,7 @@ class HeavyHitters(RankingPolicy):
     """H2O: what has received most attention so far (Zhang et al., arXiv:2306.14048).
 
     With `average`, attention per query that could see the token, so that older tokens have no advantage; without it the
-    sum, as in the paper. It looks at every query, which costs most of all these policies.
+    sum, as in the paper. It looks at every query, some of them at a time.
     """
 
     average: bool = True
@@ -276,27 +276,33 @@ def smoothed(scores: Tensor, kernel: int) -> Tensor:
     return torch.nn.functional.avg_pool1d(scores, kernel, 1, kernel // 2)
 
 
-def pyramid(policy: RankingPolicy, layers: int, beta: float = 20.0) -> list[RankingPolicy]:
+def pyramid(
+    policy: RankingPolicy, layers: int, beta: float = 20.0, *, tokens: int | None = None
+) -> list[RankingPolicy]:
     """The same policy with more room in the first layers and less in the last (PyramidKV, Cai et al., arXiv:2406.02069).
+
+    As in its authors' code: where the last layer would keep no more than what is protected, all layers get the same.
 
     Args:
         policy: whose `limit` is the mean over the layers.
         layers: of the model.
-        beta: the last layer gets ``limit / beta`` tokens, but never fewer than are protected.
+        beta: the last layer keeps ``1 / beta`` of the mean.
+        tokens: that the longest text has, if that is known: no layer is given room for more, and the others share it.
 
     Raises:
-        PolicyError: if the policy ranks nothing, there is no layer, or beta is below 1.
+        PolicyError: if the policy ranks nothing, there is no layer, or a number makes no sense.
     """
     if not isinstance(policy, RankingPolicy):
         raise PolicyError(f"{policy!r} is no RankingPolicy; give for example SnapKV(1024)")
     _at_least("layers", layers, 1)
     if not isinstance(beta, int | float) or not beta >= 1:
         raise PolicyError(f"beta={beta!r} must be a number of at least 1")
-    least = max(policy.sinks + policy.recent + 1, round(policy.limit / beta))
-    low = policy._low / policy.limit
-    steps = [i / (layers - 1) for i in range(layers)] if layers > 1 else [0.5]
-    limits = [round(2 * policy.limit - least - step * 2 * (policy.limit - least)) for step in steps]
-    return [
-        replace(policy, limit=limit, low_water=max(policy.sinks + policy.recent + 1, round(limit * low)))
-        for limit in limits
-    ]
+    protected, mean = policy.sinks + policy.recent, policy._low
+    least = mean / beta
+    if tokens is not None:
+        _at_least("tokens", tokens, 1)
+        least = max(least, 2 * mean - max(mean, tokens - protected))
+    if least <= protected or layers == 1:
+        return [policy] * layers
+    lows = [round(2 * mean - least - i / (layers - 1) * 2 * (mean - least)) for i in range(layers)]
+    return [replace(policy, limit=max(low, round(low * policy.limit / mean)), low_water=low) for low in lows]

@@ -591,7 +591,7 @@ def test_pads_change_no_score(name):
 
 def len_queries(pair: Pair) -> int:
     """SnapKV takes the mean over queries, of pads too: a factor that no order depends on."""
-    return pair.layer._queries.shape[2] if isinstance(pair.policy, SnapKV) else 1
+    return pair.layer._latest.shape[2] if isinstance(pair.policy, SnapKV) else 1
 
 
 def test_of_equal_scores_the_older_stay():
@@ -668,6 +668,7 @@ class AttentionStaysBehind(RankedLayer):
     """Tokens move to the front, what they received does not."""
 
     def _rank(self, keys, values, at, stay):
+        self._count(keys, values, at)
         before = self._mass
         super()._rank(keys, values, at, stay)
         self._mass = before[:, :, :stay]
@@ -757,7 +758,7 @@ MUTANTS = [
     (AttentionStaysBehind, keeps_what_the_paper_says, "heavy-sum"),
     (ForgetsOlderQueries, keeps_what_the_paper_says, "snapkv-unsmoothed"),
     (CountsPositionsByColumn, keeps_what_the_paper_says, "heavy-average"),
-    (BlindQueriesLookEverywhere, keeps_what_the_paper_says, "heavy-sum"),
+    (BlindQueriesLookEverywhere, keeps_what_the_paper_says, "heavy-average"),
     (KeepsThemByScore, keeps_what_the_paper_says, "norm"),
     (ObservesOtherHeads, keeps_what_the_paper_says, "snapkv"),
     (ObservesOtherHeads, keeps_what_the_paper_says, "pinned-heavy-sum"),
@@ -953,7 +954,7 @@ def test_prefix_is_pinned(name):
 
 MIXTURES = {
     "llama": [
-        pyramid(SnapKV(16, sinks=1, recent=4), 2, beta=4),
+        pyramid(SnapKV(16, sinks=1, recent=4), 2, beta=2),
         [KeepAll(), HeavyHitters(12, sinks=1, recent=3)],
         [HeavyHitters(12, sinks=1, recent=3), KeepAll()],
         [TOVA(12), KeyDiff(17, recent=3, sinks=0)],
@@ -1255,25 +1256,35 @@ def test_bad_kernels_are_refused(kernel):
         SnapKV(128, kernel=kernel)
 
 
+@pytest.mark.parametrize("tokens", [None, 150, 1000])
 @pytest.mark.parametrize("layers", [1, 2, 3, 7, 32])
 @pytest.mark.parametrize("beta", [1, 1.5, 4, 20, 1e9, math.inf])
 @pytest.mark.parametrize("policy", [SnapKV(128), KeyNorm(100, low_water=100), TOVA(64, recent=5), SnapKV(69)], ids=repr)
-def test_pyramid_keeps_the_mean(policy, layers, beta):
-    policies = pyramid(policy, layers, beta)
-    least = max(policy.sinks + policy.recent + 1, round(policy.limit / beta))
-    limits = [one.limit for one in policies]
+def test_pyramid_keeps_the_mean(policy, layers, beta, tokens):
+    policies = pyramid(policy, layers, beta, tokens=tokens)
+    protected, mean = policy.sinks + policy.recent, policy.low_water
+    lows = [one.low_water for one in policies]
     assert len(policies) == layers
-    if layers > 1:
-        assert abs(sum(limits) / layers - policy.limit) <= 0.5
-        assert limits[-1] == least
-    assert limits == sorted(limits, reverse=True)
-    assert min(limits) >= policy.sinks + policy.recent + 1
-    steps = [a - b for a, b in itertools.pairwise(limits)]
+    assert abs(sum(lows) / layers - mean) <= 0.5
+    assert lows == sorted(lows, reverse=True)
+    if mean / beta <= protected and (tokens is None or 2 * mean - tokens <= 0):
+        assert set(policies) == {policy}
+    elif layers > 1 and tokens is None:
+        assert lows[-1] == round(mean / beta)
+    if tokens is not None and len(set(policies)) > 1:
+        assert lows[0] <= max(mean, tokens - protected)
+    steps = [a - b for a, b in itertools.pairwise(lows)]
     assert not steps or max(steps) - min(steps) <= 1  # a straight line, within rounding
     for one in policies:
         assert replace(one, limit=policy.limit, low_water=policy.low_water) == policy
-        assert policy.sinks + policy.recent < one.low_water <= one.limit
-        assert policy.low_water < policy.limit or one.low_water == one.limit
+        assert protected < one.low_water <= one.limit
+        assert abs(one.limit / one.low_water - policy.limit / mean) <= 0.5 / one.low_water + 1e-9
+
+
+def test_a_pyramid_gives_no_layer_more_than_the_text_has():
+    lows = [one.low_water for one in pyramid(SnapKV(800, low_water=700), 5, tokens=1000)]
+    assert lows == [932, 816, 700, 584, 468]
+    assert pyramid(SnapKV(800, low_water=700), 5, beta=4)[0].low_water > 1000
 
 
 def test_pyramid_of_one_layer_is_the_policy():
@@ -1302,6 +1313,12 @@ def test_pyramid_of_one_layer_is_the_policy():
 def test_bad_pyramids_are_refused(given_):
     with pytest.raises(PolicyError):
         pyramid(*given_)
+
+
+@pytest.mark.parametrize("tokens", [0, -1, 2.5, True])
+def test_bad_lengths_of_a_text_are_refused(tokens):
+    with pytest.raises(PolicyError, match="tokens"):
+        pyramid(SnapKV(128), 4, tokens=tokens)
 
 
 def test_wrong_number_of_policies_is_refused():

@@ -33,6 +33,7 @@ from transformers import GenerationConfig
 from kvcache import (
     CapacityError,
     KeepAll,
+    KeyDiff,
     KVCacheError,
     KVCacheManager,
     MaxBytes,
@@ -40,6 +41,7 @@ from kvcache import (
     Pinned,
     PolicyError,
     PositionsError,
+    Quantization,
     RollbackError,
     SizePolicy,
     SlidingWindow,
@@ -910,3 +912,45 @@ def test_rows_move_with_their_tokens(name: str, operation: str) -> None:
         held.batch_repeat_interleave(2)
     ours = logits(model, ids[order, 30:], held, (1,) * (LENGTH - 30))
     assert close(ours, reference(model, ids[order], policy)[:, 30:])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"policy": SlidingWindow(250, sinks=3)},
+        {"policy": SlidingWindow(250, sinks=3), "positions": "rerotated"},
+        {"policy": KeyDiff(290)},
+        {"quantization": Quantization(8, group=16)},
+        {"policy": SlidingWindow(250), "quantization": Quantization(4, group=16)},
+    ],
+    ids=str,
+)
+def test_trimming_gives_memory_back_and_changes_nothing_else(given: dict[str, Any]) -> None:
+    """As large as a cache that never held more; what follows is what follows without it, to the bit."""
+    model = tiny("llama")
+    kv = KVCacheManager(model, **given)
+    held, same = kv.new_cache(2), kv.new_cache(2)
+    ids = token_ids(2, 300)
+    for one in (held, same):
+        logits(kv.runner, ids, one)
+    left = kv.trim(held, 64)
+    assert max(layer.trim(64) for layer in hf.kv_layers(same)) == left > 0
+    after = kv.report(held).nbytes
+    assert after < 0.6 * kv.report(same).nbytes
+    if kv.positions != "rerotated" and kv.runner is model:  # which keep more than keys and values
+        assert after <= kv.estimate(64 + 16, 2)
+    more = token_ids(2, 200, seed=3)
+    for i in range(0, 200, 40):
+        assert torch.equal(logits(kv.runner, more[:, i : i + 40], held), logits(kv.runner, more[:, i : i + 40], same))
+    assert kv.report(held).nbytes <= kv.report(same).nbytes
+
+
+def test_trimming_keeps_what_was_preallocated() -> None:
+    model = tiny("llama")
+    kv = KVCacheManager(model, max_cache_length=200, preallocate=True)
+    held = kv.new_cache(2)
+    logits(model, token_ids(2, 100), held)
+    before = kv.report(held).nbytes
+    assert kv.trim(held, 10) == 90
+    assert kv.report(held).nbytes == before == kv.estimate(200, 2)
