@@ -125,14 +125,14 @@ class Row:
         }
 
 
-PROFILE: list[HeadProfile] = []  # of the model, measured on other text
+PROFILES: dict[int, HeadProfile] = {}  # of the model by budget, measured on other text
 INSTRUCTION: Tensor | None = None
 
 
 def profile_of(limit: int) -> list[Any]:
-    """As many heads that keep everything as fit into a mean of so many tokens a head, of a context of 1,024."""
-    near = PROFILE[0].window + PROFILE[0].sinks
-    return PROFILE[0].policies(max(0.0, (limit - near) / (1024 - near)))
+    """Sinks and window are three quarters of the budget; as many heads as then fit keep all of a context of 1,024."""
+    near = PROFILES[limit].window + PROFILES[limit].sinks
+    return PROFILES[limit].policies(max(0.0, (limit - near) / (1024 - near)))
 
 
 class Ours:
@@ -396,7 +396,8 @@ def main() -> None:
     if "head profile" in options.methods:
         # Of the text between the pieces.
         sample = pieces_of(tokenizer, 2 * options.pieces, options.context)[1::2][:4]
-        PROFILE.append(measure_heads(model, [row[None] for row in sample], window=60))
+        for limit in {round(budget * 1024) for budget in options.budgets if budget < 1}:
+            PROFILES[limit] = measure_heads(model, [row[None] for row in sample], window=3 * limit // 4 - 4)
     rows = measure(model, task, options)
     theirs, by = of_kvpress(task, options)
     tokens = options.pieces * options.after
