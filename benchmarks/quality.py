@@ -44,7 +44,6 @@ from kvcache import (
     Adaptive,
     CacheGeometry,
     FarLooks,
-    HeadProfile,
     HeavyHitters,
     KeepAll,
     KeyDiff,
@@ -73,6 +72,8 @@ def ranking(policy: Callable[..., Any]) -> Callable[[int], Any]:
     return lambda limit: policy(limit + limit // 7, low_water=limit)
 
 
+PROFILES: dict[int, list[Any]] = {}  # by budget: the layers' policies, from profiles measured on other text
+
 # How ours keep so many tokens. StreamingLLM is trimmed to it after the context, what is rehearsed compressed.
 METHODS: dict[str, Callable[[int], Any]] = {
     "StreamingLLM": lambda limit: Pinned(4, KeepAll()),
@@ -86,7 +87,7 @@ METHODS: dict[str, Callable[[int], Any]] = {
     "Adaptive SnapKV": lambda limit: Adaptive(ranking(SnapKV)(limit)),
     "Rehearsed": lambda limit: Rehearsed(8192),
     "Adaptive Rehearsed": lambda limit: Adaptive(Rehearsed(8192), floor=0),
-    "head profile": lambda limit: profile_of(limit),
+    "head profile": PROFILES.__getitem__,
 }
 QUANTIZED = {"int8": 8, "int4": 4}  # bits
 
@@ -125,14 +126,14 @@ class Row:
         }
 
 
-PROFILE: list[HeadProfile] = []  # of the model, measured on other text
 INSTRUCTION: Tensor | None = None
 
 
-def profile_of(limit: int) -> list[Any]:
-    """As many heads that keep everything as fit into a mean of so many tokens a head, of a context of 1,024."""
-    near = PROFILE[0].window + PROFILE[0].sinks
-    return PROFILE[0].policies(max(0.0, (limit - near) / (1024 - near)))
+def profiled(model: Any, sample: Tensor, limit: int, context: int) -> list[Any]:
+    """Sinks and window are three quarters of the budget; as many heads as then fit keep all of the context."""
+    near = 3 * limit // 4
+    profile = measure_heads(model, [row[None] for row in sample], sinks=4, window=near - 4)
+    return profile.policies((limit - near) / (context - near))
 
 
 class Ours:
@@ -396,7 +397,8 @@ def main() -> None:
     if "head profile" in options.methods:
         # Of the text between the pieces.
         sample = pieces_of(tokenizer, 2 * options.pieces, options.context)[1::2][:4]
-        PROFILE.append(measure_heads(model, [row[None] for row in sample], window=60))
+        for limit in {round(budget * options.context) for budget in options.budgets if budget < 1}:
+            PROFILES[limit] = profiled(model, sample, limit, options.context)
     rows = measure(model, task, options)
     theirs, by = of_kvpress(task, options)
     tokens = options.pieces * options.after
