@@ -11,7 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from kvcache import hf
 from kvcache.attention import observed_copy
-from kvcache.decoding.backends import BackendName, check_backend
+from kvcache.decoding.backends import BUCKET, BackendName, check_backend, check_bucket
 from kvcache.decoding.language import LanguageDecoder
 from kvcache.decoding.settings import GenerationSettings
 from kvcache.decoding.wiring import why_not
@@ -44,6 +44,8 @@ class KVCacheManager:
         speakers: where prefixes live (`add_prefix`); by default memory over disk.
         kv_dtype: of the cache that ``stream(backend=…)`` decodes on; by default the model's.
         quantization: hold keys and values in 8 or 4 bits.
+        backend: what `stream` decodes with where it is given none.
+        bucket: slots that a captured graph reads, or a multiple of so many, see `kvcache.decoding.Decoding`.
 
     Raises:
         PolicyError, PositionsError: if that cannot work for this model.
@@ -60,17 +62,23 @@ class KVCacheManager:
         speakers: SpeakerCache | None = None,
         kv_dtype: torch.dtype | None = None,
         quantization: Quantization | None = None,
+        backend: Backends = "off",
+        bucket: int = BUCKET,
     ) -> None:
+        if backend not in ("auto", "off"):
+            check_backend(backend)
+        check_bucket(bucket)
         self.model = model
         self.policy: SizePolicy | Sequence[SizePolicy] = KeepAll() if policy is None else policy
         self.max_cache_length = max_cache_length
         self.positions: hf.PositionMode = positions
         self.preallocate = preallocate
+        self.backend: Backends = backend
         self.enabled = True
         self.geometry = CacheGeometry.from_model(model)
         self._last = CacheReport(())
         self.speakers = SpeakerCache(default_store(self.geometry.device)) if speakers is None else speakers
-        self._decoder = LanguageDecoder(model, self.geometry, kv_dtype, max_cache_length)
+        self._decoder = LanguageDecoder(model, self.geometry, kv_dtype, max_cache_length, bucket)
         self._prompts = Prompts(model, self.speakers, max_cache_length, self.geometry.max_positions)
         # Says now, not at the first request, what cannot work.
         self.quantization = quantization
@@ -373,7 +381,7 @@ class KVCacheManager:
         *,
         prefix: str | None = None,
         chunk_size: int = 16,
-        backend: Backends = "off",
+        backend: Backends | None = None,
         **kwargs: Any,
     ) -> Iterator[Tensor]:
         """The new tokens of `generate`, in chunks ``[batch, n]`` of `chunk_size` as they come; the last may be shorter.
@@ -383,7 +391,7 @@ class KVCacheManager:
         Args:
             inputs, prefix, **kwargs: as in `generate`.
             chunk_size: tokens in a chunk.
-            backend: ``"off"`` lets `generate` run each token. The others decode in whole steps, without a look at the host
+            backend: by default the manager's own. ``"off"`` lets `generate` run each token. The others decode in whole steps, without a look at the host
                 between chunks: ``"eager"``, ``"compile"``, ``"graph"``, ``"graph+compile"`` (see
                 `kvcache.decoding.Decoding`), and ``"auto"``, which is graph on a GPU and eager elsewhere. What they cannot
                 do `generate` does, and the report says why.
@@ -398,6 +406,7 @@ class KVCacheManager:
                 "beams cannot be streamed: their tokens are known only at the end; use generate(), or num_beams=1"
             )
 
+        backend = self.backend if backend is None else backend
         if backend == "auto":
             backend = "eager" if self.geometry.device.type == "cpu" else "graph"
         reason = None
@@ -420,11 +429,24 @@ class KVCacheManager:
         *,
         prefix: str | None = None,
         chunk_size: int = 16,
-        backend: Backends = "off",
+        backend: Backends | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[Tensor]:
         """`stream` for an event loop. Cancelling ends the run."""
         return as_async(self.stream(inputs, prefix=prefix, chunk_size=chunk_size, backend=backend, **kwargs))
+
+    def told(self, logits: Tensor, cache: Any, ids: Tensor) -> Tensor:
+        """The logits ``[n, vocabulary]`` after each of these token ids ``[n]`` on the decode engine's cache, which begins as
+        `cache`; to judge by what a ``kv_dtype`` costs.
+
+        Args:
+            logits: of the last position in the cache, ``[1, vocabulary]``.
+            cache: of one row.
+
+        Raises:
+            GeometryError: if the engine cannot decode this model.
+        """
+        return self._decoder.told(logits, cache, ids)
 
     def release(self) -> None:
         """Let go of what waits for the next ``stream(backend=…)``: a cache, and what was captured or compiled for it."""

@@ -9,53 +9,28 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
-from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from kvcache.decoding.backends import BackendName
+from kvcache.decoding import BUCKET
 from kvcache.errors import InputError
 from kvcache.geometry import CacheGeometry
 from kvcache.manager import KVCacheManager
 from kvcache.memory import CacheReport
-from kvcache.policies import KeepAll, SizePolicy
-from kvcache.precision import Precision, with_precision
+from kvcache.policies import KeepAll
+from kvcache.precision import with_precision
 from kvcache.quantized import Quantization
+from kvcache.setting import Backend, Setting
+
+__all__ = ["GROUP", "Backend", "LanguageSubject", "Prepared", "Setting", "Source", "Subject", "subject"]
 
 GROUP = "kvcache.subjects"
-
-Backend = BackendName | Literal["off"]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A way to decode: what is planned for, profiled, and chosen by tuning.
-
-    Attributes:
-        backend: ``"off"`` is the token loop on a growing cache; the others are the decode engine's, see
-            `kvcache.decoding.Decoding`.
-        precision: of the linear layers; None leaves the model as it was loaded.
-        kv_dtype: of the decode engine's cache; None is its own choice.
-        requests: that decode together.
-        policy: which tokens stay; None keeps all.
-        quantization: bits of the token loop's cache; None holds it in full precision.
-        max_length: the most tokens of a request; None grows or fits as needed.
-    """
-
-    backend: Backend = "eager"
-    precision: Precision | None = None
-    kv_dtype: torch.dtype | None = None
-    requests: int = 1
-    policy: SizePolicy | None = None
-    quantization: int | None = None
-    max_length: int | None = None
-
 
 class Prepared(Protocol):
     """A model that is set up to decode in one way, as often as asked."""
@@ -70,7 +45,7 @@ class Prepared(Protocol):
 
     def logits(self, ids: Tensor) -> Tensor:
         """What the model says after each of these tokens ``[n]``, at this precision: ``[n, vocabulary]``; to judge
-        fidelity by."""
+        fidelity by. At least the second half goes through a cache as the setting has it."""
 
     def report(self) -> CacheReport:
         """The account of the last run's cache."""
@@ -111,6 +86,10 @@ class Subject(ABC):
         Raises:
             KVCacheError: if it cannot.
         """
+
+    def sample(self, tokens: int) -> tuple[Tensor, str | None]:
+        """Token ids ``[tokens]`` to judge fidelity on, and what else must be known to read that judgement, if anything."""
+        return torch.randint(1, 200, (tokens,), generator=torch.Generator().manual_seed(0)), "judged on made-up tokens"
 
     def geometry(self, setting: Setting | None = None) -> CacheGeometry:
         """Of its cache, in the dtype that a setting gives it."""
@@ -207,6 +186,20 @@ class LanguageSubject(Subject):
         finally:
             logging.getLogger("transformers").setLevel(level)
 
+    def sample(self, tokens: int) -> tuple[Tensor, str | None]:
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = self._read(lambda: AutoTokenizer.from_pretrained(self._from, **self._options))
+            ids = tokenizer(_TEXT).input_ids
+        except InputError:
+            ids = []
+        if len(ids) >= tokens:
+            return torch.as_tensor(ids[:tokens]), None
+        vocabulary = self._config.get_text_config().vocab_size
+        made_up = torch.randint(0, vocabulary, (tokens,), generator=torch.Generator().manual_seed(0))
+        return made_up, "there is no tokenizer beside the weights: judged on made-up tokens"
+
     def prepared(self, setting: Setting, device: str = "cpu") -> "Prepared":
         return _Language(self.load(device), setting)
 
@@ -222,6 +215,8 @@ class _Language:
             KeepAll() if setting.policy is None else setting.policy,
             setting.max_length,
             kv_dtype=setting.kv_dtype,
+            bucket=setting.bucket or BUCKET,
+            backend=setting.backend,
             quantization=None if setting.quantization is None else Quantization(setting.quantization),
         )
 
@@ -237,7 +232,6 @@ class _Language:
         chunks = self.manager.stream(
             prompt,
             chunk_size=chunk_size,
-            backend=self._setting.backend,
             attention_mask=torch.ones_like(prompt),
             do_sample=False,
             max_new_tokens=tokens,
@@ -256,10 +250,28 @@ class _Language:
 
     @torch.inference_mode()
     def logits(self, ids: Tensor) -> Tensor:
-        return torch.as_tensor(self._model(ids[None].to(self._model.device), use_cache=False).logits[0])
+        ids = ids[None].to(self._model.device)
+        cache, half = self.manager.new_cache(), (ids.shape[1] + 1) // 2
+        said = [self.module(ids[:, :half], past_key_values=cache, use_cache=True).logits[0]]
+        if self._setting.backend != "off":
+            return torch.cat([*said, self.manager.told(said[0][-1:], cache, ids[0, half:])])
+        for i in range(half, ids.shape[1]):
+            said.append(self.module(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits[0])
+        return torch.cat(said)
 
     def report(self) -> CacheReport:
         return self.manager.report()
 
     def release(self) -> None:
         self.manager.release()
+
+
+_TEXT = """The tide had gone out further than anyone in the village could remember, and along the wet sand people walked \
+slowly, looking at what the sea had kept to itself. There were the ribs of a boat, black and soft as bread; a chain whose \
+links had grown together; bottles, some of them whole. An old man who had fished there all his life said that his father \
+had told him of such a day, and that it would be followed by a year of good catches or by none at all. Nobody asked which \
+of the two it had been. The children found a bell. It was too heavy for them, so they dug around it with their hands until \
+it stood free, and when the eldest struck it with a stone it gave a note so clear that everybody on the beach stopped and \
+turned. Later they would not agree on what it had sounded like. The teacher, who played the organ on Sundays, was sure that \
+it was an A, a little flat, and wrote that down in the book where she noted the weather."""
+"""What fidelity is judged on: plain prose."""

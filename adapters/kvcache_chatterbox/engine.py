@@ -13,7 +13,7 @@ from kvcache import (
     SizePolicy,
     SpeakerCache,
 )
-from kvcache.decoding import BackendName
+from kvcache.decoding import BUCKET, BackendName
 from kvcache.hf import PositionMode
 from kvcache.precision import Precision
 from kvcache.streaming import as_async, in_thread
@@ -52,6 +52,7 @@ class ChatterboxEngine(UtteranceDecoder):
         precision: of the backbone: ``"bf16"``, ``"fp16"``, ``"int8"``, see `kvcache.precision`; by default as the model is.
         kv_dtype: of the cache while decoding; by default bf16 where the precision is bf16 or int8, else the model's.
         tf32: let a GPU round the inputs of fp32 products to TF32 while decoding.
+        bucket: slots that a captured graph reads, or a multiple of so many, see `kvcache.decoding.Decoding`.
 
     Attributes:
         speakers: where what is known of voices lives.
@@ -76,6 +77,7 @@ class ChatterboxEngine(UtteranceDecoder):
         precision: Precision | None = None,
         kv_dtype: torch.dtype | None = None,
         tf32: bool = False,
+        bucket: int = BUCKET,
     ) -> None:
         t3 = getattr(model, "t3", model)
         if not hasattr(t3, "tfmr") or not hasattr(t3, "speech_head"):
@@ -95,6 +97,7 @@ class ChatterboxEngine(UtteranceDecoder):
             precision=precision,
             kv_dtype=kv_dtype,
             tf32=tf32,
+            bucket=bucket,
         )
         self.voices = Voices(self.t3, self._reuse)
         self._speaker = Speaker(model) if hasattr(model, "s3gen") else None

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kvcache import CacheGeometry, CacheReport, SizePolicy
 from kvcache.cpu import FEWEST, few_rows
 from kvcache.decoding import BackendName, Batch, Decoding, Job, Pool, Sampler, Sampling, StaticKV, decoder_copy
+from kvcache.decoding.sampler import GREEDY
 from kvcache.hf import kv_layers
 from kvcache.modules import rebuilt
 from kvcache.precision import PackedLinear, Precision, has_half, with_precision
@@ -71,6 +72,7 @@ class Stepper:
         max_length: the most tokens a request may hold. A cache that keeps all of them is made as long at once, so that
             what was captured serves every request.
         onednn: see `T3Step`.
+        bucket: see `Decoding`.
     """
 
     def __init__(
@@ -83,9 +85,10 @@ class Stepper:
         policy: SizePolicy,
         max_length: int | None,
         onednn: bool,
+        bucket: int,
     ) -> None:
         self._t3 = t3
-        self._onednn = onednn
+        self._onednn, self._bucket = onednn, bucket
         self._geometry = CacheGeometry.from_model(t3.tfmr)
         self._backend: BackendName = backend
         self._kv_dtype, self._tf32, self._precision = kv_dtype, tf32, precision
@@ -154,7 +157,19 @@ class Stepper:
         kv = StaticKV(self._geometry, requests * rows, slots, dtype=self._kv_dtype)
         sampler = Sampler(requests, t3.speech_head.out_features, order(t3.is_gpt), device, guided=rows == 2)
         step = T3Step(t3, rows, self._precision, self._onednn)
-        return Decoding(step, kv, sampler, self._backend, tf32=self._tf32)
+        return Decoding(step, kv, sampler, self._backend, tf32=self._tf32, bucket=self._bucket)
+
+    def told(self, logits: Tensor, cache: Any, ids: Tensor) -> Tensor:
+        """The logits ``[n, vocabulary]`` after each of these speech tokens ``[n]``, behind what a cache of one row holds.
+
+        Args:
+            logits: of its prefill's last position, ``[1, vocabulary]``.
+        """
+        layers = kv_layers(cache)
+        decoding = self._decoding(1, 1, layers[0].stored + len(ids))
+        decoding.load(0, layers)
+        decoding.start(0, logits, [GREEDY], [None], [ids[:0]])
+        return decoding.told(ids)[:, 0]
 
     def chunks(
         self,

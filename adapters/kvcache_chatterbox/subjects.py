@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kvcache import CacheReport, InputError, MemoryStore, SpeakerCache
+from kvcache.decoding import BUCKET
 from kvcache.subjects import Prepared, Setting, Subject
 from kvcache_chatterbox.engine import ChatterboxEngine
 from kvcache_chatterbox.loading import WEIGHTS, load_t3, random_conditionals
@@ -47,6 +48,10 @@ class ChatterboxSubject(Subject):
     def shortest(self) -> int:  # type: ignore[override]
         """The voice, a start, a text of one token with its frame, and the start of speech."""
         return 376 + 2 if self.gpt else 34 + 3 + 2
+
+    def sample(self, tokens: int) -> tuple[Tensor, str | None]:
+        ids, made_up = super().sample(tokens)
+        return ids, "the weights are random: this tells nothing about the real ones" if self.random else made_up
 
     def skeleton(self) -> nn.Module:
         with torch.device("meta"):
@@ -96,6 +101,7 @@ class _Speech:
             backend=setting.backend,
             precision=setting.precision,
             kv_dtype=setting.kv_dtype,
+            bucket=setting.bucket or BUCKET,
         )
         self.engine.add_voice(_VOICE, conditionals=random_conditionals(t3))
 
@@ -115,17 +121,20 @@ class _Speech:
             return
         if not self.engine.batches:
             raise InputError(f"requests={requests} decode together on the decode engine; give another backend than 'off'")
-        for _, chunk in self.engine.inference_segments(
-            texts=texts, voice=_VOICE, max_new_tokens=tokens, chunk_size=chunk_size, seed=0, max_rows=requests
-        ):
-            yield chunk.numel()
+        # Not as a long text, whose first segment begins alone: all from the start, as so many requests under way.
+        voice = self.engine.voice_of(_VOICE)
+        utterances = [self.engine.utterance(voice, text, max_new_tokens=tokens, seed=i) for i, text in enumerate(texts)]
+        with self.engine.batch(requests, max(map(self.engine.slots, utterances))) as batch:
+            yield sum(len(batch.enter(self.engine.job(utterance)).tokens) for utterance in utterances)
+            while batch.busy:
+                yield sum(len(piece.tokens) for piece in batch.turn())
+                self.engine._last = batch.report()
 
     def _text(self, context: int, seed: int) -> Tensor:
         """Made-up text tokens, as many as let a request begin with `context` tokens in all."""
         t3 = self.engine.t3
-        voice = self.engine._conditioning(self.engine.voice_of(_VOICE), True).shape[1]
         frame = 0 if t3.is_gpt else 2
-        count = context - voice - self.engine._overhead - frame
+        count = context - self._prefix - self.engine._overhead - frame
         if count < 1:
             raise InputError(
                 f"context={context} leaves no room for a text: voice, frame and start take {context - count} tokens"
@@ -137,16 +146,26 @@ class _Speech:
             )
         return text
 
-    @torch.inference_mode()
     def logits(self, ids: Tensor) -> Tensor:
-        t3 = self.engine.t3
-        voice = self.engine._conditioning(self.engine.voice_of(_VOICE), True)
-        speech = t3.speech_emb(ids[None].to(t3.device))
-        if t3.speech_pos_emb is not None:
-            speech = speech + t3.speech_pos_emb(ids[None].to(t3.device))
-        begin = prefill(t3, voice, self._text(voice.shape[1] + 30, 0)[None].to(t3.device)).embeds
-        hidden = t3.tfmr(inputs_embeds=torch.cat([begin, speech], 1), use_cache=False)[0]
-        return torch.as_tensor(t3.speech_head(hidden[0, begin.shape[1] :]))
+        engine, t3 = self.engine, self.engine.t3
+        ids, voice = ids.to(t3.device), engine.voice_of(_VOICE)
+        text = self._text(self._prefix + 30, 0)
+        if engine._stepper is not None:
+            utterance = engine.utterance(voice, text, max_new_tokens=len(ids) + 1, seed=0)
+            decoder, cache = engine._decoder(utterance, 1, None, caching=True)
+            return engine._stepper.told(decoder.prefill(), cache, ids)
+        with torch.inference_mode():
+            speech = t3.speech_emb(ids[None])
+            if t3.speech_pos_emb is not None:
+                speech = speech + t3.speech_pos_emb.emb.weight[1 : len(ids) + 1]
+            begin = prefill(t3, engine._conditioning(voice, True), text[None].to(t3.device)).embeds
+            hidden = t3.tfmr(inputs_embeds=torch.cat([begin, speech], 1), use_cache=False)[0]
+            return torch.as_tensor(t3.speech_head(hidden[0, begin.shape[1] :]))
+
+    @property
+    def _prefix(self) -> int:
+        """Tokens of the voice."""
+        return self.engine._conditioning(self.engine.voice_of(_VOICE), True).shape[1]
 
     def report(self) -> CacheReport:
         return self.engine.report()

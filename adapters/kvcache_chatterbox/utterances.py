@@ -20,7 +20,7 @@ from kvcache import (
     SpeakerCache,
     default_store,
 )
-from kvcache.decoding import BackendName, Batch, Job, check_backend
+from kvcache.decoding import BackendName, Batch, Job, check_backend, check_bucket
 from kvcache.hf import PositionMode, new_cache
 from kvcache.precision import Precision
 from kvcache.streaming import chunked
@@ -33,16 +33,14 @@ from kvcache_chatterbox.stepping import Stepper, at_precision
 from kvcache_chatterbox.utterance import Utterance
 from kvcache_chatterbox.voices import Voice
 
-_SLOTS_STEP = 256  # what is recorded for a graph reads so many at a time
-
 
 class UtteranceDecoder:
     """What `ChatterboxEngine` decodes with: a T3, its caches, what is known of voices, and the engine of its steps.
 
     Args:
         t3: upstream's.
-        policy, max_cache_length, positions, double_bos, speakers, reuse, onednn, backend, precision, kv_dtype, tf32: see
-            `ChatterboxEngine`.
+        policy, max_cache_length, positions, double_bos, speakers, reuse, onednn, backend, precision, kv_dtype, tf32,
+            bucket: see `ChatterboxEngine`.
     """
 
     def __init__(
@@ -60,11 +58,13 @@ class UtteranceDecoder:
         precision: Precision | None,
         kv_dtype: torch.dtype | None,
         tf32: bool,
+        bucket: int,
     ) -> None:
         if reuse not in ("all", "conditioning", "none"):
             raise InputError(f"reuse={reuse!r} must be 'all', 'conditioning' or 'none'")
         if backend not in ("auto", "off"):
             check_backend(backend)
+        check_bucket(bucket)
         self.t3 = t3 if precision is None else at_precision(t3, precision)
         self.double_bos = double_bos
         self.onednn = onednn
@@ -75,6 +75,7 @@ class UtteranceDecoder:
         self._last = CacheReport(())
         if backend == "auto":
             backend = "eager" if self.t3.device.type == "cpu" else "graph"
+        self._bucket = bucket
         self._captures = backend not in ("eager", "off")
         if kv_dtype is None and precision in ("bf16", "int8"):
             kv_dtype = torch.bfloat16
@@ -85,7 +86,7 @@ class UtteranceDecoder:
                 self._why_not = "re-rotated positions are turned on the host"
             if self._why_not is None:
                 self._stepper = Stepper(
-                    self.t3, backend, kv_dtype, tf32, precision, self.policy, max_cache_length, onednn
+                    self.t3, backend, kv_dtype, tf32, precision, self.policy, max_cache_length, onednn, bucket
                 )
 
     @property
@@ -266,7 +267,7 @@ class UtteranceDecoder:
         most = self._manager.max_cache_length
         if not self._captures or self.policy.evicts or most is None or needed > most:
             return needed
-        return min(-(-needed // _SLOTS_STEP) * _SLOTS_STEP, most)
+        return min(-(-needed // self._bucket) * self._bucket, most)
 
     def _in_order(
         self,

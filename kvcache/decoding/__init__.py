@@ -1,6 +1,6 @@
 """The decode engine: static caches, a sampler and whole steps on the device, run eagerly, compiled or as a graph."""
 
-from kvcache.decoding.backends import BackendName, check_backend
+from kvcache.decoding.backends import BUCKET, BackendName, check_backend, check_bucket
 from kvcache.decoding.batch import Batch, Job, Piece
 from kvcache.decoding.cache import StaticKV
 from kvcache.decoding.loop import Decoding
@@ -9,6 +9,7 @@ from kvcache.decoding.sampler import Sampler, Sampling
 from kvcache.decoding.wiring import decoder_copy, why_not
 
 __all__ = [
+    "BUCKET",
     "BackendName",
     "Batch",
     "Decoding",
@@ -19,6 +20,7 @@ __all__ = [
     "Sampling",
     "StaticKV",
     "check_backend",
+    "check_bucket",
     "decoder_copy",
     "why_not",
 ]

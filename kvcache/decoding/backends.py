@@ -12,7 +12,8 @@ from kvcache.errors import InputError
 
 BackendName = Literal["eager", "compile", "graph", "graph+compile"]
 
-_BUCKET = 256
+BUCKET = 256
+"""Slots that a captured step reads, or a multiple of so many: fewer read less in vain, and are captured more often."""
 
 
 class Steps(Protocol):
@@ -48,22 +49,32 @@ def check_backend(name: str) -> None:
         raise InputError(f"backend={name!r} must be one of {known}, 'auto' or 'off'")
 
 
-def backend_for(name: str, device: torch.device) -> tuple[Backend, str | None]:
+def check_bucket(bucket: int) -> None:
+    """Raise `InputError` for a number of slots that cannot be read."""
+    if isinstance(bucket, bool) or not isinstance(bucket, int) or bucket < 1:
+        raise InputError(f"bucket={bucket!r} must be a whole number of slots, at least 1; {BUCKET} is the default")
+
+
+def backend_for(name: str, device: torch.device, bucket: int = BUCKET) -> tuple[Backend, str | None]:
     """The backend of that name, and what is missing of it on this device, if anything.
 
+    Args:
+        bucket: see `Graph`.
+
     Raises:
-        InputError: for an unknown name.
+        InputError: for an unknown name, or a bucket that is none.
     """
     check_backend(name)
+    check_bucket(bucket)
     if name == "eager":
         return Eager(), None
     if name == "compile":
         return Compiled(device), None
     if device.type == "cpu":
         if name == "graph":
-            return Graph(traced), None
+            return Graph(traced, bucket=bucket), None
         return Compiled(device), "there are no graphs on a CPU to capture the compiled step in"
-    return Graph(cuda_graph, Compiled(device) if name == "graph+compile" else None), None
+    return Graph(cuda_graph, Compiled(device) if name == "graph+compile" else None, bucket), None
 
 
 class Eager:
@@ -120,11 +131,13 @@ class Graph:
     Args:
         record: `cuda_graph` or `traced`.
         compiled: records what this makes of a step.
+        bucket: lengths are rounded up to a multiple of so many slots, and so few are recorded.
     """
 
-    def __init__(self, record: "Recorder", compiled: Compiled | None = None) -> None:
+    def __init__(self, record: "Recorder", compiled: Compiled | None = None, bucket: int = BUCKET) -> None:
         self._record = record
         self._compiled = compiled
+        self._bucket = bucket
         self._recorded: dict[tuple[int, bool], Callable[[], Any]] = {}
         self._of: Steps | None = None
         self.name = "graph" if compiled is None else "graph+compile"
@@ -133,7 +146,7 @@ class Graph:
         if self._of is not steps:  # its tensors are others: what was recorded would write to those of before
             self._recorded, self._of = {}, steps
         slots = steps.order.shape[0]
-        columns = min(-(-steps.reach()[0] // _BUCKET) * _BUCKET, slots)
+        columns = min(-(-steps.reach()[0] // self._bucket) * self._bucket, slots)
         if (columns, draws) not in self._recorded:
             self._recorded[columns, draws] = self._recording(steps, steps.order[:columns], draws)
         self._recorded[columns, draws]()

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcache.decoding.backends import BackendName
+from kvcache.decoding.backends import BUCKET, BackendName
 from kvcache.decoding.cache import StaticKV
 from kvcache.decoding.loop import Decoding
 from kvcache.decoding.pool import Pool
-from kvcache.decoding.sampler import TRANSFORMERS, Sampler
+from kvcache.decoding.sampler import GREEDY, TRANSFORMERS, Sampler
 from kvcache.decoding.settings import GenerationSettings
 from kvcache.decoding.wiring import decoder_copy
 from kvcache.geometry import CacheGeometry
@@ -27,15 +27,22 @@ class LanguageDecoder:
         geometry: its.
         kv_dtype: of the static cache; by default the model's.
         max_length: the most tokens of a row. A cache that keeps all of them is made as long at once.
+        bucket: see `Decoding`.
     """
 
     def __init__(
-        self, model: Any, geometry: CacheGeometry, kv_dtype: torch.dtype | None, max_length: int | None
+        self,
+        model: Any,
+        geometry: CacheGeometry,
+        kv_dtype: torch.dtype | None,
+        max_length: int | None,
+        bucket: int = BUCKET,
     ) -> None:
         self._model = model
         self._geometry = geometry
         self._kv_dtype = kv_dtype
         self._max_length = max_length
+        self._bucket = bucket
         self._pool = Pool()
 
     def release(self) -> None:
@@ -69,13 +76,7 @@ class LanguageDecoder:
 
         def make(slots: int) -> Decoding:
             room = slots_for(slots, self._max_length, preallocate=True) if policy.limit is None else slots
-            kv = StaticKV(self._geometry, rows, room, dtype=self._kv_dtype)
-            model = decoder_copy(self._model)
-
-            def step(tokens: Tensor, made: Tensor, given: dict[str, Any]) -> Tensor:
-                return torch.as_tensor(model(input_ids=tokens[:, None], **given).logits[:, -1])
-
-            return Decoding(step, kv, Sampler(rows, vocabulary, TRANSFORMERS, logits.device), backend)
+            return self._decoding(rows, vocabulary, room, backend)
 
         with self._pool.lent((rows, backend), needed, make) as decoding:
             decoding.load(0, layers, pads)
@@ -83,3 +84,25 @@ class LanguageDecoder:
             decoding.start(0, logits, [settings.sampling] * rows, [None] * rows, seen)
             for chunk in decoding.chunks(total, size, settings.ends, settings.pad):
                 yield chunk, decoding.report()
+
+    def told(self, logits: Tensor, cache: Any, ids: Tensor) -> Tensor:
+        """The logits ``[n, vocabulary]`` after each of these token ids ``[n]``, behind what a cache of one row holds.
+
+        Args:
+            logits: of the last position, ``[1, vocabulary]``.
+        """
+        layers = kv_layers(cache)
+        decoding = self._decoding(1, logits.shape[1], layers[0].stored + len(ids), "eager")
+        decoding.load(0, layers)
+        decoding.start(0, logits, [GREEDY], [None], [ids[:0]])
+        return decoding.told(ids)[:, 0]
+
+    def _decoding(self, rows: int, vocabulary: int, slots: int, backend: BackendName) -> Decoding:
+        kv = StaticKV(self._geometry, rows, slots, dtype=self._kv_dtype)
+        model = decoder_copy(self._model)
+
+        def step(tokens: Tensor, made: Tensor, given: dict[str, Any]) -> Tensor:
+            return torch.as_tensor(model(input_ids=tokens[:, None], **given).logits[:, -1])
+
+        sampler = Sampler(rows, vocabulary, TRANSFORMERS, kv.length.device)
+        return Decoding(step, kv, sampler, backend, bucket=self._bucket)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcache.decoding.backends import Backend, BackendName, Eager, backend_for
+from kvcache.decoding.backends import BUCKET, Backend, BackendName, Eager, backend_for
 from kvcache.decoding.cache import StaticKV
 from kvcache.decoding.sampler import GREEDY, Sampler, Sampling
 from kvcache.decoding.wiring import DecodeInputs, kernel_reason
@@ -44,6 +44,8 @@ class Decoding:
         kernel: read the cache with the Triton kernel where there is a GPU for it; False takes torch's own attention.
         tf32: let a GPU round the inputs of fp32 products to TF32.
         ahead: the most steps between two looks at the host.
+        bucket: slots that a captured graph reads, or a multiple of so many; the Triton kernel reads as many as there are
+            tokens, whatever this is.
 
     Attributes:
         token: each request's last token, ``[requests]``.
@@ -60,6 +62,7 @@ class Decoding:
         kernel: bool = True,
         tf32: bool = False,
         ahead: int = 64,
+        bucket: int = BUCKET,
     ) -> None:
         requests, vocabulary = sampler.seen.shape
         self.rows = 2 if sampler.guided else 1
@@ -84,8 +87,9 @@ class Decoding:
         self._generators: list[torch.Generator | None] = [None] * requests  # None where nothing is drawn
         self._states: dict[torch.Generator, Tensor] = {}  # as they were before the last chunk
         self._named: BackendName = backend
+        self._bucket = bucket
         self._backend: Backend
-        self._backend, self.fallback = backend_for(backend, device)
+        self._backend, self.fallback = backend_for(backend, device, bucket)
         self._fronts: dict[int, Decoding] = {}
 
     @property
@@ -118,7 +122,7 @@ class Decoding:
             new.token, new.made, new._out = self.token[:requests], self.made[:requests], self._out[:requests]
             new._begun = self._begun[:requests]
             new._noise = self._noise[:, :requests]
-            new._backend, new.fallback = backend_for(self._named, self.token.device)
+            new._backend, new.fallback = backend_for(self._named, self.token.device, self._bucket)
             self._fronts[requests] = new
         return self._fronts[requests]
 
@@ -239,6 +243,26 @@ class Decoding:
             if over or made == total:
                 return
             held = held[:, :0]
+
+    @torch.no_grad()
+    def told(self, ids: Tensor) -> Tensor:
+        """The logits ``[n, rows, vocabulary]`` after each of these token ids ``[n]``, given to every request in turn whatever
+        it would have drawn; to judge by what a cache or a precision costs. Steps run eagerly.
+
+        Raises:
+            CapacityError: if a row has no room for them; nothing has changed then.
+        """
+        self.kv.check(len(ids))
+        self.kv.settle()
+        said = []
+        for token in ids.to(self.token):
+            self.token.copy_(token)
+            columns, whole = self.reach()
+            said.append(self._forward(self.token, self.made, self._inputs.of_step(self.order[:columns], whole)))
+            self.made.add_(self._begun)
+            self.kv.length.add_(self.kv.taken)
+            self.kv.advance(1)
+        return torch.stack(said)
 
     @staticmethod
     def _ended(tokens: Tensor, ended: Tensor, stops: Tensor, pad: int) -> tuple[Tensor, Tensor, bool]:

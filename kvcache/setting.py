@@ -1,0 +1,38 @@
+"""`Setting`: a way to let a model decode, as it is planned for, profiled, tuned and saved."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from kvcache.decoding.backends import BackendName
+from kvcache.policies import SizePolicy
+from kvcache.precision import Precision
+
+Backend = BackendName | Literal["off"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way to decode: what is planned for, profiled, and chosen by tuning.
+
+    Attributes:
+        backend: ``"off"`` is the token loop on a growing cache; the others are the decode engine's, see
+            `kvcache.decoding.Decoding`.
+        precision: of the linear layers; None leaves the model as it was loaded.
+        kv_dtype: of the decode engine's cache; None is its own choice.
+        requests: that decode together.
+        policy: which tokens stay; None keeps all.
+        quantization: bits of the token loop's cache; None holds it in full precision.
+        max_length: the most tokens of a request; None grows or fits as needed.
+        bucket: slots that a captured graph reads, or a multiple of so many; None is the engine's own choice.
+    """
+
+    backend: Backend = "eager"
+    precision: Precision | None = None
+    kv_dtype: torch.dtype | None = None
+    requests: int = 1
+    policy: SizePolicy | None = None
+    quantization: int | None = None
+    max_length: int | None = None
+    bucket: int | None = None
