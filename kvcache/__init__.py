@@ -28,6 +28,7 @@ from kvcache.scheduler import Scheduler, SchedulerMetrics
 from kvcache.scoring import TOVA, FarLooks, HeavyHitters, KeyDiff, KeyNorm, RankingPolicy, Rehearsed, SnapKV, pyramid
 from kvcache.speakers import SpeakerCache, SpeakerStats, default_store
 from kvcache.stores import DiskStore, MemoryStore, RedisStore, RemoteStore, TieredStore
+from kvcache.tuning_profile import TuningProfile
 
 __version__ = "0.1.0"
 
@@ -77,6 +78,7 @@ __all__ = [
     "SpeakerCache",
     "SpeakerStats",
     "TieredStore",
+    "TuningProfile",
     "default_store",
     "estimate_bytes",
     "measure_heads",

@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -21,12 +22,14 @@ from kvcache.geometry import CacheGeometry
 from kvcache.heads import AdaptiveLayer, share
 from kvcache.memory import CacheReport, account, estimate_bytes
 from kvcache.policies import KeepAll, Pinned, SizePolicy
+from kvcache.precision import with_precision
 from kvcache.prompts import Prompts
 from kvcache.quantized import Quantization, quantized_bytes
 from kvcache.saved import read_saved, restore_layers, save_layers
 from kvcache.scoring import Rehearsed
 from kvcache.speakers import SpeakerCache, default_store
 from kvcache.streaming import as_async, chunked, from_worker
+from kvcache.tuning_profile import TuningProfile
 
 Backends = BackendName | Literal["auto", "off"]
 
@@ -92,6 +95,26 @@ class KVCacheManager:
         )
         observed = any(kv.by_head for kv in hf.kv_layers(first, some=False))
         self._runner = observed_copy(model) if observed else None
+
+    @classmethod
+    def from_profile(cls, model: Any, path: Path | str, **overrides: Any) -> "KVCacheManager":
+        """A manager with the setting that `kvcache tune` found for this model.
+
+        What it decodes with is the default of `stream`; where the profile has a precision, it wraps a copy of the model in
+        that. How many requests to decode together is `TuningProfile.setting.requests`, and the caller's to do.
+
+        Args:
+            model: that the profile is of, as it was then.
+            path: of the profile.
+            **overrides: arguments of the constructor, which go before what the profile says.
+
+        Raises:
+            InputError: if it cannot be read, or is another model's.
+            CorruptError: if that is no profile.
+        """
+        arguments = {**TuningProfile.load(path, model).arguments, **overrides}
+        precision = arguments.pop("precision", None)
+        return cls(model if precision is None else with_precision(model, precision), **arguments)
 
     def __repr__(self) -> str:
         limit = "" if self.max_cache_length is None else f", max_cache_length={self.max_cache_length}"

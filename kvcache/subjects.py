@@ -32,6 +32,7 @@ __all__ = ["GROUP", "Backend", "LanguageSubject", "Prepared", "Setting", "Source
 
 GROUP = "kvcache.subjects"
 
+
 class Prepared(Protocol):
     """A model that is set up to decode in one way, as often as asked."""
 
@@ -61,11 +62,15 @@ class Subject(ABC):
         name: as it was given.
         rows: cache rows of a request; 2 under guidance.
         shortest: the fewest tokens of context that a request has.
+        quantizes: whether its token loop can hold its cache in few bits.
+        batches_off: whether several requests can decode together without the decode engine.
     """
 
     name: str
     rows: int = 1
     shortest: int = 1
+    quantizes: bool = True
+    batches_off: bool = True
 
     @abstractmethod
     def skeleton(self) -> nn.Module:
@@ -255,9 +260,8 @@ class _Language:
         said = [self.module(ids[:, :half], past_key_values=cache, use_cache=True).logits[0]]
         if self._setting.backend != "off":
             return torch.cat([*said, self.manager.told(said[0][-1:], cache, ids[0, half:])])
-        for i in range(half, ids.shape[1]):
-            said.append(self.module(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits[0])
-        return torch.cat(said)
+        rest = ids[:, half:].split(1, 1)
+        return torch.cat(said + [self.module(one, past_key_values=cache, use_cache=True).logits[0] for one in rest])
 
     def report(self) -> CacheReport:
         return self.manager.report()

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from kvcache.decoding import BUCKET, BackendName
 from kvcache.hf import PositionMode
 from kvcache.precision import Precision
 from kvcache.streaming import as_async, in_thread
+from kvcache.tuning_profile import TuningProfile
 from kvcache_chatterbox.audio import SegmentedAudio, Speaker, heard
 from kvcache_chatterbox.long_text import Carry, LongText, Watch, check_carry, seeds, unwatched
 from kvcache_chatterbox.plan import LongTextPlan, make_plan
@@ -101,6 +103,26 @@ class ChatterboxEngine(UtteranceDecoder):
         )
         self.voices = Voices(self.t3, self._reuse)
         self._speaker = Speaker(model) if hasattr(model, "s3gen") else None
+
+    @classmethod
+    def from_profile(cls, model: Any, path: str | os.PathLike[str], **overrides: Any) -> "ChatterboxEngine":
+        """An engine with the setting that `kvcache tune` found for this model.
+
+        How many requests to decode together is `TuningProfile.setting.requests`: give it as ``max_rows``.
+
+        Args:
+            model: that the profile is of, as it was then.
+            path: of the profile.
+            **overrides: arguments of the constructor, which go before what the profile says.
+
+        Raises:
+            InputError: if it cannot be read, is another model's, or has a quantized cache, which T3 has not.
+            CorruptError: if that is no profile.
+        """
+        arguments = TuningProfile.load(Path(path), getattr(model, "t3", model)).arguments
+        if "quantization" in arguments:
+            raise InputError(f"{path} has a quantized cache, which Chatterbox's engine has not; tune with kvcache tune")
+        return cls(model, **{**arguments, **overrides})
 
     # ------------------------------------------------------------------ voices
 

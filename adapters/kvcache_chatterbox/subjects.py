@@ -37,6 +37,8 @@ def subject(name: str) -> "ChatterboxSubject | None":
 class ChatterboxSubject(Subject):
     """A T3 with its weights from a folder, or random ones, which keep shapes, bytes and speed."""
 
+    quantizes = batches_off = False
+
     def __init__(self, name: str, variant: str, folder: str | None) -> None:
         self.name, self.variant = name, variant
         self._folder = None if folder is None else Path(folder)
@@ -120,7 +122,9 @@ class _Speech:
                 yield chunk.numel()
             return
         if not self.engine.batches:
-            raise InputError(f"requests={requests} decode together on the decode engine; give another backend than 'off'")
+            raise InputError(
+                f"requests={requests} decode together on the decode engine; give another backend than 'off'"
+            )
         # Not as a long text, whose first segment begins alone: all from the start, as so many requests under way.
         voice = self.engine.voice_of(_VOICE)
         utterances = [self.engine.utterance(voice, text, max_new_tokens=tokens, seed=i) for i, text in enumerate(texts)]
@@ -141,9 +145,7 @@ class _Speech:
             )
         text = torch.randint(1, 200, (count,), generator=torch.Generator().manual_seed(seed))
         if frame:
-            text = torch.cat(
-                [torch.tensor([t3.hp.start_text_token]), text, torch.tensor([t3.hp.stop_text_token])]
-            )
+            text = torch.cat([torch.tensor([t3.hp.start_text_token]), text, torch.tensor([t3.hp.stop_text_token])])
         return text
 
     def logits(self, ids: Tensor) -> Tensor:

@@ -1,8 +1,133 @@
 """`kvcache tune`."""
 
-from kvcache.cli.common import Json, Wanting
+import math
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from kvcache.cli.common import Json, bytes_of, console, one_line, print_json, progress, shown_bytes, table
+from kvcache.errors import InputError
+from kvcache.subjects import subject
+from kvcache.tuning import Tuned, shown, tune
+from kvcache.tuning_profile import setting_as_dict
 
 
-def command(as_json: Json = False) -> None:
-    """Not there yet."""
-    raise Wanting("kvcache tune is not built yet")
+class _Goal(str, Enum):
+    latency = "latency"
+    throughput = "throughput"
+
+
+def command(
+    model: Annotated[
+        str,
+        typer.Argument(help="A folder, a .gguf file, a hub id, or a name such as chatterbox-nano.", metavar="MODEL"),
+    ],
+    out: Annotated[Path, typer.Option(help="Where the profile is saved, as JSON.", metavar="FILE")],
+    goal: Annotated[
+        _Goal, typer.Option("--for", help="One request's tokens, or all requests' together.")
+    ] = _Goal.latency,
+    context: Annotated[int | None, typer.Option(help="Tokens of a request before those that are timed.")] = None,
+    time_limit: Annotated[
+        float | None, typer.Option(help="Seconds; 300 by default, and none with --exhaustive.", metavar="SECONDS")
+    ] = None,
+    fidelity: Annotated[
+        float, typer.Option(help="Most divergence from fp32, in nats a token; 0.01 is about 1 % of perplexity.")
+    ] = 0.03,
+    max_requests: Annotated[int, typer.Option(help="Most requests together, for throughput.")] = 8,
+    memory: Annotated[str | None, typer.Option(help="What the cache may take, such as 512MiB.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Torch's threads.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Such as cpu or cuda; by default a GPU where there is one.")
+    ] = None,
+    exhaustive: Annotated[
+        bool, typer.Option("--exhaustive", help="Measure every setting: slow, the reference.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Find the fastest way to decode a model on this machine, say why, and save it for from_profile()."""
+    budget = bytes_of("--memory", memory)
+    if not out.parent.is_dir() or out.is_dir():
+        raise InputError(f"--out {out}: there is no folder {out.parent} to write a file to, or that is a folder itself")
+    for name, given, least in (
+        ("--threads", threads, 1),
+        ("--max-requests", max_requests, 1),
+        ("--context", context, 1),
+    ):
+        if given is not None and given < least:
+            raise InputError(f"{name} {given} must be at least {least}")
+    if time_limit is not None and not 0 < time_limit < math.inf:
+        raise InputError(f"--time-limit {time_limit:g} must be a number of seconds above 0")
+    if not 0 <= fidelity < math.inf:
+        raise InputError(f"--fidelity {fidelity:g} must be a number of nats of at least 0; 0.03 is the default")
+    found = subject(model)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device} is not here: {one_line(error)}; use cpu") from error
+    if threads is not None:
+        torch.set_num_threads(threads)
+    told = progress()
+    tuned = tune(
+        found,
+        goal.value,
+        context=context,
+        time_limit=time_limit or (None if exhaustive else 300.0),
+        bound=fidelity,
+        max_requests=max_requests,
+        memory=budget,
+        device=device,
+        exhaustive=exhaustive,
+        say=lambda line: told.print(line, highlight=False, markup=False),
+    )
+    tuned.profile.save(out)
+    if as_json:
+        print_json(_answer(tuned, out))
+    else:
+        _show(tuned, out, budget)
+
+
+def _answer(tuned: Tuned, out: Path) -> dict[str, object]:
+    return {
+        "setting": setting_as_dict(tuned.profile.setting),
+        "milliseconds": 1e3 * tuned.best,
+        "tokens_per_second": 1 / tuned.best,
+        "seconds": tuned.seconds,
+        "settings": tuned.settings,
+        "untried": tuned.untried,
+        "note": tuned.note,
+        "out": str(out),
+        "profile": tuned.profile.as_dict(),
+    }
+
+
+def _show(tuned: Tuned, out: Path, budget: int | None) -> None:
+    profile = tuned.profile
+    shows = table(
+        f"{profile.name}, {profile.goal} behind {profile.context} tokens", "setting", "ms a token", "KL", "", right=1
+    )
+    for trial in sorted(profile.trials, key=lambda one: math.inf if one.milliseconds is None else one.milliseconds):
+        time = "–" if trial.milliseconds is None else f"{trial.milliseconds:.2f}"
+        divergence = "–" if trial.divergence is None else f"{trial.divergence:.1e}"
+        mark = "chosen" if trial.setting == profile.setting else "refused" if trial.refused else ""
+        shows.add_row(shown(trial.setting), time, divergence, mark)
+    to = console()
+    to.print(shows)
+    for line in profile.explanation:
+        to.print(line, markup=False, highlight=False)
+    limits = f"at most {profile.bound:g} nats a token from fp32"
+    limits += "" if budget is None else f", {shown_bytes(budget)} of cache"
+    to.print(
+        f"{shown(profile.setting)}: {1 / tuned.best:.1f} tokens a second, {limits}. {len(profile.trials)} of {tuned.settings} "
+        f"settings looked at in {tuned.seconds:.0f} s"
+        + (f", {tuned.untried} left out for lack of time" if tuned.untried else "")
+        + ".",
+        markup=False,
+        highlight=False,
+    )
+    if tuned.note:
+        to.print(f"Fidelity: {tuned.note}.", markup=False, highlight=False)
+    to.print(f"Saved as {out}; load it with from_profile().", markup=False, highlight=False)
