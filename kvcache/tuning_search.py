@@ -34,6 +34,7 @@ _NAMES = {
 _COMPILED = ("compile", "graph+compile")
 _FEW, _MANY = 24, 64  # tokens that are timed: to drop what is clearly beaten, and to tell apart what is close
 _CLEARLY = 1.25  # times the best: beaten, and not looked at again
+_HOPELESS = 2.0  # times the best: with this back end nothing else is tried
 _CLOSE = 1.06  # times the best: measured again
 _FINALISTS = 3
 _COMPILING = 60.0  # seconds that a first compilation is expected to take
@@ -165,15 +166,14 @@ class Tuner:
             InputError: if none can be run.
         """
         backends = self.space.backend
-        cheap = [one for one in backends if one not in _COMPILED]
-        engine = [one for one in cheap if one != "off"]
-        best = self._along(self.space.first((engine or cheap)[0]), cheap) if cheap else None
-        # Compiled steps are the engine's, so they begin from the best that it does without compiling.
-        base = self._best(one for one in self.trials if one.backend != "off") or self.space.first(backends[-1])
-        for backend in backends:
-            if backend in _COMPILED:
+        steps = [one for one in backends if one not in ("off", *_COMPILED)]
+        if steps:
+            self._along(self.space.first(steps[0]), steps)
+        # The others go on from there: each is a world of its own, whose axes may not be those of the others.
+        base = self._best(self.trials) or self.space.first()
+        for backend in ("off", *_COMPILED):
+            if backend in backends:
                 self._along(self.space.settled(replace(base, backend=backend)), [backend])
-                best = self._best(self.trials) or best
         return self._decided()
 
     def sweep(self) -> Setting:
@@ -186,10 +186,12 @@ class Tuner:
             self._try(setting, _MANY)
         return self._decided()
 
-    def _along(self, start: Setting, backends: Sequence[Backend]) -> Setting:
-        """The best that is reached from a setting by changing one axis at a time, with these back ends."""
+    def _along(self, start: Setting, backends: Sequence[Backend]) -> None:
+        """Look for the best that is reached from a setting by changing one axis at a time, with these back ends."""
         self._try(start)
         best = start
+        if (ahead := self._best(self.trials)) is not None and self._cost(start) > _HOPELESS * self._cost(ahead):
+            return
         while True:
             before = best
             for axis in AXES:
@@ -206,7 +208,7 @@ class Tuner:
                 near = [self.space.settled(replace(best, **{axis: value})) for value in self.space.values(axis)]
                 best = self._best(one for one in near if one.backend in backends) or best
             if best == before:
-                return best
+                return
 
     def _hopeless(self, axis: str, value: Any, best: Setting) -> bool:
         """Whether this value lost clearly against the best one's wherever nothing else was different."""
@@ -357,13 +359,6 @@ def _value(axis: str, value: Any) -> str:
 
 def shown(setting: Setting) -> str:
     """A setting in one line."""
-    axes = (axis for axis in AXES if getattr(setting, axis) is not None)
-    parts = {
-        "requests": "requests {}",
-        "kv_dtype": "cache {}",
-        "quantization": "cache of {} bits",
-        "bucket": "bucket {}",
-    }
-    return ", ".join(
-        parts.get(axis, "{}").format(_value(axis, getattr(setting, axis))) for axis in AXES if axis in axes
-    )
+    said = {"requests": "requests {}", "kv_dtype": "cache {}", "quantization": "cache of {} bits", "bucket": "bucket {}"}
+    values = ((axis, getattr(setting, axis)) for axis in AXES)
+    return ", ".join(said.get(axis, "{}").format(_value(axis, value)) for axis, value in values if value is not None)

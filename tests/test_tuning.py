@@ -69,13 +69,22 @@ def best_of(cost, space=SPACE):
     return min(map(cost, space.settings()))
 
 
+# A doubling of requests gains as much as the one before, or loses: there the search stops. And what changes one axis alone
+# makes nothing much faster that is already twice as slow: there it gives up.
 factors = st.fixed_dictionaries(
-    {(axis, value): st.floats(0.3, 3) for axis in AXES for value in SPACE.values(axis) if len(SPACE.values(axis)) > 1}
+    {("requests", "doubled"): st.floats(0.55, 1.3)}
+    | {
+        (axis, value): st.floats(0.75, 1.3) if axis == "quantization" else st.floats(0.3, 3)
+        for axis in ("backend", "precision", "kv_dtype", "quantization")
+        for value in SPACE.values(axis)
+    }
 )
 
 
 def of(table, setting, axis):
     value = getattr(setting, axis)
+    if axis == "requests":
+        return table[axis, "doubled"] ** math.log2(value)
     return table.get((axis, value), 1.0)
 
 
@@ -158,7 +167,7 @@ def test_nothing_begins_after_the_time_is_over(limit):
     assert found.untried or limit == 150
     assert ("compile" in {one.backend for one in found.trials}) == (limit >= 100)
     assert best in found.trials
-    if found.untried:
+    if limit < 100:
         assert any("no time was left" in line for line in found.explanation(best))
 
 
