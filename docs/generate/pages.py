@@ -16,6 +16,7 @@ from pathlib import Path
 import jinja2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import figures
 import measured
 import smaller
 import tables
@@ -62,7 +63,7 @@ def rendered(name: str, found: dict[str, Result]) -> str:
     environment.filters |= words
     known = Known(found)
     return environment.get_template(f"{name}.md.jinja").render(
-        result=known, others=known.others, title=title, tables=tables, smaller=smaller
+        result=known, results=found, others=known.others, title=title, tables=tables, smaller=smaller, figures=figures
     )
 
 
