@@ -25,6 +25,7 @@ from matplotlib.patches import Rectangle
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from measured import ROOT, Result, results, times
+from tables import NAMES, tokens_shown
 
 FOLDER = ROOT / "docs" / "img"
 SIDES = {  # of t3_decode
@@ -69,15 +70,10 @@ def drawn(name: str, found: dict[str, Result], folder: Path | None = None) -> Sh
 # ---------------------------------------------------------------------- what it brings
 
 
-@figure(8, 4.2)
+@figure(8, 4.6)
 def gain(found: dict[str, Result], made: Figure) -> Shown:
     """The picture of the README: how many times sooner, each against doing without."""
     decode, text, first = (found[name] for name in ("t3_decode", "long_text", "voice_ttft"))
-    longest = max(row["context"] for row in decode.of(variant="english"))
-
-    def token(variant: str, side: str, precision: str) -> float:
-        row = decode.row(variant=variant, context=longest, side=side, precision=precision)
-        return round(row["upstream / this"], 2)
 
     def known(case: str) -> float:
         return round(first.row(case=case, prefix="from memory")["computed / this"], 2)
@@ -87,14 +83,14 @@ def gain(found: dict[str, Result], made: Figure) -> Shown:
 
     same, fewer = "the same answer, fp32", "int8, which costs SmolLM2 0.8 % of perplexity"
     shown = {
-        f"a token, English T3, {longest} in the cache": {
-            same: token("english", "ours, compile", "fp32"),
-            fewer: token("english", "ours, compile", "int8"),
-        },
-        f"a token, Nano, {longest} in the cache": {
-            same: token("nano", "ours, compile", "fp32"),
-            fewer: token("nano", "ours, compile", "int8"),
-        },
+        f"a token, {NAMES[variant]}, {context} in the cache": {
+            label: round(row["upstream / this"], 2)
+            for label, precision in ((same, "fp32"), (fewer, "int8"))
+            for row in decode.of(variant=variant, context=context, side="ours, compile", precision=precision)
+        }
+        for variant, context in tokens_shown(decode)
+    }
+    shown |= {
         f"a long text, {text.data['segments']} segments together": {
             same: spoken("ours, together, fp32"),
             fewer: spoken("ours, together, int8, compiled"),

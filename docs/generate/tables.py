@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from measured import Result, Row, cell, digits, ms, quartiles, table, times
 
 ENGLISH, NANO = "english", "nano"
+NAMES = {ENGLISH: "English 520M", NANO: "Nano 110M"}
 
 
 def by_context(result: Result, variant: str) -> str:
@@ -135,28 +136,37 @@ def any_ratios(result: Result) -> str:
 def gains(decode: Result, text: Result, first: Result) -> str:
     """What each part brings, in one table: upstream's figure, ours, and how many times that is."""
     lines = []
-    for variant, name in ((ENGLISH, "English, 520M, guidance"), (NANO, "Nano, 110M")):
-        longest = max(row["context"] for row in decode.of(variant=variant))
-        ways = {
-            "our cache in upstream's loop, fp32": ("upstream's loop, our cache", "fp32"),
-            "compiled, fp32": ("ours, compile", "fp32"),
-            "compiled, int8": ("ours, compile", "int8"),
-        }
-        slow = decode.row(variant=variant, context=longest, side="upstream's loop")
+    ways = {
+        "our cache in upstream's loop, fp32": ("upstream's loop, our cache", "fp32"),
+        "compiled, fp32": ("ours, compile", "fp32"),
+        "compiled, int8": ("ours, compile", "int8"),
+    }
+    for variant, context in tokens_shown(decode):
+        slow = decode.row(variant=variant, context=context, side="upstream's loop")
         for way, (side, precision) in ways.items():
-            row = decode.row(variant=variant, context=longest, side=side, precision=precision)
-            what = f"a token of {name}, {longest} in the cache: {way}"
+            row = decode.row(variant=variant, context=context, side=side, precision=precision)
+            what = f"a token, {NAMES[variant]}, {context} in the cache: {way}"
             lines.append([what, *_ours(ms(slow["ms/token"]), ms(row["ms/token"]), "ms", row["upstream / this"])])
     slow = text.rows[0]
     for side, way in (("ours, together, fp32", "fp32"), ("ours, together, int8, compiled", "int8, compiled")):
         row = text.row(side=side)
-        what = f"a text of {text.data['segments']} segments by the English model, together: {way}"
+        what = f"a text of {text.data['segments']} segments, English, together: {way}"
         lines.append([what, *_ours(digits(slow["s"]), digits(row["s"]), "s", row["upstream / this"])])
     for case, what in (("turbo", "a known voice of Turbo"), ("smollm2", "a known prompt of SmolLM2-135M")):
         slow, row = (first.row(case=case, prefix=prefix) for prefix in ("computed again", "from memory"))
         figures = (f"{of['ms, median']:.0f}" for of in (slow, row))
         lines.append([f"the first token of {what}, from memory", *_ours(*figures, "ms", row["computed / this"])])
     return table(["", "without", "with", "gain"], lines)
+
+
+def tokens_shown(decode: Result) -> list[tuple[str, int]]:
+    """The variants and contexts that stand for the others: a short and a long one, and Nano's shortest."""
+    contexts = {variant: [row["context"] for row in decode.of(variant=variant)] for variant in NAMES}
+    return [
+        (ENGLISH, min(contexts[ENGLISH])),
+        (ENGLISH, max(contexts[ENGLISH])),
+        (NANO, min(contexts[NANO])),
+    ]
 
 
 def _ours(slow: str, fast: str, unit: str, ratio: float) -> list[str]:
