@@ -1,0 +1,155 @@
+"""Chatterbox's models for the commands `kvcache plan`, `profile` and `tune`: ``chatterbox-nano`` and its kin."""
+
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvcache import CacheReport, InputError, MemoryStore, SpeakerCache
+from kvcache.subjects import Prepared, Setting, Subject
+from kvcache_chatterbox.engine import ChatterboxEngine
+from kvcache_chatterbox.loading import WEIGHTS, load_t3, random_conditionals
+from kvcache_chatterbox.requests import prefill
+
+_BEGINS = "chatterbox-"
+_VOICE = "made up"
+
+
+def subject(name: str) -> "ChatterboxSubject | None":
+    """``chatterbox-english``, ``-multilingual``, ``-turbo`` or ``-nano``, with a folder of weights behind a colon if there is
+    one, as in ``chatterbox-nano:/models/nano``; None for other names.
+
+    Raises:
+        InputError: for an unknown variant.
+    """
+    if not name.startswith(_BEGINS):
+        return None
+    variant, _, folder = name[len(_BEGINS) :].partition(":")
+    if variant not in WEIGHTS:
+        raise InputError(f"{name!r}: Chatterbox has no variant {variant!r}; there are {', '.join(WEIGHTS)}")
+    return ChatterboxSubject(name, variant, folder or None)
+
+
+class ChatterboxSubject(Subject):
+    """A T3 with its weights from a folder, or random ones, which keep shapes, bytes and speed."""
+
+    def __init__(self, name: str, variant: str, folder: str | None) -> None:
+        self.name, self.variant = name, variant
+        self._folder = None if folder is None else Path(folder)
+        self.gpt = variant in ("turbo", "nano")
+        self.rows = 1 if self.gpt else 2
+        self.random = folder is None
+
+    @property
+    def shortest(self) -> int:  # type: ignore[override]
+        """The voice, a start, a text of one token with its frame, and the start of speech."""
+        return 376 + 2 if self.gpt else 34 + 3 + 2
+
+    def skeleton(self) -> nn.Module:
+        with torch.device("meta"):
+            found: nn.Module = load_t3(self.variant, device="meta")  # type: ignore[arg-type]
+        return found
+
+    def decoder(self, model: nn.Module) -> nn.Module:
+        found: nn.Module = model.tfmr  # type: ignore[assignment]
+        return found
+
+    @cached_property
+    def _t3(self) -> Any:
+        return load_t3(self.variant, self._folder)  # type: ignore[arg-type]
+
+    def load(self, device: str = "cpu") -> nn.Module:
+        found: nn.Module = self._t3.to(device)
+        return found
+
+    def prepared(self, setting: Setting, device: str = "cpu") -> Prepared:
+        return _Speech(endless(self.load(device)), setting)
+
+
+def endless(t3: Any) -> Any:
+    """A T3 that shares all but its head with this one, and never says that speech has ended: for figures of a set length."""
+    from kvcache.modules import rebuilt
+
+    head = nn.Linear(t3.dim, t3.speech_head.out_features, device=t3.device)
+    with torch.no_grad():
+        head.weight.copy_(t3.speech_head.weight)
+        head.bias.zero_() if t3.speech_head.bias is None else head.bias.copy_(t3.speech_head.bias)
+        head.bias[t3.hp.stop_speech_token] = -1e4
+    return rebuilt(t3, lambda name, module: head.eval() if module is t3.speech_head else None)
+
+
+class _Speech:
+    """A T3 that decodes in one way."""
+
+    def __init__(self, t3: Any, setting: Setting) -> None:
+        if setting.quantization is not None:
+            raise InputError("Chatterbox's engine has no quantized caches; leave the bits out")
+        self._setting = setting
+        self.engine = ChatterboxEngine(
+            t3,
+            setting.policy,
+            setting.max_length or 4096,
+            speakers=SpeakerCache(MemoryStore("1GiB")),
+            backend=setting.backend,
+            precision=setting.precision,
+            kv_dtype=setting.kv_dtype,
+        )
+        self.engine.add_voice(_VOICE, conditionals=random_conditionals(t3))
+
+    @property
+    def module(self) -> nn.Module:
+        found: nn.Module = self.engine.t3
+        return found
+
+    def stream(self, context: int, tokens: int, chunk_size: int = 16) -> Iterator[int]:
+        requests = self._setting.requests
+        texts = [self._text(context, i) for i in range(requests)]
+        if requests == 1:
+            for chunk in self.engine.inference_stream(
+                text_tokens=texts[0], voice=_VOICE, max_new_tokens=tokens, chunk_size=chunk_size, seed=0
+            ):
+                yield chunk.numel()
+            return
+        if not self.engine.batches:
+            raise InputError(f"requests={requests} decode together on the decode engine; give another backend than 'off'")
+        for _, chunk in self.engine.inference_segments(
+            texts=texts, voice=_VOICE, max_new_tokens=tokens, chunk_size=chunk_size, seed=0, max_rows=requests
+        ):
+            yield chunk.numel()
+
+    def _text(self, context: int, seed: int) -> Tensor:
+        """Made-up text tokens, as many as let a request begin with `context` tokens in all."""
+        t3 = self.engine.t3
+        voice = self.engine._conditioning(self.engine.voice_of(_VOICE), True).shape[1]
+        frame = 0 if t3.is_gpt else 2
+        count = context - voice - self.engine._overhead - frame
+        if count < 1:
+            raise InputError(
+                f"context={context} leaves no room for a text: voice, frame and start take {context - count} tokens"
+            )
+        text = torch.randint(1, 200, (count,), generator=torch.Generator().manual_seed(seed))
+        if frame:
+            text = torch.cat(
+                [torch.tensor([t3.hp.start_text_token]), text, torch.tensor([t3.hp.stop_text_token])]
+            )
+        return text
+
+    @torch.inference_mode()
+    def logits(self, ids: Tensor) -> Tensor:
+        t3 = self.engine.t3
+        voice = self.engine._conditioning(self.engine.voice_of(_VOICE), True)
+        speech = t3.speech_emb(ids[None].to(t3.device))
+        if t3.speech_pos_emb is not None:
+            speech = speech + t3.speech_pos_emb(ids[None].to(t3.device))
+        begin = prefill(t3, voice, self._text(voice.shape[1] + 30, 0)[None].to(t3.device)).embeds
+        hidden = t3.tfmr(inputs_embeds=torch.cat([begin, speech], 1), use_cache=False)[0]
+        return torch.as_tensor(t3.speech_head(hidden[0, begin.shape[1] :]))
+
+    def report(self) -> CacheReport:
+        return self.engine.report()
+
+    def release(self) -> None:
+        self.engine.release()

@@ -1,0 +1,8 @@
+"""`kvcache profile`."""
+
+from kvcache.cli.common import Json, Wanting
+
+
+def command(as_json: Json = False) -> None:
+    """Not there yet."""
+    raise Wanting("kvcache profile is not built yet")

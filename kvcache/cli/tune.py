@@ -1,0 +1,8 @@
+"""`kvcache tune`."""
+
+from kvcache.cli.common import Json, Wanting
+
+
+def command(as_json: Json = False) -> None:
+    """Not there yet."""
+    raise Wanting("kvcache tune is not built yet")

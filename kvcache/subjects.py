@@ -1,0 +1,265 @@
+"""What `kvcache plan`, `profile` and `tune` are about: a model by its name, and ways to let it decode.
+
+A transformers language model is named by a folder, a ``.gguf`` file or a hub id; adapters bring other names through the
+entry point group ``kvcache.subjects``, as the Chatterbox adapter does with ``chatterbox-nano``.
+"""
+
+import io
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kvcache.decoding.backends import BackendName
+from kvcache.errors import InputError
+from kvcache.geometry import CacheGeometry
+from kvcache.manager import KVCacheManager
+from kvcache.memory import CacheReport
+from kvcache.policies import KeepAll, SizePolicy
+from kvcache.precision import Precision, with_precision
+from kvcache.quantized import Quantization
+
+GROUP = "kvcache.subjects"
+
+Backend = BackendName | Literal["off"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way to decode: what is planned for, profiled, and chosen by tuning.
+
+    Attributes:
+        backend: ``"off"`` is the token loop on a growing cache; the others are the decode engine's, see
+            `kvcache.decoding.Decoding`.
+        precision: of the linear layers; None leaves the model as it was loaded.
+        kv_dtype: of the decode engine's cache; None is its own choice.
+        requests: that decode together.
+        policy: which tokens stay; None keeps all.
+        quantization: bits of the token loop's cache; None holds it in full precision.
+        max_length: the most tokens of a request; None grows or fits as needed.
+    """
+
+    backend: Backend = "eager"
+    precision: Precision | None = None
+    kv_dtype: torch.dtype | None = None
+    requests: int = 1
+    policy: SizePolicy | None = None
+    quantization: int | None = None
+    max_length: int | None = None
+
+
+class Prepared(Protocol):
+    """A model that is set up to decode in one way, as often as asked."""
+
+    @property
+    def module(self) -> nn.Module:
+        """What runs at each step, so that its layers can be watched."""
+
+    def stream(self, context: int, tokens: int, chunk_size: int = 16) -> Iterator[int]:
+        """Decode `tokens` tokens for every request behind `context` tokens of it; how many of all requests came, chunk by
+        chunk. The first chunk waits for the prefill. Nothing ends it early."""
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """What the model says after each of these tokens ``[n]``, at this precision: ``[n, vocabulary]``; to judge
+        fidelity by."""
+
+    def report(self) -> CacheReport:
+        """The account of the last run's cache."""
+
+    def release(self) -> None:
+        """Let go of caches and of what was compiled or captured."""
+
+
+class Subject(ABC):
+    """A model that the commands know by name.
+
+    Attributes:
+        name: as it was given.
+        rows: cache rows of a request; 2 under guidance.
+        shortest: the fewest tokens of context that a request has.
+    """
+
+    name: str
+    rows: int = 1
+    shortest: int = 1
+
+    @abstractmethod
+    def skeleton(self) -> nn.Module:
+        """The model without its weights, on the meta device, in the dtype it is loaded in."""
+
+    @abstractmethod
+    def decoder(self, model: nn.Module) -> nn.Module:
+        """The part of a model that has the cache: a transformers decoder, with a config."""
+
+    @abstractmethod
+    def load(self, device: str = "cpu") -> nn.Module:
+        """The model with its weights; loaded once."""
+
+    @abstractmethod
+    def prepared(self, setting: Setting, device: str = "cpu") -> Prepared:
+        """The loaded model, set up to decode so.
+
+        Raises:
+            KVCacheError: if it cannot.
+        """
+
+    def geometry(self, setting: Setting | None = None) -> CacheGeometry:
+        """Of its cache, in the dtype that a setting gives it."""
+        return CacheGeometry.from_model(self.decoder(self.skeleton()))
+
+
+Source = Callable[[str], Subject | None]
+"""What an entry point of the group names: gives the subject of a name, or None for a name that is not its own."""
+
+
+def subject(name: str) -> Subject:
+    """The model of that name.
+
+    Raises:
+        InputError: if there is none, with what there is.
+    """
+    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
+        source: Source = entry.load()
+        if (found := source(name)) is not None:
+            return found
+    return LanguageSubject(name)
+
+
+class LanguageSubject(Subject):
+    """A transformers language model: a folder, a ``.gguf`` file, or an id of the Hugging Face hub.
+
+    Raises:
+        InputError: if it is none of these.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        path = Path(name)
+        self._options: dict[str, Any] = {}
+        self._from = name
+        if path.suffix == ".gguf" and path.is_file():
+            if find_spec("gguf") is None:
+                raise InputError(f"{name}: a .gguf file needs the package gguf; run: pip install gguf accelerate")
+            self._options = {"gguf_file": path.name, "local_files_only": True}
+            self._from = str(path.parent)
+        elif path.is_dir():
+            if not (path / "config.json").is_file():
+                raise InputError(f"{name}: the folder has no config.json; give one that save_pretrained wrote")
+            self._options = {"local_files_only": True}
+        elif path.suffix or name.startswith((".", "/", "~")) or name.count("/") != 1:
+            raise InputError(
+                f"{name!r} is no folder with a config.json, no .gguf file and no hub id (owner/name), nor a name that an "
+                "installed adapter knows, such as 'chatterbox-nano'"
+            )
+
+    @cached_property
+    def _config(self) -> Any:
+        from transformers import AutoConfig
+
+        return self._read(lambda: AutoConfig.from_pretrained(self._from, **self._options))
+
+    def skeleton(self) -> nn.Module:
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(self._config, dtype=self._dtype)
+        return model.eval()
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """What `load` makes of the weights: as transformers does, the dtype that the config names, else fp32."""
+        named = getattr(self._config, "dtype", None)
+        return named if isinstance(named, torch.dtype) and "gguf_file" not in self._options else torch.float32
+
+    def decoder(self, model: nn.Module) -> nn.Module:
+        return model
+
+    def load(self, device: str = "cpu") -> nn.Module:
+        return self._model.to(device)
+
+    @cached_property
+    def _model(self) -> nn.Module:
+        from transformers import AutoModelForCausalLM
+
+        model: nn.Module = self._read(
+            lambda: AutoModelForCausalLM.from_pretrained(self._from, dtype=self._dtype, **self._options)
+        )
+        return model.eval()
+
+    def _read(self, read: Callable[[], Any]) -> Any:
+        level = logging.getLogger("transformers").level
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+        try:
+            with redirect_stderr(io.StringIO()):  # progress bars that cannot be switched off
+                return read()
+        except (OSError, ValueError, KeyError) as error:
+            said = str(error).strip().splitlines() or [type(error).__name__]
+            raise InputError(f"{self.name} cannot be loaded: {said[0]}; check the name, or give a folder") from error
+        finally:
+            logging.getLogger("transformers").setLevel(level)
+
+    def prepared(self, setting: Setting, device: str = "cpu") -> "Prepared":
+        return _Language(self.load(device), setting)
+
+
+class _Language:
+    """A language model that decodes in one way."""
+
+    def __init__(self, model: Any, setting: Setting) -> None:
+        self._model = model if setting.precision is None else with_precision(model, setting.precision)
+        self._setting = setting
+        self.manager = KVCacheManager(
+            self._model,
+            KeepAll() if setting.policy is None else setting.policy,
+            setting.max_length,
+            kv_dtype=setting.kv_dtype,
+            quantization=None if setting.quantization is None else Quantization(setting.quantization),
+        )
+
+    @property
+    def module(self) -> nn.Module:
+        found: nn.Module = self.manager.runner
+        return found
+
+    def stream(self, context: int, tokens: int, chunk_size: int = 16) -> Iterator[int]:
+        prompt = self._ids(context)
+        # An end that the vocabulary does not have: only the length ends it.
+        end = self._model.config.get_text_config().vocab_size
+        chunks = self.manager.stream(
+            prompt,
+            chunk_size=chunk_size,
+            backend=self._setting.backend,
+            attention_mask=torch.ones_like(prompt),
+            do_sample=False,
+            max_new_tokens=tokens,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
+        for chunk in chunks:
+            yield chunk.numel()
+
+    def _ids(self, context: int) -> Tensor:
+        """Made-up prompts ``[requests, context]``."""
+        vocabulary = self._model.config.get_text_config().vocab_size
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, vocabulary, (self._setting.requests, context), generator=generator)
+        return ids.to(self._model.device)
+
+    @torch.inference_mode()
+    def logits(self, ids: Tensor) -> Tensor:
+        return torch.as_tensor(self._model(ids[None].to(self._model.device), use_cache=False).logits[0])
+
+    def report(self) -> CacheReport:
+        return self.manager.report()
+
+    def release(self) -> None:
+        self.manager.release()
