@@ -16,6 +16,7 @@ from kvcache.decoding.language import LanguageDecoder
 from kvcache.decoding.settings import GenerationSettings
 from kvcache.decoding.wiring import why_not
 from kvcache.errors import GeometryError, InputError, PolicyError
+from kvcache.events import Event, emit
 from kvcache.fingerprint import model_fingerprint
 from kvcache.geometry import CacheGeometry
 from kvcache.heads import AdaptiveLayer, share
@@ -191,10 +192,11 @@ class KVCacheManager:
             self.geometry.check_eviction()
             for layer in layers:
                 layer.check_trim(max_tokens)
-        left = max(layer.trim(max_tokens) for layer in layers)
+        left = [layer.trim(max_tokens) for layer in layers]
         for layer in layers:
             layer.fit()
-        return left
+        self._tell_trimmed(cache, left)
+        return max(left)
 
     def save(self, cache: Any, secret: bytes | None = None) -> bytes:
         """A whole cache as a checked safetensors file, compressed as it is, to go on from later or elsewhere.
@@ -276,7 +278,7 @@ class KVCacheManager:
             raise InputError("tokens have left this cache already; give Rehearsed a limit that holds the whole text")
         for layer in layers:
             layer.check_trim(max_tokens)
-        before = [layer.stored for layer in layers]
+        before, evicted = [layer.stored for layer in layers], [layer.evicted for layer in layers]
         hf.rehearse(self.runner, cache, inputs.to(self.model.device), instruction)
         adaptive = [layer for layer in layers if isinstance(layer, AdaptiveLayer)]
         if len(adaptive) == len(layers):
@@ -286,7 +288,16 @@ class KVCacheManager:
             for layer in layers:
                 layer.trim(max_tokens)
                 layer.fit()
+        self._tell_trimmed(cache, [layer.evicted - then for layer, then in zip(layers, evicted, strict=True)])
         return max(0, before[0] - max_tokens)
+
+    def _tell_trimmed(self, cache: Any, left: Sequence[int]) -> None:
+        hf.count_anew(cache)
+        layers, total = hf.kv_layers(cache), sum(left)
+        if total:
+            rows = layers[0].rows or 1
+            numbers = {"tokens": total * rows, "layers": sum(n > 0 for n in left), "rows": rows, "seen": layers[0].seen}
+            emit(Event("trimmed", repr(layers[0].policy), numbers))
 
     # ------------------------------------------------------------------ prefixes
 
@@ -366,6 +377,7 @@ class KVCacheManager:
             raise
         finally:
             self._last = self.report(cache)
+            hf.tell_evicted(cache)
 
     def stream(
         self,
@@ -407,6 +419,7 @@ class KVCacheManager:
             reason = self._why_not(settings, inputs, prefix, kwargs)
             if reason is None:
                 return self._decoded(settings, inputs, prefix, chunk_size, backend, kwargs)
+            emit(Event("fell_back", f"{backend} to generate", reason=reason))
 
         def work(emit: Callable[[Tensor], None]) -> None:
             self.generate(inputs, prefix=prefix, streamer=_Emitter(emit), **kwargs)
