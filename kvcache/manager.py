@@ -1,5 +1,6 @@
 """`KVCacheManager`: wrap a transformers model; get caches, generate, stream, trim, report."""
 
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -71,6 +72,7 @@ class KVCacheManager:
         self.enabled = True
         self.geometry = CacheGeometry.from_model(model)
         self._last = CacheReport(())
+        self._running: weakref.ref[Any] | None = None  # the cache of a run that is under way
         self.speakers = SpeakerCache(default_store(self.geometry.device)) if speakers is None else speakers
         self._decoder = LanguageDecoder(model, self.geometry, kv_dtype, max_cache_length)
         self._prompts = Prompts(model, self.speakers, max_cache_length, self.geometry.max_positions)
@@ -366,6 +368,7 @@ class KVCacheManager:
         if cache is None:
             cache = self._cache_for(inputs, kwargs, prefix)
         prompt = self._prompt(inputs, kwargs)
+        running = self._running = weakref.ref(cache)
         try:
             with self._exactly():
                 # Said aloud: where a config turns caches off, `generate` would ignore the one it is given.
@@ -378,6 +381,8 @@ class KVCacheManager:
             raise
         finally:
             self._last = self.report(cache)
+            if self._running is running:
+                self._running = None
             hf.tell_evicted(cache)
 
     def stream(
@@ -445,7 +450,9 @@ class KVCacheManager:
         self._decoder.release()
 
     def report(self, cache: Any = None) -> CacheReport:
-        """The account of `cache`, or of the last run: bytes, tokens seen and kept, evictions, per layer."""
+        """The account of `cache`, or of the run that is under way or was last: bytes, tokens seen and kept, evictions."""
+        running = self._running if cache is None else None
+        cache = running() if running is not None else cache
         return self._last if cache is None else account(hf.cache_layers(cache))
 
     # ------------------------------------------------------------------ inside

@@ -128,14 +128,25 @@ def _layer_report(layer: Any) -> LayerReport:
     if (kv := getattr(layer, "kv", None)) is not None:
         heads = getattr(kv, "heads", ())
         return LayerReport(repr(kv.policy), kv.seen, kv.stored, kv.evicted, kv.capacity, kv.nbytes, heads)
-    tensors = [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if isinstance(t, Tensor)]
+    tensors = _tensors(layer)
     seen = layer.get_seq_length() if tensors else 0
     stored = tensors[0].shape[-2] if tensors and tensors[0].dim() == 4 else 0
-    # The model's own layers may hold a slice of a larger tensor: what counts is the storage behind it.
-    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return LayerReport(
-        f"the model's own {type(layer).__name__}", seen, stored, seen - stored, stored, sum(held.values())
+        f"the model's own {type(layer).__name__}", seen, stored, seen - stored, stored, layer_bytes(layer)
     )
+
+
+def layer_bytes(layer: Any) -> int:
+    """Bytes of what a layer holds, ours or the model's own."""
+    if (kv := getattr(layer, "kv", None)) is not None:
+        return int(kv.nbytes)
+    # The model's own layers may hold a slice of a larger tensor: what counts is the storage behind it.
+    held = [t.untyped_storage() for t in _tensors(layer)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in held}.values())
+
+
+def _tensors(layer: Any) -> list[Tensor]:
+    return [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if isinstance(t, Tensor)]
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

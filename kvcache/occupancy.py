@@ -21,11 +21,7 @@ def positions_by_head(layer: KVLayer) -> list[tuple[tuple[int, ...] | None, Tens
         Pairs of which heads, None for all of them, and their positions.
     """
     if isinstance(layer, SplitLayer):
-        found = []
-        for heads, part in layer.parts:
-            at = positions_by_head(part)[0][1]
-            found.append((tuple(heads), at))
-        return found
+        return [(tuple(heads), positions_by_head(part)[0][1]) for heads, part in layer.parts]
     at = layer.positions()
     return [(None, at if at.dim() == 3 else at[:, None])]
 

@@ -20,7 +20,11 @@ def report_rows(report: "CacheReport") -> list[tuple[str, ...]]:
         if i + 1 == len(report.layers) or report.layers[i + 1] != layer:
             span = f"{start}" if start == i else f"{start}-{i}"
             size = layer.nbytes * (i + 1 - start) / 2**20
-            kept = f"{min(layer.heads)}-{layer.stored}" if layer.heads and min(layer.heads) < layer.stored else layer.stored
+            kept = (
+                f"{min(layer.heads)}-{layer.stored}"
+                if layer.heads and min(layer.heads) < layer.stored
+                else layer.stored
+            )
             counts = (layer.seen, kept, layer.evicted, layer.capacity)
             rows.append((span, *map(str, counts), f"{size:.1f}", layer.policy))
             start = i + 1
@@ -45,10 +49,8 @@ def report_text(report: "CacheReport") -> str:
     """In plain text."""
     if not report.enabled:
         return headline(report)
-    lines = [headline(report)]
-    for row in (COLUMNS, *report_rows(report)):
-        lines.append(" ".join(f"{cell:>8}" for cell in row[:-1]) + f"  {row[-1]}")
-    return "\n".join((*lines, *footers(report)))
+    rows = (" ".join(f"{cell:>8}" for cell in row[:-1]) + f"  {row[-1]}" for row in (COLUMNS, *report_rows(report)))
+    return "\n".join((headline(report), *rows, *footers(report)))
 
 
 def report_rich(report: "CacheReport") -> Any:
@@ -71,6 +73,20 @@ def report_rich(report: "CacheReport") -> Any:
     for row in report_rows(report):
         table.add_row(*map(Text, row))
     return Group(table, *(Text(line) for line in footers(report)))
+
+
+def text_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in plain text; its first column is aligned to the left."""
+    lines = [columns, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    shown = [
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
+    return "\n".join([title, *shown])
 
 
 def html_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], below: Sequence[str] = ()) -> str:

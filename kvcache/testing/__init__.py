@@ -6,6 +6,7 @@ The laws need hypothesis: ``pip install hypothesis``.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 from kvcache.errors import InputError
 from kvcache.layers import KVLayer
@@ -67,7 +68,8 @@ def check_layer(
     _laws().check_layer(make, policies, variants, laws, tolerance, examples)
 
 
-def _laws():  # type: ignore[no-untyped-def]
+def _laws() -> Any:
+    """The module that needs hypothesis."""
     try:
         from kvcache.testing import checks
     except ModuleNotFoundError as error:

@@ -123,7 +123,9 @@ def check_policy(policy: SizePolicy, examples: int) -> None:
         make = cast("Callable[..., KVLayer]", layer_for)
         for name, law in (("kept", _kept_by_head), ("rows", _rows_by_head)):
             search(_by_head(policy), examples, partial(_named, name, partial(law, make, policy)))
-    elif (policy.limit or 0) <= held.MAX_LENGTH - 4:  # beyond, no scenario reaches the limit, and all were checked above
+    elif (
+        policy.limit or 0
+    ) <= held.MAX_LENGTH - 4:  # beyond, no scenario reaches the limit, and all were checked above
         check_layer(KVLayer, [policy], ("plain", "padded"), None, 0.0, examples)
 
 
@@ -279,7 +281,9 @@ def _rows_by_head(make: Callable[..., KVLayer], policy: SizePolicy, fed: Fed) ->
     first.select(rows)
     first.append(*last)
     second.append(*last)
-    assert first.kept() == second.kept(), "rows that were chosen keep other tokens than rows that were so from the start"
+    assert first.kept() == second.kept(), (
+        "rows that were chosen keep other tokens than rows that were so from the start"
+    )
 
 
 def _inner(policy: SizePolicy) -> SizePolicy:

@@ -130,22 +130,22 @@ def _described(held: Tensor | KVLayer) -> str:
 
 
 def _holder(held: object, mine: set[int]) -> str:
-    """Who refers to it: the first object or module on the way up that has a name for it."""
-    for _ in range(6):
-        above = [other for other in gc.get_referrers(held) if id(other) not in mine and not isinstance(other, FrameType)]
-        mine.add(id(above))
-        for other in above:
-            names = other if isinstance(other, dict) else getattr(other, "__dict__", {})
-            name = next((name for name, value in list(names.items()) if value is held), None)
-            if name is not None and not isinstance(other, dict):
-                return f"a {type(other).__qualname__} as .{name}"
-            if isinstance(name, str) and "__spec__" in names:
-                return f"{names.get('__name__')}.{name}"
+    """Who refers to it: the way down to it from the first object or module above that is no mere container."""
+    path = ""
+    for _ in range(8):
+        above = [one for one in gc.get_referrers(held) if id(one) not in mine and not isinstance(one, FrameType)]
+        mine |= {id(above), id(held)}
         if not above:
             break
-        held = above[0]
-        if not isinstance(held, dict | list | tuple | set):
-            return f"a {type(held).__qualname__}"
+        owner = above[0]
+        names = owner if isinstance(owner, dict) else getattr(owner, "__dict__", {})
+        name = next((f".{name}" for name, value in list(names.items()) if value is held), "")
+        if isinstance(owner, dict) and "__spec__" in owner:
+            return f"{owner.get('__name__')}{name}{path}"
+        if not isinstance(owner, dict | list | tuple | set):
+            kind = owner.__qualname__ if isinstance(owner, type) else f"a {type(owner).__qualname__}"
+            return f"{kind}{name}{path}"
+        path, held = (name or "[…]") + path, owner
     return "a local variable, or something that the garbage collector does not know"
 
 

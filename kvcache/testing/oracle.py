@@ -52,8 +52,9 @@ class Oracle:
             self.turn(key, shift) if self.turn and i < self.policy.pinned else key for i, (key, _) in enumerate(real)
         ]
         keys, values = torch.stack(turned, 1).double(), torch.stack([value for _, value in real], 1).double()
-        scores = (keys @ query.double()[..., None])[..., 0] / query.shape[-1] ** 0.5
-        return (scores.softmax(-1)[..., None] * values).sum(1)
+        scores: Tensor = (keys @ query.double()[..., None])[..., 0] / query.shape[-1] ** 0.5
+        seen: Tensor = (scores.softmax(-1)[..., None] * values).sum(1)
+        return seen
 
     def can_truncate(self, length: int) -> bool:
         """To a length since which nothing left, to nothing, or to pinned tokens alone (which pads must not precede)."""
