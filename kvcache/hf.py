@@ -26,6 +26,7 @@ from transformers.cache_utils import (
 
 from kvcache import attention
 from kvcache.errors import CapacityError, GeometryError, InputError, PolicyError, PositionsError, RollbackError
+from kvcache.events import Evictions
 from kvcache.geometry import CacheGeometry
 from kvcache.heads import SplitLayer, chosen_by_head, layer_for
 from kvcache.layers import KVLayer
@@ -52,11 +53,18 @@ class ManagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     is_compileable = False
     supports_early_init = False
 
-    def __init__(self, kv: KVLayer, max_positions: int | None = None, beside: Sequence[KVLayer] = ()) -> None:
+    def __init__(
+        self,
+        kv: KVLayer,
+        max_positions: int | None = None,
+        beside: Sequence[KVLayer] = (),
+        evictions: Evictions | None = None,
+    ) -> None:
         # Not super().__init__(): it would assign keys and values, which are read from the layer here.
         self.kv = kv
         self.max_positions = max_positions
         self.beside = beside  # all layers of the cache, to be asked before the first of them changes
+        self.evictions = evictions  # of all of them
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
@@ -86,6 +94,8 @@ class ManagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         keys, values = self.kv.append(key_states, value_states)
         if self.kv.by_head:
             attention.stored(self.kv, keys, values)
+        elif self.evictions is not None and self.kv is self.beside[-1]:
+            self.evictions.after()
         return keys, values
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
@@ -95,6 +105,8 @@ class ManagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             kv.check(fresh)
             _check_observed(kv)
         check_positions(self.max_positions, self.kv.seen, fresh)
+        if self.evictions is not None:
+            self.evictions.before()
         retained = self.kv.retained
         return retained + fresh, self.kv.seen - retained
 
@@ -109,6 +121,12 @@ class ManagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def reset(self) -> None:
         self.kv.reset()
+        self.count_anew()
+
+    def count_anew(self) -> None:
+        """Take what has left so far for told: it came or went without a forward."""
+        if self.evictions is not None:
+            self.evictions.forget()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.kv.select(beam_idx)
@@ -126,6 +144,7 @@ class ManagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.kv.truncate(min(n, self.kv.seen))
         elif n < 0:
             self.kv.truncate(max(0, self.kv.seen + n))
+        self.count_anew()
 
 
 def _check_observed(kv: KVLayer) -> None:
@@ -196,12 +215,13 @@ def new_cache(
         )
     rotation = key_rotation(model) if evicting and positions == "rerotated" else None
     ours: list[KVLayer] = []
+    evictions = Evictions(ours)
     for i in managed:
         given: dict[str, Any] = {"max_length": max_length, "padding": padding, "layers": len(managed), "rows": rows}
         if quantization is not None:
             kv: KVLayer = _quantized(policies[i], quantization, rotation, preallocate, geometry, given)
             ours.append(kv)
-            layers[i] = ManagedLayer(kv, geometry.max_positions, ours)
+            layers[i] = ManagedLayer(kv, geometry.max_positions, ours, evictions)
             continue
         given |= {"preallocate": preallocate, "token_bytes": geometry.layer_token_bytes}
         kv = layer_for(policies[i], rotation, **given)
@@ -215,7 +235,7 @@ def new_cache(
                 f"{policies[i]!r} is for {len(kv.heads)} KV heads, the model has {geometry.kv_heads}; give a policy for each"
             )
         ours.append(kv)
-        layers[i] = ManagedLayer(kv, geometry.max_positions, ours)
+        layers[i] = ManagedLayer(kv, geometry.max_positions, ours, evictions)
     cache = _Cache(layers=layers)
     return _EncoderDecoderCache(cache, DynamicCache()) if model.config.is_encoder_decoder else cache
 
@@ -390,6 +410,21 @@ def truncate(cache: Any, length: int) -> None:
             layer.crop(-removed)
     for kv in kv_layers(cache):
         kv.truncate(length)
+    count_anew(cache)
+
+
+def tell_evicted(cache: Any) -> None:
+    """Tell what has left a cache and was not told yet: nothing follows its last forward."""
+    managed = next((layer for layer in cache_layers(cache) if isinstance(layer, ManagedLayer)), None)
+    if managed is not None and managed.evictions is not None:
+        managed.evictions.after()
+
+
+def count_anew(cache: Any) -> None:
+    """Take the tokens that have left a cache so far for told, see `kvcache.events`."""
+    for layer in cache_layers(cache):
+        if isinstance(layer, ManagedLayer):
+            layer.count_anew()
 
 
 _REHEARSED = 2048  # tokens read again at a time

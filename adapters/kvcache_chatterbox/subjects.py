@@ -114,7 +114,9 @@ class _Speech:
                 yield chunk.numel()
             return
         if not self.engine.batches:
-            raise InputError(f"requests={requests} decode together on the decode engine; give another backend than 'off'")
+            raise InputError(
+                f"requests={requests} decode together on the decode engine; give another backend than 'off'"
+            )
         for _, chunk in self.engine.inference_segments(
             texts=texts, voice=_VOICE, max_new_tokens=tokens, chunk_size=chunk_size, seed=0, max_rows=requests
         ):
@@ -132,9 +134,7 @@ class _Speech:
             )
         text = torch.randint(1, 200, (count,), generator=torch.Generator().manual_seed(seed))
         if frame:
-            text = torch.cat(
-                [torch.tensor([t3.hp.start_text_token]), text, torch.tensor([t3.hp.stop_text_token])]
-            )
+            text = torch.cat([torch.tensor([t3.hp.start_text_token]), text, torch.tensor([t3.hp.stop_text_token])])
         return text
 
     @torch.inference_mode()
