@@ -21,6 +21,7 @@ from kvcache.decoding.loop import Decoding
 from kvcache.decoding.settings import GenerationSettings
 from kvcache.layers import KVLayer
 from kvcache.memory import account
+from kvcache.past import handed
 from kvcache.precision import PackedLinear
 
 if TYPE_CHECKING:
@@ -141,15 +142,12 @@ def fill(layers: Sequence[KVLayer], tokens: int) -> None:
 
 
 @torch.inference_mode()
-def step_bytes(decoding: Decoding, seen: int, whole: bool) -> int:
-    """Bytes that a step takes in which `seen` tokens are read, beyond what is there before and after.
-
-    Args:
-        whole: every row sees all of them.
-    """
+def step_bytes(decoding: Decoding, seen: int) -> int:
+    """Bytes that a step takes in which `seen` tokens are read, beyond what is there before and after."""
     watch = Watch()
     with watch:
-        decoding.step(decoding.order[: min(seen, decoding.kv.slots)], whole, True)  # as if any request draws
+        # As where requests draw and are of different lengths, which takes a mask.
+        decoding.step(decoding.order[: min(seen, decoding.kv.slots)], False, True)
     return watch.peak
 
 
@@ -186,7 +184,9 @@ def language_footprint(manager: Any, setting: "Setting", context: int, tokens: i
         ids = torch.empty(rows, count, dtype=torch.long, device="meta")
         # What is made on the host, such as masks, is made there as well when it is served: all of it counts on a CPU.
         with Watch() as watch, torch.device("meta"), manager._exactly():
-            out = manager.runner(ids, past_key_values=cache, use_cache=True, **keeps)
+            # Some models look for pads among token ids, which have no numbers here.
+            embeds = model.get_input_embeddings()(ids)
+            out = manager.runner(inputs_embeds=embeds, **handed(model, cache), use_cache=True, **keeps)
         return watch.peak, out.logits
 
     cache = manager.new_cache(rows)
@@ -213,8 +213,7 @@ def language_footprint(manager: Any, setting: "Setting", context: int, tokens: i
     static = decoding.kv
     fixed = watch.live - static.nbytes  # noise, marks, counters
     moments.append(Moment("handover", first, written_static(static, context, rows, device), fixed + last))
-    whole = policy.limit is None or seen <= policy.limit
-    step = step_bytes(decoding, seen, whole)
+    step = step_bytes(decoding, seen)
     moments.append(Moment("step", 0, written_static(static, seen, rows, device), fixed + last + step))
     return Footprint(tuple(moments), static.nbytes, 0, (model,))
 

@@ -194,8 +194,9 @@ class LanguageSubject(Subject):
     def skeleton(self) -> nn.Module:
         from transformers import AutoModelForCausalLM
 
+        make: Any = AutoModelForCausalLM  # has types from 5.24 on, and not for this
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(self._config, dtype=self._dtype)
+            model: nn.Module = make.from_config(self._config, dtype=self._dtype)
         return model.eval()
 
     @property

@@ -10,6 +10,7 @@ from kvcache.cpu import FEWEST
 from kvcache.decoding import Decoding
 from kvcache.footprint import Footprint, Moment, Watch, fill, onednn_bytes, step_bytes, written, written_static
 from kvcache.hf import kv_layers
+from kvcache.past import handed
 from kvcache_chatterbox.engine import ChatterboxEngine
 from kvcache_chatterbox.loading import random_conditionals
 from kvcache_chatterbox.requests import condition
@@ -120,7 +121,7 @@ def speech_footprint(engine: ChatterboxEngine, requests: int, context: int, toke
             fill(layers, seen - context - 1)
             before = sum(kv.nbytes for kv in layers)
             with Watch() as watch:
-                out = t3.tfmr(inputs_embeds=logits.new_empty(rows, 1, t3.dim), past_key_values=cache, use_cache=True)
+                out = t3.tfmr(inputs_embeds=logits.new_empty(rows, 1, t3.dim), **handed(t3.tfmr, cache), use_cache=True)
                 t3.speech_head(out[0][:, -1])
             step = max(0, watch.peak - sum(kv.nbytes for kv in layers) + before)
         else:
@@ -142,7 +143,7 @@ def speech_footprint(engine: ChatterboxEngine, requests: int, context: int, toke
     static, fixed = decoding.kv, watch.live - decoding.kv.nbytes  # noise, marks, counters
     head = _own_weights(decoding)
     fixed -= head
-    step = step_bytes(decoding, seen, requests == 1 and policy.limit is None)
+    step = step_bytes(decoding, seen)
     if requests * rows >= FEWEST:
         step += scratch
 
