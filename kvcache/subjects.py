@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from kvcache.decoding.backends import BackendName
 from kvcache.errors import InputError
+from kvcache.footprint import Footprint, language_footprint
 from kvcache.geometry import CacheGeometry
 from kvcache.manager import KVCacheManager
 from kvcache.memory import CacheReport
 from kvcache.policies import KeepAll, SizePolicy
-from kvcache.precision import Precision, with_precision
+from kvcache.precision import Precision, planned, with_precision
 from kvcache.quantized import Quantization
 
 GROUP = "kvcache.subjects"
@@ -112,6 +113,29 @@ class Subject(ABC):
             KVCacheError: if it cannot.
         """
 
+    def longest(self, setting: Setting) -> int | None:
+        """The most tokens that a request can have; None where nothing says."""
+        return setting.max_length
+
+    @abstractmethod
+    def footprint(self, setting: Setting, context: int, tokens: int, device: str) -> Footprint:
+        """What requests that decode so would take on ``"cpu"`` or ``"cuda"``, without any weights.
+
+        Args:
+            setting: how they decode.
+            context: tokens of a request before those it makes.
+            tokens: that it makes.
+            device: what is planned for; it need not be there.
+
+        Raises:
+            KVCacheError: if they cannot.
+        """
+
+    @cached_property
+    def blank(self) -> nn.Module:
+        """The skeleton, made once; not to be changed."""
+        return self.skeleton()
+
     def geometry(self, setting: Setting | None = None) -> CacheGeometry:
         """Of its cache, in the dtype that a setting gives it."""
         return CacheGeometry.from_model(self.decoder(self.skeleton()))
@@ -170,8 +194,9 @@ class LanguageSubject(Subject):
     def skeleton(self) -> nn.Module:
         from transformers import AutoModelForCausalLM
 
+        make: Any = AutoModelForCausalLM  # has types from 5.24 on, and not for this
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(self._config, dtype=self._dtype)
+            model: nn.Module = make.from_config(self._config, dtype=self._dtype)
         return model.eval()
 
     @property
@@ -210,6 +235,24 @@ class LanguageSubject(Subject):
     def prepared(self, setting: Setting, device: str = "cpu") -> "Prepared":
         return _Language(self.load(device), setting)
 
+    def longest(self, setting: Setting) -> int | None:
+        given = [setting.max_length, getattr(self._config.get_text_config(), "max_position_embeddings", None)]
+        return min((most for most in given if most is not None), default=None)
+
+    def footprint(self, setting: Setting, context: int, tokens: int, device: str) -> Footprint:
+        manager = _managed(planned(self.blank, setting.precision, torch.device(device)), setting)
+        return language_footprint(manager, setting, context, tokens, device)
+
+
+def _managed(model: Any, setting: Setting) -> KVCacheManager:
+    return KVCacheManager(
+        model,
+        KeepAll() if setting.policy is None else setting.policy,
+        setting.max_length,
+        kv_dtype=setting.kv_dtype,
+        quantization=None if setting.quantization is None else Quantization(setting.quantization),
+    )
+
 
 class _Language:
     """A language model that decodes in one way."""
@@ -217,13 +260,7 @@ class _Language:
     def __init__(self, model: Any, setting: Setting) -> None:
         self._model = model if setting.precision is None else with_precision(model, setting.precision)
         self._setting = setting
-        self.manager = KVCacheManager(
-            self._model,
-            KeepAll() if setting.policy is None else setting.policy,
-            setting.max_length,
-            kv_dtype=setting.kv_dtype,
-            quantization=None if setting.quantization is None else Quantization(setting.quantization),
-        )
+        self.manager = _managed(self._model, setting)
 
     @property
     def module(self) -> nn.Module:

@@ -92,12 +92,15 @@ class VoiceReuse:
         return self._known(self.key(t3_cond))
 
     def _key(self, conditioning: Tensor, unconditional: int = 0) -> PrefixKey:
+        return PrefixKey(model_fingerprint(self._t3), self._content(conditioning, unconditional))
+
+    def _content(self, conditioning: Tensor, unconditional: int = 0) -> Tensor:
         """Of a conditioning ``[tokens, dim]``, and an unconditional text of at least so many tokens."""
         if unconditional:
             table = self._t3.text_pos_emb.emb.weight  # zeroed embeddings plus their positions: the positions
             tokens = min(-(-unconditional // _STEP) * _STEP, table.shape[0])
             conditioning = torch.cat([conditioning, table[:tokens]])
-        return PrefixKey(model_fingerprint(self._t3), conditioning)
+        return conditioning
 
     def _known(self, key: PrefixKey) -> PrefixSnapshot:
         return self.speakers.get_or_extend(key, lambda start: self._extend(key, start))
