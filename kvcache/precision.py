@@ -264,6 +264,13 @@ class PackedLinear(nn.Module):
         self.register_buffer("sums", sums)
         finalize(self, _kernels.pop, self._kernel, None)
 
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the weights in the kernel's hands; int8 ones have a scale and a zero point for each output."""
+        if self.precision == "int8":
+            return self.out_features * (self.in_features + 8)
+        return self.out_features * self.in_features * _DTYPES[self.precision].itemsize
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.widths}, {self.precision}"
 
@@ -309,6 +316,10 @@ class _Part(nn.Module):
             held = (states, self.together(states).split(self.together.widths, -1))
         self.shared[0] = None if self.index == len(self.together.widths) - 1 else held
         return held[1][self.index]
+
+
+LINEAR = (nn.Linear, Conv1D, PackedLinear, _Part)
+"""What a linear layer is."""
 
 
 def _rows_out(source: nn.Linear | Conv1D) -> Tensor:

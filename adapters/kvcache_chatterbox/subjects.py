@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from kvcache import CacheReport, InputError, MemoryStore, SpeakerCache
 from kvcache.subjects import Prepared, Setting, Subject
+from kvcache_chatterbox.audio import SPEECH_TOKENS, Speaker
 from kvcache_chatterbox.engine import ChatterboxEngine
 from kvcache_chatterbox.loading import WEIGHTS, load_t3, random_conditionals
 from kvcache_chatterbox.requests import prefill
 
 _BEGINS = "chatterbox-"
 _VOICE = "made up"
+_SECOND = 25  # tokens
 
 
 def subject(name: str) -> "ChatterboxSubject | None":
@@ -66,7 +68,36 @@ class ChatterboxSubject(Subject):
         return found
 
     def prepared(self, setting: Setting, device: str = "cpu") -> Prepared:
-        return _Speech(endless(self.load(device)), setting)
+        return _Speech(endless(self.load(device)), setting, self._speaker)
+
+    @property
+    def _speaker(self) -> Speaker | None:
+        return None
+
+
+class LoadedSubject(ChatterboxSubject):
+    """A Chatterbox model that is loaded already: with its vocoder, if it is a whole one.
+
+    Args:
+        model: a `ChatterboxTTS` of any variant, or a bare T3.
+        name: to call it by.
+    """
+
+    def __init__(self, model: Any, name: str = "chatterbox") -> None:
+        t3 = getattr(model, "t3", model)
+        super().__init__(name, "turbo" if t3.is_gpt else "english", None)
+        self.random = False
+        self._model, self._t3 = model, t3
+
+    def skeleton(self) -> nn.Module:
+        from kvcache.modules import rebuilt
+
+        found: nn.Module = rebuilt(self._t3, lambda name, module: None).to("meta")
+        return found
+
+    @property
+    def _speaker(self) -> Speaker | None:
+        return Speaker(self._model) if hasattr(self._model, "s3gen") else None
 
 
 def endless(t3: Any) -> Any:
@@ -84,10 +115,11 @@ def endless(t3: Any) -> Any:
 class _Speech:
     """A T3 that decodes in one way."""
 
-    def __init__(self, t3: Any, setting: Setting) -> None:
+    def __init__(self, t3: Any, setting: Setting, speaker: Speaker | None = None) -> None:
         if setting.quantization is not None:
             raise InputError("Chatterbox's engine has no quantized caches; leave the bits out")
         self._setting = setting
+        self._speaker = speaker
         self.engine = ChatterboxEngine(
             t3,
             setting.policy,
@@ -114,11 +146,31 @@ class _Speech:
                 yield chunk.numel()
             return
         if not self.engine.batches:
-            raise InputError(f"requests={requests} decode together on the decode engine; give another backend than 'off'")
+            raise InputError(
+                f"requests={requests} decode together on the decode engine; give another backend than 'off'"
+            )
         for _, chunk in self.engine.inference_segments(
             texts=texts, voice=_VOICE, max_new_tokens=tokens, chunk_size=chunk_size, seed=0, max_rows=requests
         ):
             yield chunk.numel()
+
+    def run(self, context: int, tokens: int) -> None:
+        for _ in self.stream(context, tokens):
+            pass
+
+    def vocode(self, tokens: int) -> bool:
+        if self._speaker is None:
+            return False
+        ids = torch.randint(0, SPEECH_TOKENS, (1, tokens), generator=torch.Generator().manual_seed(0))
+        chunks = ((0, chunk) for chunk in torch.split(ids.to(self.engine.t3.device), _SECOND, 1))
+        for _ in self._speaker.speak(chunks, self._speaker.builtin(), False):
+            pass
+        return True
+
+    @property
+    def vocoder(self) -> nn.Module | None:
+        found = None if self._speaker is None else self._speaker.vocoder
+        return found if isinstance(found, nn.Module) else None
 
     def _text(self, context: int, seed: int) -> Tensor:
         """Made-up text tokens, as many as let a request begin with `context` tokens in all."""
@@ -132,9 +184,7 @@ class _Speech:
             )
         text = torch.randint(1, 200, (count,), generator=torch.Generator().manual_seed(seed))
         if frame:
-            text = torch.cat(
-                [torch.tensor([t3.hp.start_text_token]), text, torch.tensor([t3.hp.stop_text_token])]
-            )
+            text = torch.cat([torch.tensor([t3.hp.start_text_token]), text, torch.tensor([t3.hp.stop_text_token])])
         return text
 
     @torch.inference_mode()
