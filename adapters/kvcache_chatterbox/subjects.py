@@ -89,6 +89,13 @@ class LoadedSubject(ChatterboxSubject):
         self.random = False
         self._model, self._t3 = model, t3
 
+    @property
+    def shortest(self) -> int:  # type: ignore[override]
+        """As above, for this voice."""
+        hp = self._t3.hp
+        voice = 1 + bool(hp.emotion_adv) + (32 if hp.use_perceiver_resampler else hp.speech_cond_prompt_len)
+        return voice + (2 if self.gpt else 3 + 2)
+
     def skeleton(self) -> nn.Module:
         from kvcache.modules import rebuilt
 
