@@ -1,4 +1,4 @@
-"""The one file that knows transformers: our layers as `past_key_values`, from 5.2 to the newest.
+"""The one file that knows transformers (but for `kvcache.past`): our layers as its cache, from 5.2 to the newest.
 
 Two rules make a cache right while tokens leave it: its length is counted in tokens *seen*, and its mask sizes are
 ``(kept + new, seen - kept)``. What a release changed is bridged here and nowhere else.
@@ -29,6 +29,7 @@ from kvcache.errors import CapacityError, GeometryError, InputError, PolicyError
 from kvcache.geometry import CacheGeometry
 from kvcache.heads import SplitLayer, chosen_by_head, layer_for
 from kvcache.layers import KVLayer
+from kvcache.past import handed, taken
 from kvcache.policies import KeepAll, SizePolicy, check_policy, schedule
 from kvcache.prefix import PrefixKey, PrefixSnapshot
 from kvcache.quantized import Quantization, QuantizedLayer
@@ -36,6 +37,7 @@ from kvcache.rope import KeyRotation
 
 _VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 _CROP_ZERO_EMPTIES = _VERSION < (5, 14)
+_CACHE = "cache" if _VERSION >= (5, 24) else "past_key_values"
 
 _BY_LENGTH = ("dynamic", "longrope")  # RoPE whose frequencies depend on how long the text becomes
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -158,7 +160,7 @@ def new_cache(
     geometry: CacheGeometry | None = None,
     quantization: Quantization | None = None,
 ) -> Any:
-    """A cache to pass as ``past_key_values``; for an encoder-decoder, its decoder's.
+    """A cache to pass as ``past_key_values`` (``cache`` from transformers 5.24 on); for an encoder-decoder, its decoder's.
 
     Layers that a model manages its own way (the sliding layers of Gemma3, the state-space layers of a hybrid) stay its
     own; ours take the place of the full-attention layers.
@@ -338,11 +340,12 @@ def _policy_per_layer(policy: SizePolicy | Sequence[SizePolicy] | None, layers: 
     return list(policy)
 
 
-def decoding_arguments(positions: Tensor) -> dict[str, Tensor]:
-    """How a model is told the positions of one token per row, ``[rows, 1]``, by a tensor on its device."""
+def decoding_arguments(cache: Any, positions: Tensor) -> dict[str, Any]:
+    """How a model is given a cache, and the positions of one token per row, ``[rows, 1]``, by a tensor on its device."""
     # Up to 5.3 models take it for the slots of their cache, which ours know better, and GPT-2 counts it out on the host
     # where it is missing.
-    return {"position_ids": positions} | ({"cache_position": positions[0]} if _VERSION < (5, 4) else {})
+    given = {_CACHE: cache, "use_cache": True, "position_ids": positions}
+    return given | ({"cache_position": positions[0]} if _VERSION < (5, 4) else {})
 
 
 def cache_layers(cache: Any) -> list[Any]:
@@ -410,7 +413,7 @@ def rehearse(model: Any, cache: Any, ids: Tensor, instruction: Tensor | None) ->
             part = ids[:, max(0, start - _LEAD) : start + _REHEARSED]
             if instruction is not None:
                 part = torch.cat([instruction.to(ids.device).expand(ids.shape[0], -1), part], 1)
-            body(part, past_key_values=cache, use_cache=True)
+            body(part, **handed(body, cache), use_cache=True)
     except BaseException:
         for undo in before:
             undo()
@@ -477,7 +480,7 @@ def _exact_mask(
     if kwargs is None:  # another thread's hook, called while it is being removed; this thread's own does the work
         return None
     given = {**dict(zip(_parameters(module), args, strict=False)), **kwargs}
-    cache = given.get("past_key_values", given.get("layer_past"))
+    cache = taken(given)
     crossing = given.get("key_value_states") is not None or given.get("encoder_hidden_states") is not None
     if not isinstance(cache, Cache | EncoderDecoderCache) or crossing:
         return args, kwargs

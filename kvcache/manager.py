@@ -20,6 +20,7 @@ from kvcache.fingerprint import model_fingerprint
 from kvcache.geometry import CacheGeometry
 from kvcache.heads import AdaptiveLayer, share
 from kvcache.memory import CacheReport, account, estimate_bytes
+from kvcache.past import handed, returned, take
 from kvcache.policies import KeepAll, Pinned, SizePolicy
 from kvcache.prompts import Prompts
 from kvcache.quantized import Quantization, quantized_bytes
@@ -104,7 +105,7 @@ class KVCacheManager:
     # ------------------------------------------------------------------ caches
 
     def new_cache(self, batch_size: int = 1, attention_mask: Tensor | None = None, *, prefix: str | None = None) -> Any:
-        """An empty cache, or one that begins with a prefix, to pass to the model as ``past_key_values``.
+        """An empty cache, or one that begins with a prefix, to pass to the model as ``past_key_values``, or ``cache`` from transformers 5.24 on.
 
         Args:
             batch_size: rows, counting beams.
@@ -350,14 +351,14 @@ class KVCacheManager:
         if not self.enabled or kwargs.get("use_cache") is False:
             self._last = CacheReport((), enabled=False)
             return self.model.generate(inputs, **{**kwargs, "use_cache": False})
-        cache = kwargs.pop("past_key_values", None)
+        cache = take(kwargs)
         if cache is None:
             cache = self._cache_for(inputs, kwargs, prefix)
         prompt = self._prompt(inputs, kwargs)
         try:
             with self._exactly():
                 # Said aloud: where a config turns caches off, `generate` would ignore the one it is given.
-                return self.runner.generate(inputs, past_key_values=cache, **{**kwargs, "use_cache": True})
+                return self.runner.generate(inputs, **{**kwargs, **handed(self.runner, cache), "use_cache": True})
         except IndexError:
             # Some models look into their table of positions before they ask the cache, and find nothing there.
             seen = hf.cache_layers(cache)[0].get_seq_length()
@@ -481,7 +482,7 @@ class KVCacheManager:
         def prefill() -> tuple[Tensor, Any, Sequence[Tensor], Tensor | None]:
             out = self.generate(inputs, prefix=prefix, generation_config=settings.prefill, **given)
             pads = None if prefix is not None else hf.left_padding(self._mask_of(inputs, kwargs))
-            return out.logits[0], out.past_key_values, list(out.sequences[:, :-1]), pads
+            return out.logits[0], returned(out), list(out.sequences[:, :-1]), pads
 
         for chunk, report in self._decoder.chunks(prefill, settings, backend, chunk_size):
             self._last = report
@@ -507,7 +508,7 @@ class KVCacheManager:
     ) -> tuple[Tensor | None, dict[str, Any]]:
         """The inputs with the prefix before each row, as `generate` wants them even where the cache holds it already."""
         content = self._prompts[name].to(self.model.device)
-        for other in ("past_key_values", "assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"):
+        for other in ("cache", "past_key_values", "assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"):
             if self._found(other, kwargs) is not None:
                 raise InputError(
                     f"give prefix or {other}, not both; new_cache(prefix=…) makes a cache that begins with one, to be run "

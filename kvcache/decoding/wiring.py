@@ -91,12 +91,7 @@ class DecodeInputs:
         kv.begin(order.shape[0])
         # The kernel works out itself what a row sees. A 4-D tensor is what transformers hands through untouched.
         mask = kv.counts()[:, None, None] if self.kernel else None if whole else kv.mask(order)
-        return {
-            "past_key_values": self._cache,
-            "use_cache": True,
-            "attention_mask": mask,
-            **decoding_arguments(kv.length[:, None]),
-        }
+        return {"attention_mask": mask, **decoding_arguments(self._cache, kv.length[:, None])}
 
 
 class StaticLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
