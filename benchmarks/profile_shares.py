@@ -1,10 +1,10 @@
 """Where a decode step's time and memory go, as `kvcache profile` says it, beside what torch's profiler says of the memory.
 
-Each case runs in processes of its own. One is what the command does. At the longest context another decodes plainly and knows nothing of it:
-torch's profiler records every allocation from the loading of the model on, and what is alive at the peak of the last steps,
-less the attention weights by their names, is what memory outside attention is. The static KV cache is not in either figure:
-its memory comes from the system itself. What else a process holds (Python, libraries, what allocators keep) is compared as
-the resident set of a third process, which decodes with no profiler at all.
+Each case runs in processes of its own. One is what the command does. At the longest context another decodes plainly and
+knows nothing of it: torch's profiler records every allocation from the loading of the model on, and what is alive at the peak
+of the last steps, less the attention weights by their names, is what memory outside attention is. The static KV cache is in
+neither figure: its memory comes from the system itself. What else a process holds (Python, libraries, what allocators keep)
+is compared as the resident set of a third process, which decodes with no profiler at all.
 
 T3's weights are random: they decide neither shapes nor speed. SmolLM2-135M has real ones.
 """

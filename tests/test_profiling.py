@@ -339,7 +339,6 @@ def test_a_watch_that_is_left_by_an_error_leaves_nothing():
     model = build("llama")
     before = state(model)
 
-
     def broken():
         with Watch(torch.device("cpu")) as watch:
             watch.start()
