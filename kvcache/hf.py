@@ -486,13 +486,18 @@ def exact_windows(model: nn.Module) -> Iterator[None]:
     handles = [
         module.register_forward_pre_hook(_exact_mask, with_kwargs=True)
         for module in model.modules()
-        if isinstance(getattr(module, "layer_idx", None), int) and "attention_mask" in _parameters(module)
+        if is_attention(module)
     ]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module is the attention of a layer, or one that hands its mask to it."""
+    return isinstance(getattr(module, "layer_idx", None), int) and "attention_mask" in _parameters(module)
 
 
 def _parameters(module: nn.Module) -> tuple[str, ...]:

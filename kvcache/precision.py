@@ -342,6 +342,10 @@ class _Part(nn.Module):
         return held[1][self.index]
 
 
+LINEAR = (nn.Linear, Conv1D, PackedLinear, _Part)
+"""What a linear layer is."""
+
+
 def _rows_out(source: nn.Linear | Conv1D) -> Tensor:
     """The weights as ``[out, in]``."""
     weight = source.weight.detach()

@@ -69,6 +69,16 @@ class Prepared(Protocol):
         """Decode `tokens` tokens for every request behind `context` tokens of it; how many of all requests came, chunk by
         chunk. The first chunk waits for the prefill. Nothing ends it early."""
 
+    def run(self, context: int, tokens: int) -> None:
+        """The same at once and in this thread, for tools that look at one thread only."""
+
+    def vocode(self, tokens: int) -> bool:
+        """Make audio of so many made-up tokens, chunk by chunk; False if the model does not speak."""
+
+    @property
+    def vocoder(self) -> nn.Module | None:
+        """What makes the audio, where that has weights."""
+
     def logits(self, ids: Tensor) -> Tensor:
         """What the model says after each of these tokens ``[n]``, at this precision: ``[n, vocabulary]``; to judge
         fidelity by."""
@@ -269,20 +279,35 @@ class _Language:
 
     def stream(self, context: int, tokens: int, chunk_size: int = 16) -> Iterator[int]:
         prompt = self._ids(context)
+        settings = self._greedy(prompt, tokens)
+        for chunk in self.manager.stream(prompt, chunk_size=chunk_size, backend=self._setting.backend, **settings):
+            yield chunk.numel()
+
+    def run(self, context: int, tokens: int) -> None:
+        if self._setting.backend == "off":
+            prompt = self._ids(context)
+            self.manager.generate(prompt, **self._greedy(prompt, tokens))
+        else:
+            for _ in self.stream(context, tokens):
+                pass
+
+    def vocode(self, tokens: int) -> bool:
+        return False
+
+    @property
+    def vocoder(self) -> nn.Module | None:
+        return None
+
+    def _greedy(self, prompt: Tensor, tokens: int) -> dict[str, Any]:
         # An end that the vocabulary does not have: only the length ends it.
         end = self._model.config.get_text_config().vocab_size
-        chunks = self.manager.stream(
-            prompt,
-            chunk_size=chunk_size,
-            backend=self._setting.backend,
-            attention_mask=torch.ones_like(prompt),
-            do_sample=False,
-            max_new_tokens=tokens,
-            eos_token_id=end,
-            pad_token_id=end,
-        )
-        for chunk in chunks:
-            yield chunk.numel()
+        return {
+            "attention_mask": torch.ones_like(prompt),
+            "do_sample": False,
+            "max_new_tokens": tokens,
+            "eos_token_id": end,
+            "pad_token_id": end,
+        }
 
     def _ids(self, context: int) -> Tensor:
         """Made-up prompts ``[requests, context]``."""

@@ -14,6 +14,7 @@ from kvcache.footprint import Footprint
 from kvcache.modules import rebuilt
 from kvcache.precision import planned
 from kvcache.subjects import Prepared, Setting, Subject
+from kvcache_chatterbox.audio import SPEECH_TOKENS, Speaker
 from kvcache_chatterbox.engine import ChatterboxEngine
 from kvcache_chatterbox.footprint import check_together, speech_footprint, text_room
 from kvcache_chatterbox.loading import WEIGHTS, load_t3, random_conditionals
@@ -22,6 +23,7 @@ from kvcache_chatterbox.requests import prefill
 _BEGINS = "chatterbox-"
 _VOICE = "made up"
 _LONGEST = 4096  # tokens of a request, where a setting does not say
+_SECOND = 25  # tokens
 
 
 def subject(name: str) -> "ChatterboxSubject | None":
@@ -72,7 +74,7 @@ class ChatterboxSubject(Subject):
         return found
 
     def prepared(self, setting: Setting, device: str = "cpu") -> Prepared:
-        speech = _Speech(engine_of(endless(self.load(device)), setting), setting)
+        speech = _Speech(engine_of(endless(self.load(device)), setting), setting, self._speaker)
         speech.engine.add_voice(_VOICE, conditionals=random_conditionals(speech.engine.t3))
         return speech
 
@@ -84,6 +86,40 @@ class ChatterboxSubject(Subject):
         if device != "cpu":  # there the whole model is cast, and not its layers by the engine
             t3, setting = planned(t3, setting.precision, torch.device(device)), replace(setting, precision=None)
         return speech_footprint(engine_of(t3, setting), setting.requests, context, tokens, device)
+
+    @property
+    def _speaker(self) -> Speaker | None:
+        return None
+
+
+class LoadedSubject(ChatterboxSubject):
+    """A Chatterbox model that is loaded already: with its vocoder, if it is a whole one.
+
+    Args:
+        model: a `ChatterboxTTS` of any variant, or a bare T3.
+        name: to call it by.
+    """
+
+    def __init__(self, model: Any, name: str = "chatterbox") -> None:
+        t3 = getattr(model, "t3", model)
+        super().__init__(name, "turbo" if t3.is_gpt else "english", None)
+        self.random = False
+        self._model, self._t3 = model, t3
+
+    @property
+    def shortest(self) -> int:  # type: ignore[override]
+        """As above, for this voice."""
+        hp = self._t3.hp
+        voice = 1 + bool(hp.emotion_adv) + (32 if hp.use_perceiver_resampler else hp.speech_cond_prompt_len)
+        return voice + (2 if self.gpt else 3 + 2)
+
+    def skeleton(self) -> nn.Module:
+        found: nn.Module = rebuilt(self._t3, lambda name, module: None).to("meta")
+        return found
+
+    @property
+    def _speaker(self) -> Speaker | None:
+        return Speaker(self._model) if hasattr(self._model, "s3gen") else None
 
 
 def endless(t3: Any) -> Any:
@@ -114,8 +150,8 @@ def engine_of(t3: Any, setting: Setting) -> ChatterboxEngine:
 class _Speech:
     """A T3 that decodes in one way."""
 
-    def __init__(self, engine: ChatterboxEngine, setting: Setting) -> None:
-        self.engine, self._setting = engine, setting
+    def __init__(self, engine: ChatterboxEngine, setting: Setting, speaker: Speaker | None = None) -> None:
+        self.engine, self._setting, self._speaker = engine, setting, speaker
 
     @property
     def module(self) -> nn.Module:
@@ -136,6 +172,24 @@ class _Speech:
             texts=texts, voice=_VOICE, max_new_tokens=tokens, chunk_size=chunk_size, seed=0, max_rows=requests
         ):
             yield chunk.numel()
+
+    def run(self, context: int, tokens: int) -> None:
+        for _ in self.stream(context, tokens):
+            pass
+
+    def vocode(self, tokens: int) -> bool:
+        if self._speaker is None:
+            return False
+        ids = torch.randint(0, SPEECH_TOKENS, (1, tokens), generator=torch.Generator().manual_seed(0))
+        chunks = ((0, chunk) for chunk in torch.split(ids.to(self.engine.t3.device), _SECOND, 1))
+        for _ in self._speaker.speak(chunks, self._speaker.builtin(), False):
+            pass
+        return True
+
+    @property
+    def vocoder(self) -> nn.Module | None:
+        found = None if self._speaker is None else self._speaker.vocoder
+        return found if isinstance(found, nn.Module) else None
 
     def _text(self, context: int, seed: int) -> Tensor:
         """Made-up text tokens, as many as let a request begin with `context` tokens in all."""

@@ -342,8 +342,9 @@ class UtteranceDecoder:
         size: int,
         generator: torch.Generator | None,
     ) -> Iterator[Tensor]:
-        logits = decoder.prefill()
         total = utterance.max_new_tokens
-        for chunk, report in stepper.chunks(logits, cache, utterance.sampling, total, size, generator):
+        chunks = stepper.chunks(decoder.prefill(), cache, utterance.sampling, total, size, generator)
+        del decoder, cache  # what was prefilled is copied, and would take its memory twice while this decodes
+        for chunk, report in chunks:
             self._last = report
             yield chunk

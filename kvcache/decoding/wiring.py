@@ -77,7 +77,7 @@ class DecodeInputs:
     def __init__(self, kv: StaticKV, kernel: bool) -> None:
         self._kv = kv
         self.kernel = kernel
-        layers: list[Any] = [_StaticLayer(kv, i) for i in range(len(kv.keys))]
+        layers: list[Any] = [StaticLayer(kv, i) for i in range(len(kv.keys))]
         self._cache = Cache(layers=layers)
 
     def of_step(self, order: Tensor, whole: bool) -> dict[str, Any]:
@@ -94,7 +94,7 @@ class DecodeInputs:
         return {"attention_mask": mask, **decoding_arguments(self._cache, kv.length[:, None])}
 
 
-class _StaticLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+class StaticLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer of a `StaticKV` as transformers sees it during a step."""
 
     is_sliding = False
