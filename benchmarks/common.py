@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -210,6 +211,19 @@ def commit() -> str | None:
     return head + ("-changed" if changed.stdout.strip() else "")
 
 
+def command(argv: Sequence[str]) -> str:
+    """How to run this again, without where the result went and where this machine keeps its files."""
+    words = ["python", f"benchmarks/{Path(argv[0]).name}"]
+    rest = iter(argv[1:])
+    for word in rest:
+        if word == "--json":
+            next(rest, None)
+        elif not word.startswith("--json="):
+            option, equals, value = word.rpartition("=")
+            words.append(f"{option}{equals}{Path(value).name}" if Path(value).is_absolute() else word)
+    return shlex.join(words)
+
+
 def show(title: str, rows: Sequence[Mapping[str, Any]]) -> Console:
     """Print a table."""
     console = Console(width=None if sys.stdout.isatty() else 180)
@@ -238,6 +252,7 @@ def finish(
     if options.json is not None:
         result = {
             "benchmark": benchmark,
+            "command": command(sys.argv),
             "quick": options.quick,
             "machine": machine(),
             "versions": versions(),

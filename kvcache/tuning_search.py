@@ -359,6 +359,11 @@ def _value(axis: str, value: Any) -> str:
 
 def shown(setting: Setting) -> str:
     """A setting in one line."""
-    said = {"requests": "requests {}", "kv_dtype": "cache {}", "quantization": "cache of {} bits", "bucket": "bucket {}"}
+    said = {
+        "requests": "requests {}",
+        "kv_dtype": "cache {}",
+        "quantization": "cache of {} bits",
+        "bucket": "bucket {}",
+    }
     values = ((axis, getattr(setting, axis)) for axis in AXES)
     return ", ".join(said.get(axis, "{}").format(_value(axis, value)) for axis, value in values if value is not None)

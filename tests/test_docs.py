@@ -1,7 +1,10 @@
-"""The documentation: its Python blocks run, its links lead somewhere, and the figures it quotes have their files."""
+"""The documentation: its Python blocks run and print what they say, its links lead somewhere, and the figures it quotes
+have their files."""
 
+import io
 import json
 import re
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -11,9 +14,11 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PROSE = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PRINTED = re.compile(r"\s*^```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)  # right behind a block: what it prints
 NOT_RUN = re.compile(r"<!-- not run: \S.*? -->\s*\Z")
 ANY_FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+ELSEWHERE = re.compile(r"https://[a-z0-9-]+(\.[a-z0-9-]+)+(/[\w.~%+@:=-]+)*/?(#[\w.-]+)?")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 RESULTS = re.compile(r"benchmarks/results/[\w.-]+\.json")
 
@@ -23,10 +28,11 @@ def name(page):
 
 
 def blocks(text):
-    """Each Python block, its first line's number, and whether it is to be run."""
+    """Each Python block, padded to its line, whether it is to be run, and what it prints, if the page says that."""
     for match in FENCE.finditer(text):
         line = text.count("\n", 0, match.start(1))
-        yield "\n" * line + match[1], NOT_RUN.search(text[: match.start()]) is None
+        printed = PRINTED.match(text, match.end())
+        yield "\n" * line + match[1], NOT_RUN.search(text[: match.start()]) is None, printed and printed[1]
 
 
 def slug(heading):
@@ -48,15 +54,24 @@ def broken_links(page, text):
 def test_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shared = {"__name__": "__main__"}
-    for source, run in blocks(page.read_text()):
+    for source, run, printed in blocks(page.read_text()):
         code = compile(source, str(page), "exec")  # padded, so that a traceback shows the page's line
         if run:
-            exec(code, shared)
+            with redirect_stdout(io.StringIO()) as out:
+                exec(code, shared)
+            assert printed is None or out.getvalue() == printed
 
 
 @pytest.mark.parametrize("page", PROSE, ids=name)
 def test_links_lead_somewhere(page):
     assert list(broken_links(page, page.read_text())) == []
+
+
+@pytest.mark.parametrize("page", PROSE, ids=name)
+def test_links_elsewhere_are_well_formed(page):
+    """They cannot be followed without a network; what is tested is that they can be."""
+    targets = [target for target in LINK.findall(ANY_FENCE.sub("", page.read_text())) if re.match(r"[a-z]+:", target)]
+    assert [target for target in targets if ELSEWHERE.fullmatch(target) is None] == []
 
 
 @pytest.mark.parametrize("page", PROSE, ids=name)
@@ -69,7 +84,15 @@ def test_quoted_figures_have_their_files(page):
 
 def test_these_checks_find_what_they_look_for(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("# One page\n```python\nx = 1\n```\n<!-- not run: no network -->\n```python\ny\n```\n")
-    assert [(source.strip(), run) for source, run in blocks(page.read_text())] == [("x = 1", True), ("y", False)]
+    page.write_text(
+        "# One page\n```python\nx = 1\n```\n\n```text\n1\n```\n<!-- not run: no network -->\n```python\ny\n```\n\n# Two\n"
+    )
+    found = [(source.strip(), run, printed) for source, run, printed in blocks(page.read_text())]
+    assert found == [("x = 1", True, "1\n"), ("y", False, None)]
     text = "[a](page.md) [b](#one-page) [c](gone.md) [d](page.md#two) [e](https://x.example)\n```\n[f](gone)\n```"
-    assert list(broken_links(page, text)) == ["gone.md", "page.md#two"]
+    assert list(broken_links(page, text)) == ["gone.md"]
+    assert list(broken_links(page, text.replace("#two", "#three"))) == ["gone.md", "page.md#three"]
+    assert ELSEWHERE.fullmatch("https://arxiv.org/abs/2405.00001")
+    assert not any(
+        map(ELSEWHERE.fullmatch, ("http://x.example", "https://x", "https://x.example/a b", "ftp://x.example"))
+    )

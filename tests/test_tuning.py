@@ -355,7 +355,7 @@ def test_another_machines_profile_is_taken_with_a_warning(tmp_path, caplog):
 
 def said(manager, **options):
     prompt = torch.arange(3, 13)[None] % VOCABULARY
-    chunks = manager.stream(prompt, max_new_tokens=12, min_new_tokens=12, do_sample=False, **options)
+    chunks = manager.stream(prompt, max_new_tokens=12, do_sample=False, **options)
     return torch.cat(list(chunks), 1)
 
 

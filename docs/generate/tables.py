@@ -1,0 +1,173 @@
+"""The tables of the page on benchmarks, but for those on smaller caches, and of the README."""
+
+from collections.abc import Sequence
+
+from measured import Result, Row, cell, digits, ms, quartiles, table, times
+
+ENGLISH, NANO = "english", "nano"
+NAMES = {ENGLISH: "English 520M", NANO: "Nano 110M"}
+
+
+def by_context(result: Result, variant: str) -> str:
+    """Milliseconds a token of every side of t3_decode, a column for each context."""
+    rows = result.of(variant=variant)
+    contexts = sorted({row["context"] for row in rows})
+    sides = list(dict.fromkeys((row["side"], row["precision"]) for row in rows))
+    lines = []
+    for side, precision in sides:
+        found = {row["context"]: row for row in rows if (row["side"], row["precision"]) == (side, precision)}
+        longest = found[contexts[-1]]
+        lines.append(
+            [
+                side,
+                precision,
+                *(f"{quartiles(row, 'ms/token')}, {times(row['upstream / this'])}" for _, row in sorted(found.items())),
+                f"{longest['floor, %']:.0f} %",
+                f"{longest['RTF']:.2f}",
+            ]
+        )
+    return table(["side", "precision", *(f"{n} tokens" for n in contexts), "of the floor", "RTF"], lines, words=2)
+
+
+def ablation(result: Result) -> str:
+    rows: list[Row] = result.data["ablation"]
+    return table(
+        ["from the best side", "ms a token (quartiles)", "times the best's"],
+        [[row["side"], quartiles(row, "ms/token", form=lambda x: f"{x:.1f}"), f"{row['cost']:.2f}"] for row in rows],
+    )
+
+
+def long_text(result: Result) -> str:
+    header = [
+        "side",
+        "the text, s",
+        "RTF",
+        "upstream / this",
+        "first chunk, s (quartiles)",
+        "KV cache, MiB",
+        "peak, MiB",
+    ]
+    lines = []
+    for row in result.rows:
+        first = "–"
+        if row["first chunk, s"] is not None:
+            first = quartiles(row, "first chunk, s", "first q1", "first q3", form=lambda x: f"{x:.2f}")
+        whole = [f"{row[name]:.0f}" if row[name] is not None else "–" for name in ("KV MiB", "peak MiB")]
+        lines.append([row["side"], digits(row["s"]), f"{row['RTF']:.2f}", times(row["upstream / this"]), first, *whole])
+    return table(header, lines)
+
+
+def fewer_bits(result: Result) -> str:
+    """Prefill and decoding by precision; decoding with the cache that the engine takes by itself."""
+    header = ["precision", "perplexity, prefill", "over fp32's", "KL"]
+    header += ["perplexity, decode (bf16 cache; fp32: fp32)", "over fp32's", "KL", "same likeliest token"]
+    lines = []
+    for prefill in result.of(way="prefill"):
+        precision = prefill["precision"]
+        decode = result.row(way="decode", precision=precision, cache="fp32" if precision == "fp32" else "bf16")
+        figures = [
+            text
+            for row in (prefill, decode)
+            for text in (f"{row['perplexity']:.2f}", f"{row[_OVER]:.4f}", f"{row['KL per token']:.2g}")
+        ]
+        lines.append([precision, *figures, f"{decode['same argmax, %']:.1f} %"])
+    return table(header, lines)
+
+
+_OVER = "over fp32's"
+
+
+def long_step(result: Result) -> str:
+    lines = [
+        [
+            row["side"],
+            quartiles(row, "ms/step, median", "ms/step, q1", "ms/step, q3"),
+            f"{row['upstream / this']:.2f}",
+        ]
+        for row in result.rows
+    ]
+    return table(["loop and cache", "ms a step (quartiles)", "upstream's time / this"], lines)
+
+
+CASES = {
+    "turbo": "Turbo: 376 of voice, 30 of text",
+    "nano": "Nano: the same, a smaller model",
+    "english_cfg": "English, guidance in 2 rows: 34 of voice, 62 of text",
+    "smollm2": "SmolLM2-135M: 500 of prompt, 20 of question",
+}
+PREFIXES = {
+    "computed again": "computed again",
+    "from memory": "from memory",
+    "from disk": "from disk",
+    "from disk, page cache dropped": "from disk, not in the page cache",
+    "from Redis": "from Redis",
+    "the rest alone": "the rest alone",
+}
+
+
+def first_token(result: Result, prefixes: Sequence[str] = tuple(PREFIXES)) -> str:
+    lines = []
+    for case, name in CASES.items():
+        line = [name]
+        for prefix in prefixes:
+            row = result.row(case=case, prefix=prefix)
+            text = quartiles(row, "ms, median", "ms, q1", "ms, q3", form=lambda x: f"{x:.0f}")
+            ratio = times(row["computed / this"])
+            if prefix != "computed again":
+                text += f", **{ratio}**" if prefix == "from memory" else f", {ratio}"
+            line.append(text)
+        lines.append(line)
+    return table(["tokens", *(PREFIXES[prefix] for prefix in prefixes)], lines)
+
+
+def any_rows(result: Result) -> str:
+    """All rows of a file that this page has no words of its own for."""
+    columns = list(dict.fromkeys(column for row in result.rows for column in row))
+    return table(columns, [[cell(row.get(column)) for column in columns] for row in result.rows])
+
+
+def any_ratios(result: Result) -> str:
+    return table(["ratio", "value"], [[name, digits(value, 4)] for name, value in result.ratios.items()])
+
+
+# ---------------------------------------------------------------------- the README
+
+
+def gains(decode: Result, text: Result, first: Result) -> str:
+    """What each part brings, in one table: upstream's figure, ours, and how many times that is."""
+    lines = []
+    ways = {
+        "our cache in upstream's loop, fp32": ("upstream's loop, our cache", "fp32"),
+        "compiled, fp32": ("ours, compile", "fp32"),
+        "compiled, int8": ("ours, compile", "int8"),
+    }
+    for variant, context in tokens_shown(decode):
+        slow = decode.row(variant=variant, context=context, side="upstream's loop")
+        for way, (side, precision) in ways.items():
+            row = decode.row(variant=variant, context=context, side=side, precision=precision)
+            what = f"a token, {NAMES[variant]}, {context} in the cache: {way}"
+            lines.append([what, *_ours(ms(slow["ms/token"]), ms(row["ms/token"]), "ms", row["upstream / this"])])
+    slow = text.rows[0]
+    for side, way in (("ours, together, fp32", "fp32"), ("ours, together, int8, compiled", "int8, compiled")):
+        row = text.row(side=side)
+        what = f"a text of {text.data['segments']} segments, English, together: {way}"
+        lines.append([what, *_ours(digits(slow["s"]), digits(row["s"]), "s", row["upstream / this"])])
+    for case, what in (("turbo", "a known voice of Turbo"), ("smollm2", "a known prompt of SmolLM2-135M")):
+        slow, row = (first.row(case=case, prefix=prefix) for prefix in ("computed again", "from memory"))
+        figures = (f"{of['ms, median']:.0f}" for of in (slow, row))
+        lines.append([f"the first token of {what}, from memory", *_ours(*figures, "ms", row["computed / this"])])
+    return table(["", "without", "with", "gain"], lines)
+
+
+def tokens_shown(decode: Result) -> list[tuple[str, int]]:
+    """The variants and contexts that stand for the others: a short and a long one, and Nano's shortest."""
+    contexts = {variant: [row["context"] for row in decode.of(variant=variant)] for variant in NAMES}
+    return [
+        (ENGLISH, min(contexts[ENGLISH])),
+        (ENGLISH, max(contexts[ENGLISH])),
+        (NANO, min(contexts[NANO])),
+    ]
+
+
+def _ours(slow: str, fast: str, unit: str, ratio: float) -> list[str]:
+    return [f"{slow} {unit}", f"{fast} {unit}", times(ratio)]

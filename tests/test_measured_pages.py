@@ -1,0 +1,84 @@
+"""The pages that quote measurements say what the files in `benchmarks/results/` hold, no more and nothing older."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "docs" / "generate"))
+
+import pages
+from common import command
+from measured import ROOT, Result, cell, digits, ms, results, signed
+
+
+def test_the_committed_pages_are_what_the_results_make_of_them():
+    stale = [str(page.relative_to(ROOT)) for page, text in pages.pages().items() if page.read_text() != text]
+    assert not stale, "run python docs/generate/pages.py"
+
+
+def test_a_changed_figure_changes_the_page():
+    found = results()
+    data = json.loads(json.dumps(found["t3_step"].data))
+    data["rows"][0]["ms/step, median"] = 777.7
+    assert "| upstream's loop | 778 (458–568) |" in pages.rendered(
+        "benchmarks", found | {"t3_step": Result("t3_step", data)}
+    )
+
+
+def test_a_file_without_words_of_its_own_gets_a_section_of_the_scripts():
+    data = json.loads(json.dumps(results()["t3_step"].data))
+    data |= {"command": "python benchmarks/t3_step.py --all", "rows": [{"what": "a|b", "MiB": 12.345}, {"extra": None}]}
+    page = pages.rendered("benchmarks", results() | {"new": Result("new", data)})
+    section = page[page.index("### One decode step of Chatterbox's T3 at a long context") :]
+    assert "| a\\|b | 12.35 | – |" in section and "| – | – | – |" in section  # the last row has no value that it shows
+    assert "`python benchmarks/t3_step.py --all`, kept in `benchmarks/results/new.json`" in section
+    assert "AMD EPYC, 2 cores" in section and "| upstream_over_default | 1.374 |" in section
+
+
+def test_each_figure_names_its_command_and_hardware():
+    page = pages.BENCHMARKS.read_text()
+    named = re.findall(
+        r"^> `.+`, kept in `benchmarks/results/(\w+)\.json`\.\n> On .+ cores?, .+ torch .+\.$", page, re.MULTILINE
+    )
+    assert set(named) == set(results())
+
+
+def test_what_is_missing_is_named():
+    with pytest.raises(LookupError, match=r"wants benchmarks/results/t3_step\.json"):
+        pages.rendered("benchmarks", {name: found for name, found in results().items() if name != "t3_step"})
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.9841, "0.984"), (9.996, "10.0"), (98.44, "98.4"), (984.4, "984"), (9843.2, "9843"), (0, "0")]
+)
+def test_digits(value, text):
+    assert digits(value) == text
+
+
+def test_figures_in_words():
+    assert [ms(99.94), ms(99.96), signed(-0.04), signed(-3.14), signed(3.16)] == [
+        "99.9",
+        "100",
+        "0.0 %",
+        "−3.1 %",
+        "+3.2 %",
+    ]
+    assert cell({"a": 1.5, "b": [1, None]}) == "a 1.500, b 1, –"
+
+
+def test_a_command_names_no_place_of_the_machine():
+    argv = [
+        "/somewhere/benchmarks/quality.py",
+        "--json",
+        "/tmp/a.json",
+        "--kvpress",
+        "/opt/venv/bin/python",
+        "--plot=/x/a b.png",
+    ]
+    assert (
+        command([*argv, "--pieces", "6"]) == "python benchmarks/quality.py --kvpress python '--plot=a b.png' --pieces 6"
+    )
