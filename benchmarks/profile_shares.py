@@ -135,24 +135,23 @@ def row(label: str, found: Profile, resident: int | None, independent: dict[str,
 
 def main() -> None:
     parser = arguments((__doc__ or "").splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=24, help="decoded in each run (default: 24)")
+    parser.add_argument("--tokens", type=int, default=12, help="decoded in each run (default: 12)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each kind (default: 3)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw stacked bars there (PNG, PDF or SVG)")
     options = parser.parse_args()
     cases = [
-        ("T3 English", "chatterbox-english", (200, 900)),
-        ("T3 Nano", "chatterbox-nano", (400, 900)),
-        ("SmolLM2-135M", smollm2(), (200, 900)),
+        ("T3 English", "chatterbox-english", {EAGER: (200, 900), BEST: (900,)}),
+        ("T3 Nano", "chatterbox-nano", {EAGER: (400, 900), BEST: (900,)}),
+        ("SmolLM2-135M", smollm2(), {EAGER: (200, 900)}),
     ]
-    settings = {EAGER: (0, 1), BEST: (1,)}
     if options.quick:
         options.tokens, options.rounds = 8, 1
-        cases, settings = [("T3 Nano", "chatterbox-nano", (400,))], {EAGER: (0,)}
+        cases = [("T3 Nano", "chatterbox-nano", {EAGER: (400,)})]
     planned = [
-        (label, name, setting, contexts[i])
-        for label, name, contexts in cases
-        for setting, which in settings.items()
-        for i in which
+        (label, name, setting, context)
+        for label, name, settings in cases
+        for setting, contexts in settings.items()
+        for context in contexts
     ]
     planned_longest = {name: max(case[3] for case in planned if case[1] == name) for _, name, _, _ in planned}
     rows, profiles = [], {}
