@@ -254,7 +254,8 @@ class _Functions(TorchFunctionMode):
         self._thread: int | None = None  # where it listens
 
     def listen(self) -> None:
-        if self._thread is None:
+        """From now on; not within another mode's block, whose end would take this one off in its place."""
+        if self._thread is None and _get_current_function_mode() is None:  # type: ignore[no-untyped-call]
             self._thread = get_ident()
             self.__enter__()  # type: ignore[no-untyped-call]
 

@@ -8,6 +8,7 @@ import torch
 from families import build
 from torch import nn
 from torch.nn.modules import module as modules
+from torch.overrides import TorchFunctionMode
 
 from kvcache import InputError
 from kvcache.decoding.wiring import StaticLayer
@@ -349,6 +350,30 @@ def test_a_watch_that_is_left_by_an_error_leaves_nothing():
         broken()
     assert state(model) == before
     assert torch.overrides._get_current_function_mode() is None
+
+
+def test_a_mode_around_a_pass_ends_as_it_began():
+    class Other(TorchFunctionMode):
+        """As `few_rows` is one."""
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    model, one = build("llama"), torch.ones(1, 1, dtype=torch.long)
+    current = torch.overrides._get_current_function_mode
+    with torch.no_grad(), Watch(torch.device("cpu")) as watch:
+        watch.start()
+        with Other():
+            model(one)
+        assert current() is None
+        model(one)
+        assert current() is not None
+        with Other() as other:
+            model(one)
+            assert current() is other
+        assert not isinstance(current(), Other)
+        watch.stop()
+    assert current() is None
 
 
 def test_the_picture_holds_all_parts(tmp_path):
