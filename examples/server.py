@@ -15,7 +15,7 @@ import importlib
 import random
 import struct
 import time
-from collections.abc import AsyncIterator, Collection, Iterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -27,14 +27,13 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 from pydantic import BaseModel, Field
 from rich.console import Console
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from kvcache import BusyError, CapacityError, ClosedError, InputError
+from kvcache.metrics import SchedulerCollector
 from kvcache_chatterbox import ChatterboxEngine, SpeechScheduler, load_t3, stand_in
 from kvcache_chatterbox.audio import SAMPLE_RATE
 from kvcache_chatterbox.loading import WEIGHTS, upstream_t3
@@ -49,20 +48,6 @@ CLASSES = {
 }
 TONES = "Tones, not speech"
 SECONDS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 30, 60, 120)  # buckets of the histograms
-
-GAUGES = {
-    "rows": "Segments that can decode together.",
-    "busy": "Rows that decode now.",
-    "waiting": "Requests that wait for a row.",
-    "running": "Requests that have a row.",
-}
-COUNTERS = {
-    "finished": "Requests that were spoken to their end.",
-    "cancelled": "Requests whose client went away.",
-    "refused": "Requests turned away because too many waited.",
-    "failed": "Requests that ended in an error.",
-    "tokens": "Speech tokens decoded.",
-}
 
 
 class SpeechRequest(BaseModel):
@@ -113,20 +98,6 @@ def problem_of(error: Exception) -> Problem:
     if isinstance(error, Problem):
         return error
     return Problem(500, "the server failed; its log says why", "internal_error")
-
-
-class SchedulerMetrics(Collector):
-    """The scheduler's own counts, read when they are asked for."""
-
-    def __init__(self, scheduler: SpeechScheduler) -> None:
-        self._scheduler = scheduler
-
-    def collect(self) -> Iterator[Metric]:
-        found = self._scheduler.metrics()
-        for name, text in GAUGES.items():
-            yield GaugeMetricFamily(f"kvcache_{name}", text, getattr(found, name))
-        for name, text in COUNTERS.items():
-            yield CounterMetricFamily(f"kvcache_{name}", text, getattr(found, name))
 
 
 class Speech(StreamingResponse):
@@ -188,7 +159,7 @@ def create_app(
     """
     state = "starting"
     registry = CollectorRegistry()
-    registry.register(SchedulerMetrics(scheduler))
+    registry.register(SchedulerCollector(scheduler))
     to_first = Histogram("kvcache_ttfa_seconds", "From request to first audio.", buckets=SECONDS, registry=registry)
     to_end = Histogram(
         "kvcache_request_seconds", "From request to its end.", ["outcome"], buckets=SECONDS, registry=registry

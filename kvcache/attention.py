@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvcache.errors import PolicyError
 from kvcache.modules import rebuilt
+from kvcache.past import taken
 from kvcache.ranked import Piece
 
 ATTENTION = "kvcache_observed"
@@ -79,7 +80,7 @@ def _begin(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
 
 def _check_mask(given: dict[str, Any]) -> None:
     """Refuse a mask that hides more than the pads which the cache knows of: heads of their own have their own masks."""
-    cache, name = given.get("past_key_values"), "attention_mask"
+    cache, name = taken(given), "attention_mask"
     if (decoders := getattr(cache, "self_attention_cache", None)) is not None:
         cache, name = decoders, "decoder_attention_mask"
     held = (getattr(layer, "kv", None) for layer in getattr(cache, "layers", ()))

@@ -14,6 +14,7 @@ from kvcache.attention import observed_copy
 from kvcache.errors import CorruptError, InputError
 from kvcache.fingerprint import model_fingerprint
 from kvcache.heads import PerHead
+from kvcache.past import handed
 from kvcache.policies import KeepAll, SizePolicy, SlidingWindow
 from kvcache.ranked import RankedLayer
 from kvcache.scoring import RankingPolicy, Seen
@@ -167,7 +168,7 @@ def measure_heads(model: Any, batches: Sequence[Tensor], *, sinks: int = 4, wind
     for ids in batches:
         room = ids.shape[1] + _Watching.recent + _Watching.sinks
         cache = hf.new_cache(model, _Watching(limit=room, low_water=room))
-        body(ids.to(model.device), past_key_values=cache, use_cache=True)
+        body(ids.to(model.device), **handed(body, cache), use_cache=True)
         layers = [kv for kv in hf.kv_layers(cache) if isinstance(kv, RankedLayer)]
         shares = far_shares(layers, sinks, window)
         weight = ids.numel() / tokens

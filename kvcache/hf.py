@@ -1,4 +1,4 @@
-"""The one file that knows transformers: our layers as `past_key_values`, from 5.2 to the newest.
+"""The one file that knows transformers (but for `kvcache.past`): our layers as its cache, from 5.2 to the newest.
 
 Two rules make a cache right while tokens leave it: its length is counted in tokens *seen*, and its mask sizes are
 ``(kept + new, seen - kept)``. What a release changed is bridged here and nowhere else.
@@ -26,9 +26,11 @@ from transformers.cache_utils import (
 
 from kvcache import attention
 from kvcache.errors import CapacityError, GeometryError, InputError, PolicyError, PositionsError, RollbackError
+from kvcache.events import Evictions
 from kvcache.geometry import CacheGeometry
 from kvcache.heads import SplitLayer, chosen_by_head, layer_for
 from kvcache.layers import KVLayer
+from kvcache.past import handed, taken
 from kvcache.policies import KeepAll, SizePolicy, check_policy, schedule
 from kvcache.prefix import PrefixKey, PrefixSnapshot
 from kvcache.quantized import Quantization, QuantizedLayer
@@ -36,6 +38,7 @@ from kvcache.rope import KeyRotation
 
 _VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 _CROP_ZERO_EMPTIES = _VERSION < (5, 14)
+_CACHE = "cache" if _VERSION >= (5, 24) else "past_key_values"
 
 _BY_LENGTH = ("dynamic", "longrope")  # RoPE whose frequencies depend on how long the text becomes
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -50,11 +53,18 @@ class ManagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     is_compileable = False
     supports_early_init = False
 
-    def __init__(self, kv: KVLayer, max_positions: int | None = None, beside: Sequence[KVLayer] = ()) -> None:
+    def __init__(
+        self,
+        kv: KVLayer,
+        max_positions: int | None = None,
+        beside: Sequence[KVLayer] = (),
+        evictions: Evictions | None = None,
+    ) -> None:
         # Not super().__init__(): it would assign keys and values, which are read from the layer here.
         self.kv = kv
         self.max_positions = max_positions
         self.beside = beside  # all layers of the cache, to be asked before the first of them changes
+        self.evictions = evictions  # of all of them
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
@@ -84,6 +94,8 @@ class ManagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         keys, values = self.kv.append(key_states, value_states)
         if self.kv.by_head:
             attention.stored(self.kv, keys, values)
+        elif self.evictions is not None and self.kv is self.beside[-1]:
+            self.evictions.after()
         return keys, values
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
@@ -93,6 +105,8 @@ class ManagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             kv.check(fresh)
             _check_observed(kv)
         check_positions(self.max_positions, self.kv.seen, fresh)
+        if self.evictions is not None:
+            self.evictions.before()
         retained = self.kv.retained
         return retained + fresh, self.kv.seen - retained
 
@@ -107,6 +121,12 @@ class ManagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def reset(self) -> None:
         self.kv.reset()
+        self.count_anew()
+
+    def count_anew(self) -> None:
+        """Take what has left so far for told: it came or went without a forward."""
+        if self.evictions is not None:
+            self.evictions.forget()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.kv.select(beam_idx)
@@ -124,6 +144,7 @@ class ManagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.kv.truncate(min(n, self.kv.seen))
         elif n < 0:
             self.kv.truncate(max(0, self.kv.seen + n))
+        self.count_anew()
 
 
 def _check_observed(kv: KVLayer) -> None:
@@ -158,7 +179,7 @@ def new_cache(
     geometry: CacheGeometry | None = None,
     quantization: Quantization | None = None,
 ) -> Any:
-    """A cache to pass as ``past_key_values``; for an encoder-decoder, its decoder's.
+    """A cache to pass as ``past_key_values`` (``cache`` from transformers 5.24 on); for an encoder-decoder, its decoder's.
 
     Layers that a model manages its own way (the sliding layers of Gemma3, the state-space layers of a hybrid) stay its
     own; ours take the place of the full-attention layers.
@@ -194,12 +215,13 @@ def new_cache(
         )
     rotation = key_rotation(model) if evicting and positions == "rerotated" else None
     ours: list[KVLayer] = []
+    evictions = Evictions(ours)
     for i in managed:
         given: dict[str, Any] = {"max_length": max_length, "padding": padding, "layers": len(managed), "rows": rows}
         if quantization is not None:
             kv: KVLayer = _quantized(policies[i], quantization, rotation, preallocate, geometry, given)
             ours.append(kv)
-            layers[i] = ManagedLayer(kv, geometry.max_positions, ours)
+            layers[i] = ManagedLayer(kv, geometry.max_positions, ours, evictions)
             continue
         given |= {"preallocate": preallocate, "token_bytes": geometry.layer_token_bytes}
         kv = layer_for(policies[i], rotation, **given)
@@ -213,7 +235,7 @@ def new_cache(
                 f"{policies[i]!r} is for {len(kv.heads)} KV heads, the model has {geometry.kv_heads}; give a policy for each"
             )
         ours.append(kv)
-        layers[i] = ManagedLayer(kv, geometry.max_positions, ours)
+        layers[i] = ManagedLayer(kv, geometry.max_positions, ours, evictions)
     cache = _Cache(layers=layers)
     return _EncoderDecoderCache(cache, DynamicCache()) if model.config.is_encoder_decoder else cache
 
@@ -338,11 +360,12 @@ def _policy_per_layer(policy: SizePolicy | Sequence[SizePolicy] | None, layers: 
     return list(policy)
 
 
-def decoding_arguments(positions: Tensor) -> dict[str, Tensor]:
-    """How a model is told the positions of one token per row, ``[rows, 1]``, by a tensor on its device."""
+def decoding_arguments(cache: Any, positions: Tensor) -> dict[str, Any]:
+    """How a model is given a cache, and the positions of one token per row, ``[rows, 1]``, by a tensor on its device."""
     # Up to 5.3 models take it for the slots of their cache, which ours know better, and GPT-2 counts it out on the host
     # where it is missing.
-    return {"position_ids": positions} | ({"cache_position": positions[0]} if _VERSION < (5, 4) else {})
+    given = {_CACHE: cache, "use_cache": True, "position_ids": positions}
+    return given | ({"cache_position": positions[0]} if _VERSION < (5, 4) else {})
 
 
 def cache_layers(cache: Any) -> list[Any]:
@@ -387,6 +410,21 @@ def truncate(cache: Any, length: int) -> None:
             layer.crop(-removed)
     for kv in kv_layers(cache):
         kv.truncate(length)
+    count_anew(cache)
+
+
+def tell_evicted(cache: Any) -> None:
+    """Tell what has left a cache and was not told yet: nothing follows its last forward."""
+    managed = next((layer for layer in cache_layers(cache) if isinstance(layer, ManagedLayer)), None)
+    if managed is not None and managed.evictions is not None:
+        managed.evictions.after()
+
+
+def count_anew(cache: Any) -> None:
+    """Take the tokens that have left a cache so far for told, see `kvcache.events`."""
+    for layer in cache_layers(cache):
+        if isinstance(layer, ManagedLayer):
+            layer.count_anew()
 
 
 _REHEARSED = 2048  # tokens read again at a time
@@ -410,7 +448,7 @@ def rehearse(model: Any, cache: Any, ids: Tensor, instruction: Tensor | None) ->
             part = ids[:, max(0, start - _LEAD) : start + _REHEARSED]
             if instruction is not None:
                 part = torch.cat([instruction.to(ids.device).expand(ids.shape[0], -1), part], 1)
-            body(part, past_key_values=cache, use_cache=True)
+            body(part, **handed(body, cache), use_cache=True)
     except BaseException:
         for undo in before:
             undo()
@@ -448,13 +486,18 @@ def exact_windows(model: nn.Module) -> Iterator[None]:
     handles = [
         module.register_forward_pre_hook(_exact_mask, with_kwargs=True)
         for module in model.modules()
-        if isinstance(getattr(module, "layer_idx", None), int) and "attention_mask" in _parameters(module)
+        if is_attention(module)
     ]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module is the attention of a layer, or one that hands its mask to it."""
+    return isinstance(getattr(module, "layer_idx", None), int) and "attention_mask" in _parameters(module)
 
 
 def _parameters(module: nn.Module) -> tuple[str, ...]:
@@ -472,7 +515,7 @@ def _exact_mask(
     if kwargs is None:  # another thread's hook, called while it is being removed; this thread's own does the work
         return None
     given = {**dict(zip(_parameters(module), args, strict=False)), **kwargs}
-    cache = given.get("past_key_values", given.get("layer_past"))
+    cache = taken(given)
     crossing = given.get("key_value_states") is not None or given.get("encoder_hidden_states") is not None
     if not isinstance(cache, Cache | EncoderDecoderCache) or crossing:
         return args, kwargs

@@ -268,8 +268,8 @@ class KVLayer:
 
         Columns are those that `append` returns. To be asked before it.
         """
-        counts = torch.tensor(schedule(self.policy, self.stored, fresh))
-        retained = int(counts[0]) - 1
+        stay = schedule(self.policy, self.stored, fresh)
+        counts, retained = torch.tensor(stay), stay[0] - 1
         query = torch.arange(fresh)[None, :, None]
         column = torch.arange(retained + fresh)[None, None]
         pads = self._pads_column()

@@ -1,5 +1,6 @@
 """`KVCacheManager`: wrap a transformers model; get caches, generate, stream, trim, report."""
 
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -16,10 +17,12 @@ from kvcache.decoding.language import LanguageDecoder
 from kvcache.decoding.settings import GenerationSettings
 from kvcache.decoding.wiring import why_not
 from kvcache.errors import GeometryError, InputError, PolicyError
+from kvcache.events import Event, emit
 from kvcache.fingerprint import model_fingerprint
 from kvcache.geometry import CacheGeometry
 from kvcache.heads import AdaptiveLayer, share
 from kvcache.memory import CacheReport, account, estimate_bytes
+from kvcache.past import handed, returned, take
 from kvcache.policies import KeepAll, Pinned, SizePolicy
 from kvcache.prompts import Prompts
 from kvcache.quantized import Quantization, quantized_bytes
@@ -69,6 +72,7 @@ class KVCacheManager:
         self.enabled = True
         self.geometry = CacheGeometry.from_model(model)
         self._last = CacheReport(())
+        self._running: weakref.ref[Any] | None = None  # the cache of a run that is under way
         self.speakers = SpeakerCache(default_store(self.geometry.device)) if speakers is None else speakers
         self._decoder = LanguageDecoder(model, self.geometry, kv_dtype, max_cache_length)
         self._prompts = Prompts(model, self.speakers, max_cache_length, self.geometry.max_positions)
@@ -104,7 +108,7 @@ class KVCacheManager:
     # ------------------------------------------------------------------ caches
 
     def new_cache(self, batch_size: int = 1, attention_mask: Tensor | None = None, *, prefix: str | None = None) -> Any:
-        """An empty cache, or one that begins with a prefix, to pass to the model as ``past_key_values``.
+        """An empty cache, or one that begins with a prefix, to pass to the model as ``past_key_values``, or ``cache`` from transformers 5.24 on.
 
         Args:
             batch_size: rows, counting beams.
@@ -191,10 +195,11 @@ class KVCacheManager:
             self.geometry.check_eviction()
             for layer in layers:
                 layer.check_trim(max_tokens)
-        left = max(layer.trim(max_tokens) for layer in layers)
+        left = [layer.trim(max_tokens) for layer in layers]
         for layer in layers:
             layer.fit()
-        return left
+        self._tell_trimmed(cache, left)
+        return max(left)
 
     def save(self, cache: Any, secret: bytes | None = None) -> bytes:
         """A whole cache as a checked safetensors file, compressed as it is, to go on from later or elsewhere.
@@ -276,7 +281,7 @@ class KVCacheManager:
             raise InputError("tokens have left this cache already; give Rehearsed a limit that holds the whole text")
         for layer in layers:
             layer.check_trim(max_tokens)
-        before = [layer.stored for layer in layers]
+        before, evicted = [layer.stored for layer in layers], [layer.evicted for layer in layers]
         hf.rehearse(self.runner, cache, inputs.to(self.model.device), instruction)
         adaptive = [layer for layer in layers if isinstance(layer, AdaptiveLayer)]
         if len(adaptive) == len(layers):
@@ -286,7 +291,16 @@ class KVCacheManager:
             for layer in layers:
                 layer.trim(max_tokens)
                 layer.fit()
+        self._tell_trimmed(cache, [layer.evicted - then for layer, then in zip(layers, evicted, strict=True)])
         return max(0, before[0] - max_tokens)
+
+    def _tell_trimmed(self, cache: Any, left: Sequence[int]) -> None:
+        hf.count_anew(cache)
+        layers, total = hf.kv_layers(cache), sum(left)
+        if total:
+            rows = layers[0].rows or 1
+            numbers = {"tokens": total * rows, "layers": sum(n > 0 for n in left), "rows": rows, "seen": layers[0].seen}
+            emit(Event("trimmed", repr(layers[0].policy), numbers))
 
     # ------------------------------------------------------------------ prefixes
 
@@ -350,14 +364,15 @@ class KVCacheManager:
         if not self.enabled or kwargs.get("use_cache") is False:
             self._last = CacheReport((), enabled=False)
             return self.model.generate(inputs, **{**kwargs, "use_cache": False})
-        cache = kwargs.pop("past_key_values", None)
+        cache = take(kwargs)
         if cache is None:
             cache = self._cache_for(inputs, kwargs, prefix)
         prompt = self._prompt(inputs, kwargs)
+        running = self._running = weakref.ref(cache)
         try:
             with self._exactly():
                 # Said aloud: where a config turns caches off, `generate` would ignore the one it is given.
-                return self.runner.generate(inputs, past_key_values=cache, **{**kwargs, "use_cache": True})
+                return self.runner.generate(inputs, **{**kwargs, **handed(self.runner, cache), "use_cache": True})
         except IndexError:
             # Some models look into their table of positions before they ask the cache, and find nothing there.
             seen = hf.cache_layers(cache)[0].get_seq_length()
@@ -366,6 +381,9 @@ class KVCacheManager:
             raise
         finally:
             self._last = self.report(cache)
+            if self._running is running:
+                self._running = None
+            hf.tell_evicted(cache)
 
     def stream(
         self,
@@ -407,6 +425,7 @@ class KVCacheManager:
             reason = self._why_not(settings, inputs, prefix, kwargs)
             if reason is None:
                 return self._decoded(settings, inputs, prefix, chunk_size, backend, kwargs)
+            emit(Event("fell_back", f"{backend} to generate", reason=reason))
 
         def work(emit: Callable[[Tensor], None]) -> None:
             self.generate(inputs, prefix=prefix, streamer=_Emitter(emit), **kwargs)
@@ -431,7 +450,9 @@ class KVCacheManager:
         self._decoder.release()
 
     def report(self, cache: Any = None) -> CacheReport:
-        """The account of `cache`, or of the last run: bytes, tokens seen and kept, evictions, per layer."""
+        """The account of `cache`, or of the run that is under way or was last: bytes, tokens seen and kept, evictions."""
+        running = self._running if cache is None else None
+        cache = running() if running is not None else cache
         return self._last if cache is None else account(hf.cache_layers(cache))
 
     # ------------------------------------------------------------------ inside
@@ -481,7 +502,7 @@ class KVCacheManager:
         def prefill() -> tuple[Tensor, Any, Sequence[Tensor], Tensor | None]:
             out = self.generate(inputs, prefix=prefix, generation_config=settings.prefill, **given)
             pads = None if prefix is not None else hf.left_padding(self._mask_of(inputs, kwargs))
-            return out.logits[0], out.past_key_values, list(out.sequences[:, :-1]), pads
+            return out.logits[0], returned(out), list(out.sequences[:, :-1]), pads
 
         for chunk, report in self._decoder.chunks(prefill, settings, backend, chunk_size):
             self._last = report
@@ -507,7 +528,7 @@ class KVCacheManager:
     ) -> tuple[Tensor | None, dict[str, Any]]:
         """The inputs with the prefix before each row, as `generate` wants them even where the cache holds it already."""
         content = self._prompts[name].to(self.model.device)
-        for other in ("past_key_values", "assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"):
+        for other in ("cache", "past_key_values", "assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"):
             if self._found(other, kwargs) is not None:
                 raise InputError(
                     f"give prefix or {other}, not both; new_cache(prefix=…) makes a cache that begins with one, to be run "

@@ -5,11 +5,13 @@ import mmap
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvcache import views
 from kvcache.geometry import CacheGeometry
 from kvcache.policies import KeepAll, SizePolicy
 from kvcache.slots import slots_for
@@ -105,26 +107,17 @@ class CacheReport:
         return sum(layer.evicted for layer in self.layers)
 
     def __str__(self) -> str:
-        if not self.enabled:
-            return "KV cache disabled: every token is recomputed"
-        lines = [
-            f"{self.seen} tokens seen, {self.stored} kept, {self.nbytes / 2**20:.1f} MiB in {len(self.layers)} layers"
-        ]
-        lines.append(f"{'layers':>8} {'seen':>8} {'kept':>8} {'evicted':>8} {'slots':>8} {'MiB':>8}  policy")
-        start = 0
-        for i, layer in enumerate(self.layers):
-            if i + 1 == len(self.layers) or self.layers[i + 1] != layer:  # equal neighbours share a line
-                span = f"{start}" if start == i else f"{start}-{i}"
-                size = layer.nbytes * (i + 1 - start) / 2**20
-                lines.append(
-                    f"{span:>8} {layer.seen:>8} {layer.stored:>8} {layer.evicted:>8} {layer.capacity:>8} {size:>8.1f}  {layer.policy}"
-                )
-                start = i + 1
-        if self.backend is not None:
-            lines.append(f"decoded by: {self.backend}")
-        if self.fallback is not None:
-            lines.append(f"not as asked: {self.fallback}")
-        return "\n".join(lines)
+        return views.report_text(self)
+
+    def __rich__(self) -> Any:
+        return views.report_rich(self)
+
+    def _repr_html_(self) -> str:
+        return views.report_html(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON has it: ``nbytes``, ``seen``, ``stored``, ``evicted``, … and ``layers``, one by one."""
+        return views.report_dict(self)
 
 
 def account(layers: Sequence[Any]) -> CacheReport:
@@ -136,14 +129,39 @@ def _layer_report(layer: Any) -> LayerReport:
     if (kv := getattr(layer, "kv", None)) is not None:
         heads = getattr(kv, "heads", ())
         return LayerReport(repr(kv.policy), kv.seen, kv.stored, kv.evicted, kv.capacity, kv.nbytes, heads)
-    tensors = [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if isinstance(t, Tensor)]
+    tensors = _tensors(layer)
     seen = layer.get_seq_length() if tensors else 0
     stored = tensors[0].shape[-2] if tensors and tensors[0].dim() == 4 else 0
-    # The model's own layers may hold a slice of a larger tensor: what counts is the storage behind it.
-    held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return LayerReport(
-        f"the model's own {type(layer).__name__}", seen, stored, seen - stored, stored, sum(held.values())
+        f"the model's own {type(layer).__name__}", seen, stored, seen - stored, stored, layer_bytes(layer)
     )
+
+
+def layer_bytes(layer: Any) -> int:
+    """Bytes of what a layer holds, ours or the model's own."""
+    if (kv := getattr(layer, "kv", None)) is not None:
+        return int(kv.nbytes)
+    # The model's own layers may hold a slice of a larger tensor: what counts is the storage behind it.
+    held = [t.untyped_storage() for t in _tensors(layer)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in held}.values())
+
+
+def _tensors(layer: Any) -> list[Tensor]:
+    return [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if isinstance(t, Tensor)]
+
+
+def resident_bytes() -> int:
+    """Bytes of the machine's memory that this process has now; where the system does not tell, the most it ever had."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS:"))
+        return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -37,20 +37,25 @@ def check_precision(precision: str, device: torch.device) -> None:
     """
     if precision not in get_args(Precision):
         raise InputError(f"precision={precision!r} must be one of {', '.join(map(repr, get_args(Precision)))}")
-    if device.type == "cpu" and precision in ("bf16", "fp16") and not has_half(precision):
+    if _like_cpu(device) and precision in ("bf16", "fp16") and not has_half(precision):
         raise InputError(
             f"precision={precision!r}: this CPU has no fast {precision} arithmetic (AVX-512 or AMX); use 'int8' or 'fp32'"
         )
     if (
-        device.type == "cpu"
+        _like_cpu(device)
         and precision == "int8"
         and not (torch._C._has_mkldnn and hasattr(torch.ops.onednn, "qlinear_prepack"))
     ):
         raise InputError("precision='int8': this build of torch has no int8 kernels for CPUs; use 'bf16' or 'fp32'")
-    if device.type != "cpu" and precision == "int8":
+    if not _like_cpu(device) and precision == "int8":
         raise InputError(
             f"precision='int8' runs on CPUs; on {device.type} use 'bf16', or quantize the model with torchao before it is wrapped"
         )
+
+
+def _like_cpu(device: torch.device) -> bool:
+    """A model on the meta device is one that is planned for a CPU: it gets the same layers, of shapes without numbers."""
+    return device.type in ("cpu", "meta")
 
 
 def with_precision(model: nn.Module, precision: Precision, *, wide: Collection[str] = ()) -> Any:
@@ -73,8 +78,8 @@ def with_precision(model: nn.Module, precision: Precision, *, wide: Collection[s
             raise InputError(
                 f"wide names {end!r}, and no linear layer's name ends so; there are, for example, {linear[:3]}"
             )
-    if weight.device.type != "cpu":
-        return model if weight.dtype == _DTYPES[precision] else _cast(model, _DTYPES[precision])
+    if not _like_cpu(weight.device):
+        return model if weight.dtype == _DTYPES[precision] else cast(model, _DTYPES[precision])
     if weight.dtype != torch.float32:
         raise InputError(
             f"the model is {weight.dtype}: on a CPU precision={precision!r} starts from fp32; load it with dtype=torch.float32"
@@ -176,7 +181,22 @@ def _packed(
     return {name: PackedLinear([module], precision)}
 
 
-def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def planned(model: nn.Module, precision: Precision | None, device: torch.device) -> Any:
+    """A model on the meta device as `with_precision` would make it on another, which need not be there.
+
+    Raises:
+        InputError: if that device cannot.
+    """
+    if precision is None:
+        return model
+    check_precision(precision, device)
+    if device.type == "cpu":
+        return with_precision(model, precision)
+    return model if next(model.parameters()).dtype == _DTYPES[precision] else cast(model, _DTYPES[precision])
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of a model in another dtype, but for its rotary frequencies."""
     new: nn.Module = rebuilt(model, lambda name, module: None)
     with torch.no_grad():
         for module in new.modules():
@@ -245,24 +265,35 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.precision = precision
         biases = [source.bias for source in sources]
-        zeros = [torch.zeros(width) for width in self.widths]
+        zeros = [weight.new_zeros(width) for width in self.widths]
         bias = (
             None
             if all(b is None for b in biases)
             else torch.cat([b.detach() if b is not None else z for b, z in zip(biases, zeros, strict=True)])
         )
         self.register_buffer("bias", bias)
+        self._kernel = next(_numbers)
+        sums = None
+        if weight.is_meta:
+            self.register_buffer("digest", weight.new_empty(hashlib.sha256().digest_size, dtype=torch.uint8))
+            self.register_buffer("sums", weight.new_empty(self.out_features) if precision == "int8" else None)
+            return
         # So that a model's fingerprint still tells weights apart that it can no longer read.
         said = hashlib.sha256(f"{precision} {tensor_digest(weight)}".encode()).digest()
         self.register_buffer("digest", torch.tensor(list(said), dtype=torch.uint8))
-        self._kernel = next(_numbers)
-        sums = None
         if precision == "int8":
             _kernels[self._kernel], sums = _int8(weight)
         else:
             _kernels[self._kernel] = _half(weight, precision)
         self.register_buffer("sums", sums)
         finalize(self, _kernels.pop, self._kernel, None)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the weights in the kernel's hands; int8 ones have a scale and a zero point for each output."""
+        if self.precision == "int8":
+            return self.out_features * (self.in_features + 8)
+        return self.out_features * self.in_features * _DTYPES[self.precision].itemsize
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.widths}, {self.precision}"
@@ -309,6 +340,10 @@ class _Part(nn.Module):
             held = (states, self.together(states).split(self.together.widths, -1))
         self.shared[0] = None if self.index == len(self.together.widths) - 1 else held
         return held[1][self.index]
+
+
+LINEAR = (nn.Linear, Conv1D, PackedLinear, _Part)
+"""What a linear layer is."""
 
 
 def _rows_out(source: nn.Linear | Conv1D) -> Tensor:

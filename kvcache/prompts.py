@@ -10,6 +10,7 @@ from torch import Tensor
 from kvcache import hf
 from kvcache.errors import CapacityError, InputError
 from kvcache.fingerprint import model_fingerprint
+from kvcache.past import handed
 from kvcache.prefix import PrefixKey, PrefixSnapshot
 from kvcache.speakers import SpeakerCache
 
@@ -140,6 +141,6 @@ class Prompts(Mapping[str, Tensor]):
         kind = "inputs_embeds" if key.content.is_floating_point() else "input_ids"
 
         def run(rest: Tensor) -> None:
-            body(**{kind: rest}, past_key_values=cache, use_cache=True)
+            body(**{kind: rest}, **handed(body, cache), use_cache=True)
 
         return hf.extend_prefix(run, key, start, cache, self._model.device)

@@ -9,6 +9,7 @@ from threading import Lock
 import torch
 
 from kvcache.errors import InputError
+from kvcache.events import Event, emit, heard
 from kvcache.prefix import PrefixKey, PrefixSnapshot
 from kvcache.stores import DiskStore, MemoryStore, Store, TieredStore
 from kvcache.stores.base import log
@@ -55,7 +56,7 @@ class SpeakerCache:
     def get(self, key: PrefixKey) -> PrefixSnapshot | None:
         """The snapshot of exactly this content, if it is stored."""
         found = self._find(key)
-        return found if found is not None and len(found) == len(key) else None
+        return self._hit(found) if found is not None and len(found) == len(key) else None
 
     def get_or_build(self, key: PrefixKey, build: Callable[[], PrefixSnapshot]) -> PrefixSnapshot:
         """The snapshot of `key`, from the store or from `build`.
@@ -109,7 +110,16 @@ class SpeakerCache:
             found = self._find(key) if extending else self.get(key)
             with self._lock:
                 self._seconds_saved += 0.0 if found is None else found.build_seconds
-            return found if found is not None and len(found) == len(key) else self._build(key, found, extend)
+            if found is not None and len(found) == len(key):
+                return self._hit(found) if extending else found
+            return self._build(key, found, extend)
+
+    @staticmethod
+    def _hit(found: PrefixSnapshot) -> PrefixSnapshot:
+        if heard("hit"):
+            numbers = {"tokens": len(found), "nbytes": found.nbytes, "seconds": found.build_seconds}
+            emit(Event("hit", repr(found.key), numbers))
+        return found
 
     def _find(self, key: PrefixKey) -> PrefixSnapshot | None:
         """What the store has, if that is what was asked for: no store is trusted, whoever wrote it."""
@@ -118,6 +128,7 @@ class SpeakerCache:
             log.warning("%s gave %r for %r; it will not be used", self.store.name, found.key, key)
             with self._lock:
                 self._refused += 1
+            emit(Event("refused", repr(key), reason=f"{self.store.name} gave another one"))
             return None
         return found
 
@@ -134,6 +145,10 @@ class SpeakerCache:
             self._build_seconds += seconds
             self._extended += start is not None
             self._built += start is None
+        numbers = {"tokens": len(key), "nbytes": built.nbytes, "seconds": seconds}
+        if start is not None:
+            numbers["known"] = len(start)
+        emit(Event("built" if start is None else "extended", repr(key), numbers))
         return built
 
     @contextmanager

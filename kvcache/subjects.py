@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from kvcache.decoding.backends import BackendName
 from kvcache.errors import InputError
+from kvcache.footprint import Footprint, language_footprint
 from kvcache.geometry import CacheGeometry
 from kvcache.manager import KVCacheManager
 from kvcache.memory import CacheReport
 from kvcache.policies import KeepAll, SizePolicy
-from kvcache.precision import Precision, with_precision
+from kvcache.precision import Precision, planned, with_precision
 from kvcache.quantized import Quantization
 
 GROUP = "kvcache.subjects"
@@ -67,6 +68,16 @@ class Prepared(Protocol):
     def stream(self, context: int, tokens: int, chunk_size: int = 16) -> Iterator[int]:
         """Decode `tokens` tokens for every request behind `context` tokens of it; how many of all requests came, chunk by
         chunk. The first chunk waits for the prefill. Nothing ends it early."""
+
+    def run(self, context: int, tokens: int) -> None:
+        """The same at once and in this thread, for tools that look at one thread only."""
+
+    def vocode(self, tokens: int) -> bool:
+        """Make audio of so many made-up tokens, chunk by chunk; False if the model does not speak."""
+
+    @property
+    def vocoder(self) -> nn.Module | None:
+        """What makes the audio, where that has weights."""
 
     def logits(self, ids: Tensor) -> Tensor:
         """What the model says after each of these tokens ``[n]``, at this precision: ``[n, vocabulary]``; to judge
@@ -111,6 +122,29 @@ class Subject(ABC):
         Raises:
             KVCacheError: if it cannot.
         """
+
+    def longest(self, setting: Setting) -> int | None:
+        """The most tokens that a request can have; None where nothing says."""
+        return setting.max_length
+
+    @abstractmethod
+    def footprint(self, setting: Setting, context: int, tokens: int, device: str) -> Footprint:
+        """What requests that decode so would take on ``"cpu"`` or ``"cuda"``, without any weights.
+
+        Args:
+            setting: how they decode.
+            context: tokens of a request before those it makes.
+            tokens: that it makes.
+            device: what is planned for; it need not be there.
+
+        Raises:
+            KVCacheError: if they cannot.
+        """
+
+    @cached_property
+    def blank(self) -> nn.Module:
+        """The skeleton, made once; not to be changed."""
+        return self.skeleton()
 
     def geometry(self, setting: Setting | None = None) -> CacheGeometry:
         """Of its cache, in the dtype that a setting gives it."""
@@ -170,8 +204,9 @@ class LanguageSubject(Subject):
     def skeleton(self) -> nn.Module:
         from transformers import AutoModelForCausalLM
 
+        make: Any = AutoModelForCausalLM  # has types from 5.24 on, and not for this
         with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(self._config, dtype=self._dtype)
+            model: nn.Module = make.from_config(self._config, dtype=self._dtype)
         return model.eval()
 
     @property
@@ -210,6 +245,24 @@ class LanguageSubject(Subject):
     def prepared(self, setting: Setting, device: str = "cpu") -> "Prepared":
         return _Language(self.load(device), setting)
 
+    def longest(self, setting: Setting) -> int | None:
+        given = [setting.max_length, getattr(self._config.get_text_config(), "max_position_embeddings", None)]
+        return min((most for most in given if most is not None), default=None)
+
+    def footprint(self, setting: Setting, context: int, tokens: int, device: str) -> Footprint:
+        manager = _managed(planned(self.blank, setting.precision, torch.device(device)), setting)
+        return language_footprint(manager, setting, context, tokens, device)
+
+
+def _managed(model: Any, setting: Setting) -> KVCacheManager:
+    return KVCacheManager(
+        model,
+        KeepAll() if setting.policy is None else setting.policy,
+        setting.max_length,
+        kv_dtype=setting.kv_dtype,
+        quantization=None if setting.quantization is None else Quantization(setting.quantization),
+    )
+
 
 class _Language:
     """A language model that decodes in one way."""
@@ -217,13 +270,7 @@ class _Language:
     def __init__(self, model: Any, setting: Setting) -> None:
         self._model = model if setting.precision is None else with_precision(model, setting.precision)
         self._setting = setting
-        self.manager = KVCacheManager(
-            self._model,
-            KeepAll() if setting.policy is None else setting.policy,
-            setting.max_length,
-            kv_dtype=setting.kv_dtype,
-            quantization=None if setting.quantization is None else Quantization(setting.quantization),
-        )
+        self.manager = _managed(self._model, setting)
 
     @property
     def module(self) -> nn.Module:
@@ -232,20 +279,35 @@ class _Language:
 
     def stream(self, context: int, tokens: int, chunk_size: int = 16) -> Iterator[int]:
         prompt = self._ids(context)
+        settings = self._greedy(prompt, tokens)
+        for chunk in self.manager.stream(prompt, chunk_size=chunk_size, backend=self._setting.backend, **settings):
+            yield chunk.numel()
+
+    def run(self, context: int, tokens: int) -> None:
+        if self._setting.backend == "off":
+            prompt = self._ids(context)
+            self.manager.generate(prompt, **self._greedy(prompt, tokens))
+        else:
+            for _ in self.stream(context, tokens):
+                pass
+
+    def vocode(self, tokens: int) -> bool:
+        return False
+
+    @property
+    def vocoder(self) -> nn.Module | None:
+        return None
+
+    def _greedy(self, prompt: Tensor, tokens: int) -> dict[str, Any]:
         # An end that the vocabulary does not have: only the length ends it.
         end = self._model.config.get_text_config().vocab_size
-        chunks = self.manager.stream(
-            prompt,
-            chunk_size=chunk_size,
-            backend=self._setting.backend,
-            attention_mask=torch.ones_like(prompt),
-            do_sample=False,
-            max_new_tokens=tokens,
-            eos_token_id=end,
-            pad_token_id=end,
-        )
-        for chunk in chunks:
-            yield chunk.numel()
+        return {
+            "attention_mask": torch.ones_like(prompt),
+            "do_sample": False,
+            "max_new_tokens": tokens,
+            "eos_token_id": end,
+            "pad_token_id": end,
+        }
 
     def _ids(self, context: int) -> Tensor:
         """Made-up prompts ``[requests, context]``."""

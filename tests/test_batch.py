@@ -68,7 +68,7 @@ def recording(engine):
 
     The log is written within the step, so that a recorded step writes it too.
     """
-    make = engine._stepper._decoding
+    make = engine._stepper.decoding
 
     def made(requests, rows, slots):
         decoding = make(requests, rows, slots)
@@ -95,7 +95,7 @@ def recording(engine):
             decoding.chunk = chunked
         return decoding
 
-    engine._stepper._decoding = made
+    engine._stepper.decoding = made
     return engine
 
 

@@ -21,7 +21,7 @@ import transformers
 from families import FAMILIES, ROPE_BY_LENGTH, SEQ2SEQ, build, cases, dynamic_cache, logits, tiny, token_ids
 from hypothesis import given
 from hypothesis import strategies as st
-from test_laws import BUFFERS, KINDS, Kind, Pair, search, tokens
+from test_laws import KINDS, Kind, search
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
@@ -51,6 +51,7 @@ from kvcache import (
     model_fingerprint,
 )
 from kvcache.fingerprint import forget
+from kvcache.testing.laws import BUFFERS, Pair, tokens
 
 NEW = 12
 PREFIX = token_ids(1, 13, seed=3)[0]  # longer than the windows of families that have their own

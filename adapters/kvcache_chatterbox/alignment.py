@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvcache.past import taken
+
 _reading: ContextVar["HeadReader | None"] = ContextVar("kvcache_chatterbox_reading", default=None)
 
 
@@ -50,7 +52,7 @@ class HeadReader:
         kwargs, _ = kwargs_and_output
         hidden: Tensor = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])[:1]
         cos, sin = (part[:1] for part in kwargs["position_embeddings"])
-        cache = kwargs.get("past_key_values")
+        cache = taken(kwargs)
         for layer, head in self._heads:
             if layer == module.layer_idx:
                 kv_head = head // module.num_key_value_groups

@@ -163,6 +163,11 @@ class Speaker:
         self._clips: OrderedDict[bytes, Voice] = OrderedDict()
         self._encoding = RLock()
 
+    @property
+    def vocoder(self) -> Any:
+        """What turns speech tokens into audio."""
+        return self._tts.s3gen
+
     def builtin(self) -> Voice:
         """The voice that the model was loaded with.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvcache.cpu import few_rows
 from kvcache.decoding import Sampling
+from kvcache.past import handed
 from kvcache_chatterbox.alignment import AlignmentCheck
 from kvcache_chatterbox.requests import Prefill, embed_speech
 from kvcache_chatterbox.reuse import FirstPass
@@ -105,5 +106,5 @@ class Decoder:
 
     def _forward(self) -> FirstPass:
         caching = self._cache is not None
-        out = self._t3.tfmr(inputs_embeds=self._pending, past_key_values=self._cache, use_cache=caching)
+        out = self._t3.tfmr(inputs_embeds=self._pending, **handed(self._t3.tfmr, self._cache), use_cache=caching)
         return FirstPass(out[0][:, -1])

@@ -18,6 +18,7 @@ from torch import Tensor
 from kvcache import CacheGeometry, PrefixKey, PrefixSnapshot, SpeakerCache, model_fingerprint
 from kvcache.fingerprint import tensor_bytes
 from kvcache.hf import extend_prefix, kv_layers, new_cache
+from kvcache.past import handed
 from kvcache_chatterbox.requests import Prefill, condition
 
 Reuse = Literal["all", "conditioning", "none"]
@@ -62,7 +63,9 @@ class VoiceReuse:
         if rows == 2 and self._unconditional:
             return self._start_guided(request, cache)
         self._known(self._key(request.embeds[0, :conditioning])).to(self._t3.device).fork(cache, rows)
-        out = self._t3.tfmr(inputs_embeds=request.embeds[:, conditioning:], past_key_values=cache, use_cache=True)
+        out = self._t3.tfmr(
+            inputs_embeds=request.embeds[:, conditioning:], **handed(self._t3.tfmr, cache), use_cache=True
+        )
         return FirstPass(out[0][:, -1])
 
     def condition(self, t3_cond: Any) -> Tensor:
@@ -89,12 +92,15 @@ class VoiceReuse:
         return self._known(self.key(t3_cond))
 
     def _key(self, conditioning: Tensor, unconditional: int = 0) -> PrefixKey:
+        return PrefixKey(model_fingerprint(self._t3), self._content(conditioning, unconditional))
+
+    def _content(self, conditioning: Tensor, unconditional: int = 0) -> Tensor:
         """Of a conditioning ``[tokens, dim]``, and an unconditional text of at least so many tokens."""
         if unconditional:
             table = self._t3.text_pos_emb.emb.weight  # zeroed embeddings plus their positions: the positions
             tokens = min(-(-unconditional // _STEP) * _STEP, table.shape[0])
             conditioning = torch.cat([conditioning, table[:tokens]])
-        return PrefixKey(model_fingerprint(self._t3), conditioning)
+        return conditioning
 
     def _known(self, key: PrefixKey) -> PrefixSnapshot:
         return self.speakers.get_or_extend(key, lambda start: self._extend(key, start))
@@ -104,7 +110,7 @@ class VoiceReuse:
         cache = self._cache(len(key))
 
         def run(rest: Tensor) -> None:
-            self._t3.tfmr(inputs_embeds=rest, past_key_values=cache, use_cache=True)
+            self._t3.tfmr(inputs_embeds=rest, **handed(self._t3.tfmr, cache), use_cache=True)
 
         return extend_prefix(run, key, start, cache, self._t3.device)
 
@@ -137,7 +143,7 @@ class VoiceReuse:
             inputs_embeds=torch.cat([embeds[0, conditioning:], embeds[1, end:]])[None],
             attention_mask=mask[None, None],
             position_ids=positions[None],
-            past_key_values=beside,
+            **handed(self._t3.tfmr, beside),
             use_cache=True,
         )[0][0]
 

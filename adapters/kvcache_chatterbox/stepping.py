@@ -21,7 +21,7 @@ from kvcache_chatterbox.sampling import order
 
 def at_precision(t3: Any, precision: Precision) -> Any:
     """A copy of a T3 that computes in `precision` and shares what does not change: on a CPU all but the backbone."""
-    if t3.device.type != "cpu":
+    if t3.device.type not in ("cpu", "meta"):  # on the meta device a model is planned for a CPU
         return with_precision(t3, precision)
     backbone = with_precision(t3.tfmr, precision)
     return rebuilt(t3, lambda name, module: backbone if module is t3.tfmr else None)
@@ -42,7 +42,7 @@ class T3Step(nn.Module):
         self.tfmr = decoder_copy(t3.tfmr)
         self.embed, self.positions = t3.speech_emb, t3.speech_pos_emb
         self.head = t3.speech_head
-        if precision not in (None, "fp32") and t3.device.type == "cpu":
+        if precision not in (None, "fp32") and t3.device.type in ("cpu", "meta"):
             half = "fp16" if precision == "fp16" else "bf16"
             self.head = PackedLinear([t3.speech_head], half) if has_half(half) else t3.speech_head
         self.rows = rows
@@ -114,7 +114,7 @@ class Stepper:
         rows = 1 if self._t3.is_gpt else 2
 
         def make(slots: int) -> Decoding:
-            return self._decoding(places, rows, slots)
+            return self.decoding(places, rows, slots)
 
         with self._pool.lent(("batch", places), slots, make, exactly=True) as decoding:
             yield Batch(decoding, compact=compact)
@@ -149,12 +149,21 @@ class Stepper:
             says_end=not is_gpt,
         )
 
-    def _decoding(self, requests: int, rows: int, slots: int) -> Decoding:
+    def decoding(self, requests: int, rows: int, slots: int) -> Decoding:
+        """What decodes so many requests of so many rows and slots each."""
         t3, device = self._t3, self._t3.device
         kv = StaticKV(self._geometry, requests * rows, slots, dtype=self._kv_dtype)
         sampler = Sampler(requests, t3.speech_head.out_features, order(t3.is_gpt), device, guided=rows == 2)
         step = T3Step(t3, rows, self._precision, self._onednn)
         return Decoding(step, kv, sampler, self._backend, tf32=self._tf32)
+
+    def alone(self, rows: int, slots: int) -> Decoding:
+        """What decodes one request of so many rows, with at least so many slots in each."""
+        if not self._policy.evicts:
+            room = slots_for(slots, self._max_length, preallocate=True)
+        else:  # a budget in bytes is kept to the byte; prefixes of other lengths shall fit what counts tokens
+            room = slots if self._policy.limit is None else slots_for(slots, None)
+        return self.decoding(1, rows, room)
 
     def chunks(
         self,
@@ -179,14 +188,7 @@ class Stepper:
         needed = stored + total - 1 if policy.limit is None else policy.limit
         t3, rows = self._t3, logits.shape[0]
 
-        def make(slots: int) -> Decoding:
-            if not self._policy.evicts:
-                room = slots_for(slots, self._max_length, preallocate=True)
-            else:  # a budget in bytes is kept to the byte; prefixes of other lengths shall fit what counts tokens
-                room = slots if self._policy.limit is None else slots_for(slots, None)
-            return self._decoding(1, rows, room)
-
-        with self._pool.lent(rows, needed, make) as decoding:
+        with self._pool.lent(rows, needed, lambda slots: self.alone(rows, slots)) as decoding:
             decoding.load(0, layers)
             begin = torch.tensor([t3.hp.start_speech_token], device=logits.device)
             first = decoding.start(0, logits, [sampling], [generator], [begin])

@@ -1,6 +1,7 @@
 """Chatterbox's models for the commands `kvcache plan`, `profile` and `tune`: ``chatterbox-nano`` and its kin."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from kvcache import CacheReport, InputError, MemoryStore, SpeakerCache
+from kvcache.footprint import Footprint
+from kvcache.modules import rebuilt
+from kvcache.precision import planned
 from kvcache.subjects import Prepared, Setting, Subject
+from kvcache_chatterbox.audio import SPEECH_TOKENS, Speaker
 from kvcache_chatterbox.engine import ChatterboxEngine
+from kvcache_chatterbox.footprint import check_together, speech_footprint, text_room
 from kvcache_chatterbox.loading import WEIGHTS, load_t3, random_conditionals
 from kvcache_chatterbox.requests import prefill
 
 _BEGINS = "chatterbox-"
 _VOICE = "made up"
+_LONGEST = 4096  # tokens of a request, where a setting does not say
+_SECOND = 25  # tokens
 
 
 def subject(name: str) -> "ChatterboxSubject | None":
@@ -66,38 +74,84 @@ class ChatterboxSubject(Subject):
         return found
 
     def prepared(self, setting: Setting, device: str = "cpu") -> Prepared:
-        return _Speech(endless(self.load(device)), setting)
+        speech = _Speech(engine_of(endless(self.load(device)), setting), setting, self._speaker)
+        speech.engine.add_voice(_VOICE, conditionals=random_conditionals(speech.engine.t3))
+        return speech
+
+    def longest(self, setting: Setting) -> int | None:
+        return setting.max_length or _LONGEST
+
+    def footprint(self, setting: Setting, context: int, tokens: int, device: str) -> Footprint:
+        t3 = self.blank
+        if device != "cpu":  # there the whole model is cast, and not its layers by the engine
+            t3, setting = planned(t3, setting.precision, torch.device(device)), replace(setting, precision=None)
+        return speech_footprint(engine_of(t3, setting), setting.requests, context, tokens, device)
+
+    @property
+    def _speaker(self) -> Speaker | None:
+        return None
+
+
+class LoadedSubject(ChatterboxSubject):
+    """A Chatterbox model that is loaded already: with its vocoder, if it is a whole one.
+
+    Args:
+        model: a `ChatterboxTTS` of any variant, or a bare T3.
+        name: to call it by.
+    """
+
+    def __init__(self, model: Any, name: str = "chatterbox") -> None:
+        t3 = getattr(model, "t3", model)
+        super().__init__(name, "turbo" if t3.is_gpt else "english", None)
+        self.random = False
+        self._model, self._t3 = model, t3
+
+    @property
+    def shortest(self) -> int:  # type: ignore[override]
+        """As above, for this voice."""
+        hp = self._t3.hp
+        voice = 1 + bool(hp.emotion_adv) + (32 if hp.use_perceiver_resampler else hp.speech_cond_prompt_len)
+        return voice + (2 if self.gpt else 3 + 2)
+
+    def skeleton(self) -> nn.Module:
+        found: nn.Module = rebuilt(self._t3, lambda name, module: None).to("meta")
+        return found
+
+    @property
+    def _speaker(self) -> Speaker | None:
+        return Speaker(self._model) if hasattr(self._model, "s3gen") else None
 
 
 def endless(t3: Any) -> Any:
     """A T3 that shares all but its head with this one, and never says that speech has ended: for figures of a set length."""
-    from kvcache.modules import rebuilt
-
-    head = nn.Linear(t3.dim, t3.speech_head.out_features, device=t3.device)
-    with torch.no_grad():
-        head.weight.copy_(t3.speech_head.weight)
-        head.bias.zero_() if t3.speech_head.bias is None else head.bias.copy_(t3.speech_head.bias)
-        head.bias[t3.hp.stop_speech_token] = -1e4
+    head = nn.Linear(t3.dim, t3.speech_head.out_features, device="meta")
+    head.weight, bias = t3.speech_head.weight, t3.speech_head.bias
+    bias = head.weight.new_zeros(head.out_features) if bias is None else bias.detach().clone()
+    bias[t3.hp.stop_speech_token] = -1e4
+    head.bias = nn.Parameter(bias, requires_grad=False)
     return rebuilt(t3, lambda name, module: head.eval() if module is t3.speech_head else None)
+
+
+def engine_of(t3: Any, setting: Setting) -> ChatterboxEngine:
+    """The engine that decodes so, without a voice."""
+    if setting.quantization is not None:
+        raise InputError("Chatterbox's engine has no quantized caches; leave the bits out")
+    return ChatterboxEngine(
+        t3,
+        setting.policy,
+        setting.max_length or _LONGEST,
+        speakers=SpeakerCache(MemoryStore("1GiB")),
+        backend=setting.backend,
+        precision=setting.precision,
+        kv_dtype=setting.kv_dtype,
+    )
 
 
 class _Speech:
     """A T3 that decodes in one way."""
 
-    def __init__(self, t3: Any, setting: Setting) -> None:
-        if setting.quantization is not None:
-            raise InputError("Chatterbox's engine has no quantized caches; leave the bits out")
-        self._setting = setting
-        self.engine = ChatterboxEngine(
-            t3,
-            setting.policy,
-            setting.max_length or 4096,
-            speakers=SpeakerCache(MemoryStore("1GiB")),
-            backend=setting.backend,
-            precision=setting.precision,
-            kv_dtype=setting.kv_dtype,
-        )
-        self.engine.add_voice(_VOICE, conditionals=random_conditionals(t3))
+    def __init__(self, engine: ChatterboxEngine, setting: Setting, speaker: Speaker | None = None) -> None:
+        self.engine, self._setting, self._speaker = engine, setting, speaker
 
     @property
     def module(self) -> nn.Module:
@@ -113,29 +167,39 @@ class _Speech:
             ):
                 yield chunk.numel()
             return
-        if not self.engine.batches:
-            raise InputError(f"requests={requests} decode together on the decode engine; give another backend than 'off'")
+        check_together(self.engine, requests)
         for _, chunk in self.engine.inference_segments(
             texts=texts, voice=_VOICE, max_new_tokens=tokens, chunk_size=chunk_size, seed=0, max_rows=requests
         ):
             yield chunk.numel()
 
+    def run(self, context: int, tokens: int) -> None:
+        for _ in self.stream(context, tokens):
+            pass
+
+    def vocode(self, tokens: int) -> bool:
+        if self._speaker is None:
+            return False
+        ids = torch.randint(0, SPEECH_TOKENS, (1, tokens), generator=torch.Generator().manual_seed(0))
+        chunks = ((0, chunk) for chunk in torch.split(ids.to(self.engine.t3.device), _SECOND, 1))
+        for _ in self._speaker.speak(chunks, self._speaker.builtin(), False):
+            pass
+        return True
+
+    @property
+    def vocoder(self) -> nn.Module | None:
+        found = None if self._speaker is None else self._speaker.vocoder
+        return found if isinstance(found, nn.Module) else None
+
     def _text(self, context: int, seed: int) -> Tensor:
         """Made-up text tokens, as many as let a request begin with `context` tokens in all."""
         t3 = self.engine.t3
         voice = self.engine._conditioning(self.engine.voice_of(_VOICE), True).shape[1]
-        frame = 0 if t3.is_gpt else 2
-        count = context - voice - self.engine._overhead - frame
-        if count < 1:
-            raise InputError(
-                f"context={context} leaves no room for a text: voice, frame and start take {context - count} tokens"
-            )
-        text = torch.randint(1, 200, (count,), generator=torch.Generator().manual_seed(seed))
-        if frame:
-            text = torch.cat(
-                [torch.tensor([t3.hp.start_text_token]), text, torch.tensor([t3.hp.stop_text_token])]
-            )
-        return text
+        count = text_room(self.engine, voice, context)
+        if t3.is_gpt:
+            return torch.randint(1, 200, (count,), generator=torch.Generator().manual_seed(seed))
+        text = torch.randint(1, 200, (count - 2,), generator=torch.Generator().manual_seed(seed))
+        return torch.cat([torch.tensor([t3.hp.start_text_token]), text, torch.tensor([t3.hp.stop_text_token])])
 
     @torch.inference_mode()
     def logits(self, ids: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from kvcache import (
     default_store,
 )
 from kvcache.decoding import BackendName, Batch, Job, check_backend
+from kvcache.events import Event, emit
 from kvcache.hf import PositionMode, new_cache
 from kvcache.precision import Precision
 from kvcache.streaming import chunked
@@ -83,7 +84,9 @@ class UtteranceDecoder:
             self._why_not = Stepper.why_not(self.t3)
             if self._why_not is None and positions == "rerotated" and self.policy.evicts:
                 self._why_not = "re-rotated positions are turned on the host"
-            if self._why_not is None:
+            if self._why_not is not None:
+                emit(Event("fell_back", f"{backend} to the token loop", reason=self._why_not))
+            else:
                 self._stepper = Stepper(
                     self.t3, backend, kv_dtype, tf32, precision, self.policy, max_cache_length, onednn
                 )
@@ -339,8 +342,9 @@ class UtteranceDecoder:
         size: int,
         generator: torch.Generator | None,
     ) -> Iterator[Tensor]:
-        logits = decoder.prefill()
         total = utterance.max_new_tokens
-        for chunk, report in stepper.chunks(logits, cache, utterance.sampling, total, size, generator):
+        chunks = stepper.chunks(decoder.prefill(), cache, utterance.sampling, total, size, generator)
+        del decoder, cache  # what was prefilled is copied, and would take its memory twice while this decodes
+        for chunk, report in chunks:
             self._last = report
             yield chunk

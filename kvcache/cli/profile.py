@@ -1,8 +1,124 @@
-"""`kvcache profile`."""
+"""`kvcache profile`: where a model's time and memory go, and how much of it any cache could save."""
 
-from kvcache.cli.common import Json, Wanting
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, get_args
+
+import torch
+import typer
+from rich.table import Table
+
+from kvcache.cli.common import Json, console, print_json, progress, shown_bytes, table
+from kvcache.decoding.backends import BackendName
+from kvcache.errors import InputError
+from kvcache.precision import Precision
+from kvcache.profiling import MEMORY, Profile, check_plot, plot, profile, shown_seconds
+from kvcache.subjects import Setting, subject
+from kvcache.watching import PARTS
+
+_BAR = 40  # characters for all of it
 
 
-def command(as_json: Json = False) -> None:
-    """Not there yet."""
-    raise Wanting("kvcache profile is not built yet")
+def command(
+    model: Annotated[
+        str, typer.Argument(help="A folder, a .gguf file, a hub id (owner/name), or a name such as chatterbox-nano.")
+    ],
+    context: Annotated[int, typer.Option(help="Tokens of a request before the first that is decoded.")] = 500,
+    tokens: Annotated[int, typer.Option(help="Tokens that are decoded in each run.")] = 40,
+    requests: Annotated[int, typer.Option(help="Requests that decode together.")] = 1,
+    backend: Annotated[str, typer.Option(help="off, eager, compile, graph or graph+compile.")] = "eager",
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16, fp16 or int8; as loaded if left out.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="torch threads; torch's own choice if left out.")] = None,
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw stacked bars there (PNG, PDF or SVG).")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Decode a little and say where time and memory go: attention, MLP, cache, sampling, host; weights, KV, the rest."""
+    setting = _setting(backend, precision, requests)
+    if device not in ("cpu", "cuda"):
+        raise InputError(f"--device {device}: give cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch finds no GPU here; leave the option out, or see kvcache doctor")
+    if threads is not None and threads < 1:
+        raise InputError(f"--threads {threads}: give at least 1")
+    if plot_file is not None:
+        check_plot(plot_file)
+    found = subject(model)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with progress().status(f"loading and running {model}"):
+        result = profile(found, setting, context, tokens, device=device)
+    if plot_file is not None:
+        plot({model: result}, plot_file)
+    if as_json:
+        print_json(result.to_dict())
+        return
+    screen = console()
+    screen.print(_times(result))
+    screen.print(_memory(result))
+    for sentence in result.sentences():
+        screen.print(f"• {sentence}", highlight=False)
+
+
+def _setting(backend: str, precision: str | None, requests: int) -> Setting:
+    backends = ("off", *get_args(BackendName))
+    if backend not in backends:
+        raise InputError(f"--backend {backend}: give one of {', '.join(backends)}")
+    if precision not in (None, *get_args(Precision)):
+        raise InputError(f"--precision {precision}: give one of {', '.join(get_args(Precision))}")
+    if requests < 1:
+        raise InputError(f"--requests {requests}: give at least 1")
+    return Setting(backend=backend, precision=precision, requests=requests)  # type: ignore[arg-type]
+
+
+def _times(result: Profile) -> Table:
+    setting = result.setting
+    rows = "" if setting.requests == 1 else f", {setting.requests} requests together"
+    shown = table(
+        f"{result.model}: a step behind {result.context} tokens{rows} ({setting.precision or 'as loaded'}, "
+        f"{result.device}, {result.threads} threads)",
+        "time",
+        "a step",
+        "share",
+        "",
+        "prefill",
+        "share",
+    )
+    shown.columns[3].justify = "left"
+    for part, name in PARTS.items():
+        if result.step.parts[part] or result.prefill.parts[part]:
+            shown.add_row(
+                name,
+                shown_seconds(result.step.parts[part]),
+                f"{result.step.share(part):.1%}",
+                _bar(result.step.share(part), part in ("attention_scores", "cache_update")),
+                shown_seconds(result.prefill.parts[part]),
+                f"{result.prefill.share(part):.1%}",
+            )
+    shown.add_section()
+    shown.add_row("all", shown_seconds(result.step.total), "", "", shown_seconds(result.prefill.total), "")
+    return shown
+
+
+def _memory(result: Profile) -> Table:
+    memory = result.memory
+    kind = "the process holds" if result.device == "cpu" else "torch has reserved on the GPU"
+    shown = table(f"memory that {kind}", "memory", "", "share", "")
+    shown.columns[3].justify = "left"
+    parts: Mapping[str, int] = memory.parts
+    for part, name in MEMORY.items():
+        if parts[part]:
+            bar = _bar(memory.share(part), part == "kv_cache")
+            shown.add_row(name, shown_bytes(parts[part]), f"{memory.share(part):.1%}", bar)
+    shown.add_section()
+    shown.add_row("all", shown_bytes(memory.total), "", "")
+    shown.add_row("before the model was loaded", shown_bytes(memory.before), "", "")
+    shown.add_row("a prefill takes at its peak, for a moment", shown_bytes(memory.prefill), "", "")
+    return shown
+
+
+def _bar(share: float, saved: bool) -> str:
+    """A bar; orange is what a cache could save."""
+    return f"[{'dark_orange' if saved else 'blue'}]{'█' * round(_BAR * share)}[/]"

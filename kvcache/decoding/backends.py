@@ -1,5 +1,6 @@
 """What runs a step: Python, torch's compiler, a captured graph, or both of these."""
 
+import time
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol, get_args
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from kvcache.errors import InputError
+from kvcache.events import Event, emit
 
 BackendName = Literal["eager", "compile", "graph", "graph+compile"]
 
@@ -135,7 +137,9 @@ class Graph:
         slots = steps.order.shape[0]
         columns = min(-(-steps.reach()[0] // _BUCKET) * _BUCKET, slots)
         if (columns, draws) not in self._recorded:
+            began = time.perf_counter()
             self._recorded[columns, draws] = self._recording(steps, steps.order[:columns], draws)
+            emit(Event("captured", self.name, {"columns": columns, "seconds": time.perf_counter() - began}))
         self._recorded[columns, draws]()
 
     def _recording(self, steps: Steps, order: Tensor, draws: bool) -> Callable[[], Any]:

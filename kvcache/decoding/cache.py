@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from kvcache.errors import CapacityError, GeometryError, PolicyError
+from kvcache.events import Event, emit
 from kvcache.geometry import CacheGeometry
 from kvcache.hf import check_positions
 from kvcache.layers import KVLayer
 from kvcache.memory import CacheReport, LayerReport, zeros
-from kvcache.policies import SizePolicy
+from kvcache.policies import KeepAll, SizePolicy
 from kvcache.slots import ring_sees, ring_slot, staying_of
 
 _ENDLESS = 2**62
@@ -200,6 +201,24 @@ class StaticKV:
         for row in range(self.rows):
             self.seen[row] += steps * (self._policies[row] is not None)
 
+    def evicted(self) -> list[int]:
+        """How many tokens have left each row, in every layer."""
+        bounded = [(seen, policy) if policy is not None else (0, KeepAll()) for seen, policy in self._accounts()]
+        return [seen - self._stored(seen, policy) for seen, policy in bounded]
+
+    def tell_evicted(self, before: Sequence[int]) -> None:
+        """Tell what has left since `evicted` was `before`, see `kvcache.events`."""
+        left = [max(0, now - then) for now, then in zip(self.evicted(), before, strict=True)]
+        if total := sum(left):
+            row = max(range(len(left)), key=left.__getitem__)
+            rows, layers = sum(n > 0 for n in left), len(self.keys)
+            numbers = {"tokens": total * layers, "layers": layers, "rows": rows, "seen": self.seen[row]}
+            emit(Event("evicted", repr(self._policies[row]), numbers))
+
+    @staticmethod
+    def _stored(seen: int, policy: SizePolicy) -> int:
+        return int(staying_of(torch.tensor(seen), *_marks(policy)))
+
     def _accounts(self) -> list[tuple[int, SizePolicy | None]]:
         """Of each row: tokens seen, and its policy; None where nothing has been loaded."""
         return list(zip(self.seen, self._policies, strict=True))[: self.rows]
@@ -218,7 +237,7 @@ class StaticKV:
         busy = [row for row, (_, policy) in enumerate(self._accounts()) if policy is not None]
         longest = max(busy, key=lambda row: self.seen[row], default=0)
         policy, seen = self._policies[longest], self.seen[longest]
-        stored = seen if policy is None else int(staying_of(torch.tensor(seen), *_marks(policy)))
+        stored = seen if policy is None else self._stored(seen, policy)
         layers = (
             LayerReport(
                 repr(policy), seen, stored, seen - stored, self.slots, sum(t.numel() * t.element_size() for t in pair)

@@ -16,6 +16,7 @@ from kvcache.decoding.wiring import decoder_copy
 from kvcache.geometry import CacheGeometry
 from kvcache.hf import kv_layers
 from kvcache.memory import CacheReport
+from kvcache.policies import SizePolicy
 from kvcache.slots import slots_for
 
 
@@ -62,20 +63,11 @@ class LanguageDecoder:
         layers = kv_layers(cache)
         policy = layers[0].policy
         total = settings.new_tokens(seen[0].shape[0])
-        needed = layers[0].stored + total - 1 if policy.limit is None else policy.limit
-        if policy.limit is None and self._max_length is not None:
-            needed = min(needed, self._max_length)
+        needed = self.needed(policy, layers[0].stored, total)
         rows, vocabulary = logits.shape
 
         def make(slots: int) -> Decoding:
-            room = slots_for(slots, self._max_length, preallocate=True) if policy.limit is None else slots
-            kv = StaticKV(self._geometry, rows, room, dtype=self._kv_dtype)
-            model = decoder_copy(self._model)
-
-            def step(tokens: Tensor, made: Tensor, given: dict[str, Any]) -> Tensor:
-                return torch.as_tensor(model(input_ids=tokens[:, None], **given).logits[:, -1])
-
-            return Decoding(step, kv, Sampler(rows, vocabulary, TRANSFORMERS, logits.device), backend)
+            return self.decoding(policy, rows, slots, vocabulary, backend)
 
         with self._pool.lent((rows, backend), needed, make) as decoding:
             decoding.load(0, layers, pads)
@@ -83,3 +75,21 @@ class LanguageDecoder:
             decoding.start(0, logits, [settings.sampling] * rows, [None] * rows, seen)
             for chunk in decoding.chunks(total, size, settings.ends, settings.pad):
                 yield chunk, decoding.report()
+
+    def needed(self, policy: SizePolicy, stored: int, total: int) -> int:
+        """Slots of a row that needs room for `total` new tokens behind so many stored ones."""
+        if policy.limit is not None:
+            return policy.limit
+        needed = stored + total - 1  # the last token drawn is never run
+        return needed if self._max_length is None else min(needed, self._max_length)
+
+    def decoding(self, policy: SizePolicy, rows: int, slots: int, vocabulary: int, backend: BackendName) -> Decoding:
+        """What decodes so many rows of at least so many slots each."""
+        room = slots_for(slots, self._max_length, preallocate=True) if policy.limit is None else slots
+        kv = StaticKV(self._geometry, rows, room, dtype=self._kv_dtype)
+        model = decoder_copy(self._model)
+
+        def step(tokens: Tensor, made: Tensor, given: dict[str, Any]) -> Tensor:
+            return torch.as_tensor(model(input_ids=tokens[:, None], **given).logits[:, -1])
+
+        return Decoding(step, kv, Sampler(rows, vocabulary, TRANSFORMERS, self._geometry.device), backend)

@@ -20,6 +20,7 @@ from kvcache.decoding.cache import StaticKV
 from kvcache.decoding.sampler import GREEDY, Sampler, Sampling
 from kvcache.decoding.wiring import DecodeInputs, kernel_reason
 from kvcache.errors import GeometryError, KVCacheError
+from kvcache.events import Event, emit, heard
 from kvcache.layers import KVLayer
 from kvcache.memory import CacheReport
 
@@ -28,7 +29,6 @@ Forward = Callable[[Tensor, Tensor, dict[str, Any]], Tensor]
 ``[requests]``; what else to hand to the model. Gives logits ``[rows, vocabulary]``."""
 
 _NOISE_BYTES = 64 * 2**20
-_log = logging.getLogger("kvcache")
 
 
 class Decoding:
@@ -86,6 +86,8 @@ class Decoding:
         self._named: BackendName = backend
         self._backend: Backend
         self._backend, self.fallback = backend_for(backend, device)
+        if self.fallback is not None:
+            emit(Event("fell_back", f"{backend} to {self.backend}", reason=self.fallback))
         self._fronts: dict[int, Decoding] = {}
 
     @property
@@ -202,10 +204,13 @@ class Decoding:
             for noise in self._noise[:steps]:
                 self._draw(noise)
         self._column.zero_()
+        before = self.kv.evicted() if heard("evicted") else None
         with _tf32(self._tf32):
             for _ in range(steps):
                 self._step(draws)
                 self.kv.advance(1)
+        if before is not None:
+            self.kv.tell_evicted(before)
         return self._out[:, :steps].clone()
 
     def chunks(
@@ -279,7 +284,8 @@ class Decoding:
             if isinstance(self._backend, Eager):
                 raise
             self.fallback = f"{self._backend.name} failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            _log.warning("decoding goes on in eager mode: %s", self.fallback)
+            reason = f"{self.fallback}; decoding goes on in eager mode"
+            emit(Event("fell_back", f"{self._backend.name} to eager", reason=reason), logging.WARNING)
             self._backend = Eager()
             self._backend(self, draws)
 

@@ -77,7 +77,7 @@ class DecodeInputs:
     def __init__(self, kv: StaticKV, kernel: bool) -> None:
         self._kv = kv
         self.kernel = kernel
-        layers: list[Any] = [_StaticLayer(kv, i) for i in range(len(kv.keys))]
+        layers: list[Any] = [StaticLayer(kv, i) for i in range(len(kv.keys))]
         self._cache = Cache(layers=layers)
 
     def of_step(self, order: Tensor, whole: bool) -> dict[str, Any]:
@@ -91,15 +91,10 @@ class DecodeInputs:
         kv.begin(order.shape[0])
         # The kernel works out itself what a row sees. A 4-D tensor is what transformers hands through untouched.
         mask = kv.counts()[:, None, None] if self.kernel else None if whole else kv.mask(order)
-        return {
-            "past_key_values": self._cache,
-            "use_cache": True,
-            "attention_mask": mask,
-            **decoding_arguments(kv.length[:, None]),
-        }
+        return {"attention_mask": mask, **decoding_arguments(self._cache, kv.length[:, None])}
 
 
-class _StaticLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+class StaticLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One layer of a `StaticKV` as transformers sees it during a step."""
 
     is_sliding = False
@@ -158,4 +153,4 @@ def _attend(
 
 def kernel_reason(device: torch.device) -> str | None:
     """Why the Triton kernel is not used on a device; None if it is."""
-    return "it is for GPUs" if device.type == "cpu" else available()
+    return "it is for GPUs" if device.type in ("cpu", "meta") else available()

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from kvcache.errors import CorruptError, InputError
+from kvcache.events import Event, emit
 from kvcache.policies import parse_bytes
 from kvcache.prefix import PrefixKey, PrefixSnapshot
 
@@ -141,6 +142,7 @@ class BlobStore(Store):
         except Exception as error:  # what a stranger may have written there has no end
             self.refused += 1
             log.warning("%s: what is stored for %r is not that (%s); it will not be used", self.name, key, error)
+            emit(Event("refused", repr(key), reason=f"{self.name}: {error}"))
             return None
         return found
 

@@ -1,0 +1,36 @@
+"""What a model calls its cache: ``past_key_values`` up to transformers 5.23 and in models of their own code, else ``cache``."""
+
+import inspect
+from collections.abc import Callable, Mapping, MutableMapping
+from functools import lru_cache
+from typing import Any
+
+_NAMES = ("cache", "past_key_values", "layer_past")  # the last is that of GPT-2's attention up to some release
+
+
+def handed(model: Any, cache: Any) -> dict[str, Any]:
+    """The keyword argument that hands a cache to ``model(…)`` or ``model.generate(…)``."""
+    return {_name(type(model).forward): cache}
+
+
+def taken(given: Mapping[str, Any]) -> Any:
+    """The cache among a model's keyword arguments, under whichever name; None if there is none."""
+    return next((given[name] for name in _NAMES if given.get(name) is not None), None)
+
+
+def take(given: MutableMapping[str, Any]) -> Any:
+    """The same, taken out of them."""
+    found = taken(given)
+    for name in _NAMES:
+        given.pop(name, None)
+    return found
+
+
+def returned(output: Any) -> Any:
+    """The cache that a model's output, or that of `generate`, brings back."""
+    return taken(output)
+
+
+@lru_cache(maxsize=256)
+def _name(forward: Callable[..., Any]) -> str:
+    return _NAMES[0] if _NAMES[0] in inspect.signature(forward).parameters else _NAMES[1]

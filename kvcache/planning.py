@@ -1,0 +1,198 @@
+"""Will it fit: what a model takes while it serves, to the byte where bytes can be known, before anything is loaded."""
+
+import resource
+import sys
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from kvcache.errors import InputError
+from kvcache.footprint import Moment, Weights, weights_of
+from kvcache.subjects import Setting, Subject
+
+Device = Literal["cpu", "cuda"]
+
+_UNBOUNDED = 2**20  # tokens to which a length is searched where the model names no limit
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a process that serves a model holds at most, in bytes. Loading the model may take more for a moment.
+
+    Attributes:
+        model: its name.
+        device: what is planned for.
+        requests: that decode together.
+        length: tokens of each, in the end.
+        context: those of them that it begins with.
+        kv: bytes that the caches hold in the end, exactly as their report says. On a CPU memory counts less: what has been
+            written to.
+        weights: by what they are for.
+        prefixes: what is known of voices.
+        moments: what else is held, at the moments at which it may be most.
+        process: Python and its libraries; None where it is not part of the device's memory.
+        fallback: why the requests are not decoded as asked; None if they are.
+    """
+
+    model: str
+    device: Device
+    requests: int
+    length: int
+    context: int
+    kv: int
+    weights: Weights
+    prefixes: int
+    moments: tuple[Moment, ...]
+    process: int | None
+    fallback: str | None = None
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """What the total is made of, by name."""
+        # On a CPU, what one moment has let go of serves the next, but does not go back to the system at once (malloc keeps
+        # it): the most that ever was beside the decode engine's cache, which the system hands out page by page for itself.
+        # A GPU's allocator serves all of them from the same memory.
+        peak = max(
+            self.moments, key=lambda one: one.growing + one.workspace + (one.static if self.device != "cpu" else 0)
+        )
+        static = max(one.static for one in self.moments) if self.device == "cpu" else peak.static
+        decodes_on_it = any(one.static for one in self.moments)
+        return {
+            "process": self.process or 0,
+            "attention weights": self.weights.attention,
+            "MLP weights": self.weights.mlp,
+            "embeddings and head": self.weights.embeddings,
+            "other weights": self.weights.other,
+            "weights as loaded": self.weights.originals,
+            "voices": self.prefixes,
+            "KV cache": static if decodes_on_it else peak.growing,
+            "prefill's KV cache": peak.growing if decodes_on_it else 0,
+            "workspace": peak.workspace,
+        }
+
+    @property
+    def total(self) -> int:
+        """The sum of the parts."""
+        return sum(self.parts.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as plain values, ready for JSON."""
+        return {**asdict(self), "parts": self.parts, "total": self.total}
+
+
+@dataclass(frozen=True)
+class Room:
+    """What an amount of memory has room for.
+
+    Attributes:
+        memory: bytes.
+        fits: whether what was planned fits.
+        requests: how many requests of this length would; 0 if none does.
+        length: how long each of so many requests may be; 0 if not even the shortest fits.
+        longest: whether that is the most that the model can do anyway.
+    """
+
+    memory: int
+    fits: bool
+    requests: int
+    length: int
+    longest: bool
+
+
+def process_bytes() -> int:
+    """What this process holds now; where the system does not say, the most that it held so far."""
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def plan(
+    subject: Subject,
+    setting: Setting,
+    length: int,
+    *,
+    context: int | None = None,
+    device: Device = "cpu",
+    process: int | None = None,
+    keep_loaded: bool = True,
+) -> MemoryPlan:
+    """What requests on a model take, found without its weights.
+
+    Args:
+        subject: the model, see `kvcache.subjects.subject`.
+        setting: how it decodes, and how many requests together.
+        length: tokens of a request, in the end.
+        context: those of them that it begins with; by default half, but no fewer than it must have.
+        device: ``"cpu"`` or ``"cuda"``; it need not be there.
+        process: bytes of Python and its libraries; by default what this process holds, which has imported the same. Give it
+            where this process holds a model. On a GPU it does not count.
+        keep_loaded: whether the model as it was loaded is kept beside the layers that decode in fewer bits.
+
+    Raises:
+        InputError: if the length has no room for a request.
+        KVCacheError: if such requests cannot be decoded.
+    """
+    if setting.requests < 1:
+        raise InputError(f"requests={setting.requests} must be at least 1")
+    least = subject.shortest + 1
+    if length < least:
+        raise InputError(
+            f"length={length} must be at least {least}: {subject.shortest} of context, and a token to make"
+        )
+    most = subject.longest(setting)
+    if most is not None and length > most:
+        raise InputError(f"length={length}: {subject.name} goes up to {most} tokens; give at most as many")
+    if context is None:
+        context = min(length - 1, max(subject.shortest, length // 2))
+    if not subject.shortest <= context < length:
+        raise InputError(f"context={context} must be from {subject.shortest} to {length - 1}, one less than the length")
+    footprint = subject.footprint(setting, context, length - context, device)
+    keep_loaded = keep_loaded and device == "cpu"  # elsewhere the copy is the whole model
+    return MemoryPlan(
+        subject.name,
+        device,
+        setting.requests,
+        length,
+        context,
+        footprint.kv,
+        weights_of(footprint.modules, subject.blank, keep_loaded),
+        footprint.prefixes,
+        footprint.moments,
+        None if device != "cpu" else process_bytes() if process is None else process,
+        footprint.fallback,
+    )
+
+
+def room(
+    made: MemoryPlan, memory: int, again: Callable[[int, int], MemoryPlan], shortest: int, longest: int | None
+) -> Room:
+    """How many requests, and what length, fit into an amount of memory.
+
+    Both are searched by bisection with the whole plan: it grows with either, but for the noise of the sampler, which is
+    drawn for fewer steps ahead where requests are many.
+
+    Args:
+        made: what was asked for.
+        memory: bytes.
+        again: plans so many requests of such a length.
+        shortest: the least that a length can be.
+        longest: the most; None where nothing says.
+    """
+
+    def total(requests: int, length: int) -> int:
+        try:
+            return again(requests, length).total
+        except InputError:  # no such requests, as where the token loop runs one at a time
+            return sys.maxsize
+
+    one = again(1, made.length)
+    # No more than as if each took nothing but the cache of one.
+    most = max(0, memory - one.total) // max(1, one.parts["KV cache"]) + 1
+    requests = bisect_right(range(1, most + 1), memory, key=lambda n: total(n, made.length))
+    top = _UNBOUNDED if longest is None else longest
+    fitting = bisect_right(range(shortest, top + 1), memory, key=lambda n: total(made.requests, n))
+    length = shortest + fitting - 1 if fitting else 0
+    return Room(memory, made.total <= memory, requests, length, length == top)
