@@ -120,7 +120,7 @@ def gain(found: dict[str, Result], made: Figure) -> Shown:
     axis.set_xlabel("times as fast as upstream's loop, or as computing it again (the line at 1)")
     handles = [Rectangle((0, 0), 1, 1, color=color) for color in (BLUE, ORANGE)]
     axis.legend(handles, [same, fewer], loc="upper right", frameon=False)
-    axis.set_title("Measured on 2 cores of an Intel Xeon; T3's weights are random. GPU: not yet measured", fontsize=9)
+    made.suptitle("Measured on 2 cores of an Intel Xeon; T3's weights are random. GPU: not yet measured", fontsize=9)
     return shown
 
 
