@@ -18,11 +18,11 @@ READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.ready-docs
 FLOOR_READY := $(FLOOR)/.ready
 # The rest is arithmetic on tensors, which no release of transformers can change.
-FLOOR_TESTS := $(filter-out tests/test_laws.py tests/test_policies.py tests/test_stores.py tests/test_store_faults.py tests/test_kernel.py tests/test_precision.py tests/test_quantized.py tests/test_segments.py tests/test_plan.py tests/test_server.py tests/test_chatterbox_audio.py tests/test_batch.py tests/test_scheduler.py,$(wildcard tests/test_*.py))
+FLOOR_TESTS := $(filter-out tests/test_laws.py tests/test_policies.py tests/test_stores.py tests/test_store_faults.py tests/test_kernel.py tests/test_precision.py tests/test_quantized.py tests/test_segments.py tests/test_plan.py tests/test_server.py tests/test_chatterbox_audio.py tests/test_batch.py tests/test_scheduler.py tests/test_measured_pages.py tests/test_tutorial.py,$(wildcard tests/test_*.py))
 BENCHMARKS := $(filter-out benchmarks/common.py benchmarks/quality_kvpress.py,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-fleet lint docs bench clean
+.PHONY: help demo test test-slow test-fleet lint docs pages bench clean
 
 help:  ## print the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -51,6 +51,10 @@ lint: $(READY)  ## check style, format and types
 
 docs: $(DOCS_READY)  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+pages: $(READY)  ## write pages and pictures that quote measurements anew, from benchmarks/results/
+	$(PY) docs/generate/figures.py
+	$(PY) docs/generate/pages.py
 
 bench: $(READY)  ## run each benchmark once, small: a check that they run, whose figures mean nothing
 	@set -e; for script in $(BENCHMARKS); do echo "$$script --quick"; $(PY) $$script --quick; done

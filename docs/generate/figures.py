@@ -120,7 +120,7 @@ def gain(found: dict[str, Result], made: Figure) -> Shown:
     axis.set_xlabel("times as fast as upstream's loop, or as computing it again (the line at 1)")
     handles = [Rectangle((0, 0), 1, 1, color=color) for color in (BLUE, ORANGE)]
     axis.legend(handles, [same, fewer], loc="upper right", frameon=False)
-    axis.set_title("Measured on 2 cores of an Intel Xeon; T3's weights are random. GPU: not yet measured", fontsize=9)
+    made.suptitle("Measured on 2 cores of an Intel Xeon; T3's weights are random. GPU: not yet measured", fontsize=9)
     return shown
 
 
@@ -286,7 +286,7 @@ def distances(found: dict[str, Result], made: Figure) -> Shown:
     return shown
 
 
-@figure(8, 3.3)
+@figure(8, 2.9)
 def guidance(found: dict[str, Result], made: Figure) -> Shown:
     """A prefill of the English model with guidance: what is known of the voice, and what is run."""
     conditioning, text, speech = 34, 62, 2
@@ -311,7 +311,7 @@ def guidance(found: dict[str, Result], made: Figure) -> Shown:
     axis.text(conditioning + text / 2, 0.35, "run: the words", ha="center", va="center", fontsize=8)
     axis.text(conditioning + text / 2, 1.35, "zeros and positions: the same for every text of this length", ha="center", va="center", fontsize=8)  # fmt: skip
     axis.set_xlim(0, 104)
-    axis.set_ylim(1.9, -0.9)
+    axis.set_ylim(1.9, -0.6)
     axis.set_yticks([0.35, 1.35], [name for _, name, _ in lines])
     axis.set_xticks([])
     for spine in axis.spines.values():
