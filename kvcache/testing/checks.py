@@ -16,7 +16,7 @@ from kvcache import policies as size
 from kvcache.errors import InputError
 from kvcache.heads import Adaptive, PerHead, SplitLayer, chosen_by_head, layer_for
 from kvcache.layers import KVLayer
-from kvcache.occupancy import positions_by_head
+from kvcache.occupancy_map import positions_by_head
 from kvcache.policies import KeepAll, MaxBytes, MaxTokens, Pinned, SizePolicy, SlidingWindow
 from kvcache.testing import laws as held
 
