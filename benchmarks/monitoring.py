@@ -29,6 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kvcache import KVCacheManager, MemoryTimeline, SlidingWindow, SnapKV, events, occupancy
 from kvcache.hf import cache_layers
 from kvcache.metrics import CacheMetrics
+from kvcache.past import handed
 
 sys.path.insert(0, str(ROOT / "examples"))
 from llm_stream import load
@@ -50,7 +51,8 @@ class Side:
 
     @torch.inference_mode()
     def _run(self, ids: Tensor) -> None:
-        self.token = self._model(ids, past_key_values=self.cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
+        out = self._model(ids, logits_to_keep=1, **handed(self._model, self.cache))
+        self.token = out.logits[:, -1:].argmax(-1)
 
     def step(self) -> None:
         self._run(self.token)
