@@ -12,6 +12,7 @@ from kvcache.errors import (
     PositionsError,
     RollbackError,
 )
+from kvcache.events import Event, subscribe
 from kvcache.fingerprint import model_fingerprint
 from kvcache.geometry import CacheGeometry
 from kvcache.head_profile import HeadProfile, measure_heads
@@ -19,6 +20,7 @@ from kvcache.heads import Adaptive, PerHead
 from kvcache.layers import KVLayer
 from kvcache.manager import KVCacheManager
 from kvcache.memory import CacheReport, LayerReport, estimate_bytes
+from kvcache.occupancy_map import Occupancy, occupancy
 from kvcache.policies import KeepAll, MaxBytes, MaxTokens, Pinned, SizePolicy, SlidingWindow
 from kvcache.precision import with_precision
 from kvcache.prefix import PrefixKey, PrefixSnapshot
@@ -28,6 +30,7 @@ from kvcache.scheduler import Scheduler, SchedulerMetrics
 from kvcache.scoring import TOVA, FarLooks, HeavyHitters, KeyDiff, KeyNorm, RankingPolicy, Rehearsed, SnapKV, pyramid
 from kvcache.speakers import SpeakerCache, SpeakerStats, default_store
 from kvcache.stores import DiskStore, MemoryStore, RedisStore, RemoteStore, TieredStore
+from kvcache.timeline import MemoryTimeline, Sample
 from kvcache.tuning_profile import TuningProfile
 
 __version__ = "0.1.0"
@@ -42,6 +45,7 @@ __all__ = [
     "ClosedError",
     "CorruptError",
     "DiskStore",
+    "Event",
     "FarLooks",
     "GeometryError",
     "HeadProfile",
@@ -58,6 +62,8 @@ __all__ = [
     "MaxBytes",
     "MaxTokens",
     "MemoryStore",
+    "MemoryTimeline",
+    "Occupancy",
     "PerHead",
     "Pinned",
     "PolicyError",
@@ -70,6 +76,7 @@ __all__ = [
     "Rehearsed",
     "RemoteStore",
     "RollbackError",
+    "Sample",
     "Scheduler",
     "SchedulerMetrics",
     "SizePolicy",
@@ -83,6 +90,8 @@ __all__ = [
     "estimate_bytes",
     "measure_heads",
     "model_fingerprint",
+    "occupancy",
     "pyramid",
+    "subscribe",
     "with_precision",
 ]

@@ -167,10 +167,13 @@ class CacheMetrics(Collector):
         )
         stores = {name: speakers.store for name, speakers in self._prefixes.items()} | self._stores
         for name, store in stores.items():
+            alike: Counter[str] = Counter()
             for tier in store.tiers:
-                nbytes.add_metric([name, tier.name], tier.nbytes)
-                hits.add_metric([name, tier.name], tier.hits)
-                misses.add_metric([name, tier.name], tier.misses)
+                alike[tier.name] += 1  # Prometheus knows no two series of the same labels
+                where = [name, tier.name if alike[tier.name] == 1 else f"{tier.name}-{alike[tier.name]}"]
+                nbytes.add_metric(where, tier.nbytes)
+                hits.add_metric(where, tier.hits)
+                misses.add_metric(where, tier.misses)
         yield from (nbytes, hits, misses)
 
     def _count(self, event: Event) -> None:

@@ -1,5 +1,6 @@
 """What `kvcache.testing` catches: planted leaks, and planted mistakes in policies and layers; and what it lets pass."""
 
+import re
 import sys
 import threading
 from collections import Counter
@@ -86,7 +87,7 @@ def test_a_cache_that_is_kept_alive_is_found(keeper):
     begin = f"a KVLayer: SlidingWindow(window=6, sinks=0), 6 tokens, {report.layers[0].nbytes} bytes, held by "
     lines = left(found)
     assert len(lines) == len(report.layers), "its layers, and not each of their tensors again"
-    assert all(line.startswith((f"{begin}a ManagedLayer.", f"{begin}a Evictions.")) for line in lines)
+    assert all(re.fullmatch(re.escape(begin) + r"a \w+(\.\w+|\[…\])+", line) for line in lines), lines
 
 
 def test_a_tensor_that_is_kept_alive_is_found(keeper):
@@ -316,7 +317,7 @@ def test_the_houses_layer_keeps_the_laws():
 
 
 def quantized(policy, rotation=None, token_bytes=None, preallocate=False, **given):
-    return QuantizedLayer(policy, Quantization(8, group=4), **given)
+    return QuantizedLayer(policy, Quantization(8, group=8), **given)
 
 
 def test_the_houses_quantized_layer_keeps_the_laws():

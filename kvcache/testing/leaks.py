@@ -6,7 +6,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -139,7 +139,7 @@ def _holder(held: object, mine: set[int]) -> str:
             break
         owner = above[0]
         names = owner if isinstance(owner, dict) else getattr(owner, "__dict__", {})
-        name = next((f".{name}" for name, value in list(names.items()) if value is held), "")
+        name = _name_of(held, names)
         if isinstance(owner, dict) and "__spec__" in owner:
             return f"{owner.get('__name__')}{name}{path}"
         if not isinstance(owner, dict | list | tuple | set):
@@ -147,6 +147,13 @@ def _holder(held: object, mine: set[int]) -> str:
             return f"{kind}{name}{path}"
         path, held = (name or "[…]") + path, owner
     return "a local variable, or something that the garbage collector does not know"
+
+
+def _name_of(held: object, names: Mapping[Any, object]) -> str:
+    for name, value in list(names.items()):  # no generator: its closure would refer to it as well
+        if value is held:
+            return f".{name}"
+    return ""
 
 
 def _open_files() -> Counter[str]:

@@ -86,7 +86,9 @@ class Occupancy:
         if not self.seen:
             raise InputError("nothing has been seen yet: there is nothing to draw; run some tokens first")
         figure, axes = canvas(height=max(2.0, min(8.0, 1.4 + 0.14 * len(self.layers))))
-        image = axes.imshow(self.map(row), aspect="auto", interpolation="nearest", cmap="Blues", vmin=0, vmax=1)
+        image = axes.imshow(
+            self.map(row).tolist(), aspect="auto", interpolation="nearest", cmap="Blues", vmin=0, vmax=1
+        )
         axes.set(xlabel="position", ylabel="layer")
         axes.yaxis.get_major_locator().set_params(integer=True)
         axes.set_title("tokens kept: " + (self.names[0] if len(set(self.names)) == 1 else "layers of their own"))
