@@ -100,7 +100,8 @@ def pictures(model: Any, ids: Tensor, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     manager = KVCacheManager(model, SnapKV(200))
     cache = manager.new_cache()
-    greedy = {"do_sample": False, "eos_token_id": -1, "pad_token_id": 0}  # nothing ends early
+    end = model.config.vocab_size  # which no token is
+    greedy = {"do_sample": False, "eos_token_id": end, "pad_token_id": end}  # nothing ends early
     manager.generate(ids[:, :600], past_key_values=cache, max_new_tokens=1, **greedy)
     occupancy(cache).plot(folder / "occupancy.png")
     managers = {"everything": KVCacheManager(model), "a window": KVCacheManager(model, SlidingWindow(124, sinks=4))}
@@ -108,7 +109,7 @@ def pictures(model: Any, ids: Tensor, folder: Path) -> None:
     with MemoryTimeline(lambda: now.report().nbytes, every=0.02) as timeline:
         for name, now in managers.items():
             timeline.sample(f"keep {name}")
-            now.generate(ids[:, :300], max_new_tokens=300, **greedy)
+            now.generate(ids[:, :200], max_new_tokens=200, **greedy)
     timeline.plot(folder / "timeline.png")
 
 
