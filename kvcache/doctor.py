@@ -66,7 +66,8 @@ def diagnose(
     Raises:
         InputError: if `store` cannot be the place of one.
     """
-    opened = None if store is None else open_store(store, secret=secret, namespace=namespace)
+    asked = any(given is not None for given in (store, secret, namespace))
+    opened = open_store(store, secret=secret, namespace=namespace) if asked else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = [
         *_packages(),
@@ -447,7 +448,7 @@ def _round_trip(
     """Put a snapshot of one made-up token, read it back, remove it."""
     states = torch.zeros(1, 1, 1, 8)
     key = PrefixKey("kvcache doctor", torch.tensor([time.time_ns()]))
-    data = PrefixSnapshot(key, ((states, states),)).to_bytes(secret)
+    data = PrefixSnapshot(key, ((states, states.clone()),)).to_bytes(secret)
     name, began = name or store.name, time.perf_counter()
     try:
         held = len(store.entries())

@@ -185,6 +185,10 @@ def bring_in(
 ) -> None:
     """Copy a prefix from a file into a store. Refused is what is not intact, or not signed with the store's secret."""
     data = _read(file)
+    try:
+        described(beginning(data))
+    except CorruptError as error:
+        raise InputError(f"{file}: {error}; give a file that kvcache voices export wrote") from error
     with _opened(store, namespace, secret_file, new=True) as opened:
         try:
             address = opened.add(data)
