@@ -9,12 +9,13 @@ import hmac
 import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import safetensors.torch
 from torch import Tensor
 
-from kvcache.errors import CorruptError
+from kvcache.errors import CorruptError, SignatureError
 
 _UNSET = "0" * 64
 _PLACE = f'"checksum":"{_UNSET}"'.encode()  # nowhere else: quotes within the header are escaped
@@ -27,6 +28,8 @@ def pack(tensors: Mapping[str, Tensor], header: Mapping[str, Any], secret: bytes
     """A safetensors file with these tensors, a header (JSON) and a checksum."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"header": json.dumps(header, sort_keys=True), "checksum": _UNSET}
+    if secret is not None:
+        metadata["signed"] = _signer(secret)
     data = safetensors.torch.save(plain, metadata)
     at = data.index(_PLACE, _LENGTH) + _PLACE.index(_UNSET.encode())
     return b"".join((data[:at], _checksum(data, at, secret).encode(), data[at + len(_UNSET) :]))
@@ -36,26 +39,88 @@ def unpack(data: bytes, secret: bytes | None = None) -> tuple[dict[str, Tensor],
     """The tensors and the header of a file that `pack` wrote.
 
     Raises:
-        CorruptError: if one byte is not as it was written, or the file was written with another secret.
+        CorruptError: if one byte is not as it was written; a `SignatureError` if the file was written with another secret.
     """
     try:
-        length = int.from_bytes(data[:_LENGTH], "little")
-        if not 0 < length <= min(_LONGEST_HEADER, len(data) - _LENGTH):
-            raise ValueError(f"a header of {length} bytes in a file of {len(data)}")
-        raw = data[_LENGTH : _LENGTH + length]
-        metadata = json.loads(raw)["__metadata__"]
+        raw, metadata, _ = _beginning(data)
         header, checksum = metadata["header"], metadata["checksum"]
         if len(checksum) != len(_UNSET) or raw.count(checksum.encode()) != 1:
             raise ValueError("no checksum in the header")
         at = _LENGTH + raw.index(checksum.encode())
         if not hmac.compare_digest(_checksum(data, at, secret).encode(), checksum.encode()):
+            if (signer := metadata.get("signed")) != (None if secret is None else _signer(secret)):
+                raise _unsigned(signer, secret)
             raise ValueError("the checksum is not that of the content")
         tensors, fields = safetensors.torch.load(data), json.loads(header)
         if not isinstance(fields, dict):
             raise ValueError("a header without fields")
+    except SignatureError:
+        raise
     except Exception as error:  # JSON, Unicode, missing or mistyped fields, safetensors' own: what is wrong is wrong
         raise CorruptError(f"not an intact file of kvcache's: {error}; it will not be used, write it again") from error
     return tensors, fields
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What a file says of itself in its first bytes; nothing of it has been checked.
+
+    Attributes:
+        header: the JSON that was packed.
+        tensors: dtype as safetensors names it, such as ``"BF16"``, and shape of each tensor.
+        nbytes: of the whole file.
+        signed: whether it says that it was written with a secret.
+    """
+
+    header: dict[str, Any]
+    tensors: dict[str, tuple[str, tuple[int, ...]]]
+    nbytes: int
+    signed: bool
+
+
+def beginning(data: bytes) -> Beginning:
+    """What a file of `pack`'s says of itself, from its first bytes: as many as `beginning_length` says.
+
+    Raises:
+        CorruptError: if it is no such file.
+    """
+    try:
+        raw, metadata, tensors = _beginning(data)
+        found = {name: (str(t["dtype"]), tuple(map(int, t["shape"]))) for name, t in tensors.items()}
+        end = max((int(t["data_offsets"][1]) for t in tensors.values()), default=0)
+        header = json.loads(metadata["header"])
+        if not isinstance(header, dict):
+            raise ValueError("a header without fields")
+        return Beginning(header, found, _LENGTH + len(raw) + end, metadata.get("signed") is not None)
+    except Exception as error:
+        raise CorruptError(f"not a file of kvcache's: {error}; write it again") from error
+
+
+def beginning_length(data: bytes) -> int:
+    """How many first bytes of a file `beginning` needs, told by its first 8."""
+    return _LENGTH + min(_LONGEST_HEADER, int.from_bytes(data[:_LENGTH], "little"))
+
+
+def _beginning(data: bytes) -> tuple[bytes, dict[str, Any], dict[str, Any]]:
+    """The safetensors header of a file as it stands there, what of it is ours, and its tensors."""
+    length = int.from_bytes(data[:_LENGTH], "little")
+    if not 0 < length <= min(_LONGEST_HEADER, len(data) - _LENGTH):
+        raise ValueError(f"a header of {length} bytes in a file of {len(data)}")
+    raw = data[_LENGTH : _LENGTH + length]
+    tensors = json.loads(raw)
+    return raw, tensors.pop("__metadata__"), tensors
+
+
+def _signer(secret: bytes) -> str:
+    """Tells secrets apart without telling them: what says that a file was signed with another one, not changed."""
+    return hmac.new(secret, b"kvcache signer", hashlib.sha256).hexdigest()[:16]
+
+
+def _unsigned(signer: object, secret: bytes | None) -> SignatureError:
+    if secret is None:
+        return SignatureError("it is signed, and nothing was given to check that with; give what it was signed with")
+    said = "not signed" if signer is None else "signed by someone else"
+    return SignatureError(f"it is {said}; it will not be used, write it again, or give what it was signed with")
 
 
 def _checksum(data: bytes, at: int, secret: bytes | None) -> str:

@@ -33,10 +33,14 @@ def few_rows(module: torch.nn.Module) -> AbstractContextManager[Any]:
     a model that is not on a CPU or not in fp32, or a torch without oneDNN, the block does nothing.
     """
     weight = next(module.parameters(), None)
-    able = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    if weight is None or weight.device.type != "cpu" or weight.dtype != torch.float32 or not able:
+    if weight is None or weight.device.type != "cpu" or weight.dtype != torch.float32 or not has_few_rows():
         return nullcontext()
     return _OneDNN()
+
+
+def has_few_rows() -> bool:
+    """Whether this build of torch has oneDNN's linear layers."""
+    return bool(torch._C._has_mkldnn) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _suits(states: Tensor, weight: Tensor) -> bool:

@@ -39,3 +39,11 @@ class ClosedError(KVCacheError):
 
 class CorruptError(KVCacheError, ValueError):
     """A file or value from a disk or network that is not what was written, or not what it says it is."""
+
+
+class SignatureError(CorruptError):
+    """A file that is signed with another secret than was given, or not at all; whether it is intact cannot be told."""
+
+
+class StoreError(KVCacheError):
+    """A store that is down, slow, full or not allowed, for who looks after it. A request never sees this: it computes."""

@@ -36,6 +36,9 @@ from kvcache.prefix import PrefixKey, PrefixSnapshot
 from kvcache.quantized import Quantization, QuantizedLayer
 from kvcache.rope import KeyRotation
 
+TESTED = ("5.2", "5.24")
+"""The lowest and the newest release of transformers that the tests have run on."""
+
 _VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 _CROP_ZERO_EMPTIES = _VERSION < (5, 14)
 _CACHE = "cache" if _VERSION >= (5, 24) else "past_key_values"

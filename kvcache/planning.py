@@ -148,7 +148,7 @@ def plan(
     if context is None:
         context = min(length - 1, max(subject.shortest, length // 2))
     if not subject.shortest <= context < length:
-        raise InputError(f"context={context} must be from {subject.shortest} to {length - 1}, one less than the length")
+        raise InputError(f"context={context}: give from {subject.shortest} to {length - 1}, one less than the length")
     footprint = subject.footprint(setting, context, length - context, device)
     keep_loaded = keep_loaded and device == "cpu"  # elsewhere the copy is the whole model
     return MemoryPlan(

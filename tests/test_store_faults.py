@@ -12,12 +12,14 @@ import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 from snapshots import PROCESSES, cold, exact, running_redis, voice
 
 from kvcache import CorruptError, PrefixSnapshot, SpeakerCache
-from kvcache.stores import DiskStore, MemoryStore, RedisStore, TieredStore
+from kvcache.errors import StoreError
+from kvcache.stores import DiskStore, MemoryStore, RedisStore, RemoteStore, TieredStore
 
 
 @pytest.fixture(scope="session")
@@ -489,3 +491,26 @@ def test_processes_that_share_a_folder_keep_to_its_budget_and_to_the_truth(secon
         assert hits > 0 and built > 0 and lines == []
     assert max(sizes) > 0
     assert sum(size for _, size in held(tmp_path)) <= budget
+
+
+# ---------------------------------------------------------------------- looked after while down
+
+
+@pytest.mark.parametrize("what", ["entries", "peek", "intact", "add", "remove", "hold"])
+def test_who_looks_after_a_store_is_told_why_it_cannot_be(what, tmp_path):
+    key = voice(0)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]  # nobody listens on it any more
+    (tmp_path / "file").touch()
+    for store in (RedisStore(f"redis://127.0.0.1:{port}", timeout=1), DiskStore(tmp_path / "file")):
+        given = {"entries": (), "add": (cold(key).to_bytes(),)}.get(what, (key.address,))
+        with pytest.raises(StoreError, match=rf"{store.name}: could not .+ \(.+\); check that it is up"):
+            getattr(store, what)(*given)
+
+
+def test_a_location_that_does_not_answer_is_told_in_time(tmp_path):
+    store = RemoteStore(f"file://{tmp_path}", timeout=0.05)
+    store._files = SimpleNamespace(ls=lambda *args, **kwargs: time.sleep(1), cat_file=lambda *args: time.sleep(1))
+    for ask in (store.entries, lambda: store.peek(voice(0).address)):
+        with pytest.raises(StoreError, match="Timeout"):
+            ask()

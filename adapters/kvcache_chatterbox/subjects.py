@@ -38,7 +38,7 @@ def subject(name: str) -> "ChatterboxSubject | None":
         return None
     variant, _, folder = name[len(_BEGINS) :].partition(":")
     if variant not in WEIGHTS:
-        raise InputError(f"{name!r}: Chatterbox has no variant {variant!r}; there are {', '.join(WEIGHTS)}")
+        raise InputError(f"{name!r}: Chatterbox has no variant {variant!r}; give one of {', '.join(WEIGHTS)}")
     return ChatterboxSubject(name, variant, folder or None)
 
 

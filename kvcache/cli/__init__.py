@@ -2,6 +2,7 @@
 
 import sys
 from importlib import import_module
+from typing import Any
 
 from kvcache.errors import KVCacheError
 
@@ -27,21 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     from kvcache.cli.common import Wanting, one_line, usage
 
-    app = typer.Typer(
-        name="kvcache",
-        help="Will it fit, where does it go, did it help: KV caches planned, profiled, tuned and looked after.",
-        no_args_is_help=True,
-        add_completion=False,
-        pretty_exceptions_enable=False,
-    )
-    for name, place in _COMMANDS.items():
-        module = import_module(place)
-        if hasattr(module, "app"):
-            app.add_typer(module.app, name=name)
-        else:
-            app.command(name)(module.command)
     try:
-        found = app(arguments, prog_name="kvcache", standalone_mode=False)
+        found = application()(arguments, prog_name="kvcache", standalone_mode=False)
     except KVCacheError as error:
         print(f"kvcache: {one_line(error)}", file=sys.stderr)
         return 2
@@ -56,3 +44,23 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return found if isinstance(found, int) else 0
+
+
+def application() -> Any:
+    """All commands, as a `typer.Typer`."""
+    import typer
+
+    app = typer.Typer(
+        name="kvcache",
+        help="Will it fit, where does it go, did it help: KV caches planned, profiled, tuned and looked after.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    for name, place in _COMMANDS.items():
+        module = import_module(place)
+        if hasattr(module, "app"):
+            app.add_typer(module.app, name=name)
+        else:
+            app.command(name, context_settings=getattr(module, "SETTINGS", None))(module.command)
+    return app

@@ -67,6 +67,12 @@ def bytes_of(option: str, given: str | None) -> int | None:
         raise InputError(f"{option} {given}: {error}") from error
 
 
+def at_least(option: str, given: int | None, least: int) -> None:
+    """Raise `InputError`, with the option's name, for a number that is too small."""
+    if given is not None and given < least:
+        raise InputError(f"{option} {given}: give at least {least}")
+
+
 def one_line(error: object) -> str:
     """An error's message without line breaks."""
     return " ".join(str(error).split())

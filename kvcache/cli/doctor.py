@@ -1,8 +1,44 @@
-"""`kvcache doctor`."""
+"""`kvcache doctor`: what works on this machine, and why something does not."""
 
-from kvcache.cli.common import Json, Wanting
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from kvcache.cli.common import Json, Wanting, console, print_json, progress, table
+from kvcache.cli.voices import Namespace, SecretFile, Where, read_secret
+
+_COLOURS = {"ok": "green", "note": "yellow", "missing": "dim", "broken": "red"}
 
 
-def command(as_json: Json = False) -> None:
-    """Not there yet."""
-    raise Wanting("kvcache doctor is not built yet")
+def command(
+    store: Where = None,
+    namespace: Namespace = None,
+    secret_file: SecretFile = None,
+    compiling: Annotated[
+        bool, typer.Option("--compile", help="Also compile a decode step, which takes up to minutes.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """What works here and why something does not: packages, devices, precisions, back ends, stores.
+
+    Exit code 1 if something that is needed is broken. What is merely missing is no failure.
+    """
+    from kvcache.doctor import diagnose, healthy  # not when another command's options are read: it imports a lot
+
+    with progress().status("looking"):
+        found = diagnose(store, secret=read_secret(secret_file), namespace=namespace, compiling=compiling)
+    if as_json:
+        print_json({"healthy": healthy(found), "findings": [asdict(finding) for finding in found]})
+    else:
+        for section in dict.fromkeys(finding.section for finding in found):
+            shown = table(section, "", "", "what was found", "what to do", right=9)
+            for finding in (finding for finding in found if finding.section == section):
+                colour = _COLOURS[finding.state]
+                cells = [escape(text or "") for text in (finding.name, finding.said, finding.advice)]
+                shown.add_row(f"[{colour}]{finding.state}[/{colour}]", *cells)
+            console().print(shown)
+    if not healthy(found):
+        broken = ", ".join(finding.name for finding in found if finding.state == "broken")
+        raise Wanting(f"broken: {broken}; what to do stands beside each")

@@ -7,7 +7,7 @@ import torch
 import typer
 from rich.text import Text
 
-from kvcache.cli.common import Json, Wanting, bytes_of, console, print_json, progress, shown_bytes, table
+from kvcache.cli.common import Json, Wanting, at_least, bytes_of, console, print_json, progress, shown_bytes, table
 from kvcache.errors import InputError
 from kvcache.planning import Device, MemoryPlan, Room, plan, room
 from kvcache.policies import MaxBytes, SizePolicy, SlidingWindow
@@ -54,6 +54,8 @@ def command(
 ) -> None:
     """Say what serving a model takes, before it is loaded: weights, KV cache, workspace, and what fits."""
     has = bytes_of("--memory", memory)
+    for option, given, least in (("--requests", requests, 1), ("--window", window, 1), ("--sinks", sinks, 0)):
+        at_least(option, given, least)
     setting = Setting(
         backend=_one_of("--backend", backend, ("off", "eager", "compile", "graph", "graph+compile")),
         precision=None if precision is None else _one_of("--precision", precision, get_args(Precision)),

@@ -8,7 +8,7 @@ import torch
 import typer
 from rich.table import Table
 
-from kvcache.cli.common import Json, console, print_json, progress, shown_bytes, table
+from kvcache.cli.common import Json, at_least, console, print_json, progress, shown_bytes, table
 from kvcache.decoding.backends import BackendName
 from kvcache.errors import InputError
 from kvcache.precision import Precision
@@ -41,8 +41,7 @@ def command(
         raise InputError(f"--device {device}: give cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no GPU here; leave the option out, or see kvcache doctor")
-    if threads is not None and threads < 1:
-        raise InputError(f"--threads {threads}: give at least 1")
+    at_least("--threads", threads, 1)
     if plot_file is not None:
         check_plot(plot_file)
     found = subject(model)
@@ -68,8 +67,7 @@ def _setting(backend: str, precision: str | None, requests: int) -> Setting:
         raise InputError(f"--backend {backend}: give one of {', '.join(backends)}")
     if precision not in (None, *get_args(Precision)):
         raise InputError(f"--precision {precision}: give one of {', '.join(get_args(Precision))}")
-    if requests < 1:
-        raise InputError(f"--requests {requests}: give at least 1")
+    at_least("--requests", requests, 1)
     return Setting(backend=backend, precision=precision, requests=requests)  # type: ignore[arg-type]
 
 

@@ -1,6 +1,6 @@
 """Where snapshots of prefixes live between requests, processes and machines."""
 
-from kvcache.stores.base import BlobStore, Store
+from kvcache.stores.base import BlobStore, Store, StoreEntry
 from kvcache.stores.disk import DiskStore, default_folder
 from kvcache.stores.memory import MemoryStore
 from kvcache.stores.redis import RedisStore
@@ -14,6 +14,7 @@ __all__ = [
     "RedisStore",
     "RemoteStore",
     "Store",
+    "StoreEntry",
     "TieredStore",
     "default_folder",
 ]

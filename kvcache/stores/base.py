@@ -5,11 +5,12 @@ import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Set
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
 
-from kvcache.errors import CorruptError, InputError
+from kvcache.errors import CorruptError, InputError, KVCacheError, StoreError
 from kvcache.events import Event, emit
 from kvcache.policies import parse_bytes
 from kvcache.prefix import PrefixKey, PrefixSnapshot
@@ -18,6 +19,24 @@ log = logging.getLogger("kvcache.stores")
 
 _ADDRESS = re.compile(r"[0-9a-f]{64}")
 _File = TypeVar("_File")
+
+
+@dataclass(frozen=True)
+class StoreEntry:
+    """What a store tells of a snapshot without reading it.
+
+    Attributes:
+        address: of its key, 64 hex digits.
+        nbytes: that it takes there.
+        used: when it was last read or written, in seconds since 1970; when it was written, where a store knows no more
+            (memory, remote); None if not even that.
+        pinned: whether it stays until it is deleted.
+    """
+
+    address: str
+    nbytes: int
+    used: float | None
+    pinned: bool
 
 
 class Store(AbstractContextManager["Store"], ABC):
@@ -64,6 +83,14 @@ class Store(AbstractContextManager["Store"], ABC):
     def nbytes(self) -> int:
         """Bytes held; 0 if that cannot be told now."""
 
+    @abstractmethod
+    def entries(self) -> list[StoreEntry]:
+        """What is in it, in no order; of several tiers, what each of them holds.
+
+        Raises:
+            StoreError: if that cannot be told now: who asks this looks after a store, and is told the reason.
+        """
+
     @property
     def tiers(self) -> "tuple[Store, ...]":
         """The stores that this one is made of."""
@@ -92,6 +119,9 @@ class BlobStore(Store):
     of what lies below is logged and taken for a miss; after one, the store is left alone for `retry_after` seconds, so
     that a server that is down does not cost every request its time-out. What is stored being corrupt, or what is put too
     large, is no such failure.
+
+    `entries`, `peek`, `intact`, `add`, `remove` and `hold` are for who looks after the store: by address, without a rest after a
+    failure, and a failure is raised.
 
     Args:
         max_bytes: never hold more, such as ``"4GiB"``; the least recently used leave first. None sets no limit.
@@ -123,6 +153,12 @@ class BlobStore(Store):
 
     @abstractmethod
     def _used(self) -> int: ...
+
+    @abstractmethod
+    def _peek(self, address: str, most: int | None) -> bytes | None: ...
+
+    @abstractmethod
+    def _entries(self) -> list[StoreEntry]: ...
 
     def get(self, key: PrefixKey) -> PrefixSnapshot | None:
         return self._counted(key, self._found(key))
@@ -188,6 +224,83 @@ class BlobStore(Store):
             self._failed("measure", error)
             return 0
 
+    # ------------------------------------------------------------------ looked after
+
+    def entries(self) -> list[StoreEntry]:
+        with self._asked("list what is there"):
+            return self._entries()
+
+    def peek(self, address: str, most: int | None = None) -> bytes | None:
+        """The file at an address, or its first bytes, as it is there: nothing is checked, and it does not count as used.
+
+        Args:
+            most: so many first bytes; None for all.
+
+        Returns:
+            None if there is none.
+
+        Raises:
+            StoreError: if the store is down.
+        """
+        with self._asked("read"):
+            return self._peek(check_address(address), most)
+
+    def add(self, data: bytes) -> str:
+        """Keep a file that `put` wrote in a store with the same secret, and return its address.
+
+        Raises:
+            CorruptError: if it is not intact, or not signed with this store's secret.
+            StoreError: if it does not fit, or the store is down.
+        """
+        address = PrefixSnapshot.from_bytes(data, self._secret).key.address
+        with self._asked("write"):
+            self._write(address, data)
+        return address
+
+    def intact(self, address: str) -> bytes | None:
+        """`peek` at the whole file, after all that `get` checks has been checked.
+
+        Raises:
+            CorruptError: if it is not intact, is the prefix of another address, or is signed otherwise (`SignatureError`).
+            StoreError: if the store is down.
+        """
+        if (data := self.peek(address)) is not None:
+            found = PrefixSnapshot.from_bytes(data, self._secret).key
+            if found.address != address:
+                raise CorruptError(f"it is {found!r}, which belongs elsewhere; it will not be used")
+        return data
+
+    def remove(self, address: str) -> None:
+        """Forget what is at an address; one that is pinned too.
+
+        Raises:
+            StoreError: if the store is down, or does not allow it.
+        """
+        with self._asked("remove"):
+            self._remove(check_address(address))
+
+    def hold(self, address: str, pinned: bool = True) -> None:
+        """`pin` by address.
+
+        Raises:
+            StoreError: if the store is down, or does not allow it.
+        """
+        with self._asked("pin"):
+            self._pin(check_address(address), pinned)
+
+    @contextmanager
+    def _asked(self, what: str) -> Iterator[None]:
+        """Whatever goes wrong below is said in one line."""
+        try:
+            yield
+        except KVCacheError:
+            raise
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            raise StoreError(f"{self.name}: could not {what} ({said}); check that it is up and may be used") from error
+
+    # ------------------------------------------------------------------ inside
+
     def _available(self) -> bool:
         return time.monotonic() >= self._quiet_until
 
@@ -224,8 +337,13 @@ def leaving(files: Mapping[_File, tuple[int, Any]], pinned: Set[_File], needed: 
         total -= files[file][0]
 
 
+def is_address(name: str) -> bool:
+    """Whether this is 64 hex digits."""
+    return _ADDRESS.fullmatch(name) is not None
+
+
 def check_address(address: str) -> str:
     """Raise `InputError` unless this is an address; so no name can lead out of a folder or namespace."""
-    if _ADDRESS.fullmatch(address) is None:
+    if not is_address(address):
         raise InputError(f"{address!r} is no address of a prefix: 64 hex digits")
     return address

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from kvcache.stores.base import BlobStore, check_address, leaving
+from kvcache.stores.base import BlobStore, StoreEntry, check_address, is_address, leaving
 
 _SUFFIX = ".safetensors"
 _PIN = ".pin"
@@ -54,14 +54,18 @@ class DiskStore(BlobStore):
         return self._path(address).exists()
 
     def _read(self, address: str) -> bytes | None:
-        path = self._path(address)
+        data = self._peek(address)
+        if data is not None:
+            with suppress(OSError):  # evicted meanwhile, or not ours to touch: it was read all the same
+                os.utime(self._path(address))  # when it was last used
+        return data
+
+    def _peek(self, address: str, most: int | None = None) -> bytes | None:
         try:
-            data = path.read_bytes()
+            with self._path(address).open("rb") as file:
+                return file.read(-1 if most is None else most)
         except FileNotFoundError:
             return None
-        with suppress(OSError):  # evicted meanwhile, or not ours to touch: it was read all the same
-            os.utime(path)  # when it was last used
-        return data
 
     def _write(self, address: str, data: bytes) -> None:
         with self._turn():
@@ -88,6 +92,8 @@ class DiskStore(BlobStore):
     def _files(self) -> dict[Path, os.stat_result]:
         found = {}
         for path in self.folder.glob(f"*{_SUFFIX}"):
+            if not is_address(path.stem):  # someone's own file, which is neither counted nor evicted
+                continue
             try:
                 found[path] = path.stat()
             except FileNotFoundError:  # removed meanwhile
@@ -108,3 +114,11 @@ class DiskStore(BlobStore):
 
     def _used(self) -> int:
         return sum(status.st_size for status in self._files().values())
+
+    def _entries(self) -> list[StoreEntry]:
+        if self.folder.exists():
+            os.listdir(self.folder)  # glob() finds nothing in a folder that may not be read
+        return [
+            StoreEntry(path.stem, status.st_size, status.st_mtime, path.with_suffix(_PIN).exists())
+            for path, status in self._files().items()
+        ]

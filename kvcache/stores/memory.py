@@ -10,7 +10,7 @@ import torch
 
 from kvcache.policies import parse_bytes
 from kvcache.prefix import PrefixKey, PrefixSnapshot
-from kvcache.stores.base import Store, log
+from kvcache.stores.base import Store, StoreEntry, log
 
 
 @dataclass
@@ -104,6 +104,15 @@ class MemoryStore(Store):
             found = None if key in self._entries else self._longest(key)
             if found is not None and len(found) == len(key):
                 self.put(found)  # so far it was only the beginning of a longer one, which may leave
+
+    def entries(self) -> list[StoreEntry]:
+        with self._lock:
+            self._expire()
+            started = time.time() - time.monotonic()
+            return [
+                StoreEntry(key.address, entry.nbytes, started + entry.stored, key in self._pinned)
+                for key, entry in self._entries.items()
+            ]
 
     @property
     def nbytes(self) -> int:

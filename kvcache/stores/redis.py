@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 from kvcache.errors import InputError
-from kvcache.stores.base import BlobStore, check_address, check_room
+from kvcache.stores.base import BlobStore, StoreEntry, check_address, check_room
 
 _NAMESPACE = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _LARGEST = 512 * 2**20  # a Redis string
@@ -82,7 +82,7 @@ class RedisStore(BlobStore):
     ) -> None:
         super().__init__(max_bytes, secret)
         if _NAMESPACE.fullmatch(namespace) is None:
-            raise InputError(f"namespace={namespace!r} must be 1 to 64 letters, digits, dots, dashes or underscores")
+            raise InputError(f"namespace={namespace!r} must be 1 to 64 letters, digits, dots, dashes or underscores; give such a one")
         try:
             import redis
         except ImportError as error:
@@ -106,6 +106,11 @@ class RedisStore(BlobStore):
         if data is not None:
             self._client.zadd(self._books[0], {address: time.time()}, xx=True)
         return data
+
+    def _peek(self, address: str, most: int | None) -> bytes | None:
+        key = self._key(address)
+        data: bytes | None = self._client.get(key) if most is None else self._client.getrange(key, 0, most - 1)
+        return data or None  # a range of what is not there is empty
 
     def _write(self, address: str, data: bytes) -> None:
         if len(data) > _LARGEST:
@@ -134,11 +139,25 @@ class RedisStore(BlobStore):
         pipeline.execute()
 
     def _used(self) -> int:
+        return sum(self._sizes().values())
+
+    def _sizes(self) -> dict[bytes, int]:
+        """Of what is there: what has expired on the server is in the books until the next is written."""
         sizes: dict[bytes, bytes] = self._client.hgetall(self._books[1])
         pipeline = self._client.pipeline()
         for address in sizes:
             pipeline.exists(self._prefix + address.decode())
-        return sum(int(size) for size, there in zip(sizes.values(), pipeline.execute(), strict=True) if there)
+        there = pipeline.execute()
+        return {address: int(size) for (address, size), found in zip(sizes.items(), there, strict=True) if found}
+
+    def _entries(self) -> list[StoreEntry]:
+        used, _, pins = self._books
+        times: dict[bytes, float] = dict(self._client.zrange(used, 0, -1, withscores=True))
+        pinned: set[bytes] = set(self._client.smembers(pins))
+        return [
+            StoreEntry(address.decode(), size, times.get(address), address in pinned)
+            for address, size in self._sizes().items()
+        ]
 
     def close(self) -> None:
         self._client.close()

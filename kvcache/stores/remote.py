@@ -1,14 +1,17 @@
 """Snapshots anywhere that fsspec reaches: S3, GCS, Azure, SSH, a web server's folder."""
 
+from collections.abc import Callable
 from concurrent.futures import Future
+from datetime import datetime
 from threading import Lock, Thread
-from typing import Any
+from typing import Any, TypeVar
 
 from kvcache.errors import InputError
-from kvcache.stores.base import BlobStore, check_address, leaving
+from kvcache.stores.base import BlobStore, StoreEntry, check_address, is_address, leaving
 
 _SUFFIX = ".safetensors"
 _PIN = ".pin"
+_Answer = TypeVar("_Answer")
 
 
 class RemoteStore(BlobStore):
@@ -59,18 +62,26 @@ class RemoteStore(BlobStore):
         return bool(self._files.exists(self._path(address)))
 
     def _read(self, address: str) -> bytes | None:
-        answer: Future[bytes | None] = Future()
+        return self._peek(address)
 
-        def read() -> None:
+    def _peek(self, address: str, most: int | None = None) -> bytes | None:
+        path, part = self._path(address), {} if most is None else {"start": 0, "end": most}
+        return self._in_time(lambda: bytes(self._files.cat_file(path, **part)))
+
+    def _in_time(self, ask: Callable[[], _Answer]) -> _Answer | None:
+        """What the file system answers within `timeout`; None if there is no such file."""
+        answer: Future[_Answer | None] = Future()
+
+        def wait() -> None:
             try:
-                answer.set_result(bytes(self._files.cat_file(self._path(address))))
+                answer.set_result(ask())
             except FileNotFoundError:
                 answer.set_result(None)
             except Exception as error:  # raised again in the thread that asked
                 answer.set_exception(error)
 
         Thread(
-            target=read, daemon=True, name="kvcache-remote"
+            target=wait, daemon=True, name="kvcache-remote"
         ).start()  # one that hangs must not keep the program alive
         return answer.result(self.timeout)
 
@@ -82,13 +93,13 @@ class RemoteStore(BlobStore):
             self._files.pipe_file(self._path(address), data)
 
     def _make_room(self, needed: int, replaced: str, max_bytes: int) -> None:
-        entries = self._listing()
+        listed = self._listing()
         files = {
-            name: (entry["size"], _written(entry))
-            for name, entry in entries.items()
-            if name.endswith(_SUFFIX) and name != replaced
+            name: (entry["size"], _written(entry) or 0.0)
+            for name, entry in listed.items()
+            if _address(name) and name != replaced
         }
-        pinned = {name for name in files if name.removesuffix(_SUFFIX) + _PIN in entries}
+        pinned = {name for name in files if name.removesuffix(_SUFFIX) + _PIN in listed}
         for name in leaving(files, pinned, needed, max_bytes):
             self._files.rm_file(name)
 
@@ -112,10 +123,30 @@ class RemoteStore(BlobStore):
             self._files.rm_file(mark)
 
     def _used(self) -> int:
-        return sum(entry["size"] for name, entry in self._listing().items() if name.endswith(_SUFFIX))
+        return sum(entry["size"] for name, entry in self._listing().items() if _address(name))
+
+    def _entries(self) -> list[StoreEntry]:
+        listed = self._in_time(self._listing) or {}
+        return [
+            StoreEntry(address, entry["size"], _written(entry), name.removesuffix(_SUFFIX) + _PIN in listed)
+            for name, entry in listed.items()
+            if (address := _address(name)) is not None
+        ]
 
 
-def _written(entry: dict[str, Any]) -> str:
-    """When a file was written, as its file system calls it: local and SSH, S3, Azure, GCS, memory."""
+def _address(name: str) -> str | None:
+    """Of the snapshot in a file of this name; None for someone's own file, which is neither counted nor evicted."""
+    stem = name.rpartition("/")[2].removesuffix(_SUFFIX)
+    return stem if name.endswith(_SUFFIX) and is_address(stem) else None
+
+
+def _written(entry: dict[str, Any]) -> float | None:
+    """When a file was written, in seconds since 1970: local and SSH, S3, Azure, GCS, memory each have a word for it."""
     names = ("mtime", "LastModified", "last_modified", "updated", "created")
-    return next((str(entry[name]) for name in names if entry.get(name)), "")
+    given = next((entry[name] for name in names if entry.get(name)), None)
+    if isinstance(given, str):
+        try:
+            given = datetime.fromisoformat(given.replace("Z", "+00:00"))
+        except ValueError:  # another way to write it
+            return None
+    return given.timestamp() if isinstance(given, datetime) else None if given is None else float(given)

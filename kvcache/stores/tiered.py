@@ -6,7 +6,7 @@ from threading import Lock
 
 from kvcache.errors import InputError
 from kvcache.prefix import PrefixKey, PrefixSnapshot
-from kvcache.stores.base import Store, log
+from kvcache.stores.base import Store, StoreEntry, log
 from kvcache.stores.memory import MemoryStore
 
 _MOST_PENDING = 16  # writes; beyond them a request waits, so that memory stays bounded
@@ -77,6 +77,9 @@ class TieredStore(Store):
     def pin(self, key: PrefixKey, pinned: bool = True) -> None:
         for tier in self._tiers:
             tier.pin(key, pinned)
+
+    def entries(self) -> list[StoreEntry]:
+        return [entry for tier in self._tiers for entry in tier.entries()]
 
     @property
     def nbytes(self) -> int:
