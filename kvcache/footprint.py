@@ -246,7 +246,8 @@ class Weights:
         return self.attention + self.mlp + self.embeddings + self.other + self.originals
 
 
-_PARTS = {
+_PARTS = {  # by the innermost name that says something
+    "other": ("norm", "ln_", "rotary"),
     "attention": ("attn", "attention"),
     "mlp": ("mlp", "feed_forward", "ffn", "fc1", "fc2"),
     "embeddings": ("embed", "emb", "wte", "wpe", "head"),
@@ -262,7 +263,7 @@ def weights_of(modules: Sequence[nn.Module], loaded: nn.Module, keep_loaded: boo
         keep_loaded: whether it is kept.
     """
     done: set[int] = set()
-    parts = dict.fromkeys((*_PARTS, "other", "originals"), 0)
+    parts = dict.fromkeys((*_PARTS, "originals"), 0)
     packed: set[int] = set()
     for module in modules:
         for name, inside in module.named_modules():
