@@ -58,13 +58,15 @@ class MemoryPlan:
     @property
     def parts(self) -> dict[str, int]:
         """What the total is made of, by name."""
-        # On a CPU, what one moment has let go of serves the next, but does not go back to the system at once (malloc keeps
-        # it): the most that ever was beside the decode engine's cache, which the system hands out page by page for itself.
-        # A GPU's allocator serves all of them from the same memory.
-        peak = max(
-            self.moments, key=lambda one: one.growing + one.workspace + (one.static if self.device != "cpu" else 0)
-        )
-        static = max(one.static for one in self.moments) if self.device == "cpu" else peak.static
+        # On a CPU, what a prefill has let go of stays with the process: the C library keeps it, in pieces between what is
+        # still held. It serves the activations of later steps; the engine's cache, which the system hands out page by page,
+        # and its buffers, which are longer than the pieces, come on top. On a GPU one allocator serves all of them.
+        if self.device == "cpu":
+            peak = max(self.moments, key=lambda one: one.growing + one.workspace)
+            static, engine = (max(getattr(one, name) for one in self.moments) for name in ("static", "engine"))
+        else:
+            peak = max(self.moments, key=lambda one: one.growing + one.static + one.engine + one.workspace)
+            static, engine = peak.static, peak.engine
         decodes_on_it = any(one.static for one in self.moments)
         return {
             "process": self.process or 0,
@@ -76,6 +78,7 @@ class MemoryPlan:
             "voices": self.prefixes,
             "KV cache": static if decodes_on_it else peak.growing,
             "prefill's KV cache": peak.growing if decodes_on_it else 0,
+            "engine's buffers": engine,
             "workspace": peak.workspace,
         }
 
