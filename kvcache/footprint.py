@@ -38,12 +38,14 @@ class Moment:
         name: ``"voice"``, ``"prefill"``, ``"handover"`` or ``"step"``.
         growing: caches that a prefill or the token loop fills.
         static: of the decode engine's cache, as much as memory counts.
-        workspace: all else: activations, logits, noise, what a kernel lays out anew.
+        engine: of its other buffers, such as the noise that the sampler draws ahead.
+        workspace: all else: activations, logits, masks, what a kernel lays out anew.
     """
 
     name: str
     growing: int = 0
     static: int = 0
+    engine: int = 0
     workspace: int = 0
 
 
@@ -195,14 +197,14 @@ def language_footprint(manager: Any, setting: "Setting", context: int, tokens: i
     first = written(layers, device)
     # `generate` hands out the logits of the last position once more, in fp32.
     last = rows * logits.shape[-1] * 4
-    moments = [Moment("prefill", first, 0, max(0, peak - account(hf.cache_layers(cache)).nbytes) + last)]
+    moments = [Moment("prefill", first, workspace=max(0, peak - account(hf.cache_layers(cache)).nbytes) + last)]
     if setting.backend == "off" or reason is not None:
         if seen > context:
             fill(layers, seen - context - 1)
             before = account(hf.cache_layers(cache)).nbytes
             peak, _ = run(1)
             grown = account(hf.cache_layers(cache)).nbytes - before
-            moments.append(Moment("step", written(layers, device), 0, max(0, peak - grown) + last))
+            moments.append(Moment("step", written(layers, device), workspace=max(0, peak - grown) + last))
         kv = account(hf.cache_layers(cache)).nbytes
         return Footprint(tuple(moments), kv, 0, (model,), reason)
 
@@ -212,9 +214,9 @@ def language_footprint(manager: Any, setting: "Setting", context: int, tokens: i
         decoding = manager._decoder.decoding(policy, rows, needed, logits.shape[-1], setting.backend)
     static = decoding.kv
     fixed = watch.live - static.nbytes  # noise, marks, counters
-    moments.append(Moment("handover", first, written_static(static, context, rows, device), fixed + last))
+    moments.append(Moment("handover", first, written_static(static, context, rows, device), fixed, last))
     step = step_bytes(decoding, seen)
-    moments.append(Moment("step", 0, written_static(static, seen, rows, device), fixed + last + step))
+    moments.append(Moment("step", 0, written_static(static, seen, rows, device), fixed, last + step))
     return Footprint(tuple(moments), static.nbytes, 0, (model,))
 
 
@@ -246,7 +248,8 @@ class Weights:
         return self.attention + self.mlp + self.embeddings + self.other + self.originals
 
 
-_PARTS = {
+_PARTS = {  # by the innermost name that says something
+    "other": ("norm", "ln_", "rotary"),
     "attention": ("attn", "attention"),
     "mlp": ("mlp", "feed_forward", "ffn", "fc1", "fc2"),
     "embeddings": ("embed", "emb", "wte", "wpe", "head"),
@@ -262,7 +265,7 @@ def weights_of(modules: Sequence[nn.Module], loaded: nn.Module, keep_loaded: boo
         keep_loaded: whether it is kept.
     """
     done: set[int] = set()
-    parts = dict.fromkeys((*_PARTS, "other", "originals"), 0)
+    parts = dict.fromkeys((*_PARTS, "originals"), 0)
     packed: set[int] = set()
     for module in modules:
         for name, inside in module.named_modules():

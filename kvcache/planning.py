@@ -8,12 +8,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kvcache.cpu import few_rows
 from kvcache.errors import InputError
 from kvcache.footprint import Moment, Weights, weights_of
+from kvcache.precision import PackedLinear, Precision
 from kvcache.subjects import Setting, Subject
 
 Device = Literal["cpu", "cuda"]
 
+_WIDTH = 1024  # of the layer that kernels are tried on: large enough for the buffers that they keep
 _UNBOUNDED = 2**20  # tokens to which a length is searched where the model names no limit
 
 
@@ -51,13 +58,15 @@ class MemoryPlan:
     @property
     def parts(self) -> dict[str, int]:
         """What the total is made of, by name."""
-        # On a CPU, what one moment has let go of serves the next, but does not go back to the system at once (malloc keeps
-        # it): the most that ever was beside the decode engine's cache, which the system hands out page by page for itself.
-        # A GPU's allocator serves all of them from the same memory.
-        peak = max(
-            self.moments, key=lambda one: one.growing + one.workspace + (one.static if self.device != "cpu" else 0)
-        )
-        static = max(one.static for one in self.moments) if self.device == "cpu" else peak.static
+        # On a CPU, what a prefill has let go of stays with the process: the C library keeps it, in pieces between what is
+        # still held. It serves the activations of later steps; the engine's cache, which the system hands out page by page,
+        # and its buffers, which are longer than the pieces, come on top. On a GPU one allocator serves all of them.
+        if self.device == "cpu":
+            peak = max(self.moments, key=lambda one: one.growing + one.workspace)
+            static, engine = (max(getattr(one, name) for one in self.moments) for name in ("static", "engine"))
+        else:
+            peak = max(self.moments, key=lambda one: one.growing + one.static + one.engine + one.workspace)
+            static, engine = peak.static, peak.engine
         decodes_on_it = any(one.static for one in self.moments)
         return {
             "process": self.process or 0,
@@ -69,6 +78,7 @@ class MemoryPlan:
             "voices": self.prefixes,
             "KV cache": static if decodes_on_it else peak.growing,
             "prefill's KV cache": peak.growing if decodes_on_it else 0,
+            "engine's buffers": engine,
             "workspace": peak.workspace,
         }
 
@@ -101,12 +111,37 @@ class Room:
     longest: bool
 
 
-def process_bytes() -> int:
-    """What this process holds now; where the system does not say, the most that it held so far."""
+def process_bytes(precision: Precision | None = None) -> int:
+    """What this process holds of Python and its libraries, if it holds no model: its resident memory.
+
+    Each kind of kernel runs once before, as its code is read from disk, or made, at its first use, and stays from then on.
+
+    Args:
+        precision: of the linear layers that the kernels shall be those of.
+    """
+    _run_kernels(precision)
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * resource.getpagesize()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # the most that it held so far
+
+
+@torch.inference_mode()
+def _run_kernels(precision: Precision | None) -> None:
+    linear = nn.Linear(_WIDTH, _WIDTH)
+    layers: list[Callable[[Tensor], Tensor]] = [linear, lambda x: torch.addmm(linear.bias, x, linear.weight)]
+    if precision not in (None, "fp32"):
+        layers.append(PackedLinear([linear], precision))
+    for rows in (1, 64):
+        states = torch.zeros(rows, _WIDTH)
+        with few_rows(linear):
+            for layer in layers:
+                states = layer(states)
+        heads = states.view(1, rows, -1, 64).transpose(1, 2)
+        F.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+        F.silu(F.gelu(states, approximate="tanh"))
+        ordered, _ = states.sort()
+        ordered.softmax(-1).cumsum(-1).exponential_().argmax(-1)
 
 
 def plan(
@@ -161,7 +196,7 @@ def plan(
         weights_of(footprint.modules, subject.blank, keep_loaded),
         footprint.prefixes,
         footprint.moments,
-        None if device != "cpu" else process_bytes() if process is None else process,
+        None if device != "cpu" else process_bytes(setting.precision) if process is None else process,
         footprint.fallback,
     )
 

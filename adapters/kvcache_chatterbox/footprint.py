@@ -128,8 +128,8 @@ def speech_footprint(engine: ChatterboxEngine, requests: int, context: int, toke
             step = 0
         token_loop = (
             Moment("voice", building),
-            Moment("prefill", filled, 0, prefill),
-            Moment("step", written(layers, device), 0, step),
+            Moment("prefill", filled, workspace=prefill),
+            Moment("step", written(layers, device), workspace=step),
         )
         return Footprint(token_loop, sum(kv.nbytes for kv in layers), prefix, (t3,), engine._why_not)
 
@@ -151,10 +151,10 @@ def speech_footprint(engine: ChatterboxEngine, requests: int, context: int, toke
         return written_static(static, tokens, requests * rows, device)
 
     if requests == 1:
-        beginnings = [Moment("prefill", filled, 0, prefill), Moment("handover", filled, used(context, 1), fixed)]
+        beginnings = [Moment("prefill", filled, workspace=prefill), Moment("handover", filled, used(context, 1), fixed)]
     else:  # the first decodes alone; then all others are prefilled before any of them is copied
-        beginnings = [Moment("prefill", filled * (requests - 1), used(context, 1), fixed + prefill)]
-    moments = [Moment("voice", building), *beginnings, Moment("step", 0, used(seen, requests), fixed + step)]
+        beginnings = [Moment("prefill", filled * (requests - 1), used(context, 1), fixed, prefill)]
+    moments = [Moment("voice", building), *beginnings, Moment("step", 0, used(seen, requests), fixed, step)]
     return Footprint(tuple(moments), static.nbytes, prefix, (t3, *_modules(decoding)))
 
 

@@ -25,6 +25,7 @@ _COLOURS = (
     "medium_purple",
     "green",
     "cyan",
+    "steel_blue",
     "blue",
 )
 _KV_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
