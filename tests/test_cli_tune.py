@@ -65,7 +65,7 @@ WRONG = {
         "--time-limit 0 must be a number of seconds above 0",
     ),
     "endless time": (["FOLDER", "--out", "p.json", "--time-limit", "inf"], "--time-limit inf"),
-    "no number": (["FOLDER", "--out", "p.json", "--time-limit", "soon"], "'soon' is not a valid float"),
+    "no number": (["FOLDER", "--out", "p.json", "--time-limit", "soon"], "Invalid value for '--time-limit'"),
     "negative fidelity": (["FOLDER", "--out", "p.json", "--fidelity", "-1"], "--fidelity -1 must be"),
     "no fidelity": (["FOLDER", "--out", "p.json", "--fidelity", "nan"], "--fidelity nan"),
     "no requests": (["FOLDER", "--out", "p.json", "--max-requests", "0"], "--max-requests 0 must be at least 1"),
