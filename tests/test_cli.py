@@ -4,6 +4,7 @@ page about it shows commands that there are."""
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -176,6 +177,7 @@ WRONG = {
         ([], "--max-bytes"),
         (["--max-bytes", "lots"], "--max-bytes lots"),
         (["--max-bytes", "-1GiB"], "--max-bytes -1GiB"),
+        (["--max-bytes", "0"], "--max-bytes 0"),
         (["--older-than", "a while"], "--older-than 'a while'"),
         (["--older-than", "-3d"], "--older-than '-3d'"),
         (["--model", ""], "model=''"),
@@ -310,3 +312,54 @@ def test_as_a_process_of_its_own(places):
         assert (process.returncode, out) == (2, "")
         [line] = err.splitlines()
         assert line.startswith("kvcache: ") and NEXT_STEP.search(line)
+
+
+# ---------------------------------------------------------------------- the page about it
+
+PAGE = (ROOT / "docs" / "cli.md").read_text()
+CONSOLE = re.compile(r"(<!-- run -->\n)?^```console\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def shown(text):
+    """Each command that a page shows, whether it is to be run, and what it prints, if the page says that."""
+    for marked, block in CONSOLE.findall(text):
+        for one in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            line, _, printed = one.partition("\n")
+            words = shlex.split(line)
+            assert words[0] == "kvcache", line
+            yield pytest.param(words[1:], bool(marked), printed, id=line)
+
+
+def parsed(words):
+    """What typer makes of a command without running it; raises if it refuses."""
+    command, rest = typer.main.get_command(application()), list(words)
+    while hasattr(command, "commands"):
+        command = command.commands[rest.pop(0)]
+    return command.make_context(" ".join(words), rest)
+
+
+@pytest.mark.parametrize(("words", "run", "printed"), shown(PAGE))
+def test_the_page_shows_commands_that_there_are(words, run, printed, tmp_path, monkeypatch, capsys):
+    if words[0] not in NOT_YET:
+        parsed(words)
+    if not run and not printed:
+        return
+    monkeypatch.setenv("KVCACHE_STORE", str(tmp_path))
+    store = DiskStore(tmp_path)
+    for seed in (1, 2):
+        store.put(cold(voice(seed)))
+    assert main(words) == (2 if printed.startswith("kvcache: ") else 0)
+    out, err = capsys.readouterr()
+    assert err == (printed if printed.startswith("kvcache: ") else "")
+    assert "--json" not in words or json.loads(out)
+    assert len(store.entries()) == 2
+
+
+def test_the_page_tells_of_every_command_and_no_other():
+    told = [" ".join(one.values[0]) for one in shown(PAGE)]
+    for name in (*COMMANDS, *NOT_YET):
+        assert any(f"{line} ".startswith(f"{name} ") for line in told), name
+    with pytest.raises(Exception, match="No such option"):
+        parsed(["plan", "m", "--no-such-option"])
+    [one, two] = shown("```console\n$ kvcache a 'b c'\nout\n$ kvcache d\n```\n```sh\n$ kvcache e\n```\n")
+    assert (one.values, two.values) == ((["a", "b c"], False, "out\n"), (["d"], False, ""))
