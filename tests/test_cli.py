@@ -36,9 +36,7 @@ def commands(group, before=()):
             yield " ".join((*before, name)), command
 
 
-COMMANDS = {
-    name: command for name, command in commands(typer.main.get_command(application())) if name not in NOT_YET
-}
+COMMANDS = {name: command for name, command in commands(typer.main.get_command(application())) if name not in NOT_YET}
 
 # Of each command: what it cannot do without, then what can be wrong and a part of the line that says so.
 # {words} in braces are made by the fixture `places`.

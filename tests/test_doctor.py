@@ -138,7 +138,9 @@ def test_not_installed_at_all(home, light, monkeypatch):
 
 def test_what_chatterbox_pins_is_told(home, light, monkeypatch):
     monkeypatch.setattr(
-        doctor, "requires", lambda name: ["torch==2.6.0", "resampler-x>=1"] if name == "chatterbox-tts" else ["torch>=2.6"]
+        doctor,
+        "requires",
+        lambda name: ["torch==2.6.0", "resampler-x>=1"] if name == "chatterbox-tts" else ["torch>=2.6"],
     )
     installed(monkeypatch, **{"chatterbox-tts": "0.1.7", "torch": "2.8.0"})
     found = named(doctor.diagnose(), "chatterbox-tts")
@@ -171,7 +173,10 @@ def test_back_ends_that_decode_wrongly_fail_or_fall_back(monkeypatch):
     monkeypatch.setattr(doctor, "_trial", lambda device: tried)
     monkeypatch.setattr(doctor, "_no_compiler", lambda device: None)
     found = list(doctor._backends(device, compiling=True))
-    assert named(found, "the cache in generate").state == "broken" and "gave [[1]]" in named(found, "the cache in generate").said
+    assert (
+        named(found, "the cache in generate").state == "broken"
+        and "gave [[1]]" in named(found, "the cache in generate").said
+    )
     assert named(found, "eager").state == "ok"
     assert named(found, "compile").said == "failed: RuntimeError: the linker died"
     assert named(found, "compile").state == "broken" and named(found, "compile").advice
@@ -217,7 +222,11 @@ def test_more_threads_than_cpus(monkeypatch):
 
 @pytest.mark.parametrize(
     ("driver", "built", "state", "advice"),
-    [(None, None, "missing", None), ("nvidia-smi", None, "note", "pytorch.org"), ("nvidia-smi", "12.8", "note", "driver")],
+    [
+        (None, None, "missing", None),
+        ("nvidia-smi", None, "note", "pytorch.org"),
+        ("nvidia-smi", "12.8", "note", "driver"),
+    ],
 )
 def test_why_there_is_no_gpu(driver, built, state, advice, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -225,7 +234,9 @@ def test_why_there_is_no_gpu(driver, built, state, advice, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: driver)
     found = named(doctor._gpus(), "gpu")
-    assert found.state == state and (advice is None) == (found.advice is None) and (advice or "") in (found.advice or "")
+    assert (
+        found.state == state and (advice is None) == (found.advice is None) and (advice or "") in (found.advice or "")
+    )
 
 
 # ---------------------------------------------------------------------- stores

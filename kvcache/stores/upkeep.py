@@ -202,7 +202,9 @@ def prunable(
     if max_bytes is None and older_than is None and model is None:
         raise InputError("nothing says what is to leave; give max_bytes, older_than or model")
     if model == "":
-        raise InputError("model='' begins every fingerprint; give the first digits of one, as the list of the store has them")
+        raise InputError(
+            "model='' begins every fingerprint; give the first digits of one, as the list of the store has them"
+        )
     before = None if older_than is None else (time.time() if now is None else now) - older_than
     may = [entry for entry in entries if pinned or not entry.pinned]
     if before is not None:
