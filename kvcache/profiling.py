@@ -223,7 +223,9 @@ def profile(
     if setting.requests < 1:
         raise InputError(f"requests={setting.requests}: give at least 1")
     if context < subject.shortest:
-        raise InputError(f"context={context}: a request of {subject.name} has {subject.shortest} tokens or more; give as many")
+        raise InputError(
+            f"context={context}: a request of {subject.name} has {subject.shortest} tokens or more; give as many"
+        )
     run, place, before = _Run(context, tokens, setting.requests), torch.device(device), resident_bytes()
     prepared = subject.prepared(setting, device)
     divisible, notes = setting.backend in ("off", "eager"), []

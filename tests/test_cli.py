@@ -14,8 +14,10 @@ import torch
 from snapshots import cold, ids, voice
 from transformers import LlamaConfig
 
-typer = pytest.importorskip("typer")
+pytest.importorskip("typer")
 pytest.importorskip("rich")
+
+import typer
 
 from kvcache.archive import pack
 from kvcache.cli import application, main
@@ -36,9 +38,7 @@ def commands(group, before=()):
             yield " ".join((*before, name)), command
 
 
-COMMANDS = {
-    name: command for name, command in commands(typer.main.get_command(application())) if name not in NOT_YET
-}
+COMMANDS = {name: command for name, command in commands(typer.main.get_command(application())) if name not in NOT_YET}
 
 # Of each command: what it cannot do without, then what can be wrong and a part of the line that says so.
 # {words} in braces are made by the fixture `places`.

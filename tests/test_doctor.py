@@ -73,10 +73,11 @@ def test_all_is_well_here_and_nothing_is_left_behind(home, capsys):
     assert named(found, "transformers").said.startswith(transformers.__version__)
     assert named(found, "fp32 on cpu").state == "ok"
     # Tried on a model, whose tokens are compared with those of plain generate.
-    for name in ("the cache in generate", "eager"):
+    for name in ("the cache in generate", "eager", "graph"):
         assert named(found, name).state == "ok" and "those of plain generate" in named(found, name).said
     if not torch.cuda.is_available():
-        assert named(found, "graph").state == "missing" and "compile is used instead" in named(found, "graph").said
+        captured = named(found, "graph+compile")
+        assert captured.state == "missing" and "compile is used instead" in captured.said
         assert named(found, "gpu").state in ("missing", "note")
     assert "1 there; listed, written, read back and removed" in named(found, "default").said
     assert sorted(store.entries(), key=str) == before
@@ -138,7 +139,9 @@ def test_not_installed_at_all(home, light, monkeypatch):
 
 def test_what_chatterbox_pins_is_told(home, light, monkeypatch):
     monkeypatch.setattr(
-        doctor, "requires", lambda name: ["torch==2.6.0", "resampler-x>=1"] if name == "chatterbox-tts" else ["torch>=2.6"]
+        doctor,
+        "requires",
+        lambda name: ["torch==2.6.0", "resampler-x>=1"] if name == "chatterbox-tts" else ["torch>=2.6"],
     )
     installed(monkeypatch, **{"chatterbox-tts": "0.1.7", "torch": "2.8.0"})
     found = named(doctor.diagnose(), "chatterbox-tts")
@@ -171,7 +174,10 @@ def test_back_ends_that_decode_wrongly_fail_or_fall_back(monkeypatch):
     monkeypatch.setattr(doctor, "_trial", lambda device: tried)
     monkeypatch.setattr(doctor, "_no_compiler", lambda device: None)
     found = list(doctor._backends(device, compiling=True))
-    assert named(found, "the cache in generate").state == "broken" and "gave [[1]]" in named(found, "the cache in generate").said
+    assert (
+        named(found, "the cache in generate").state == "broken"
+        and "gave [[1]]" in named(found, "the cache in generate").said
+    )
     assert named(found, "eager").state == "ok"
     assert named(found, "compile").said == "failed: RuntimeError: the linker died"
     assert named(found, "compile").state == "broken" and named(found, "compile").advice
@@ -217,7 +223,11 @@ def test_more_threads_than_cpus(monkeypatch):
 
 @pytest.mark.parametrize(
     ("driver", "built", "state", "advice"),
-    [(None, None, "missing", None), ("nvidia-smi", None, "note", "pytorch.org"), ("nvidia-smi", "12.8", "note", "driver")],
+    [
+        (None, None, "missing", None),
+        ("nvidia-smi", None, "note", "pytorch.org"),
+        ("nvidia-smi", "12.8", "note", "driver"),
+    ],
 )
 def test_why_there_is_no_gpu(driver, built, state, advice, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -225,7 +235,9 @@ def test_why_there_is_no_gpu(driver, built, state, advice, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: driver)
     found = named(doctor._gpus(), "gpu")
-    assert found.state == state and (advice is None) == (found.advice is None) and (advice or "") in (found.advice or "")
+    assert (
+        found.state == state and (advice is None) == (found.advice is None) and (advice or "") in (found.advice or "")
+    )
 
 
 # ---------------------------------------------------------------------- stores

@@ -64,7 +64,9 @@ def bytes_of(option: str, given: str | None) -> int | None:
     try:
         return parse_bytes(given)
     except ValueError as error:
-        raise InputError(f"{option} {given} is no size; give a number of bytes, or one such as 512MiB or 1.5GB") from error
+        raise InputError(
+            f"{option} {given} is no size; give a number of bytes, or one such as 512MiB or 1.5GB"
+        ) from error
 
 
 def at_least(option: str, given: int | None, least: int) -> None:

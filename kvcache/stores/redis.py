@@ -82,7 +82,9 @@ class RedisStore(BlobStore):
     ) -> None:
         super().__init__(max_bytes, secret)
         if _NAMESPACE.fullmatch(namespace) is None:
-            raise InputError(f"namespace={namespace!r} must be 1 to 64 letters, digits, dots, dashes or underscores; give such a one")
+            raise InputError(
+                f"namespace={namespace!r} must be 1 to 64 letters, digits, dots, dashes or underscores; give such a one"
+            )
         try:
             import redis
         except ImportError as error:

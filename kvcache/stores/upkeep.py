@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from kvcache.archive import Beginning, beginning, beginning_length
 from kvcache.errors import CorruptError, InputError, SignatureError
@@ -56,7 +56,7 @@ def shown_place(where: str | None) -> str:
         return str(default_folder() if not where else Path(where).expanduser())
     parts = urlsplit(where)
     hidden = parts.netloc if parts.password is None else f"{parts.username or ''}:…@{parts.netloc.rpartition('@')[2]}"
-    return urlunsplit((parts.scheme, hidden, parts.path, "", ""))
+    return f"{parts.scheme}://{hidden}{parts.path}"
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,9 @@ def prunable(
     if max_bytes is None and older_than is None and model is None:
         raise InputError("nothing says what is to leave; give max_bytes, older_than or model")
     if model == "":
-        raise InputError("model='' begins every fingerprint; give the first digits of one, as the list of the store has them")
+        raise InputError(
+            "model='' begins every fingerprint; give the first digits of one, as the list of the store has them"
+        )
     before = None if older_than is None else (time.time() if now is None else now) - older_than
     may = [entry for entry in entries if pinned or not entry.pinned]
     if before is not None:
