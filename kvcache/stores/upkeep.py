@@ -39,7 +39,9 @@ def open_store(where: str | None = None, *, secret: bytes | None = None, namespa
     """
     where = where or None
     if where is not None and where.startswith(_REDIS):
-        return RedisStore(where, secret=secret, **({} if namespace is None else {"namespace": namespace}))
+        if namespace is None:
+            return RedisStore(where, secret=secret)
+        return RedisStore(where, secret=secret, namespace=namespace)
     if namespace is not None:
         raise InputError(f"a namespace is Redis' ({namespace!r} was given); leave it out, or give a redis:// store")
     if where is not None and "://" in where:
