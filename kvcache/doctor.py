@@ -333,8 +333,8 @@ def _trial(device: torch.device) -> Callable[[str], str | None]:
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        model: Any = LlamaForCausalLM(config).eval()
-    model = model.to(device)
+        model: Any = LlamaForCausalLM(config)
+    model = model.eval().to(device)
     prompt = torch.arange(8, device=device)[None]
     asked: dict[str, Any] = {
         "attention_mask": torch.ones_like(prompt),

@@ -14,8 +14,10 @@ import torch
 from snapshots import cold, ids, voice
 from transformers import LlamaConfig
 
-typer = pytest.importorskip("typer")
+pytest.importorskip("typer")
 pytest.importorskip("rich")
+
+import typer
 
 from kvcache.archive import pack
 from kvcache.cli import application, main

@@ -17,7 +17,7 @@ from kvcache import PrefixSnapshot
 from kvcache.archive import pack
 from kvcache.cli import main
 from kvcache.stores import DiskStore
-from kvcache.stores.upkeep import open_store
+from kvcache.stores.upkeep import open_store, shown_place
 
 DAY = 86400
 KEYS = [voice(1), voice(2, tokens=9, dtype=torch.long), voice(3, model="bf16"), voice(4, tokens=1)]
@@ -432,3 +432,17 @@ def test_a_store_that_is_down_is_one_line_and_exit_code_1(arguments, voices, tmp
             said = voices(where, *arguments, *form, code=1)
             assert said.out == "" and reason in said.err and "check that it is up" in said.err
             assert "hunter2" not in said.err
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("redis://user:hunter2@host:6379/0", "redis://user:…@host:6379/0"),
+        ("rediss://:hunter2@host/1?ssl_ca_certs=x", "rediss://:…@host/1"),
+        ("redis://host", "redis://host"),
+        ("memory:///a/b", "memory:///a/b"),
+        ("s3://bucket/voices?token=hunter2", "s3://bucket/voices"),
+    ],
+)
+def test_a_place_is_shown_without_its_secrets(given, shown):
+    assert shown_place(given) == shown

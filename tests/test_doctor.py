@@ -73,10 +73,11 @@ def test_all_is_well_here_and_nothing_is_left_behind(home, capsys):
     assert named(found, "transformers").said.startswith(transformers.__version__)
     assert named(found, "fp32 on cpu").state == "ok"
     # Tried on a model, whose tokens are compared with those of plain generate.
-    for name in ("the cache in generate", "eager"):
+    for name in ("the cache in generate", "eager", "graph"):
         assert named(found, name).state == "ok" and "those of plain generate" in named(found, name).said
     if not torch.cuda.is_available():
-        assert named(found, "graph").state == "missing" and "compile is used instead" in named(found, "graph").said
+        captured = named(found, "graph+compile")
+        assert captured.state == "missing" and "compile is used instead" in captured.said
         assert named(found, "gpu").state in ("missing", "note")
     assert "1 there; listed, written, read back and removed" in named(found, "default").said
     assert sorted(store.entries(), key=str) == before

@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     A wrong request says in one line what is wrong and what to do, on standard error.
     """
     try:
-        import typer
+        import typer  # noqa: F401
     except ImportError:
         print('kvcache: the command needs typer and rich; run: pip install "kvcache[cli]"', file=sys.stderr)
         return 2

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from kvcache.archive import Beginning, beginning, beginning_length
 from kvcache.errors import CorruptError, InputError, SignatureError
@@ -39,7 +39,9 @@ def open_store(where: str | None = None, *, secret: bytes | None = None, namespa
     """
     where = where or None
     if where is not None and where.startswith(_REDIS):
-        return RedisStore(where, secret=secret, **({} if namespace is None else {"namespace": namespace}))
+        if namespace is None:
+            return RedisStore(where, secret=secret)
+        return RedisStore(where, secret=secret, namespace=namespace)
     if namespace is not None:
         raise InputError(f"a namespace is Redis' ({namespace!r} was given); leave it out, or give a redis:// store")
     if where is not None and "://" in where:
@@ -56,7 +58,7 @@ def shown_place(where: str | None) -> str:
         return str(default_folder() if not where else Path(where).expanduser())
     parts = urlsplit(where)
     hidden = parts.netloc if parts.password is None else f"{parts.username or ''}:…@{parts.netloc.rpartition('@')[2]}"
-    return urlunsplit((parts.scheme, hidden, parts.path, "", ""))
+    return f"{parts.scheme}://{hidden}{parts.path}"
 
 
 @dataclass(frozen=True)
