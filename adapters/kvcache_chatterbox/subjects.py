@@ -127,11 +127,12 @@ class _Speech:
             raise InputError("Chatterbox's engine has no quantized caches; leave the bits out")
         self._setting = setting
         self._speaker = speaker
+        self._store = MemoryStore("1GiB")
         self.engine = ChatterboxEngine(
             t3,
             setting.policy,
             setting.max_length or 4096,
-            speakers=SpeakerCache(MemoryStore("1GiB")),
+            speakers=SpeakerCache(self._store),
             backend=setting.backend,
             precision=setting.precision,
             kv_dtype=setting.kv_dtype,
@@ -178,6 +179,10 @@ class _Speech:
     def vocoder(self) -> nn.Module | None:
         found = None if self._speaker is None else self._speaker.vocoder
         return found if isinstance(found, nn.Module) else None
+
+    @property
+    def kept(self) -> int:
+        return self._store.nbytes
 
     def _text(self, context: int, seed: int) -> Tensor:
         """Made-up text tokens, as many as let a request begin with `context` tokens in all."""
