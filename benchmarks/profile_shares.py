@@ -2,7 +2,7 @@
 
 Each case runs in processes of its own. One is what the command does. At the longest context, in fp32, another decodes plainly and
 knows nothing of it: torch's profiler records every allocation from the loading of the model on, and what is alive at the peak
-of the last steps, less the attention weights by their names, is what memory outside attention is. The static KV cache is in
+of the last steps, less the attention weights by their names and what is kept of voices, is what memory outside attention is. The static KV cache is in
 neither figure: its memory comes from the system itself. What else a process holds (Python, libraries, what allocators keep)
 is compared as the resident set of a third process, which decodes with no profiler at all.
 
@@ -92,7 +92,12 @@ def recorded(name: str, context: int, threads: int) -> dict[str, int]:
             most = max(most, alive) if decoding else most
     parameters = dict(model.load().named_parameters())
     attention = sum(p.nbytes for n, p in parameters.items() if ".self_attn." in n or ".attn.c_" in n)
-    return {"alive": most, "attention": attention, "parameters": sum(p.nbytes for p in parameters.values())}
+    return {
+        "alive": most,
+        "kept": prepared.kept,
+        "attention": attention,
+        "parameters": sum(p.nbytes for p in parameters.values()),
+    }
 
 
 def apart(function: Callable[..., Any], *given: Any) -> Any:
@@ -104,7 +109,7 @@ def apart(function: Callable[..., Any], *given: Any) -> Any:
 def row(label: str, found: Profile, resident: int | None, independent: dict[str, int] | None) -> dict[str, Any]:
     """A line of the table."""
     step, parts = found.step, found.memory.parts
-    outside = sum(parts[n] for n in parts if n not in ("attention_weights", "kv_cache", "rest"))
+    outside = sum(parts[n] for n in parts if n not in ("attention_weights", "kv_cache", "prefixes", "rest"))
     said: dict[str, Any] = {
         "model": label,
         "setting": f"{found.setting.backend}, {found.setting.precision}",
@@ -125,7 +130,7 @@ def row(label: str, found: Profile, resident: int | None, independent: dict[str,
         "resident MiB": found.memory.total / MIB,
         "resident MiB, plain": None if resident is None else resident / MIB,
     }
-    alive = None if independent is None else independent["alive"] - independent["attention"]
+    alive = None if independent is None else independent["alive"] - independent["attention"] - independent["kept"]
     return said | {
         "outside attention, of torch, MiB": outside / MIB,
         "by torch's profiler, MiB": None if alive is None else alive / MIB,

@@ -35,6 +35,7 @@ MEMORY: Mapping[str, str] = {
     "unused_weights": "weights as loaded, which this precision does not read",
     "vocoder_weights": "weights: vocoder",
     "kv_cache": "KV cache",
+    "prefixes": "KV of prefixes and voices that are kept",
     "activations": "activations at the peak of a step",
     "rest": "the rest: Python, libraries, what allocators keep",
 }
@@ -143,8 +144,8 @@ class Profile:
 
     @property
     def cache_memory(self) -> float:
-        """The share of the memory that a cache could save at most: all of the KV cache."""
-        return self.memory.share("kv_cache")
+        """The share of the memory that a cache could save at most: all keys and values."""
+        return self.memory.share("kv_cache", "prefixes")
 
     @property
     def best_speedup(self) -> float:
@@ -158,8 +159,8 @@ class Profile:
 
     @property
     def outside_memory(self) -> float:
-        """The share of the memory that is neither attention's weights nor the KV cache."""
-        return 1 - self.memory.share("attention_weights", "kv_cache")
+        """The share of the memory that is neither attention's weights nor keys and values."""
+        return 1 - self.memory.share("attention_weights", "kv_cache", "prefixes")
 
     def sentences(self) -> list[str]:
         """What the figures say, in plain words."""
@@ -247,7 +248,7 @@ def profile(
         asked, report, module = plain, prepared.report(), prepared.module
     step, prefill = (sorted(found, key=lambda one: one.wall)[rounds // 2] for found in (watched, prefills))
     prefill_peak, step_peak = _workspace(prepared, context, place)
-    step, vocoder = _with_vocoder(step, prepared, place), prepared.vocoder
+    step, vocoder, kept = _with_vocoder(step, prepared, place), prepared.vocoder, prepared.kept
     prepared.release()
 
     own, wanted = (sorted(seconds for seconds, _ in runs)[rounds // 2] for runs in (plain, asked))
@@ -262,6 +263,7 @@ def profile(
         **weight_bytes(module, subject.load(device)),
         "vocoder_weights": 0 if vocoder is None else sum(_storages(vocoder).values()),
         "kv_cache": _touched(report) if place.type == "cpu" else report.nbytes,
+        "prefixes": kept,
         "activations": step_peak,
     }
     total = max(resident for _, resident in asked) if place.type == "cpu" else torch.cuda.memory_reserved(place)
@@ -454,6 +456,7 @@ _COLORS = {
     "attention_scores": "#d94801",
     "cache_update": "#fd8d3c",
     "kv_cache": "#d94801",
+    "prefixes": "#fd8d3c",
     "mlp": "#3182bd",
     "mlp_weights": "#3182bd",
     "norms": "#4a9a5d",

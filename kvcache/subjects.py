@@ -55,6 +55,10 @@ class Prepared(Protocol):
     def vocoder(self) -> nn.Module | None:
         """What makes the audio, where that has weights."""
 
+    @property
+    def kept(self) -> int:
+        """Bytes of prefixes, such as voices, that wait in memory for the next request."""
+
     def logits(self, ids: Tensor) -> Tensor:
         """What the model says after each of these tokens ``[n]``, at this precision: ``[n, vocabulary]``; to judge
         fidelity by. At least the second half goes through a cache as the setting has it."""
@@ -296,6 +300,10 @@ class _Language:
     @property
     def vocoder(self) -> nn.Module | None:
         return None
+
+    @property
+    def kept(self) -> int:
+        return 0
 
     def _greedy(self, prompt: Tensor, tokens: int) -> dict[str, Any]:
         # An end that the vocabulary does not have: only the length ends it.

@@ -37,6 +37,7 @@ def test_a_bare_t3_is_all_but_its_vocoder(kind, backend):
     assert found.memory.parts["attention_weights"] == sum(
         p.nbytes for name, p in t3.named_parameters() if ".self_attn." in name or ".attn." in name
     )
+    assert found.memory.parts["prefixes"] > 0  # the voice
     assert found.memory.parts["mlp_weights"] == sum(p.nbytes for name, p in t3.named_parameters() if ".mlp." in name)
 
 
@@ -105,7 +106,7 @@ def test_t3_in_full_size_beside_torchs_own_account():
     # A process that others push aside may see a pause on one side of its clock only.
     for _ in range(3):
         found = profile_shares.apart(
-            profile_shares.told, "chatterbox-english", profile_shares.EAGER, 300, 16, 3, threads
+            profile_shares.told, "chatterbox-english", profile_shares.EAGER, 300, 12, 1, threads
         )
         if abs(found.step.total / found.step.wall - 1) <= 0.03:
             break
@@ -114,5 +115,5 @@ def test_t3_in_full_size_beside_torchs_own_account():
     seen = profile_shares.apart(profile_shares.recorded, "chatterbox-english", 300, threads)
     assert found.memory.parts["attention_weights"] == seen["attention"]
     row = profile_shares.row("English", found, None, seen)
-    # Torch's account has more in it: the voice that is kept, the noise of the draws.
-    assert abs(row["difference, %"]) < 5
+    # Torch's account has a little more in it: the noise of the draws, and what the engine notes of each request.
+    assert abs(row["difference, %"]) < 1

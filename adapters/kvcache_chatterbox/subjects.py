@@ -203,6 +203,10 @@ class _Speech:
         found = None if self._speaker is None else self._speaker.vocoder
         return found if isinstance(found, nn.Module) else None
 
+    @property
+    def kept(self) -> int:
+        return self.engine.speakers.store.nbytes
+
     def _text(self, context: int, seed: int) -> Tensor:
         """Made-up text tokens, as many as let a request begin with `context` tokens in all."""
         t3 = self.engine.t3

@@ -108,7 +108,7 @@ def _memory(result: Profile) -> Table:
     parts: Mapping[str, int] = memory.parts
     for part, name in MEMORY.items():
         if parts[part]:
-            bar = _bar(memory.share(part), part == "kv_cache")
+            bar = _bar(memory.share(part), part in ("kv_cache", "prefixes"))
             shown.add_row(name, shown_bytes(parts[part]), f"{memory.share(part):.1%}", bar)
     shown.add_section()
     shown.add_row("all", shown_bytes(memory.total), "", "")
