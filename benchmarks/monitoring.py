@@ -104,12 +104,12 @@ def pictures(model: Any, ids: Tensor, folder: Path) -> None:
     greedy = {"do_sample": False, "eos_token_id": end, "pad_token_id": end}  # nothing ends early
     manager.generate(ids[:, :600], past_key_values=cache, max_new_tokens=1, **greedy)
     occupancy(cache).plot(folder / "occupancy.png")
-    managers = {"everything": KVCacheManager(model), "a window": KVCacheManager(model, SlidingWindow(124, sinks=4))}
+    managers = {"everything": KVCacheManager(model), "a window": KVCacheManager(model, SlidingWindow(60, sinks=4))}
     now = managers["everything"]
     with MemoryTimeline(lambda: now.report().nbytes, every=0.02) as timeline:
         for name, now in managers.items():
             timeline.sample(f"keep {name}")
-            now.generate(ids[:, :200], max_new_tokens=200, **greedy)
+            now.generate(ids[:, :100], max_new_tokens=100, **greedy)
     timeline.plot(folder / "timeline.png")
 
 
@@ -117,7 +117,7 @@ def main() -> None:
     parser = arguments((__doc__ or "").splitlines()[0])
     parser.add_argument("--window", type=int, default=500, help="tokens that stay (default: 500)")
     parser.add_argument("--steps", type=int, default=2, help="in a turn (default: 2)")
-    parser.add_argument("--rounds", type=int, default=200, help="of all sides (default: 200)")
+    parser.add_argument("--rounds", type=int, default=120, help="of all sides (default: 120)")
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="draw the documentation's pictures there")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
