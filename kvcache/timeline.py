@@ -3,7 +3,7 @@
 import mmap
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from os import PathLike
 from pathlib import Path
@@ -160,7 +160,7 @@ class MemoryTimeline:
         figure, axes = canvas()
         at = [sample.seconds for sample in self._samples]
         axes.step(at, [kv / 2**20 for kv in self._known("kv")], where="post", color="C0", label=_NAMES["kv"])
-        axes.set(xlabel="seconds", ylabel="KV cache, MiB", ylim=(0, None))
+        axes.set(xlabel="seconds", ylabel="KV cache, MiB", ylim=(0, _above(self._known("kv"))))
         rest = axes.twinx()
         for i, name in enumerate(("resident", "allocated", "reserved"), 1):
             points = [
@@ -168,7 +168,8 @@ class MemoryTimeline:
             ]
             if points:
                 rest.plot([t for t, _ in points], [v / 2**20 for _, v in points], color=f"C{i}", label=_NAMES[name])
-        rest.set(ylabel="process and GPU, MiB", ylim=(0, None))
+        most = [value for name in _NAMES if name != "kv" for value in self._known(name)]
+        rest.set(ylabel="process and GPU, MiB", ylim=(0, _above(most)))
         for sample in self._samples:
             if sample.label:
                 axes.axvline(sample.seconds, color="0.7", linewidth=0.8)
@@ -197,6 +198,11 @@ class MemoryTimeline:
             for name, known in found
             if known
         ]
+
+
+def _above(values: Sequence[int]) -> float:
+    """In MiB, a little more than the most of them."""
+    return 1.1 * max(values, default=0) / 2**20 or 1.0
 
 
 def resident_bytes() -> int | None:
