@@ -52,7 +52,6 @@ def test_a_vocoder_has_its_share():
     model.s3gen.inference = slow
     found = profiled(model)
     assert found.step.parts["vocoder"] >= 0.002
-    assert found.step.share("vocoder") > 0.2  # beside a step of some milliseconds
     assert not any("no vocoder" in sentence for sentence in found.sentences())
 
 
