@@ -21,6 +21,7 @@ from kvcache.subjects import Setting, Subject
 Device = Literal["cpu", "cuda"]
 
 _WIDTH = 1024  # of the layer that kernels are tried on: large enough for the buffers that they keep
+_MOST_REQUESTS = 1024  # more do not decode together in one process
 _UNBOUNDED = 2**20  # tokens to which a length is searched where the model names no limit
 
 
@@ -99,7 +100,7 @@ class Room:
     Attributes:
         memory: bytes.
         fits: whether what was planned fits.
-        requests: how many requests of this length would; 0 if none does.
+        requests: how many requests of this length would, of up to 1024; 0 if none does.
         length: how long each of so many requests may be; 0 if not even the shortest fits.
         longest: whether that is the most that the model can do anyway.
     """
@@ -225,7 +226,7 @@ def room(
 
     one = again(1, made.length)
     # No more than as if each took nothing but the cache of one.
-    most = max(0, memory - one.total) // max(1, one.parts["KV cache"]) + 1
+    most = min(_MOST_REQUESTS, max(0, memory - one.total) // max(1, one.parts["KV cache"]) + 1)
     requests = bisect_right(range(1, most + 1), memory, key=lambda n: total(n, made.length))
     top = _UNBOUNDED if longest is None else longest
     fitting = bisect_right(range(shortest, top + 1), memory, key=lambda n: total(made.requests, n))

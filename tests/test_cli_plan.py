@@ -37,24 +37,25 @@ def test_json_says_what_the_cache_will_hold(folder, capsys):
 
 
 def test_table_and_bar(folder, capsys):
-    assert main(["plan", folder, "--length", "200", "--memory", "64GiB"]) == 0
+    assert main(["plan", folder, "--length", "200", "--memory", "1GiB"]) == 0
     out = capsys.readouterr().out
     assert "MLP weights" in out
     assert "KV cache" in out
     assert "█" in out
-    assert "64.00 GiB has room for" in out
+    assert "1.00 GiB has room for 1024 requests" in out
     assert "300 tokens, all that the model goes up to" in " ".join(out.split())
 
 
-def test_what_does_not_fit_is_exit_code_1_and_says_what_would(folder, capsys):
-    arguments = ["plan", folder, "--length", "200", "--requests", "50"]
+def test_what_does_not_fit_is_exit_code_1_and_says_what_would(folder, capsys, monkeypatch):
+    monkeypatch.setattr("kvcache.planning.process_bytes", lambda precision: 10**6)  # the same in both runs
+    arguments = ["plan", folder, "--length", "200", "--requests", "9"]
     assert main([*arguments, "--json"]) == 0
     needed = json.loads(capsys.readouterr().out)["total"]
-    assert main([*arguments, "--memory", str(needed - 2**20), "--json"]) == 1
+    assert main([*arguments, "--memory", str(needed - 2**18), "--json"]) == 1
     out, err = capsys.readouterr()
     room = json.loads(out)["room"]
     assert not room["fits"]
-    assert 1 <= room["requests"] < 50
+    assert 1 <= room["requests"] < 9
     assert room["length"] < 200
     [line] = err.strip().splitlines()
     assert f"--requests {room['requests']}" in line
