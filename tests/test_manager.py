@@ -539,7 +539,7 @@ def test_ranking_tokens_changes_the_model_as_little(policy: SizePolicy) -> None:
 def test_a_disabled_cache_is_not_there_at_all() -> None:
     model, seen = build("llama"), []
     model.model.register_forward_pre_hook(
-        lambda _, __, kwargs: seen.append((kwargs.get("past_key_values"), kwargs["input_ids"].shape[1])),
+        lambda _, __, kwargs: seen.append((taken(kwargs), kwargs["input_ids"].shape[1])),
         with_kwargs=True,
     )
     kv = KVCacheManager(model, SlidingWindow(8))

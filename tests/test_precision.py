@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 import kvcache.precision as precision_module
 from kvcache import InputError
 from kvcache.fingerprint import model_fingerprint
-from kvcache.precision import PackedLinear, check_precision, with_precision
+from kvcache.precision import PackedLinear, check_precision, planned, with_precision
 
 CPU = torch.device("cpu")
 
@@ -287,13 +287,14 @@ def test_what_a_gpu_cannot_is_refused():
 
 def test_a_whole_model_is_cast_elsewhere_but_for_its_frequencies():
     model = copy.deepcopy(build("llama")).to("meta")
-    new = with_precision(model, "bf16")
+    cuda = torch.device("cuda")
+    new = planned(model, "bf16", cuda)
     assert {p.dtype for p in new.parameters()} == {torch.bfloat16}
     assert {b.dtype for n, b in new.named_buffers() if "inv_freq" in n} == {torch.float32}
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert with_precision(new, "bf16") is new
-    with pytest.raises(InputError, match="on meta use"):
-        with_precision(model, "int8")
+    assert planned(new, "bf16", cuda) is new
+    with pytest.raises(InputError, match="on cuda use"):
+        planned(model, "int8", cuda)
 
 
 def test_names_that_are_none_are_refused():
