@@ -39,6 +39,7 @@ from kvcache import (
     SnapKV,
     hf,
 )
+from kvcache.past import taken
 
 GREEDY: dict[str, Any] = {"do_sample": False}
 

@@ -1,5 +1,7 @@
 """Plans against what the same model, loaded, really holds; searches against brute force."""
 
+import os
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
@@ -154,7 +156,7 @@ def test_a_gpu_holds_one_copy_of_the_weights_and_all_of_a_cache(folders):
     assert there.weights.mlp * 2 == here.weights.mlp
     assert there.parts["process"] == 0
     assert here.parts["process"] == 7
-    assert there.parts["KV cache"] == there.kv
+    assert max(moment.static for moment in there.moments) == there.kv  # all of it, whatever is the peak
     assert here.parts["KV cache"] <= here.kv  # of a CPU's, pages that have been written to
 
 
@@ -188,23 +190,19 @@ def test_fused_attention_holds_no_scores_but_its_mask():
 
 
 def test_pages_of_a_static_cache_against_the_system():
-    """Resident bytes of the mappings behind a cache, as Linux counts them."""
+    """Resident pages behind a cache, as Linux counts them."""
     geometry = CacheGeometry(2, 3, 64, 64)
     kv = StaticKV(geometry, 2, 500)
     for buffer in (*kv.keys, *kv.values):
         buffer[:1, :, :70] = 1.0
-    addresses = {t.data_ptr() for t in (*kv.keys, *kv.values)}
-    resident, inside, end = 0, False, 0
-    with open("/proc/self/smaps") as smaps:
-        for line in smaps:
-            first = line.split()[0]
-            if "-" in first and not first.endswith(":"):
-                start, end = (int(part, 16) for part in first.split("-"))
-                inside = any(start <= address < end for address in addresses)
-            elif inside and line.startswith("Rss:"):
-                resident += int(line.split()[1]) * 1024
+    page, resident = os.sysconf("SC_PAGE_SIZE"), 0
+    with open("/proc/self/pagemap", "rb") as pagemap:
+        for t in (*kv.keys, *kv.values):
+            first, last = t.data_ptr() // page, (t.data_ptr() + t.nbytes - 1) // page
+            pagemap.seek(8 * first)
+            entries = memoryview(pagemap.read(8 * (last + 1 - first))).cast("Q")
+            resident += page * sum(entry >> 63 for entry in entries)  # the highest bit: it is in memory
     planned = written_static(kv, 70, 1, "cpu")
-    assert planned <= resident  # a mapping beside another's may be listed as one with it
     assert planned == pytest.approx(resident, abs=64 * 1024)
     assert written_static(kv, 500, 2, "cpu") >= kv.nbytes
     assert written_static(kv, 70, 1, "cuda") == kv.nbytes

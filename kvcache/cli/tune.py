@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 import typer
 
-from kvcache.cli.common import Json, bytes_of, console, one_line, print_json, progress, shown_bytes, table
+from kvcache.cli.common import Json, at_least, bytes_of, console, one_line, print_json, progress, shown_bytes, table
 from kvcache.errors import InputError
 from kvcache.subjects import subject
 from kvcache.tuning import Tuned, shown, tune
@@ -51,17 +51,13 @@ def command(
     budget = bytes_of("--memory", memory)
     if not out.parent.is_dir() or out.is_dir():
         raise InputError(f"--out {out}: there is no folder {out.parent} to write a file to, or that is a folder itself")
-    for name, given, least in (
-        ("--threads", threads, 1),
-        ("--max-requests", max_requests, 1),
-        ("--context", context, 1),
-    ):
-        if given is not None and given < least:
-            raise InputError(f"{name} {given} must be at least {least}")
+    at_least("--threads", threads, 1)
+    at_least("--max-requests", max_requests, 1)
+    at_least("--context", context, 1)
     if time_limit is not None and not 0 < time_limit < math.inf:
-        raise InputError(f"--time-limit {time_limit:g} must be a number of seconds above 0")
+        raise InputError(f"--time-limit {time_limit:g}: give a number of seconds above 0")
     if not 0 <= fidelity < math.inf:
-        raise InputError(f"--fidelity {fidelity:g} must be a number of nats of at least 0; 0.03 is the default")
+        raise InputError(f"--fidelity {fidelity:g}: give a number of nats of at least 0; 0.03 is the default")
     found = subject(model)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
