@@ -66,7 +66,7 @@ WRONG = {
     ),
     "endless time": (["FOLDER", "--out", "p.json", "--time-limit", "inf"], "--time-limit inf"),
     "no number": (["FOLDER", "--out", "p.json", "--time-limit", "soon"], "Invalid value for '--time-limit'"),
-    "negative fidelity": (["FOLDER", "--out", "p.json", "--fidelity", "-1"], "--fidelity -1 must be"),
+    "negative fidelity": (["FOLDER", "--out", "p.json", "--fidelity", "-1"], "--fidelity -1: give"),
     "no fidelity": (["FOLDER", "--out", "p.json", "--fidelity", "nan"], "--fidelity nan"),
     "no requests": (["FOLDER", "--out", "p.json", "--max-requests", "0"], "--max-requests 0: give at least 1"),
     "no context": (["FOLDER", "--out", "p.json", "--context", "0"], "--context 0: give at least 1"),
