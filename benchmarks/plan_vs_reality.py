@@ -3,6 +3,8 @@
 Predicted and held bytes of the KV cache, and predicted and measured peak of the process's memory. The process that runs
 loads the model, sets it up, then resets the system's mark of its peak (writes 5 to /proc/self/clear_refs), prefills and
 decodes, and reads the peak (VmHWM): what is planned is serving; loading may peak higher, and that is in the table as well.
+"loaded dropped" lets go of the fp32 weights and calls `give_back`. The token loop runs in a thread of its own, for which glibc
+keeps memory apart; "one arena" sets MALLOC_ARENA_MAX=1, so that it does not.
 
     python benchmarks/plan_vs_reality.py
     python benchmarks/plan_vs_reality.py --models smollm2 chatterbox-nano
@@ -13,14 +15,17 @@ import dataclasses
 import gc
 import importlib.util
 import multiprocessing
+import os
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from common import arguments, finish
 from tqdm import tqdm
 
+from kvcache.memory import give_back
 from kvcache.planning import plan
 from kvcache.precision import has_half
 from kvcache.subjects import Setting, subject
@@ -44,6 +49,7 @@ class Case:
     backend: str = "eager"
     bits: int | None = None
     drop_loaded: bool = False
+    one_arena: bool = False  # with MALLOC_ARENA_MAX=1
 
     @property
     def setting(self) -> Setting:
@@ -73,7 +79,11 @@ def cases(options: argparse.Namespace) -> list[Case]:
             continue
         found += [Case(model, *short, 3, "fp32"), Case(model, *long, 1, few)]
         if model == "smollm2":
-            found += [Case(model, *long, 1, few, drop_loaded=True), Case(model, *long, 2, "fp32", "off", bits=8)]
+            found += [
+                Case(model, *long, 1, few, drop_loaded=True),
+                Case(model, *long, 1, "fp32", "off", one_arena=True),
+            ]
+            found += [Case(model, *long, 2, "fp32", "off", 8, one_arena=one) for one in (False, True)]
     return found
 
 
@@ -89,6 +99,8 @@ def measured(case: Case) -> dict[str, Any]:
     if case.drop_loaded:
         del found
     gc.collect()
+    if case.drop_loaded:
+        give_back()
     loading = _status("VmHWM")
     Path("/proc/self/clear_refs").write_text("5")
     ready = _status("VmRSS")
@@ -114,7 +126,8 @@ def alone(function: Any, case: Case, threads: int) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(function, case, threads, theirs))
-    process.start()
+    with patch.dict(os.environ, {"MALLOC_ARENA_MAX": "1"} if case.one_arena else {}):
+        process.start()
     theirs.close()
     try:
         return ours.recv()
@@ -144,7 +157,8 @@ def main() -> None:
                         f", kv int{case.bits}" if case.bits else "",
                     )
                 )
-                + (", loaded dropped" if case.drop_loaded else ""),
+                + (", loaded dropped" if case.drop_loaded else "")
+                + (", one arena" if case.one_arena else ""),
                 "requests": case.requests,
                 "tokens": case.length,
                 "KV predicted, bytes": f"{said['kv']:,}",

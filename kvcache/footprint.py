@@ -112,15 +112,14 @@ def held(tensors: Iterable[Tensor]) -> int:
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def written(layers: Sequence[KVLayer], device: str) -> int:
-    """Bytes of these layers that memory counts: on a CPU what has been written to, elsewhere all."""
-    if device != "cpu":
-        return sum(kv.nbytes for kv in layers)
-    return sum(kv.nbytes * kv.stored // max(1, kv.capacity) for kv in layers)
+def buffers(layers: Sequence[KVLayer]) -> int:
+    """Bytes of these layers, written to or not: what a C library hands out again has been written to before."""
+    return sum(kv.nbytes for kv in layers)
 
 
 def written_static(kv: StaticKV, tokens: int, rows: int, device: str) -> int:
-    """The same of the decode engine's cache, with `tokens` in each of its first rows; a system counts whole pages."""
+    """Bytes of the decode engine's cache that memory counts, with `tokens` in each of its first rows: on a CPU the pages that
+    have been written to, elsewhere all."""
     if device != "cpu":
         return kv.nbytes
     total = 0
@@ -194,7 +193,7 @@ def language_footprint(manager: Any, setting: "Setting", context: int, tokens: i
     cache = manager.new_cache(rows)
     layers = hf.kv_layers(cache)
     peak, logits = run(context)
-    first = written(layers, device)
+    first = buffers(layers)
     # `generate` hands out the logits of the last position once more, in fp32.
     last = rows * logits.shape[-1] * 4
     moments = [Moment("prefill", first, workspace=max(0, peak - account(hf.cache_layers(cache)).nbytes) + last)]
@@ -204,7 +203,7 @@ def language_footprint(manager: Any, setting: "Setting", context: int, tokens: i
             before = account(hf.cache_layers(cache)).nbytes
             peak, _ = run(1)
             grown = account(hf.cache_layers(cache)).nbytes - before
-            moments.append(Moment("step", written(layers, device), workspace=max(0, peak - grown) + last))
+            moments.append(Moment("step", buffers(layers), workspace=max(0, peak - grown) + last))
         kv = account(hf.cache_layers(cache)).nbytes
         return Footprint(tuple(moments), kv, 0, (model,), reason)
 
@@ -272,8 +271,8 @@ def weights_of(modules: Sequence[nn.Module], loaded: nn.Module, keep_loaded: boo
             part = _part(name)
             for tensor in (*inside.parameters(recurse=False), *inside.buffers(recurse=False)):
                 parts[part] += _once(tensor, done)
-            if isinstance(inside, PackedLinear) and id(inside) not in packed:
-                packed.add(id(inside))
+            if isinstance(inside, PackedLinear) and inside.kernel not in packed:  # copies of a module share it
+                packed.add(inside.kernel)
                 parts[part] += inside.packed_bytes
     if keep_loaded:
         parts["originals"] = sum(_once(tensor, done) for tensor in (*loaded.parameters(), *loaded.buffers()))

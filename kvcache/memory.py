@@ -1,5 +1,6 @@
 """What caches take: an exact estimate before, an account after, and memory that is taken as it is written to."""
 
+import ctypes
 import math
 import mmap
 import sys
@@ -162,6 +163,17 @@ def resident_bytes() -> int:
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
+
+
+def give_back() -> bool:
+    """Hand back to the system what this process has let go of, such as weights that nothing holds any more; whether it can.
+
+    glibc keeps freed memory for the next time; other C libraries, which do not, need no such call.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+    return trim is not None
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -272,7 +272,7 @@ class PackedLinear(nn.Module):
             else torch.cat([b.detach() if b is not None else z for b, z in zip(biases, zeros, strict=True)])
         )
         self.register_buffer("bias", bias)
-        self._kernel = next(_numbers)
+        self.kernel = next(_numbers)
         sums = None
         if weight.is_meta:
             self.register_buffer("digest", weight.new_empty(hashlib.sha256().digest_size, dtype=torch.uint8))
@@ -282,11 +282,11 @@ class PackedLinear(nn.Module):
         said = hashlib.sha256(f"{precision} {tensor_digest(weight)}".encode()).digest()
         self.register_buffer("digest", torch.tensor(list(said), dtype=torch.uint8))
         if precision == "int8":
-            _kernels[self._kernel], sums = _int8(weight)
+            _kernels[self.kernel], sums = _int8(weight)
         else:
-            _kernels[self._kernel] = _half(weight, precision)
+            _kernels[self.kernel] = _half(weight, precision)
         self.register_buffer("sums", sums)
-        finalize(self, _kernels.pop, self._kernel, None)
+        finalize(self, _kernels.pop, self.kernel, None)
 
     @property
     def packed_bytes(self) -> int:
@@ -315,7 +315,7 @@ class PackedLinear(nn.Module):
 
     def _product(self, states: Tensor) -> Tensor:
         flat = states.reshape(-1, self.in_features)  # as the kernels would do, at each call
-        out = torch.ops.kvcache.packed_linear(flat, self._kernel, self.out_features)
+        out = torch.ops.kvcache.packed_linear(flat, self.kernel, self.out_features)
         return torch.as_tensor(out).view(*states.shape[:-1], self.out_features)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PackedLinear":

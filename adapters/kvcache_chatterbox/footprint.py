@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from kvcache import InputError, PrefixKey, PrefixSnapshot
 from kvcache.cpu import FEWEST
 from kvcache.decoding import Decoding
-from kvcache.footprint import Footprint, Moment, Watch, fill, onednn_bytes, step_bytes, written, written_static
+from kvcache.footprint import Footprint, Moment, Watch, buffers, fill, onednn_bytes, step_bytes, written_static
 from kvcache.hf import kv_layers
 from kvcache.past import handed
 from kvcache_chatterbox.engine import ChatterboxEngine
@@ -108,8 +108,8 @@ def speech_footprint(engine: ChatterboxEngine, requests: int, context: int, toke
     with Watch() as watch:
         logits = decoder.prefill()
     prefix = reuse.nbytes(reuse.kept)
-    filled = written(layers, device)
-    prefill = max(0, watch.peak - sum(kv.nbytes for kv in layers))
+    filled = buffers(layers)
+    prefill = max(0, watch.peak - buffers(layers))
     plain = device == "cpu" and engine.onednn and not t3.is_gpt and logits.dtype == torch.float32
     # `few_rows` multiplies with oneDNN, whose copy of the largest layer comes on top.
     scratch = onednn_bytes([t3.tfmr]) if plain else 0
@@ -119,19 +119,19 @@ def speech_footprint(engine: ChatterboxEngine, requests: int, context: int, toke
     if engine._stepper is None:
         if seen > context:
             fill(layers, seen - context - 1)
-            before = sum(kv.nbytes for kv in layers)
+            before = buffers(layers)
             with Watch() as watch:
                 out = t3.tfmr(inputs_embeds=logits.new_empty(rows, 1, t3.dim), **handed(t3.tfmr, cache), use_cache=True)
                 t3.speech_head(out[0][:, -1])
-            step = max(0, watch.peak - sum(kv.nbytes for kv in layers) + before)
+            step = max(0, watch.peak - buffers(layers) + before)
         else:
             step = 0
         token_loop = (
             Moment("voice", building),
             Moment("prefill", filled, workspace=prefill),
-            Moment("step", written(layers, device), workspace=step),
+            Moment("step", buffers(layers), workspace=step),
         )
-        return Footprint(token_loop, sum(kv.nbytes for kv in layers), prefix, (t3,), engine._why_not)
+        return Footprint(token_loop, buffers(layers), prefix, (t3,), engine._why_not)
 
     stepper, policy = engine._stepper, layers[0].policy
     with Watch() as watch:

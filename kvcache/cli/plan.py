@@ -132,9 +132,13 @@ def _notes(made: MemoryPlan, setting: Setting, found: Subject) -> list[str]:
         )
     if "compile" in setting.backend:
         notes.append("not in it: torch's compiler while it compiles; not yet measured")
+    if made.device == "cpu" and (setting.backend == "off" or made.fallback is not None):
+        notes.append(
+            "the token loop may run in a thread, for which glibc keeps memory apart, some hundred MiB: set MALLOC_ARENA_MAX=1"
+        )
     if made.parts["weights as loaded"]:
         notes.append(
-            "the weights as loaded stay beside those in fewer bits; they go when nothing holds the loaded model (--drop-loaded)"
+            "the weights as loaded stay beside those in fewer bits; they go when nothing holds the loaded model and kvcache.memory.give_back() is called (--drop-loaded)"
         )
     if made.device == "cpu":
         notes.append("loading a model may take more for a moment; a CPU's cache counts as it is written to")
