@@ -53,6 +53,7 @@ def broken_links(page, text):
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("kvcache.events._listeners", ())  # a page may leave some behind
     shared = {"__name__": "__main__"}
     for source, run, printed in blocks(page.read_text()):
         code = compile(source, str(page), "exec")  # padded, so that a traceback shows the page's line
