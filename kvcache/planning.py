@@ -185,7 +185,14 @@ def plan(
         context = min(length - 1, max(subject.shortest, length // 2))
     if not subject.shortest <= context < length:
         raise InputError(f"context={context}: give from {subject.shortest} to {length - 1}, one less than the length")
-    footprint = subject.footprint(setting, context, length - context, device)
+    try:
+        footprint = subject.footprint(setting, context, length - context, device)
+    except RuntimeError as error:
+        if "autocast" not in str(error):
+            raise
+        raise InputError(
+            "this release of transformers cannot run a model without its weights; install a newer one to plan"
+        ) from error
     keep_loaded = keep_loaded and device == "cpu"  # elsewhere the copy is the whole model
     return MemoryPlan(
         subject.name,
