@@ -3,6 +3,7 @@ have their files."""
 
 import io
 import json
+import logging
 import re
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -51,6 +52,16 @@ def broken_links(page, text):
             yield target
 
 
+@pytest.fixture
+def told():
+    """The log of events as loud as it was before a page turned it up: whether anybody listens is asked of it."""
+    log = logging.getLogger("kvcache.events")
+    level = log.level
+    yield
+    log.setLevel(level)
+
+
+@pytest.mark.usefixtures("told")
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_blocks_run(page, tmp_path, monkeypatch):
     if page.name == "planning.md" and RELEASE < (5, 23):
