@@ -1,10 +1,11 @@
 """Where a decode step's time and memory go, as `kvcache profile` says it, beside what torch's profiler says of the memory.
 
-Each case runs in processes of its own. One is what the command does. At the longest context, in fp32, another decodes plainly and
-knows nothing of it: torch's profiler records every allocation from the loading of the model on, and what is alive at the peak
-of the last steps, less the attention weights by their names and what is kept of voices, is what memory outside attention is. The static KV cache is in
-neither figure: its memory comes from the system itself. What else a process holds (Python, libraries, what allocators keep)
-is compared as the resident set of a third process, which decodes with no profiler at all.
+Each case runs in processes of its own. One is what the command does. At the longest context, in fp32, another decodes plainly
+and knows nothing of it: torch's profiler records every allocation from the loading of the model on, and what is alive at the peak
+of the last steps, less the attention weights by their names and what is kept of voices, is what memory outside attention is. The
+static KV cache is in neither figure: its memory comes from the system itself. SmolLM2's weights come from numpy, which torch's
+profiler does not see, so that it has no such figure. What else a process holds (Python, libraries, what allocators keep) is
+compared as the resident set of a third process, which decodes with no profiler at all.
 
 T3's weights are random: they decide neither shapes nor speed. SmolLM2-135M has real ones.
 """
@@ -169,9 +170,11 @@ def main() -> None:
             found = apart(told, name, setting, context, options.tokens, options.rounds, options.threads)
             beside = setting == EAGER and context == planned_longest[name]
             resident = apart(plain, name, setting, context, options.tokens, options.threads) if beside else None
-            independent = apart(recorded, name, context, options.threads) if beside else None
+            seen = beside and name.startswith("chatterbox")
+            independent = apart(recorded, name, context, options.threads) if seen else None
             rows.append(row(label, found, resident, independent))
-            profiles[f"{label}, {context} tokens\n{setting.backend}, {setting.precision}"] = found
+            parts = "" if setting.backend == "eager" else " (parts: eager)"
+            profiles[f"{label}, {context} tokens\n{setting.backend}, {setting.precision}{parts}"] = found
     said = {key.replace("\n", ", "): found.to_dict() | {"model": key.split(",")[0]} for key, found in profiles.items()}
     finish("profile_shares", rows, {}, options, weights="T3: random", profiles=said)
     if options.plot is not None:

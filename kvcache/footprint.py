@@ -5,9 +5,11 @@ what they allocate and when they let go of it; there is no second account of the
 """
 
 import mmap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 from weakref import WeakSet, finalize
 
 import torch
@@ -105,6 +107,21 @@ def _storages(tree: Any) -> list[Any]:
 def _mask(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
     mask: Tensor | None = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
     return mask if mask is not None and mask.dtype == torch.bool else None
+
+
+@contextmanager
+def meta_without_autocast() -> Iterator[None]:
+    """Within this block torch says that nothing is cast on the meta device, of which it knows no more than that.
+
+    Older releases of transformers (5.2 does, 5.23 does not) ask whenever they turn keys, and torch raises.
+    """
+    asked = torch.is_autocast_enabled
+
+    def enabled(*device: str) -> bool:
+        return device != ("meta",) and asked(*device)
+
+    with patch.object(torch, "is_autocast_enabled", enabled):
+        yield
 
 
 def held(tensors: Iterable[Tensor]) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kvcache.cpu import few_rows
 from kvcache.errors import InputError
-from kvcache.footprint import Moment, Weights, weights_of
+from kvcache.footprint import Moment, Weights, meta_without_autocast, weights_of
 from kvcache.precision import PackedLinear, Precision
 from kvcache.subjects import Setting, Subject
 
@@ -185,14 +185,8 @@ def plan(
         context = min(length - 1, max(subject.shortest, length // 2))
     if not subject.shortest <= context < length:
         raise InputError(f"context={context}: give from {subject.shortest} to {length - 1}, one less than the length")
-    try:
+    with meta_without_autocast():
         footprint = subject.footprint(setting, context, length - context, device)
-    except RuntimeError as error:
-        if "autocast" not in str(error):
-            raise
-        raise InputError(
-            "this release of transformers cannot run a model without its weights; install a newer one to plan"
-        ) from error
     keep_loaded = keep_loaded and device == "cpu"  # elsewhere the copy is the whole model
     return MemoryPlan(
         subject.name,

@@ -9,7 +9,6 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
-from families import RELEASE
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -64,8 +63,6 @@ def told():
 @pytest.mark.usefixtures("told")
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_blocks_run(page, tmp_path, monkeypatch):
-    if page.name == "planning.md" and RELEASE < (5, 23):
-        pytest.skip("plans run models on the meta device, on which old releases cannot turn keys")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("kvcache.events._listeners", ())  # a page may leave some behind
     shared = {"__name__": "__main__"}

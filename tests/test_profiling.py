@@ -98,14 +98,26 @@ def test_the_parts_are_the_whole_and_the_model_stays_as_it_was(family, backend):
     assert set(found.memory.parts) == set(MEMORY)
 
 
-@pytest.mark.parametrize("backend", ["off", "eager"])
 @pytest.mark.parametrize("requests", [1, 3])
-def test_the_parts_add_up_to_what_is_measured_from_outside(requests, backend):
-    model = build("llama")
-    # The two clocks look at the same steps. Of a step of a millisecond their own looks take some per cent, and where the
-    # process is put aside between two looks only one of them sees it; the slow test holds a full-size model to 3 %.
-    step = profiled(model, backend, requests=requests).step
-    assert step.total == pytest.approx(step.wall, rel=0.25)
+def test_the_parts_add_up_to_what_is_measured_from_outside(requests, monkeypatch):
+    # A clock of the test's own, which goes on by 50 in every linear layer and by 1 whenever it is looked at, so that nothing
+    # the machine does meanwhile counts. The token loop runs in a thread, so there it would be up to the system when the outer
+    # clock is looked at; the slow test holds a full-size model to 3 % by the real one.
+    now = [0.0]
+
+    def look():
+        now[0] += 1
+        return now[0]
+
+    def linear(self, x):
+        now[0] += 50
+        return torch.nn.functional.linear(x, self.weight, self.bias)
+
+    monkeypatch.setattr("time.perf_counter", look)
+    monkeypatch.setattr(torch.nn.Linear, "forward", linear)
+    step = profiled(build("llama"), requests=requests).step
+    assert step.wall > 50 * 14, "two layers of seven products each"
+    assert step.total == pytest.approx(step.wall, rel=0.01)
 
 
 def test_each_moment_belongs_to_one_part():

@@ -18,6 +18,7 @@ import jinja2
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import figures
 import measured
+import operating
 import smaller
 import tables
 from measured import ROOT, Result, results
@@ -63,7 +64,14 @@ def rendered(name: str, found: dict[str, Result]) -> str:
     environment.filters |= words
     known = Known(found)
     return environment.get_template(f"{name}.md.jinja").render(
-        result=known, results=found, others=known.others, title=title, tables=tables, smaller=smaller, figures=figures
+        result=known,
+        results=found,
+        others=known.others,
+        title=title,
+        tables=tables,
+        smaller=smaller,
+        operating=operating,
+        figures=figures,
     )
 
 
