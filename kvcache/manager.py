@@ -1,5 +1,6 @@
 """`KVCacheManager`: wrap a transformers model; get caches, generate, stream, trim, report."""
 
+import copy
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -394,7 +395,7 @@ class KVCacheManager:
             inputs, kwargs = self._prefixed(prefix, inputs, kwargs)
         if not self.enabled or kwargs.get("use_cache") is False:
             self._last = CacheReport((), enabled=False)
-            return self.model.generate(inputs, **{**kwargs, "use_cache": False})
+            return self.model.generate(inputs, **_caching(False, kwargs))
         cache = take(kwargs)
         if cache is None:
             cache = self._cache_for(inputs, kwargs, prefix)
@@ -403,7 +404,7 @@ class KVCacheManager:
         try:
             with self._exactly():
                 # Said aloud: where a config turns caches off, `generate` would ignore the one it is given.
-                return self.runner.generate(inputs, **{**kwargs, **handed(self.runner, cache), "use_cache": True})
+                return self.runner.generate(inputs, **_caching(True, kwargs), **handed(self.runner, cache))
         except IndexError:
             # Some models look into their table of positions before they ask the cache, and find nothing there.
             seen = hf.cache_layers(cache)[0].get_seq_length()
@@ -661,6 +662,16 @@ class KVCacheManager:
         configs = (kwargs.get("generation_config"), self.model.generation_config)
         found = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
         return next((value for value in found if value is not None), None)
+
+
+def _caching(on: bool, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments for `generate` with caches switched on or off: in the config where one is given, which wants no others beside it."""
+    config = kwargs.get("generation_config")
+    if config is None:
+        return {**kwargs, "use_cache": on}
+    config = copy.copy(config)
+    config.use_cache = on
+    return {name: value for name, value in kwargs.items() if name != "use_cache"} | {"generation_config": config}
 
 
 class _Emitter(BaseStreamer):

@@ -24,6 +24,7 @@ from kvcache.footprint import Footprint, language_footprint
 from kvcache.geometry import CacheGeometry
 from kvcache.manager import KVCacheManager
 from kvcache.memory import CacheReport
+from kvcache.past import handed
 from kvcache.policies import KeepAll
 from kvcache.precision import planned, with_precision
 from kvcache.quantized import Quantization
@@ -327,11 +328,12 @@ class _Language:
     def logits(self, ids: Tensor) -> Tensor:
         ids = ids[None].to(self._model.device)
         cache, half = self.manager.new_cache(), (ids.shape[1] + 1) // 2
-        said = [self.module(ids[:, :half], past_key_values=cache, use_cache=True).logits[0]]
+        given = {**handed(self.module, cache), "use_cache": True}
+        said = [self.module(ids[:, :half], **given).logits[0]]
         if self._setting.backend != "off":
             return torch.cat([*said, self.manager.told(said[0][-1:], cache, ids[0, half:])])
         rest = torch.split(ids[:, half:], 1, 1)
-        return torch.cat(said + [self.module(one, past_key_values=cache, use_cache=True).logits[0] for one in rest])
+        return torch.cat(said + [self.module(one, **given).logits[0] for one in rest])
 
     def report(self) -> CacheReport:
         return self.manager.report()

@@ -554,6 +554,19 @@ def test_a_disabled_cache_is_not_there_at_all() -> None:
     assert all(held is seen[0][0] and hf.kv_layers(held)[0].seen == 22 for held, _ in seen)
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_config_is_given_as_it_was_given(enabled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, warned = build("llama"), []
+    monkeypatch.setattr("transformers.generation.utils.logger.warning_once", warned.append)
+    config = GenerationConfig(max_new_tokens=6, do_sample=False, pad_token_id=0, use_cache=False)
+    manager = KVCacheManager(model)
+    manager.enabled = enabled
+    out = manager.generate(token_ids(), generation_config=config)
+    assert (manager.report().seen > 0) == enabled
+    assert torch.equal(out, model.generate(token_ids(), generation_config=config))
+    assert config.use_cache is False and warned == []
+
+
 def test_importing_kvcache_changes_no_other_library() -> None:
     """In a process of its own: transformers and torch before the import and after."""
     check = """
