@@ -372,3 +372,9 @@ def has_half(precision: str) -> bool:
     """Whether this CPU computes fast in ``"bf16"`` or ``"fp16"``."""
     able = getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported", None)
     return bool(torch._C._has_mkldnn and able is not None and able())
+
+
+def reads_half_caches() -> bool:
+    """Whether attention over a bf16 cache is fast on this CPU. Without AMX it takes several times as long as over one in fp32."""
+    tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(tiles is not None and tiles())

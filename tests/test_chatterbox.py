@@ -467,8 +467,10 @@ def precise(name):
         for name in ("int8", "bf16")
     ],
 )
+@pytest.mark.parametrize("tiles", [True, False])
 @pytest.mark.parametrize("kind", ["english", "gpt"])
-def test_fewer_bits_are_close_and_keep_requests_apart(kind, precision, monkeypatch):
+def test_fewer_bits_are_close_and_keep_requests_apart(kind, precision, tiles, monkeypatch):
+    monkeypatch.setattr("kvcache_chatterbox.utterances.reads_half_caches", lambda: tiles)
     t3 = model(kind)
     before = fingerprint(t3)
     seen = []
@@ -490,7 +492,8 @@ def test_fewer_bits_are_close_and_keep_requests_apart(kind, precision, monkeypat
     wide = ChatterboxEngine(t3)
     for one in (engine, wide):
         spoken(one, texts[0], 5, 0)
-    assert 2 * engine.report().nbytes == wide.report().nbytes  # the cache is bf16
+    # In bf16 where the CPU reads that as fast.
+    assert (2 if tiles else 1) * engine.report().nbytes == wide.report().nbytes
     assert fingerprint(t3) == before
 
 

@@ -52,7 +52,8 @@ class ChatterboxEngine(UtteranceDecoder):
             ``"graph+compile"``; ``"auto"`` is graph on a GPU, eager elsewhere; ``"off"`` is the token loop that looks at
             the host for every token. What cannot be done falls back to that, and the report says why.
         precision: of the backbone: ``"bf16"``, ``"fp16"``, ``"int8"``, see `kvcache.precision`; by default as the model is.
-        kv_dtype: of the cache while decoding; by default bf16 where the precision is bf16 or int8, else the model's.
+        kv_dtype: of the cache while decoding; by default bf16 where the precision is bf16 or int8 and the CPU has AMX, else the
+            model's.
         tf32: let a GPU round the inputs of fp32 products to TF32 while decoding.
         bucket: slots that a captured graph reads, or a multiple of so many, see `kvcache.decoding.Decoding`.
 

@@ -23,7 +23,7 @@ from kvcache import (
 from kvcache.decoding import BackendName, Batch, Job, check_backend, check_bucket
 from kvcache.events import Event, emit
 from kvcache.hf import PositionMode, new_cache
-from kvcache.precision import Precision
+from kvcache.precision import Precision, reads_half_caches
 from kvcache.streaming import chunked
 from kvcache_chatterbox.decoding import Decoder
 from kvcache_chatterbox.long_text import Carry, Watch, in_batch, unwatched
@@ -78,7 +78,7 @@ class UtteranceDecoder:
             backend = "eager" if self.t3.device.type == "cpu" else "graph"
         self._bucket = bucket
         self._captures = backend not in ("eager", "off")
-        if kv_dtype is None and precision in ("bf16", "int8"):
+        if kv_dtype is None and precision in ("bf16", "int8") and reads_half_caches():
             kv_dtype = torch.bfloat16
         self._stepper, self._why_not = None, None
         if backend != "off":
