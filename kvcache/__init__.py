@@ -19,12 +19,12 @@ from kvcache.head_profile import HeadProfile, measure_heads
 from kvcache.heads import Adaptive, PerHead
 from kvcache.layers import KVLayer
 from kvcache.manager import KVCacheManager
-from kvcache.memory import CacheReport, LayerReport, estimate_bytes
 from kvcache.occupancy_map import Occupancy, occupancy
 from kvcache.policies import KeepAll, MaxBytes, MaxTokens, Pinned, SizePolicy, SlidingWindow
 from kvcache.precision import with_precision
 from kvcache.prefix import PrefixKey, PrefixSnapshot
 from kvcache.quantized import Quantization
+from kvcache.report import CacheReport, LayerReport, estimate_bytes
 from kvcache.rope import KeyRotation
 from kvcache.scheduler import Scheduler, SchedulerMetrics
 from kvcache.scoring import TOVA, FarLooks, HeavyHitters, KeyDiff, KeyNorm, RankingPolicy, Rehearsed, SnapKV, pyramid

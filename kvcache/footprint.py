@@ -22,12 +22,12 @@ from kvcache.decoding.cache import StaticKV
 from kvcache.decoding.loop import Decoding
 from kvcache.decoding.settings import GenerationSettings
 from kvcache.layers import KVLayer
-from kvcache.memory import account
 from kvcache.past import handed
 from kvcache.precision import PackedLinear
+from kvcache.report import account
 
 if TYPE_CHECKING:
-    from kvcache.subjects import Setting
+    from kvcache.setting import Setting
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 

@@ -23,12 +23,12 @@ from kvcache.events import Event, emit
 from kvcache.fingerprint import model_fingerprint
 from kvcache.geometry import CacheGeometry
 from kvcache.heads import AdaptiveLayer, share
-from kvcache.memory import CacheReport, account, estimate_bytes
 from kvcache.past import handed, returned, take
 from kvcache.policies import KeepAll, Pinned, SizePolicy
 from kvcache.precision import with_precision
 from kvcache.prompts import Prompts
 from kvcache.quantized import Quantization, quantized_bytes
+from kvcache.report import CacheReport, account, estimate_bytes
 from kvcache.saved import read_saved, restore_layers, save_layers
 from kvcache.scoring import Rehearsed
 from kvcache.speakers import SpeakerCache, default_store

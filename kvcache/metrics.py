@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from kvcache.errors import InputError
 from kvcache.events import Event, subscribe
-from kvcache.memory import CacheReport
+from kvcache.report import CacheReport
 from kvcache.scheduler import SchedulerMetrics
 from kvcache.speakers import SpeakerCache
 from kvcache.stores import Store

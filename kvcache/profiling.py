@@ -22,8 +22,9 @@ from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as trace_of
 
 from kvcache.errors import InputError
-from kvcache.memory import CacheReport, resident_bytes
+from kvcache.memory import resident_bytes
 from kvcache.precision import PackedLinear
+from kvcache.report import CacheReport
 from kvcache.subjects import Prepared, Setting, Subject
 from kvcache.watching import PARTS, Watch, part_of
 

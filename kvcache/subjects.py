@@ -23,11 +23,11 @@ from kvcache.errors import InputError
 from kvcache.footprint import Footprint, language_footprint
 from kvcache.geometry import CacheGeometry
 from kvcache.manager import KVCacheManager
-from kvcache.memory import CacheReport
 from kvcache.past import handed
 from kvcache.policies import KeepAll
 from kvcache.precision import planned, with_precision
 from kvcache.quantized import Quantization
+from kvcache.report import CacheReport
 from kvcache.setting import Backend, Setting
 
 __all__ = ["GROUP", "Backend", "LanguageSubject", "Prepared", "Setting", "Source", "Subject", "subject"]

@@ -17,7 +17,7 @@ from kvcache import (
     estimate_bytes,
 )
 from kvcache.hf import cache_layers, new_cache
-from kvcache.memory import account
+from kvcache.report import account
 from kvcache.slots import slots_for
 
 TINY = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -17,7 +17,7 @@ from kvcache.decoding.sampler import Sampling
 from kvcache.errors import CapacityError, GeometryError
 from kvcache.hf import check_positions
 from kvcache.layers import KVLayer
-from kvcache.memory import CacheReport
+from kvcache.report import CacheReport
 
 QUANTUM = 8
 """Steps between two looks at who has ended."""

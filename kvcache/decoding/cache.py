@@ -19,8 +19,9 @@ from kvcache.events import Event, emit
 from kvcache.geometry import CacheGeometry
 from kvcache.hf import check_positions
 from kvcache.layers import KVLayer
-from kvcache.memory import CacheReport, LayerReport, zeros
+from kvcache.memory import zeros
 from kvcache.policies import KeepAll, SizePolicy
+from kvcache.report import CacheReport, LayerReport
 from kvcache.slots import ring_sees, ring_slot, staying_of
 
 _ENDLESS = 2**62

@@ -15,8 +15,8 @@ from kvcache.decoding.settings import GenerationSettings
 from kvcache.decoding.wiring import decoder_copy
 from kvcache.geometry import CacheGeometry
 from kvcache.hf import kv_layers
-from kvcache.memory import CacheReport
 from kvcache.policies import SizePolicy
+from kvcache.report import CacheReport
 from kvcache.slots import slots_for
 
 

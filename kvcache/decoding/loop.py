@@ -22,7 +22,7 @@ from kvcache.decoding.wiring import DecodeInputs, kernel_reason
 from kvcache.errors import GeometryError, KVCacheError
 from kvcache.events import Event, emit, heard
 from kvcache.layers import KVLayer
-from kvcache.memory import CacheReport
+from kvcache.report import CacheReport
 
 Forward = Callable[[Tensor, Tensor, dict[str, Any]], Tensor]
 """Runs a model on one token per request: token ids ``[requests]``; how many tokens each request has made so far,

@@ -17,8 +17,8 @@ from kvcache import slots
 from kvcache.errors import CapacityError, GeometryError, PolicyError, RollbackError
 from kvcache.geometry import CacheGeometry
 from kvcache.layers import KVLayer
-from kvcache.memory import estimate_bytes
 from kvcache.policies import MaxBytes, Pinned, SizePolicy
+from kvcache.report import estimate_bytes
 from kvcache.rope import KeyRotation
 from kvcache.testing.oracle import Oracle
 
