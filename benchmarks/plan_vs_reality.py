@@ -77,7 +77,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
         found.append(Case(model, *short, 1, "fp32"))
         if options.quick:
             continue
-        found += [Case(model, *short, 3, "fp32"), Case(model, *long, 1, few)]
+        found += [Case(model, *short, 3, "fp32"), Case(model, *long, 1, few), Case(model, *short, 2, "int8")]
         if model == "smollm2":
             found += [
                 Case(model, *long, 1, few, drop_loaded=True),
