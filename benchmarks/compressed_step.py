@@ -36,6 +36,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, QuantizedC
 from kvcache import (
     TOVA,
     Adaptive,
+    ExpectedAttention,
     FarLooks,
     HeavyHitters,
     KeepAll,
@@ -224,7 +225,15 @@ def policies(model: Any, limit: int) -> list[Side]:
         Side.ours("SlidingWindow, rerotated", FULL, model, window, positions="rerotated"),
         Side.ours("PerHead, half KeepAll", GROWING, model, halves),
     ]
-    ranked = (HeavyHitters(limit), FarLooks(limit), SnapKV(limit), TOVA(limit), KeyNorm(limit), KeyDiff(limit))
+    ranked = (
+        HeavyHitters(limit),
+        FarLooks(limit),
+        SnapKV(limit),
+        ExpectedAttention(limit),
+        TOVA(limit),
+        KeyNorm(limit),
+        KeyDiff(limit),
+    )
     sides += [Side.ours(type(policy).__name__, CYCLING, model, policy) for policy in (MaxTokens(limit), *ranked)]
     return [*sides, Side.ours("Adaptive(SnapKV)", CYCLING, model, Adaptive(SnapKV(limit)))]
 

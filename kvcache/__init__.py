@@ -27,7 +27,18 @@ from kvcache.quantized import Quantization
 from kvcache.report import CacheReport, LayerReport, estimate_bytes
 from kvcache.rope import KeyRotation
 from kvcache.scheduler import Scheduler, SchedulerMetrics
-from kvcache.scoring import TOVA, FarLooks, HeavyHitters, KeyDiff, KeyNorm, RankingPolicy, Rehearsed, SnapKV, pyramid
+from kvcache.scoring import (
+    TOVA,
+    ExpectedAttention,
+    FarLooks,
+    HeavyHitters,
+    KeyDiff,
+    KeyNorm,
+    RankingPolicy,
+    Rehearsed,
+    SnapKV,
+    pyramid,
+)
 from kvcache.speakers import SpeakerCache, SpeakerStats, default_store
 from kvcache.stores import DiskStore, MemoryStore, RedisStore, RemoteStore, TieredStore
 from kvcache.timeline import MemoryTimeline, Sample
@@ -46,6 +57,7 @@ __all__ = [
     "CorruptError",
     "DiskStore",
     "Event",
+    "ExpectedAttention",
     "FarLooks",
     "GeometryError",
     "HeadProfile",

@@ -96,21 +96,33 @@ def chosen_by_head(policy: SizePolicy) -> bool:
     return policy.ranking is not None or isinstance(policy, PerHead | Adaptive)
 
 
-def layer_for(policy: SizePolicy, rotation: Any = None, **given: Any) -> KVLayer:
+def turns(policy: SizePolicy) -> bool:
+    """Whether any head's policy turns queries to other positions."""
+    while isinstance(policy, Pinned):
+        policy = policy.policy
+    if isinstance(policy, PerHead):
+        return any(map(turns, policy.heads))
+    return isinstance(policy.ranking, RankingPolicy) and policy.ranking.turns
+
+
+def layer_for(policy: SizePolicy, rotation: Any = None, *, turn: Any = None, **given: Any) -> KVLayer:
     """The layer that a policy needs.
 
     Args:
+        turn: as for `RankedLayer`.
         rotation, **given: as for `KVLayer`.
     """
     count, inner = 0, policy
     while isinstance(inner, Pinned) and isinstance(inner.policy, Pinned | PerHead | Adaptive):
         count, inner = count + inner.count, inner.policy
     if isinstance(inner, PerHead):
-        return SplitLayer(PerHead(tuple(Pinned(count, head) if count else head for head in inner.heads)), **given)
+        return SplitLayer(
+            PerHead(tuple(Pinned(count, head) if count else head for head in inner.heads)), turn=turn, **given
+        )
     if isinstance(inner, Adaptive):
-        return AdaptiveLayer(inner, first=count, **given)
+        return AdaptiveLayer(inner, first=count, turn=turn, **given)
     if policy.ranking is not None:
-        return RankedLayer(policy, **given)
+        return RankedLayer(policy, turn=turn, **given)
     return KVLayer(policy, rotation=rotation, **given)
 
 

@@ -28,7 +28,7 @@ from kvcache import attention
 from kvcache.errors import CapacityError, GeometryError, InputError, PolicyError, PositionsError, RollbackError
 from kvcache.events import Evictions
 from kvcache.geometry import CacheGeometry
-from kvcache.heads import SplitLayer, chosen_by_head, layer_for
+from kvcache.heads import SplitLayer, chosen_by_head, layer_for, turns
 from kvcache.layers import KVLayer
 from kvcache.past import handed, taken
 from kvcache.policies import KeepAll, SizePolicy, check_policy, schedule
@@ -217,6 +217,7 @@ def new_cache(
             "config; use KeepAll(), or unset config.sliding_window"
         )
     rotation = key_rotation(model) if evicting and positions == "rerotated" else None
+    turn = _turn(model, geometry, [policies[i] for i in managed])
     ours: list[KVLayer] = []
     evictions = Evictions(ours)
     for i in managed:
@@ -227,7 +228,7 @@ def new_cache(
             layers[i] = ManagedLayer(kv, geometry.max_positions, ours, evictions)
             continue
         given |= {"preallocate": preallocate, "token_bytes": geometry.layer_token_bytes}
-        kv = layer_for(policies[i], rotation, **given)
+        kv = layer_for(policies[i], rotation, turn=turn, **given)
         if kv.by_head and rotation is not None:
             raise PositionsError(
                 f"under {policies[i]!r} each head keeps tokens of its own, so there is no window to turn sinks towards; "
@@ -241,6 +242,20 @@ def new_cache(
         layers[i] = ManagedLayer(kv, geometry.max_positions, ours, evictions)
     cache = _Cache(layers=layers)
     return _EncoderDecoderCache(cache, DynamicCache()) if model.config.is_encoder_decoder else cache
+
+
+def _turn(model: Any, geometry: CacheGeometry, policies: Sequence[SizePolicy]) -> KeyRotation | None:
+    """What turns the model's queries, where one of these policies does that and they carry a rotary embedding."""
+    policy = next(filter(turns, policies), None)
+    if policy is None or geometry.positions == "learned":
+        return None
+    try:
+        return key_rotation(model)
+    except PositionsError as error:
+        reason = str(error).split(": ", 1)[-1].split(";")[0]
+        raise PositionsError(
+            f"{policy!r} turns queries to positions to come, which it cannot here: {reason}; rank by FarLooks or SnapKV"
+        ) from error
 
 
 def _quantized(

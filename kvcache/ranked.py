@@ -9,6 +9,7 @@ from torch import Tensor
 from kvcache.errors import CorruptError, GeometryError, PolicyError, RollbackError
 from kvcache.layers import KVLayer
 from kvcache.policies import SizePolicy
+from kvcache.rope import KeyRotation
 from kvcache.scoring import RankingPolicy, Seen
 
 _AT_ONCE = 16  # queries that wait to be looked at together, or to push older ones out together
@@ -40,6 +41,7 @@ class RankedLayer(KVLayer):
 
     Args:
         policy: a `RankingPolicy`, or one `Pinned`.
+        turn: turns the model's queries, for a policy that does so; None if they carry no rotary embedding.
         max_length, preallocate, padding, rows, layers, token_bytes: as for `KVLayer`.
     """
 
@@ -47,6 +49,7 @@ class RankedLayer(KVLayer):
         self,
         policy: SizePolicy,
         *,
+        turn: KeyRotation | None = None,
         max_length: int | None = None,
         preallocate: bool = False,
         padding: Tensor | None = None,
@@ -57,6 +60,7 @@ class RankedLayer(KVLayer):
         if not isinstance(policy.ranking, RankingPolicy):
             raise PolicyError(f"{policy!r} ranks no tokens; give for example SnapKV(1024), or use a KVLayer")
         self.ranking: RankingPolicy = policy.ranking
+        self._turn = turn
         super().__init__(
             policy,
             max_length=max_length,
@@ -278,6 +282,7 @@ class RankedLayer(KVLayer):
             keys[:, :, :0] if queries is None else queries,
             self._scaling,
             torch.nn.functional.pad(mass, (0, at.shape[2] - mass.shape[2]), value=unknown),
+            self._turn,
         )
 
     def seen_all(self) -> Seen:

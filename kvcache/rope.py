@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 class KeyRotation:
-    """Turns keys that carry rotary embeddings by a number of positions.
+    """Turns keys, and queries, that carry rotary embeddings by a number of positions.
 
     A rotary key at position ``p`` turned by ``delta`` is, but for rounding, the key at ``p + delta``. Always turn from
     the keys as they came: 2,000 turns by one position in bf16 end 3.2 away from the truth, one turn by 2,000 ends 0.007
@@ -23,16 +23,32 @@ class KeyRotation:
 
     def __call__(self, keys: Tensor, delta: int) -> Tensor:
         """`keys` ``[batch, heads, tokens, head_dim]`` turned by `delta` positions, in their own dtype."""
-        cos, sin = self._angles(delta, keys.device)
+        return self._turned(keys, *self._angles(delta, keys.device))
+
+    def ahead(self, queries: Tensor, distance: Tensor, following: int) -> Tensor:
+        """Queries as they would be further on: turned by their distances, then on average by 0, 1, … `following` - 1 more.
+
+        Args:
+            queries: ``[batch, heads, tokens, head_dim]``.
+            distance: positions, ``[tokens]``.
+            following: over how many positions the average goes.
+        """
+        frequencies = self.inv_freq.double().to(queries.device)
+        ones = torch.ones((), dtype=torch.float64, device=queries.device)
+        average = torch.polar(ones, frequencies * torch.arange(following, device=queries.device)[:, None]).mean(0)
+        turn = torch.polar(ones, frequencies * distance[:, None]) * average
+        return self._turned(queries, turn.real.float(), turn.imag.float())
+
+    def _turned(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         width = 2 * self.inv_freq.numel()
-        turning, rest = keys[..., :width].float(), keys[..., width:]
+        turning, rest = states[..., :width].float(), states[..., width:]
         if self.interleaved:
             a, b = turning[..., 0::2], turning[..., 1::2]
             turned = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
         else:
             a, b = turning.chunk(2, -1)
             turned = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-        return torch.cat((turned.to(keys.dtype), rest), -1)
+        return torch.cat((turned.to(states.dtype), rest), -1)
 
     def _angles(self, delta: int, device: torch.device) -> tuple[Tensor, Tensor]:
         # One rotation serves every layer of a step, so the last angles are worth keeping.

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from kvcache.errors import PolicyError
 from kvcache.policies import SizePolicy, _at_least
+from kvcache.rope import KeyRotation
 
 _QUERIES_AT_ONCE = 128  # whose weights are held at a time
 
@@ -40,6 +41,7 @@ class Seen:
         scaling: of the scores.
         mass: the attention that each token has received in all, summed over queries and the heads of a KV head,
             ``[batch, KV heads, tokens]``, where the policy `accumulates`.
+        rotation: turns the model's keys and queries, where the policy `turns` them; None if they carry no rotary embedding.
     """
 
     keys: Tensor
@@ -50,6 +52,7 @@ class Seen:
     queries: Tensor
     scaling: float
     mass: Tensor
+    rotation: KeyRotation | None = None
 
     @property
     def groups(self) -> int:
@@ -106,6 +109,7 @@ class RankingPolicy(SizePolicy):
 
     queries: ClassVar[int] = 0  # how many of the latest queries `score` looks at
     accumulates: ClassVar[bool] = False  # whether it looks at the mass of all queries, those of them that are `counted`
+    turns: ClassVar[bool] = False  # whether it turns queries to other positions
 
     def __post_init__(self) -> None:
         _at_least("limit", self.limit, 1)
@@ -205,6 +209,44 @@ class TOVA(RankingPolicy):
         if torch.equal(seen.positions, seen.positions[:, :1].expand_as(seen.positions)):
             return seen.weights()[:, :, -1].mean(1, keepdim=True)
         return seen.per_kv_head(seen.weights()[:, :, -1])
+
+
+@dataclass(frozen=True)
+class ExpectedAttention(RankingPolicy):
+    """What queries to come are expected to look at, times the value's norm (Devoto et al., arXiv:2510.00636).
+
+    They are taken to be normally distributed, as the latest 128 are, and to stand at the next positions, over which their
+    rotation is averaged. The expectation of attention is then known in closed form.
+
+    Args:
+        following: positions over which is averaged.
+    """
+
+    following: int = 512
+
+    queries: ClassVar[int] = 128
+    turns: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least("following", self.following, 1)
+
+    def score(self, seen: Seen) -> Tensor:
+        queries, heads = seen.queries.float(), (*seen.keys.shape[:2], seen.groups, -1, seen.keys.shape[3])
+        at = torch.arange(seen.length - queries.shape[2], seen.length, device=queries.device)
+        if seen.rotation is not None:
+            queries = seen.rotation.ahead(queries, seen.length - at, self.following)
+        real = (at >= seen.padding)[..., None]
+        count = real.sum(2, keepdim=True).clamp_min(1)
+        mean = (queries * real).sum(2, keepdim=True) / count
+        apart = (queries - mean) * real
+        covariance = apart.transpose(2, 3) @ apart / count
+        keys = seen.keys.float()[:, :, None]
+        # E[exp(q k)] = exp(mean k + k covariance k / 2), for each query head of a KV head
+        looks = seen.scaling * (keys @ mean.view(heads).transpose(3, 4)).squeeze(4)
+        looks = looks + seen.scaling**2 / 2 * (keys @ covariance.view(heads) * keys).sum(4)
+        first = (seen.positions - seen.padding < self.sinks)[:, :, None]  # they stay anyway, and take most of it
+        return looks.masked_fill(first, -torch.inf).softmax(3).mean(2) * _norm(seen.values)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ The reference keeps Python floats and knows no tensors, masks or slots. First it
 the place of the attention inside real models whose cache keeps everything.
 """
 
+import cmath
 import copy
 import itertools
 import math
@@ -27,12 +28,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import kvcache.slots
 from kvcache import (
     TOVA,
+    ExpectedAttention,
     GeometryError,
     HeavyHitters,
     InputError,
     KeepAll,
     KeyDiff,
     KeyNorm,
+    KeyRotation,
     KVCacheManager,
     KVLayer,
     Pinned,
@@ -79,10 +82,29 @@ def looks(query: Sequence[float], held: Sequence[Token], scaling: float) -> list
     return [power / sum(powers) for power in powers]
 
 
+def ahead(query: Sequence[float], distance: int, following: int, frequencies: Sequence[float]) -> list[float]:
+    """The mean of a query turned to each of the next positions; its first channels are the real parts, then the imaginary ones."""
+    found, half = list(query), len(frequencies)
+    for i, frequency in enumerate(frequencies):
+        turns = [cmath.exp(1j * frequency * (distance + further)) for further in range(following)]
+        turned = complex(query[i], query[half + i]) * sum(turns) / following
+        found[i], found[half + i] = turned.real, turned.imag
+    return found
+
+
 class Reference:
     """One layer: for each row and KV head the list of its tokens, oldest first, pads among them."""
 
-    def __init__(self, policy: SizePolicy, padding: Sequence[int], heads: int, groups: int, scaling: float) -> None:
+    def __init__(
+        self,
+        policy: SizePolicy,
+        padding: Sequence[int],
+        heads: int,
+        groups: int,
+        scaling: float,
+        frequencies: Sequence[float] = (),
+    ) -> None:
+        self.frequencies = frequencies
         more = policy.count if isinstance(policy, Pinned) else 0
         self.how = policy.policy if isinstance(policy, Pinned) else policy
         self.pinned, self.limit, self.low = self.how.sinks + more, self.how.limit + more, self.how.low_water + more
@@ -166,6 +188,8 @@ class Reference:
                 -dot(token.key, mean) / size / math.sqrt(dot(token.key, token.key)) if self.stays(b, token) else 0.0
                 for token in held
             ]
+        if isinstance(how, ExpectedAttention):
+            return self.expected(b, h)
         assert isinstance(how, SnapKV | TOVA)
         latest = self.queries[b][-how.queries :]
         found = [0.0] * len(held)
@@ -182,6 +206,29 @@ class Reference:
         found = [0.0 if t.position >= self.seen - how.recent else x for x, t in zip(found, held, strict=True)]
         half = how.kernel // 2
         return [sum(found[max(0, i - half) : i + half + 1]) / how.kernel for i in range(len(found))]
+
+    def expected(self, b: int, h: int) -> list[float]:
+        held, how, found = self.rows[b][h], self.how, [0.0] * len(self.rows[b][h])
+        ranked = [i for i, token in enumerate(held) if token.position - self.padding[b] >= how.sinks]
+        latest = list(enumerate(self.queries[b]))[-how.queries :]
+        first = self.seen - len(self.queries[b])  # the position of the first query that is known
+        for head in range(h * self.groups, (h + 1) * self.groups):
+            coming = [
+                ahead(heads[head], self.seen - first - i, how.following, self.frequencies)
+                for i, heads in latest
+                if first + i >= self.padding[b]
+            ]
+            count = max(1, len(coming))
+            mean = [sum(query[d] for query in coming) / count for d in range(len(held[0].key))]
+            scores = []
+            for i in ranked:
+                spread = sum((dot(query, held[i].key) - dot(mean, held[i].key)) ** 2 for query in coming) / count
+                scores.append(self.scaling * dot(mean, held[i].key) + self.scaling**2 * spread / 2)
+            powers = [math.exp(score - max(scores)) for score in scores]
+            for i, power in zip(ranked, powers, strict=True):
+                value = math.sqrt(dot(held[i].value, held[i].value))
+                found[i] += power / sum(powers) / self.groups * value
+        return found
 
     def select(self, rows: Sequence[int]) -> None:
         self.rows = [copy.deepcopy(self.rows[i]) for i in rows]
@@ -206,6 +253,13 @@ class MoreQueries(SnapKV):
     queries: ClassVar[int] = 12
 
 
+@dataclass(frozen=True)
+class FewExpected(ExpectedAttention):
+    """Of so few queries that most have left."""
+
+    queries: ClassVar[int] = 5
+
+
 RANKINGS: dict[str, Callable[..., RankingPolicy]] = {
     "heavy-average": HeavyHitters,
     "heavy-sum": partial(HeavyHitters, average=False),
@@ -213,9 +267,11 @@ RANKINGS: dict[str, Callable[..., RankingPolicy]] = {
     "snapkv-wide": partial(MoreQueries, kernel=5),
     "snapkv-unsmoothed": partial(FewQueries, kernel=1),
     "tova": TOVA,
+    "expected": partial(FewExpected, following=3),
     "norm": KeyNorm,
     "diff": KeyDiff,
 }
+FREQUENCIES = [1.0, 0.1]  # of the layers' keys, for what turns them
 NAMES = [f"{pinned}{name}" for name in RANKINGS for pinned in ("", "pinned-")]
 WATCHING = [name for name in NAMES if "norm" not in name and "diff" not in name]
 
@@ -288,8 +344,9 @@ class Pair:
 
     def begin(self) -> None:
         self.policy = self.s.policy(self.name)
-        self.layer = self.make(self.policy, padding=torch.tensor(self.s.padding))
-        self.reference = Reference(self.policy, self.s.padding, self.s.heads, self.s.groups, KEY_DIM**-0.5)
+        turn = KeyRotation(torch.tensor(FREQUENCIES))
+        self.layer = self.make(self.policy, padding=torch.tensor(self.s.padding), turn=turn)
+        self.reference = Reference(self.policy, self.s.padding, self.s.heads, self.s.groups, KEY_DIM**-0.5, FREQUENCIES)
 
     def fresh(self, count: int, rows: int | None = None) -> list[torch.Tensor]:
         """Queries, keys and values; some keys attract, so that scores lie apart."""
@@ -779,19 +836,19 @@ def test_laws_catch(mutant, law, name):
 
 REFERENCE = "ranking_reference"
 PLACES: dict[int, Reference | None] = {}  # by layer; None where the model's own attention is right
-PLAYED: list = [None, None]  # the policies and the padding that the next reference model is run with
+PLAYED: list = [None, None, ()]  # policies, padding and rotary frequencies that the next reference model is run with
 
 
 def _reference_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
     """The attention of a model whose cache keeps all, over what a `Reference` for each layer says is still there."""
-    policies, padding = PLAYED
+    policies, padding, frequencies = PLAYED
     policy = policies[module.layer_idx]
     if getattr(module, "is_sliding", False) or policy.ranking is None:
         return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     rows, heads, fresh, _ = query.shape
     if module.layer_idx not in PLACES:
         scale = query.shape[3] ** -0.5 if scaling is None else scaling
-        PLACES[module.layer_idx] = Reference(policy, padding, key.shape[1], heads // key.shape[1], scale)
+        PLACES[module.layer_idx] = Reference(policy, padding, key.shape[1], heads // key.shape[1], scale, frequencies)
     found = PLACES[module.layer_idx].append(query, key[:, :, -fresh:], value[:, :, -fresh:])
     out = torch.zeros(rows, fresh, heads, value.shape[3])
     for b in range(rows):
@@ -819,7 +876,13 @@ def reference_of(family: str, policy, padding: Sequence[int]):
     """A model like `tiny(family)` that plays a policy by hand, and the cache that it needs."""
     model = build(family)
     layers = model.config.get_text_config().num_hidden_layers
-    PLAYED[:] = [policy] * layers if isinstance(policy, SizePolicy) else list(policy), list(padding)
+    rotary = [module for name, module in model.named_modules() if name.endswith("rotary_emb")]
+    frequencies = [getattr(one, "inv_freq", getattr(one, "full_attention_inv_freq", None)) for one in rotary[:1]]
+    PLAYED[:] = [
+        [policy] * layers if isinstance(policy, SizePolicy) else list(policy),
+        list(padding),
+        frequencies[0].tolist() if frequencies else [],
+    ]
     PLACES.clear()
     model.set_attn_implementation(REFERENCE)
     return model, _Beams(config=model.config)
@@ -831,6 +894,7 @@ LIMITED: dict[str, SizePolicy] = {
     "heavy-sum": HeavyHitters(14, sinks=0, recent=3, average=False),
     "snapkv": SnapKV(16, sinks=1, recent=6, kernel=3, low_water=16),
     "tova": TOVA(12, sinks=1, low_water=12),
+    "expected": FewExpected(14, sinks=2, recent=4, following=6, low_water=14),
     "norm": KeyNorm(13, sinks=2, recent=4),
     "diff": KeyDiff(13, sinks=2, recent=4, low_water=13),
     "pinned": Pinned(3, SnapKV(12, sinks=1, recent=4, kernel=5)),
@@ -864,7 +928,7 @@ EACH = [(family, name, chunks) for family in ("llama", "gemma3") for name in LIM
 EACH += [
     (family, *of)
     for family in MODELS
-    for of in (("heavy", "chunks"), ("pinned", "decode"))
+    for of in (("heavy", "chunks"), ("expected", "chunks"), ("pinned", "decode"))
     if family not in ("llama", "gemma3")
 ]
 
@@ -1213,7 +1277,7 @@ def test_managers_own_calls():
 # ---------------------------------------------------------------------- policies and the pyramid
 
 
-@pytest.mark.parametrize("kind", [HeavyHitters, SnapKV, TOVA, KeyNorm, KeyDiff])
+@pytest.mark.parametrize("kind", [HeavyHitters, SnapKV, TOVA, ExpectedAttention, KeyNorm, KeyDiff])
 @pytest.mark.parametrize(
     ("given_", "message"),
     [
@@ -1248,6 +1312,24 @@ def test_defaults():
     assert RankedLayer(Pinned(3, TOVA(8))).policy.pinned == 7
     with pytest.raises(PolicyError, match="ranks no tokens"):
         RankedLayer(SlidingWindow(8))
+
+
+@pytest.mark.parametrize("following", [0, -1, 2.5, "5"])
+def test_bad_futures_are_refused(following):
+    with pytest.raises(PolicyError, match="following"):
+        ExpectedAttention(128, following=following)
+
+
+def test_what_cannot_be_turned_is_refused():
+    manager = KVCacheManager(tiny("llama"), ExpectedAttention(64))
+    manager.model.model.rotary_emb.rope_type = "dynamic"
+    try:
+        with pytest.raises(
+            PositionsError, match=r"turns queries to positions to come.*'dynamic' RoPE.*rank by FarLooks"
+        ):
+            manager.new_cache()
+    finally:
+        manager.model.model.rotary_emb.rope_type = "default"
 
 
 @pytest.mark.parametrize("kernel", [0, -1, 2, 4, 5.0, "5"])

@@ -110,3 +110,14 @@ def test_padded_rows_cannot_be_re_rotated():
     with pytest.raises(PositionsError, match="rows without padding; run the rows apart, or keep positions='absolute'"):
         KVLayer(SlidingWindow(8, sinks=2), rotation=rotation, padding=torch.tensor([0, 3]))
     KVLayer(SlidingWindow(8, sinks=2), rotation=rotation, padding=torch.tensor([0, 0]))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_what_is_ahead_is_the_mean_over_the_positions_that_follow(interleaved):
+    rotation = KeyRotation(llama().inv_freq, interleaved)
+    queries, distance, following = torch.cat((raw(), raw()[..., :4]), -1), torch.tensor([9, 7, 3, 2, 1]), 6
+    found = rotation.ahead(queries, distance, following)
+    for i, far in enumerate(distance.tolist()):
+        each = torch.stack([rotation(queries[:, :, i : i + 1], far + further) for further in range(following)])
+        torch.testing.assert_close(found[:, :, i : i + 1], each.mean(0), **CLOSE)
+    assert torch.equal(found[..., 16:], queries[..., 16:])

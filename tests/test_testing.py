@@ -14,6 +14,7 @@ from families import build, tiny, token_ids
 from kvcache import (
     TOVA,
     Adaptive,
+    ExpectedAttention,
     HeavyHitters,
     InputError,
     KeepAll,
@@ -178,6 +179,7 @@ HOUSE = [
     TOVA(9, sinks=1, recent=1),
     KeyNorm(10, sinks=0, recent=2),
     KeyDiff(10, sinks=2, recent=2),
+    ExpectedAttention(12, sinks=2, recent=3, following=5),
     Pinned(3, SnapKV(12, sinks=2, recent=3)),
     PerHead((KeepAll(), SlidingWindow(4, sinks=1))),
     PerHead((SnapKV(12, sinks=2, recent=3), MaxTokens(6))),

@@ -11,10 +11,12 @@ COUNTERPARTS = {
     "HeavyHitters": "ObservedAttention",
     "SnapKV": "SnapKV",
     "TOVA": "TOVA",
+    "ExpectedAttention": "ExpectedAttention",
     "KeyNorm": "Knorm",
     "KeyDiff": "KeyDiff",
     "pyramid of SnapKV": "PyramidKV",
     "Adaptive SnapKV": "AdaKV(SnapKV)",
+    "Adaptive ExpectedAttention": "AdaKV(ExpectedAttention)",
     "Adaptive Rehearsed": "KVzip",
 }
 TWICE = {"Rehearsed", "Adaptive Rehearsed", "KVzip"}  # these read the context a second time
