@@ -174,8 +174,9 @@ class MemoryTimeline:
             if sample.label:
                 axes.axvline(sample.seconds, color="0.7", linewidth=0.8)
                 axes.annotate(
-                    sample.label, (sample.seconds, 1), xycoords=("data", "axes fraction"), rotation=90, va="top"
-                )
+                    sample.label, (sample.seconds, 1), (3, -4), ("data", "axes fraction"), "offset points",
+                    rotation=90, va="top", fontsize=8, color="0.35",
+                )  # fmt: skip
         lines = [*axes.get_lines(), *rest.get_lines()]
         figure.legend(handles=[line for line in lines if not line.get_label().startswith("_")], loc="outside upper center", ncols=4)  # fmt: skip
         if file is not None:
