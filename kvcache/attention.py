@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kvcache.errors import PolicyError
 from kvcache.modules import rebuilt
 from kvcache.past import taken
-from kvcache.ranked import Piece
+from kvcache.ranked import Piece, place
 
 ATTENTION = "kvcache_observed"
 _BASE = "sdpa"
@@ -130,12 +130,13 @@ def _attend(
     grouped = query.view(rows, sum(len(piece.heads) for piece in pieces), -1, fresh, dim)
     out = query.new_empty(*grouped.shape[:4], pieces[0].values.shape[3])
     for piece in pieces:
-        own = grouped if len(pieces) == 1 else grouped[:, piece.heads]
+        at = place(piece.heads)
+        own = grouped if len(pieces) == 1 else grouped[:, at]
         found = _piece_attention(own, piece, scaling)
         if len(pieces) == 1:
             out = found
         else:
-            out[:, piece.heads] = found
+            out[:, at] = found
         if piece.observe is not None:
             piece.observe(own.flatten(1, 2), dim**-0.5 if scaling is None else scaling)
     return out.view(rows, heads, fresh, -1).transpose(1, 2), None

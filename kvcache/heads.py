@@ -14,7 +14,7 @@ from torch import Tensor
 from kvcache.errors import CorruptError, GeometryError, PolicyError, RollbackError
 from kvcache.layers import KVLayer
 from kvcache.policies import KeepAll, Pinned, SizePolicy, check_policy, schedule
-from kvcache.ranked import Piece, RankedLayer
+from kvcache.ranked import Observer, Piece, RankedLayer, place
 from kvcache.scoring import RankingPolicy
 
 _ENDLESS = 2**31 - 1
@@ -263,20 +263,27 @@ class SplitLayer(KVLayer):
                 f"keys {list(keys.shape)} and values {list(values.shape)} must be [batch, {count}, tokens, head_dim]: "
                 f"the policy is for {count} KV heads"
             )
-        for heads, part in self.parts:
-            part.check_append(keys[:, heads], values[:, heads])
+        divided = [(keys[:, at], values[:, at]) for at in (place(heads) for heads, _ in self.parts)]
+        for (_, part), given in zip(self.parts, divided, strict=True):
+            part.check_append(*given)
         fresh = keys.shape[2]
         pieces = []
-        for heads, part in self.parts:
+        for (heads, part), given in zip(self.parts, divided, strict=True):
             mask = None if isinstance(part, RankedLayer) else _mask(part, fresh, keys.device)
-            own = part.append(keys[:, heads], values[:, heads])
+            own = part.append(*given)
             if isinstance(part, RankedLayer):
-                pieces += [replace(piece, heads=heads) for piece in part.pieces(*own, fresh)]
+                piece = part.piece(*own, fresh)
+                mask, observe = piece.mask, piece.observe
             else:
-                pieces.append(Piece(heads, *own, mask, None))
+                observe = None
+            pieces.append(Piece(heads, *own, mask, self._observer(part, observe)))
         self._pieces = pieces
         self.seen += 0 if self.rehearsing else fresh
         return keys, values
+
+    def _observer(self, part: KVLayer, then: Observer | None) -> Observer | None:
+        """What is told the queries of a part, which itself is told by `then`."""
+        return then
 
     def pieces(self, keys: Tensor, values: Tensor, fresh: int) -> list[Piece]:
         """What the last append's tokens attend to, by head: handed over, as it may be far more than what stays."""
@@ -410,11 +417,10 @@ class AdaptiveLayer(SplitLayer):
                 self.parts = []  # of the heads of what was refused
             raise
         self._told = 0
-        self._pieces = [
-            replace(piece, observe=partial(self._observe, part, piece.observe))
-            for piece, (_, part) in zip(self._pieces, self.parts, strict=True)
-        ]
         return result
+
+    def _observer(self, part: KVLayer, then: Observer | None) -> Observer:
+        return partial(self._observe, part, then)
 
     def _divide(self, heads: int) -> None:
         inner = replace(self._adaptive.policy, limit=_ENDLESS, low_water=_ENDLESS)
@@ -432,9 +438,7 @@ class AdaptiveLayer(SplitLayer):
         if sum(self.heads) > self._first_budget:
             raise CorruptError(f"the heads hold {list(self.heads)} tokens, more than {self.policy!r} allows")
 
-    def _observe(
-        self, part: KVLayer, then: Callable[[Tensor, float], None] | None, queries: Tensor, scaling: float
-    ) -> None:
+    def _observe(self, part: KVLayer, then: Observer | None, queries: Tensor, scaling: float) -> None:
         if then is not None:
             then(queries, scaling)
         self._told += 1

@@ -15,6 +15,9 @@ from kvcache.scoring import RankingPolicy, Seen
 _AT_ONCE = 16  # queries that wait to be looked at together, or to push older ones out together
 
 
+Observer = Callable[[Tensor, float], None]
+
+
 @dataclass(frozen=True)
 class Piece:
     """Some KV heads of a layer as one attention sees them.
@@ -30,7 +33,12 @@ class Piece:
     keys: Tensor
     values: Tensor
     mask: Tensor | None
-    observe: Callable[[Tensor, float], None] | None
+    observe: Observer | None
+
+
+def place(heads: Sequence[int]) -> slice | list[int]:
+    """These heads, in order, as an index: neighbours as a slice, of which a tensor has a view."""
+    return slice(heads[0], heads[-1] + 1) if heads[-1] - heads[0] + 1 == len(heads) else list(heads)
 
 
 class RankedLayer(KVLayer):
@@ -155,6 +163,10 @@ class RankedLayer(KVLayer):
 
     def pieces(self, keys: Tensor, values: Tensor, fresh: int) -> list[Piece]:
         """What the attention of the last `fresh` tokens sees: to be asked after their append, before `observe`."""
+        return [self.piece(keys, values, fresh)]
+
+    def piece(self, keys: Tensor, values: Tensor, fresh: int) -> Piece:
+        """The same, of which there is one."""
         columns = keys.shape[2]
         mask = None
         if self.padding is not None or (fresh > 1 and columns > fresh):
@@ -165,9 +177,8 @@ class RankedLayer(KVLayer):
             pads = (self.padding.clamp_max(self.seen) - left).clamp_min(0).to(keys.device)[:, None, None, None]
             itself = column == columns - fresh + query[:, None]  # a pad sees itself: no row of a softmax without a key
             mask = (mask & (column >= pads)) | itself
-        return [
-            Piece(range(keys.shape[1]), keys, values, mask, self.observe if self.observes or self.rehearsing else None)
-        ]
+        observe = self.observe if self.observes or self.rehearsing else None
+        return Piece(range(keys.shape[1]), keys, values, mask, observe)
 
     @torch.no_grad()
     def observe(self, queries: Tensor, scaling: float) -> None:
