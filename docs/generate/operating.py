@@ -14,7 +14,7 @@ MODELS = {
 
 
 def plans(result: Result) -> str:
-    header = ["model", "decoded in", "requests", "tokens", "KV, bytes: predicted", "held"]
+    header = ["model", "decoded in", "requests of tokens", "KV, bytes, predicted and held"]
     header += ["peak, MiB: predicted", "measured", "ratio", "while loading"]
     return table(
         header,
@@ -22,10 +22,8 @@ def plans(result: Result) -> str:
             [
                 MODELS[row["model"]],
                 row["decoded"],
-                str(row["requests"]),
-                str(row["tokens"]),
-                row["KV predicted, bytes"],
-                row["KV held, bytes"],
+                f"{row['requests']} of {row['tokens']}",
+                _both(row["KV predicted, bytes"], row["KV held, bytes"]),
                 f"{row['peak predicted, MiB']:.0f}",
                 f"{row['peak measured, MiB']:.0f}",
                 f"{row['ratio']:.3f}",
@@ -35,6 +33,11 @@ def plans(result: Result) -> str:
         ],
         words=2,
     )
+
+
+def _both(predicted: str, held: str) -> str:
+    """Two figures, as one where they are the same."""
+    return predicted if predicted == held else f"{predicted}, but {held}"
 
 
 def farthest(result: Result, but: Row) -> str:
@@ -55,21 +58,19 @@ _SHARES = {
     "cache update, %": "cache update",
     "MLP, %": "MLP",
     "rest of model, %": "rest of the model",
-    "sampling, %": "sampling",
-    "host, %": "host",
 }
 
 
 def shares(result: Result) -> str:
-    header = ["model and setting", "tokens", "ms a step", *_SHARES.values(), "most by a cache", "KV, of memory"]
+    header = ["model and setting", "ms a step", *_SHARES.values(), "sampling, host", "most by a cache", "KV, of memory"]
     return table(
         header,
         [
             [
-                f"{row['model']}, {row['setting']}",
-                str(row["context"]),
+                f"{row['model']}, {row['context']} tokens, {row['setting']}",
                 ms(row["ms/step"]),
                 *(f"{row[column]:.1f} %" for column in _SHARES),
+                f"{row['sampling, %'] + row['host, %']:.1f} %",
                 f"{row['most by a cache, %']:.1f} %",
                 f"{row['KV, % of memory']:.1f} %",
             ]
