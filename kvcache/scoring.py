@@ -273,7 +273,8 @@ class FarLooks(RankingPolicy):
     """What is looked at from afar: the mean attention of all queries at least `near` tokens later, times the value's norm.
 
     Each token is looked at by its neighbours, which says nothing of its use once they are gone; so their looks do not
-    count. The best of these policies by this project's own measurements among those that need no second pass.
+    count. By this project's own measurements the best with an eighth of the tokens, among policies that need no second pass;
+    with more of them that is `ExpectedAttention`.
 
     Args:
         near: queries nearer than this do not count.
