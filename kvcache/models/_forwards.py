@@ -109,3 +109,20 @@ def foreign(hook: Any) -> bool:
     named = hook.func if isinstance(hook, partial) else hook
     home = getattr(named, "__module__", None) or type(hook).__module__
     return not any(home == known or home.startswith(f"{known}.") for known in _ONLOOKERS)
+
+
+def reached(kind: type) -> list[types.FunctionType]:
+    """The functions that a class's forward runs on itself: the forward, and the methods it calls by name."""
+    found: list[types.FunctionType] = []
+    names, seen = ["forward"], {"forward"}
+    classes = [one for one in kind.__mro__ if one not in nn.Module.__mro__]
+    for name in names:  # grows while it is walked
+        function = next((vars(one)[name] for one in classes if name in vars(one)), None)
+        while hasattr(function, "__wrapped__"):
+            function = function.__wrapped__
+        if isinstance(function, types.FunctionType):
+            found.append(function)
+            new = [name for name in function.__code__.co_names if name not in seen]
+            seen.update(new)
+            names += new
+    return found

@@ -12,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as everywhere
 
 from kvcache.models._sample import Sample
-from kvcache.models._walk import HELD, HOOKS, OWN, PLAIN, Walk
+from kvcache.models._walk import ASIDE, HELD, OWN, PLAIN, Walk
 
 _version = attrgetter("_version")
 _expired = torch.UntypedStorage._expired  # type: ignore[attr-defined]
@@ -33,7 +33,8 @@ class Glance:
     def __init__(self, walk: Walk, state: dict[str, frozenset[str]]) -> None:
         self._modules = list(walk.modules.values())
         self._kinds = list(map(type, self._modules))
-        self._forwards = [getattr(kind, "forward", None) for kind in dict.fromkeys(self._kinds)]
+        self._classes = list(set(self._kinds))
+        self._forwards = [getattr(kind, "forward", None) for kind in self._classes]
         named = [(vars(module), state.get(name)) for name, module in walk.modules.items()]
         dicts = [one for one in walk.containers if isinstance(one, dict)]
         self._dicts = [held for held, aside in named if aside is None] + dicts
@@ -52,6 +53,7 @@ class Glance:
         self._tensors_in = _getter([i for i in filled if keys[i][1] in HELD])
         self._others_in = _getter([i for i in filled if keys[i][1] not in HELD])
         apart = {*inner, *(i for i, value in enumerate(self._values) if isinstance(value, PLAIN))}
+        apart.update(i for i, (held, key) in enumerate(keys) if key in ASIDE and id(held) in own)
         self._objects = _getter([i for i in range(len(self._values)) if i not in apart])
         self._same = self._objects(self._values)
         self._others = _inside(self._others_in(self._values))
@@ -76,8 +78,7 @@ class Glance:
 
     def _flat(self) -> list[Any]:
         parts = [held[key] for held, aside in self._parted for key in held if key not in aside]
-        values = list(chain(chain.from_iterable(map(dict.values, self._dicts)), parts, *self._lists))
-        return values
+        return list(chain(chain.from_iterable(map(dict.values, self._dicts)), parts, *self._lists))
 
     def _current(self) -> list[Any]:
         """The modules' parameters and buffers, None among them."""
@@ -109,7 +110,7 @@ class Glance:
             and list(map(Tensor.data_ptr, self._placed(tensors))) == self._places
             and not any(map(_expired, self._memories))
             and list(map(frozenset, self._sets)) == self._members
-            and [getattr(kind, "forward", None) for kind in dict.fromkeys(self._kinds)] == self._forwards
+            and [getattr(kind, "forward", None) for kind in self._classes] == self._forwards
         )
 
     def sample(self) -> bytes:

@@ -41,9 +41,9 @@ def _function_escape(function: types.FunctionType, inside: Collection[int], seen
     for name, value in _globals_of(function):
         if _reaches(value, inside, set()):
             return f"reaches the model by the global name {name!r}"
-        if isinstance(value, types.FunctionType) and value.__globals__ is function.__globals__:
-            if (why := _function_escape(value, inside, seen)) is not None:
-                return why
+        near = isinstance(value, types.FunctionType) and value.__globals__ is function.__globals__
+        if near and (why := _function_escape(value, inside, seen)) is not None:
+            return why
     given = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
     if any(_reaches(value, inside, set()) for value in given):
         return "holds the model as a default"

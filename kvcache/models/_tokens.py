@@ -9,7 +9,8 @@ from weakref import ReferenceType, ref
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from kvcache.models._walk import HELD, HOOKS, Part, Place, Walk
+from kvcache.models._forwards import HOOKS, reached
+from kvcache.models._walk import HELD, Part, Place, Walk
 
 Facts = dict[Place, Hashable]
 
@@ -94,16 +95,5 @@ def _written(place: Place, before: Any, after: Any, modules: Mapping[str, nn.Mod
 
 def _stored(kind: type) -> set[str]:
     """The attributes that the forward of a class stores, itself or by methods that it calls."""
-    found: set[str] = set()
-    open_, seen = ["forward"], {"forward"}
-    classes = [one for one in kind.__mro__ if one not in nn.Module.__mro__]
-    for method in open_:  # grows while it is walked
-        function = next((vars(one)[method] for one in classes if method in vars(one)), None)
-        while hasattr(function, "__wrapped__"):
-            function = function.__wrapped__
-        if isinstance(function, types.FunctionType):
-            found |= {one.argval for one in dis.get_instructions(function) if one.opname == "STORE_ATTR"}
-            new = [name for name in function.__code__.co_names if name not in seen]
-            seen.update(new)
-            open_ += new
-    return found
+    steps = (one for function in reached(kind) for one in dis.get_instructions(function))
+    return {one.argval for one in steps if one.opname == "STORE_ATTR"}

@@ -33,7 +33,7 @@ ASIDE = frozenset(
         "_compiled_call_impl", "_compiled_call", "_last_compile_config", "_is_hf_initialized", "_cache",
         "generation_config", "warnings_issued", "name_or_path", "_name_or_path", "model_tags", "loss_type",
         "_loss_function", "gradient_checkpointing", "_gradient_checkpointing_func", "_previous_max_cache_length",
-        "_auto_class", "_require_grads_hook", "_require_grads_hooks", "_hf_peft_config_loaded",
+        "_auto_class", "kernel_number", "_require_grads_hook", "_require_grads_hooks", "_hf_peft_config_loaded",
     )
 )  # fmt: skip
 PLAIN = (
@@ -41,6 +41,7 @@ PLAIN = (
     torch.dtype, torch.device, torch.layout, torch.memory_format,
 )  # fmt: skip
 _CALLABLE = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
+_OF_TENSORS = ASIDE | {"persistent", "_is_buffer", "_is_param"}  # how torch marks parameters and buffers
 _MANY = 2048  # entries of a container that are looked at; a larger one is told by its identity and size
 _DEEP = 8
 
@@ -135,7 +136,7 @@ class Walk:
 
     def _inside_tensor(self, place: Place, tensor: Tensor, depth: int) -> Iterator[Part]:
         """What a tensor holds beside its numbers: the state of a quantized one, the parts of a subclass."""
-        inner = {key: value for key, value in vars(tensor).items() if key not in ASIDE} if hasattr(tensor, "__dict__") else {}
+        inner = {key: value for key, value in list(vars(tensor).items()) if key not in _OF_TENSORS}
         if hasattr(tensor, "__tensor_flatten__"):
             names, context = tensor.__tensor_flatten__()
             inner |= {"context": context, **{name: getattr(tensor, name) for name in names}}
