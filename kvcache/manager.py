@@ -5,8 +5,8 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from functools import wraps
+from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
@@ -24,7 +24,7 @@ from kvcache.events import Event, emit
 from kvcache.fingerprint import model_fingerprint
 from kvcache.geometry import CacheGeometry
 from kvcache.heads import AdaptiveLayer, share
-from kvcache.models._signature import Following
+from kvcache.models import Following
 from kvcache.modules import rebuilt
 from kvcache.past import handed, returned, take
 from kvcache.policies import KeepAll, Pinned, SizePolicy
@@ -44,7 +44,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def _of_one_model(method: "Callable[Concatenate[KVCacheManager, P], T]") -> "Callable[Concatenate[KVCacheManager, P], T]":
+def _of_one_model(
+    method: "Callable[Concatenate[KVCacheManager, P], T]",
+) -> "Callable[Concatenate[KVCacheManager, P], T]":
     """Whether the model has changed is asked once, at the begin; what it changes of itself while it runs is learned."""
 
     @wraps(method)
@@ -320,7 +322,9 @@ class KVCacheManager:
 
     def fork(self, cache: Any) -> Any:
         """A copy of a cache, which goes on by itself."""
-        return self._restored(self._saved(cache, "", None), "", None)  # in this process the model is known to be the same
+        return self._restored(
+            self._saved(cache, "", None), "", None
+        )  # in this process the model is known to be the same
 
     @torch.no_grad()
     def compress(self, cache: Any, inputs: Tensor, max_tokens: int, *, instruction: Tensor | None = None) -> int:
@@ -622,7 +626,8 @@ class KVCacheManager:
     ) -> tuple[Tensor | None, dict[str, Any]]:
         """The inputs with the prefix before each row, as `generate` wants them even where the cache holds it already."""
         content = self._prompts[name].to(self.model.device)
-        for other in ("cache", "past_key_values", "assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"):
+        others = ("cache", "past_key_values", "assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size")
+        for other in (*others, "adapter_names"):  # with adapters row by row there is no prefix for all
             if self._found(other, kwargs) is not None:
                 raise InputError(
                     f"give prefix or {other}, not both; new_cache(prefix=…) makes a cache that begins with one, to be run "

@@ -244,7 +244,11 @@ def _says_the_same(module: nn.Linear | Conv1D, base: type[nn.Linear | Conv1D]) -
 
 
 def _packed(
-    name: str, module: nn.Linear | Conv1D, plain: Mapping[str, nn.Linear | Conv1D], precision: str, wide: Collection[str]
+    name: str,
+    module: nn.Linear | Conv1D,
+    plain: Mapping[str, nn.Linear | Conv1D],
+    precision: str,
+    wide: Collection[str],
 ) -> dict[str, nn.Module]:
     """What takes the place of a linear layer, and of those that read the same input, by name."""
     parent, _, own = name.rpartition(".")

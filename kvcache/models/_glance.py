@@ -7,7 +7,7 @@ from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as everywhere
 

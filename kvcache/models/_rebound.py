@@ -132,7 +132,12 @@ class Rebinding:
         return made
 
     def _function(self, value: Any, function: types.FunctionType) -> Any:
-        turns = (nn.Module, types.MethodType, types.FunctionType, partial)  # lists are shared: a hook may collect in one
+        turns = (
+            nn.Module,
+            types.MethodType,
+            types.FunctionType,
+            partial,
+        )  # lists are shared: a hook may collect in one
         cells = function.__closure__ or ()
         held = [_content(cell) for cell in cells]
         new = [self(one) if isinstance(one, turns) else one for one in held]
