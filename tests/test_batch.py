@@ -329,6 +329,7 @@ def test_whoever_comes_and_goes_the_graphs_follow(kind, policy, compact, schedul
     assert_schedule(kind, policy, "graph", 3, compact, schedule)
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("places", [1, 3, 8])
 @pytest.mark.parametrize("kind", ["english", "gpt"])
 def test_all_cases_through_one_batch(kind, places):
@@ -837,6 +838,7 @@ def request(model, policy, i):
     return token_ids(1, 5 + 4 * i, seed=i), (DRAWING, GREEDY, Sampling(1.1, 0.8, 0.0, 0, 1.0))[i % 3]
 
 
+@pytest.mark.grid(9)
 @pytest.mark.parametrize(("backend", "dtype"), [("eager", None), ("eager", torch.bfloat16), ("graph", None)], ids=str)
 @pytest.mark.parametrize("policy", [None, SlidingWindow(12, sinks=3), MaxTokens(24, 15)], ids=str)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -139,6 +139,7 @@ def buffers_grow():
         yield
 
 
+@pytest.mark.grid(130)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
 def test_law(law, kind):

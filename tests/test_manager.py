@@ -108,6 +108,7 @@ def test_bytes_estimated_are_bytes_reported_are_bytes_held(kind: str, rows: int)
         assert kv.estimate(tokens, rows) == kv.report(held).nbytes == bytes_found(held), tokens
 
 
+@pytest.mark.grid(49)
 @pytest.mark.parametrize(
     ("name", "kind"),
     [

@@ -302,6 +302,7 @@ CACHES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.grid(40)
 @pytest.mark.parametrize("kind", CACHES)
 @pytest.mark.parametrize(("name", "attention"), cases(DECODERS))
 def test_a_fork_goes_into_any_cache_and_changes_nothing_but_it(name: str, attention: str, kind: str) -> None:
@@ -555,6 +556,7 @@ def parity_cases() -> list[Any]:
     ]
 
 
+@pytest.mark.grid(32)
 @pytest.mark.parametrize(("name", "attention", "kind"), parity_cases())
 def test_the_same_tokens_as_of_the_whole_prompt(name: str, attention: str, kind: str) -> None:
     model = tiny(name, attention)
@@ -566,6 +568,7 @@ def test_the_same_tokens_as_of_the_whole_prompt(name: str, attention: str, kind:
         assert kv.report().seen == len(PREFIX) + TEXT.shape[1] + NEW - 1
 
 
+@pytest.mark.grid(27)
 @pytest.mark.parametrize("kind", KINDS_ABOVE)
 @pytest.mark.parametrize("name", DECODERS)
 def test_logits_after_a_prefix_are_those_of_a_full_prefill(name: str, kind: str) -> None:
@@ -590,6 +593,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.grid(30)
 @pytest.mark.parametrize(
     ("name", "mode"),
     [(name, mode) for name in DECODERS for mode in MODES if mode in ("sampled", "beams") or name in FEW],
@@ -646,6 +650,7 @@ def voice(model: Any, seed: int = 3, n: int = 13) -> Tensor:
     return torch.randn(n, table.shape[1], generator=torch.Generator().manual_seed(seed)) * table.std()
 
 
+@pytest.mark.grid(13)
 @pytest.mark.parametrize(
     ("name", "mode"),
     [(name, mode) for name in DECODERS for mode in ("greedy", "beams", "several") if mode == "greedy" or name in FEW],
@@ -838,6 +843,7 @@ LEAVING: dict[str, Any] = {
 }
 
 
+@pytest.mark.grid(25)
 @pytest.mark.parametrize("positions", ["absolute", "rerotated"])
 @pytest.mark.parametrize("policy", LEAVING)
 @pytest.mark.parametrize("name", ["llama", "gpt-neox", "gemma3", "opt", "whisper-decoder"])

@@ -241,6 +241,7 @@ def test_it_is_smaller(bits, layers, bare):
 # ---------------------------------------------------------------------- numbers
 
 
+@pytest.mark.grid(36)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("dim", [1, 2, 7, 64])

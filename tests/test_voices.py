@@ -66,6 +66,7 @@ def run_tokens(t3):
 # ---------------------------------------------------------------------- agreement
 
 
+@pytest.mark.grid(5)
 @pytest.mark.parametrize("reuse", ["all", "conditioning"])
 @pytest.mark.parametrize("kind", ["english", "gpt"])
 @pytest.mark.parametrize("seed", range(3))
@@ -88,6 +89,7 @@ def test_a_known_multilingual_voice_is_aligned_as_upstream_does(reuse):
     assert fingerprint(model("multilingual")) == before
 
 
+@pytest.mark.grid(4)
 @pytest.mark.parametrize(
     "options", [{"temperature": 0.0}, {"temperature": 0.0, "cfg_weight": 0.0}, {"seed": 5}], ids=str
 )
