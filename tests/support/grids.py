@@ -46,7 +46,6 @@ def mark_grids(items: Iterable[pytest.Item], share: float = 1) -> None:
                 case.add_marker(pytest.mark.slow)
 
 
-
 def _values(case: pytest.Function) -> dict[str, int]:
     """Its parameters' values: the cases of a grid share them."""
     return {name: id(value) for name, value in case.callspec.params.items()}
