@@ -18,7 +18,7 @@ READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.ready-docs
 FLOOR_READY := $(FLOOR)/.ready
 # The rest is arithmetic on tensors, which no release of transformers can change.
-FLOOR_TESTS := $(filter-out tests/test_laws.py tests/test_policies.py tests/test_stores.py tests/test_store_faults.py tests/test_kernel.py tests/test_precision.py tests/test_quantized.py tests/test_segments.py tests/test_plan.py tests/test_server.py tests/test_chatterbox_audio.py tests/test_batch.py tests/test_scheduler.py tests/test_measured_pages.py tests/test_tutorial.py,$(wildcard tests/test_*.py))
+FLOOR_TESTS := $(filter-out tests/test_laws.py tests/test_policies.py tests/test_stores.py tests/test_store_faults.py tests/test_kernel.py tests/test_precision.py tests/test_quantized.py tests/test_segments.py tests/test_plan.py tests/test_server.py tests/test_chatterbox_audio.py tests/test_batch.py tests/test_scheduler.py tests/test_measured_pages.py tests/test_tutorial.py tests/test_bench_processes.py,$(wildcard tests/test_*.py))
 BENCHMARKS := $(filter-out benchmarks/common.py benchmarks/processes.py benchmarks/quality_kvpress.py,$(wildcard benchmarks/*.py))
 
 .DEFAULT_GOAL := help
