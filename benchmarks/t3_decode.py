@@ -291,9 +291,7 @@ class Static:
         hidden = self.t3.tfmr(
             inputs_embeds=self.embeds,
             attention_mask=(self.slots <= self.position)[:, None, None],
-            past_key_values=self.cache,
-            use_cache=True,
-            **decoding_arguments(self.position),
+            **decoding_arguments(self.cache, self.position),
         )[0]
         self.logits = self.t3.speech_head(hidden[:, -1])
         self.position.add_(1)
