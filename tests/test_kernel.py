@@ -141,7 +141,7 @@ def problems(draw):
     )
 
 
-@settings(max_examples=70, deadline=None)
+@settings(max_examples=70)
 @given(problems(), st.sampled_from([None, 1, 2, 3, 7, 64]), st.sampled_from([None, 0.05]), st.sampled_from([64, 4096]))
 def test_as_dense_attention_to_the_visible_slots(problem, splits, scale, tile):
     # A small tile makes several blocks of a few slots.

@@ -79,7 +79,7 @@ def random(*shape, seed=0):
 
 
 @pytest.mark.parametrize("precision", NARROW)
-@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@settings(max_examples=30)
 @given(
     kind=st.sampled_from(["linear", "conv1d"]),
     inputs=st.integers(1, 80),
