@@ -24,15 +24,17 @@ class Ticking:
     """In place of `time.perf_counter`: goes on by a tick whenever it is looked at, and as far as it is told to.
 
     So every stretch of time is longer than nothing, and none depends on what the machine does meanwhile.
+
+    Args:
+        tick: seconds.
     """
 
-    TICK = 1e-6  # seconds
-
-    def __init__(self) -> None:
+    def __init__(self, tick: float = 1e-6) -> None:
+        self.tick = tick
         self._now, self._lock = 0.0, Lock()
 
     def __call__(self) -> float:
-        return self.go_on(self.TICK)
+        return self.go_on(self.tick)
 
     def go_on(self, seconds: float) -> float:
         """Let so much time pass; the time then."""
