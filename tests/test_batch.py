@@ -43,6 +43,8 @@ from kvcache.decoding.backends import Graph
 from kvcache.decoding.sampler import TRANSFORMERS
 from kvcache.hf import exact_windows, kv_layers
 
+pytestmark = pytest.mark.one_release
+
 # ---------------------------------------------------------------------- segments on T3, against each alone
 
 

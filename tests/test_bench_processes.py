@@ -23,6 +23,8 @@ import processes
 from bench_sides import MIB, ends, growing, parent, steady
 from processes import Failure, Group, Measured, Phase, Processes, resident
 
+pytestmark = pytest.mark.one_release
+
 linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 
 

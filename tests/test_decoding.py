@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from families import FAMILIES, RELEASE, ROPE_BY_LENGTH, VOCABULARY, build, tiny, token_ids
-from hypothesis import Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -55,8 +55,7 @@ POLICIES = [
 
 
 def search(examples):
-    phases = [Phase.generate, Phase.shrink]
-    return settings(max_examples=examples, deadline=None, derandomize=True, database=None, phases=phases)
+    return settings(max_examples=examples)
 
 
 # ---------------------------------------------------------------------- the arithmetic of slots

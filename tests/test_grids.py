@@ -7,6 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.grids import sample
 
+pytestmark = pytest.mark.one_release
+
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(1, 60))
 def test_a_sample_has_every_value_and_no_more_than_it_needs(sizes, size):

@@ -21,6 +21,7 @@ import transformers
 from families import FAMILIES, ROPE_BY_LENGTH, SEQ2SEQ, build, cases, dynamic_cache, logits, tiny, token_ids
 from hypothesis import given
 from hypothesis import strategies as st
+from support.clocks import Clock
 from test_laws import KINDS, Kind, search
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, StaticCache
@@ -1043,13 +1044,15 @@ def never(*_: Any) -> PrefixSnapshot:
     raise AssertionError("nothing was to be computed")
 
 
-def test_what_is_served_is_counted(key: PrefixKey) -> None:
-    speakers = in_memory()
+def test_what_is_served_is_counted(key: PrefixKey, monkeypatch: pytest.MonkeyPatch) -> None:
+    speakers, clock = in_memory(), Clock()
+    monkeypatch.setattr("kvcache.speakers.time", clock)
     whole = some(key, seconds=6.0)
     starts: list[int | None] = []
 
     def extend(key_: PrefixKey, start: PrefixSnapshot | None) -> PrefixSnapshot:
         starts.append(None if start is None else len(start))
+        clock.now += 3
         return some(key_, seconds=12.0)
 
     assert speakers.get(key) is None
@@ -1070,7 +1073,7 @@ def test_what_is_served_is_counted(key: PrefixKey) -> None:
     assert (stats.built, stats.extended, stats.refused) == (3, 1, 0)
     # 6 twice, 4 of 6, and the 6 with which the longer one began
     assert stats.seconds_saved == pytest.approx(6.0 + 6.0 + 4.0 + 6.0)
-    assert 0 < stats.build_seconds < 1
+    assert stats.build_seconds == 6.0  # of the two that took their time
     assert stats.hits == {"memory": 3}
     assert stats.nbytes == {"memory": speakers.store.nbytes}
 

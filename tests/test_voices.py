@@ -308,7 +308,7 @@ VOICES = st.tuples(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     requests=st.lists(VOICES, min_size=2, max_size=10),
     budget=st.sampled_from(["200KB", "1MB", "64MB"]),
