@@ -325,7 +325,7 @@ def test_whoever_comes_and_goes_each_says_what_it_says_alone(kind, policy, place
 
 
 @pytest.mark.parametrize("kind", ["english", "gpt"])
-@search(6)
+@search(4)
 @given(policy=st.sampled_from(T3_POLICIES), compact=st.booleans(), schedule=schedules())
 def test_whoever_comes_and_goes_the_graphs_follow(kind, policy, compact, schedule):
     assert_schedule(kind, policy, "graph", 3, compact, schedule)

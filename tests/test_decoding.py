@@ -607,7 +607,7 @@ def run_request(decoding, manager, prompt, chunks, seed, requests):
     return torch.cat(said, 1)
 
 
-@search(12)
+@search(6)
 @given(script=requests_of())
 def test_whatever_changes_between_chunks_and_requests_the_graph_follows(script):
     model = MODELS["guided"]

@@ -45,10 +45,15 @@ def test_cases_outside_the_sample_are_slow(pytester: pytest.Pytester):
         def test_some(a, b):
             pass
 
+        @pytest.mark.grid(2, any_of=("seed",))
+        @pytest.mark.parametrize("seed", range(5))
+        def test_few(seed):
+            pass
+
         @pytest.mark.parametrize("a", range(5))
         def test_all(a):
             pass
         """
     )
-    pytester.runpytest_inprocess("-q", "-m", "not slow").assert_outcomes(passed=11, deselected=19)
-    pytester.runpytest_inprocess("-q", "-m", "slow").assert_outcomes(passed=19, deselected=11)
+    pytester.runpytest_inprocess("-q", "-m", "not slow").assert_outcomes(passed=13, deselected=22)
+    pytester.runpytest_inprocess("-q", "-m", "slow").assert_outcomes(passed=22, deselected=13)

@@ -1,7 +1,7 @@
 """Grids of test cases: a sample in the fast set, the whole grid in the slow one.
 
 ``@pytest.mark.grid(40)`` lets about 40 of a test's cases run with ``-m "not slow"``, and marks the others ``slow``. The
-sample is the same on every run, and every value of every parameter is in it.
+sample is the same on every run, and every value of every parameter is in it, but for those named by ``any_of=("seed",)``.
 """
 
 import hashlib
@@ -40,12 +40,16 @@ def mark_grids(items: Iterable[pytest.Item], share: float = 1) -> None:
     for name, cases in grids.items():
         marker = cases[0].get_closest_marker("grid")
         assert marker is not None
-        kept = set(sample([_values(case) for case in cases], int(marker.args[0] * share), name))
+        kept = set(
+            sample(
+                [_values(case, marker.kwargs.get("any_of", ())) for case in cases], int(marker.args[0] * share), name
+            )
+        )
         for i, case in enumerate(cases):
             if i not in kept:
                 case.add_marker(pytest.mark.slow)
 
 
-def _values(case: pytest.Function) -> dict[str, int]:
+def _values(case: pytest.Function, but: Sequence[str]) -> dict[str, int]:
     """Its parameters' values: the cases of a grid share them."""
-    return {name: id(value) for name, value in case.callspec.params.items()}
+    return {name: id(value) for name, value in case.callspec.params.items() if name not in but}
