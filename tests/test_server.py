@@ -251,12 +251,31 @@ def test_it_ends_in_order_and_then_is_not_healthy():
     assert status("POST", "/v1/audio/speech", json=body()) == 503
 
 
-def test_the_page_shows_chunks_as_they_come(url, tmp_path):
+class OneByOne:
+    """An app whose audio leaves a piece at a time, each when the test lets it; then all that is left."""
+
+    def __init__(self, app):
+        self.app = app
+        self.allowed = threading.Semaphore(0)
+        self.all = False
+
+    async def __call__(self, scope, receive, send):
+        async def held(message):
+            if message.get("body") and scope["path"] == "/v1/audio/speech" and not self.all:
+                await asyncio.to_thread(self.allowed.acquire)
+            await send(message)
+
+        await self.app(scope, receive, held)
+
+
+def test_the_page_shows_chunks_as_they_come(tmp_path):
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("there is no chromium on this machine")
-    with playwright.sync_playwright() as run:
+    engine = engine_of(server_load.tiny())
+    app = OneByOne(server.create_app(SpeechScheduler(engine), engine.voices, model="tiny", note=server.TONES))
+    with serving(app) as url, playwright.sync_playwright() as run:
         browser = run.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page()
         wrong = []
@@ -268,9 +287,14 @@ def test_the_page_shows_chunks_as_they_come(url, tmp_path):
         page.fill("#seed", "1")
         page.fill("#text", " ".join([TEXT] * 12))
         page.click("#speak")
+        for shown in (1, 2, 3):
+            app.allowed.release()
+            page.wait_for_function(f"document.getElementById('chunks').rows.length === {shown}", timeout=60_000)
+        app.all = True
+        app.allowed.release()
         page.wait_for_function("document.getElementById('status').textContent === 'done'", timeout=60_000)
         rows = [row.split("\t") for row in page.inner_text("#chunks").splitlines()]
-        assert len(rows) >= 3
+        assert len(rows) > 3
         assert [int(row[0]) for row in rows] == list(range(1, len(rows) + 1))
         heard = say(url, " ".join([TEXT] * 12), voice="finn", response_format="pcm").content
         assert sum(float(row[1]) for row in rows) == pytest.approx(len(heard) / 48000, abs=0.005 * len(rows))
