@@ -671,7 +671,7 @@ class Gated(DiskStore):
         self.gate = threading.Event()
 
     def _write(self, address, data):
-        assert self.gate.wait(60)
+        assert self.gate.wait(10)
         super()._write(address, data)
 
 
