@@ -30,7 +30,14 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
     parser.add_argument("--quick", action="store_true", help="a smoke run: small and few, its figures mean nothing")
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default: 2)")
+    parser.add_argument("--rehearsal", action="store_true", help="mark the result as one that measures nothing")
     return parser
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if this process uses one: to be called before a look at the clock."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def interleaved(
@@ -49,8 +56,10 @@ def interleaved(
         for name, run in sides.items():
             if before is not None and name in before:
                 before[name]()
+            synchronize()
             start = time.perf_counter()
             run()
+            synchronize()
             if i >= warmup:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
@@ -71,8 +80,7 @@ class Gate:
         self.notes: dict[str, Any] = {}
 
     def __call__(self) -> None:
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
+        synchronize()
         self._connection.send(time.perf_counter() - self._start)
         while (order := self._connection.recv())[0] == "tell":
             self.told(order[1])
@@ -106,9 +114,12 @@ class Processes:
 
     What one side allocates and frees then does not decide where another's memory comes from. A side is a function and
     its arguments; it is called with a `Gate` before them, and calls it before each turn.
+
+    Args:
+        together: prepare all sides at once instead of one at a time, where there are cores and memory for that.
     """
 
-    def __init__(self, sides: Mapping[str, tuple[Any, ...]], threads: int) -> None:
+    def __init__(self, sides: Mapping[str, tuple[Any, ...]], threads: int, together: bool = False) -> None:
         context = multiprocessing.get_context("spawn")
         self._ends: dict[str, Connection] = {}
         self._processes = []
@@ -118,7 +129,10 @@ class Processes:
             process.start()
             end.close()
             self._processes.append(process)
-            self._ends[name].recv()  # prepared: one at a time, so that nobody prepares while another is timed
+            if not together:
+                self._ends[name].recv()
+        for received in self._ends.values() if together else ():
+            received.recv()  # prepared: nobody is, while another is timed
 
     def tell(self, word: Any) -> None:
         """Let every side do what it does at this word."""
@@ -197,8 +211,11 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def commit() -> str | None:
-    """The checkout's commit, with a mark if files have been changed since."""
+def commit() -> str:
+    """The checkout's commit, with a mark if files have been changed since.
+
+    A copy without its repository says what `KVCACHE_COMMIT` says, or "unknown".
+    """
     try:
         head = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -207,7 +224,7 @@ def commit() -> str | None:
             ["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("KVCACHE_COMMIT", "unknown")
     return head + ("-changed" if changed.stdout.strip() else "")
 
 
@@ -243,26 +260,39 @@ def finish(
     options: argparse.Namespace,
     **more: Any,
 ) -> None:
-    """Print the table and the ratios, and write the file, with what more there is, if asked to."""
+    """Print the table and the ratios, and write the file, if asked to: see `keep`."""
     console = show(f"{benchmark}, {machine()['cpu']}, {torch.get_num_threads()} threads", rows)
     for name, ratio in ratios.items():
         console.print(f"{name}: {ratio:.4g}x")
     if options.quick:
         console.print("a quick run: these figures mean nothing")
-    if options.json is not None:
-        result = {
-            "benchmark": benchmark,
-            "command": command(sys.argv),
-            "quick": options.quick,
-            "machine": machine(),
-            "versions": versions(),
-            "commit": commit(),
-            "rows": list(rows),
-            "ratios": dict(ratios),
-            **more,
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    keep(benchmark, rows, ratios, options, **more)
+
+
+def keep(
+    benchmark: str,
+    rows: Sequence[Mapping[str, Any]],
+    ratios: Mapping[str, float],
+    options: argparse.Namespace,
+    **more: Any,
+) -> None:
+    """Write the file with what has been measured so far, and what more there is, if asked to."""
+    if options.json is None:
+        return
+    result = {
+        "benchmark": benchmark,
+        "command": command(sys.argv),
+        "quick": options.quick,
+        **({"rehearsal": True} if options.rehearsal else {}),
+        "machine": machine(),
+        "versions": versions(),
+        "commit": commit(),
+        "rows": list(rows),
+        "ratios": dict(ratios),
+        **more,
+    }
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _cell(value: Any) -> str:

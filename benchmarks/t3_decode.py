@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import Gate, Processes, arguments, finish, paired_ratio, show, spread
+from common import Gate, Processes, arguments, finish, paired_ratio, show, spread, synchronize
+from preparing import Preparing
 from torch import Tensor, nn
 from transformers import StaticCache
 from transformers.pytorch_utils import Conv1D
@@ -267,6 +268,7 @@ class Static:
         self.cache = StaticCache(config=t3.tfmr.config, max_cache_len=STATIC_SLOTS)
         self.replay: Callable[[], None] | None = None
         self.replayed: Tensor
+        self.captured: float | None = None  # seconds
 
     @torch.inference_mode()
     def begin(self) -> Tensor:
@@ -280,7 +282,11 @@ class Static:
         self.logits: Tensor = t3.speech_head(hidden[:, -1])
         self.ids = torch.full((1, 1), t3.hp.start_speech_token, device=t3.device)
         if t3.device.type == "cuda":
+            synchronize()
+            start = time.perf_counter()
             self.capture()
+            synchronize()
+            self.captured = time.perf_counter() - start
         return self.draw()
 
     def forward(self) -> None:
@@ -288,9 +294,7 @@ class Static:
         hidden = self.t3.tfmr(
             inputs_embeds=self.embeds,
             attention_mask=(self.slots <= self.position)[:, None, None],
-            past_key_values=self.cache,
-            use_cache=True,
-            **decoding_arguments(self.position),
+            **decoding_arguments(self.cache, self.position),
         )[0]
         self.logits = self.t3.speech_head(hidden[:, -1])
         self.position.add_(1)
@@ -437,21 +441,28 @@ def serve(gate: Gate, case: Case, side: Side) -> None:
     if not side.together:
         kvcache.precision._TOGETHER = ()  # type: ignore[assignment]
     model = make(case, side)
+    if case.device != "cpu":
+        torch.cuda.reset_peak_memory_stats()  # the weights' way through fp32 is not what decoding takes
     gate.notes |= {"weights": model.weights, "per token": model.per_token}
     torch.manual_seed(0)
     if side.kind == "engine":
+        preparing = Preparing()
         engine = Engine(model, side)
         engine.begin()
+        synchronize()
         start = time.perf_counter()
         engine.turn(side.chunk or case.turn)
+        synchronize()
         gate.notes["first"] = time.perf_counter() - start
         gate.told = engine.reach
         while True:
+            gate.notes |= preparing.notes()
             gate()
             engine.turn(case.turn)
     elif side.kind == "static":
         static = Static(model)
         static.begin()
+        gate.notes |= {"capture, s": static.captured, "captures": static.captured and 1}
         gate.told = static.reach
         while True:
             gate()
@@ -527,7 +538,9 @@ def measure(
     case: Case, sides: dict[str, Side], contexts: list[int], options: argparse.Namespace, speed: float
 ) -> tuple[list[dict[str, Any]], dict[int, dict[str, list[float]]]]:
     """A row for each side and context, and the seconds per token of each."""
-    processes = Processes({key: (serve, case, side) for key, side in sides.items()}, options.threads)
+    processes = Processes(
+        {key: (serve, case, side) for key, side in sides.items()}, options.threads, options.prepare_together
+    )
     seconds: dict[int, dict[str, list[float]]] = {}
     for context in contexts:
         processes.tell(context)
@@ -535,6 +548,7 @@ def measure(
         seconds[context] = {key: [value / case.turn for value in values] for key, values in rounds.items()}
     notes = processes.end()
     rows = []
+    base = next((key for key in (UPSTREAM, f"{UPSTREAM}-bf16") if key in sides), None)
     for context, taken in seconds.items():
         for key, side in sides.items():
             values, note = taken[key], notes[key]
@@ -552,11 +566,12 @@ def measure(
                     "turns": ms["n"],
                     "tokens/s": 1e3 / ms["median"],
                     "RTF": ms["median"] / 1e3 * TOKENS_PER_SECOND,
-                    "upstream / this": paired_ratio(taken[UPSTREAM], values) if UPSTREAM in taken else None,
+                    "upstream / this": None if base is None else paired_ratio(taken[base], values),
                     "floor, %": 100 * floor / ms["median"],
                     "peak MiB": note.get("GPU MiB, peak", note.get("MiB, peak")),
                     "resident MiB": note.get("MiB"),
                     "first turn, s": note["first"] if side.backend != "eager" and "first" in note else None,
+                    **{name: note.get(name) for name in ("compile, s", "capture, s", "captures")},
                 }
             )
     return rows, seconds
@@ -586,6 +601,8 @@ def ratios_of(device: str, seconds: dict[str, dict[int, dict[str, list[float]]]]
         found = {
             "gpu_graph_over_upstream": best_ratio(english, graphs, "upstream-bf16"),
             "gpu_graph_over_static_graph": best_ratio(english, graphs, "static-bf16"),
+            "gpu_graph_over_eager": best_ratio(english, graphs, "eager-bf16"),
+            "gpu_nano_graph_over_upstream": best_ratio(nano, graphs, "upstream-bf16"),
         }
     return {name: ratio for name, ratio in found.items() if ratio is not None}
 
@@ -639,6 +656,9 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--sides", help=f"some of {', '.join(SIDES)}; on a GPU {', '.join(GPU_SIDES)}")
     parser.add_argument("--ablation", action="store_true", help="also leave out one ingredient of the best at a time")
     parser.add_argument("--layers", type=int, help="only so many of the backbone's, for a quick check")
+    parser.add_argument(
+        "--prepare-together", action="store_true", help="prepare all sides at once, where cores and memory allow it"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the times there (PNG, PDF or SVG)")
     options: argparse.Namespace = parser.parse_args()
     if options.device == "auto":
@@ -653,8 +673,8 @@ def options_of() -> argparse.Namespace:
 def main() -> None:
     options = options_of()
     torch.set_num_threads(options.threads)
-    known = SIDES if options.device == "cpu" else GPU_SIDES
-    keys = list(known) if options.sides is None else options.sides.split(",")
+    known = GPU_SIDES | SIDES if options.device == "cpu" else SIDES | GPU_SIDES  # a CPU traces what a GPU captures
+    keys = list(SIDES if options.device == "cpu" else GPU_SIDES) if options.sides is None else options.sides.split(",")
     if unknown := set(keys) - set(known):
         raise SystemExit(f"--sides: there is no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     sides = {key: known[key] for key in keys}
@@ -681,6 +701,8 @@ def main() -> None:
     more: dict[str, Any] = {"copy, GB/s": speed / 1e9, "weights": "random", "sides": keys}
     if options.device == "cpu":
         more["gpu"] = "not yet measured"
+    if options.prepare_together:
+        more["prepared"] = "together: compile and capture times are those of sides that share the cores"
     if ablation:
         more["ablation"] = ablation
         show("t3_decode, one ingredient of the best left out", ablation)
