@@ -119,7 +119,9 @@ def _tree_bytes() -> int:
 # ---------------------------------------------------------------------- where there is none
 
 
-def install(folder: Path, site: Path, without: Sequence[str], packages: Mapping[str, tuple[str, str]]) -> dict[str, str]:
+def install(
+    folder: Path, site: Path, without: Sequence[str], packages: Mapping[str, tuple[str, str]]
+) -> dict[str, str]:
     """Install the wheels into a folder of their own, and import each.
 
     Args:
@@ -135,18 +137,28 @@ def install(folder: Path, site: Path, without: Sequence[str], packages: Mapping[
         if found.get(name) is None
     }
     wheels = {name: wheel for name, wheel in found.items() if wheel is not None}
+    _fill(site, wheels.values())
+    if broken := _imports(site, {name: packages[name][1] for name in wheels}):
+        # transformers imports some of them where it finds them, and would break with them.
+        _fill(site, (wheel for name, wheel in wheels.items() if name not in broken))
+    missing |= broken
+    (site / CHECKED).write_text(json.dumps(missing, indent=1) + "\n")
+    return missing
+
+
+def _fill(site: Path, wheels: Iterable[Path]) -> None:
+    """Make the folder anew, with these in it."""
+    wheels = list(wheels)
     if site.exists():
         shutil.rmtree(site)
     site.mkdir(parents=True)
-    if wheels:
-        command = [
-            sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-index", "--no-deps",
-            "--no-compile", "--no-cache-dir", f"--target={site}", *map(str, wheels.values()),
-        ]  # fmt: skip
-        subprocess.run(command, check=True)
-    missing |= _imports(site, {name: packages[name][1] for name in wheels})
-    (site / CHECKED).write_text(json.dumps(missing, indent=1) + "\n")
-    return missing
+    if not wheels:
+        return
+    command = [
+        sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-index", "--no-deps",
+        "--no-compile", "--no-cache-dir", f"--target={site}", *map(str, wheels),
+    ]  # fmt: skip
+    subprocess.run(command, check=True)
 
 
 def _imports(site: Path, modules: Mapping[str, str]) -> dict[str, str]:

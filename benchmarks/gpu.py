@@ -28,8 +28,7 @@ S3GEN = ("chatterbox-tts", "conformer", "diffusers", "librosa", "omegaconf", "s3
 FIRST_SIDES = "upstream,upstream-bf16,static-bf16,eager-bf16,graph-bf16"
 COMPILED_SIDES = "graph-bf16,compile-bf16,graph+compile-bf16"
 FACTS = """
-import json, platform, subprocess, torch, transformers
-from common import commit, machine, versions
+import common, json, subprocess, torch, transformers
 gpu = torch.cuda.is_available()
 said = None
 if gpu:
@@ -41,8 +40,8 @@ try:
 except ImportError as error:
     triton = str(error)
 memory = torch.cuda.get_device_properties(0).total_memory / 2**30 if gpu else None
-print(json.dumps({"machine": machine(), "versions": {**versions(), "triton": triton, "cuda": torch.version.cuda},
-                  "commit": commit(), "cuda": gpu, "nvidia-smi": said, "gpu_memory_gib": memory}))
+print(json.dumps({"machine": common.machine(), "versions": {**common.versions(), "triton": triton, "cuda": torch.version.cuda},
+                  "commit": common.commit(), "cuda": gpu, "nvidia-smi": said, "gpu_memory_gib": memory}))
 """
 
 
@@ -65,7 +64,7 @@ def timetable(results: Path, wheels: Path, site: Path, without: Sequence[str]) -
 
 def rehearsal(results: Path, wheels: Path, site: Path, without: Sequence[str]) -> list[Step]:
     """The same steps on a CPU, small, without what a CPU cannot do; each may take longer, since nothing is lent."""
-    small = ("--device", "cpu", "--quick", "--rehearsal")
+    small = ("--device", "cpu", "--threads", "1", "--quick", "--rehearsal")
     nano = (*small, "--variant", "nano", "--sides")
     return [
         _install(300, wheels, site, without),
@@ -80,7 +79,15 @@ def rehearsal(results: Path, wheels: Path, site: Path, without: Sequence[str]) -
 
 
 def _install(limit: float, wheels: Path, site: Path, without: Sequence[str]) -> Step:
-    command = (sys.executable, str(ROOT / "benchmarks/carry.py"), "install", str(wheels), str(site), "--without", *without)
+    command = (
+        sys.executable,
+        str(ROOT / "benchmarks/carry.py"),
+        "install",
+        str(wheels),
+        str(site),
+        "--without",
+        *without,
+    )
     return Step("wheels", limit, command, always=True)
 
 
@@ -129,7 +136,9 @@ def injected(steps: Sequence[Step], faults: str) -> list[Step]:
     for kind in ("fail", "hang"):
         if kind in kinds and kinds[kind] not in {step.name for step in steps}:
             raise SystemExit(f"--inject: there is no step {kinds[kind]!r} to {kind}; there are {_names(steps)}")
-    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import threading; threading.Event().wait()'])"
+    child = (
+        "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import threading; threading.Event().wait()'])"
+    )
     broken = {
         kinds.get("fail"): {"command": (sys.executable, "-c", "raise SystemExit('a fault that was put in')")},
         kinds.get("hang"): {"command": (sys.executable, "-c", child), "limit": 3.0},
@@ -145,12 +154,16 @@ def options_of() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, small: measures nothing")
     parser.add_argument("--results", type=Path, help="a folder for them (default: out/gpu, or out/rehearsal)")
-    parser.add_argument("--wheels", type=Path, default=ROOT / ".wheels", help="what was carried along (default: .wheels)")
+    parser.add_argument(
+        "--wheels", type=Path, default=ROOT / ".wheels", help="what was carried along (default: .wheels)"
+    )
     parser.add_argument("--site", type=Path, default=ROOT / ".gpu-site", help="where they go (default: .gpu-site)")
     parser.add_argument("--only", metavar="STEPS", help="some of the steps, with commas between")
     parser.add_argument("--again", action="store_true", help="run steps that have passed as well")
     parser.add_argument("--seconds", type=float, help=f"for all (default: {DEADLINE}; of a rehearsal, an hour)")
-    parser.add_argument("--inject", default="", metavar="FAULTS", help="fail=STEP,hang=STEP,missing=WHEEL; rehearsals only")
+    parser.add_argument(
+        "--inject", default="", metavar="FAULTS", help="fail=STEP,hang=STEP,missing=WHEEL; rehearsals only"
+    )
     options: argparse.Namespace = parser.parse_args()
     options.results = options.results or ROOT / "out" / ("rehearsal" if options.rehearse else "gpu")
     options.results, options.wheels, options.site = (
@@ -206,7 +219,9 @@ def main() -> None:
         if (outcome := results.of(step.name)) is not None:
             print(line(step, outcome))
     took = time.monotonic() - began
-    print(f"\n{'all steps passed' if passed else 'not all steps passed'}, in {took:.0f} s; results are in {options.results}")
+    print(
+        f"\n{'all steps passed' if passed else 'not all steps passed'}, in {took:.0f} s; results are in {options.results}"
+    )
     raise SystemExit(0 if passed else 1)
 
 

@@ -69,7 +69,9 @@ class Recorded:
         self._known: dict[Any, tuple[dict[str, Tensor], tuple[Tensor, ...], Callable[[], Any]]] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given = {name: value for name, value in self._signature.bind(*args, **kwargs).arguments.items() if value is not None}
+        given = {
+            name: value for name, value in self._signature.bind(*args, **kwargs).arguments.items() if value is not None
+        }
         key = tuple((name, value.shape, value.dtype) for name, value in given.items())
         if key not in self._known:
             self._known[key] = self._recording(given)

@@ -167,7 +167,9 @@ def run_all(
 
 def line(step: Step, outcome: Outcome) -> str:
     """A step's line on the console."""
-    return f"{step.name:<14} {outcome.status:<10} {outcome.seconds:6.1f} s of {step.limit:4.0f}  {outcome.reason}".rstrip()
+    return (
+        f"{step.name:<14} {outcome.status:<10} {outcome.seconds:6.1f} s of {step.limit:4.0f}  {outcome.reason}".rstrip()
+    )
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
