@@ -29,6 +29,9 @@ from kvcache_chatterbox.loading import upstream_t3
 
 UPSTREAM = "as upstream runs it"
 GRAPHED = "estimator graphed, bf16, and HiFT"
+TOLERANCE = (
+    1e-5  # of the audio on a CPU, where a trace runs the same operators; 1e-7 was seen. A GPU's is told, not judged.
+)
 
 
 def load(meanflow: bool, device: str, seconds: float) -> tuple[Any, dict[str, Any]]:
@@ -190,19 +193,15 @@ class Ways:
             return type(self.s3gen.flow).inference(self.s3gen.flow, **given)
 
 
-def check(ways: Ways, tokens: Tensor, tolerance: float = 1e-3) -> None:
-    """Recordings say what they were made of: fp32 under the same noise as upstream.
-
-    The tolerance is of a kernel that a graph may choose otherwise, over ten steps of random weights, whose audio is at most 1.
-    """
+def farthest(ways: Ways, tokens: Tensor) -> float:
+    """How far a recorded estimator's audio, at most 1, is from upstream's under the same noise."""
     said = []
     for name in (UPSTREAM, "estimator graphed"):
         ways.run(name, tokens)  # a recording draws no noise, but what comes before it may
         torch.manual_seed(0)
         said.append(ways.run(name, tokens).clone())
-    far = float((said[0] - said[1]).abs().max())
     assert said[0].shape == said[1].shape == (1, tokens.numel() * SAMPLES_PER_TOKEN), said[1].shape
-    assert far <= tolerance, f"a recorded estimator is {far:.2g} from upstream's"
+    return float((said[0] - said[1]).abs().max())
 
 
 def measure(ways: Ways, kind: str, count: int, rounds: int) -> tuple[list[dict[str, Any]], float]:
@@ -258,11 +257,13 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     rows: list[dict[str, Any]] = []
     ratios: dict[str, float] = {}
-    more = {"weights": "random", "reference, s": options.reference}
+    more: dict[str, Any] = {"weights": "random", "reference, s": options.reference}
     for kind in ("English", "meanflow"):
         ways = Ways(*load(kind == "meanflow", options.device, options.reference), options.steps)
-        if options.quick:
-            check(ways, torch.arange(3, device=ways.s3gen.device))
+        far = farthest(ways, torch.arange(3, device=ways.s3gen.device))
+        if options.device == "cpu" and far > TOLERANCE:
+            raise SystemExit(f"{kind}: a recorded estimator is {far:.2g} from upstream's, more than {TOLERANCE:g}")
+        more[f"{kind}, recorded from upstream's"] = far
         for count in options.tokens:
             found, best = measure(ways, kind, count, options.rounds)
             rows += found
