@@ -20,10 +20,13 @@ PIP := $(PY) -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.ready-docs
 FLOOR_READY := $(FLOOR)/.ready
-BENCHMARKS := $(filter-out benchmarks/common.py benchmarks/processes.py benchmarks/quality_kvpress.py,$(wildcard benchmarks/*.py))
+# Without what is no benchmark by itself, and those that need more than is installed here.
+NOT_ALONE := carry common gpu preparing processes timetable quality_kvpress s3gen first_audio
+BENCHMARKS := $(filter-out $(NOT_ALONE:%=benchmarks/%.py),$(wildcard benchmarks/*.py))
+GPU_OPTIONS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-random test-fleet lint docs pages bench clean
+.PHONY: help demo test test-slow test-random test-fleet lint docs pages bench gpu gpu-wheels clean
 
 help:  ## print the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -65,6 +68,12 @@ pages: $(READY)  ## write pages and pictures that quote measurements anew, from 
 
 bench: $(READY)  ## run each benchmark once, small: a check that they run, whose figures mean nothing
 	@set -e; for script in $(BENCHMARKS); do echo "$$script --quick"; $(PY) $$script --quick; done
+
+gpu:  ## measure all that needs a GPU, in ten minutes at most, by what is installed (PY=python3); see docs/gpu.md
+	$(PY) benchmarks/gpu.py $(GPU_OPTIONS)
+
+gpu-wheels:  ## collect in .wheels what a machine with a GPU and no network lacks
+	$(PYTHON) benchmarks/carry.py collect .wheels
 
 clean:  ## remove what was built and all caches; the environment in .venv stays
 	rm -rf $(FLOOR) site dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -31,6 +31,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
     parser.add_argument("--quick", action="store_true", help="a smoke run: small and few, its figures mean nothing")
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default: 2)")
+    parser.add_argument("--rehearsal", action="store_true", help="mark the result as one that measures nothing")
     return parser
 
 
@@ -62,6 +63,12 @@ def chosen(sides: Mapping[str, Side], names: str | None) -> dict[str, Side]:
     return {key: sides[key] for key in keys}
 
 
+def synchronize() -> None:
+    """Wait for the GPU, if this process uses one: to be called before a look at the clock."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def interleaved(
     sides: Mapping[str, Callable[[], Any]],
     rounds: int,
@@ -78,8 +85,10 @@ def interleaved(
         for name, run in sides.items():
             if before is not None and name in before:
                 before[name]()
+            synchronize()
             start = time.perf_counter()
             run()
+            synchronize()
             if i >= warmup:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
@@ -132,8 +141,11 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def commit() -> str | None:
-    """The checkout's commit, with a mark if files have been changed since."""
+def commit() -> str:
+    """The checkout's commit, with a mark if files have been changed since.
+
+    A copy without its repository says what `KVCACHE_COMMIT` says, or "unknown".
+    """
     try:
         head = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -142,7 +154,7 @@ def commit() -> str | None:
             ["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("KVCACHE_COMMIT", "unknown")
     return head + ("-changed" if changed.stdout.strip() else "")
 
 
@@ -180,7 +192,7 @@ def finish(
     failed: Mapping[str, Failure] | None = None,
     **more: Any,
 ) -> None:
-    """Print the table and the ratios, and write the file, with what more there is, if asked to.
+    """Print the table and the ratios, and write the file, if asked to: see `keep`.
 
     Raises:
         SystemExit: with code 1, when all is written, if sides have failed.
@@ -190,24 +202,38 @@ def finish(
         console.print(f"{name}: {ratio:.4g}x")
     if options.quick:
         console.print("a quick run: these figures mean nothing")
-    if options.json is not None:
-        result = {
-            "benchmark": benchmark,
-            "command": command(sys.argv),
-            "quick": options.quick,
-            "machine": machine(),
-            "versions": versions(),
-            "commit": commit(),
-            "rows": list(rows),
-            "ratios": dict(ratios),
-            **more,
-        }
-        if failed:
-            result["failed"] = {name: {"how": failure.how, "stderr": failure.said} for name, failure in failed.items()}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    keep(benchmark, rows, ratios, options, failed, **more)
     if failed:
         raise SystemExit("\n".join([*(_told(name, failure) for name, failure in failed.items()), _way_on(options)]))
+
+
+def keep(
+    benchmark: str,
+    rows: Sequence[Mapping[str, Any]],
+    ratios: Mapping[str, float],
+    options: argparse.Namespace,
+    failed: Mapping[str, Failure] | None = None,
+    **more: Any,
+) -> None:
+    """Write the file with what has been measured so far, and what more there is, if asked to."""
+    if options.json is None:
+        return
+    result = {
+        "benchmark": benchmark,
+        "command": command(sys.argv),
+        "quick": options.quick,
+        **({"rehearsal": True} if options.rehearsal else {}),
+        "machine": machine(),
+        "versions": versions(),
+        "commit": commit(),
+        "rows": list(rows),
+        "ratios": dict(ratios),
+        **more,
+    }
+    if failed:
+        result["failed"] = {name: {"how": failure.how, "stderr": failure.said} for name, failure in failed.items()}
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _told(name: str, failure: Failure) -> str:

@@ -316,6 +316,7 @@ class Processes:
         *,
         memory: int | None = None,
         reference: str | None = None,
+        together: bool = False,
     ) -> None:
         """
         Args:
@@ -323,8 +324,9 @@ class Processes:
             threads: of torch, in each side.
             memory: bytes that this process and all sides together may have; None for no limit.
             reference: the side in every group; by default the first.
+            together: prepare all sides at once, where there are cores and memory for that; the budget is looked at then.
         """
-        self._sides, self._threads = dict(sides), threads
+        self._sides, self._threads, self._together = dict(sides), threads, together
         self._measured = Measured(next(iter(sides)) if reference is None else reference, memory)
         self._live: dict[str, _Side] = {}
         self._peaks: dict[str, int] = {}
@@ -355,12 +357,15 @@ class Processes:
         failed = set(measured.failed)
         for name in tqdm(names, desc="preparing", leave=False):
             if self._fits(name):
-                # One at a time, so that nobody prepares while another is timed.
                 log = folder / f"{len(measured.groups)}-{names.index(name)}"
                 self._live[name] = _Side(log, self._threads, self._sides[name])
-                self._hear(name)
+                if not self._together:
+                    self._hear(name)
             else:
                 self._late.append(name)
+        for name in list(self._live) if self._together else ():  # nobody prepares while another is timed
+            if name in self._live:
+                self._hear(name)
         seconds = [self._phase(phase) for phase in phases]
         whole = [*self._live, *(name for name in measured.failed if name not in failed)]
         for name in list(self._live):

@@ -24,7 +24,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import arguments, chosen, finish, known, memory_option, paired_ratio, show, spread
+from common import arguments, chosen, finish, known, memory_option, paired_ratio, show, spread, synchronize
+from preparing import Preparing
 from processes import Failure, Gate, Measured, Phase, Processes
 from torch import Tensor, nn
 from transformers import StaticCache
@@ -270,6 +271,7 @@ class Static:
         self.cache = StaticCache(config=t3.tfmr.config, max_cache_len=STATIC_SLOTS)
         self.replay: Callable[[], None] | None = None
         self.replayed: Tensor
+        self.captured: float | None = None  # seconds
 
     @torch.inference_mode()
     def begin(self) -> Tensor:
@@ -283,7 +285,11 @@ class Static:
         self.logits: Tensor = t3.speech_head(hidden[:, -1])
         self.ids = torch.full((1, 1), t3.hp.start_speech_token, device=t3.device)
         if t3.device.type == "cuda":
+            synchronize()
+            start = time.perf_counter()
             self.capture()
+            synchronize()
+            self.captured = time.perf_counter() - start
         return self.draw()
 
     def forward(self) -> None:
@@ -438,21 +444,28 @@ def serve(gate: Gate, case: Case, side: Side) -> None:
     if not side.together:
         kvcache.precision._TOGETHER = ()  # type: ignore[assignment]
     model = make(case, side)
+    if case.device != "cpu":
+        torch.cuda.reset_peak_memory_stats()  # the weights' way through fp32 is not what decoding takes
     gate.notes |= {"weights": model.weights, "per token": model.per_token}
     torch.manual_seed(0)
     if side.kind == "engine":
+        preparing = Preparing()
         engine = Engine(model, side)
         engine.begin()
+        synchronize()
         start = time.perf_counter()
         engine.turn(side.chunk or case.turn)
+        synchronize()
         gate.notes["first"] = time.perf_counter() - start
         gate.told = engine.reach
         while True:
+            gate.notes |= preparing.notes()
             gate()
             engine.turn(case.turn)
     elif side.kind == "static":
         static = Static(model)
         static.begin()
+        gate.notes |= {"capture, s": static.captured, "captures": static.captured and 1}
         gate.told = static.reach
         while True:
             gate()
@@ -528,11 +541,13 @@ def measure(
     case: Case, sides: dict[str, Side], contexts: list[int], options: argparse.Namespace, speed: float
 ) -> tuple[list[dict[str, Any]], Measured]:
     """A row for each side and context, and what was measured, a phase for each context."""
+    base = next((key for key in (UPSTREAM, f"{UPSTREAM}-bf16") if key in sides), None)
     measured = Processes(
         {key: (serve, case, side) for key, side in sides.items()},
         options.threads,
         memory=options.memory,
-        reference=UPSTREAM if UPSTREAM in sides else None,
+        reference=base,
+        together=options.prepare_together,
     ).run([Phase(options.steps, warmup=1, word=context) for context in contexts])
     rows = []
     for phase, context in enumerate(contexts):
@@ -553,11 +568,12 @@ def measure(
                     "turns": ms["n"],
                     "tokens/s": 1e3 / ms["median"] if there else None,
                     "RTF": ms["median"] / 1e3 * TOKENS_PER_SECOND if there else None,
-                    "upstream / this": measured.ratio(UPSTREAM, key, paired_ratio, phase),
+                    "upstream / this": None if base is None else measured.ratio(base, key, paired_ratio, phase),
                     "floor, %": None if floor is None else 100 * floor / ms["median"],
                     "peak MiB": note.get("GPU MiB, peak", note.get("MiB, peak")),
                     "resident MiB": note.get("MiB"),
                     "first turn, s": note["first"] if side.backend != "eager" and "first" in note else None,
+                    **{name: note.get(name) for name in ("compile, s", "capture, s", "captures")},
                     **measured.mark(key),
                 }
             )
@@ -590,6 +606,8 @@ def ratios_of(device: str, at: dict[tuple[str, int], tuple[Measured, int]]) -> d
         {
             "gpu_graph_over_upstream": best_ratio(english, graphs, "upstream-bf16"),
             "gpu_graph_over_static_graph": best_ratio(english, graphs, "static-bf16"),
+            "gpu_graph_over_eager": best_ratio(english, graphs, "eager-bf16"),
+            "gpu_nano_graph_over_upstream": best_ratio(nano, graphs, "upstream-bf16"),
         }
     )
 
@@ -648,6 +666,9 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--ablation", action="store_true", help="also leave out one ingredient of the best at a time")
     parser.add_argument("--layers", type=int, help="only so many of the backbone's, for a quick check")
     memory_option(parser)
+    parser.add_argument(
+        "--prepare-together", action="store_true", help="prepare all sides at once, where cores and memory allow it"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the times there (PNG, PDF or SVG)")
     options: argparse.Namespace = parser.parse_args()
     if options.device == "auto":
@@ -662,7 +683,9 @@ def options_of() -> argparse.Namespace:
 def main() -> None:
     options = options_of()
     torch.set_num_threads(options.threads)
-    sides = chosen(SIDES if options.device == "cpu" else GPU_SIDES, options.sides)
+    every = GPU_SIDES | SIDES if options.device == "cpu" else SIDES | GPU_SIDES  # a CPU traces what a GPU captures
+    usual = list(SIDES if options.device == "cpu" else GPU_SIDES)
+    sides = chosen(every, ",".join(usual) if options.sides is None else options.sides)
     variants = ("english", "nano") if options.variant == "all" else (options.variant,)
     contexts = sorted({int(context) for context in options.contexts.split(",")})
     speed = bandwidth(options.device)
@@ -694,6 +717,8 @@ def main() -> None:
     more: dict[str, Any] = {"copy, GB/s": speed / 1e9, "weights": "random", "sides": list(sides), "memory": facts}
     if options.device == "cpu":
         more["gpu"] = "not yet measured"
+    if options.prepare_together:
+        more["prepared"] = "together: compile and capture times are those of sides that share the cores"
     if ablation:
         more["ablation"] = ablation
         show("t3_decode, one ingredient of the best left out", ablation)
