@@ -194,7 +194,7 @@ def test_ratios_are_of_the_same_group_or_over_the_reference_of_each():
 
 
 def test_the_file_and_the_table_are_written_and_the_exit_code_is_1(tmp_path, capsys):
-    options = Namespace(json=tmp_path / "result.json", quick=False, memory=16 * 10**9, sides=None)
+    options = Namespace(json=tmp_path / "result.json", quick=False, rehearsal=False, memory=16 * 10**9, sides=None)
     rows = [{"side": "a", "s": 1.0, "failed": None}, {"side": "b", "s": None, "failed": "killed by SIGKILL"}]
     failed = {"b": Failure("killed by SIGKILL", ("the last", "words"))}
     with pytest.raises(SystemExit) as ended:
