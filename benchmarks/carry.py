@@ -1,7 +1,7 @@
 """What a machine without a network needs: the wheels that it lacks, and which commit its copy of the tree is of.
 
     python benchmarks/carry.py collect .wheels            # on a machine with a network; pinned in gpu-wheels.txt
-    python benchmarks/carry.py install .wheels SITE       # on the other one, into a folder that goes on PYTHONPATH
+    python benchmarks/carry.py install .wheels SITE       # on the other one, into folders that go on PYTHONPATH
 
 Only Python's own library is imported here, so that it runs before anything is installed.
 """
@@ -9,11 +9,13 @@ Only Python's own library is imported here, so that it runs before anything is i
 import argparse
 import hashlib
 import importlib
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -24,6 +26,7 @@ CHECKED = "checked.json"  # beside what was installed
 MOST_MIB = 64
 PYTHON_VERSION = "3.12"
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (35, 34, 31, 28, 27, 24, 17)] + ["manylinux2014_x86_64"]
+LOOKED_FOR = ("chatterbox-tts",)  # not imported as a whole: that wants all the others, and more; steps import its parts
 CODE = ("kvcache/**/*.py", "adapters/**/*.py", "benchmarks/*.py", "tests/*.py")
 
 
@@ -122,7 +125,10 @@ def _tree_bytes() -> int:
 def install(
     folder: Path, site: Path, without: Sequence[str], packages: Mapping[str, tuple[str, str]]
 ) -> dict[str, str]:
-    """Install the wheels into a folder of their own, and import each.
+    """Unpack each wheel into a folder of its own in `site`, and see whether it imports.
+
+    A step is given the folders of what it needs and no others: transformers imports some of them where it finds them, and
+    breaks if they lack something.
 
     Args:
         without: packages that are left out, to see what becomes of the rest.
@@ -130,54 +136,42 @@ def install(
     Returns:
         Each package that cannot be used, and why. `CHECKED` in `site` holds the same.
     """
-    found = {name: wheel_of(name, version, folder) for name, (version, _) in packages.items() if name not in without}
-    missing = {
-        name: f"no wheel of {name}=={version} in {folder}: run make gpu-wheels where there is a network"
-        for name, (version, _) in packages.items()
-        if found.get(name) is None
-    }
-    wheels = {name: wheel for name, wheel in found.items() if wheel is not None}
-    _fill(site, wheels.values())
-    if broken := _imports(site, {name: packages[name][1] for name in wheels}):
-        # transformers imports some of them where it finds them, and would break with them.
-        _fill(site, (wheel for name, wheel in wheels.items() if name not in broken))
-    missing |= broken
+    if site.exists():
+        shutil.rmtree(site)
+    site.mkdir(parents=True)
+    missing, modules = {}, {}
+    for name, (version, module) in packages.items():
+        wheel = None if name in without else wheel_of(name, version, folder)
+        if wheel is None:
+            missing[name] = f"no wheel of {name}=={version} in {folder}: run make gpu-wheels where there is a network"
+        else:
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(site / name)
+            modules[name] = module
+    missing |= _imports(site, modules)
     (site / CHECKED).write_text(json.dumps(missing, indent=1) + "\n")
     return missing
 
 
-def _fill(site: Path, wheels: Iterable[Path]) -> None:
-    """Make the folder anew, with these in it."""
-    wheels = list(wheels)
-    if site.exists():
-        shutil.rmtree(site)
-    site.mkdir(parents=True)
-    if not wheels:
-        return
-    command = [
-        sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-index", "--no-deps",
-        "--no-compile", "--no-cache-dir", f"--target={site}", *map(str, wheels),
-    ]  # fmt: skip
-    subprocess.run(command, check=True)
-
-
 def _imports(site: Path, modules: Mapping[str, str]) -> dict[str, str]:
-    """Packages whose module does not import, and why; in a process of its own, with `site` before all else."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])}
+    """Packages whose module does not import, and why; in a process of its own that sees all of them."""
+    paths = [*(str(site / name) for name in modules), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-W", "ignore", __file__, "imports", json.dumps(modules)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def import_each(modules: Mapping[str, str]) -> dict[str, str]:
-    """Packages whose module does not import, and why, but for those that merely lack another of the list."""
+    """Packages whose module does not import, and why."""
     failed = {}
     for name, module in modules.items():
         try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if error.name not in {module for _, module in pinned().values()}:
-                failed[name] = f"needs {error.name}, which is on no list"
+            if name in LOOKED_FOR:
+                if importlib.util.find_spec(module) is None:
+                    failed[name] = f"there is no module {module}"
+            else:
+                importlib.import_module(module)
         except Exception as error:  # whatever a package does when it is imported: it is said, the others go on
             failed[name] = f"{type(error).__name__}: {error}"
     return failed

@@ -23,8 +23,8 @@ from timetable import Results, Step, line, run_all
 
 DEADLINE = 585  # seconds from the start
 STARTING = 15  # of them until the first step: what the machine is
-T3 = ("chatterbox-tts",)
-S3GEN = ("chatterbox-tts", "conformer", "diffusers", "librosa", "omegaconf", "s3tokenizer", "soxr", "soundfile")
+T3 = ("chatterbox-tts", "sentencex")
+S3GEN = tuple(pinned())
 FIRST_SIDES = "upstream,upstream-bf16,static-bf16,eager-bf16,graph-bf16"
 COMPILED_SIDES = "graph-bf16,compile-bf16,graph+compile-bf16"
 FACTS = """
@@ -40,7 +40,8 @@ try:
 except ImportError as error:
     triton = str(error)
 memory = torch.cuda.get_device_properties(0).total_memory / 2**30 if gpu else None
-print(json.dumps({"machine": common.machine(), "versions": {**common.versions(), "triton": triton, "cuda": torch.version.cuda},
+installed = {name: common.versions()[name] for name in ("python", "torch", "transformers")}
+print(json.dumps({"machine": common.machine(), "versions": {**installed, "triton": triton, "cuda": torch.version.cuda},
                   "commit": common.commit(), "cuda": gpu, "nvidia-smi": said, "gpu_memory_gib": memory}))
 """
 
@@ -101,9 +102,10 @@ def _benchmark(name: str, script: str, limit: float, results: Path, needs: tuple
     return Step(name, limit, (sys.executable, file, *options, "--json", str(results / f"{name}.json")), needs)
 
 
-def environment_of(site: Path, wheels: Path) -> dict[str, str]:
-    """What the steps see: the carried wheels, this tree, and nothing that looks for a network."""
-    paths = [site, ROOT, ROOT / "adapters", ROOT / "benchmarks"]
+def environment_of(site: Path, wheels: Path, needs: Sequence[str] = ()) -> dict[str, str]:
+    """What a step sees: this tree, T3's wheels, others that it needs, and nothing that looks for a network."""
+    wanted = dict.fromkeys((*T3, *needs))  # GPU tests use T3's where they are
+    paths = [ROOT, ROOT / "adapters", ROOT / "benchmarks", *(site / name for name in wanted)]
     before = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
     commit = carried_commit(wheels)
     return {
@@ -188,8 +190,7 @@ def chosen(steps: list[Step], only: str | None) -> list[Step]:
 def main() -> None:
     options = options_of()
     began = time.monotonic()
-    environment = environment_of(options.site, options.wheels)
-    known = facts(environment)
+    known = facts(environment_of(options.site, options.wheels))
     if not known["cuda"] and not options.rehearse:
         raise SystemExit(
             "torch sees no CUDA device, and figures of a CPU are not to be taken for a GPU's: run this on a machine with a GPU, "
@@ -211,7 +212,7 @@ def main() -> None:
         return dict(json.loads(checked.read_text())) if checked.exists() else dict.fromkeys(pinned(), "not installed")
 
     passed = run_all(
-        injected(steps, options.inject), results, environment=environment, log=options.results / "gpu.log",
+        injected(steps, options.inject), results, environment=lambda step: environment_of(options.site, options.wheels, step.needs), log=options.results / "gpu.log",
         missing=missing, deadline=began + options.seconds, say=lambda text: print(text, flush=True),
     )  # fmt: skip
     print()

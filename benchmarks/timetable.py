@@ -130,7 +130,7 @@ def run_all(
     steps: Sequence[Step],
     results: Results,
     *,
-    environment: Mapping[str, str],
+    environment: Callable[[Step], Mapping[str, str]],
     log: Path,
     missing: Callable[[], Mapping[str, str]],
     deadline: float,
@@ -139,6 +139,7 @@ def run_all(
     """Run the steps that have not passed yet, in order.
 
     Args:
+        environment: of a step's process.
         missing: packages that cannot be used, asked before each step.
         deadline: of `time.monotonic`: no step runs beyond it.
         say: prints a line.
@@ -158,7 +159,7 @@ def run_all(
         elif left <= 0:
             outcome = Outcome("skipped", reason="no time left")
         else:
-            outcome = run_step(step, min(step.limit, left), environment, log)
+            outcome = run_step(step, min(step.limit, left), environment(step), log)
         results.put(step, outcome)
         say(line(step, outcome))
     outcomes = [results.of(step.name) for step in steps]

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ class Runner:
         return run_all(
             steps,
             Results(self.file, about, KEY, again),
-            environment=os.environ,
+            environment=lambda step: os.environ,
             log=self.folder / "gpu.log",
             missing=lambda: dict.fromkeys(missing, "not there"),
             deadline=time.monotonic() + seconds,
@@ -172,7 +173,7 @@ kill = "import os, signal; os.kill(os.getppid(), signal.SIGKILL)"
 steps = [Step("a", 60, (sys.executable, "-S", "-c", "")), Step("b", 60, (sys.executable, "-S", "-c", kill))]
 folder = Path({str(tmp_path)!r})
 results = Results(folder / "gpu.json", {{}}, ())
-run_all(steps, results, environment=os.environ, log=folder / "gpu.log", missing=dict, deadline=time.monotonic() + 60)
+run_all(steps, results, environment=lambda step: os.environ, log=folder / "gpu.log", missing=dict, deadline=time.monotonic() + 60)
 """
     assert subprocess.run([sys.executable, "-S", "-c", program], capture_output=True).returncode == -signal.SIGKILL
     kept = json.loads((tmp_path / "gpu.json").read_text())["steps"]
@@ -260,30 +261,39 @@ def test_what_is_carried_must_be_small_enough(tmp_path, capsys):
         carry.check_size(made, 2**19, 1.4)
 
 
-def test_what_cannot_be_imported_is_named(tmp_path, monkeypatch):
-    for name, text in {
-        "good": "",
-        "broken": "raise OSError('no CUDA here')",
-        "lonely": "import nothing_of_this_name",
-        "whole": "import perth_of_the_list",
-    }.items():
-        (tmp_path / f"{name}.py").write_text(text)
-    monkeypatch.syspath_prepend(tmp_path)
-    known = {name: ("1", name) for name in ("good", "broken", "lonely", "whole")} | {
-        "perth": ("1", "perth_of_the_list")
+def test_what_cannot_be_imported_is_named(tmp_path):
+    """Each wheel is unpacked into a folder of its own, and imported beside the others."""
+    packages, texts = (
+        {},
+        {
+            "good": "",
+            "broken": "raise OSError('no CUDA')",
+            "lonely": "import absent",
+            "chatterbox-tts": "import absent",
+        },
+    )
+    for name, text in texts.items():
+        packages[name] = ("1.0", name.replace("-", "_"))
+        with zipfile.ZipFile(tmp_path / f"{packages[name][1]}-1.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"{packages[name][1]}.py", text)
+    packages["gone"] = ("1.0", "gone")
+    site = tmp_path / "site"
+    missing = carry.install(tmp_path, site, ["good"], packages)
+    assert missing == {
+        "good": f"no wheel of good==1.0 in {tmp_path}: run make gpu-wheels where there is a network",
+        "gone": f"no wheel of gone==1.0 in {tmp_path}: run make gpu-wheels where there is a network",
+        "broken": "OSError: no CUDA",
+        "lonely": "ModuleNotFoundError: No module named 'absent'",
     }
-    monkeypatch.setattr(carry, "pinned", lambda: known)
-    assert carry.import_each({name: module for name, (_, module) in known.items() if name != "perth"}) == {
-        "broken": "OSError: no CUDA here",
-        "lonely": "needs nothing_of_this_name, which is on no list",
-    }
+    assert json.loads((site / carry.CHECKED).read_text()) == missing
+    assert list(carry.install(tmp_path, site, [], packages)) == ["gone", "broken", "lonely"]
+    assert (site / "good" / "good.py").exists()
 
 
-def test_a_missing_wheel_is_named(tmp_path):
-    missing = carry.install(tmp_path / "wheels", tmp_path / "site", [], {"librosa": ("0.11.0", "librosa")})
-    assert list(missing) == ["librosa"]
-    assert "make gpu-wheels" in missing["librosa"]
-    assert json.loads((tmp_path / "site" / carry.CHECKED).read_text()) == missing
+def test_a_step_sees_the_wheels_that_it_needs(tmp_path):
+    paths = gpu.environment_of(tmp_path, tmp_path, ("a", "b", gpu.T3[0]))["PYTHONPATH"].split(os.pathsep)
+    seen = [Path(path).name for path in paths if path.startswith(str(tmp_path))]
+    assert seen == [*gpu.T3, "a", "b"]
 
 
 def test_the_list_pins_each_package_and_its_module(tmp_path):
