@@ -173,7 +173,10 @@ def test_what_a_dead_side_has_started_ends_with_it(way, trace):
 
 @linux
 def test_nothing_is_left_after_an_interrupt(trace, monkeypatch):
-    monkeypatch.setattr(processes._Side, "answer", lambda side, meanwhile: os.kill(os.getpid(), signal.SIGINT))
+    def interrupted(side, meanwhile):
+        raise KeyboardInterrupt  # as Ctrl-C does, which a shell's background job would not be sent
+
+    monkeypatch.setattr(processes._Side, "answer", interrupted)
     with pytest.raises(KeyboardInterrupt):
         Processes({"a": (steady, trace, "a")}, 1).run([Phase(1)])
 

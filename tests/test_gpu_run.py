@@ -18,6 +18,8 @@ import carry
 import gpu
 from timetable import TAIL, Results, Step, run_all
 
+pytestmark = pytest.mark.one_release
+
 ROOT = Path(__file__).resolve().parents[1]
 ABOUT = {"rehearsal": True, "code": "1"}
 KEY = ("rehearsal", "code")
