@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import select
-import signal
 import subprocess
 import sys
 from argparse import Namespace
