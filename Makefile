@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 FLOOR ?= .venv-floor
 JOBS ?= 2
+ROUNDS ?= 8
+# Of the slow tests: PART=2/3 is the second of three shares.
+SHARE = $(if $(PART),--splits $(word 2,$(subst /, ,$(PART))) --group $(word 1,$(subst /, ,$(PART))))
 
 # Pinned, so that a wheel already at hand serves: for one without CUDA, set
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
@@ -17,12 +20,13 @@ PIP := $(PY) -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.ready-docs
 FLOOR_READY := $(FLOOR)/.ready
-# The rest is arithmetic on tensors, which no release of transformers can change.
-FLOOR_TESTS := $(filter-out tests/test_laws.py tests/test_policies.py tests/test_stores.py tests/test_store_faults.py tests/test_kernel.py tests/test_precision.py tests/test_quantized.py tests/test_segments.py tests/test_plan.py tests/test_server.py tests/test_chatterbox_audio.py tests/test_batch.py tests/test_scheduler.py tests/test_measured_pages.py tests/test_tutorial.py,$(wildcard tests/test_*.py))
-BENCHMARKS := $(filter-out benchmarks/common.py benchmarks/quality_kvpress.py,$(wildcard benchmarks/*.py))
+# Without what is no benchmark by itself, and those that need more than is installed here.
+NOT_ALONE := carry common gpu preparing processes timetable quality_kvpress s3gen first_audio
+BENCHMARKS := $(filter-out $(NOT_ALONE:%=benchmarks/%.py),$(wildcard benchmarks/*.py))
+GPU_OPTIONS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-fleet lint docs pages bench clean
+.PHONY: help demo test test-slow test-random test-fleet lint docs pages bench gpu gpu-wheels clean
 
 help:  ## print the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -35,10 +39,16 @@ demo: $(READY)  ## stream speech tokens from Chatterbox, see known voices start 
 
 test: $(READY) $(FLOOR_READY)  ## run the tests on the newest and on the lowest transformers; the slow ones are left out
 	$(PY) -m pytest -n $(JOBS) -m "not slow"
-	PYTHONPATH=$(FLOOR) $(PY) -m pytest -n $(JOBS) -m "not slow" $(FLOOR_TESTS)
+	PYTHONPATH=$(FLOOR) $(PY) -m pytest -n $(JOBS) -m "not slow and not one_release"
 
-test-slow: $(READY)  ## run the tests that take minutes or gigabytes
-	$(PY) -m pytest -m slow
+test-slow: $(READY) $(FLOOR_READY)  ## run the tests that take minutes or gigabytes, and the whole grids; PART=1/3 runs a third
+	$(PY) -m pytest -m slow $(SHARE)
+	PYTHONPATH=$(FLOOR) $(PY) -m pytest -m "slow and grid and not one_release" $(SHARE)
+	PYTHONPATH=$(FLOOR) $(PY) -m pytest -m "not slow" $(SHARE) tests/test_docs.py
+
+test-random: $(READY)  ## run the fast tests ROUNDS times (8), each time in another order, to find what depends on it
+	@for seed in $$(seq $(ROUNDS)); do echo "==> order $$seed"; \
+	$(PY) -m pytest -n $(JOBS) -m "not slow" --random-order --random-order-seed=$$seed --durations=0 --durations-min=60 || exit 1; done
 
 test-fleet: $(READY)  ## run the tests of replicas on a local Ray, which it installs
 	$(PIP) install --quiet --no-warn-conflicts "$(TORCH)" "$(NEWEST)" -e ".[test,ray]"
@@ -58,6 +68,12 @@ pages: $(READY)  ## write pages and pictures that quote measurements anew, from 
 
 bench: $(READY)  ## run each benchmark once, small: a check that they run, whose figures mean nothing
 	@set -e; for script in $(BENCHMARKS); do echo "$$script --quick"; $(PY) $$script --quick; done
+
+gpu:  ## measure all that needs a GPU, in ten minutes at most, by what is installed (PY=python3); see docs/gpu.md
+	$(PY) benchmarks/gpu.py $(GPU_OPTIONS)
+
+gpu-wheels:  ## collect in .wheels what a machine with a GPU and no network lacks
+	$(PYTHON) benchmarks/carry.py collect .wheels
 
 clean:  ## remove what was built and all caches; the environment in .venv stays
 	rm -rf $(FLOOR) site dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis

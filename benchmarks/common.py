@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import multiprocessing
 import os
 import platform
 import shlex
@@ -12,14 +11,16 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from processes import Failure, allowed
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
+
+from kvcache.policies import parse_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,7 +31,42 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
     parser.add_argument("--quick", action="store_true", help="a smoke run: small and few, its figures mean nothing")
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default: 2)")
+    parser.add_argument("--rehearsal", action="store_true", help="mark the result as one that measures nothing")
     return parser
+
+
+def memory_option(parser: argparse.ArgumentParser, most: int | None = None) -> None:
+    """The option ``--memory`` of a benchmark whose sides are processes; by default no more than `most` bytes."""
+    budget = allowed(most)
+    told = "no limit, the system does not tell what it has" if budget is None else f"{budget / 2**30:.1f}GiB here"
+    parser.add_argument(
+        "--memory",
+        type=parse_bytes,
+        metavar="SIZE",
+        default=budget,
+        help=f"what all sides may take together, as in 12GB; those that do not fit are measured later (default: {told})",
+    )
+
+
+Side = TypeVar("Side")
+
+
+def chosen(sides: Mapping[str, Side], names: str | None) -> dict[str, Side]:
+    """Those that the option ``--sides`` names, with commas between them; all if it was not given.
+
+    Raises:
+        SystemExit: if there is none of a name.
+    """
+    keys = list(sides) if names is None else names.split(",")
+    if unknown := set(keys) - set(sides):
+        raise SystemExit(f"--sides: there is no {', '.join(sorted(unknown))}; there are {', '.join(sides)}")
+    return {key: sides[key] for key in keys}
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if this process uses one: to be called before a look at the clock."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def interleaved(
@@ -49,116 +85,19 @@ def interleaved(
         for name, run in sides.items():
             if before is not None and name in before:
                 before[name]()
+            synchronize()
             start = time.perf_counter()
             run()
+            synchronize()
             if i >= warmup:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
-class Gate:
-    """Called by a side before each of its turns: reports how long the last one took, and waits for the next.
-
-    Attributes:
-        told: what the side does when it is told something between two turns, outside their time.
-        notes: what the side has to say at its end.
-    """
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._start = time.perf_counter()
-        self.told: Callable[[Any], None] = lambda word: None
-        self.notes: dict[str, Any] = {}
-
-    def __call__(self) -> None:
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        self._connection.send(time.perf_counter() - self._start)
-        while (order := self._connection.recv())[0] == "tell":
-            self.told(order[1])
-            self._connection.send(None)
-        if order[0] == "end":
-            self._connection.send(self.notes | memory())
-            raise SystemExit
-        self._start = time.perf_counter()
-
-
-def memory() -> dict[str, float]:
-    """MiB of this process now and at most, and at most on the GPU, if it used one."""
-    status = dict(line.split(":", 1) for line in _lines("/proc/self/status"))
-    found = {
-        name: int(status[field].split()[0]) / 2**10
-        for name, field in (("MiB", "VmRSS"), ("MiB, peak", "VmHWM"))
-        if field in status
-    }
-    if torch.cuda.is_initialized():
-        found["GPU MiB, peak"] = torch.cuda.max_memory_allocated() / 2**20
-    return found
-
-
-def _serve(connection: Connection, threads: int, side: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(threads)
-    side(Gate(connection), *arguments)
-
-
-class Processes:
-    """Sides that live in a process each, as they would in use, and take turns.
-
-    What one side allocates and frees then does not decide where another's memory comes from. A side is a function and
-    its arguments; it is called with a `Gate` before them, and calls it before each turn.
-    """
-
-    def __init__(self, sides: Mapping[str, tuple[Any, ...]], threads: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._ends: dict[str, Connection] = {}
-        self._processes = []
-        for name, (side, *rest) in tqdm(sides.items(), desc="preparing", leave=False):
-            self._ends[name], end = context.Pipe()
-            process = context.Process(target=_serve, args=(end, threads, side, tuple(rest)), daemon=True)
-            process.start()
-            end.close()
-            self._processes.append(process)
-            self._ends[name].recv()  # prepared: one at a time, so that nobody prepares while another is timed
-
-    def tell(self, word: Any) -> None:
-        """Let every side do what it does at this word."""
-        for end in self._ends.values():
-            end.send(("tell", word))
-            end.recv()
-
-    def rounds(self, rounds: int, warmup: int = 3) -> dict[str, list[float]]:
-        """Seconds of each side in each round."""
-        seconds: dict[str, list[float]] = {name: [] for name in self._ends}
-        for i in tqdm(range(warmup + rounds), desc="rounds", leave=False):
-            for name, end in self._ends.items():
-                end.send(("turn",))
-                took = end.recv()
-                if i >= warmup:
-                    seconds[name].append(took)
-        return seconds
-
-    def end(self) -> dict[str, dict[str, Any]]:
-        """Let every side end; their notes."""
-        for end in self._ends.values():
-            end.send(("end",))
-        notes = {name: end.recv() for name, end in self._ends.items()}
-        for process in self._processes:
-            process.join()
-        return notes
-
-
-def interleaved_processes(
-    sides: Mapping[str, tuple[Any, ...]], rounds: int, threads: int, warmup: int = 3
-) -> dict[str, list[float]]:
-    """As `interleaved`, but with each side in a process of its own, see `Processes`."""
-    processes = Processes(sides, threads)
-    seconds = processes.rounds(rounds, warmup)
-    processes.end()
-    return seconds
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles."""
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Median and quartiles; None where there are no values."""
+    if not values:
+        return {"median": None, "q1": None, "q3": None, "n": 0}
     low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
     return {"median": statistics.median(values), "q1": low, "q3": high, "n": len(values)}
 
@@ -166,6 +105,11 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 def paired_ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
     """Median over the rounds of how many times longer `slow` took; above 1, `fast` is faster."""
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+def known(ratios: Mapping[str, float | None]) -> dict[str, float]:
+    """Those of which both sides were measured."""
+    return {name: ratio for name, ratio in ratios.items() if ratio is not None}
 
 
 def machine() -> dict[str, Any]:
@@ -197,8 +141,11 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def commit() -> str | None:
-    """The checkout's commit, with a mark if files have been changed since."""
+def commit() -> str:
+    """The checkout's commit, with a mark if files have been changed since.
+
+    A copy without its repository says what `KVCACHE_COMMIT` says, or "unknown".
+    """
     try:
         head = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -207,7 +154,7 @@ def commit() -> str | None:
             ["git", "status", "--porcelain", "-uno"], cwd=ROOT, capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("KVCACHE_COMMIT", "unknown")
     return head + ("-changed" if changed.stdout.strip() else "")
 
 
@@ -228,10 +175,11 @@ def show(title: str, rows: Sequence[Mapping[str, Any]]) -> Console:
     """Print a table."""
     console = Console(width=None if sys.stdout.isatty() else 180)
     table = Table(title=title)
-    for column in rows[0]:
-        table.add_column(column, justify="left" if isinstance(rows[0][column], str) else "right")
+    columns = {column: isinstance(value, str) for row in rows for column, value in row.items() if value is not None}
+    for column in dict.fromkeys(column for row in rows for column in row):
+        table.add_column(column, justify="left" if columns.get(column) else "right")
     for row in rows:
-        table.add_row(*(_cell(value) for value in row.values()))
+        table.add_row(*(_cell(row.get(str(column.header))) for column in table.columns))
     console.print(table)
     return console
 
@@ -241,28 +189,63 @@ def finish(
     rows: Sequence[Mapping[str, Any]],
     ratios: Mapping[str, float],
     options: argparse.Namespace,
+    failed: Mapping[str, Failure] | None = None,
     **more: Any,
 ) -> None:
-    """Print the table and the ratios, and write the file, with what more there is, if asked to."""
+    """Print the table and the ratios, and write the file, if asked to: see `keep`.
+
+    Raises:
+        SystemExit: with code 1, when all is written, if sides have failed.
+    """
     console = show(f"{benchmark}, {machine()['cpu']}, {torch.get_num_threads()} threads", rows)
     for name, ratio in ratios.items():
         console.print(f"{name}: {ratio:.4g}x")
     if options.quick:
         console.print("a quick run: these figures mean nothing")
-    if options.json is not None:
-        result = {
-            "benchmark": benchmark,
-            "command": command(sys.argv),
-            "quick": options.quick,
-            "machine": machine(),
-            "versions": versions(),
-            "commit": commit(),
-            "rows": list(rows),
-            "ratios": dict(ratios),
-            **more,
-        }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    keep(benchmark, rows, ratios, options, failed, **more)
+    if failed:
+        raise SystemExit("\n".join([*(_told(name, failure) for name, failure in failed.items()), _way_on(options)]))
+
+
+def keep(
+    benchmark: str,
+    rows: Sequence[Mapping[str, Any]],
+    ratios: Mapping[str, float],
+    options: argparse.Namespace,
+    failed: Mapping[str, Failure] | None = None,
+    **more: Any,
+) -> None:
+    """Write the file with what has been measured so far, and what more there is, if asked to."""
+    if options.json is None:
+        return
+    result = {
+        "benchmark": benchmark,
+        "command": command(sys.argv),
+        "quick": options.quick,
+        **({"rehearsal": True} if options.rehearsal else {}),
+        "machine": machine(),
+        "versions": versions(),
+        "commit": commit(),
+        "rows": list(rows),
+        "ratios": dict(ratios),
+        **more,
+    }
+    if failed:
+        result["failed"] = {name: {"how": failure.how, "stderr": failure.said} for name, failure in failed.items()}
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _told(name: str, failure: Failure) -> str:
+    return "\n  ".join([f"{name}: {failure.how}", *failure.said])
+
+
+def _way_on(options: argparse.Namespace) -> str:
+    """What to try where memory is too little for sides that are processes."""
+    ways = [] if options.memory is None else [f"--memory {0.75 * options.memory / 1e9:.1f}GB"]
+    if "sides" in options:
+        ways.append("--sides with fewer of them")
+    return f"The other sides are measured. If memory was short, try {' or '.join(ways) or 'a larger machine'}."
 
 
 def _cell(value: Any) -> str:

@@ -1,7 +1,9 @@
 """A long text on Chatterbox's T3: its segments one after the other, as upstream speaks them, and together in one batch.
 
 Each side is a process of its own and they take turns: where segments run one after the other a turn is one segment, where
-they run together an eighth of the text's tokens. Upstream's `T3.inference` runs unchanged. Ours knows the voice, as it does
+they run together an eighth of the text's tokens. Where not all fit into `--memory`, they are measured in groups, one after the
+other, and upstream speaks the text in every group: "upstream / this" and all ratios are of turns in the same group, or, where
+two sides were in different groups, of both over upstream in their own; see `processes.py`. Upstream's `T3.inference` runs unchanged. Ours knows the voice, as it does
 from the second request on. Then each of our sides begins the text anew a few times and stops at its first chunk.
 
 Weights are random: they decide neither shapes nor speed. The stop token is made impossible, by a bias of the head, on every
@@ -9,15 +11,18 @@ side alike, so each segment is exactly as long as asked.
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
-from common import Gate, Processes, arguments, finish, memory, spread
+from common import arguments, chosen, finish, known, memory_option, spread
+from processes import Gate, Measured, Phase, Processes, memory
 from torch import nn
 
+from kvcache.memory import give_back
 from kvcache.scheduler import Request, Turns
 from kvcache_chatterbox import ChatterboxEngine, load_t3, stand_in
 from kvcache_chatterbox.loading import upstream_t3
@@ -37,6 +42,8 @@ Help the woman get back to her feet. A pot of tea helps to pass the evening.
 CHARACTERS = 100
 CHUNK = 25
 TOKENS_PER_SECOND = 25  # of speech
+MEMORY = 16 * 10**9  # bytes, by default
+WHOLE, FIRST = 0, 1  # phases
 UPSTREAM = "upstream's loop, one after the other, fp32"
 ALONE, BATCH = "ours, one after the other", "ours, together"
 
@@ -211,10 +218,11 @@ def serve(gate: Gate, case: Case, side: Side) -> None:
         for _ in units:
             if first[0]:
                 break
+            gate.notes |= {
+                "estimate, MiB": resident + estimate(engine, long) / 2**20,
+                "peak, MiB": memory().get("MiB, peak"),
+            }
             gate()
-        gate.notes |= {"estimate, MiB": resident + estimate(engine, long) / 2**20} | {
-            "peak, MiB": memory().get("MiB, peak")
-        }
 
 
 def resident_from_here() -> float:
@@ -245,20 +253,19 @@ def check() -> None:
     assert batch == expected, "together says something else than upstream"
 
 
-def rows_of(
-    case: Case,
-    chosen: dict[str, Side],
-    seconds: dict[str, list[float]],
-    firsts: dict[str, list[float]],
-    notes: dict[str, dict[str, Any]],
-) -> list[dict[str, Any]]:
+def whole(slow: Sequence[float], fast: Sequence[float]) -> float:
+    """How many times longer the text took: the turns of one text differ in length, and are compared by their sums."""
+    return sum(slow) / sum(fast)
+
+
+def rows_of(case: Case, sides: dict[str, Side], measured: Measured, firsts: bool) -> list[dict[str, Any]]:
     tokens = case.tokens * case.segments
-    rounds = len(seconds["upstream"]) // case.segments
-    slowest = sum(seconds["upstream"])
     rows = []
-    for key, side in chosen.items():
-        turn, first, note = spread(seconds[key]), spread(firsts[key]) if firsts.get(key) else {}, notes[key]
-        total = sum(seconds[key]) / rounds
+    for key, side in sides.items():
+        seconds, note = measured.seconds(key, WHOLE), measured.notes.get(key, {})
+        turn = spread(seconds)
+        first = spread(measured.seconds(key, FIRST) if firsts and side.rows is not None else [])
+        total = sum(seconds) * case.segments / len(seconds) if seconds else None
         rows.append(
             {
                 "side": side.label,
@@ -266,38 +273,48 @@ def rows_of(
                 "turn, s": turn["median"],
                 "q1": turn["q1"],
                 "q3": turn["q3"],
-                "ms/token": 1e3 * total / tokens,
-                "RTF": total / (tokens / TOKENS_PER_SECOND),
-                "upstream / this": slowest / sum(seconds[key]),
-                "first chunk, s": first.get("median"),
-                "first q1": first.get("q1"),
-                "first q3": first.get("q3"),
+                "ms/token": None if total is None else 1e3 * total / tokens,
+                "RTF": None if total is None else total / (tokens / TOKENS_PER_SECOND),
+                "upstream / this": measured.ratio("upstream", key, whole, WHOLE),
+                "first chunk, s": first["median"],
+                "first q1": first["q1"],
+                "first q3": first["q3"],
                 "KV MiB": note["KV bytes"] / 2**20 if "KV bytes" in note else None,
                 "planned MiB": note["planned"] / 2**20 if "planned" in note else None,
                 "peak MiB": note.get("peak, MiB"),
                 "estimate MiB": note.get("estimate, MiB"),
+                **measured.mark(key),
             }
         )
     return rows
 
 
-def ratios_of(rows: dict[str, dict[str, Any]]) -> dict[str, float]:
-    best = min((row for key, row in rows.items() if key.startswith("batch-")), key=lambda row: row["s"])
-    batch, alone = rows["batch-fp32"], rows["alone-fp32"]
+def ratios_of(measured: Measured, sides: dict[str, Side], firsts: bool) -> dict[str, float]:
+    def over(slow: str, fast: str) -> float | None:
+        return measured.ratio(slow, fast, whole, WHOLE)
+
+    def best(slow: str) -> float | None:
+        """Over the best of those that run together, as the engine has it."""
+        found = known({key: over(slow, key) for key in sides if key.startswith("batch-")})
+        return max(found.values(), default=None)
+
     found = {
-        "batch8_over_sequential": alone["s"] / batch["s"],
-        "batch8_best_over_upstream": rows["upstream"]["s"] / best["s"],
-        "peak_over_estimate": batch["peak MiB"] / batch["estimate MiB"],
+        "batch8_over_sequential": over("alone-fp32", "batch-fp32"),
+        "batch8_best_over_upstream": best("upstream"),
+        "batch8_best_over_sequential_best": best("alone-int8"),
+        "onednn_gain": over("no-onednn", "batch-fp32"),
+        "compact_gain": over("no-compact", "batch-fp32"),
     }
-    if "alone-int8" in rows:
-        found["batch8_best_over_sequential_best"] = rows["alone-int8"]["s"] / best["s"]
-    if "no-onednn" in rows:
-        found["onednn_gain"] = rows["no-onednn"]["s"] / batch["s"]
-    if "no-compact" in rows:
-        found["compact_gain"] = rows["no-compact"]["s"] / batch["s"]
-    if batch["first chunk, s"] is not None:
-        found["first_chunk_batch_over_single"] = batch["first chunk, s"] / alone["first chunk, s"]
-    return found
+    batch = measured.notes.get("batch-fp32", {})
+    if "peak, MiB" in batch:
+        found["peak_over_estimate"] = batch["peak, MiB"] / batch["estimate, MiB"]
+    if firsts:
+        found["first_chunk_batch_over_single"] = measured.ratio("batch-fp32", "alone-fp32", middle, FIRST)
+    return known(found)
+
+
+def middle(slow: Sequence[float], fast: Sequence[float]) -> float:
+    return median(slow) / median(fast)
 
 
 def options_of() -> argparse.Namespace:
@@ -307,10 +324,8 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=1, help="times that the text is spoken (default: 1)")
     parser.add_argument("--firsts", type=int, default=5, help="first chunks of each side (default: 5)")
     parser.add_argument("--ingredients", action="store_true", help="also with one ingredient left out, and fewer rows")
-    parser.add_argument(
-        "--sides",
-        help="only these, by their short names, with commas; each takes 2 to 5 GB, and none may be swapped out",
-    )
+    parser.add_argument("--sides", help="only these, by their short names, with commas; each takes 3 to 5 GB")
+    memory_option(parser, MEMORY)
     options = parser.parse_args()
     if options.quick:
         options.tokens, options.segments, options.firsts, options.layers = 30, 3, 2, 2
@@ -323,22 +338,23 @@ def main() -> None:
     options = options_of()
     torch.set_num_threads(options.threads)
     check()
+    give_back()  # 2 GB of its models, which glibc would keep beside the sides
     case = Case(options.tokens, options.segments, options.layers)
-    chosen = sides(case.segments, options.ingredients or options.sides is not None)
-    if options.sides:
-        chosen = {key: side for key, side in chosen.items() if key in options.sides.split(",")}
-    served: dict[str, tuple[Callable[..., None], Case, Side]] = {
-        key: (serve, case, side) for key, side in chosen.items()
-    }
-    processes = Processes(served, options.threads)
-    seconds = processes.rounds(case.segments * options.rounds, warmup=0)
-    processes.tell("first")
-    firsts = processes.rounds(options.firsts, warmup=1) if options.firsts else {}
-    firsts.pop("upstream", None)
-    notes = processes.end()
-    rows = rows_of(case, chosen, seconds, firsts, notes)
-    ratios = ratios_of(dict(zip(chosen, rows, strict=True)))
-    finish("long_text", rows, ratios, options, tokens=case.tokens, segments=case.segments)
+    all_sides = sides(case.segments, options.ingredients or options.sides is not None)
+    wanted = chosen(all_sides, options.sides)
+    phases = [Phase(case.segments * options.rounds, warmup=0)]
+    if options.firsts:
+        phases.append(Phase(options.firsts, warmup=1, word="first"))
+    measured = Processes(
+        {key: (serve, case, side) for key, side in wanted.items()},
+        options.threads,
+        memory=options.memory,
+        reference="upstream" if "upstream" in wanted else None,
+    ).run(phases)
+    firsts = bool(options.firsts)
+    rows, ratios = rows_of(case, wanted, measured, firsts), ratios_of(measured, wanted, firsts)
+    more = {"tokens": case.tokens, "segments": case.segments} | measured.facts()
+    finish("long_text", rows, ratios, options, measured.failed, **more)
 
 
 if __name__ == "__main__":

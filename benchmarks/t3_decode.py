@@ -17,13 +17,16 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
-from common import Gate, Processes, arguments, finish, paired_ratio, show, spread
+from common import arguments, chosen, finish, known, memory_option, paired_ratio, show, spread, synchronize
+from preparing import Preparing
+from processes import Failure, Gate, Measured, Phase, Processes
 from torch import Tensor, nn
 from transformers import StaticCache
 from transformers.pytorch_utils import Conv1D
@@ -32,6 +35,7 @@ import kvcache.precision
 from kvcache import CacheGeometry
 from kvcache.decoding import Decoding, Sampler, StaticKV
 from kvcache.hf import decoding_arguments, kv_layers, new_cache
+from kvcache.memory import give_back
 from kvcache_chatterbox import byte_tokens, load_t3, random_conditionals
 from kvcache_chatterbox.decoding import Decoder
 from kvcache_chatterbox.loading import upstream_t3
@@ -267,6 +271,7 @@ class Static:
         self.cache = StaticCache(config=t3.tfmr.config, max_cache_len=STATIC_SLOTS)
         self.replay: Callable[[], None] | None = None
         self.replayed: Tensor
+        self.captured: float | None = None  # seconds
 
     @torch.inference_mode()
     def begin(self) -> Tensor:
@@ -280,7 +285,11 @@ class Static:
         self.logits: Tensor = t3.speech_head(hidden[:, -1])
         self.ids = torch.full((1, 1), t3.hp.start_speech_token, device=t3.device)
         if t3.device.type == "cuda":
+            synchronize()
+            start = time.perf_counter()
             self.capture()
+            synchronize()
+            self.captured = time.perf_counter() - start
         return self.draw()
 
     def forward(self) -> None:
@@ -288,9 +297,7 @@ class Static:
         hidden = self.t3.tfmr(
             inputs_embeds=self.embeds,
             attention_mask=(self.slots <= self.position)[:, None, None],
-            past_key_values=self.cache,
-            use_cache=True,
-            **decoding_arguments(self.position),
+            **decoding_arguments(self.cache, self.position),
         )[0]
         self.logits = self.t3.speech_head(hidden[:, -1])
         self.position.add_(1)
@@ -437,21 +444,28 @@ def serve(gate: Gate, case: Case, side: Side) -> None:
     if not side.together:
         kvcache.precision._TOGETHER = ()  # type: ignore[assignment]
     model = make(case, side)
+    if case.device != "cpu":
+        torch.cuda.reset_peak_memory_stats()  # the weights' way through fp32 is not what decoding takes
     gate.notes |= {"weights": model.weights, "per token": model.per_token}
     torch.manual_seed(0)
     if side.kind == "engine":
+        preparing = Preparing()
         engine = Engine(model, side)
         engine.begin()
+        synchronize()
         start = time.perf_counter()
         engine.turn(side.chunk or case.turn)
+        synchronize()
         gate.notes["first"] = time.perf_counter() - start
         gate.told = engine.reach
         while True:
+            gate.notes |= preparing.notes()
             gate()
             engine.turn(case.turn)
     elif side.kind == "static":
         static = Static(model)
         static.begin()
+        gate.notes |= {"capture, s": static.captured, "captures": static.captured and 1}
         gate.told = static.reach
         while True:
             gate()
@@ -525,21 +539,23 @@ def bandwidth(device: str) -> float:
 
 def measure(
     case: Case, sides: dict[str, Side], contexts: list[int], options: argparse.Namespace, speed: float
-) -> tuple[list[dict[str, Any]], dict[int, dict[str, list[float]]]]:
-    """A row for each side and context, and the seconds per token of each."""
-    processes = Processes({key: (serve, case, side) for key, side in sides.items()}, options.threads)
-    seconds: dict[int, dict[str, list[float]]] = {}
-    for context in contexts:
-        processes.tell(context)
-        rounds = processes.rounds(options.steps, warmup=1)
-        seconds[context] = {key: [value / case.turn for value in values] for key, values in rounds.items()}
-    notes = processes.end()
+) -> tuple[list[dict[str, Any]], Measured]:
+    """A row for each side and context, and what was measured, a phase for each context."""
+    base = next((key for key in (UPSTREAM, f"{UPSTREAM}-bf16") if key in sides), None)
+    measured = Processes(
+        {key: (serve, case, side) for key, side in sides.items()},
+        options.threads,
+        memory=options.memory,
+        reference=base,
+        together=options.prepare_together,
+    ).run([Phase(options.steps, warmup=1, word=context) for context in contexts])
     rows = []
-    for context, taken in seconds.items():
+    for phase, context in enumerate(contexts):
         for key, side in sides.items():
-            values, note = taken[key], notes[key]
-            ms = spread([1e3 * value for value in values])
-            floor = 1e3 * (note["weights"] + note["per token"] * context) / speed
+            note = measured.notes.get(key, {})
+            ms = spread([1e3 * value / case.turn for value in measured.seconds(key, phase)])
+            there = ms["median"] is not None
+            floor = 1e3 * (note["weights"] + note["per token"] * context) / speed if there else None
             rows.append(
                 {
                     "variant": case.variant,
@@ -550,51 +566,61 @@ def measure(
                     "q1": ms["q1"],
                     "q3": ms["q3"],
                     "turns": ms["n"],
-                    "tokens/s": 1e3 / ms["median"],
-                    "RTF": ms["median"] / 1e3 * TOKENS_PER_SECOND,
-                    "upstream / this": paired_ratio(taken[UPSTREAM], values) if UPSTREAM in taken else None,
-                    "floor, %": 100 * floor / ms["median"],
+                    "tokens/s": 1e3 / ms["median"] if there else None,
+                    "RTF": ms["median"] / 1e3 * TOKENS_PER_SECOND if there else None,
+                    "upstream / this": None if base is None else measured.ratio(base, key, paired_ratio, phase),
+                    "floor, %": None if floor is None else 100 * floor / ms["median"],
                     "peak MiB": note.get("GPU MiB, peak", note.get("MiB, peak")),
                     "resident MiB": note.get("MiB"),
                     "first turn, s": note["first"] if side.backend != "eager" and "first" in note else None,
+                    **{name: note.get(name) for name in ("compile, s", "capture, s", "captures")},
+                    **measured.mark(key),
                 }
             )
-    return rows, seconds
+    return rows, measured
 
 
-def best_ratio(taken: dict[str, list[float]], keys: Iterable[str], over: str) -> float | None:
-    """How many times longer `over` takes than the best of `keys`."""
-    if over not in taken:
+def best_ratio(at: tuple[Measured, int] | None, keys: Iterable[str], over: str) -> float | None:
+    """How many times longer `over` takes than the best of `keys`, in a phase."""
+    if at is None:
         return None
-    found = [paired_ratio(taken[over], taken[key]) for key in keys if key in taken]
-    return max(found, default=None)
+    measured, phase = at
+    found = known({key: measured.ratio(over, key, paired_ratio, phase) for key in keys})
+    return max(found.values(), default=None)
 
 
-def ratios_of(device: str, seconds: dict[str, dict[int, dict[str, list[float]]]]) -> dict[str, float]:
-    english = seconds.get("english", {}).get(900, {})
-    nano = seconds.get("nano", {}).get(NANO_CONTEXT, {})
-    found: dict[str, float | None]
+def ratios_of(device: str, at: dict[tuple[str, int], tuple[Measured, int]]) -> dict[str, float]:
+    """Of what was measured of each variant and context."""
+    english, nano = at.get(("english", 900)), at.get(("nano", NANO_CONTEXT))
     if device == "cpu":
         ours = [key for key, side in SIDES.items() if side.kind == "engine"]
-        found = {
-            "t3_520m_fp32": best_ratio(english, [key for key in ours if "fp32" in key], UPSTREAM),
-            "t3_520m_best": best_ratio(english, ours, UPSTREAM),
-            "nano_best": best_ratio(nano, ours, UPSTREAM),
-        }
-    else:
-        graphs = ("graph-bf16", "graph+compile-bf16")
-        found = {
+        return known(
+            {
+                "t3_520m_fp32": best_ratio(english, [key for key in ours if "fp32" in key], UPSTREAM),
+                "t3_520m_best": best_ratio(english, ours, UPSTREAM),
+                "nano_best": best_ratio(nano, ours, UPSTREAM),
+            }
+        )
+    graphs = ("graph-bf16", "graph+compile-bf16")
+    return known(
+        {
             "gpu_graph_over_upstream": best_ratio(english, graphs, "upstream-bf16"),
             "gpu_graph_over_static_graph": best_ratio(english, graphs, "static-bf16"),
+            "gpu_graph_over_eager": best_ratio(english, graphs, "eager-bf16"),
+            "gpu_nano_graph_over_upstream": best_ratio(nano, graphs, "upstream-bf16"),
         }
-    return {name: ratio for name, ratio in found.items() if ratio is not None}
+    )
 
 
-def without_ingredients(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each row with what it takes over the best's."""
-    best = rows[0]["ms/token"]
-    dropped = ("upstream / this",)
-    return [{k: v for k, v in row.items() if k not in dropped} | {"cost": row["ms/token"] / best} for row in rows]
+def without_ingredients(rows: list[dict[str, Any]], measured: Measured) -> list[dict[str, Any]]:
+    """Each row with what it takes over the best's, in the medians."""
+    best = measured.reference
+    over: Callable[[Sequence[float], Sequence[float]], float] = lambda a, b: median(a) / median(b)  # noqa: E731
+    return [
+        {name: value for name, value in row.items() if name != "upstream / this"}
+        | {"cost": measured.ratio(row["side"], best, over)}
+        for row in rows
+    ]
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
@@ -639,6 +665,10 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--sides", help=f"some of {', '.join(SIDES)}; on a GPU {', '.join(GPU_SIDES)}")
     parser.add_argument("--ablation", action="store_true", help="also leave out one ingredient of the best at a time")
     parser.add_argument("--layers", type=int, help="only so many of the backbone's, for a quick check")
+    memory_option(parser)
+    parser.add_argument(
+        "--prepare-together", action="store_true", help="prepare all sides at once, where cores and memory allow it"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the times there (PNG, PDF or SVG)")
     options: argparse.Namespace = parser.parse_args()
     if options.device == "auto":
@@ -653,42 +683,52 @@ def options_of() -> argparse.Namespace:
 def main() -> None:
     options = options_of()
     torch.set_num_threads(options.threads)
-    known = SIDES if options.device == "cpu" else GPU_SIDES
-    keys = list(known) if options.sides is None else options.sides.split(",")
-    if unknown := set(keys) - set(known):
-        raise SystemExit(f"--sides: there is no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
-    sides = {key: known[key] for key in keys}
+    every = GPU_SIDES | SIDES if options.device == "cpu" else SIDES | GPU_SIDES  # a CPU traces what a GPU captures
+    usual = list(SIDES if options.device == "cpu" else GPU_SIDES)
+    sides = chosen(every, ",".join(usual) if options.sides is None else options.sides)
     variants = ("english", "nano") if options.variant == "all" else (options.variant,)
     contexts = sorted({int(context) for context in options.contexts.split(",")})
     speed = bandwidth(options.device)
     rows: list[dict[str, Any]] = []
     ablation: list[dict[str, Any]] = []
-    seconds: dict[str, dict[int, dict[str, list[float]]]] = {}
+    at: dict[tuple[str, int], tuple[Measured, int]] = {}
+    failed: dict[str, Failure] = {}
+    facts: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)  # nothing is found compiled
         for variant in variants:
             case = Case(variant, options.device, options.turn, options.layers)
             if options.quick:
                 check(replace(case, device="cpu"))
+                give_back()  # its models, which glibc would keep beside the sides
             reached = contexts
             if variant == "nano":  # whose prefill alone takes nearly so many
                 reached = sorted({NANO_CONTEXT, *(context for context in contexts if context > NANO_CONTEXT)})
-            found, seconds[variant] = measure(case, sides, reached, options, speed)
+            found, measured = measure(case, sides, reached, options, speed)
+            at |= {(variant, context): (measured, phase) for phase, context in enumerate(reached)}
             rows += found
+            took = {variant: measured}
             if options.ablation:
-                found, _ = measure(case, ablations(options.device), reached[-1:], options, speed)
-                ablation += without_ingredients(found)
-    more: dict[str, Any] = {"copy, GB/s": speed / 1e9, "weights": "random", "sides": keys}
+                found, measured = measure(case, ablations(options.device), reached[-1:], options, speed)
+                ablation += without_ingredients(found, measured)
+                took[f"{variant}, ablation"] = measured
+            facts |= {what: one.facts() for what, one in took.items()}
+            failed |= {f"{what}, {key}": why for what, one in took.items() for key, why in one.failed.items()}
+    more: dict[str, Any] = {"copy, GB/s": speed / 1e9, "weights": "random", "sides": list(sides), "memory": facts}
     if options.device == "cpu":
         more["gpu"] = "not yet measured"
+    if options.prepare_together:
+        more["prepared"] = "together: compile and capture times are those of sides that share the cores"
     if ablation:
         more["ablation"] = ablation
         show("t3_decode, one ingredient of the best left out", ablation)
     # Ratios are of the whole model.
-    ratios = ratios_of(options.device, seconds) if options.layers is None else {}
-    finish("t3_decode", rows, ratios, options, **more)
-    if options.plot is not None:
-        plot(rows, options.plot)
+    ratios = ratios_of(options.device, at) if options.layers is None else {}
+    try:
+        finish("t3_decode", rows, ratios, options, failed, **more)
+    finally:  # it ends the script if a side has failed
+        if options.plot is not None:
+            plot([row for row in rows if row["ms/token"] is not None], options.plot)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from common import Gate, arguments, finish, interleaved_processes, paired_ratio, spread
+from common import arguments, finish, known, memory_option, paired_ratio, spread
+from processes import Gate, Phase, Processes
 from transformers import DynamicCache
 
 from kvcache.hf import new_cache
@@ -90,28 +91,28 @@ def main() -> None:
     parser = arguments((__doc__ or "").splitlines()[0])
     parser.add_argument("--context", type=int, default=900, help="tokens in the cache at the first step (default: 900)")
     parser.add_argument("--steps", type=int, default=40, help="timed steps of each side (default: 40)")
+    memory_option(parser)
     options = parser.parse_args()
     if options.quick:
         options.context, options.steps = 120, 2
     torch.set_num_threads(options.threads)
     sides: dict[str, tuple[Any, ...]] = {UPSTREAM: (upstream, options.context)}
     sides |= {name: (ours, options.context, name) for name in (DYNAMIC, DEFAULT, STATIC)}
-    seconds = interleaved_processes(sides, options.steps, options.threads)
+    measured = Processes(sides, options.threads, memory=options.memory).run([Phase(options.steps)])
     rows = []
-    for name, values in seconds.items():
+    for name in sides:
         row: dict[str, Any] = {"side": name, "context": options.context}
-        row |= {
-            f"ms/step, {key}" if key != "n" else "steps": value
-            for key, value in spread([1e3 * v for v in values]).items()
-        }
-        rows.append(row | {"upstream / this": paired_ratio(seconds[UPSTREAM], values)})
-    ratios = {
-        "upstream_over_default": paired_ratio(seconds[UPSTREAM], seconds[DEFAULT]),
-        "upstream_over_our_loop_alone": paired_ratio(seconds[UPSTREAM], seconds[DYNAMIC]),
-        "dynamic_cache_over_our_cache": paired_ratio(seconds[DYNAMIC], seconds[DEFAULT]),
-        "growing_over_preallocated": paired_ratio(seconds[DEFAULT], seconds[STATIC]),
+        values = [1e3 * value for value in measured.seconds(name)]
+        row |= {f"ms/step, {key}" if key != "n" else "steps": value for key, value in spread(values).items()}
+        rows.append(row | {"upstream / this": measured.ratio(UPSTREAM, name, paired_ratio)} | measured.mark(name))
+    compared = {
+        "upstream_over_default": (UPSTREAM, DEFAULT),
+        "upstream_over_our_loop_alone": (UPSTREAM, DYNAMIC),
+        "dynamic_cache_over_our_cache": (DYNAMIC, DEFAULT),
+        "growing_over_preallocated": (DEFAULT, STATIC),
     }
-    finish("t3_step", rows, ratios, options)
+    found = {name: measured.ratio(slow, fast, paired_ratio) for name, (slow, fast) in compared.items()}
+    finish("t3_step", rows, known(found), options, measured.failed, **measured.facts())
 
 
 if __name__ == "__main__":

@@ -1,17 +1,37 @@
 """One torch thread per test process: tiny models gain nothing from more, and two processes fight over the cores.
 
-Voices and prefixes go to a folder of this run's own, not to the user's cache.
+Voices and prefixes go to a folder of this run's own, not to the user's cache. Every test draws the same, whatever ran before.
 """
 
 import atexit
 import os
+import random
 import shutil
 import tempfile
 
+import pytest
 import torch
+import transformers
+from support import searching
+from support.grids import mark_grids
 
 torch.set_num_threads(1)
 # Without a GPU, Triton's kernels run in its interpreter; it asks for this once, when it is first imported.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 os.environ["KVCACHE_HOME"] = tempfile.mkdtemp(prefix="kvcache-tests-")
 atexit.register(shutil.rmtree, os.environ["KVCACHE_HOME"], ignore_errors=True)
+searching.register()
+
+pytest_plugins = ["pytester"]
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # On the lowest release, which few changes touch alone, half of each sample.
+    mark_grids(items, 0.5 if transformers.__version__.startswith("5.2.") else 1)
+
+
+@pytest.hookimpl(tryfirst=True)  # before the fixtures, which may draw too
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    torch.manual_seed(0)
+    random.seed(0)

@@ -3,14 +3,15 @@
 import hashlib
 import multiprocessing
 import shutil
-import socket
 import subprocess
-import time
+import sys
 from contextlib import contextmanager, suppress
 from functools import cached_property
 
 import pytest
 import torch
+from support.ports import held
+from support.waiting import until
 
 from kvcache import PrefixKey, PrefixSnapshot
 from kvcache.fingerprint import tensor_bytes
@@ -110,27 +111,40 @@ def running_redis(folder, *options, password=""):
         yield server
     finally:
         server.stop()
+        server.port.close()
 
 
 class RedisServer:
     def __init__(self, redis, folder, password, options):
         self._redis, self._folder, self._process = redis, folder, None
         self._options = [*(("--requirepass", password) if password else ()), *options]
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
-        self.url = f"redis://{f':{password}@' if password else ''}127.0.0.1:{self.port}/0"
+        self.port = held()  # until the end, so that it is this server's also while that is down
+        self._number = self.port.getsockname()[1]
+        self.url = f"redis://{f':{password}@' if password else ''}127.0.0.1:{self._number}/0"
 
     def start(self):
-        command = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--dir", self._folder]
+        if sys.platform != "linux":  # where no server may listen on a port that is held
+            self.port.close()
+        command = [
+            "redis-server",
+            "--port",
+            str(self._number),
+            "--bind",
+            "127.0.0.1",
+            "--save",
+            "",
+            "--dir",
+            self._folder,
+        ]
         self._process = subprocess.Popen([*command, *self._options], stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + 30
         with self._redis.Redis.from_url(self.url) as client:
-            while True:
+
+            def answers():
+                assert self._process.poll() is None, "redis-server does not start"
                 with suppress(self._redis.ConnectionError):
-                    client.ping()
-                    return
-                assert self._process.poll() is None and time.monotonic() < deadline, "redis-server does not start"
-                time.sleep(0.01)
+                    return client.ping()
+
+            until(answers)
 
     def stop(self):
         if self._process is not None:

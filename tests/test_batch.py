@@ -43,6 +43,8 @@ from kvcache.decoding.backends import Graph
 from kvcache.decoding.sampler import TRANSFORMERS
 from kvcache.hf import exact_windows, kv_layers
 
+pytestmark = pytest.mark.one_release
+
 # ---------------------------------------------------------------------- segments on T3, against each alone
 
 
@@ -323,12 +325,13 @@ def test_whoever_comes_and_goes_each_says_what_it_says_alone(kind, policy, place
 
 
 @pytest.mark.parametrize("kind", ["english", "gpt"])
-@search(6)
+@search(4)
 @given(policy=st.sampled_from(T3_POLICIES), compact=st.booleans(), schedule=schedules())
 def test_whoever_comes_and_goes_the_graphs_follow(kind, policy, compact, schedule):
     assert_schedule(kind, policy, "graph", 3, compact, schedule)
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("places", [1, 3, 8])
 @pytest.mark.parametrize("kind", ["english", "gpt"])
 def test_all_cases_through_one_batch(kind, places):
@@ -837,6 +840,7 @@ def request(model, policy, i):
     return token_ids(1, 5 + 4 * i, seed=i), (DRAWING, GREEDY, Sampling(1.1, 0.8, 0.0, 0, 1.0))[i % 3]
 
 
+@pytest.mark.grid(9)
 @pytest.mark.parametrize(("backend", "dtype"), [("eager", None), ("eager", torch.bfloat16), ("graph", None)], ids=str)
 @pytest.mark.parametrize("policy", [None, SlidingWindow(12, sinks=3), MaxTokens(24, 15)], ids=str)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -66,6 +66,7 @@ GPT = [
 ]
 
 
+@pytest.mark.grid(3, any_of=("seed",))
 @pytest.mark.parametrize("settings", LLAMA, ids=str)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_english_tokens_are_upstreams(seed, settings):
@@ -76,6 +77,7 @@ def test_english_tokens_are_upstreams(seed, settings):
     assert torch.equal(ours(t3, text, 200, seed, chunk_size=[1, 7, 25, 64, 1000][seed], **settings), expected)
 
 
+@pytest.mark.grid(3, any_of=("seed",))
 @pytest.mark.parametrize("settings", GPT, ids=str)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_turbo_tokens_are_upstreams(seed, settings):
@@ -86,6 +88,7 @@ def test_turbo_tokens_are_upstreams(seed, settings):
     assert torch.equal(ours(t3, text, 200, seed, chunk_size=[1, 7, 25, 64, 1000][seed], **settings), expected)
 
 
+@pytest.mark.grid(2, any_of=("seed",))
 @pytest.mark.parametrize("seed", SEEDS)
 def test_multilingual_tokens_are_upstreams_and_no_hook_stays(seed):
     # Upstream leaves eager attention, hooks and an analyzer behind: it runs on a model of its own.
@@ -200,6 +203,7 @@ def test_the_callers_voice_is_never_changed_and_never_stale():
     )
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("policy", [SlidingWindow(16), MaxTokens(24, 12), MaxBytes("1MiB")], ids=str)
 @pytest.mark.parametrize("kind", ["english", "gpt"])
 def test_a_policy_keeps_the_prefix_and_bounds_the_speech(kind, policy):
@@ -392,6 +396,7 @@ def spoken(engine, text, tokens, seed, who=0, chunk_size=25, **settings):
     return torch.cat(list(chunks), 1)
 
 
+@pytest.mark.grid(4)
 @pytest.mark.parametrize("backend", ["off", "eager", "graph"])
 @pytest.mark.parametrize("kind", ["english", "gpt"])
 def test_every_backend_says_upstreams_tokens(kind, backend):
@@ -408,6 +413,7 @@ def test_every_backend_says_upstreams_tokens(kind, backend):
     assert fingerprint(t3) == before
 
 
+@pytest.mark.slow  # in the fast set the same of fewer tokens
 @pytest.mark.parametrize("kind", ["english", "gpt"])
 def test_five_hundred_greedy_tokens_on_every_backend(kind, monkeypatch):
     # torch's compiler without its slow half, which test_decode_full.py has
@@ -460,6 +466,7 @@ def precise(name):
     return True
 
 
+@pytest.mark.grid(4)
 @pytest.mark.parametrize(
     "precision",
     [

@@ -16,6 +16,8 @@ from kvcache_chatterbox.audio import SAMPLES_PER_TOKEN, AudioStream, SegmentedAu
 from kvcache_chatterbox.loading import upstream_t3
 from kvcache_chatterbox.standin import S3GEN_SIL, ToneVocoder, punc_norm, stand_in
 
+pytestmark = pytest.mark.one_release
+
 
 def tone(tokens):
     """A vocoder: each token sets a level that the sound glides to, so audio depends on the tokens just before."""
@@ -23,7 +25,7 @@ def tone(tokens):
     return levels.repeat_interleave(SAMPLES_PER_TOKEN)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     chunks=st.lists(st.integers(1, 12), min_size=1, max_size=8), context=st.integers(6, 30), fade=st.integers(0, 2000)
 )
@@ -175,7 +177,7 @@ def laid_out(speaker, voice, segments, pause, joined):
     return torch.cat(parts), torch.cat(made)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     kind=st.sampled_from(["english", "gpt"]),
     cuts=st.lists(st.lists(st.integers(0, 9), max_size=4), max_size=5),

@@ -2,13 +2,13 @@
 
 import json
 import os
-import socket
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from snapshots import BLOBS, cold, exact, ids, running_redis, voice
+from support.ports import deserted
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
@@ -54,6 +54,12 @@ def place(request, tmp_path):
     yield make
     for store in opened:
         store.close()
+
+
+@pytest.fixture
+def down():
+    with deserted() as port:
+        yield SimpleNamespace(options=["--store", f"redis://user:hunter2@127.0.0.1:{port}"])
 
 
 @pytest.fixture
@@ -412,22 +418,19 @@ def test_numbers_of_one_prefix_and_of_many_read_well(place, voices):
     ],
     ids=lambda arguments: arguments[0],
 )
-def test_a_store_that_is_down_is_one_line_and_exit_code_1(arguments, voices, tmp_path, monkeypatch):
+def test_a_store_that_is_down_is_one_line_and_exit_code_1(arguments, voices, down, tmp_path, monkeypatch):
     pytest.importorskip("redis")
     fsspec = pytest.importorskip("fsspec")
     (tmp_path / "file").write_bytes(cold(KEYS[0]).to_bytes())
     arguments = [one.format(tmp=tmp_path) for one in arguments]
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]  # nobody listens on it any more
-    server = SimpleNamespace(options=["--store", f"redis://user:hunter2@127.0.0.1:{port}"])
 
-    def down(*args, **kwargs):
+    def unreachable(*args, **kwargs):
         raise OSError("the network is unreachable")
 
     for name in ("ls", "pipe_file", "makedirs"):
-        monkeypatch.setattr(fsspec.get_filesystem_class("memory"), name, down)
+        monkeypatch.setattr(fsspec.get_filesystem_class("memory"), name, unreachable)
     bucket = SimpleNamespace(options=["--store", f"memory://{tmp_path}"])
-    for where, reason in ((server, "ConnectionError"), (bucket, "the network is unreachable")):
+    for where, reason in ((down, "ConnectionError"), (bucket, "the network is unreachable")):
         for form in ([], ["--json"]):
             said = voices(where, *arguments, *form, code=1)
             assert said.out == "" and reason in said.err and "check that it is up" in said.err

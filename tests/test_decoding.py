@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from families import FAMILIES, RELEASE, ROPE_BY_LENGTH, VOCABULARY, build, tiny, token_ids
-from hypothesis import Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -55,8 +55,7 @@ POLICIES = [
 
 
 def search(examples):
-    phases = [Phase.generate, Phase.shrink]
-    return settings(max_examples=examples, deadline=None, derandomize=True, database=None, phases=phases)
+    return settings(max_examples=examples)
 
 
 # ---------------------------------------------------------------------- the arithmetic of slots
@@ -399,6 +398,7 @@ def generated(manager, ids, tokens, seed=0, **drawing):
     return manager.generate(ids, max_new_tokens=tokens, **(drawing or {"do_sample": False}))[:, ids.shape[1] :]
 
 
+@pytest.mark.grid(6)
 @pytest.mark.parametrize("backend", ["eager", "graph", "aot_eager"])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "mistral", "gpt2"])
 def test_tokens_are_those_of_generate(name, backend):
@@ -419,6 +419,7 @@ def test_tokens_are_those_of_generate(name, backend):
 WINDOWS = [(SlidingWindow(12, sinks=3), 9), (SlidingWindow(7, sinks=1), 20), (MaxTokens(24, 15), 9)]
 
 
+@pytest.mark.grid(8)
 @pytest.mark.parametrize("backend", ["eager", "graph"])
 @pytest.mark.parametrize(("policy", "prompt"), WINDOWS, ids=str)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -606,7 +607,7 @@ def run_request(decoding, manager, prompt, chunks, seed, requests):
     return torch.cat(said, 1)
 
 
-@search(12)
+@search(6)
 @given(script=requests_of())
 def test_whatever_changes_between_chunks_and_requests_the_graph_follows(script):
     model = MODELS["guided"]

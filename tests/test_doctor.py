@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ import pytest
 import torch
 import transformers
 from snapshots import cold, voice
+from support.ports import deserted
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
@@ -279,9 +279,8 @@ def test_a_store_that_loses_what_it_was_given(home, light, monkeypatch):
 
 def test_a_server_that_is_down(home, light, capsys):
     pytest.importorskip("redis")
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]  # nobody listens on it any more
-    assert main(["doctor", "--store", f"redis://user:hunter2@127.0.0.1:{port}", "--json"]) == 1
+    with deserted() as port:
+        assert main(["doctor", "--store", f"redis://user:hunter2@127.0.0.1:{port}", "--json"]) == 1
     out, err = capsys.readouterr()
     last = json.loads(out)["findings"][-1]
     assert (last["name"], last["state"]) == ("redis", "broken") and "ConnectionError" in last["said"] and last["advice"]

@@ -61,6 +61,7 @@ def parity_cases() -> list[Any]:
     ]
 
 
+@pytest.mark.grid(96)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("name", "attention", "kind"), parity_cases())
 def test_the_same_tokens_as_without_kvcache(name: str, attention: str, kind: str, mode: str) -> None:
@@ -70,6 +71,7 @@ def test_the_same_tokens_as_without_kvcache(name: str, attention: str, kind: str
         assert kv.report().seen == (20 if name not in SEQ2SEQ else 1) + NEW - 1
 
 
+@pytest.mark.grid(30)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_cache_drops_into_the_models_own_generate(name: str, mode: str) -> None:
@@ -88,6 +90,7 @@ def plain_logits(name: str, attention: str, chunks: tuple[int, ...]) -> Tensor:
     return logits(model, token_ids(), dynamic_cache(model), chunks)
 
 
+@pytest.mark.grid(96)
 @pytest.mark.parametrize("chunks", [(1,) * 20, (20,), (7, 1, 1, 5, 6)], ids=["token-by-token", "whole", "chunks"])
 @pytest.mark.parametrize(("name", "attention", "kind"), parity_cases())
 def test_logits_are_bit_identical(name: str, attention: str, kind: str, chunks: tuple[int, ...]) -> None:
@@ -220,6 +223,7 @@ def test_a_conversation_goes_on_with_its_cache(name: str, kind: str) -> None:
 # ---------------------------------------------------------------------- streams
 
 
+@pytest.mark.grid(25)
 @pytest.mark.parametrize("mode", ["greedy", "sampled"])
 @pytest.mark.parametrize(
     ("name", "chunk_size"),

@@ -4,7 +4,6 @@ Law 4 (save, load, fork) is in `test_prefix.py`; law 7 (a model's logits) is tes
 by one line in `POLICIES`. `LAW_SEARCH=20 pytest tests/test_laws.py` searches twenty times as long, each run elsewhere.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from support.searching import LONGER
 
 from kvcache import (
     CapacityError,
@@ -55,14 +55,12 @@ from kvcache.testing.laws import (
     truncate_then_append,
 )
 
-PHASES = {"phases": [Phase.generate, Phase.shrink]}  # explaining a failure takes longer than finding it
-LONGER = int(os.environ.get("LAW_SEARCH", "1"))
+pytestmark = pytest.mark.one_release
 
 
 def search(examples: int, **options) -> settings:
     """So many examples, the same on every run; with LAW_SEARCH, so many times as many, new on every run."""
-    options = PHASES | options
-    return settings(max_examples=examples * LONGER, derandomize=LONGER == 1, deadline=None, database=None, **options)
+    return settings(max_examples=examples * LONGER, **options)
 
 
 # ---------------------------------------------------------------------- what is tested: policy x variant
@@ -139,6 +137,7 @@ def buffers_grow():
         yield
 
 
+@pytest.mark.grid(130)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
 def test_law(law, kind):

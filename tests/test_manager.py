@@ -4,19 +4,21 @@ import asyncio
 import copy
 import gc
 import os
+import queue
 import subprocess
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES, build, dynamic_cache, logits, tiny, token_ids
+from support.waiting import until
 from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
@@ -108,6 +110,7 @@ def test_bytes_estimated_are_bytes_reported_are_bytes_held(kind: str, rows: int)
         assert kv.estimate(tokens, rows) == kv.report(held).nbytes == bytes_found(held), tokens
 
 
+@pytest.mark.grid(49)
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
@@ -324,28 +327,25 @@ def test_leaving_an_async_stream_ends_its_run() -> None:
 
 def test_cancelling_an_async_stream_ends_its_run() -> None:
     steps = Steps()
-    kv = KVCacheManager(tiny("llama"))
+    kv, taken = KVCacheManager(tiny("llama")), asyncio.Event()
 
     async def consume() -> None:
         stream = kv.astream(
             token_ids(), chunk_size=2, max_new_tokens=230, stopping_criteria=StoppingCriteriaList([steps]), **GREEDY
         )
         async for _ in stream:
-            await asyncio.sleep(0.01)
+            taken.set()
+            await asyncio.Event().wait()  # it is busy with it, for ever
 
     async def cancel() -> None:
         task = asyncio.create_task(consume())
-        while steps.count < 4:
-            await asyncio.sleep(0.01)
+        await taken.wait()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
 
     asyncio.run(cancel())
-    deadline = time.monotonic() + 10
-    while workers() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert workers() == []
+    until(lambda: workers() == [])
     assert steps.count < 230
 
 
@@ -374,17 +374,22 @@ def test_an_error_in_the_run_reaches_the_consumer() -> None:
     ]  # the next one runs
 
 
-def test_a_slow_consumer_holds_the_run_back() -> None:
+def test_a_slow_consumer_holds_the_run_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = threading.Event()
+
+    class Told(queue.Queue):  # type: ignore[type-arg]
+        def put(self, *args: Any, **kwargs: Any) -> None:
+            if self.full():
+                full.set()
+            super().put(*args, **kwargs)
+
+    monkeypatch.setattr("kvcache.streaming.queue", SimpleNamespace(Queue=Told, Full=queue.Full))
     steps, kv = Steps(), KVCacheManager(tiny("llama"))
     given = {"max_new_tokens": 230, **GREEDY}
     stream = kv.stream(token_ids(), chunk_size=1, stopping_criteria=StoppingCriteriaList([steps]), **given)
     received = [next(stream)]
-    made, since = -1, time.monotonic()
-    while time.monotonic() - since < 0.4:  # until the run has made nothing new for a while
-        if steps.count != made:
-            made, since = steps.count, time.monotonic()
-        time.sleep(0.02)
-    assert 1 < made <= 1 + 64 + 2  # taken, waiting, and in the worker's hands
+    until(lambda: full.is_set() or not workers())
+    assert 1 < steps.count <= 1 + 64 + 2  # taken, waiting, and in the worker's hands
     received.extend(stream)
     assert torch.equal(torch.cat(received, 1), kv.generate(token_ids(), **given)[:, 20:])
 

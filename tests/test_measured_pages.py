@@ -16,6 +16,8 @@ import pages
 from common import command
 from measured import ROOT, Result, cell, digits, ms, results, signed
 
+pytestmark = pytest.mark.one_release
+
 
 def test_the_committed_pages_are_what_the_results_make_of_them():
     stale = [str(page.relative_to(ROOT)) for page, text in pages.pages().items() if page.read_text() != text]

@@ -2,7 +2,7 @@
 
 import json
 import re
-import time
+import threading
 from html.parser import HTMLParser
 from io import StringIO
 
@@ -10,6 +10,8 @@ import pytest
 import torch
 from families import tiny, token_ids
 from rich.console import Console
+from support.waiting import until
+from transformers import StoppingCriteriaList
 
 from kvcache import (
     CacheReport,
@@ -147,14 +149,18 @@ def test_a_timeline_sees_the_process_grow():
 
 def test_a_thread_samples_a_run_while_it_goes_on():
     manager = KVCacheManager(tiny("llama"))
+
+    def sampled(tokens, scores):  # at least once in each step
+        before = len(timeline.samples)
+        until(lambda: len(timeline.samples) > before)
+        return torch.zeros(len(tokens), dtype=torch.bool)
+
     with MemoryTimeline(manager, every=0.002) as timeline:
-        manager.generate(token_ids(1, 300), **{**GREEDY, "max_new_tokens": 60})
+        manager.generate(token_ids(1, 300), stopping_criteria=StoppingCriteriaList([sampled]), **GREEDY)
     kv = [sample.kv for sample in timeline.samples]
     assert kv[0] == 0 and kv[-1] == manager.report().nbytes == max(kv)
-    assert len(kv) > 4
-    taken = len(timeline.samples)
-    time.sleep(0.02)
-    assert len(timeline.samples) == taken, "its thread has ended"
+    assert len(kv) > 20 and len(set(kv)) > 1
+    assert "kvcache-timeline" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_a_timeline_of_the_engine():
@@ -175,7 +181,7 @@ def test_what_fails_while_sampling_is_raised_at_the_end():
         return 0
 
     with pytest.raises(OSError, match="gone"), MemoryTimeline(breaks, every=0.001):
-        time.sleep(0.05)
+        until(lambda: len(calls) == 2)
     with pytest.raises(InputError, match="int cannot be watched; give a cache"):
         MemoryTimeline(3)
     with pytest.raises(InputError, match="every=0 must be above 0 seconds"):

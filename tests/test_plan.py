@@ -12,7 +12,9 @@ from kvcache import CapacityError, InputError
 from kvcache_chatterbox.plan import make_plan, predicted_tokens
 from kvcache_chatterbox.segments import Segment, split
 
-SEARCH = settings(max_examples=100, derandomize=True, deadline=None, database=None)
+pytestmark = pytest.mark.one_release
+
+SEARCH = settings(max_examples=100)
 
 TEXT = (
     "The lighthouse keeper climbed the stairs every evening at six, carrying oil for the lamp. From the top he could see "

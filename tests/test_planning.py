@@ -2,6 +2,7 @@
 
 import os
 import resource
+from functools import cache
 
 import pytest
 import torch
@@ -55,6 +56,7 @@ SETTINGS = [
 ]
 
 
+@pytest.mark.grid(16)
 @pytest.mark.parametrize("setting", SETTINGS, ids=repr)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_cache_is_planned_to_the_byte(folders, name, setting):
@@ -67,6 +69,7 @@ def test_cache_is_planned_to_the_byte(folders, name, setting):
     assert made.fallback == report.fallback
 
 
+@pytest.mark.grid(6)
 @pytest.mark.parametrize("kind", ["english", "gpt"])
 @pytest.mark.parametrize(
     "setting",
@@ -239,18 +242,19 @@ def test_held_counts_a_storage_once():
 def test_what_fits_against_trying_all(folders, backend):
     model, setting = subject(str(folders["llama"])), Setting(backend)
 
+    @cache
     def again(requests, length):
         return plan(model, Setting(backend, requests=requests), length, process=10_000)
 
-    made = again(1, 64)
-    for memory in (made.total - 1, made.total, again(4, 64).total + 5, again(1, 90).total):
-        found = room(made, memory, again, 2, 200)
-        requests = [n for n in range(1, 12) if again(n, 64).total <= memory]
-        lengths = [n for n in range(2, 201) if again(1, n).total <= memory]
+    made = again(1, 16)
+    for memory in (made.total - 1, made.total, again(4, 16).total + 5, again(1, 22).total):
+        found = room(made, memory, again, 2, 40)
+        requests = [n for n in range(1, 12) if again(n, 16).total <= memory]
+        lengths = [n for n in range(2, 41) if again(1, n).total <= memory]
         assert found.fits == (made.total <= memory)
         assert found.requests == max(requests, default=0)
         assert found.length == max(lengths, default=0)
-        assert found.longest == (found.length == 200)
+        assert found.longest == (found.length == 40)
     assert setting.requests == 1
 
 

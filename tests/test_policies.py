@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from kvcache import KeepAll, KVLayer, MaxBytes, MaxTokens, Pinned, PolicyError, SizePolicy, SlidingWindow
 from kvcache.policies import check_policy, parse_bytes, schedule
 
-SEARCH = settings(max_examples=100, derandomize=True, deadline=None, database=None)
+pytestmark = pytest.mark.one_release
+
+SEARCH = settings(max_examples=100)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from kvcache import InputError
 from kvcache.fingerprint import model_fingerprint
 from kvcache.precision import PackedLinear, check_precision, planned, with_precision
 
+pytestmark = pytest.mark.one_release
+
 CPU = torch.device("cpu")
 
 
@@ -79,7 +81,7 @@ def random(*shape, seed=0):
 
 
 @pytest.mark.parametrize("precision", NARROW)
-@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@settings(max_examples=30)
 @given(
     kind=st.sampled_from(["linear", "conv1d"]),
     inputs=st.integers(1, 80),

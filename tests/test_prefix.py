@@ -21,6 +21,7 @@ import transformers
 from families import FAMILIES, ROPE_BY_LENGTH, SEQ2SEQ, build, cases, dynamic_cache, logits, tiny, token_ids
 from hypothesis import given
 from hypothesis import strategies as st
+from support.clocks import Clock
 from test_laws import KINDS, Kind, search
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, StaticCache
@@ -302,6 +303,7 @@ CACHES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.grid(40)
 @pytest.mark.parametrize("kind", CACHES)
 @pytest.mark.parametrize(("name", "attention"), cases(DECODERS))
 def test_a_fork_goes_into_any_cache_and_changes_nothing_but_it(name: str, attention: str, kind: str) -> None:
@@ -555,6 +557,7 @@ def parity_cases() -> list[Any]:
     ]
 
 
+@pytest.mark.grid(32)
 @pytest.mark.parametrize(("name", "attention", "kind"), parity_cases())
 def test_the_same_tokens_as_of_the_whole_prompt(name: str, attention: str, kind: str) -> None:
     model = tiny(name, attention)
@@ -566,6 +569,7 @@ def test_the_same_tokens_as_of_the_whole_prompt(name: str, attention: str, kind:
         assert kv.report().seen == len(PREFIX) + TEXT.shape[1] + NEW - 1
 
 
+@pytest.mark.grid(27)
 @pytest.mark.parametrize("kind", KINDS_ABOVE)
 @pytest.mark.parametrize("name", DECODERS)
 def test_logits_after_a_prefix_are_those_of_a_full_prefill(name: str, kind: str) -> None:
@@ -590,6 +594,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.grid(30)
 @pytest.mark.parametrize(
     ("name", "mode"),
     [(name, mode) for name in DECODERS for mode in MODES if mode in ("sampled", "beams") or name in FEW],
@@ -646,6 +651,7 @@ def voice(model: Any, seed: int = 3, n: int = 13) -> Tensor:
     return torch.randn(n, table.shape[1], generator=torch.Generator().manual_seed(seed)) * table.std()
 
 
+@pytest.mark.grid(13)
 @pytest.mark.parametrize(
     ("name", "mode"),
     [(name, mode) for name in DECODERS for mode in ("greedy", "beams", "several") if mode == "greedy" or name in FEW],
@@ -838,6 +844,7 @@ LEAVING: dict[str, Any] = {
 }
 
 
+@pytest.mark.grid(25)
 @pytest.mark.parametrize("positions", ["absolute", "rerotated"])
 @pytest.mark.parametrize("policy", LEAVING)
 @pytest.mark.parametrize("name", ["llama", "gpt-neox", "gemma3", "opt", "whisper-decoder"])
@@ -1037,13 +1044,15 @@ def never(*_: Any) -> PrefixSnapshot:
     raise AssertionError("nothing was to be computed")
 
 
-def test_what_is_served_is_counted(key: PrefixKey) -> None:
-    speakers = in_memory()
+def test_what_is_served_is_counted(key: PrefixKey, monkeypatch: pytest.MonkeyPatch) -> None:
+    speakers, clock = in_memory(), Clock()
+    monkeypatch.setattr("kvcache.speakers.time", clock)
     whole = some(key, seconds=6.0)
     starts: list[int | None] = []
 
     def extend(key_: PrefixKey, start: PrefixSnapshot | None) -> PrefixSnapshot:
         starts.append(None if start is None else len(start))
+        clock.now += 3
         return some(key_, seconds=12.0)
 
     assert speakers.get(key) is None
@@ -1064,7 +1073,7 @@ def test_what_is_served_is_counted(key: PrefixKey) -> None:
     assert (stats.built, stats.extended, stats.refused) == (3, 1, 0)
     # 6 twice, 4 of 6, and the 6 with which the longer one began
     assert stats.seconds_saved == pytest.approx(6.0 + 6.0 + 4.0 + 6.0)
-    assert 0 < stats.build_seconds < 1
+    assert stats.build_seconds == 6.0  # of the two that took their time
     assert stats.hits == {"memory": 3}
     assert stats.nbytes == {"memory": speakers.store.nbytes}
 

@@ -1,12 +1,12 @@
 """A quantized layer against a slow reference: a list of tokens, and each group quantized by the formula."""
 
-import os
 from dataclasses import dataclass
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.searching import LONGER
 
 from kvcache import (
     CacheGeometry,
@@ -27,9 +27,10 @@ from kvcache import (
 from kvcache.archive import pack, unpack
 from kvcache.quantized import Quantization, QuantizedLayer, quantized_bytes
 
+pytestmark = pytest.mark.one_release
+
 HEADS, KEY_DIM, VALUE_DIM, GROUP = 2, 5, 3, 8  # odd sizes
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-LONGER = int(os.environ.get("LAW_SEARCH", "1"))
 
 POLICIES = {
     "all": KeepAll(),
@@ -48,7 +49,7 @@ POLICIES = {
 
 
 def search(examples: int) -> settings:
-    return settings(max_examples=examples * LONGER, derandomize=LONGER == 1, deadline=None, database=None)
+    return settings(max_examples=examples * LONGER)
 
 
 @dataclass(frozen=True)
@@ -241,6 +242,7 @@ def test_it_is_smaller(bits, layers, bare):
 # ---------------------------------------------------------------------- numbers
 
 
+@pytest.mark.grid(36)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("dim", [1, 2, 7, 64])

@@ -625,6 +625,7 @@ def short_ladder():
         yield
 
 
+@pytest.mark.grid(72)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
 def test_law(law, name):
@@ -933,6 +934,7 @@ EACH += [
 ]
 
 
+@pytest.mark.grid(25)
 @pytest.mark.parametrize(("family", "name", "chunks"), EACH)
 def test_beyond_the_limit_a_model_computes_what_the_policy_says(family, name, chunks):
     policy, chunked = LIMITED[name], CHUNKINGS[chunks]
@@ -1338,6 +1340,7 @@ def test_bad_kernels_are_refused(kernel):
         SnapKV(128, kernel=kernel)
 
 
+@pytest.mark.grid(60)
 @pytest.mark.parametrize("tokens", [None, 150, 1000])
 @pytest.mark.parametrize("layers", [1, 2, 3, 7, 32])
 @pytest.mark.parametrize("beta", [1, 1.5, 4, 20, 1e9, math.inf])

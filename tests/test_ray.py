@@ -17,6 +17,7 @@ import httpx
 import numpy as np
 import torch
 from snapshots import running_redis
+from support.waiting import until_async
 from t3_models import tiny_t3
 
 from kvcache import BusyError, InputError, MemoryStore, SpeakerCache
@@ -125,9 +126,9 @@ def kill(ray, replica):
 
 def test_a_voice_goes_to_where_it_is_warm(fleet, voices, capsys):
     handle, speak = fleet(), reference(voices)
-    random.seed(0)
-    asked = [*VOICES, *random.choices(VOICES, k=192)]
-    random.shuffle(asked)
+    chosen = random.Random(0)
+    asked = [*VOICES, *chosen.choices(VOICES, k=192)]
+    chosen.shuffle(asked)
     turns = asyncio.Semaphore(12)
 
     async def one(i, voice):
@@ -176,8 +177,7 @@ def test_a_replica_that_dies_loses_only_what_was_streaming(fleet, ray, voices, c
         http = asyncio.ensure_future(over_http(begun))
         await begun.wait()
         tasks = [asyncio.ensure_future(hear(handle, VOICES[0], tokens, seed, heard[seed])) for seed in seeds]
-        while not any(len(chunks) >= 2 for chunks in heard):
-            await asyncio.sleep(0.005)
+        await until_async(lambda: any(len(chunks) >= 2 for chunks in heard))
         home = next(chunks[0]["replica"] for chunks in heard if chunks)
         kill(ray, home)
         return home, await asyncio.gather(*tasks), await http

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
     MinPLogitsWarper,
@@ -26,8 +26,7 @@ GREEDY = Sampling(temperature=0, repetition_penalty=1)
 
 
 def search(examples):
-    phases = [Phase.generate, Phase.shrink]  # explaining a failure takes longer than finding it
-    return settings(max_examples=examples, deadline=None, derandomize=True, database=None, phases=phases)
+    return settings(max_examples=examples)
 
 
 # ---------------------------------------------------------------------- cases

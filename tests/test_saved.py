@@ -72,6 +72,7 @@ def same(one, other):
     )
 
 
+@pytest.mark.grid(57)
 @pytest.mark.parametrize("chunk", [1, 7])
 @pytest.mark.parametrize("tokens", [0, 5, 47])
 @pytest.mark.parametrize("kind", KINDS)

@@ -4,21 +4,25 @@ import asyncio
 import gc
 import random
 import threading
-import time
 import weakref
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.clocks import Clock
+from support.waiting import until_async
 from test_batch import SYMBOLS, TABLE, Breaks, assert_empty, chain, link, linked
 from test_decoding import search
 
 from kvcache import BusyError, ClosedError, InputError
 from kvcache.decoding import Batch, Piece, Pool
 from kvcache.scheduler import Request, Scheduler, SchedulerMetrics, Turns
+
+pytestmark = pytest.mark.one_release
 
 # ---------------------------------------------------------------------- whose turn it is
 
@@ -414,12 +418,17 @@ async def read(stream, items):
         items.append(item)
 
 
-async def until(what, times=4000):
-    for _ in range(times):
-        if what():
-            return
-        await asyncio.sleep(0.005)
-    raise AssertionError("it never came to that")
+def turned(scheduler):
+    """Counts the turns that a scheduler takes from now on."""
+    turn, turns = scheduler._turns.turn, SimpleNamespace(count=0)
+
+    def counting():
+        over = turn()
+        turns.count += 1
+        return over
+
+    scheduler._turns.turn = counting
+    return turns
 
 
 def threads():
@@ -470,7 +479,7 @@ def test_closing_cancelling_and_forgetting_each_end_a_request():
 
             opened.gate.open.clear()
             task = asyncio.create_task(read(cancelled, []))
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0)  # it begins, and waits for its first item
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
@@ -478,10 +487,10 @@ def test_closing_cancelling_and_forgetting_each_end_a_request():
 
             del forgotten
             gc.collect()
-            await until(lambda: scheduler.metrics().cancelled == 3)
+            await until_async(lambda: scheduler.metrics().cancelled == 3)
             opened.gate.open.set()
             assert [item async for item in kept] == due([60])[1:]
-            await until(lambda: scheduler.metrics().busy == 0)
+            await until_async(lambda: scheduler.metrics().busy == 0)
             assert counted(scheduler.metrics()) == (1, 3, 0, 0)
             assert_empty(opened.batch)
             assert scheduler._turns.requests == []
@@ -509,7 +518,7 @@ def test_more_than_may_wait_are_refused_and_may_come_again():
         async with Scheduler(opened, 1, max_waiting=2) as scheduler:
             opened.gate.open.clear()
             first = ask(scheduler, [20])
-            await until(lambda: scheduler.metrics().running == 1)
+            await until_async(lambda: scheduler.metrics().running == 1)
             waiting = [ask(scheduler, [5]), ask(scheduler, [5])]
             assert scheduler.metrics().waiting == 2
             with pytest.raises(BusyError, match="2 requests wait already, max_waiting is 2"):
@@ -542,9 +551,9 @@ def test_what_is_closed_takes_and_gives_nothing():
             running, waiting = ask(scheduler, [60]), ask(scheduler, [5])
             said = [], []
             reading = [asyncio.create_task(read(*one)) for one in zip((running, waiting), said, strict=True)]
-            await until(lambda: scheduler.metrics().running == 1)
+            await until_async(lambda: scheduler.metrics().running == 1)
             closing = asyncio.create_task(scheduler.close())
-            await asyncio.sleep(0.02)
+            await until_async(lambda: scheduler.closed)
             opened.gate.open.set()
             await closing
             for task in reading:
@@ -590,7 +599,7 @@ def test_a_consumer_that_fails_ends_its_request_only():
                 with pytest.raises(StopAsyncIteration):
                     await anext(stream)
             assert [item async for item in other] == due([30, 30])
-            await until(lambda: scheduler.metrics().busy == 0)
+            await until_async(lambda: scheduler.metrics().busy == 0)
             finished, cancelled, failed, refused = counted(scheduler.metrics())
             assert (finished + failed, cancelled, refused) == (3, 0, 0)  # all may have been decoded by then
             assert finished >= 1
@@ -649,7 +658,7 @@ def test_one_that_cannot_begin_fails_alone_and_a_step_that_fails_fails_all_that_
 
             opened.gate.open.clear()
             running = [ask(scheduler, [30]), ask(scheduler, [30, 30])]
-            await until(lambda: scheduler.metrics().busy == 2)
+            await until_async(lambda: scheduler.metrics().busy == 2)
             waiting = ask(scheduler, [12])
             opened.gate.fails.append(Breaks("no memory"))
             opened.gate.open.set()
@@ -688,7 +697,12 @@ def test_a_batch_that_cannot_open_says_so():
 
 def test_a_start_that_is_cancelled_leaves_no_thread():
     async def main():
-        opened, entered = Opened(1), threading.Event()
+        opened, entered, idle = Opened(1), threading.Event(), threading.Event()
+
+        class Changed(threading.Condition):
+            def wait(self, timeout=None):
+                idle.set()
+                return super().wait(timeout)
 
         @contextmanager
         def opens():
@@ -697,10 +711,11 @@ def test_a_start_that_is_cancelled_leaves_no_thread():
                 yield batch
 
         scheduler = Scheduler(opens, 1)
+        scheduler._changed = Changed()
         starting = asyncio.create_task(scheduler.__aenter__())
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0)  # it begins, and waits for the thread
         entered.set()
-        time.sleep(0.2)  # the thread has come to wait for requests, and the loop has not heard of it
+        assert idle.wait(30)  # the thread has come to wait for requests, and the loop has not heard of it
         starting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await starting
@@ -724,9 +739,10 @@ def test_a_slow_consumer_holds_up_no_other_and_no_job_of_its_own_that_has_begun(
             slow = ask(scheduler, [8, 24, 24, 24, 24], size=4)
             assert await anext(slow) == due([8], 4)[0]
             # One chunk lies there and three jobs begin; they are decoded to their end, and the last one does not begin.
-            await until(lambda: scheduler.metrics().tokens == 8 + 3 * 24)
+            await until_async(lambda: scheduler.metrics().tokens == 8 + 3 * 24)
             tokens, entered = 8 + 3 * 24, 4
-            await asyncio.sleep(0.1)
+            turns = turned(scheduler)
+            await until_async(lambda: turns.count >= 3)
             assert (scheduler.metrics().tokens, slow._request.entered) == (tokens, entered)
             assert slow._inbox.told - slow._inbox.taken >= 2
             assert scheduler.metrics().running == 1
@@ -738,31 +754,32 @@ def test_a_slow_consumer_holds_up_no_other_and_no_job_of_its_own_that_has_begun(
     asyncio.run(main())
 
 
-def test_the_time_to_the_first_item_is_told_in_percentiles():
+def test_the_time_to_the_first_item_is_told_in_percentiles(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("kvcache.scheduler.time", clock)
+
     async def main():
         opened = Opened(1)
         async with Scheduler(opened, 1) as scheduler:
             assert scheduler.metrics().ttfa == {}
             opened.gate.open.clear()
-            began = time.perf_counter()
             stream = ask(scheduler, [9])
             reading = asyncio.create_task(anext(stream))
-            await asyncio.sleep(0.1)
+            clock.now += 0.25
             opened.gate.open.set()
             await reading
-            took = time.perf_counter() - began
             one = scheduler.metrics().ttfa
-            assert 0.1 <= one["p50"] == one["p90"] == one["p99"] <= took
+            assert 0.25 == one["p50"] == one["p90"] == one["p99"]
+            clock.now += 1
             async for _ in stream:
                 pass
             assert scheduler.metrics().ttfa == one  # only the first counts
             unread = ask(scheduler, [9])
-            await until(lambda: scheduler.metrics().finished == 2)
+            await until_async(lambda: scheduler.metrics().finished == 2)
             assert scheduler.metrics().ttfa == one
             del unread
-            assert [item async for item in ask(scheduler, [1])]
-            both_ = scheduler.metrics().ttfa
-            assert both_["p50"] < one["p50"] and both_["p50"] < both_["p90"] < both_["p99"] < one["p50"]
+            assert [item async for item in ask(scheduler, [1])]  # at once
+            assert scheduler.metrics().ttfa == pytest.approx({"p50": 0.125, "p90": 0.225, "p99": 0.2475})
             scheduler._firsts.extend(i / 1000 for i in range(1001))
             found = scheduler.metrics().ttfa
             assert found == pytest.approx({"p50": 0.5, "p90": 0.9, "p99": 0.99}, abs=2e-3)
@@ -804,7 +821,7 @@ async def one_of_many(scheduler, i, chosen, seen):
             await anext(stream)
     elif fate == "cancel":
         reading = asyncio.create_task(read(stream, items))
-        await asyncio.sleep(0.002 * stops)
+        await until_async(lambda: len(items) >= stops or reading.done())
         if not reading.done():
             reading.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -830,11 +847,14 @@ def test_a_scheduler_with_nothing_to_do_holds_no_request():
             assert [item async for item in streams[0]] == due([9])
             await streams[1].aclose()
             del streams
-            await until(lambda: scheduler.metrics().cancelled + scheduler.metrics().finished == 4)
-            await until(lambda: scheduler._turns.requests == [] and scheduler._dropped == [])
-            await asyncio.sleep(0.05)
-            gc.collect()
-            assert [one() for one in held] == [None] * 4
+            await until_async(lambda: scheduler.metrics().cancelled + scheduler.metrics().finished == 4)
+            await until_async(lambda: scheduler._turns.requests == [] and scheduler._dropped == [])
+
+            def gone():
+                gc.collect()
+                return [one() for one in held] == [None] * 4
+
+            await until_async(gone)
 
     asyncio.run(main())
 
@@ -858,14 +878,14 @@ def test_two_hundred_requests_leave_nothing_behind():
             for _ in range(4):
                 await asyncio.gather(*(one_of_many(scheduler, i, chosen, seen) for i in range(50)))
                 gc.collect()
-                await until(lambda: scheduler.metrics().busy == 0 and not scheduler._inboxes)
-                await until(lambda: scheduler._turns.requests == [])
+                await until_async(lambda: scheduler.metrics().busy == 0 and not scheduler._inboxes)
+                await until_async(lambda: scheduler._turns.requests == [])
                 assert_empty(scheduler._turns.batch)
                 assert asyncio.all_tasks() == {asyncio.current_task()}
                 metrics = scheduler.metrics()
                 assert (metrics.busy, metrics.waiting, metrics.running) == (0, 0, 0)
                 counts.append(sum(counted(metrics)))
-                await until(lambda: tensors() <= held, 40)  # what was on its way to a consumer is gone too
+                await until_async(lambda: tensors() <= held, 40)  # what was on its way to a consumer is gone too
             assert metrics.finished >= seen["read"] and metrics.cancelled > 10
             assert metrics.failed <= seen["fail"]  # some had been decoded by then
         assert_empty_pool()

@@ -8,10 +8,10 @@ import shutil
 import socket
 import sys
 import threading
-import time
 import wave
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,6 +20,8 @@ if any(importlib.util.find_spec(name) is None for name in ("fastapi", "uvicorn",
 
 import httpx
 import uvicorn
+from support.clocks import Ticking
+from support.waiting import until, until_async
 from t3_models import tiny_t3
 
 from kvcache_chatterbox import ChatterboxEngine, SpeechScheduler, stand_in
@@ -29,6 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import server
 import server_load
+
+pytestmark = pytest.mark.one_release
 
 TEXT = "The birch canoe slid on the smooth planks. Glue the sheet to the dark blue background. Rice is served in bowls."
 JSON = {"Content-Type": "application/json"}
@@ -43,9 +47,8 @@ def serving(app):
         thread = threading.Thread(target=runner.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
-            while not runner.started:
-                assert thread.is_alive()
-                time.sleep(0.01)
+            until(lambda: runner.started or not thread.is_alive())
+            assert runner.started
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             runner.should_exit = True
@@ -168,15 +171,20 @@ def test_too_many_are_refused_and_who_leaves_makes_room(full):
             async with speaking(http):
                 assert (await server_load.gauges(http))["kvcache_busy"] == 1
                 waits = asyncio.ensure_future(http.post("/v1/audio/speech", json=body()))
-                while not (await server_load.gauges(http))["kvcache_waiting"]:
-                    await asyncio.sleep(0.01)
+
+                async def waiting():
+                    return (await server_load.gauges(http))["kvcache_waiting"]
+
+                async def none_waiting():
+                    return not await waiting()
+
+                await until_async(waiting)
                 refused = await http.post("/v1/audio/speech", json=body())
                 assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
                 assert refused.json()["error"]["code"] == "busy" and "wait" in refused.json()["error"]["message"]
                 waits.cancel()  # one that leaves before its first audio
-                while (found := await server_load.gauges(http))["kvcache_waiting"]:
-                    await asyncio.sleep(0.01)
-                assert found["kvcache_busy"] == 1
+                await until_async(none_waiting)
+                assert (await server_load.gauges(http))["kvcache_busy"] == 1
             found = await server_load.at_rest(http)
             assert found["kvcache_busy"] == found["kvcache_waiting"] == found["kvcache_running"] == 0
             assert (found["kvcache_cancelled_total"], found["kvcache_refused_total"]) == (2, 1)
@@ -243,12 +251,31 @@ def test_it_ends_in_order_and_then_is_not_healthy():
     assert status("POST", "/v1/audio/speech", json=body()) == 503
 
 
-def test_the_page_shows_chunks_as_they_come(url, tmp_path):
+class OneByOne:
+    """An app whose audio leaves a piece at a time, each when the test lets it; then all that is left."""
+
+    def __init__(self, app):
+        self.app = app
+        self.allowed = threading.Semaphore(0)
+        self.all = False
+
+    async def __call__(self, scope, receive, send):
+        async def held(message):
+            if message.get("body") and scope["path"] == "/v1/audio/speech" and not self.all:
+                await asyncio.to_thread(self.allowed.acquire)
+            await send(message)
+
+        await self.app(scope, receive, held)
+
+
+def test_the_page_shows_chunks_as_they_come(tmp_path):
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("there is no chromium on this machine")
-    with playwright.sync_playwright() as run:
+    engine = engine_of(server_load.tiny())
+    app = OneByOne(server.create_app(SpeechScheduler(engine), engine.voices, model="tiny", note=server.TONES))
+    with serving(app) as url, playwright.sync_playwright() as run:
         browser = run.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page()
         wrong = []
@@ -260,9 +287,14 @@ def test_the_page_shows_chunks_as_they_come(url, tmp_path):
         page.fill("#seed", "1")
         page.fill("#text", " ".join([TEXT] * 12))
         page.click("#speak")
+        for shown in (1, 2, 3):
+            app.allowed.release()
+            page.wait_for_function(f"document.getElementById('chunks').rows.length === {shown}", timeout=60_000)
+        app.all = True
+        app.allowed.release()
         page.wait_for_function("document.getElementById('status').textContent === 'done'", timeout=60_000)
         rows = [row.split("\t") for row in page.inner_text("#chunks").splitlines()]
-        assert len(rows) >= 3
+        assert len(rows) > 3
         assert [int(row[0]) for row in rows] == list(range(1, len(rows) + 1))
         heard = say(url, " ".join([TEXT] * 12), voice="finn", response_format="pcm").content
         assert sum(float(row[1]) for row in rows) == pytest.approx(len(heard) / 48000, abs=0.005 * len(rows))
@@ -276,7 +308,9 @@ def test_the_page_shows_chunks_as_they_come(url, tmp_path):
     assert wrong == []
 
 
-def test_eight_clients_for_some_seconds(url):
+def test_eight_clients_for_some_requests(url, monkeypatch):
+    # Seconds are looks at the clock, two or three a request: as many requests on any machine.
+    monkeypatch.setattr(server_load, "time", SimpleNamespace(perf_counter=Ticking(0.1)))
     found = asyncio.run(server_load.load(url, clients=8, seconds=5, again=6))
     assert found["first errors"] == []
     assert found["complete"] > 0 and found["left midway"] > 0

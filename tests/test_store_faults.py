@@ -7,19 +7,26 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
-import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
 from contextlib import contextmanager, nullcontext, suppress
+from itertools import count
+from pathlib import Path
 from random import Random
 from types import SimpleNamespace
 
 import pytest
 from snapshots import PROCESSES, cold, exact, running_redis, voice
+from support.clocks import Clock
+from support.ports import deserted
+from support.waiting import until
 
 from kvcache import CorruptError, PrefixSnapshot, SpeakerCache
 from kvcache.errors import StoreError
 from kvcache.stores import DiskStore, MemoryStore, RedisStore, RemoteStore, TieredStore
+
+pytestmark = pytest.mark.one_release
 
 
 @pytest.fixture(scope="session")
@@ -98,29 +105,39 @@ def test_a_file_that_has_rotted_is_computed_and_written_again(tmp_path, caplog):
 # ---------------------------------------------------------------------- writers are killed
 
 
-def write_forever(folder, budget, seed, started):
-    random, store = Random(seed), DiskStore(folder, budget)
+def killed_after(steps, folder, budget):
+    """How a writer ended that was killed after so many steps, in a process forked from this one: milliseconds."""
+    if (child := os.fork()) == 0:
+        signal.alarm(60)  # ends it, should it write nothing
+        write_until_killed(steps, folder, budget)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def write_until_killed(steps, folder, budget):
+    """A step is a call that reaches the file system, or half of a file."""
+    random, store, taken = Random(steps), DiskStore(folder, budget), count()
     snapshots = [cold(voice(random.randrange(100), tokens=500)) for _ in range(4)]
-    started.send(None)
+
+    def step(event, args=()):
+        if event.startswith(("open", "os.", "fcntl.")) and next(taken) == steps:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def in_halves(path, data):
+        with path.open("wb", buffering=0) as file:
+            for half in (data[: len(data) // 2], data[len(data) // 2 :]):
+                step("open")
+                file.write(half)
+
+    Path.write_bytes = in_halves
+    sys.addaudithook(step)
     while True:
         store.put(random.choice(snapshots))
 
 
-def test_a_writer_killed_at_any_moment_leaves_nothing_broken(tmp_path):
-    random = Random(0)
+def test_a_writer_killed_at_any_moment_leaves_nothing_broken(tmp_path, children):
     budget = 5 * len(cold(voice(0, tokens=500)).to_bytes()) + 100
-    for kill in range(200):
-        mine, its = PROCESSES.Pipe()
-        writer = PROCESSES.Process(target=write_forever, args=(tmp_path, budget, kill, its))
-        writer.start()
-        its.close()
-        with mine:
-            mine.recv()
-        time.sleep(random.uniform(0, 0.06))
-        writer.kill()
-        writer.join()
-        assert writer.exitcode == -signal.SIGKILL
-        writer.close()
+    for steps in range(200):
+        assert children.submit(killed_after, steps, tmp_path, budget).result() == -signal.SIGKILL
         assert sum(size for _, size in held(tmp_path)) == DiskStore(tmp_path).nbytes <= budget
         assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= budget
     store, key = DiskStore(tmp_path, budget), voice(1000)
@@ -231,24 +248,22 @@ def test_a_folder_that_cannot_be_costs_a_computation_each_time(through, tmp_path
 
 @pytest.mark.parametrize("deleted", ["files", "folder"])
 def test_what_is_deleted_under_a_store_is_computed_again(deleted, tmp_path):
-    folder, random, stop = tmp_path / "store", Random(0), threading.Event()
+    folder, random = tmp_path / "store", Random(0)
     cache = SpeakerCache(TieredStore(MemoryStore(cold(voice(0)).nbytes), DiskStore(folder, "20kB")))
 
     def delete():
-        while not stop.wait(0.003):
-            for path in [folder] if deleted == "folder" else list(folder.glob("*")):
-                if path == folder:
-                    shutil.rmtree(folder, ignore_errors=True)
-                else:
-                    path.unlink(missing_ok=True)
+        for path in [folder] if deleted == "folder" else list(folder.glob("*")):
+            if path == folder:
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     with ThreadPoolExecutor(1) as pool:
-        deleting = pool.submit(delete)
-        until = time.monotonic() + 2
-        while time.monotonic() < until:
-            assert served(cache, voice(random.randrange(6)))
-        stop.set()
-        deleting.result()
+        for _ in range(150):
+            deleting = pool.submit(delete)
+            for _ in range(3):  # the first while it is deleted
+                assert served(cache, voice(random.randrange(6)))
+            deleting.result()
     assert cache.stats().built > 6
     cache.evict(voice(9))
     assert served(cache, voice(9))
@@ -259,20 +274,22 @@ def test_what_is_deleted_under_a_store_is_computed_again(deleted, tmp_path):
 # ---------------------------------------------------------------------- Redis leaves
 
 
-def test_a_server_that_leaves_and_comes_back(tmp_path, caplog):
-    random = Random(0)
+def test_a_server_that_leaves_and_comes_back(tmp_path, caplog, monkeypatch):
+    random, clock = Random(0), Clock()
+    monkeypatch.setattr("kvcache.stores.base.time", clock)
     with running_redis(tmp_path) as server:
         far = RedisStore(server.url, max_bytes="20kB", timeout=20)
         far.retry_after = 0.2
         with TieredStore(MemoryStore(cold(voice(0)).nbytes), far) as store:
             cache = SpeakerCache(store)
 
-            def requests(enough, count=30):
-                deadline = time.monotonic() + 60
-                while count > 0 or not enough():
+            def requests(enough, least=30, most=3000):
+                for made in range(most):
+                    if made >= least and enough():
+                        return
                     assert served(cache, voice(random.randrange(6)))
-                    assert time.monotonic() < deadline
-                    count -= 1
+                    clock.now += 0.03
+                raise AssertionError(f"{most} requests were not enough")
 
             requests(lambda: far.hits > 20)
             assert not caplog.records
@@ -290,39 +307,44 @@ def test_a_server_that_leaves_and_comes_back(tmp_path, caplog):
 def test_a_server_that_leaves_amid_requests(tmp_path):
     with running_redis(tmp_path) as server:
         far = RedisStore(server.url, timeout=5)
-        far.retry_after = 0.05
+        far.retry_after = 0  # each request finds it as it is
         with TieredStore(MemoryStore(cold(voice(0)).nbytes), far) as store:
-            cache, stop = SpeakerCache(store), threading.Event()
+            cache, stop, made = SpeakerCache(store), threading.Event(), [0] * 3
 
-            def requests(seed):
-                random, count = Random(seed), 0
+            def requests(i):
+                random = Random(i)
                 while not stop.is_set():
                     assert served(cache, voice(random.randrange(20)))
-                    count += 1
-                return count
+                    made[i] += 1
+
+            def each_makes(more):
+                goals = [n + more for n in made]
+                until(lambda: wait(asking, 0).done or all(n >= goal for n, goal in zip(made, goals, strict=True)))
 
             with ThreadPoolExecutor(3) as pool:
-                counts = [pool.submit(requests, seed) for seed in range(3)]
-                for _ in range(8):
-                    time.sleep(0.1)
-                    server.stop()
-                    time.sleep(0.05)
-                    server.start()
-                stop.set()
-                assert all(count.result() > 0 for count in counts)
+                asking = [pool.submit(requests, i) for i in range(3)]
+                try:
+                    for _ in range(8):
+                        hits = far.hits
+                        until(lambda hits=hits: wait(asking, 0).done or far.hits > hits + 5)
+                        server.stop()
+                        each_makes(5)
+                        server.start()
+                finally:
+                    stop.set()
+                for future in asking:
+                    future.result()
 
 
 def test_a_server_that_never_answers_is_asked_once(caplog):
     with (
         socket.create_server(("127.0.0.1", 0)) as hole,
-        RedisStore(f"redis://127.0.0.1:{hole.getsockname()[1]}", timeout=0.2) as store,
+        RedisStore(f"redis://127.0.0.1:{hole.getsockname()[1]}", timeout=0.05) as store,
     ):
         store.retry_after = 1000
         cache = SpeakerCache(store)
-        began = time.monotonic()
         for i in range(50):
             assert served(cache, voice(i % 5))
-        assert 0.2 <= time.monotonic() - began < 10  # where asking each time would take 20
         assert cache.stats().nbytes == {"redis": 0}
     assert caplog.messages == [
         "redis: could not read (TimeoutError: Timeout reading from socket); left alone for 1000 s"
@@ -439,13 +461,13 @@ def test_a_process_forked_from_one_that_has_written_writes_too(tmp_path, childre
     assert [DiskStore(tmp_path).has(voice(i)) for i in range(40)] == [i != 1 for i in range(40)]
 
 
-def work(folder, budget, seed, seconds):
+def work(folder, budget, seed, times):
     """Ask, pin and forget at random; how often something was found, and what was logged beside what did not fit."""
     random, lines = Random(seed), logged()
     cache = SpeakerCache(DiskStore(folder, budget))
     keys = [voice(i, tokens=10 + 30 * i) for i in range(8)]
-    until, asked = time.monotonic() + seconds, 0
-    while time.monotonic() < until:
+    asked = 0
+    for _ in range(times):
         key = random.choice(keys)
         match random.choice(("ask",) * 8 + ("evict", "pin", "unpin")):
             case "ask":
@@ -476,16 +498,15 @@ def bytes_in(folder):
     return None
 
 
-@pytest.mark.parametrize("seconds", [3, pytest.param(30, marks=pytest.mark.slow)])
-def test_processes_that_share_a_folder_keep_to_its_budget_and_to_the_truth(seconds, tmp_path, children):
+@pytest.mark.parametrize("times", [150, pytest.param(1500, marks=pytest.mark.slow)])
+def test_processes_that_share_a_folder_keep_to_its_budget_and_to_the_truth(times, tmp_path, children):
     budget = 2 * len(cold(voice(0, tokens=220)).to_bytes())
-    working = [children.submit(work, tmp_path, budget, seed, seconds) for seed in range(4)]
+    working = [children.submit(work, tmp_path, budget, seed, times) for seed in range(4)]
     sizes = []
-    while not all(future.done() for future in working):
+    while wait(working, 0.0002).not_done:
         if (size := bytes_in(tmp_path)) is not None:
             assert size <= budget
             sizes.append(size)
-        time.sleep(0.0002)
     for future in working:
         hits, built, lines = future.result()
         assert hits > 0 and built > 0 and lines == []
@@ -499,18 +520,18 @@ def test_processes_that_share_a_folder_keep_to_its_budget_and_to_the_truth(secon
 @pytest.mark.parametrize("what", ["entries", "peek", "intact", "add", "remove", "hold"])
 def test_who_looks_after_a_store_is_told_why_it_cannot_be(what, tmp_path):
     key = voice(0)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]  # nobody listens on it any more
     (tmp_path / "file").touch()
-    for store in (RedisStore(f"redis://127.0.0.1:{port}", timeout=1), DiskStore(tmp_path / "file")):
-        given = {"entries": (), "add": (cold(key).to_bytes(),)}.get(what, (key.address,))
-        with pytest.raises(StoreError, match=rf"{store.name}: could not .+ \(.+\); check that it is up"):
-            getattr(store, what)(*given)
+    with deserted() as port:
+        for store in (RedisStore(f"redis://127.0.0.1:{port}", timeout=1), DiskStore(tmp_path / "file")):
+            given = {"entries": (), "add": (cold(key).to_bytes(),)}.get(what, (key.address,))
+            with pytest.raises(StoreError, match=rf"{store.name}: could not .+ \(.+\); check that it is up"):
+                getattr(store, what)(*given)
 
 
 def test_a_location_that_does_not_answer_is_told_in_time(tmp_path):
-    store = RemoteStore(f"file://{tmp_path}", timeout=0.05)
-    store._files = SimpleNamespace(ls=lambda *args, **kwargs: time.sleep(1), cat_file=lambda *args: time.sleep(1))
+    store, over = RemoteStore(f"file://{tmp_path}", timeout=0.01), threading.Event()
+    store._files = SimpleNamespace(ls=lambda *args, **kwargs: over.wait(10), cat_file=lambda *args: over.wait(10))
     for ask in (store.entries, lambda: store.peek(voice(0).address)):
         with pytest.raises(StoreError, match="Timeout"):
             ask()
+    over.set()

@@ -187,6 +187,7 @@ HOUSE = [
 ]
 
 
+@pytest.mark.grid(9)
 @pytest.mark.parametrize("policy", HOUSE, ids=repr)
 def test_the_houses_policies_keep_the_laws(policy):
     check_policy(policy, examples=6)

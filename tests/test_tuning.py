@@ -88,7 +88,7 @@ def of(table, setting, axis):
     return table.get((axis, value), 1.0)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(table=factors, seed=st.integers(0, 2**16), additive=st.booleans())
 def test_the_best_is_found_where_axes_are_independent(table, seed, additive):
     """Whatever each value costs: factors or summands, measured with 1 % of noise."""

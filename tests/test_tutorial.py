@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from test_docs import NOT_RUN, ROOT, blocks
 
+pytestmark = pytest.mark.one_release
+
 SHELL = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

@@ -161,6 +161,7 @@ def test_the_reference_can_tell(name: str, attention: str) -> None:
         assert (expected(name, attention, policy) - expected(name, attention, wider)).abs().max() > 500 * CLOSE
 
 
+@pytest.mark.grid(42)
 @pytest.mark.parametrize("policy", ["sinks", "hysteresis", "user"])
 @pytest.mark.parametrize(("name", "attention"), cases(EVICTING))
 def test_any_chunking_is_exact(name: str, attention: str, policy: str) -> None:
@@ -175,6 +176,7 @@ def test_any_chunking_is_exact(name: str, attention: str, policy: str) -> None:
                 assert sorted(layer.positions()[0].tolist()) == kept
 
 
+@pytest.mark.grid(35)
 @pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -196,6 +198,7 @@ def test_a_budget_in_bytes_is_exact(attention: str, chunks: tuple[int, ...]) -> 
     assert close(ours, expected("llama", attention, MaxTokens(14, 9)))
 
 
+@pytest.mark.grid(42)
 @pytest.mark.parametrize("policy", ["sinks", "hysteresis", "user"])
 @pytest.mark.parametrize(("name", "attention"), cases(EVICTING))
 def test_single_tokens_are_exact_as_a_plain_drop_in(name: str, attention: str, policy: str) -> None:
@@ -206,6 +209,7 @@ def test_single_tokens_are_exact_as_a_plain_drop_in(name: str, attention: str, p
     assert close(ours, expected(name, attention, POLICIES[policy]))
 
 
+@pytest.mark.grid(28)
 @pytest.mark.parametrize("policy", ["sinks", "hysteresis"])
 @pytest.mark.parametrize(("name", "attention"), cases(EVICTING))
 def test_generate_says_what_the_reference_says(name: str, attention: str, policy: str) -> None:
@@ -299,6 +303,7 @@ PER_LAYER = {
 }
 
 
+@pytest.mark.grid(60)
 @pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
 @pytest.mark.parametrize("policies", PER_LAYER.values(), ids=PER_LAYER)
 @pytest.mark.parametrize(
@@ -363,6 +368,7 @@ def padded_prompt(tokens: int = LENGTH) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
+@pytest.mark.grid(32)
 @pytest.mark.parametrize(
     ("name", "attention", "policy"),
     [
@@ -387,6 +393,7 @@ def test_padded_rows_are_exact(name: str, attention: str, policy: str) -> None:
     assert close(ours[real], theirs[real])
 
 
+@pytest.mark.grid(26)
 @pytest.mark.parametrize(
     ("policy", "beams"),
     [
@@ -473,6 +480,7 @@ def one_layer(name: str) -> Any:
     return build(name, **settings)
 
 
+@pytest.mark.grid(12)
 @pytest.mark.parametrize("policy", [SlidingWindow(12, sinks=4), Pinned(3, MaxTokens(10, 6))], ids=["sinks", "pinned"])
 @pytest.mark.parametrize("name", [*ROTATING, "llama3-scaling", "linear-scaling"])
 def test_rerotated_is_the_kept_text_run_as_if_nothing_had_been_between(name: str, policy: SizePolicy) -> None:
@@ -689,6 +697,7 @@ def test_generate_past_a_learned_table_says_so(name: str, policy: SizePolicy | N
         assert kv.report().seen == 32
 
 
+@pytest.mark.grid(38)
 @pytest.mark.parametrize("preallocate", [False, True], ids=["growing", "preallocated"])
 @pytest.mark.parametrize("fresh", [1, 4])
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "mistral-own-window"])
@@ -741,6 +750,7 @@ def test_another_batch_size_is_refused(name: str) -> None:
 # ---------------------------------------------------------------------- rolling back, trimming, starting again
 
 
+@pytest.mark.grid(34)
 @pytest.mark.parametrize("kind", [{}, {"max_cache_length": 64, "preallocate": True}], ids=["growing", "static"])
 @pytest.mark.parametrize("length", [0, 7, 20])
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if not family.hybrid])

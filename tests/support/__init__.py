@@ -1,0 +1,1 @@
+"""What the tests share and that is no test."""
