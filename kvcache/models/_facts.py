@@ -138,6 +138,10 @@ class ModelFacts:
         if not shapes or isinstance(self._layout, str):
             return told
         own = len(DynamicCache(config=model.config).layers)
+        positions = self._positions(told.positions)
+        table = told.max_positions
+        if positions == "learned" and table is None:
+            table = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         layers = min(told.layers, max(own, max(shapes) + 1))
         first = shapes[min(shapes)]
         each = tuple(astuple(shapes.get(i, LayerShape(0, 0, 0))) for i in range(layers))
@@ -150,14 +154,18 @@ class ModelFacts:
             dtype=next(iter(self._layout.notes.keys.values()), torch.empty(0, dtype=model.dtype)).dtype,
             device=model.device,
             shapes=() if len(set(each)) == 1 else each,
-            positions=self._positions(told.positions),
+            positions=positions,
+            max_positions=table,
         )
 
     def _positions(self, told: Positions) -> Positions:
         """How the model tells positions, where its config does not say."""
         if told != "unknown" or self._eviction is not None:
             return told
-        return "rope" if any(isinstance(turn, KeyRotation) for turn in self._turns.values()) else "none"
+        turns = self._turns.values()
+        if any(isinstance(turn, str) for turn in turns):
+            return "learned"
+        return "rope" if any(isinstance(turn, KeyRotation) for turn in turns) else "none"
 
     @cached_property
     def _layout(self) -> "_Layout | str":
@@ -202,7 +210,7 @@ class ModelFacts:
     def _masks(self) -> "tuple[Seat, ...] | str":
         layout = self._layout
         if isinstance(layout, str):
-            return layout
+            return self._named() if self.model.device.type == "meta" else layout
         if layout.why_no_seats is not None:
             return layout.why_no_seats
         wants = [self._additive(), not self._additive()]
@@ -211,6 +219,16 @@ class ModelFacts:
             if reason is None:
                 return tuple(replace(seat, additive=additive) for seat in layout.seats)
         return reasons[0] or ""
+
+    def _named(self) -> tuple[Seat, ...]:
+        """What is taken for attention by its name, in a model without weights, which computes nothing."""
+        return tuple(
+            Seat(module.layer_idx, name, "attention_mask", "hidden_states", self._additive())
+            for name, module in self.model.named_modules()
+            if isinstance(getattr(module, "layer_idx", None), int)
+            and {"attention_mask", "hidden_states"} <= set(parameters(module))
+            and not any(isinstance(getattr(part, "layer_idx", None), int) for part in module.children())
+        )
 
     def _additive(self) -> bool:
         return getattr(self.model.config, "_attn_implementation", "eager") == "eager"
