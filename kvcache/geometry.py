@@ -153,7 +153,9 @@ def _shape(given: Any, config: Any, layer: int, latent: bool) -> tuple[int, int,
             f"{type(given).__name__} does not say its heads and width (got {heads}, {width}); "
             "build CacheGeometry(layers=…, kv_heads=…, head_dim=…, value_dim=…) yourself"
         )
-    if (nope := _first(config, layer, "qk_nope_head_dim")) is not None:  # multi-head latent attention (arXiv:2405.04434)
+    if (
+        nope := _first(config, layer, "qk_nope_head_dim")
+    ) is not None:  # multi-head latent attention (arXiv:2405.04434)
         if latent:
             return 1, config.kv_lora_rank, config.qk_rope_head_dim
         return heads, nope + config.qk_rope_head_dim, config.v_head_dim

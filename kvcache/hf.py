@@ -27,12 +27,13 @@ from kvcache.events import Evictions
 from kvcache.geometry import CacheGeometry
 from kvcache.heads import SplitLayer, chosen_by_head, layer_for, turns
 from kvcache.layers import KVLayer
-from kvcache.models import Windows, announced, facts_of, parameters, rope_by_length
+from kvcache.models import ModelFacts, Windows, alike, announced, facts_of, parameters, rope_by_length, untouched
 from kvcache.past import handed, taken
 from kvcache.policies import KeepAll, SizePolicy, check_policy
 from kvcache.prefix import PrefixKey, PrefixSnapshot
 from kvcache.quantized import Quantization, QuantizedLayer
 from kvcache.rope import KeyRotation
+from kvcache.scoring import SnapKV
 
 TESTED = ("5.2", "5.24")
 """The lowest and the newest release of transformers that the tests have run on."""
@@ -266,7 +267,9 @@ def _check_eviction(model: Any, geometry: CacheGeometry, policies: Sequence[Size
         return
     facts = facts_of(model)
     if (why := facts.why_no_eviction) is not None:
-        raise PositionsError(f"tokens cannot be evicted from this model's cache: {why}; use KeepAll(), with a max_length")
+        raise PositionsError(
+            f"tokens cannot be evicted from this model's cache: {why}; use KeepAll(), with a max_length"
+        )
     by_age = next((policy for policy in policies if not chosen_by_head(policy)), None)
     if by_age is not None and (why := facts.why_no_long_prompt) is not None:
         raise PositionsError(
@@ -368,9 +371,28 @@ def extend_prefix(
 class _Cache(Cache):
     """Resets to empty: up to some release, transformers' own layers keep their length and become zeros."""
 
+    read: Tensor | None = None  # the token ids ``[rows, tokens]`` that it begins with, where they are known
+
     def reset(self) -> None:
+        self.read = None
         for layer in self.layers:
             _empty(layer)
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        super().crop(*args, **kwargs)
+        self.read = None if self.read is None else self.read[:, : self.get_seq_length()]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.read = None
+        super().reorder_cache(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.read = None
+        super().batch_select_indices(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.read = None
+        super().batch_repeat_interleave(repeats)
 
 
 class _EncoderDecoderCache(EncoderDecoderCache):
@@ -458,7 +480,46 @@ def truncate(cache: Any, length: int) -> None:
             layer.crop(-removed)
     for kv in kv_layers(cache):
         kv.truncate(length)
+    if isinstance(cache, _Cache) and cache.read is not None:
+        cache.read = cache.read[:, :length]
     count_anew(cache)
+
+
+def check_continues(cache: Any, ids: Tensor | None, given: int) -> None:
+    """Refuse what a cache already holds, or does not continue.
+
+    Args:
+        ids: the whole text so far, ``[rows, tokens]``; None where it is not known.
+        given: its tokens.
+
+    Raises:
+        InputError: with the length to `truncate` to.
+    """
+    held = kv_layers(cache, some=False)
+    seen = held[0].seen if held else 0
+    if given <= seen:
+        raise InputError(
+            f"the cache has seen {seen} tokens, and {given} were given: give the whole text so far and what follows it, or go "
+            f"back with truncate(cache, {max(0, given - 1)}) first, or use a new cache"
+        )
+    read = cache.read if isinstance(cache, _Cache) else None
+    if read is None or ids is None or ids.shape[0] != read.shape[0]:
+        return
+    known = min(read.shape[1], seen)
+    same = (ids[:, :known].to(read.device) == read[:, :known]).all(0)
+    if not bool(same.all()):
+        common = int(same.long().cumprod(0).sum())
+        raise InputError(
+            f"the cache has seen another text: only the first {common} of its {seen} tokens are those given; go back with "
+            f"truncate(cache, {common}) first, or use a new cache"
+        )
+
+
+def note_read(cache: Any, ids: Tensor | None) -> None:
+    """Remember which token ids ``[rows, tokens]`` a cache of ours has seen; None forgets them."""
+    if isinstance(cache, _Cache):
+        held = kv_layers(cache, some=False)
+        cache.read = None if ids is None or not held or held[0].rows != ids.shape[0] else ids[:, : held[0].seen].clone()
 
 
 def tell_evicted(cache: Any) -> None:
@@ -473,6 +534,38 @@ def count_anew(cache: Any) -> None:
     for layer in cache_layers(cache):
         if isinstance(layer, ManagedLayer):
             layer.count_anew()
+
+
+def check_ranking(model: Any, runner: Any) -> None:
+    """Try a policy that ranks tokens on a few of them, of which none leaves: the answer must be the model's own.
+
+    Args:
+        runner: the model's `observed_copy`.
+
+    Raises:
+        PolicyError: with the reason, if it is not.
+    """
+
+    def why_not(facts: ModelFacts) -> str | None:
+        if facts.why_not_probed is not None and model.device.type == "meta":
+            return None  # nothing is computed
+        try:
+            ids, told = facts.trial()
+        except GeometryError:
+            return None  # attention itself refuses what it cannot honour
+        cache = new_cache(model, SnapKV(1024))
+        try:
+            with untouched(runner):
+                parts = [runner(part, **handed(runner, cache), use_cache=True)[0] for part in ids.split((4, 2), 1)]
+        except PolicyError as error:
+            return str(error).split(";")[0]
+        same = alike(torch.cat(parts, 1), told, None if told.dtype == torch.float32 else 0.3)
+        return (
+            None if same else f"{type(model).__name__} attends in a way of its own, which heads cannot do by themselves"
+        )
+
+    if (why := facts_of(model).once("ranking", why_not)) is not None:
+        raise PolicyError(f"{why}; use a policy by age, such as SlidingWindow")
 
 
 _REHEARSED = 2048  # tokens read again at a time

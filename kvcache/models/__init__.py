@@ -1,17 +1,21 @@
 """A transformers model: what is known of it, found by asking the model itself."""
 
-from kvcache.models._facts import LayerShape, ModelFacts, Seat, facts_of, rope_by_length, run_prefix
-from kvcache.models._probe import parameters
-from kvcache.models._windows import Windows, announced
+from kvcache.models._facts import LayerShape, ModelFacts, Seat, alike, facts_of, rope_by_length, run_prefix
+from kvcache.models._probe import parameters, untouched
+from kvcache.models._windows import Windows, announced, hides_more, shows_later
 
 __all__ = [
     "LayerShape",
     "ModelFacts",
     "Seat",
     "Windows",
+    "alike",
     "announced",
     "facts_of",
+    "hides_more",
     "parameters",
     "rope_by_length",
     "run_prefix",
+    "shows_later",
+    "untouched",
 ]

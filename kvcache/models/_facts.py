@@ -3,7 +3,7 @@
 import copy
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -82,6 +82,7 @@ class ModelFacts:
         self._model = weakref.ref(model)
         self._name = type(model).__name__
         self._lock = threading.RLock()
+        self._found: dict[str, str | None] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ModelFacts":
         return self
@@ -96,6 +97,22 @@ class ModelFacts:
         if model is None:
             raise ReferenceError(f"the {self._name} that these facts are of is gone")
         return model
+
+    def once(self, feature: str, why_not: Callable[["ModelFacts"], str | None]) -> str | None:
+        """Why another feature is not possible, by a trial that is made once."""
+        if feature not in self._found:
+            self._found[feature] = why_not(self)
+        return self._found[feature]
+
+    def trial(self) -> tuple[Tensor, Tensor]:
+        """A prompt ``[1, 6]`` of token ids, and what the model says of it: logits, or its last states.
+
+        Raises:
+            GeometryError: if the model could not be run on token ids.
+        """
+        if isinstance(self._layout, str) or "input_ids" not in self._probe.given(self._probe.ids[None, :1]):
+            raise GeometryError(f"{self._name} could not be tried: {self.why_not_probed or 'it takes embeddings only'}")
+        return self._probe.ids[None, :TOKENS], self._layout.notes.output[:1]
 
     # ------------------------------------------------------------------ shapes
 
@@ -115,7 +132,7 @@ class ModelFacts:
         if isinstance(self._layout, str):
             return False
         states = [*self._layout.notes.keys.values(), *self._layout.notes.values.values()]
-        return all(_alike(s[0, :, :-1], s[1, :, :-1]) for s in states)
+        return all(alike(s[0, :, :-1], s[1, :, :-1]) for s in states)
 
     @cached_property
     def geometry(self) -> CacheGeometry:
@@ -214,7 +231,9 @@ class ModelFacts:
         if layout.why_no_seats is not None:
             return layout.why_no_seats
         wants = [self._additive(), not self._additive()]
-        reasons = [self._why_not_masked([replace(seat, additive=additive) for seat in layout.seats]) for additive in wants]
+        reasons = [
+            self._why_not_masked([replace(seat, additive=additive) for seat in layout.seats]) for additive in wants
+        ]
         for additive, reason in zip(wants, reasons, strict=True):
             if reason is None:
                 return tuple(replace(seat, additive=additive) for seat in layout.seats)
@@ -258,12 +277,12 @@ class ModelFacts:
         for number, name in enumerate(names):
             one = out[name].transpose(0, 1) if out[name].shape[0] != 4 else out[name]
             after = one[:, _HIDDEN + 1 :]
-            if not _alike(after[2], after[3]):
+            if not alike(after[2], after[3]):
                 return f"{name} attends to more than its mask allows"
-            if _alike(after[0], after[1]) or _alike(after[0], after[2]):
+            if alike(after[0], after[1]) or alike(after[0], after[2]):
                 return f"{name} computes with other keys than its cache returned"
             # Behind the first layer, half precision differs by rounding, and a mixture of experts by more.
-            if (number == 0 or one.dtype == torch.float32) and not _alike(one[:1], plain[name]):
+            if (number == 0 or one.dtype == torch.float32) and not alike(one[:1], plain[name]):
                 return f"{name} puts more into its mask than which token sees which"
         return None
 
@@ -306,7 +325,7 @@ class ModelFacts:
         except Exception as error:  # code of any model; the reason is told where it is asked for
             return f"a short run without two of its tokens failed with {type(error).__name__}: {str(error)[:200]}"
         for name in names:
-            if not _alike(masked[name], evicted[name]):
+            if not alike(masked[name], evicted[name]):
                 return "without a token that was hidden, it computes something else: its positions count slots"
             if masked[name].dtype != torch.float32:
                 break  # deeper layers differ by rounding, and a mixture of experts by more
@@ -351,7 +370,7 @@ class ModelFacts:
         for i, keys in notes[0].keys.items():
             scales = _scales(readers[i], keys.shape[3]) if i in readers else []
             found[i] = _turn(i, keys, notes[1].keys[i], known, scales)
-            if not _alike(notes[0].values[i], notes[1].values[i]):
+            if not alike(notes[0].values[i], notes[1].values[i]):
                 found[i] = f"what layer {i} stores beside its keys carries positions, too"
         return found
 
@@ -403,17 +422,17 @@ class ModelFacts:
         for name, attribute in left:
             setattr(model.get_submodule(name), attribute, None)
         half = TOKENS // 2
-        run_prefix(model, {name: states for name, states in probe.given(ids[:, :half]).items()}, cache, 0)
+        run_prefix(model, probe.given(ids[:, :half]), cache, 0)
         for i, states in keys.items():
             mine = layers_of(cache)[i].keys
-            if mine is None or mine.shape[2] != half or not _alike(mine, states[:, :, :half]):
+            if mine is None or mine.shape[2] != half or not alike(mine, states[:, :, :half]):
                 return "what it computes of a beginning is not what it computes of a whole prompt"
             if states.dtype != torch.float32:
                 break  # deeper layers differ by rounding, and a mixture of experts by more
         for name, attribute in left:
             setattr(model.get_submodule(name), attribute, None)
         behind, _ = self._generated(ids, cache)
-        if not _alike(behind, whole, 1e-3 if whole.dtype == torch.float32 else 0.3):
+        if not alike(behind, whole, 1e-3 if whole.dtype == torch.float32 else 0.3):
             return "behind a beginning that is known, its positions are others than in a whole prompt"
         return left
 
@@ -465,7 +484,9 @@ def _seats(notes: Notes) -> tuple[tuple[Seat, ...], str | None]:
 
 
 def _seat(layer: int, call: Call) -> Seat | None:
-    hidden = next((n for n, v in call.given.items() if isinstance(v, Tensor) and v.dim() == 3 and v.shape[1] == TOKENS), "")
+    hidden = next(
+        (n for n, v in call.given.items() if isinstance(v, Tensor) and v.dim() == 3 and v.shape[1] == TOKENS), ""
+    )
     named = {**dict.fromkeys(parameters(call.module)), **call.given}
     masks = [n for n, v in named.items() if "mask" in n and "head" not in n and (v is None or _is_mask(v))]
     masks.sort(key=lambda n: (named[n] is None, n != "attention_mask"))
@@ -487,7 +508,7 @@ def _layers_told(model: Any) -> int:
         return 0
 
 
-def _alike(a: Tensor, b: Tensor, tolerance: float | None = None) -> bool:
+def alike(a: Tensor, b: Tensor, tolerance: float | None = None) -> bool:
     """Whether two results are the same but for rounding."""
     if tolerance is None:
         tolerance = 1e-3 if a.dtype in (torch.float32, torch.float64) else 4e-2
@@ -537,7 +558,7 @@ def _turn(
     layer: int, keys: Tensor, later: Tensor, known: Sequence[KeyRotation], scales: Sequence[Tensor]
 ) -> KeyRotation | str | None:
     """What makes a token's keys ``[1, KV heads, 1, dim]`` those that it has `_SHIFT` positions later."""
-    if _alike(keys, later):
+    if alike(keys, later):
         return None
     for scale in (None, *scales):
         for one in known:
@@ -545,7 +566,7 @@ def _turn(
             for first in sorted({0, spare}) if spare >= 0 else ():
                 plain = first == 0 and scale is None
                 turn = one if plain else KeyRotation(one.inv_freq, one.interleaved, first, scale)
-                if _alike(turn(keys, _SHIFT), later):
+                if alike(turn(keys, _SHIFT), later):
                     return turn
     return f"the keys of layer {layer} change with their position in no way that kvcache knows"
 

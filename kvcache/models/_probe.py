@@ -16,7 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+)
 from transformers.modeling_outputs import BaseModelOutput
 
 from kvcache.past import handed
@@ -25,9 +32,45 @@ _LOCK = threading.RLock()  # one probe at a time: it sets modules to evaluation 
 
 # Operations that hand on what they are given without computing with it.
 _MOVES = frozenset(
-    "__get__ __getitem__ bfloat16 broadcast_to cat chunk clone concat contiguous detach expand expand_as flatten float half "
-    "index_select movedim narrow permute repeat repeat_interleave reshape select split squeeze stack swapaxes swapdims to "
-    "transpose type type_as unbind unflatten unsqueeze view view_as".split()
+    [
+        "__get__",
+        "__getitem__",
+        "bfloat16",
+        "broadcast_to",
+        "cat",
+        "chunk",
+        "clone",
+        "concat",
+        "contiguous",
+        "detach",
+        "expand",
+        "expand_as",
+        "flatten",
+        "float",
+        "half",
+        "index_select",
+        "movedim",
+        "narrow",
+        "permute",
+        "repeat",
+        "repeat_interleave",
+        "reshape",
+        "select",
+        "split",
+        "squeeze",
+        "stack",
+        "swapaxes",
+        "swapdims",
+        "to",
+        "transpose",
+        "type",
+        "type_as",
+        "unbind",
+        "unflatten",
+        "unsqueeze",
+        "view",
+        "view_as",
+    ]
 )
 
 

@@ -8,7 +8,6 @@ gets the mask of its own layer. Its hook lives for one call of that module.
 
 import copy
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -85,7 +84,12 @@ class Windows:
         """Raise `PolicyError` if a layer is about to be given tokens that would see more than their window."""
         kv: KVLayer = layer.kv
         masked = self._masked.pop(next(i for i, one in enumerate(self._layers) if one is layer), None)
-        if fresh < 2 or kv.by_head or masked == fresh or schedule(kv.policy, kv.stored, fresh)[-1] == kv.retained + fresh:
+        if (
+            fresh < 2
+            or kv.by_head
+            or masked == fresh
+            or schedule(kv.policy, kv.stored, fresh)[-1] == kv.retained + fresh
+        ):
             return
         raise PolicyError(
             f"{fresh} tokens at once run past {kv.policy!r}: each of them sees a window of its own, and the model was given "
@@ -101,7 +105,9 @@ class Windows:
         """Whether the mask that transformers makes for the first of these layers is not that of all of them."""
         if len({kv.retained for kv in held}) > 1:
             return True
-        return any(schedule(kv.policy, kv.stored, fresh)[-1] != kv.retained + fresh for kv in held) if fresh > 1 else False
+        return (
+            any(schedule(kv.policy, kv.stored, fresh)[-1] != kv.retained + fresh for kv in held) if fresh > 1 else False
+        )
 
     def _arm(self, model: Any, seats: Sequence[Seat], strict: bool) -> None:
         own = self._facts.model
@@ -207,15 +213,33 @@ def _check_order(kv: KVLayer, fresh: int, mask: Tensor) -> None:
     """
     if kv.evicted == 0 and schedule(kv.policy, kv.stored, fresh)[-1] == kv.stored + fresh:
         return
-    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    at = torch.arange(kv.seen + fresh - mask.shape[-1], kv.seen + fresh, device=mask.device)
-    query = torch.arange(kv.seen, kv.seen + fresh, device=mask.device)[:, None]
-    pads = 0 if kv.padding is None else kv.padding[:, None, None, None].to(mask.device)
-    if bool(((at < query) & (at >= pads) & ~visible).any()):
+    if hides_more(mask, kv.seen, fresh, kv.padding):
         raise PolicyError(
             f"the mask hides more than the pads on the left that the cache was made for, and under {kv.policy!r} tokens have "
             "left their places; give attention_mask to new_cache(), run it by manager.generate(), or use KeepAll()"
         )
+
+
+def hides_more(mask: Tensor, seen: int, fresh: int, padding: Tensor | None) -> bool:
+    """Whether a causal mask ``[rows or 1, heads or 1, fresh, columns]`` hides a token that is no pad on the left.
+
+    Args:
+        mask: its columns are the last tokens, the newest to the right.
+        seen: tokens before these.
+        fresh: these.
+        padding: pads on the left of each row, ``[rows]``; None for none.
+    """
+    visible = mask if mask.dtype == torch.bool else mask == 0
+    at = torch.arange(seen + fresh - mask.shape[-1], seen + fresh, device=mask.device)
+    query = torch.arange(seen, seen + fresh, device=mask.device)[:, None]
+    pads = 0 if padding is None else padding[:, None, None, None].to(mask.device)
+    return bool(((at < query) & (at >= pads) & ~visible).any())
+
+
+def shows_later(mask: Tensor, fresh: int) -> bool:
+    """Whether a mask lets a token see one that comes after it: a prompt, or an image, that attends both ways."""
+    visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    return bool(visible[..., -fresh:].triu(1).any())
 
 
 def exact_mask(kv: KVLayer, mask: Tensor | None, hidden: Tensor, additive: bool) -> Tensor | None:
@@ -253,7 +277,9 @@ def _both(mask: Tensor | None, exact: Tensor, width: int, dtype: torch.dtype, ad
         )
     if additive and (mask is None or mask.dtype == torch.bool):
         allowed = exact if mask is None else exact & mask
-        return torch.zeros(allowed.shape, dtype=dtype, device=exact.device).masked_fill(~allowed, torch.finfo(dtype).min)
+        return torch.zeros(allowed.shape, dtype=dtype, device=exact.device).masked_fill(
+            ~allowed, torch.finfo(dtype).min
+        )
     if mask is None:
         return exact
     return mask & exact if mask.dtype == torch.bool else mask.masked_fill(~exact, torch.finfo(mask.dtype).min)
