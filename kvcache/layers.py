@@ -194,9 +194,13 @@ class KVLayer:
         after = self.stored + fresh
         if not self._overwritten and (self.policy.limit is None or after <= self.policy.limit):
             return self._extend(keys, values)
-        if fresh == 1 and self.policy.keep(after) == self.stored and not self._pads_to_come():
+        if self._overwrites(fresh):
             return self._overwrite(keys, values)
         return self._replace(keys, values)
+
+    def _overwrites(self, fresh: int) -> bool:
+        """Whether the next tokens, which do not all fit, are one that takes the slot of another."""
+        return fresh == 1 and self.policy.keep(self.stored + 1) == self.stored and not self._pads_to_come()
 
     def _extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write into the slots that are still free: nothing leaves."""
@@ -284,6 +288,20 @@ class KVLayer:
         seen = (real >= 0) & (column <= retained + query) & ((real < pinned) | (real >= pinned + hidden))
         # A pad sees itself: a row of the softmax without any key would be NaN.
         return (seen | (column == retained + query))[:, None]
+
+    def columns(self, fresh: int) -> Tensor:
+        """The position of the token in each column that `append` returns of the next `fresh`, ``[batch or 1, columns]``."""
+        at, new = self.positions(), torch.arange(self.seen, self.seen + fresh)
+        leaving = self.stored - self.retained
+        if leaving and self._overwrites(fresh):
+            slot = self._overwritten_slots(torch.tensor([self._overwritten])).expand(at.shape[0], -1)
+            return at.scatter(1, slot, self.seen)
+        if leaving or self._overwritten:
+            at = at.sort(1).values
+            pads = (self._pads_column() - self._overwritten).clamp_min(0)
+            order = staying(self.stored, leaving, self.policy.pinned, pads)
+            at = at.gather(1, order.expand(at.shape[0], -1))
+        return torch.cat([at, new.expand(at.shape[0], -1)], 1)
 
     # ------------------------------------------------------------------ going back
 

@@ -1,6 +1,7 @@
 """`KVCacheManager`: wrap a transformers model; get caches, generate, stream, trim, report."""
 
 import copy
+import inspect
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -11,6 +12,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 
 from kvcache import hf
@@ -24,7 +26,7 @@ from kvcache.events import Event, emit
 from kvcache.fingerprint import model_fingerprint
 from kvcache.geometry import CacheGeometry
 from kvcache.heads import AdaptiveLayer, share
-from kvcache.models import Following
+from kvcache.models import Following, facts_of
 from kvcache.modules import rebuilt
 from kvcache.past import handed, returned, take
 from kvcache.policies import KeepAll, Pinned, SizePolicy
@@ -37,6 +39,13 @@ from kvcache.scoring import Rehearsed
 from kvcache.speakers import SpeakerCache, default_store
 from kvcache.streaming import as_async, chunked, from_worker
 from kvcache.tuning_profile import TuningProfile
+
+# What can be given behind a prefix: inputs, and settings of `generate`. All else is for the model.
+_KNOWN_BEHIND_A_PREFIX = (
+    {"input_ids", "inputs_embeds", "attention_mask", "use_cache"}
+    | set(vars(GenerationConfig()))
+    | set(inspect.signature(GenerationMixin.generate).parameters)
+) - {"kwargs"}
 
 Backends = BackendName | Literal["auto", "off"]
 
@@ -167,7 +176,9 @@ class KVCacheManager:
     def _make(self) -> "_FromModel":
         geometry = CacheGeometry.from_model(self.model)
         if self._observed:
-            return _FromModel(geometry, observed_copy(self.model))
+            runner = observed_copy(self.model)
+            hf.check_ranking(self.model, runner)
+            return _FromModel(geometry, runner)
         signature = self._from_model.watch.signature()
         if self._evicts and signature.compiled and signature.why_no_copy is None:
             # Masks are put in by hooks, which compiled modules may not run.
@@ -445,18 +456,24 @@ class KVCacheManager:
         """
         if prefix is not None:
             inputs, kwargs = self._prefixed(prefix, inputs, kwargs)
+            facts_of(self.model).clear_request_state()
         if not self.enabled or kwargs.get("use_cache") is False:
             self._last = CacheReport((), enabled=False)
             return self.model.generate(inputs, **_caching(False, kwargs))
         cache = take(kwargs)
         if cache is None:
             cache = self._cache_for(inputs, kwargs, prefix)
+        else:
+            self._check_continues(cache, inputs, kwargs)
         prompt = self._prompt(inputs, kwargs)
         running = self._running = weakref.ref(cache)
+        hf.note_read(cache, None)
         try:
-            with self._exactly():
+            with self._exactly(), hf.kept(self.runner, cache):
                 # Said aloud: where a config turns caches off, `generate` would ignore the one it is given.
-                return self.runner.generate(inputs, **_caching(True, kwargs), **handed(self.runner, cache))
+                out = self.runner.generate(inputs, **_caching(True, kwargs), **handed(self.runner, cache))
+            self._note_read(cache, prompt, kwargs, out)
+            return out
         except IndexError:
             # Some models look into their table of positions before they ask the cache, and find nothing there.
             seen = hf.cache_layers(cache)[0].get_seq_length()
@@ -609,6 +626,30 @@ class KVCacheManager:
     def _exactly(self) -> AbstractContextManager[None]:
         return hf.exact_windows(self.runner) if self._evicts else nullcontext()
 
+    def _check_continues(self, cache: Any, inputs: Tensor | None, kwargs: dict[str, Any]) -> None:
+        """Refuse a text that a cache holds already, or that does not begin with what it holds."""
+        decoder = self.model.config.is_encoder_decoder
+        ids = kwargs.get("decoder_input_ids") if decoder else self._prompt(inputs, kwargs)
+        mask = kwargs.get("decoder_attention_mask" if decoder else "attention_mask")
+        if ids is None and not decoder:
+            return
+        given = 1 if ids is None else ids.shape[1]
+        whole = (
+            not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] <= given
+        )  # else only what is new is given
+        given = given if whole or mask is None else mask.shape[1]
+        hf.check_continues(cache, ids if whole and ids is not None and not ids.is_floating_point() else None, given)
+
+    def _note_read(self, cache: Any, prompt: Tensor | None, kwargs: dict[str, Any], out: Any) -> None:
+        """Remember which tokens a cache holds, where the result says it: rows as they came, ids from the beginning."""
+        mask = kwargs.get("attention_mask")
+        ids = out if isinstance(out, Tensor) else getattr(out, "sequences", None)
+        told = prompt is not None and prompt.dim() == 2 and not prompt.is_floating_point()
+        if mask is not None and told and prompt is not None:
+            told = mask.dim() == 2 and mask.shape[1] == prompt.shape[1]
+        one = self._setting("num_beams", kwargs) == 1 and not self.model.config.is_encoder_decoder
+        hf.note_read(cache, ids if told and one else None)
+
     @staticmethod
     def _prompt(inputs: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
         """What the model is given to start from: token ids, embeddings or an encoder's features."""
@@ -633,6 +674,12 @@ class KVCacheManager:
                     f"give prefix or {other}, not both; new_cache(prefix=…) makes a cache that begins with one, to be run "
                     "in a loop of your own"
                 )
+        unknown = sorted(name for name in kwargs if name not in _KNOWN_BEHIND_A_PREFIX and kwargs[name] is not None)
+        if unknown:
+            raise InputError(
+                f"{unknown[0]} changes what the model computes, also of the prefix {name!r}, which was computed without it; give "
+                "the prefix with the inputs, without prefix=…"
+            )
         kwargs = dict(kwargs)
         ids, embeds = kwargs.pop("input_ids", inputs), kwargs.pop("inputs_embeds", None)
         if ids is not None and embeds is not None:

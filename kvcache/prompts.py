@@ -10,7 +10,7 @@ from torch import Tensor
 from kvcache import hf
 from kvcache.errors import CapacityError, InputError
 from kvcache.fingerprint import model_fingerprint
-from kvcache.past import handed
+from kvcache.models import facts_of, run_prefix
 from kvcache.prefix import PrefixKey, PrefixSnapshot
 from kvcache.speakers import SpeakerCache
 
@@ -137,10 +137,10 @@ class Prompts(Mapping[str, Tensor]):
     def _extend(self, key: PrefixKey, start: PrefixSnapshot | None) -> PrefixSnapshot:
         self._refuse_training()
         cache = hf.prefix_cache(self._model)
-        body = getattr(self._model, "base_model", self._model)  # without the head: nobody asks for a prefix's logits
         kind = "inputs_embeds" if key.content.is_floating_point() else "input_ids"
+        facts_of(self._model).clear_request_state()
 
         def run(rest: Tensor) -> None:
-            body(**{kind: rest}, **handed(body, cache), use_cache=True)
+            run_prefix(self._model, {kind: rest}, cache, int(cache.get_seq_length()))
 
         return hf.extend_prefix(run, key, start, cache, self._model.device)

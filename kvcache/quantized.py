@@ -142,6 +142,9 @@ class QuantizedLayer(KVLayer):
 
     # ------------------------------------------------------------------ append
 
+    def _overwrites(self, fresh: int) -> bool:
+        return False  # tokens stay in order
+
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store new tokens and return all that they attend to: the retained tokens, dequantized, then the new ones.
 

@@ -14,16 +14,26 @@ class KeyRotation:
     Args:
         inv_freq: the model's inverse frequencies, ``[rotary_dim / 2]``, scaling included.
         interleaved: whether the pairs are neighbours (GPT-J, Cohere) and not halves (Llama, GPT-NeoX).
+        first: channels before those that turn (latent attention keeps them at the end).
+        scale: what the model multiplies its keys with after it has turned them, ``[head_dim]`` (HunYuan); None for nothing.
     """
 
-    def __init__(self, inv_freq: Tensor, interleaved: bool = False) -> None:
+    def __init__(
+        self, inv_freq: Tensor, interleaved: bool = False, first: int = 0, scale: Tensor | None = None
+    ) -> None:
         self.inv_freq = inv_freq.detach().float()
         self.interleaved = interleaved
+        self.first = first
+        self.scale = None if scale is None else scale.detach().float()
         self._turn: tuple[int, torch.device, Tensor, Tensor] | None = None
 
     def __call__(self, keys: Tensor, delta: int) -> Tensor:
         """`keys` ``[batch, heads, tokens, head_dim]`` turned by `delta` positions, in their own dtype."""
-        return self._turned(keys, *self._angles(delta, keys.device))
+        angles = self._angles(delta, keys.device)
+        if self.scale is None:
+            return self._turned(keys, *angles)
+        scale = self.scale.to(keys.device)
+        return (self._turned(keys.float() / scale, *angles) * scale).to(keys.dtype)
 
     def ahead(self, queries: Tensor, distance: Tensor, following: int) -> Tensor:
         """Queries as they would be further on: turned by their distances, then on average by 0, 1, … `following` - 1 more.
@@ -40,15 +50,15 @@ class KeyRotation:
         return self._turned(queries, turn.real.float(), turn.imag.float())
 
     def _turned(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        width = 2 * self.inv_freq.numel()
-        turning, rest = states[..., :width].float(), states[..., width:]
+        begin, end = self.first, self.first + 2 * self.inv_freq.numel()
+        turning = states[..., begin:end].float()
         if self.interleaved:
             a, b = turning[..., 0::2], turning[..., 1::2]
             turned = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
         else:
             a, b = turning.chunk(2, -1)
             turned = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-        return torch.cat((turned.to(states.dtype), rest), -1)
+        return torch.cat((states[..., :begin], turned.to(states.dtype), states[..., end:]), -1)
 
     def _angles(self, delta: int, device: torch.device) -> tuple[Tensor, Tensor]:
         # One rotation serves every layer of a step, so the last angles are worth keeping.
