@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from kvcache import hf
 from kvcache.decoding.cache import StaticKV
 from kvcache.decoding.loop import Decoding
-from kvcache.decoding.settings import GenerationSettings
+from kvcache.decoding.sampler import Drawing
 from kvcache.layers import KVLayer
 from kvcache.past import handed
 from kvcache.precision import PackedLinear
@@ -165,7 +165,7 @@ def step_bytes(decoding: Decoding, seen: int) -> int:
     watch = Watch()
     with watch:
         # As where requests draw and are of different lengths, which takes a mask.
-        decoding.step(decoding.order[: min(seen, decoding.kv.slots)], False, True)
+        decoding.step(decoding.order[: min(seen, decoding.kv.slots)], False, Drawing(0, True, True))
     return watch.peak
 
 
@@ -191,11 +191,7 @@ def language_footprint(manager: Any, setting: "Setting", context: int, tokens: i
     model, rows = manager.model, setting.requests
     seen = context + tokens - 1  # the last token drawn is never run
     request = {"max_new_tokens": tokens, "attention_mask": torch.ones(1, 1)}
-    reason = (
-        None
-        if setting.backend == "off"
-        else manager._why_not(GenerationSettings.of(model, request), None, None, request)
-    )
+    reason = None if setting.backend == "off" else manager._why_not(None, None, request)
     keeps = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
 
     def run(count: int) -> tuple[int, Tensor]:

@@ -28,7 +28,7 @@ from kvcache.geometry import CacheGeometry
 from kvcache.heads import SplitLayer, chosen_by_head, layer_for, turns
 from kvcache.layers import KVLayer
 from kvcache.models import ModelFacts, Windows, alike, announced, facts_of, parameters, rope_by_length, untouched
-from kvcache.past import handed, taken
+from kvcache.past import MADE_AS, handed, taken
 from kvcache.policies import KeepAll, SizePolicy, check_policy
 from kvcache.prefix import PrefixKey, PrefixSnapshot
 from kvcache.quantized import Quantization, QuantizedLayer
@@ -40,7 +40,6 @@ TESTED = ("5.2", "5.24")
 
 _VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 _CROP_ZERO_EMPTIES = _VERSION < (5, 14)
-_CACHE = "cache" if _VERSION >= (5, 24) else "past_key_values"
 
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
@@ -185,6 +184,7 @@ def new_cache(
     padding: Tensor | None = None,
     geometry: CacheGeometry | None = None,
     quantization: Quantization | None = None,
+    crossing: bool | None = None,
 ) -> Any:
     """A cache to pass as ``past_key_values`` (``cache`` from transformers 5.24 on); for an encoder-decoder, its decoder's.
 
@@ -201,6 +201,8 @@ def new_cache(
         padding: pads on the left of each row, ``[batch]``; see `left_padding`.
         geometry: the model's, where it is known already.
         quantization: hold keys and values in few bits.
+        crossing: whether the model attends to an encoder, whose keys and values need a place of their own; by default
+            whether it is an encoder-decoder.
 
     Raises:
         PositionsError, PolicyError, GeometryError: if that cannot work for this model.
@@ -253,7 +255,8 @@ def new_cache(
         ours.append(kv)
         layers[i] = ManagedLayer(kv, geometry.max_positions, ours, evictions, windows)
     cache = _Cache(layers=layers)
-    return _EncoderDecoderCache(cache, DynamicCache()) if model.config.is_encoder_decoder else cache
+    crossing = model.config.is_encoder_decoder if crossing is None else crossing
+    return _EncoderDecoderCache(cache, DynamicCache()) if crossing else cache
 
 
 def _check_eviction(model: Any, geometry: CacheGeometry, policies: Sequence[SizePolicy], rerotated: bool) -> None:
@@ -434,7 +437,7 @@ def decoding_arguments(cache: Any, positions: Tensor) -> dict[str, Any]:
     """How a model is given a cache, and the positions of one token per row, ``[rows, 1]``, by a tensor on its device."""
     # Up to 5.3 models take it for the slots of their cache, which ours know better, and GPT-2 counts it out on the host
     # where it is missing.
-    given = {_CACHE: cache, "use_cache": True, "position_ids": positions}
+    given = {MADE_AS: cache, "use_cache": True, "position_ids": positions}
     return given | ({"cache_position": positions[0]} if _VERSION < (5, 4) else {})
 
 
@@ -631,7 +634,7 @@ def exact_windows(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def kept(model: nn.Module, cache: Any) -> Iterator[None]:
+def kept(model: nn.Module, cache: Callable[[], Any]) -> Iterator[None]:
     """Within this block, a model that drops its cache to compute all tokens anew does so on the same cache.
 
     A model whose long RoPE changes at a length (Phi-3) is given no cache by its own `generate` when a text gets there, and
@@ -642,9 +645,10 @@ def kept(model: nn.Module, cache: Any) -> Iterator[None]:
         return
 
     def again(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if taken(kwargs) is None and kwargs.get("use_cache", True):
-            cache.reset()
-            return args, {**kwargs, **handed(model, cache)}
+        held = cache()
+        if held is not None and taken(kwargs) is None and kwargs.get("use_cache", True):
+            held.reset()
+            return args, {**kwargs, **handed(model, held)}
         return args, kwargs
 
     handle = model.register_forward_pre_hook(again, with_kwargs=True)

@@ -13,17 +13,18 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
-from transformers.generation.streamers import BaseStreamer
+from transformers.generation import GenerationMode
 
 from kvcache import hf
 from kvcache.attention import observed_copy
-from kvcache.decoding.backends import BUCKET, BackendName, check_backend, check_bucket
+from kvcache.decoding.backends import BUCKET, BackendName, backend_on, check_bucket
 from kvcache.decoding.language import LanguageDecoder
 from kvcache.decoding.settings import GenerationSettings
 from kvcache.decoding.wiring import why_not
 from kvcache.errors import GeometryError, InputError, PolicyError
 from kvcache.events import Event, emit
 from kvcache.fingerprint import model_fingerprint
+from kvcache.generation import STEPWISE, Emitter, Wanted, asks, mode_of, own_way, running, speaker
 from kvcache.geometry import CacheGeometry
 from kvcache.heads import AdaptiveLayer, share
 from kvcache.models import Following, facts_of
@@ -48,6 +49,8 @@ _KNOWN_BEHIND_A_PREFIX = (
 ) - {"kwargs"}
 
 Backends = BackendName | Literal["auto", "off"]
+
+_KINDS_OF_TOKENS = ("token_type_ids", "mm_token_type_ids")  # ``[rows, tokens]``: which are text, which stand for a picture
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -100,8 +103,6 @@ class KVCacheManager:
         backend: Backends = "off",
         bucket: int = BUCKET,
     ) -> None:
-        if backend not in ("auto", "off"):
-            check_backend(backend)
         check_bucket(bucket)
         self.model = model
         self.policy: SizePolicy | Sequence[SizePolicy] = KeepAll() if policy is None else policy
@@ -112,6 +113,7 @@ class KVCacheManager:
         self.enabled = True
         self._from_model = Following(model, self._make)
         self._observed = False
+        backend_on(backend, CacheGeometry.from_model(model).device)
         self._last = CacheReport(())
         self._running: weakref.ref[Any] | None = None  # the cache of a run that is under way
         self.speakers = SpeakerCache(default_store(self.geometry.device)) if speakers is None else speakers
@@ -445,46 +447,21 @@ class KVCacheManager:
     def generate(self, inputs: Tensor | None = None, *, prefix: str | None = None, **kwargs: Any) -> Any:
         """`model.generate` with a managed cache: the same arguments, the same result.
 
+        A `generate` that calls itself, as Whisper's does for each part of a long text, gets a new cache for each run; the
+        report is then about the last.
+
         Args:
-            inputs: as the model's own.
+            inputs: as the model's own first argument, which may be given by its name as well.
             prefix: the name of one added with `add_prefix`: the result is as if it stood before each row of the inputs,
                 and is in the result where they are. Rows may be padded on the left, if nothing is evicted.
             **kwargs: as the model's own.
 
         Raises:
-            InputError: for an unknown prefix, or inputs that it cannot stand before.
+            InputError: for an unknown prefix, or inputs that it cannot stand before; for a ``cache_implementation``.
+            PolicyError: where tokens shall leave, or be held in few bits, and the model or the way to generate does not
+                allow it.
         """
-        if prefix is not None:
-            inputs, kwargs = self._prefixed(prefix, inputs, kwargs)
-            facts_of(self.model).clear_request_state()
-        if not self.enabled or kwargs.get("use_cache") is False:
-            self._last = CacheReport((), enabled=False)
-            return self.model.generate(inputs, **_caching(False, kwargs))
-        cache = take(kwargs)
-        if cache is None:
-            cache = self._cache_for(inputs, kwargs, prefix)
-        else:
-            self._check_continues(cache, inputs, kwargs)
-        prompt = self._prompt(inputs, kwargs)
-        running = self._running = weakref.ref(cache)
-        hf.note_read(cache, None)
-        try:
-            with self._exactly(), hf.kept(self.runner, cache):
-                # Said aloud: where a config turns caches off, `generate` would ignore the one it is given.
-                out = self.runner.generate(inputs, **_caching(True, kwargs), **handed(self.runner, cache))
-            self._note_read(cache, prompt, kwargs, out)
-            return out
-        except IndexError:
-            # Some models look into their table of positions before they ask the cache, and find nothing there.
-            seen = hf.cache_layers(cache)[0].get_seq_length()
-            fresh = 1 if prompt is None else max(1, prompt.shape[1] - seen)
-            hf.check_positions(self.geometry.max_positions, seen, fresh)
-            raise
-        finally:
-            self._last = self.report(cache)
-            if self._running is running:
-                self._running = None
-            hf.tell_evicted(cache)
+        return self._generate(inputs, prefix, kwargs)
 
     def stream(
         self,
@@ -497,40 +474,36 @@ class KVCacheManager:
     ) -> Iterator[Tensor]:
         """The new tokens of `generate`, in chunks ``[batch, n]`` of `chunk_size` as they come; the last may be shorter.
 
-        Rows that have ended are filled with the pad token, as `generate` does. Closing the iterator ends the run.
+        Rows that have ended are filled with the pad token, as `generate` does. Closing the iterator ends the run. Where a
+        token has several numbers, as those of CSM and Dia, chunks are ``[batch, n, codebooks]``. They are as the model draws
+        them, step by step: where it delays its codebooks against each other, as MusicGen and Dia do, so do they.
 
         Args:
-            inputs, prefix, **kwargs: as in `generate`.
+            inputs, prefix, **kwargs: as in `generate`. A ``streamer`` gets its tokens as well.
             chunk_size: tokens in a chunk.
             backend: by default the manager's own. ``"off"`` lets `generate` run each token. The others decode in whole steps, without a look at the host
                 between chunks: ``"eager"``, ``"compile"``, ``"graph"``, ``"graph+compile"`` (see
-                `kvcache.decoding.Decoding`), and ``"auto"``, which is graph on a GPU and eager elsewhere. What they cannot
+                `kvcache.decoding.Decoding`), and ``"auto"``, which is graph on a CUDA GPU and eager elsewhere. What they cannot
                 do `generate` does, and the report says why.
 
         Raises:
-            InputError: for beams, whose tokens are only known at the end, a chunk size below 1, or an unknown backend.
+            InputError: for beams and other ways whose tokens are only known at the end, settings that `generate` refuses, a
+                chunk size below 1, an unknown prefix, or a backend that is unknown or not there on this device. While
+                iterating: if the model takes another run for these inputs, or a token cannot be drawn from its logits.
         """
         if chunk_size < 1:
             raise InputError(f"chunk_size={chunk_size} must be at least 1")
-        if self._setting("num_beams", kwargs) > 1:
-            raise InputError(
-                "beams cannot be streamed: their tokens are known only at the end; use generate(), or num_beams=1"
-            )
-
-        backend = self.backend if backend is None else backend
-        if backend == "auto":
-            backend = "eager" if self.geometry.device.type == "cpu" else "graph"
+        backend = self._backend if backend is None else backend_on(backend, self.geometry.device)
+        self._check_stream(prefix, kwargs)
         reason = None
         if backend != "off":
-            check_backend(backend)
-            settings = GenerationSettings.of(self.model, kwargs)
-            reason = self._why_not(settings, inputs, prefix, kwargs)
-            if reason is None:
+            settings, reason = self._settings(inputs, prefix, kwargs)
+            if settings is not None:
                 return self._decoded(settings, inputs, prefix, chunk_size, backend, kwargs)
             emit(Event("fell_back", f"{backend} to generate", reason=reason))
 
         def work(emit: Callable[[Tensor], None]) -> None:
-            self.generate(inputs, prefix=prefix, streamer=_Emitter(emit), **kwargs)
+            self._generate(inputs, prefix, kwargs, emit)
             self._last = replace(self._last, fallback=reason)
 
         return chunked(from_worker(work), chunk_size)
@@ -572,10 +545,169 @@ class KVCacheManager:
 
     # ------------------------------------------------------------------ inside
 
-    def _why_not(
-        self, settings: GenerationSettings, inputs: Tensor | None, prefix: str | None, kwargs: dict[str, Any]
-    ) -> str | None:
-        """Why the decode engine cannot do this; None if it can."""
+    @torch.no_grad()
+    @_of_one_model
+    def _generate(
+        self,
+        inputs: Tensor | None,
+        prefix: str | None,
+        kwargs: dict[str, Any],
+        emit: Callable[[Tensor], None] | None = None,
+    ) -> Any:
+        """`generate`, which tells its tokens one by one where somebody takes them."""
+        if prefix is not None:
+            inputs, kwargs = self._prefixed(prefix, inputs, kwargs)
+            facts_of(self.model).clear_request_state()
+        self._refuse_cache_of_another_kind(kwargs)
+        on = self.enabled and kwargs.get("use_cache") is not False
+        kwargs = dict(kwargs)
+        given = take(kwargs) if on else None
+        if given is not None:
+            self._check_continues(given, inputs, kwargs)
+            hf.note_read(given, None)
+        mine: list[weakref.ref[Any]] = []
+
+        def make(wanted: Wanted) -> Any:
+            cache = self._cache(wanted, prefix)
+            if cache is not None:
+                self._running = weakref.ref(cache)
+                mine.append(self._running)
+            return cache
+
+        model = self.runner if on else self.model
+        if on and given is None and not asks(model, self.geometry):  # a model of another kind takes the one it is handed
+            given = self._cache(Wanted(None, None, self.model.config.is_encoder_decoder, False, True), prefix)
+        first = () if inputs is None else (inputs,)  # under whichever name the model has for it
+        with running(model, self.geometry, make, given) as run:
+            if emit is not None:
+                kwargs["streamer"] = Emitter(emit, run, self._rows(inputs, kwargs), kwargs.get("streamer"))
+            if not on:
+                self._last = CacheReport((), enabled=False)
+                return run.model.generate(*first, **_caching(False, kwargs))
+            if given is not None:
+                self._running = weakref.ref(given)
+                mine.append(self._running)
+                kwargs |= handed(model, given)
+            try:
+                with self._exactly(), hf.kept(run.model, lambda: run.cache):
+                    # Said aloud: where a config turns caches off, `generate` would ignore the one it is given.
+                    out = run.model.generate(*first, **_caching(True, kwargs))
+                if run.cache is not None:
+                    self._note_read(run.cache, self._prompt(inputs, kwargs), kwargs, out)
+            except IndexError:
+                self._check_positions(run.cache, inputs, kwargs)
+                raise
+            finally:
+                if run.cache is not None:
+                    self._last = self.report(run.cache)
+                    hf.tell_evicted(run.cache)
+                if self._running in mine:
+                    self._running = None
+            if not run.asked and given is None and self._matters:
+                raise GeometryError(
+                    f"{type(self.model).__name__} made its cache itself, so what this manager was asked to keep and drop did "
+                    "not happen; use KVCacheManager(model) without a policy or limit, or a loop of your own with new_cache()"
+                )
+            return out
+
+    def _check_positions(self, cache: Any, inputs: Tensor | None, kwargs: dict[str, Any]) -> None:
+        """Some models look into their table of positions before they ask the cache, and find nothing there."""
+        if cache is not None:
+            prompt = self._prompt(inputs, kwargs)
+            seen = hf.cache_layers(cache)[0].get_seq_length()
+            fresh = 1 if prompt is None else max(1, prompt.shape[1] - seen)
+            hf.check_positions(self.geometry.max_positions, seen, fresh)
+
+    def _refuse_cache_of_another_kind(self, kwargs: dict[str, Any]) -> None:
+        """What a checkpoint's config asks for is a default, which this manager stands for; what a request asks for is not."""
+        configs = kwargs.get("generation_config"), self._generation_config
+        asked, default = (getattr(config, "cache_implementation", None) for config in configs)
+        kind = kwargs.get("cache_implementation") or (asked if asked != default else None)
+        if kind not in (None, "dynamic", "dynamic_full"):
+            raise InputError(
+                f"cache_implementation={kind!r} asks for another cache than this manager's; leave it out, or call "
+                "model.generate(), which makes that one"
+            )
+
+    @property
+    def _backend(self) -> BackendName | Literal["off"]:
+        return backend_on(self.backend, self.geometry.device)
+
+    @property
+    def _generation_config(self) -> Any:
+        return getattr(speaker(self.model, self.geometry), "generation_config", None)
+
+    @property
+    def _matters(self) -> bool:
+        """Whether a run would go, or end, another way on the model's own cache."""
+        return self._evicts or self.max_cache_length is not None or self.quantization is not None
+
+    def _cache(self, wanted: Wanted, prefix: str | None) -> Any:
+        """A new cache for a run of `generate`; None where nothing of it would be ours."""
+        if not wanted.supported:
+            if self._matters:
+                raise PolicyError(
+                    f"{type(self.model).__name__} takes no cache of keys and values, so nothing of it can be bounded or "
+                    "held in few bits; use KVCacheManager(model) without a policy, limit or quantization"
+                )
+            return None
+        if wanted.assisted and (self._evicts or self.quantization is not None):
+            raise PolicyError(
+                "guessed tokens that are wrong are taken back, which needs a cache that drops and packs nothing; use a "
+                "manager with KeepAll() and no quantization, or generate without an assistant, prompt lookup or early exit"
+            )
+        if prefix is not None:
+            return self.new_cache(wanted.rows or 1, prefix=prefix)
+        cache = hf.new_cache(
+            self.model,
+            self.policy,
+            max_length=self.max_cache_length,
+            preallocate=self.preallocate,
+            positions=self.positions,
+            rows=wanted.rows if self._evicts else None,
+            padding=hf.left_padding(wanted.mask) if self._evicts else None,
+            geometry=self.geometry,
+            quantization=self.quantization,
+            crossing=wanted.crossing,
+        )
+        return cache if hf.kv_layers(cache, some=False) else None
+
+    def _check_stream(self, prefix: str | None, kwargs: dict[str, Any]) -> None:
+        """Refuse what is no stream of tokens, before anything runs."""
+        if prefix is not None:
+            self._prompts[prefix]
+        module = speaker(self.model, self.geometry)
+        if module is None:
+            return
+        mode = mode_of(module, kwargs)
+        name = mode.value.replace("_", " ")
+        if "beam" in mode.value:
+            raise InputError(
+                "beams cannot be streamed: their tokens are known only at the end; use generate(), or num_beams=1"
+            )
+        if mode not in (*STEPWISE, GenerationMode.ASSISTED_GENERATION):
+            raise InputError(f"{name} cannot be streamed; use generate(), or greedy search or sampling")
+        if isinstance(kwargs.get("temperature"), Sequence):
+            raise InputError(
+                f"temperature={kwargs['temperature']!r} tries again where a text is poor, so what was streamed may be "
+                "replaced; give one temperature, or use generate()"
+            )
+
+    def _settings(
+        self, inputs: Tensor | None, prefix: str | None, kwargs: dict[str, Any]
+    ) -> tuple[GenerationSettings | None, str | None]:
+        """What the decode engine is to do; or None, and why it cannot."""
+        reason = self._why_not(inputs, prefix, kwargs)
+        if reason is not None:
+            return None, reason
+        if prefix is not None:
+            inputs, kwargs = self._prefixed(prefix, inputs, kwargs)
+        with running(self.model, self.geometry, lambda wanted: None) as run:
+            settings = GenerationSettings.of(run.model, inputs, kwargs)
+        return (settings, None) if settings.why_not is None else (None, settings.why_not)
+
+    def _why_not(self, inputs: Tensor | None, prefix: str | None, kwargs: dict[str, Any]) -> str | None:
+        """Why the decode engine cannot do this, whatever its settings; None if it can."""
         if not self.enabled:
             return "the cache is disabled"
         if self.positions == "rerotated" and self._evicts:
@@ -596,7 +728,10 @@ class KVCacheManager:
             limit = self.policy.limit
             if self._evicts and (limit is None or self.policy.keep(limit + 1) < limit):
                 return "pads count towards the moment at which this policy trims, and on the device there are none"
-        return settings.why_not or why_not(self.model)
+        module = speaker(self.model, self.geometry)
+        if module is None:
+            return f"{type(self.model).__name__} is no transformers model that generates"
+        return own_way(module) or why_not(self.model)
 
     def _mask_of(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
         mask: Tensor | None = kwargs.get("attention_mask")
@@ -650,11 +785,16 @@ class KVCacheManager:
         one = self._setting("num_beams", kwargs) == 1 and not self.model.config.is_encoder_decoder
         hf.note_read(cache, ids if told and one else None)
 
-    @staticmethod
-    def _prompt(inputs: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
-        """What the model is given to start from: token ids, embeddings or an encoder's features."""
-        given = (kwargs.get(name) for name in ("decoder_input_ids", "input_ids", "inputs_embeds", "input_features"))
-        return next((t for t in (*given, inputs) if t is not None), None)
+    def _prompt(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
+        """What the model is given to start from: token ids, embeddings, or an encoder's features or pictures."""
+        names = ("decoder_input_ids", "input_ids", "inputs_embeds", getattr(self.model, "main_input_name", "input_ids"))
+        return next((t for t in (*map(kwargs.get, names), inputs) if t is not None), None)
+
+    def _rows(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> int | None:
+        """Rows of a request, counting sequences that one prompt shall have; None if nothing says so."""
+        encoded = kwargs.get("encoder_outputs")
+        known = self._prompt(inputs, kwargs) if encoded is None else encoded[0]
+        return None if known is None else known.shape[0] * self._setting("num_return_sequences", kwargs)
 
     def _pinned(self, tokens: int) -> SizePolicy | list[SizePolicy]:
         """The policy for what follows a prefix of so many tokens."""
@@ -667,8 +807,8 @@ class KVCacheManager:
     ) -> tuple[Tensor | None, dict[str, Any]]:
         """The inputs with the prefix before each row, as `generate` wants them even where the cache holds it already."""
         content = self._prompts[name].to(self.model.device)
-        others = ("cache", "past_key_values", "assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size")
-        for other in (*others, "adapter_names"):  # with adapters row by row there is no prefix for all
+        one_of_two = ("cache", "past_key_values", "assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size")
+        for other in (*one_of_two, "position_ids", "adapter_names"):
             if self._found(other, kwargs) is not None:
                 raise InputError(
                     f"give prefix or {other}, not both; new_cache(prefix=…) makes a cache that begins with one, to be run "
@@ -691,6 +831,9 @@ class KVCacheManager:
                 f"[rows, tokens, dim] with at least one token, got {None if given is None else list(given.shape)}"
             )
         rows = given.shape[0]
+        for kind in _KINDS_OF_TOKENS:
+            if (kinds := kwargs.get(kind)) is not None:
+                kwargs[kind] = torch.cat([kinds.new_zeros(rows, content.shape[0]), kinds], 1)  # a prefix is text
         kwargs["attention_mask"] = self._mask_behind(content.shape[0], ids, given, kwargs)
         if ids is not None and not content.is_floating_point():
             ids = torch.cat([content.expand(rows, -1).to(ids.device), ids], 1)
@@ -730,20 +873,6 @@ class KVCacheManager:
                 "use KeepAll(), or run rows of different lengths apart"
             )
 
-    def _cache_for(self, inputs: Tensor | None, kwargs: dict[str, Any], prefix: str | None) -> Any:
-        first = self._prompt(inputs, kwargs)
-        encoded = kwargs.get("encoder_outputs")
-        known = first if first is not None or encoded is None else encoded[0]
-        rows = 1 if known is None else known.shape[0]
-        copies = max(self._setting("num_beams", kwargs), self._setting("num_return_sequences", kwargs))
-        if prefix is not None:
-            return self.new_cache(rows * copies, prefix=prefix)
-        mask: Tensor | None = None
-        if self._evicts and not self.model.config.is_encoder_decoder:  # there the mask is the encoder's
-            mask = kwargs.get("attention_mask")
-            mask = self._guess_mask(first, kwargs) if mask is None else mask
-        return self.new_cache(rows * copies, None if mask is None else mask.repeat_interleave(copies, 0))
-
     def _guess_mask(self, ids: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
         """The mask that `generate` makes itself where none is given."""
         pad, ends = self._found("pad_token_id", kwargs), self._found("eos_token_id", kwargs)
@@ -759,7 +888,7 @@ class KVCacheManager:
 
     def _found(self, name: str, kwargs: dict[str, Any]) -> Any:
         """A generation setting as `generate` will find it."""
-        configs = (kwargs.get("generation_config"), self.model.generation_config)
+        configs = (kwargs.get("generation_config"), self._generation_config)
         found = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
         return next((value for value in found if value is not None), None)
 
@@ -780,20 +909,3 @@ class _FromModel:
 
     geometry: CacheGeometry
     runner: Any
-
-
-class _Emitter(BaseStreamer):
-    """Passes each step's tokens on, without the prompt, which `generate` puts first."""
-
-    def __init__(self, emit: Callable[[Tensor], None]) -> None:
-        self._emit = emit
-        self._prompt_to_come = True
-
-    def put(self, value: Tensor) -> None:
-        if self._prompt_to_come:
-            self._prompt_to_come = False
-        else:
-            self._emit(value.reshape(-1))
-
-    def end(self) -> None:
-        """Nothing to flush."""

@@ -5,7 +5,12 @@ from collections.abc import Callable, Mapping, MutableMapping
 from functools import lru_cache
 from typing import Any
 
+import transformers
+
 from kvcache.models import unwrapped
+
+MADE_AS = "cache" if tuple(int(n) for n in transformers.__version__.split(".")[:2]) >= (5, 24) else "past_key_values"
+"""What this release's `generate` calls the cache that it makes."""
 
 _NAMES = ("cache", "past_key_values", "layer_past")  # the last is that of GPT-2's attention up to some release
 

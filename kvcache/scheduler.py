@@ -110,7 +110,9 @@ class Request:
             raise
 
     def take(self, piece: Piece) -> None:
-        """Take what one of the jobs has said, and deliver what is due."""
+        """Take what one of the jobs has said, and deliver what is due; raise what kept it from going on."""
+        if piece.error is not None:
+            raise piece.error
         index = self.running[piece.job]
         held = self._said.get(index)
         self._said[index] = piece.tokens if held is None else torch.cat([held, piece.tokens])

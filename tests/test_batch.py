@@ -193,7 +193,7 @@ def drawn(order, begin, forgets, utterance, logits, before):
     generator, noise = utterance.generator(), torch.empty(1, logits.shape[1])
     for _ in range(len(before) + 1):
         noise.exponential_(generator=generator)
-    return int(sampler(logits, noise, not utterance.sampling.greedy))
+    return int(sampler(logits, noise, sampler.drawing))
 
 
 def assert_agrees(draw, ours, theirs, whole):
@@ -822,16 +822,16 @@ def test_settings_and_marks_move_along():
     back = torch.tensor(order)
     pairs = torch.stack([2 * back, 2 * back + 1], 1).flatten()
     shuffled = torch.empty_like(logits).index_copy_(0, pairs, logits)
-    assert torch.equal(moved.process(shuffled)[back], sampler.process(logits))
+    assert torch.equal(moved.process(shuffled, moved.drawing)[back], sampler.process(logits, sampler.drawing))
     other = torch.empty_like(noise).index_copy_(0, back, noise)
-    assert torch.equal(moved(shuffled, other)[back], sampler(logits, noise))
+    assert torch.equal(moved(shuffled, other, moved.drawing)[back], sampler(logits, noise, sampler.drawing))
     assert torch.equal(moved.seen[back], sampler.seen)
-    assert [moved._greedy[i] for i in order] == sampler._greedy == [False, True, False, False]
+    assert [moved._chosen[i] for i in order] == sampler._chosen == settings
     only = sampler.front(2)
-    assert torch.equal(only.process(logits[:4]), sampler.process(logits)[:2])
+    assert torch.equal(only.process(logits[:4], sampler.drawing), sampler.process(logits, sampler.drawing)[:2])
     sampler.set(0, GREEDY)  # what is set after is the front's too; those behind it are none of its
-    assert not only.draws and sampler.draws
-    only(logits[:4], noise[:2], False)
+    assert only.drawing is None and sampler.drawing is not None
+    only(logits[:4], noise[:2], None)
     assert torch.equal(only.seen, sampler.seen[:2])
 
 

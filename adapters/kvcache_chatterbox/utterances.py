@@ -20,7 +20,7 @@ from kvcache import (
     SpeakerCache,
     default_store,
 )
-from kvcache.decoding import BackendName, Batch, Job, check_backend, check_bucket
+from kvcache.decoding import BackendName, Batch, Job, backend_on, check_bucket
 from kvcache.events import Event, emit
 from kvcache.hf import PositionMode, new_cache
 from kvcache.precision import Precision, reads_half_caches
@@ -63,9 +63,8 @@ class UtteranceDecoder:
     ) -> None:
         if reuse not in ("all", "conditioning", "none"):
             raise InputError(f"reuse={reuse!r} must be 'all', 'conditioning' or 'none'")
-        if backend not in ("auto", "off"):
-            check_backend(backend)
         check_bucket(bucket)
+        backend = backend_on(backend, t3.device)
         self.t3 = t3 if precision is None else at_precision(t3, precision)
         self.double_bos = double_bos
         self.onednn = onednn
@@ -74,8 +73,6 @@ class UtteranceDecoder:
         self.enabled = True
         self._manager = KVCacheManager(self.t3.tfmr, policy, max_cache_length, positions=positions)
         self._last = CacheReport(())
-        if backend == "auto":
-            backend = "eager" if self.t3.device.type == "cpu" else "graph"
         self._bucket = bucket
         self._captures = backend not in ("eager", "off")
         if kv_dtype is None and precision in ("bf16", "int8") and reads_half_caches():

@@ -154,4 +154,4 @@ def _attend(
 
 def kernel_reason(device: torch.device) -> str | None:
     """Why the Triton kernel is not used on a device; None if it is."""
-    return "it is for GPUs" if device.type in ("cpu", "meta") else available()
+    return available() if device.type == "cuda" else "it is for CUDA GPUs"
