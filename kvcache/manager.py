@@ -499,6 +499,14 @@ class KVCacheManager:
         """
         return self._decoder.told(logits, cache, ids)
 
+    def why_not(self, inputs: Tensor | None = None, *, prefix: str | None = None, **kwargs: Any) -> str | None:
+        """Why `stream` would not decode this on the decode engine, but by `generate`; None if it would.
+
+        Args:
+            inputs, prefix, **kwargs: as in `generate`.
+        """
+        return self._why_not(GenerationSettings.of(self.model, kwargs), inputs, prefix, kwargs)
+
     def release(self) -> None:
         """Let go of what waits for the next ``stream(backend=…)``: a cache, and what was captured or compiled for it."""
         self._decoder.release()

@@ -81,6 +81,7 @@ class Subject(ABC):
         shortest: the fewest tokens of context that a request has.
         quantizes: whether its token loop can hold its cache in few bits.
         batches_off: whether several requests can decode together without the decode engine.
+        random: whether its weights are made up, for their shapes and speed alone.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Subject(ABC):
     shortest: int = 1
     quantizes: bool = True
     batches_off: bool = True
+    random: bool = False
 
     @abstractmethod
     def skeleton(self) -> nn.Module:
@@ -294,8 +296,8 @@ class _Language:
             yield chunk.numel()
 
     def run(self, context: int, tokens: int) -> None:
-        if self._setting.backend == "off":
-            prompt, settings = self._request(context, tokens)
+        prompt, settings = self._request(context, tokens)
+        if self._setting.backend == "off" or self.manager.why_not(prompt, **settings) is not None:
             self.manager.generate(prompt, **settings)
         else:
             for _ in self.stream(context, tokens):
@@ -342,9 +344,10 @@ class _Language:
         if self._model.config.is_encoder_decoder:
             return self._translated(ids, half, given)
         said = [self.module(ids[:, :half], **given).logits[0]]
+        some = max(1, half // 32)  # tokens at a time, of a long text
         if self._setting.backend != "off":
             return torch.cat([*said, self.manager.told(said[0][-1:], cache, ids[0, half:])])
-        rest = torch.split(ids[:, half:], 1, 1)
+        rest = torch.split(ids[:, half:], some, 1)
         return torch.cat(said + [self.module(one, **given).logits[0] for one in rest])
 
     def _translated(self, ids: Tensor, half: int, given: dict[str, Any]) -> Tensor:
@@ -369,5 +372,8 @@ had told him of such a day, and that it would be followed by a year of good catc
 of the two it had been. The children found a bell. It was too heavy for them, so they dug around it with their hands until \
 it stood free, and when the eldest struck it with a stone it gave a note so clear that everybody on the beach stopped and \
 turned. Later they would not agree on what it had sounded like. The teacher, who played the organ on Sundays, was sure that \
-it was an A, a little flat, and wrote that down in the book where she noted the weather."""
+it was an A, a little flat, and wrote that down in the book where she noted the weather. By four the light had changed. The \
+first to see the line of water was the dog of the postman, which stood still and would not be called; then all of them saw it, \
+grey and quite straight, and heard it too. They took what they could carry. The bell they left where it was, upright, and for \
+some years, when the wind came from the west and the sea was high, there were people who said that they could hear it."""
 """What fidelity is judged on: plain prose."""
