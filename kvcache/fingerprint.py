@@ -67,6 +67,15 @@ def model_fingerprint(model: nn.Module) -> str:
     return hashlib.sha256(f"{known[2]} {transformers.__version__} {autocast}".encode()).hexdigest()
 
 
+def model_outline(model: nn.Module) -> str:
+    """A SHA-256, in hex, of what decides how fast a model is: its modules, the shapes and dtypes of its tensors, its
+    settings; not the numbers in them, nor the release of transformers."""
+    modules, tensors = _parts(model)
+    kinds = [f"{type(module).__module__}.{type(module).__qualname__} {list(module._modules)}" for module in modules]
+    said = [kinds, [f"{tensor.dtype} {list(tensor.shape)}" for tensor in tensors], _settings(modules, tensors)]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
 def forget(model: nn.Module) -> None:
     """Read the model's weights again at the next question: after a change that goes unnoticed, see `model_fingerprint`."""
     model = unwrapped(model)

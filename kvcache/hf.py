@@ -29,11 +29,13 @@ from kvcache.heads import SplitLayer, chosen_by_head, layer_for, turns
 from kvcache.layers import KVLayer
 from kvcache.models import ModelFacts, Windows, alike, announced, facts_of, parameters, rope_by_length, untouched
 from kvcache.past import MADE_AS, handed, taken
-from kvcache.policies import KeepAll, SizePolicy, check_policy
+from kvcache.policies import KeepAll, SizePolicy, budgeted, check_policy
 from kvcache.prefix import PrefixKey, PrefixSnapshot
 from kvcache.quantized import Quantization, QuantizedLayer
+from kvcache.report import CacheReport, account
 from kvcache.rope import KeyRotation
 from kvcache.scoring import SnapKV
+from kvcache.shapes import CacheShape, cache_shape
 
 TESTED = ("5.2", "5.24")
 """The lowest and the newest release of transformers that the tests have run on."""
@@ -228,6 +230,10 @@ def new_cache(
     evictions = Evictions(ours)
     aged = [policy for policy in evicting if not chosen_by_head(policy)]
     windows = Windows(facts_of(model), layers) if aged else None
+    shape = shape_of(model) if any(budgeted(policies[i]) for i in managed) else None
+    for layer in layers:
+        if type(layer) is DynamicSlidingWindowLayer:
+            layer.__class__ = _OwnWindow
     for i in managed:
         own = geometry.of(i)
         given: dict[str, Any] = {"max_length": max_length, "padding": padding, "layers": len(managed), "rows": rows}
@@ -236,6 +242,8 @@ def new_cache(
             raise PositionsError(
                 "re-rotated positions need rows without padding; run the rows apart, or keep positions='absolute'"
             )
+        if shape is not None and budgeted(policies[i]):
+            given["whole"] = shape.whole()
         if quantization is not None:
             if rerotated and evicting:
                 raise PositionsError("quantized keys cannot be re-rotated; keep positions='absolute'")
@@ -254,9 +262,20 @@ def new_cache(
             )
         ours.append(kv)
         layers[i] = ManagedLayer(kv, geometry.max_positions, ours, evictions, windows)
+    for kv in ours if shape is not None and rows is None else ():
+        kv.share(shape.whole())  # says now what does not hold one row
     cache = _Cache(layers=layers)
     crossing = model.config.is_encoder_decoder if crossing is None else crossing
-    return _EncoderDecoderCache(cache, DynamicCache()) if crossing else cache
+    return _EncoderDecoderCache(cache, _Crossed(ours, shape)) if crossing else cache
+
+
+def shape_of(model: Any) -> CacheShape:
+    """What a cache of this model holds of each row, see `kvcache.shapes`.
+
+    Raises:
+        GeometryError: if it cannot be found out.
+    """
+    return cache_shape(model, lambda: new_cache(model))
 
 
 def _check_eviction(model: Any, geometry: CacheGeometry, policies: Sequence[SizePolicy], rerotated: bool) -> None:
@@ -371,6 +390,19 @@ def extend_prefix(
     return PrefixSnapshot.of(kv_layers(cache), key, build_seconds=spent + time.perf_counter() - began)
 
 
+class _OwnWindow(DynamicSlidingWindowLayer):
+    """A model's own layer with a window, which lets go of what has left it: transformers' holds a whole prompt until the
+    next token comes."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        attended = super().update(key_states, value_states, *args, **kwargs)
+        window = self.sliding_window
+        if 1 < window < attended[0].shape[2] and not getattr(self, "record_past", False):
+            # As much as after a single token: so what is held depends on how many came, and not on how.
+            self.keys, self.values = (states[:, :, -window:].clone()[:, :, 1:] for states in attended)
+        return attended
+
+
 class _Cache(Cache):
     """Resets to empty: up to some release, transformers' own layers keep their length and become zeros."""
 
@@ -396,6 +428,28 @@ class _Cache(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.read = None
         super().batch_repeat_interleave(repeats)
+
+
+class _Crossed(DynamicCache):
+    """What attends to an encoder. As soon as it is known how much that is, budgets in bytes pay for it.
+
+    Args:
+        ours: the layers of self-attention.
+        shape: of the cache, where a budget is among them.
+    """
+
+    def __init__(self, ours: Sequence[KVLayer], shape: CacheShape | None) -> None:
+        super().__init__()
+        self._ours, self._shape = ours, shape
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if self._shape is not None:
+            whole = self._shape.whole(key_states.shape[2])
+            for kv in self._ours:
+                kv.share(whole)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
 class _EncoderDecoderCache(EncoderDecoderCache):
@@ -444,6 +498,16 @@ def decoding_arguments(cache: Any, positions: Tensor) -> dict[str, Any]:
 def cache_layers(cache: Any) -> list[Any]:
     """The self-attention layers of a cache, ours and the model's own."""
     return list(cache.self_attention_cache.layers if isinstance(cache, EncoderDecoderCache) else cache.layers)
+
+
+def cross_layers(cache: Any) -> list[Any]:
+    """The layers of a cache that hold what attends to an encoder."""
+    return list(cache.cross_attention_cache.layers) if isinstance(cache, EncoderDecoderCache) else []
+
+
+def report_of(cache: Any) -> CacheReport:
+    """The account of all that a cache holds."""
+    return account(cache_layers(cache), cross_layers(cache))
 
 
 def kv_layers(cache: Any, some: bool = True) -> list[KVLayer]:

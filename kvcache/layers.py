@@ -17,6 +17,7 @@ from torch import Tensor
 from kvcache.errors import CapacityError, CorruptError, GeometryError, PolicyError, PositionsError, RollbackError
 from kvcache.policies import KeepAll, SizePolicy, check_policy, schedule
 from kvcache.rope import KeyRotation
+from kvcache.shapes import Whole
 from kvcache.slots import overwritten, slots_for, staying, take
 
 
@@ -33,6 +34,7 @@ class KVLayer:
         rotation: turn the pinned keys so that they sit next to the window (StreamingLLM); needs rotary keys.
         padding: pads on the left of each row, ``[batch]``. Needed only where tokens may be evicted.
         layers: how many layers of the same shape share the budget of a `MaxBytes` policy.
+        whole: what shares it, where that is not so many layers of this shape and nothing besides.
         rows: refuse a first append with another batch size.
         token_bytes: of one token's key and value in one row of this layer; with `rows` it lets `mask` know a `MaxBytes`
             budget before the first append.
@@ -47,13 +49,14 @@ class KVLayer:
         rotation: KeyRotation | None = None,
         padding: Tensor | None = None,
         layers: int = 1,
+        whole: Whole | None = None,
         rows: int | None = None,
         token_bytes: tuple[int, int] | None = None,
     ) -> None:
         if max_length is not None and max_length < 1:
             raise PolicyError(f"max_length={max_length} must be at least 1; leave it out for a cache that grows")
         self._given = KeepAll() if policy is None else policy
-        self._layers = layers
+        self._layers, self._whole = layers, whole
         self._rows = rows
         self._expected = token_bytes
         self.max_length = max_length
@@ -417,6 +420,23 @@ class KVLayer:
             if self._pinned_keys is not None:
                 self._pinned_keys = self._pinned_keys.index_select(0, rows)
 
+    def share(self, whole: Whole) -> None:
+        """Share a budget in bytes with these layers from now on, where the policy has one. What no longer fits leaves.
+
+        Raises:
+            PolicyError: if it does not hold a token; nothing has changed then.
+        """
+        if self._whole is None or (self._whole == whole and self.rows is not None):
+            return
+        before, self._whole = self._whole, whole
+        try:
+            policy = self._resolved(self.rows or 1, 0, 0)
+        except PolicyError:
+            self._whole = before
+            raise
+        if self.rows is not None:
+            self._adopt(policy)
+
     def _adopt(self, policy: SizePolicy) -> None:
         """Follow another policy from now on: with more rows, a budget in bytes holds fewer tokens."""
         shrinking = policy.limit is not None and policy.limit < self.capacity
@@ -526,9 +546,17 @@ class KVLayer:
 
     def _resolved(self, rows: int, key_bytes: int, value_bytes: int) -> SizePolicy:
         """The policy once the shape of a token is known: a budget in bytes becomes one in tokens."""
-        copies = rows * self._layers
-        twice = self._given.pinned * key_bytes * copies if self.rotation is not None else 0
-        policy = self._given.resolve((key_bytes + value_bytes) * copies, twice, self.max_length)
+        keys, values = rows * key_bytes * self._layers, rows * value_bytes * self._layers
+        if self._whole is not None:
+            keys, values = rows * self._whole.keys, rows * self._whole.values
+        twice = self._given.pinned * keys if self.rotation is not None else 0
+        beside = 0 if self._whole is None else rows * self._whole.beside
+        try:
+            policy = self._given.resolve(keys + values, twice + beside, self.max_length)
+        except PolicyError as error:
+            if beside:
+                raise PolicyError(f"{error}. {beside} of them are what the model keeps its own way") from error
+            raise
         check_policy(policy)
         self._check_bounds(policy)
         return policy

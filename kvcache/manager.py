@@ -33,8 +33,8 @@ from kvcache.past import handed, returned, take
 from kvcache.policies import KeepAll, Pinned, SizePolicy
 from kvcache.precision import with_precision
 from kvcache.prompts import Prompts
-from kvcache.quantized import Quantization, quantized_bytes
-from kvcache.report import CacheReport, account, estimate_bytes
+from kvcache.quantized import Quantization
+from kvcache.report import CacheReport, estimate_cache
 from kvcache.saved import read_saved, restore_layers, save_layers
 from kvcache.scoring import Rehearsed
 from kvcache.speakers import SpeakerCache, default_store
@@ -226,28 +226,36 @@ class KVCacheManager:
             snapshot.fork(cache, batch_size)
         return cache
 
-    def estimate(self, tokens: int, batch_size: int = 1) -> int:
-        """Bytes that a cache takes after `tokens` per row, exactly; before anything is allocated."""
-        managed = [isinstance(layer, hf.ManagedLayer) for layer in hf.cache_layers(self.new_cache())]
-        policies = [self.policy] * len(managed) if isinstance(self.policy, SizePolicy) else self.policy
-        kept = [policy for policy, ours in zip(policies, managed, strict=True) if ours]
-        geometry = self.geometry
-        if self.quantization is not None:
-            token = geometry.kv_heads, geometry.head_dim, geometry.value_dim, geometry.dtype
-            limit = self.max_cache_length
-            return sum(
-                quantized_bytes(*token, self.quantization, tokens, batch_size, one, limit, layers=len(kept))
-                for one in kept
-            )
+    def estimate(self, tokens: int, batch_size: int = 1, *, encoder_tokens: int | None = None) -> int:
+        """Bytes that a cache takes after `tokens` per row, exactly, with all of its layers; before anything is allocated.
+
+        Args:
+            tokens: per row, pads among them.
+            batch_size: rows, counting beams.
+            encoder_tokens: of an encoder-decoder: positions that its encoder gives for each row, which are held as well.
+
+        Raises:
+            InputError: for an encoder-decoder without them.
+            PolicyError: if that depends on the text, as where heads keep tokens of their own.
+            GeometryError: if the model does not show what its cache holds.
+        """
         if self._observed:
             raise PolicyError(
                 "what a cache takes whose heads keep tokens of their own depends on the text; ask report(cache) afterwards"
             )
-        return estimate_bytes(
-            CacheGeometry(len(kept), geometry.kv_heads, geometry.head_dim, geometry.value_dim, geometry.dtype),
+        shape = hf.shape_of(self.model)
+        if shape.cross and encoder_tokens is None:
+            raise InputError(
+                "what attends to an encoder is held as well; give encoder_tokens, the positions that it gives for a row"
+            )
+        policies = [self.policy] * len(shape.layers) if isinstance(self.policy, SizePolicy) else self.policy
+        return estimate_cache(
+            shape,
             tokens,
+            policies,
             rows=batch_size,
-            policy=kept,
+            encoder_tokens=encoder_tokens or 0,
+            quantization=self.quantization,
             max_length=self.max_cache_length,
             preallocate=self.preallocate,
             rerotate=self.positions == "rerotated",
@@ -533,6 +541,14 @@ class KVCacheManager:
         """
         return self._decoder.told(logits, cache, ids)
 
+    def why_not(self, inputs: Tensor | None = None, *, prefix: str | None = None, **kwargs: Any) -> str | None:
+        """Why `stream` would not decode this on the decode engine, but by `generate`; None if it would.
+
+        Args:
+            inputs, prefix, **kwargs: as in `generate`.
+        """
+        return self._why_not(GenerationSettings.of(self.model, kwargs), inputs, prefix, kwargs)
+
     def release(self) -> None:
         """Let go of what waits for the next ``stream(backend=…)``: a cache, and what was captured or compiled for it."""
         self._decoder.release()
@@ -541,7 +557,7 @@ class KVCacheManager:
         """The account of `cache`, or of the run that is under way or was last: bytes, tokens seen and kept, evictions."""
         running = self._running if cache is None else None
         cache = running() if running is not None else cache
-        return self._last if cache is None else account(hf.cache_layers(cache))
+        return self._last if cache is None else hf.report_of(cache)
 
     # ------------------------------------------------------------------ inside
 

@@ -18,6 +18,7 @@ from kvcache.errors import CorruptError, GeometryError, InputError, KVCacheError
 from kvcache.geometry import CacheGeometry
 from kvcache.layers import KVLayer
 from kvcache.policies import KeepAll, SizePolicy, check_policy, schedule
+from kvcache.shapes import Token, Whole
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class QuantizedLayer(KVLayer):
     be a number of the dtype; what is beyond is cut.
 
     Args:
-        policy, max_length, layers, rows: as of `KVLayer`.
+        policy, max_length, layers, whole, rows: as of `KVLayer`.
         quantization: bits, and tokens in a group.
         padding: pads on the left of each row, ``[batch]``; only where no token is evicted.
         geometry: of the model; with `rows` it lets `mask` know a `MaxBytes` budget before the first append.
@@ -93,6 +94,7 @@ class QuantizedLayer(KVLayer):
         max_length: int | None = None,
         padding: Tensor | None = None,
         layers: int = 1,
+        whole: Whole | None = None,
         rows: int | None = None,
         geometry: CacheGeometry | None = None,
     ) -> None:
@@ -100,7 +102,13 @@ class QuantizedLayer(KVLayer):
         self._token = None if geometry is None else _token(geometry)
         token_bytes = None if geometry is None else geometry.layer_token_bytes
         super().__init__(
-            policy, max_length=max_length, padding=padding, layers=layers, rows=rows, token_bytes=token_bytes
+            policy,
+            max_length=max_length,
+            padding=padding,
+            layers=layers,
+            whole=whole,
+            rows=rows,
+            token_bytes=token_bytes,
         )
         if self.padding is not None and self.policy.evicts:
             raise PositionsError(
@@ -402,8 +410,9 @@ class QuantizedLayer(KVLayer):
         assert self._token is not None  # known wherever bytes are
         return self._resolve(rows, self._token)
 
-    def _resolve(self, rows: int, token: "_Token") -> SizePolicy:
-        policy = _resolve(self._given, self.quantization, token, rows * self._layers, self.max_length)
+    def _resolve(self, rows: int, token: Token) -> SizePolicy:
+        whole = Whole((token,) * self._layers) if self._whole is None else self._whole
+        policy = _resolve(self._given, self.quantization, whole, rows, self.max_length)
         self._check_bounds(policy)
         return policy
 
@@ -553,14 +562,12 @@ def _quantize(states: Tensor, bits: int, dim: int) -> dict[str, Tensor]:
 
 # ---------------------------------------------------------------------- what it takes
 
-_Token = tuple[int, int, int, torch.dtype]  # heads, head_dim, value_dim and dtype
 
-
-def _token(geometry: CacheGeometry) -> _Token:
+def _token(geometry: CacheGeometry) -> Token:
     return geometry.kv_heads, geometry.head_dim, geometry.value_dim, geometry.dtype
 
 
-def _sizes(quantization: Quantization, token: _Token) -> tuple[int, int]:
+def _sizes(quantization: Quantization, token: Token) -> tuple[int, int]:
     """Bytes of a token in full precision and of a group, in one row."""
     heads, key_dim, value_dim, dtype = token
     full = heads * (key_dim + value_dim) * dtype.itemsize
@@ -568,13 +575,15 @@ def _sizes(quantization: Quantization, token: _Token) -> tuple[int, int]:
 
 
 def _resolve(
-    given: SizePolicy, quantization: Quantization, token: _Token, copies: int, max_length: int | None
+    given: SizePolicy, quantization: Quantization, whole: Whole, rows: int, max_length: int | None
 ) -> SizePolicy:
     """The policy once the shape of a token is known: a budget in bytes becomes one in tokens, at most a group too few."""
-    full, group = _sizes(quantization, token)
-    small = -(-group // quantization.group)
-    reserved = full * quantization.group + group + given.pinned * (full - small)  # the tail, a group begun, the pinned
-    policy = given.resolve(small * copies, reserved * copies, max_length)
+    small, reserved = 0, whole.beside
+    for token in whole.tokens:
+        full, group = _sizes(quantization, token)
+        small += (one := -(-group // quantization.group))
+        reserved += full * quantization.group + group + given.pinned * (full - one)  # the tail, a group begun, the pinned
+    policy = given.resolve(small * rows, reserved * rows, max_length)
     check_policy(policy)
     return policy
 
@@ -596,6 +605,7 @@ def quantized_bytes(
     policy: SizePolicy | None = None,
     max_length: int | None = None,
     layers: int = 1,
+    whole: Whole | None = None,
 ) -> int:
     """Bytes of one layer once `tokens` have gone through it, exactly.
 
@@ -606,10 +616,11 @@ def quantized_bytes(
         rows: batch size.
         policy, max_length: as of the layer.
         layers: how many share the budget of a `MaxBytes` policy.
+        whole: what shares it, where that is not so many layers of this shape and nothing besides.
     """
     token = (heads, head_dim, value_dim, dtype)
     policy = KeepAll() if policy is None else policy
-    policy = _resolve(policy, quantization, token, rows * layers, max_length)
+    policy = _resolve(policy, quantization, whole or Whole((token,) * layers), rows, max_length)
     full, group = _sizes(quantization, token)
     return rows * (
         full * (policy.pinned + quantization.group) + group * _most_groups(policy, quantization.group, tokens)

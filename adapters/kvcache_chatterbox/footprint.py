@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from kvcache import InputError, PrefixKey, PrefixSnapshot
 from kvcache.cpu import FEWEST
 from kvcache.decoding import Decoding
-from kvcache.footprint import Footprint, Moment, Watch, buffers, fill, onednn_bytes, step_bytes, written_static
+from kvcache.footprint import Footprint, Moment, buffers, fill, onednn_bytes, step_bytes, written_static
 from kvcache.hf import kv_layers
+from kvcache.meta import Watch
 from kvcache.past import handed
 from kvcache_chatterbox.engine import ChatterboxEngine
 from kvcache_chatterbox.loading import random_conditionals
