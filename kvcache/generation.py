@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMode
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
 from kvcache.errors import GeometryError, InputError
@@ -218,7 +218,8 @@ def _copied(model: Any, targets: set[int]) -> tuple[Any, list[nn.Module]]:
             copies[id(module)] = new
         if len(copies) < len(targets):
             new.__dict__["_modules"] = {
-                name: visit(part) if part is not None and holds(part) else part for name, part in module._modules.items()
+                name: visit(part) if part is not None and holds(part) else part
+                for name, part in module._modules.items()
             }
         return new
 

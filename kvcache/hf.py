@@ -262,8 +262,9 @@ def new_cache(
             )
         ours.append(kv)
         layers[i] = ManagedLayer(kv, geometry.max_positions, ours, evictions, windows)
-    for kv in ours if shape is not None and rows is None else ():
-        kv.share(shape.whole())  # says now what does not hold one row
+    if shape is not None and rows is None:
+        for kv in ours:
+            kv.share(shape.whole())  # says now what does not hold one row
     cache = _Cache(layers=layers)
     crossing = model.config.is_encoder_decoder if crossing is None else crossing
     return _EncoderDecoderCache(cache, _Crossed(ours, shape)) if crossing else cache
@@ -419,7 +420,7 @@ class _Cache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.read = None
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self.read = None

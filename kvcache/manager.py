@@ -13,7 +13,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
-from transformers.generation import GenerationMode
+from transformers.generation.configuration_utils import GenerationMode
 
 from kvcache import hf
 from kvcache.attention import observed_copy
@@ -44,13 +44,16 @@ from kvcache.tuning_profile import TuningProfile
 # What can be given behind a prefix: inputs, and settings of `generate`. All else is for the model.
 _KNOWN_BEHIND_A_PREFIX = (
     {"input_ids", "inputs_embeds", "attention_mask", "use_cache"}
-    | set(vars(GenerationConfig()))
+    | set(vars(GenerationConfig()))  # type: ignore[no-untyped-call]
     | set(inspect.signature(GenerationMixin.generate).parameters)
 ) - {"kwargs"}
 
 Backends = BackendName | Literal["auto", "off"]
 
-_KINDS_OF_TOKENS = ("token_type_ids", "mm_token_type_ids")  # ``[rows, tokens]``: which are text, which stand for a picture
+_KINDS_OF_TOKENS = (
+    "token_type_ids",
+    "mm_token_type_ids",
+)  # ``[rows, tokens]``: which are text, which stand for a picture
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -450,7 +453,6 @@ class KVCacheManager:
 
     # ------------------------------------------------------------------ generate, stream
 
-    @_of_one_model
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *, prefix: str | None = None, **kwargs: Any) -> Any:
         """`model.generate` with a managed cache: the same arguments, the same result.
@@ -508,7 +510,7 @@ class KVCacheManager:
             settings, reason = self._settings(inputs, prefix, kwargs)
             if settings is not None:
                 return self._decoded(settings, inputs, prefix, chunk_size, backend, kwargs)
-            emit(Event("fell_back", f"{backend} to generate", reason=reason))
+            emit(Event("fell_back", f"{backend} to generate", reason=reason or ""))
 
         def work(emit: Callable[[Tensor], None]) -> None:
             self._generate(inputs, prefix, kwargs, emit)
@@ -547,7 +549,7 @@ class KVCacheManager:
         Args:
             inputs, prefix, **kwargs: as in `generate`.
         """
-        return self._why_not(GenerationSettings.of(self.model, kwargs), inputs, prefix, kwargs)
+        return self._settings(inputs, prefix, kwargs)[1]
 
     def release(self) -> None:
         """Let go of what waits for the next ``stream(backend=…)``: a cache, and what was captured or compiled for it."""
@@ -591,7 +593,9 @@ class KVCacheManager:
             return cache
 
         model = self.runner if on else self.model
-        if on and given is None and not asks(model, self.geometry):  # a model of another kind takes the one it is handed
+        if (
+            on and given is None and not asks(model, self.geometry)
+        ):  # a model of another kind takes the one it is handed
             given = self._cache(Wanted(None, None, self.model.config.is_encoder_decoder, False, True), prefix)
         first = () if inputs is None else (inputs,)  # under whichever name the model has for it
         with running(model, self.geometry, make, given) as run:

@@ -145,7 +145,9 @@ def _asked(model: Any, make: Callable[[], Any]) -> CacheShape:
                 f"{type(model).__name__} cannot be run without its weights, to see what its cache holds: {error}; load it, "
                 "and ask report() afterwards"
             ) from error
-        with torch.no_grad():  # weights that cannot be thought away, such as packed ones: a few tokens on the model itself
+        with (
+            torch.no_grad()
+        ):  # weights that cannot be thought away, such as packed ones: a few tokens on the model itself
             return _measured(model, make(), model.device)
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from torch.nn.modules import module as modules
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
-
 from transformers import cache_utils
 from transformers.cache_utils import CacheLayerMixin
 
@@ -44,7 +43,9 @@ _PASS, _ATTENTION, _LAYER = "pass", "attention", "layer"
 _SAID = {_PASS: "glue", _ATTENTION: "positions", _LAYER: "glue"}
 _WRITES = ("update", "update_conv_state", "update_recurrent_state", "update_indexer")
 # Layers that hold states are no subclasses of the others, and are not in the first releases.
-_STATES: list[type] = [vars(cache_utils)[name] for name in ("LinearAttentionCacheLayerMixin",) if name in vars(cache_utils)]
+_STATES: list[type] = [
+    vars(cache_utils)[name] for name in ("LinearAttentionCacheLayerMixin",) if name in vars(cache_utils)
+]
 _ASKED = ("host", "glue", _PASS, _LAYER, _ATTENTION, "attention_scores")  # what has parts of another kind in it
 
 
@@ -116,7 +117,9 @@ class Watch:
         self._now: Callable[[], Any] = _event if self._cuda else time.perf_counter
         self._entered = entered
         self._parts: dict[int, tuple[nn.Module, str | None]] = {}
-        self._mixers: set[int] = set()  # attention that writes no keys: to states, or to another layer's, or an encoder's
+        self._mixers: set[int] = (
+            set()
+        )  # attention that writes no keys: to states, or to another layer's, or an encoder's
         self._open = ExitStack()
         self._running = False
         self._clear()

@@ -145,7 +145,7 @@ KINDS: dict[str, Kind] = {
         head="ForConditionalGeneration",
     ),
 }  # fmt: skip
-NAMES = [name for name, kind in KINDS.items() if RELEASE >= kind.since]
+NAMES = [name for name, kind in KINDS.items() if kind.since <= RELEASE]
 
 
 def config_of(name: str) -> Any:

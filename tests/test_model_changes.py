@@ -433,7 +433,9 @@ def test_the_table_is_large_and_mostly_right_answers() -> None:
     cells = "".join(change.expected for change in CHANGES.values())
     assert len(CHANGES) >= 24
     assert cells.count("=") > len(cells) / 2
-    assert all(change.expected[0] == change.expected[2] == "=" for change in CHANGES.values())  # these can always be right
+    assert all(
+        change.expected[0] == change.expected[2] == "=" for change in CHANGES.values()
+    )  # these can always be right
 
 
 def test_unwrapping_is_of_what_was_wrapped() -> None:

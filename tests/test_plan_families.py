@@ -4,12 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from plan_families import KINDS, NAMES, class_of, config_of, made
+from plan_families import NAMES, class_of, config_of, made
 from torch import Tensor, nn
 
-from kvcache import KVCacheManager, MaxBytes, MaxTokens, PolicyError, SlidingWindow
+from kvcache import KVCacheManager
 from kvcache.footprint import language_footprint
-from kvcache.quantized import Quantization
 from kvcache.setting import Setting
 
 FRAMES = 60  # of sound, twice Whisper's positions
