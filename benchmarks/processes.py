@@ -16,6 +16,7 @@ largest before it. When the sum goes over the budget, the side that was prepared
 Nothing here imports torch: a side's own module does.
 """
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -32,6 +33,7 @@ from tqdm import tqdm
 
 TICK = 0.2  # seconds between two looks at the memory while a side works; a look takes some tenths of a millisecond
 LAST_LINES = 8
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 Compare = Callable[[Sequence[float], Sequence[float]], float]  # how many times longer the first took
 
@@ -83,6 +85,8 @@ def _serve(connection: Connection, log: str, threads: int, side: Callable[..., N
         os.dup2(file.fileno(), 2)
     if sys.platform != "win32":
         os.setpgrp()  # what it starts can be ended with it, and Ctrl-C reaches the parent alone
+    if sys.platform == "linux":  # a parent that is killed cannot end it, and preparing may take minutes
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     torch = sys.modules.get("torch")  # there if the side's module, which is imported by now, uses it
     if torch is not None:
         torch.set_num_threads(threads)

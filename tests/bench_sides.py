@@ -53,6 +53,12 @@ def parent(gate, trace, name, turns, way):
     ends(gate, trace, name, turns, way)
 
 
+def stuck(gate, trace, name):
+    """Is never ready."""
+    note(trace, f"{name} {os.getpid()}")
+    signal.pause()
+
+
 def note(trace, line):
     with Path(trace).open("a") as file:
         file.write(line + "\n")

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import select
 import signal
+import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -18,6 +19,7 @@ if sys.platform == "win32":
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
+import bench_sides
 import common
 import processes
 from bench_sides import MIB, ends, growing, parent, steady
@@ -172,6 +174,22 @@ def test_nothing_is_left_after_an_interrupt(trace, monkeypatch):
     monkeypatch.setattr(processes._Side, "answer", lambda side, meanwhile: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         Processes({"a": (steady, trace, "a")}, 1).run([Phase(1)])
+
+
+@linux
+def test_a_side_that_is_being_prepared_ends_with_a_parent_that_is_killed(trace):
+    os.mkfifo(trace)  # so that reading waits for what the side writes
+    folders = [str(Path(module.__file__).parent) for module in (processes, bench_sides)]
+    code = (
+        "import sys; sys.path[:0] = sys.argv[2:]\n"
+        "import bench_sides, processes\n"
+        "processes.Processes({'a': (bench_sides.stuck, sys.argv[1], 'a')}, 1).run([processes.Phase(1)])"
+    )
+    runs = subprocess.Popen([sys.executable, "-c", code, trace, *folders], stderr=subprocess.DEVNULL)
+    pid = int(trace.read_text().split()[-1])
+    runs.kill()
+    runs.wait()
+    assert ended(pid)
 
 
 # ---------------------------------------------------------------------- what is made of it
