@@ -11,7 +11,7 @@ side alike, so each segment is exactly as long as asked.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -133,16 +133,21 @@ def planned(engine: ChatterboxEngine, case: Case, rows: int) -> LongText:
 # ---------------------------------------------------------------------- the sides
 
 
-def upstream(case: Case) -> Iterator[list[int]]:
-    """What upstream says of each segment."""
+def upstream_of(case: Case) -> Callable[[int, int], list[int]]:
+    """From a segment and a number of tokens to what upstream says."""
     module = upstream_t3()
     module.tqdm = lambda steps, **_: steps
     t3 = model(case)
     tts = stand_in(t3)
-    for i, one in enumerate(planned(ChatterboxEngine(tts), case, 1).utterances):
+    utterances = planned(ChatterboxEngine(tts), case, 1).utterances
+
+    def say(i: int, tokens: int) -> list[int]:
         torch.manual_seed(i)
-        said = t3.inference(t3_cond=tts.conds.t3, text_tokens=one.text.expand(2, -1), max_new_tokens=case.tokens)
-        yield said[0].tolist()
+        text = utterances[i].text.expand(2, -1)
+        said: list[int] = t3.inference(t3_cond=tts.conds.t3, text_tokens=text, max_new_tokens=tokens)[0].tolist()
+        return said
+
+    return say
 
 
 def alone(engine: ChatterboxEngine, long: LongText) -> Iterator[list[int]]:
@@ -187,9 +192,12 @@ def serve(gate: Gate, case: Case, side: Side) -> None:
 
     gate.told = told
     if side.rows is None:
+        say = upstream_of(case)
+        say(0, CHUNK)  # as our sides do before they are timed
         gate()
         while True:
-            for _ in upstream(case):
+            for i in range(case.segments):
+                say(i, case.tokens)
                 gate()
                 while first[0]:
                     gate()
@@ -245,7 +253,8 @@ def estimate(engine: ChatterboxEngine, long: LongText) -> float:
 def check() -> None:
     """Upstream, one after the other and together say the same, in fp32."""
     case = Case(tokens=24, segments=4, layers=3)
-    expected = list(upstream(case))
+    say = upstream_of(case)
+    expected = [say(i, case.tokens) for i in range(case.segments)]
     engine = engine_of(case, Side("", 1))
     apart = list(alone(engine, planned(engine, case, 1)))
     *_, batch = together(engine, planned(engine, case, 3), True, 1, {})

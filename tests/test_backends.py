@@ -50,7 +50,7 @@ def test_every_family_says_the_same_or_says_why_not(name):
         same(manager, token_ids(2, 9), "eager", native, max_new_tokens=40, chunk_size=7, **drawing)
 
 
-@pytest.mark.grid(8)
+@pytest.mark.grid(4)
 @pytest.mark.parametrize("backend", ["eager", "graph"])
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -302,6 +302,7 @@ def assert_schedule(kind, policy, backend, places, compact, schedule):
         assert_agrees(draw, (ours, logits), alone(kind, policy, case), over)
 
 
+@pytest.mark.slow  # a check of the cases, which no change of the library can break
 def test_the_cases_end_in_many_places():
     for kind in ("english", "gpt"):
         for policy in T3_POLICIES:
@@ -840,7 +841,7 @@ def request(model, policy, i):
     return token_ids(1, 5 + 4 * i, seed=i), (DRAWING, GREEDY, Sampling(1.1, 0.8, 0.0, 0, 1.0))[i % 3]
 
 
-@pytest.mark.grid(9)
+@pytest.mark.grid(5)
 @pytest.mark.parametrize(("backend", "dtype"), [("eager", None), ("eager", torch.bfloat16), ("graph", None)], ids=str)
 @pytest.mark.parametrize("policy", [None, SlidingWindow(12, sinks=3), MaxTokens(24, 15)], ids=str)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -396,7 +396,7 @@ def spoken(engine, text, tokens, seed, who=0, chunk_size=25, **settings):
     return torch.cat(list(chunks), 1)
 
 
-@pytest.mark.grid(4)
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("backend", ["off", "eager", "graph"])
 @pytest.mark.parametrize("kind", ["english", "gpt"])
 def test_every_backend_says_upstreams_tokens(kind, backend):
@@ -439,6 +439,7 @@ def test_every_backend_says_upstreams_tokens_without_guidance(backend):
     assert engine.report().fallback is None
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("backend", ["eager", "graph"])
 @pytest.mark.parametrize("kind", ["english", "gpt"])
 def test_every_backend_ends_where_upstream_ends(kind, backend):
@@ -466,7 +467,7 @@ def precise(name):
     return True
 
 
-@pytest.mark.grid(4)
+@pytest.mark.grid(2)
 @pytest.mark.parametrize(
     "precision",
     [

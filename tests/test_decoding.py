@@ -398,7 +398,7 @@ def generated(manager, ids, tokens, seed=0, **drawing):
     return manager.generate(ids, max_new_tokens=tokens, **(drawing or {"do_sample": False}))[:, ids.shape[1] :]
 
 
-@pytest.mark.grid(6)
+@pytest.mark.grid(4)
 @pytest.mark.parametrize("backend", ["eager", "graph", "aot_eager"])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "mistral", "gpt2"])
 def test_tokens_are_those_of_generate(name, backend):
@@ -419,7 +419,7 @@ def test_tokens_are_those_of_generate(name, backend):
 WINDOWS = [(SlidingWindow(12, sinks=3), 9), (SlidingWindow(7, sinks=1), 20), (MaxTokens(24, 15), 9)]
 
 
-@pytest.mark.grid(8)
+@pytest.mark.grid(4)
 @pytest.mark.parametrize("backend", ["eager", "graph"])
 @pytest.mark.parametrize(("policy", "prompt"), WINDOWS, ids=str)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -196,6 +197,11 @@ def test_the_timetable_fits_into_ten_minutes():
     assert [one.needs for one in steps] == [one.needs for one in rehearsed]
     assert {need for one in steps for need in one.needs} <= set(carry.pinned())
     assert len(steps) - 2 + len(["gpu.json", "gpu.log"]) <= 8  # files that are to come back
+
+
+def test_the_page_has_the_timetable():
+    told = re.findall(r"^\| `(\w+)` \| (\d+) \|", (ROOT / "docs" / "gpu.md").read_text(), re.MULTILINE)
+    assert told == [(one.name, f"{one.limit:g}") for one in timetables()[0]]
 
 
 def test_only_rehearsals_are_marked_and_on_a_cpu():

@@ -27,6 +27,7 @@ def audio(stream):
     return torch.cat([torch.zeros(1, 0), *stream], 1)
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("policy", [None, SlidingWindow(12)])
 @pytest.mark.parametrize("kind", ["english", "gpt"])
 def test_together_one_by_one_and_whole_are_the_same_audio(kind, policy):
@@ -110,6 +111,7 @@ def test_the_tail_is_carried_into_the_next_segments_prompt():
     assert joined.shape == whole.shape
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("kind", ["english", "gpt"])
 @pytest.mark.parametrize("kv_dtype", [None, torch.bfloat16])
 def test_what_the_plan_says_is_what_the_batch_holds(kind, kv_dtype):

@@ -253,6 +253,7 @@ def test_a_deep_copy_computes_the_same(precision):
         assert torch.equal(twin(ids).logits, expected)  # the kernels live as long as either
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("precision", NARROW)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_packed_weights_die_with_the_copy(name, precision):

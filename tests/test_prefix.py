@@ -594,7 +594,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.grid(30)
+@pytest.mark.grid(20)
 @pytest.mark.parametrize(
     ("name", "mode"),
     [(name, mode) for name in DECODERS for mode in MODES if mode in ("sampled", "beams") or name in FEW],

@@ -151,7 +151,7 @@ def check(stored: torch.Tensor, came: torch.Tensor, positions: list[int], pinned
 # ---------------------------------------------------------------------- what is held
 
 
-@search(150)
+@search(75)
 @given(cases)
 def test_holds_what_the_reference_holds(case: Case):
     layer = case.make()
