@@ -1,4 +1,4 @@
-"""The one file that knows transformers (but for `kvcache.past`): our layers as its cache, from 5.2 to the newest.
+"""What we know of transformers' models: caches for them, their masks, their rotary embeddings, from 5.2 to the newest.
 
 Two rules make a cache right while tokens leave it: its length is counted in tokens *seen*, and its mask sizes are
 ``(kept + new, seen - kept)``. What a release changed is bridged here and nowhere else.
@@ -17,19 +17,21 @@ import transformers
 from torch import Tensor, nn
 from transformers.cache_utils import (
     Cache,
-    CacheLayerMixin,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     EncoderDecoderCache,
 )
 
-from kvcache import attention
-from kvcache.errors import CapacityError, GeometryError, InputError, PolicyError, PositionsError, RollbackError
+from kvcache import attention, export
+from kvcache.errors import GeometryError, InputError, PolicyError, PositionsError
 from kvcache.events import Evictions
 from kvcache.geometry import CacheGeometry
 from kvcache.heads import SplitLayer, chosen_by_head, layer_for, turns
 from kvcache.layers import KVLayer
+from kvcache.managed import ManagedCache, ManagedEncoderDecoderCache, check_rollback
+from kvcache.managed import ManagedLayer as ManagedLayer
+from kvcache.managed import check_positions as check_positions
 from kvcache.past import handed, taken
 from kvcache.policies import KeepAll, SizePolicy, check_policy, schedule
 from kvcache.prefix import PrefixKey, PrefixSnapshot
@@ -40,7 +42,6 @@ TESTED = ("5.2", "5.24")
 """The lowest and the newest release of transformers that the tests have run on."""
 
 _VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-_CROP_ZERO_EMPTIES = _VERSION < (5, 14)
 _CACHE = "cache" if _VERSION >= (5, 24) else "past_key_values"
 
 _BY_LENGTH = ("dynamic", "longrope")  # RoPE whose frequencies depend on how long the text becomes
@@ -48,123 +49,7 @@ _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
 PositionMode = Literal["absolute", "rerotated"]
 
-
-class ManagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """A `KVLayer` as transformers sees it."""
-
-    is_sliding = False
-    is_compileable = False
-    supports_early_init = False
-
-    def __init__(
-        self,
-        kv: KVLayer,
-        max_positions: int | None = None,
-        beside: Sequence[KVLayer] = (),
-        evictions: Evictions | None = None,
-    ) -> None:
-        # Not super().__init__(): it would assign keys and values, which are read from the layer here.
-        self.kv = kv
-        self.max_positions = max_positions
-        self.beside = beside  # all layers of the cache, to be asked before the first of them changes
-        self.evictions = evictions  # of all of them
-
-    @property
-    def keys(self) -> Tensor | None:  # type: ignore[override]
-        return self.kv.keys
-
-    @property
-    def values(self) -> Tensor | None:  # type: ignore[override]
-        return self.kv.values
-
-    @property
-    def is_initialized(self) -> bool:  # type: ignore[override]
-        return self.kv.initialized
-
-    @property
-    def is_croppable(self) -> bool:  # type: ignore[override]
-        return not self.kv.policy.evicts
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.kv.policy!r}, seen={self.kv.seen}, stored={self.kv.stored})"
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
-        self.kv.append(key_states[:, :, :0], (key_states if value_states is None else value_states)[:, :, :0])
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if self.kv.seen:  # a prefix goes into an empty layer without any attention
-            _check_observed(self.kv)
-        keys, values = self.kv.append(key_states, value_states)
-        if self.kv.by_head:
-            attention.stored(self.kv, keys, values)
-        elif self.evictions is not None and self.kv is self.beside[-1]:
-            self.evictions.after()
-        return keys, values
-
-    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
-        # Asked once before a forward writes anything: the place to refuse, with every layer still as it was.
-        fresh = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
-        for kv in self.beside or (self.kv,):
-            kv.check(fresh)
-            _check_observed(kv)
-        check_positions(self.max_positions, self.kv.seen, fresh)
-        if self.evictions is not None:
-            self.evictions.before()
-        retained = self.kv.retained
-        return retained + fresh, self.kv.seen - retained
-
-    def get_seq_length(self, cache_position: Tensor | None = None) -> int:
-        return self.kv.seen
-
-    def get_max_length(self) -> int:
-        limit = self.kv.max_length
-        return -1 if limit is None or self.kv.policy.evicts else limit  # -1 is transformers' word for "no maximum"
-
-    get_max_cache_shape = get_max_length  # its name up to 5.12
-
-    def reset(self) -> None:
-        self.kv.reset()
-        self.count_anew()
-
-    def count_anew(self) -> None:
-        """Take what has left so far for told: it came or went without a forward."""
-        if self.evictions is not None:
-            self.evictions.forget()
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.kv.select(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.kv.select(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.kv.repeat(repeats)
-
-    def crop(self, tokens_to_remove: int | Tensor) -> None:
-        """Negative: remove that many tokens. Positive (up to 5.22): cut to that length. Zero: as the release has it."""
-        n = int(tokens_to_remove)
-        if n > 0 or (n == 0 and _CROP_ZERO_EMPTIES):
-            self.kv.truncate(min(n, self.kv.seen))
-        elif n < 0:
-            self.kv.truncate(max(0, self.kv.seen + n))
-        self.count_anew()
-
-
-def _check_observed(kv: KVLayer) -> None:
-    if kv.by_head and not attention.observing():
-        raise PolicyError(
-            f"under {kv.policy!r} each head sees its own tokens, and the cache what is attended to; run the model as "
-            "manager.runner, or by manager.generate() and stream()"
-        )
-
-
-def check_positions(table: int | None, seen: int, fresh: int) -> None:
-    """Raise `CapacityError` if `fresh` tokens after `seen` would run past a model's table of learned positions."""
-    if table is not None and seen + fresh > table:
-        raise CapacityError(
-            f"cannot run {fresh} tokens at position {seen}: this model learned {table} positions, "
-            "and evicting tokens does not give them back; start a new cache"
-        )
+export.register()
 
 
 # ---------------------------------------------------------------------- caches
@@ -240,8 +125,8 @@ def new_cache(
             )
         ours.append(kv)
         layers[i] = ManagedLayer(kv, geometry.max_positions, ours, evictions)
-    cache = _Cache(layers=layers)
-    return _EncoderDecoderCache(cache, DynamicCache()) if model.config.is_encoder_decoder else cache
+    cache = ManagedCache(layers)
+    return ManagedEncoderDecoderCache(cache, DynamicCache()) if model.config.is_encoder_decoder else cache
 
 
 def _turn(model: Any, geometry: CacheGeometry, policies: Sequence[SizePolicy]) -> KeyRotation | None:
@@ -312,7 +197,7 @@ def prefix_cache(model: Any) -> Any:
             f"no prefix can be reused: {rope_type!r} RoPE turns the first keys by how many tokens follow; "
             "use a model with another rope_type"
         )
-    return _Cache(layers=[ManagedLayer(KVLayer()) for _ in layers])
+    return ManagedCache([ManagedLayer(KVLayer()) for _ in layers])
 
 
 def extend_prefix(
@@ -333,33 +218,6 @@ def extend_prefix(
         known, spent = len(start), start.build_seconds
     run(key.content[None, known:].to(device))
     return PrefixSnapshot.of(kv_layers(cache), key, build_seconds=spent + time.perf_counter() - began)
-
-
-class _Cache(Cache):
-    """Resets to empty: up to some release, transformers' own layers keep their length and become zeros."""
-
-    def reset(self) -> None:
-        for layer in self.layers:
-            _empty(layer)
-
-
-class _EncoderDecoderCache(EncoderDecoderCache):
-    """Crops and selects rows as well: transformers' own does so only around a `DynamicCache`."""
-
-    def check_dynamic_cache(self, method: str) -> None:
-        """Our layers can do all that a dynamic one's can."""
-
-    def reset(self) -> None:
-        super().reset()  # type: ignore[no-untyped-call]
-        for layer in self.cross_attention_cache.layers:
-            _empty(layer)
-
-
-def _empty(layer: Any) -> None:
-    layer.reset()
-    if isinstance(layer, DynamicLayer):
-        layer.keys = layer.values = None
-        layer.is_initialized = False
 
 
 def _full_layer() -> DynamicLayer:
@@ -411,22 +269,18 @@ def truncate(cache: Any, length: int) -> None:
     Raises:
         RollbackError: if one of them cannot.
     """
-    others = [layer for layer in cache_layers(cache) if not isinstance(layer, ManagedLayer)]
-    for kv in kv_layers(cache):
+    layers, kept = cache_layers(cache), kv_layers(cache)
+    for kv in kept:
         kv.check_truncate(length)
-    for layer in others:
-        window = getattr(layer, "sliding_window", None)
-        if window is not None and length > 0 and layer.get_seq_length() >= window:
-            raise RollbackError(
-                f"cannot roll back to {length} tokens: the model's own sliding layers have passed their window of "
-                f"{window}; reset the cache and prefill again"
-            )
-    for layer in others:
-        if length == 0:
-            _empty(layer)
-        elif (removed := layer.get_seq_length() - length) > 0:
-            layer.crop(-removed)
-    for kv in kv_layers(cache):
+    check_rollback(layers, length, kept[0].seen)
+    own = getattr(cache, "self_attention_cache", cache)
+    if length == 0:
+        own.reset_own()
+    elif (removed := kept[0].seen - length) > 0:
+        for layer in layers:
+            if not isinstance(layer, ManagedLayer):
+                layer.crop(-removed)
+    for kv in kept:
         kv.truncate(length)
     count_anew(cache)
 
