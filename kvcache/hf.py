@@ -1,4 +1,4 @@
-"""The one file that knows transformers (but for `kvcache.past`): our layers as its cache, from 5.2 to the newest.
+"""What we know of transformers' models: caches for them, their masks, their rotary embeddings, from 5.2 to the newest.
 
 Two rules make a cache right while tokens leave it: its length is counted in tokens *seen*, and its mask sizes are
 ``(kept + new, seen - kept)``. What a release changed is bridged here and nowhere else.
@@ -13,20 +13,21 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers.cache_utils import (
-    Cache,
-    CacheLayerMixin,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     EncoderDecoderCache,
 )
 
-from kvcache import attention
-from kvcache.errors import CapacityError, GeometryError, InputError, PolicyError, PositionsError, RollbackError
+from kvcache import attention, export
+from kvcache.errors import GeometryError, InputError, PolicyError, PositionsError
 from kvcache.events import Evictions
 from kvcache.geometry import CacheGeometry
 from kvcache.heads import SplitLayer, chosen_by_head, layer_for, turns
 from kvcache.layers import KVLayer
+from kvcache.managed import Crossed, ManagedCache, ManagedEncoderDecoderCache, OwnWindow, check_rollback
+from kvcache.managed import ManagedLayer as ManagedLayer
+from kvcache.managed import check_positions as check_positions
 from kvcache.models import ModelFacts, Windows, alike, announced, facts_of, parameters, rope_by_length, untouched
 from kvcache.past import MADE_AS, handed, taken
 from kvcache.policies import KeepAll, SizePolicy, budgeted, check_policy
@@ -41,135 +42,12 @@ TESTED = ("5.2", "5.24")
 """The lowest and the newest release of transformers that the tests have run on."""
 
 _VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-_CROP_ZERO_EMPTIES = _VERSION < (5, 14)
 
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
 PositionMode = Literal["absolute", "rerotated"]
 
-
-class ManagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """A `KVLayer` as transformers sees it."""
-
-    is_sliding = False
-    is_compileable = False
-    supports_early_init = False
-
-    def __init__(
-        self,
-        kv: KVLayer,
-        max_positions: int | None = None,
-        beside: Sequence[KVLayer] = (),
-        evictions: Evictions | None = None,
-        windows: Windows | None = None,
-    ) -> None:
-        # Not super().__init__(): it would assign keys and values, which are read from the layer here.
-        self.kv = kv
-        self.max_positions = max_positions
-        self.beside = beside  # all layers of the cache, to be asked before the first of them changes
-        self.evictions = evictions  # of all of them
-        self.windows = windows  # the same; None where nothing is evicted by age
-
-    @property
-    def keys(self) -> Tensor | None:  # type: ignore[override]
-        return self.kv.keys
-
-    @property
-    def values(self) -> Tensor | None:  # type: ignore[override]
-        return self.kv.values
-
-    @property
-    def is_initialized(self) -> bool:  # type: ignore[override]
-        return self.kv.initialized
-
-    @property
-    def is_croppable(self) -> bool:  # type: ignore[override]
-        return not self.kv.policy.evicts
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.kv.policy!r}, seen={self.kv.seen}, stored={self.kv.stored})"
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
-        self.kv.append(key_states[:, :, :0], (key_states if value_states is None else value_states)[:, :, :0])
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if self.kv.seen:  # a prefix goes into an empty layer without any attention
-            _check_observed(self.kv)
-        if self.windows is not None:
-            self.windows.check(self, key_states.shape[2])
-        keys, values = self.kv.append(key_states, value_states)
-        if self.kv.by_head:
-            attention.stored(self.kv, keys, values)
-        elif self.evictions is not None and self.kv is self.beside[-1]:
-            self.evictions.after()
-        return keys, values
-
-    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
-        # Asked once before a forward writes anything: the place to refuse, with every layer still as it was.
-        fresh = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
-        for kv in self.beside or (self.kv,):
-            kv.check(fresh)
-            _check_observed(kv)
-        check_positions(self.max_positions, self.kv.seen, fresh)
-        if self.windows is not None:
-            self.windows.begin(fresh)
-        if self.evictions is not None:
-            self.evictions.before()
-        retained = self.kv.retained
-        return retained + fresh, self.kv.seen - retained
-
-    def get_seq_length(self, cache_position: Tensor | None = None) -> int:
-        return self.kv.seen
-
-    def get_max_length(self) -> int:
-        limit = self.kv.max_length
-        return -1 if limit is None or self.kv.policy.evicts else limit  # -1 is transformers' word for "no maximum"
-
-    get_max_cache_shape = get_max_length  # its name up to 5.12
-
-    def reset(self) -> None:
-        self.kv.reset()
-        self.count_anew()
-
-    def count_anew(self) -> None:
-        """Take what has left so far for told: it came or went without a forward."""
-        if self.evictions is not None:
-            self.evictions.forget()
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.kv.select(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.kv.select(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.kv.repeat(repeats)
-
-    def crop(self, tokens_to_remove: int | Tensor) -> None:
-        """Negative: remove that many tokens. Positive (up to 5.22): cut to that length. Zero: as the release has it."""
-        n = int(tokens_to_remove)
-        if n > 0 or (n == 0 and _CROP_ZERO_EMPTIES):
-            self.kv.truncate(min(n, self.kv.seen))
-        elif n < 0:
-            self.kv.truncate(max(0, self.kv.seen + n))
-        self.count_anew()
-
-
-def _check_observed(kv: KVLayer) -> None:
-    if kv.by_head and not attention.observing():
-        raise PolicyError(
-            f"under {kv.policy!r} each head sees its own tokens, and the cache what is attended to; run the model as "
-            "manager.runner, or by manager.generate() and stream()"
-        )
-
-
-def check_positions(table: int | None, seen: int, fresh: int) -> None:
-    """Raise `CapacityError` if `fresh` tokens after `seen` would run past a model's table of learned positions."""
-    if table is not None and seen + fresh > table:
-        raise CapacityError(
-            f"cannot run {fresh} tokens at position {seen}: this model learned {table} positions, "
-            "and evicting tokens does not give them back; start a new cache"
-        )
+export.register()
 
 
 # ---------------------------------------------------------------------- caches
@@ -233,7 +111,7 @@ def new_cache(
     shape = shape_of(model) if any(budgeted(policies[i]) for i in managed) else None
     for layer in layers:
         if type(layer) is DynamicSlidingWindowLayer:
-            layer.__class__ = _OwnWindow
+            layer.__class__ = OwnWindow
     for i in managed:
         own = geometry.of(i)
         given: dict[str, Any] = {"max_length": max_length, "padding": padding, "layers": len(managed), "rows": rows}
@@ -265,9 +143,9 @@ def new_cache(
     if shape is not None and rows is None:
         for kv in ours:
             kv.share(shape.whole())  # says now what does not hold one row
-    cache = _Cache(layers=layers)
+    cache = ManagedCache(layers)
     crossing = model.config.is_encoder_decoder if crossing is None else crossing
-    return _EncoderDecoderCache(cache, _Crossed(ours, shape)) if crossing else cache
+    return ManagedEncoderDecoderCache(cache, Crossed(ours, shape)) if crossing else cache
 
 
 def shape_of(model: Any) -> CacheShape:
@@ -368,7 +246,7 @@ def prefix_cache(model: Any) -> Any:
         )
     if (why := facts_of(model).why_no_prefix) is not None:
         raise PositionsError(f"no prefix of {type(model).__name__} can be reused: {why}; give it with each request")
-    return _Cache(layers=[ManagedLayer(KVLayer()) for _ in layers])
+    return ManagedCache([ManagedLayer(KVLayer()) for _ in layers])
 
 
 def extend_prefix(
@@ -389,87 +267,6 @@ def extend_prefix(
         known, spent = len(start), start.build_seconds
     run(key.content[None, known:].to(device))
     return PrefixSnapshot.of(kv_layers(cache), key, build_seconds=spent + time.perf_counter() - began)
-
-
-class _OwnWindow(DynamicSlidingWindowLayer):
-    """A model's own layer with a window, which lets go of what has left it: transformers' holds a whole prompt until the
-    next token comes."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        attended = super().update(key_states, value_states, *args, **kwargs)
-        window = self.sliding_window
-        if 1 < window < attended[0].shape[2] and not getattr(self, "record_past", False):
-            # As much as after a single token: so what is held depends on how many came, and not on how.
-            self.keys, self.values = (states[:, :, -window:].clone()[:, :, 1:] for states in attended)
-        return attended
-
-
-class _Cache(Cache):
-    """Resets to empty: up to some release, transformers' own layers keep their length and become zeros."""
-
-    read: Tensor | None = None  # the token ids ``[rows, tokens]`` that it begins with, where they are known
-
-    def reset(self) -> None:
-        self.read = None
-        for layer in self.layers:
-            _empty(layer)
-
-    def crop(self, *args: Any, **kwargs: Any) -> None:
-        super().crop(*args, **kwargs)
-        self.read = None if self.read is None else self.read[:, : self.get_seq_length()]
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.read = None
-        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.read = None
-        super().batch_select_indices(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.read = None
-        super().batch_repeat_interleave(repeats)
-
-
-class _Crossed(DynamicCache):
-    """What attends to an encoder. As soon as it is known how much that is, budgets in bytes pay for it.
-
-    Args:
-        ours: the layers of self-attention.
-        shape: of the cache, where a budget is among them.
-    """
-
-    def __init__(self, ours: Sequence[KVLayer], shape: CacheShape | None) -> None:
-        super().__init__()
-        self._ours, self._shape = ours, shape
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        if self._shape is not None:
-            whole = self._shape.whole(key_states.shape[2])
-            for kv in self._ours:
-                kv.share(whole)
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-
-
-class _EncoderDecoderCache(EncoderDecoderCache):
-    """Crops and selects rows as well: transformers' own does so only around a `DynamicCache`."""
-
-    def check_dynamic_cache(self, method: str) -> None:
-        """Our layers can do all that a dynamic one's can."""
-
-    def reset(self) -> None:
-        super().reset()  # type: ignore[no-untyped-call]
-        for layer in self.cross_attention_cache.layers:
-            _empty(layer)
-
-
-def _empty(layer: Any) -> None:
-    layer.reset()
-    if isinstance(layer, DynamicLayer):
-        layer.keys = layer.values = None
-        layer.is_initialized = False
 
 
 def _full_layer() -> DynamicLayer:
@@ -531,24 +328,20 @@ def truncate(cache: Any, length: int) -> None:
     Raises:
         RollbackError: if one of them cannot.
     """
-    others = [layer for layer in cache_layers(cache) if not isinstance(layer, ManagedLayer)]
-    for kv in kv_layers(cache):
+    layers, kept = cache_layers(cache), kv_layers(cache)
+    for kv in kept:
         kv.check_truncate(length)
-    for layer in others:
-        window = getattr(layer, "sliding_window", None)
-        if window is not None and length > 0 and layer.get_seq_length() >= window:
-            raise RollbackError(
-                f"cannot roll back to {length} tokens: the model's own sliding layers have passed their window of "
-                f"{window}; reset the cache and prefill again"
-            )
-    for layer in others:
-        if length == 0:
-            _empty(layer)
-        elif (removed := layer.get_seq_length() - length) > 0:
-            layer.crop(-removed)
-    for kv in kv_layers(cache):
+    check_rollback(layers, length, kept[0].seen)
+    own = getattr(cache, "self_attention_cache", cache)
+    if length == 0:
+        own.reset_own()
+    elif (removed := kept[0].seen - length) > 0:
+        for layer in layers:
+            if not isinstance(layer, ManagedLayer):
+                layer.crop(-removed)
+    for kv in kept:
         kv.truncate(length)
-    if isinstance(cache, _Cache) and cache.read is not None:
+    if isinstance(cache, ManagedCache) and cache.read is not None:
         cache.read = cache.read[:, :length]
     count_anew(cache)
 
@@ -570,7 +363,7 @@ def check_continues(cache: Any, ids: Tensor | None, given: int) -> None:
             f"the cache has seen {seen} tokens, and {given} were given: give the whole text so far and what follows it, or go "
             f"back with truncate(cache, {max(0, given - 1)}) first, or use a new cache"
         )
-    read = cache.read if isinstance(cache, _Cache) else None
+    read = cache.read if isinstance(cache, ManagedCache) else None
     if read is None or ids is None or ids.shape[0] != read.shape[0]:
         return
     known = min(read.shape[1], seen)
@@ -585,7 +378,7 @@ def check_continues(cache: Any, ids: Tensor | None, given: int) -> None:
 
 def note_read(cache: Any, ids: Tensor | None) -> None:
     """Remember which token ids ``[rows, tokens]`` a cache of ours has seen; None forgets them."""
-    if isinstance(cache, _Cache):
+    if isinstance(cache, ManagedCache):
         held = kv_layers(cache, some=False)
         cache.read = None if ids is None or not held or held[0].rows != ids.shape[0] else ids[:, : held[0].seen].clone()
 

@@ -122,6 +122,11 @@ class KVLayer:
         return self._keys is not None
 
     @property
+    def rolls_back(self) -> bool:
+        """Whether any number of the newest tokens can be taken out again, now and later."""
+        return not self.policy.evicts
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors that this layer holds."""
         held = (self._keys, self._values, self._pinned_keys)
@@ -188,7 +193,7 @@ class KVLayer:
         """
         self.check_append(keys, values)
         fresh = keys.shape[2]
-        if self._keys is None:
+        if not self._made_for(keys, values):
             self._allocate(keys, values)
         if fresh == 0:
             return self._valid()
@@ -342,8 +347,9 @@ class KVLayer:
             self._keys[:, :, :length] = self._pinned_keys[:, :, :length]
 
     def reset(self) -> None:
-        """Forget all tokens, keeping the memory."""
+        """Forget all tokens, keeping the memory; but another batch size, dtype or device may come next."""
         self._clear()
+        self._rows = None
 
     def trim(self, max_tokens: int | None = None) -> int:
         """Evict the oldest unpinned tokens now, down to `max_tokens`, or to where the policy trims to. How many left.
@@ -384,6 +390,50 @@ class KVLayer:
         if self._keys is not None and self._values is not None and slots < self.capacity:
             with torch.inference_mode(False):
                 self._keys, self._values = self._keys[:, :, :slots].clone(), self._values[:, :, :slots].clone()
+
+    # ------------------------------------------------------------------ as assigned
+
+    def replace(self, keys: Tensor, values: Tensor) -> None:
+        """Hold copies of these keys and values instead, in the order of the slots.
+
+        As many tokens as are stored take their places; another number counts as a text from its beginning.
+
+        Args:
+            keys: ``[batch, heads, tokens, head_dim]``.
+            values: the same, but for its own head_dim.
+
+        Raises:
+            GeometryError, PolicyError: if then nobody could tell which tokens these are. Nothing has changed.
+        """
+        tokens, same = keys.shape[2], keys.shape[2] == self.stored
+        self._check_replaced(keys, values)
+        policy = self._resolved(keys.shape[0], *_token_bytes(keys, values))
+        bound = self.max_length if policy.limit is None else policy.limit
+        if bound is not None and tokens > bound:
+            raise GeometryError(f"{tokens} tokens were assigned to a layer that holds {bound}; give at most {bound}")
+        keys, values = keys.detach().clone(), values.detach().clone()  # they may be views of what is held
+        self._rows = None
+        if not same:
+            self._clear()
+        self._allocate(keys[:, :, :0], values[:, :, :0])
+        self.stored = 0
+        self._fill(keys, values)
+        if not same:
+            self.seen = tokens
+
+    def _check_replaced(self, keys: Tensor, values: Tensor) -> None:
+        """Refuse what `replace` cannot do."""
+        what, instead = f"keys {list(keys.shape)} cannot be assigned", "make the cache anew, and run the text on it"
+        if self.by_head:
+            raise PolicyError(f"{what}: under {self.policy!r} each head holds tokens of its own; {instead}")
+        if self._pinned_keys is not None or self.padding is not None:
+            kind = "rows with pads" if self._pinned_keys is None else "re-rotated positions"
+            raise GeometryError(f"{what} to {kind}, of which the layer knows more than keys and values; {instead}")
+        if self.evicted and keys.shape[2] != self.stored:
+            raise GeometryError(
+                f"{what}: {self.evicted} tokens have left, so only as many as are stored, {self.stored}, can take their "
+                f"places; {instead}"
+            )
 
     # ------------------------------------------------------------------ rows
 
@@ -561,12 +611,21 @@ class KVLayer:
         self._check_bounds(policy)
         return policy
 
+    def _made_for(self, keys: Tensor, values: Tensor) -> bool:
+        """Whether the buffers are those of such tokens."""
+        return all(
+            held is not None
+            and (new.shape[0], new.shape[1], new.shape[3]) == (held.shape[0], held.shape[1], held.shape[3])
+            and (new.dtype, new.device) == (held.dtype, held.device)
+            for new, held in ((keys, self._keys), (values, self._values))
+        )
+
     def _check_shapes(self, keys: Tensor, values: Tensor) -> None:
         if keys.dim() != 4 or values.dim() != 4 or keys.shape[:3] != values.shape[:3]:
             raise GeometryError(
                 f"keys {list(keys.shape)} and values {list(values.shape)} must be [batch, heads, tokens, head_dim], alike but for head_dim"
             )
-        if self._keys is None or self._values is None:
+        if self._keys is None or self._values is None or (self.seen == 0 and not self._made_for(keys, values)):
             if self._rows is not None and keys.shape[0] != self._rows:
                 raise GeometryError(
                     f"the cache was made for {self._rows} rows, got {keys.shape[0]}; make it with new_cache(batch_size={keys.shape[0]})"
@@ -575,6 +634,8 @@ class KVLayer:
                 raise GeometryError(
                     f"padding is known for {self.padding.shape[0]} rows, got {keys.shape[0]}; give it for every row"
                 )
+            if self._keys is not None:
+                self._check_budget(keys, values)
             return
         for name, new, held in (("keys", keys, self._keys), ("values", values, self._values)):
             if (new.shape[0], new.shape[1], new.shape[3]) != (held.shape[0], held.shape[1], held.shape[3]):
@@ -587,6 +648,16 @@ class KVLayer:
                     f"{name} are {new.dtype} on {new.device}, the cache holds {held.dtype} on {held.device}; "
                     "convert them, or use a new cache"
                 )
+
+    def _check_budget(self, keys: Tensor, values: Tensor) -> None:
+        """Refuse, after a reset, a first chunk for which a mask was made from what a budget in bytes held before."""
+        policy, tokens = self._resolved(keys.shape[0], *_token_bytes(keys, values)), keys.shape[2]
+        limits = [p.limit for p in (policy, self.policy) if p.limit is not None]
+        if policy != self.policy and tokens > min(limits):
+            raise PolicyError(
+                f"{self._given!r} holds {policy.limit} tokens of {keys.shape[0]} rows like these, and held "
+                f"{self.policy.limit} before the reset: too late for a chunk of {tokens}; make a new cache for them"
+            )
 
     def _allocate(self, keys: Tensor, values: Tensor) -> None:
         self.policy = policy = self._resolved(keys.shape[0], *_token_bytes(keys, values))

@@ -120,6 +120,11 @@ class QuantizedLayer(KVLayer):
     # ------------------------------------------------------------------ what it holds
 
     @property
+    def rolls_back(self) -> bool:
+        """Never: a group that was filled is known only in few bits; see `check_truncate`."""
+        return False
+
+    @property
     def initialized(self) -> bool:
         return self._sides is not None
 
@@ -168,7 +173,7 @@ class QuantizedLayer(KVLayer):
         """
         self.check_append(keys, values)
         fresh = keys.shape[2]
-        if self._sides is None:
+        if self._sides is None or not self._made_for(keys, values):
             self._allocate(keys, values)
         assert self._sides is not None
         keys, values = keys.detach(), values.detach()
@@ -309,7 +314,21 @@ class QuantizedLayer(KVLayer):
         for side in self._sides or ():
             side.cut(full - first)
 
-    # ------------------------------------------------------------------ saving
+    # ------------------------------------------------------------------ saving, assigning
+
+    def replace(self, keys: Tensor, values: Tensor) -> None:
+        """As of a `KVLayer`, but all tokens count from the beginning, and are quantized anew."""
+        self._check_replaced(keys, values)
+        policy = self._resolve(keys.shape[0], (keys.shape[1], keys.shape[3], values.shape[3], keys.dtype))
+        bound = self.max_length if policy.limit is None else policy.limit
+        if self.evicted or (bound is not None and keys.shape[2] > bound):
+            raise GeometryError(
+                f"keys {list(keys.shape)} cannot be assigned: {self.evicted} tokens have left their groups, and there is "
+                f"room for {bound}; make the cache anew, and run the text on it"
+            )
+        keys, values = keys.detach().clone(), values.detach().clone()
+        self.reset()
+        self.append(keys, values)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """All there is to save: tensors (copies, without unused slots) and counts. See `restore`."""
