@@ -41,7 +41,7 @@ from kvcache.tuning_profile import TuningProfile
 # What can be given behind a prefix: inputs, and settings of `generate`. All else is for the model.
 _KNOWN_BEHIND_A_PREFIX = (
     {"input_ids", "inputs_embeds", "attention_mask", "use_cache"}
-    | set(vars(GenerationConfig()))
+    | set(vars(GenerationConfig()))  # type: ignore[no-untyped-call]
     | set(inspect.signature(GenerationMixin.generate).parameters)
 ) - {"kwargs"}
 

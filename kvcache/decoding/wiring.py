@@ -13,7 +13,8 @@ from kvcache.decoding.cache import StaticKV
 from kvcache.decoding.kernel import available, decode_attention
 from kvcache.errors import GeometryError
 from kvcache.geometry import CacheGeometry
-from kvcache.hf import decoding_arguments, rope_by_length
+from kvcache.hf import decoding_arguments
+from kvcache.models import rope_by_length
 from kvcache.modules import rebuilt
 
 _ATTENTION = "kvcache_decode"
