@@ -15,25 +15,17 @@ class KeyRotation:
         inv_freq: the model's inverse frequencies, ``[rotary_dim / 2]``, scaling included.
         interleaved: whether the pairs are neighbours (GPT-J, Cohere) and not halves (Llama, GPT-NeoX).
         first: channels before those that turn (latent attention keeps them at the end).
-        scale: what the model multiplies its keys with after it has turned them, ``[head_dim]`` (HunYuan); None for nothing.
     """
 
-    def __init__(
-        self, inv_freq: Tensor, interleaved: bool = False, first: int = 0, scale: Tensor | None = None
-    ) -> None:
+    def __init__(self, inv_freq: Tensor, interleaved: bool = False, first: int = 0) -> None:
         self.inv_freq = inv_freq.detach().float()
         self.interleaved = interleaved
         self.first = first
-        self.scale = None if scale is None else scale.detach().float()
         self._turn: tuple[int, torch.device, Tensor, Tensor] | None = None
 
     def __call__(self, keys: Tensor, delta: int) -> Tensor:
         """`keys` ``[batch, heads, tokens, head_dim]`` turned by `delta` positions, in their own dtype."""
-        angles = self._angles(delta, keys.device)
-        if self.scale is None:
-            return self._turned(keys, *angles)
-        scale = self.scale.to(keys.device)
-        return (self._turned(keys.float() / scale, *angles) * scale).to(keys.dtype)
+        return self._turned(keys, *self._angles(delta, keys.device))
 
     def ahead(self, queries: Tensor, distance: Tensor, following: int) -> Tensor:
         """Queries as they would be further on: turned by their distances, then on average by 0, 1, … `following` - 1 more.

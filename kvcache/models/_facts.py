@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache
 
@@ -17,7 +17,7 @@ from kvcache.errors import GeometryError, PositionsError
 from kvcache.geometry import WHY_NO_EVICTION, CacheGeometry, Positions, positions_of
 from kvcache.models._probe import TOKENS, Call, Notes, Probe, SpyLayer, layers_of, parameters, spying_cache, untouched
 from kvcache.models._signature import signature_of
-from kvcache.past import handed
+from kvcache.past import handed, taken
 from kvcache.rope import KeyRotation
 
 _SHIFT = 7  # positions between the two runs that show how keys are turned
@@ -49,6 +49,7 @@ class Seat:
         mask: the name of the argument.
         hidden: the name of the argument that is ``[rows, tokens, width]``.
         additive: whether the mask that it takes is added to the scores, and not True for what is seen.
+        cached: whether it is given the cache; one that shares another layer's keys need not be.
     """
 
     layer: int
@@ -56,6 +57,7 @@ class Seat:
     mask: str
     hidden: str
     additive: bool
+    cached: bool = True
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class ModelFacts:
     The answers that begin with ``why_no`` are None where a feature works, and else the reason in words.
 
     A run is a forward of at most six tokens in at most four rows. In all it takes for the shapes 1 of them, for prompts
-    longer than a window 1 more, for eviction 3 more, for re-rotation 2 more, and for prefixes 1 and two calls of `generate`
+    longer than a window 2 more, for eviction 3 more, for re-rotation 2 more, and for prefixes 1 and two calls of `generate`
     for one token. The user's own hooks fire in them; the model is afterwards what it was.
     """
 
@@ -230,14 +232,13 @@ class ModelFacts:
             return self._named() if self.model.device.type == "meta" else layout
         if layout.why_no_seats is not None:
             return layout.why_no_seats
-        wants = [self._additive(), not self._additive()]
-        reasons = [
-            self._why_not_masked([replace(seat, additive=additive) for seat in layout.seats]) for additive in wants
-        ]
-        for additive, reason in zip(wants, reasons, strict=True):
-            if reason is None:
-                return tuple(replace(seat, additive=additive) for seat in layout.seats)
-        return reasons[0] or ""
+        reasons = []
+        for additive in (self._additive(), not self._additive()):
+            seats = tuple(replace(seat, additive=additive) for seat in layout.seats)
+            if (reason := self._why_not_masked(seats)) is None:
+                return seats
+            reasons.append(reason)
+        return reasons[0]
 
     def _named(self) -> tuple[Seat, ...]:
         """What is taken for attention by its name, in a model without weights, which computes nothing."""
@@ -354,24 +355,26 @@ class ModelFacts:
 
     @cached_property
     def _turns(self) -> Mapping[int, KeyRotation | str | None]:
-        """One token at two positions: how its keys differ is how this layer turns them."""
+        """A short text at two positions: how the keys of its first token differ is how each layer turns them."""
         if isinstance(self._layout, str):
             return {0: self._layout}
         probe, layers = self._probe, _layers_told(self.model)
         try:
             with self._lock, untouched(self.model):
-                ids = probe.ids[None, :1]
+                ids = probe.ids[None, : TOKENS // 2]
                 notes = [probe.run(ids, spying_cache(self.model, layers, seen, sliding=True)) for seen in (0, _SHIFT)]
         except Exception as error:  # code of any model; the reason is told where it is asked for
             return {0: f"a short run failed with {type(error).__name__}: {str(error)[:200]}"}
         known = list(rotations(self.model))
-        readers = {read.layer: read.calls[-1].module for read in self._layout.notes.reads}
         found: dict[int, KeyRotation | str | None] = {}
         for i, keys in notes[0].keys.items():
-            scales = _scales(readers[i], keys.shape[3]) if i in readers else []
-            found[i] = _turn(i, keys, notes[1].keys[i], known, scales)
-            if not alike(notes[0].values[i], notes[1].values[i]):
+            later = notes[1].keys[i]
+            found[i] = _turn(i, keys[:, :, :1], later[:, :, :1], known)  # of the first, which has seen nothing but itself
+            if not alike(notes[0].values[i][:, :, :1], notes[1].values[i][:, :, :1]):
                 found[i] = f"what layer {i} stores beside its keys carries positions, too"
+        same = alike(notes[0].output, notes[1].output, None if notes[0].output.dtype == torch.float32 else 0.3)
+        if not same and not any(isinstance(turn, str) for turn in found.values()):
+            return {0: "its attention is another at other positions, though distances are the same"}
         return found
 
     # ------------------------------------------------------------------ prefixes
@@ -442,7 +445,9 @@ class ModelFacts:
         if not hasattr(model, "generation_config"):
             out = model(**_behind(given, int(cache.get_seq_length())), **handed(model, cache), use_cache=True)[0]
             return out[:, -1], {i: layer.keys for i, layer in enumerate(layers_of(cache))}
-        settings = GenerationConfig(max_new_tokens=1, do_sample=False, use_cache=True, return_dict_in_generate=True)
+        settings = GenerationConfig(  # type: ignore[no-untyped-call]
+            max_new_tokens=1, do_sample=False, use_cache=True, return_dict_in_generate=True
+        )
         settings.output_logits, settings.pad_token_id = True, 0
         out = model.generate(**given, **handed(model, cache), generation_config=settings)
         return out.logits[0], {i: layer.keys for i, layer in enumerate(layers_of(cache)) if layer.keys is not None}
@@ -490,7 +495,11 @@ def _seat(layer: int, call: Call) -> Seat | None:
     named = {**dict.fromkeys(parameters(call.module)), **call.given}
     masks = [n for n, v in named.items() if "mask" in n and "head" not in n and (v is None or _is_mask(v))]
     masks.sort(key=lambda n: (named[n] is None, n != "attention_mask"))
-    return Seat(layer, call.name, masks[0], hidden, False) if masks and hidden and call.name else None
+    return (
+        Seat(layer, call.name, masks[0], hidden, False, taken(call.given) is not None)
+        if masks and hidden and call.name
+        else None
+    )
 
 
 def _is_mask(value: Any) -> bool:
@@ -554,27 +563,20 @@ def _of_table(table: Any) -> Tensor | None:
     return torch.atan2(sines, cosines) if bool((none == 0).all() and (ones == 1).all()) else None
 
 
-def _turn(
-    layer: int, keys: Tensor, later: Tensor, known: Sequence[KeyRotation], scales: Sequence[Tensor]
-) -> KeyRotation | str | None:
+def _turn(layer: int, keys: Tensor, later: Tensor, known: list[KeyRotation]) -> KeyRotation | str | None:
     """What makes a token's keys ``[1, KV heads, 1, dim]`` those that it has `_SHIFT` positions later."""
     if alike(keys, later):
         return None
-    for scale in (None, *scales):
-        for one in known:
-            spare = keys.shape[3] - 2 * one.inv_freq.numel()
-            for first in sorted({0, spare}) if spare >= 0 else ():
-                plain = first == 0 and scale is None
-                turn = one if plain else KeyRotation(one.inv_freq, one.interleaved, first, scale)
-                if alike(turn(keys, _SHIFT), later):
-                    return turn
-    return f"the keys of layer {layer} change with their position in no way that kvcache knows"
-
-
-def _scales(module: nn.Module, dim: int) -> list[Tensor]:
-    """Weights by which a module may multiply keys of this size: of a norm, as they are or beside 1 (Gemma)."""
-    held = [p.detach().float() for p in module.parameters() if tuple(p.shape) == (dim,)]
-    return [scale for p in held for scale in (p, 1 + p) if bool((scale.abs() > 1e-3).all())]
+    spare = {one: keys.shape[3] - 2 * one.inv_freq.numel() for one in known}
+    for one in known:
+        if spare[one] >= one.first and alike(one(keys, _SHIFT), later):
+            return one
+    for one in known:
+        behind = KeyRotation(one.inv_freq, one.interleaved, spare[one])
+        if spare[one] > 0 and one.first == 0 and alike(behind(keys, _SHIFT), later):
+            known.append(behind)
+            return behind
+    return f"the keys of layer {layer} change with their position in another way than by a rotation"
 
 
 # ---------------------------------------------------------------------- prefixes

@@ -340,7 +340,7 @@ class Probe:
         self.ids = self.ids.to(model.device)
         self._generator = generator
 
-    def given(self, ids: Tensor) -> dict[str, Tensor]:
+    def given(self, ids: Tensor) -> dict[str, Any]:
         """These tokens ``[rows, n]``, as the model takes them."""
         if self._embeds is not None:
             return {"inputs_embeds": self._embeds[ids]}

@@ -130,7 +130,10 @@ class Windows:
             if threading.get_ident() != mine or not _managed(layer) or layer.kv.by_head:
                 return args, kwargs
             # Those that share another's keys need not be given the cache.
-            if not (self._exact if cache is None else any(one is layer for one in layers_of(cache))):
+            ours = (
+                any(one is layer for one in layers_of(cache)) if cache is not None else not seat.cached and self._exact
+            )
+            if not ours:
                 return args, kwargs
             used[0].remove()
             if seat.layer not in self._exact:  # the first to attend is the one that will store the new tokens
@@ -256,9 +259,10 @@ def exact_mask(kv: KVLayer, mask: Tensor | None, hidden: Tensor, additive: bool)
     tokens = _tokens.get()
     if tokens is not None and (kv.evicted or not whole):
         columns = kv.columns(fresh).to(tokens.device).expand(tokens.shape[0], -1)
-        seen = tokens.gather(1, columns).to(hidden.device)[:, None, None]
+        itself = columns[:, None] == torch.arange(kv.seen, kv.seen + fresh, device=tokens.device)[:, None]
+        # A hidden token sees itself: a row of the softmax without any key would be NaN.
+        seen = (tokens.gather(1, columns)[:, None] | itself)[:, None].to(hidden.device)
         exact = kv.mask(fresh).to(hidden.device) & seen
-        exact[..., -fresh:] |= torch.eye(fresh, dtype=torch.bool, device=hidden.device)  # a softmax wants one key
         return _both(None, exact, width, hidden.dtype, additive)
     # Where transformers makes no mask, because the first layer holds no pads, this one may.
     if whole and (not kv.holds_pads if mask is None else mask.shape[-1] == width):
