@@ -579,7 +579,9 @@ def _resolve(
     for token in whole.tokens:
         full, group = _sizes(quantization, token)
         small += (one := -(-group // quantization.group))
-        reserved += full * quantization.group + group + given.pinned * (full - one)  # the tail, a group begun, the pinned
+        reserved += (
+            full * quantization.group + group + given.pinned * (full - one)
+        )  # the tail, a group begun, the pinned
     policy = given.resolve(small * rows, reserved * rows, max_length)
     check_policy(policy)
     return policy

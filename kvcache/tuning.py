@@ -42,7 +42,9 @@ __all__ = [
 
 _CHUNK = 8  # tokens
 _SAMPLE = 48  # tokens that fidelity is judged on
-_GROUPS = 4  # groups of a cache in few bits that it is judged on: until its first is full, such a cache holds all in full
+_GROUPS = (
+    4  # groups of a cache in few bits that it is judged on: until its first is full, such a cache holds all in full
+)
 _FAR_SLOWER = 4.0  # times fp32: kernels that are there in name only
 
 

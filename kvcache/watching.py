@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from torch.nn.modules import module as modules
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
-
 from transformers import cache_utils
 from transformers.cache_utils import CacheLayerMixin
 
@@ -44,7 +43,9 @@ _PASS, _ATTENTION, _LAYER = "pass", "attention", "layer"
 _SAID = {_PASS: "glue", _ATTENTION: "positions", _LAYER: "glue"}
 _WRITES = ("update", "update_conv_state", "update_recurrent_state", "update_indexer")
 # Layers that hold states are no subclasses of the others, and are not in the first releases.
-_STATES: list[type] = [vars(cache_utils)[name] for name in ("LinearAttentionCacheLayerMixin",) if name in vars(cache_utils)]
+_STATES: list[type] = [
+    vars(cache_utils)[name] for name in ("LinearAttentionCacheLayerMixin",) if name in vars(cache_utils)
+]
 _ASKED = ("host", "glue", _PASS, _LAYER, _ATTENTION, "attention_scores")  # what has parts of another kind in it
 
 
@@ -76,6 +77,8 @@ def part_of(module: nn.Module, inside: str) -> str | None:
         if any(_attends(part) for part in module.children()):
             return _LAYER
         return _PASS if inside == "host" else None
+    if inside == _LAYER and any(weight.dim() > 1 for weight in module.parameters()):  # experts are no linear layers
+        return "mlp"
     if not any(isinstance(part, LINEAR) for part in module.modules()):
         return None
     if inside == _LAYER:
@@ -84,7 +87,14 @@ def part_of(module: nn.Module, inside: str) -> str | None:
 
 
 def _attends(module: nn.Module) -> bool:
-    return is_attention(module) and not any(is_attention(part) for part in module.children())
+    return _is_attention(module) and not any(_is_attention(part) for part in module.children())
+
+
+def _is_attention(module: nn.Module) -> bool:
+    if is_attention(module):
+        return True
+    # T5's calls its mask otherwise.
+    return isinstance(getattr(module, "layer_idx", None), int) and "attention" in type(module).__name__.lower()
 
 
 @dataclass(frozen=True)
@@ -116,7 +126,9 @@ class Watch:
         self._now: Callable[[], Any] = _event if self._cuda else time.perf_counter
         self._entered = entered
         self._parts: dict[int, tuple[nn.Module, str | None]] = {}
-        self._mixers: set[int] = set()  # attention that writes no keys: to states, or to another layer's, or an encoder's
+        self._mixers: set[int] = (
+            set()
+        )  # attention that writes no keys: to states, or to another layer's, or an encoder's
         self._open = ExitStack()
         self._running = False
         self._clear()
