@@ -103,6 +103,11 @@ def new_cache(
             f"{policy!r} has no layer to work on: each of the {len(layers)} layers keeps the window of the model's own "
             "config; use KeepAll(), or unset config.sliding_window"
         )
+    if not managed and quantization is not None:
+        raise PolicyError(
+            f"{quantization!r} has no layer to work on: {type(model).__name__} keeps each of its {len(layers)} layers its own "
+            "way; leave quantization out"
+        )
     turn = _turn(model, geometry, [policies[i] for i in managed])
     ours: list[KVLayer] = []
     evictions = Evictions(ours)

@@ -50,10 +50,8 @@ class LayerShape:
     def own_bytes(self, tokens: int | None) -> int:
         """Bytes of a row of the model's own layer after so many tokens; None: of the most that it may come to, where it
         has an end."""
-        if tokens is None:
-            kept = self.window or 0
-        else:
-            kept = tokens if self.window is None else min(tokens, self.window)
+        most = (tokens or 0) if self.window is None else self.window
+        kept = most if tokens is None else min(tokens, most)
         return self.fixed + (sum(self.token_bytes) + self.more) * kept
 
 

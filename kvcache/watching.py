@@ -77,6 +77,8 @@ def part_of(module: nn.Module, inside: str) -> str | None:
         if any(_attends(part) for part in module.children()):
             return _LAYER
         return _PASS if inside == "host" else None
+    if inside == _LAYER and any(weight.dim() > 1 for weight in module.parameters()):  # experts are no linear layers
+        return "mlp"
     if not any(isinstance(part, LINEAR) for part in module.modules()):
         return None
     if inside == _LAYER:
@@ -85,7 +87,14 @@ def part_of(module: nn.Module, inside: str) -> str | None:
 
 
 def _attends(module: nn.Module) -> bool:
-    return is_attention(module) and not any(is_attention(part) for part in module.children())
+    return _is_attention(module) and not any(_is_attention(part) for part in module.children())
+
+
+def _is_attention(module: nn.Module) -> bool:
+    if is_attention(module):
+        return True
+    # T5's calls its mask otherwise.
+    return isinstance(getattr(module, "layer_idx", None), int) and "attention" in type(module).__name__.lower()
 
 
 @dataclass(frozen=True)

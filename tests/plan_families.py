@@ -24,6 +24,8 @@ _SMALL: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 _OWN = {"sliding_window": WINDOW}
+_STATES = (5, 14)  # in older releases models with states have caches of their own
+_LATER = (99, 0)  # their geometry is not read yet
 _SEQ2SEQ: dict[str, Any] = {
     **_ENDS,
     "d_model": 32,
@@ -83,7 +85,7 @@ KINDS: dict[str, Kind] = {
             "vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 0,
         },
         config="Gemma4TextConfig",
-        since=(5, 12),
+        since=_LATER,
     ),
     "gpt-oss": Kind(
         "GptOss",
@@ -115,9 +117,11 @@ KINDS: dict[str, Kind] = {
         {**_SMALL, "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
          "expert_layer_offset": 1, "num_experts": 2, "num_experts_per_tok": 1, "mamba_d_state": 4, "mamba_d_conv": 4,
          "mamba_expand": 2, "mamba_dt_rank": 4, "use_mamba_kernels": False},
+        evicts=False, since=_STATES,
     ),
     "lfm2": Kind(
-        "Lfm2", {**_SMALL, "num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "conv_L_cache": 3}
+        "Lfm2", {**_SMALL, "num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "conv_L_cache": 3},
+        since=_STATES,
     ),
     "qwen3-next": Kind(
         "Qwen3Next",
@@ -125,11 +129,12 @@ KINDS: dict[str, Kind] = {
          "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "linear_num_value_heads": 4,
          "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
          "layer_types": ["linear_attention", "full_attention"] * 2},
+        since=_STATES,
     ),
     "mamba": Kind(
         "Mamba",
         {**_ENDS, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 4},
-        evicts=False, bits=False,
+        evicts=False, bits=False, since=_LATER,
     ),
     "t5": Kind(
         "T5",
