@@ -337,7 +337,6 @@ CHANGES = {
     "another attention implementation": Change(
         llama, lambda model: model.set_attn_implementation("eager"), "===r=", matters=False
     ),
-    "training mode": Change(llama, lambda model: model.train() and None, "=r===", matters=False),
     "another adapter": Change(adapted, lambda model: model.set_adapter("two")),
     "adapters disabled": Change(adapted, lambda model: model.base_model.disable_adapter_layers()),
     "an adapter merged": Change(adapted, lambda model: model.merge_adapter(), matters=False),
