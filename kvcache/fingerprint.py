@@ -19,7 +19,7 @@ import transformers
 from torch import Tensor, nn
 
 from kvcache.errors import InputError
-from kvcache.models import Signature, unwrapped, watch_of
+from kvcache.models import Signature, signature_of, unwrapped, watch_of
 from kvcache.models._forwards import wrapper
 from kvcache.models._walk import Part, Walk
 
@@ -49,16 +49,12 @@ def model_fingerprint(model: nn.Module) -> str:
         InputError: for a model that cannot be told from others by what it holds: with hooks, or a forward, of somebody's
             own, offloaded weights, or attributes that have no value that could be written down.
     """
-    model = unwrapped(model)
     watch = watch_of(model)
     signature, sample = watch.signature(), watch.sample()
     with _lock:
         known = _known.get(model)
     if known is None or known[0] is not signature or known[1] != sample:
-        if signature.why_no_name is not None:
-            raise InputError(
-                f"what {type(model).__name__} computes cannot be kept for other requests: {signature.why_no_name}"
-            )
+        check_named(model)
         known = signature, sample, _digest(watch.walk(), tensor_digest)
         with _lock:
             _known[model] = known
@@ -73,9 +69,18 @@ def model_outline(model: nn.Module) -> str:
     return _digest(watch_of(unwrapped(model)).walk(), lambda tensor: f"{tensor.dtype} {list(tensor.shape)}")
 
 
+def check_named(model: nn.Module) -> None:
+    """Refuse a model that cannot be told from others.
+
+    Raises:
+        InputError: with the reason, see `model_fingerprint`.
+    """
+    if (why := signature_of(model).why_no_name) is not None:
+        raise InputError(f"what {type(unwrapped(model)).__name__} computes cannot be kept for other requests: {why}")
+
+
 def forget(model: nn.Module) -> None:
     """Read the model's weights again at the next question: after a change that goes unnoticed, see `model_fingerprint`."""
-    model = unwrapped(model)
     watch_of(model).forget()
     with _lock:
         _known.pop(model, None)

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from kvcache.decoding.settings import GenerationSettings
 from kvcache.decoding.wiring import why_not
 from kvcache.errors import GeometryError, InputError, PolicyError
 from kvcache.events import Event, emit
-from kvcache.fingerprint import model_fingerprint
+from kvcache.fingerprint import check_named, model_fingerprint
 from kvcache.generation import STEPWISE, Emitter, Wanted, asks, mode_of, own_way, running, speaker
 from kvcache.geometry import CacheGeometry
 from kvcache.heads import AdaptiveLayer, share
@@ -55,21 +55,18 @@ _KINDS_OF_TOKENS = (
     "mm_token_type_ids",
 )  # ``[rows, tokens]``: which are text, which stand for a picture
 
-P = ParamSpec("P")
-T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _of_one_model(
-    method: "Callable[Concatenate[KVCacheManager, P], T]",
-) -> "Callable[Concatenate[KVCacheManager, P], T]":
+def _of_one_model(method: F) -> F:
     """Whether the model has changed is asked once, at the begin; what it changes of itself while it runs is learned."""
 
     @wraps(method)
-    def run(self: "KVCacheManager", /, *args: P.args, **kwargs: P.kwargs) -> T:
+    def run(self: "KVCacheManager", *args: Any, **kwargs: Any) -> Any:
         with self._from_model.watch.running():
             return method(self, *args, **kwargs)
 
-    return run
+    return cast(F, run)
 
 
 class KVCacheManager:
@@ -826,6 +823,7 @@ class KVCacheManager:
         self, name: str, inputs: Tensor | None, kwargs: dict[str, Any]
     ) -> tuple[Tensor | None, dict[str, Any]]:
         """The inputs with the prefix before each row, as `generate` wants them even where the cache holds it already."""
+        check_named(self.model)
         content = self._prompts[name].to(self.model.device)
         one_of_two = ("cache", "past_key_values", "assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size")
         for other in (*one_of_two, "position_ids", "adapter_names"):

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from kvcache.models._forwards import forward_of, unwrapped
+from kvcache.models._forwards import HOOKS, forward_of, unwrapped
 from kvcache.models._rebound import Rebinding
-from kvcache.models._walk import HELD, HOOKS
+from kvcache.models._walk import HELD
 
 
 def rebuilt(module: nn.Module, replace: Callable[[str, nn.Module], nn.Module | None]) -> Any:
@@ -31,7 +31,7 @@ def rebuilt(module: nn.Module, replace: Callable[[str, nn.Module], nn.Module | N
             new = replace(name, old)
             if new is None:
                 # Not copy.copy, which asks for what is pickled: parametrized modules refuse that.
-                new = type(old).__new__(type(old))
+                new = nn.Module.__new__(type(old))
                 new.__dict__.update(vars(old))
                 kept.append((old, new))
                 new.__dict__["_modules"] = {

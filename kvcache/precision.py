@@ -211,7 +211,7 @@ def _holder(name: str, modules: Mapping[str, nn.Module]) -> nn.Module:
 
 
 @lru_cache(maxsize=1024)
-def _names_used(kind: type) -> frozenset[str]:
+def _names_used(kind: Any) -> frozenset[str]:
     return frozenset(name for function in reached(kind) for name in function.__code__.co_names)
 
 
@@ -232,7 +232,7 @@ def _says_the_same(module: nn.Linear | Conv1D, base: type[nn.Linear | Conv1D]) -
     """Whether a layer of a derived class gives what one of `base` would, tried with weights of a few numbers."""
     weight, states = torch.linspace(-1, 1, 15).view(3, 5).sin(), torch.linspace(-2, 3, 10).view(2, 5)
     bias = None if module.bias is None else torch.linspace(1, 2, 3)
-    twin = type(module).__new__(type(module))
+    twin = nn.Module.__new__(type(module))
     sizes = {"nx": 5, "nf": 3} if base is Conv1D else {"in_features": 5, "out_features": 3}
     twin.__dict__.update(vars(module), **sizes)
     twin.__dict__["_parameters"] = {"weight": weight.t() if base is Conv1D else weight, "bias": bias}
@@ -336,6 +336,8 @@ class PackedLinear(nn.Module):
         precision: what their weights become.
     """
 
+    ASIDE = frozenset(("kernel",))  # a number of this process's own, which says nothing of the weights
+
     digest: Tensor
     bias: Tensor | None
     sums: Tensor | None
@@ -354,7 +356,7 @@ class PackedLinear(nn.Module):
             else torch.cat([b.detach() if b is not None else z for b, z in zip(biases, zeros, strict=True)])
         )
         self.register_buffer("bias", bias)
-        self.kernel_number = next(_numbers)  # this copy's own: no part of its fingerprint
+        self.kernel = next(_numbers)
         sums = None
         if weight.is_meta:
             self.register_buffer("digest", weight.new_empty(hashlib.sha256().digest_size, dtype=torch.uint8))
@@ -364,11 +366,11 @@ class PackedLinear(nn.Module):
         said = hashlib.sha256(f"{precision} {tensor_digest(weight)}".encode()).digest()
         self.register_buffer("digest", torch.tensor(list(said), dtype=torch.uint8))
         if precision == "int8":
-            _kernels[self.kernel_number], sums = _int8(weight)
+            _kernels[self.kernel], sums = _int8(weight)
         else:
-            _kernels[self.kernel_number] = _half(weight, precision)
+            _kernels[self.kernel] = _half(weight, precision)
         self.register_buffer("sums", sums)
-        finalize(self, _kernels.pop, self.kernel_number, None)
+        finalize(self, _kernels.pop, self.kernel, None)
 
     @property
     def packed_bytes(self) -> int:
@@ -397,7 +399,7 @@ class PackedLinear(nn.Module):
 
     def _product(self, states: Tensor) -> Tensor:
         flat = states.reshape(-1, self.in_features)  # as the kernels would do, at each call
-        out = torch.ops.kvcache.packed_linear(flat, self.kernel_number, self.out_features)
+        out = torch.ops.kvcache.packed_linear(flat, self.kernel, self.out_features)
         return torch.as_tensor(out).view(*states.shape[:-1], self.out_features)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PackedLinear":

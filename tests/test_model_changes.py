@@ -337,7 +337,6 @@ CHANGES = {
     "another attention implementation": Change(
         llama, lambda model: model.set_attn_implementation("eager"), "===r=", matters=False
     ),
-    "training mode": Change(llama, lambda model: model.train() and None, "=r===", matters=False),
     "another adapter": Change(adapted, lambda model: model.set_adapter("two")),
     "adapters disabled": Change(adapted, lambda model: model.base_model.disable_adapter_layers()),
     "an adapter merged": Change(adapted, lambda model: model.merge_adapter(), matters=False),
@@ -394,8 +393,7 @@ def manager_of(model: Any, feature: str) -> KVCacheManager:
 def outcome(ask: Callable[[], Tensor], expected: Tensor) -> str:
     try:
         found = ask()
-    except KVCacheError as error:
-        assert str(error)
+    except KVCacheError:
         return "r"
     assert torch.equal(found, expected), f"{found} where {expected} is right"
     return "="

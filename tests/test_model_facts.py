@@ -249,7 +249,9 @@ class Remembering(LlamaForCausalLM):
 class DeafAttention(LlamaAttention):
     """Hears of no mask."""
 
-    def forward(self, hidden_states: Tensor, position_embeddings: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+    def forward(
+        self, hidden_states: Tensor, position_embeddings: Any, attention_mask: Any = None, **kwargs: Any
+    ) -> Any:
         return super().forward(hidden_states, position_embeddings, None, **kwargs)
 
 

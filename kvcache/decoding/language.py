@@ -15,7 +15,7 @@ from kvcache.decoding.settings import GenerationSettings
 from kvcache.decoding.wiring import decoder_copy
 from kvcache.geometry import CacheGeometry
 from kvcache.hf import kv_layers
-from kvcache.models import unwrapped, watch_of
+from kvcache.models import watch_of
 from kvcache.policies import SizePolicy
 from kvcache.report import CacheReport
 from kvcache.slots import slots_for
@@ -41,7 +41,7 @@ class LanguageDecoder:
         max_length: int | None,
         bucket: int = BUCKET,
     ) -> None:
-        self._model = unwrapped(model)
+        self._model = model
         self._watch = watch_of(model)
         self._kv_dtype = kv_dtype
         self._max_length = max_length

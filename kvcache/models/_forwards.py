@@ -117,7 +117,7 @@ def reached(kind: type) -> list[types.FunctionType]:
     names, seen = ["forward"], {"forward"}
     classes = [one for one in kind.__mro__ if one not in nn.Module.__mro__]
     for name in names:  # grows while it is walked
-        function = next((vars(one)[name] for one in classes if name in vars(one)), None)
+        function: Any = next((vars(one)[name] for one in classes if name in vars(one)), None)
         while hasattr(function, "__wrapped__"):
             function = function.__wrapped__
         if isinstance(function, types.FunctionType):

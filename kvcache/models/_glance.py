@@ -15,7 +15,7 @@ from kvcache.models._sample import Sample
 from kvcache.models._walk import ASIDE, HELD, OWN, PLAIN, Walk
 
 _version = attrgetter("_version")
-_expired = torch.UntypedStorage._expired  # type: ignore[attr-defined]
+_expired = torch.UntypedStorage._expired
 
 
 class Glance:
@@ -36,7 +36,7 @@ class Glance:
         self._classes = list(set(self._kinds))
         self._forwards = [getattr(kind, "forward", None) for kind in self._classes]
         named = [(vars(module), state.get(name)) for name, module in walk.modules.items()]
-        dicts = [one for one in walk.containers if isinstance(one, dict)]
+        dicts: list[dict[Any, Any]] = [one for one in walk.containers if isinstance(one, dict)]
         self._dicts = [held for held, aside in named if aside is None] + dicts
         self._dicts += [everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks]
         self._parted = [(held, aside) for held, aside in named if aside is not None]
@@ -113,9 +113,12 @@ class Glance:
             and [getattr(kind, "forward", None) for kind in self._classes] == self._forwards
         )
 
-    def sample(self) -> bytes:
-        """Some bytes of each parameter and buffer; only where nothing has changed since."""
-        tensors = self._sampled(self._current())
+    def sample(self) -> bytes | None:
+        """Some bytes of each parameter and buffer; None if they are others than were looked at."""
+        tensors = self._current()
+        if list(map(id, tensors)) != self._addresses:
+            return None
+        tensors = self._sampled(tensors)
         if self._sample is None:
             self._sample = Sample(tensors)
         return self._sample(tensors)

@@ -2,11 +2,16 @@
 
 import ctypes
 from collections.abc import Sequence
+from typing import Any
 
 import numpy
+import numpy.typing
 import torch
 from torch import Tensor
 
+Array = numpy.typing.NDArray[Any]
+
+_base = torch.UntypedStorage.data_ptr
 _ELEMENTS = 16  # of a tensor
 
 
@@ -18,7 +23,8 @@ class Sample:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._views: list[numpy.ndarray] = []
+        self._bases = list(map(_base, _storages(tensors)))
+        self._views: list[Array] = []
         self._elsewhere: list[tuple[int, int, int, int]] = []  # which, first, step, how many
         for i, tensor in enumerate(tensors):
             extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -34,13 +40,15 @@ class Sample:
             else:
                 self._elsewhere.append((i, first, step, many))
 
-    def __call__(self, tensors: Sequence[Tensor]) -> bytes:
-        """The bytes now.
+    def __call__(self, tensors: Sequence[Tensor]) -> bytes | None:
+        """The bytes now; None if the tensors are in other memory.
 
         Args:
-            tensors: those that it was made for, in the same memory.
+            tensors: those that it was made for.
         """
-        held = [tensor.untyped_storage() for tensor in tensors]  # nothing is freed while it is read
+        held = _storages(tensors)  # nothing is freed while it is read
+        if list(map(_base, held)) != self._bases:
+            return None
         found = b"".join(map(numpy.ndarray.tobytes, self._views))
         del held
         if self._elsewhere:
@@ -54,7 +62,11 @@ class Sample:
         return found
 
 
-def _view(tensor: Tensor, first: int, step: int, many: int) -> numpy.ndarray:
+def _storages(tensors: Sequence[Tensor]) -> list[torch.UntypedStorage]:
+    return list(map(Tensor.untyped_storage, tensors))
+
+
+def _view(tensor: Tensor, first: int, step: int, many: int) -> Array:
     size = tensor.element_size()
-    memory = (ctypes.c_char * (size * (first + (many - 1) * step + 1))).from_address(tensor.data_ptr())
+    memory: Any = (ctypes.c_char * (size * (first + (many - 1) * step + 1))).from_address(tensor.data_ptr())
     return numpy.ndarray((many,), f"V{size}", memory, size * first, (size * step,))

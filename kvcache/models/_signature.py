@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
@@ -28,7 +28,7 @@ from torch.nn.modules import module as everywhere
 from kvcache.models._forwards import compiled, foreign, forward_of, hooks_of, patched
 from kvcache.models._glance import Glance
 from kvcache.models._rebound import escape
-from kvcache.models._tokens import Tokens, is_state
+from kvcache.models._tokens import Facts, Tokens, is_state
 from kvcache.models._walk import Walk
 
 T = TypeVar("T")
@@ -77,7 +77,20 @@ def watch_of(model: nn.Module) -> "Watch":
         return watch
 
 
-# The watches are held by those who ask: a model may be held by what it holds itself, and would never be let go of.
+class _Past:
+    """What is known of a model for as long as it lives; it holds nothing of it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.tokens = Tokens()
+        self.facts: Facts | None = None
+        self.state: dict[str, frozenset[str]] = {}  # what its forward writes
+        self.signature = Signature()
+        self.to_look = 0  # runs at whose end is looked for that
+
+
+_pasts: "WeakKeyDictionary[nn.Module, _Past]" = WeakKeyDictionary()
+# Held by those who ask alone: a model may be held by what it holds itself, and would never be let go of.
 _watches: "WeakKeyDictionary[nn.Module, ReferenceType[Watch]]" = WeakKeyDictionary()
 _lock = threading.Lock()
 _running: ContextVar[dict[int, Signature] | None] = ContextVar("kvcache_running", default=None)
@@ -88,23 +101,18 @@ class Watch:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = ref(model)
-        self._lock = threading.RLock()
-        self._tokens = Tokens()
-        self._state: dict[str, frozenset[str]] = {}
-        self._facts: dict[Any, Any] | None = None
+        self._past = _pasts.setdefault(model, _Past())
         self._glance: Glance | None = None
-        self._signature = Signature()
-        self._to_look = 0
 
     def signature(self) -> Signature:
         """The model's, as it is now; within `running`, as it was when that began."""
         running = _running.get()
         if running is not None and (known := running.get(id(self))) is not None:
             return known
-        with self._lock:
+        with self._past.lock:
             if self._glance is None or not self._glance.same():
                 self._look()
-            return self._signature
+            return self._past.signature
 
     def sample(self) -> bytes:
         """Some bytes of every parameter and buffer, to be compared where their values matter.
@@ -112,20 +120,22 @@ class Watch:
         It shows what was written through ``tensor.data``, which torch does not count, if that was more than a few
         elements of a tensor.
         """
-        with self._lock:
-            if self._glance is None or not self._glance.same():
+        with self._past.lock:
+            found = None if self._glance is None else self._glance.sample()
+            if found is None:
                 self._look()
-            assert self._glance is not None
-            return self._glance.sample()
+                assert self._glance is not None
+                found = self._glance.sample()
+            return b"" if found is None else found
 
     def forget(self) -> None:
         """Take the model for another at the next question."""
-        with self._lock:
-            self._glance, self._facts = None, None
+        with self._past.lock:
+            self._glance, self._past.facts = None, None
 
     def walk(self) -> Walk:
         """All that the model holds, without what its forward writes itself."""
-        return Walk(self._root(), self._state)
+        return Walk(self._root(), self._past.state)
 
     @contextmanager
     def running(self) -> Iterator[Signature]:
@@ -143,9 +153,9 @@ class Watch:
             yield signature
         finally:
             _running.reset(token)
-            with self._lock:
-                if self._to_look and signature is self._signature:
-                    self._to_look -= 1
+            with self._past.lock:
+                if self._past.to_look and signature is self._past.signature:
+                    self._past.to_look -= 1
                     self._learn()
 
     # ------------------------------------------------------------------ inside
@@ -158,27 +168,27 @@ class Watch:
     def _look(self) -> None:
         """Walk the model: a new signature if it is another one."""
         walk = self.walk()
-        facts = self._tokens.facts(walk)
-        if facts != self._facts:
-            self._signature = _judged(walk)
-            self._to_look = _LOOKED_AT
-        self._facts, self._glance = facts, Glance(walk, self._state)
+        facts = self._past.tokens.facts(walk)
+        if facts != self._past.facts:
+            self._past.signature = _judged(walk)
+            self._past.to_look = _LOOKED_AT
+        self._past.facts, self._glance = facts, Glance(walk, self._past.state)
 
     def _learn(self) -> None:
         """Take what has changed since for state, where it is what a forward writes."""
-        if self._glance is None or self._facts is None or self._glance.same():
+        if self._glance is None or self._past.facts is None or self._glance.same():
             return
         walk = self.walk()
-        written = is_state(self._facts, self._tokens.facts(walk), walk.modules)
+        written = is_state(self._past.facts, self._past.tokens.facts(walk), walk.modules)
         if not written:
             return
         for name, attribute in written:
-            self._state[name] = self._state.get(name, frozenset()) | {attribute}
-        self._facts = {place: fact for place, fact in self._facts.items() if place[:2] not in written}
-        self._to_look = _LOOKED_AT
+            self._past.state[name] = self._past.state.get(name, frozenset()) | {attribute}
+        self._past.facts = {place: fact for place, fact in self._past.facts.items() if place[:2] not in written}
+        self._past.to_look = _LOOKED_AT
         walk = self.walk()
-        if self._tokens.facts(walk) == self._facts:
-            self._glance = Glance(walk, self._state)
+        if self._past.tokens.facts(walk) == self._past.facts:
+            self._glance = Glance(walk, self._past.state)
         else:
             self._glance = None  # something else has changed as well: told at the next question
 

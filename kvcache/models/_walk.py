@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from typing import Any, Literal
+from weakref import ReferenceType
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from kvcache.models._forwards import HOOKS, foreign, wrapper
 
@@ -33,13 +35,14 @@ ASIDE = frozenset(
         "_compiled_call_impl", "_compiled_call", "_last_compile_config", "_is_hf_initialized", "_cache",
         "generation_config", "warnings_issued", "name_or_path", "_name_or_path", "model_tags", "loss_type",
         "_loss_function", "gradient_checkpointing", "_gradient_checkpointing_func", "_previous_max_cache_length",
-        "_auto_class", "kernel_number", "_require_grads_hook", "_require_grads_hooks", "_hf_peft_config_loaded",
+        "_auto_class", "_require_grads_hook", "_require_grads_hooks", "_hf_peft_config_loaded",
     )
 )  # fmt: skip
 PLAIN = (
     type(None), bool, int, float, complex, str, bytes, Enum, range, slice, type(Ellipsis),
     torch.dtype, torch.device, torch.layout, torch.memory_format,
 )  # fmt: skip
+_NOTHING = (ReferenceType, RemovableHandle)  # what only leads to something
 _CALLABLE = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 _OF_TENSORS = ASIDE | {"persistent", "_is_buffer", "_is_param"}  # how torch marks parameters and buffers
 _MANY = 2048  # entries of a container that are looked at; a larger one is told by its identity and size
@@ -104,12 +107,14 @@ class Walk:
             for i, hook in enumerate(hooks):
                 yield from self._leaves((name, kind, str(i)), hook, 0)
         if not wrapper(module):
-            aside = ASIDE | OWN | self._state.get(name, frozenset())
+            aside = ASIDE | OWN | self._state.get(name, frozenset()) | getattr(type(module), "ASIDE", frozenset())
             for key, value in list(held.items()):
                 if key not in aside:
                     yield from self._leaves((name, key, ""), value, 0)
 
     def _leaves(self, place: Place, value: Any, depth: int) -> Iterator[Part]:
+        if isinstance(value, _NOTHING):
+            return
         if isinstance(value, PLAIN):
             yield Part(place, "plain", value)
         elif isinstance(value, Tensor):
