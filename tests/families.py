@@ -139,7 +139,9 @@ FAMILIES: dict[str, Family] = {
     ),
     "phi3": Family(Phi3ForCausalLM, Phi3Config, _LLAMA_LIKE, rope=True),
     "gpt2": Family(GPT2LMHeadModel, GPT2Config, {**_GPT2, "n_positions": 256}),
-    "gptj": Family(GPTJForCausalLM, GPTJConfig, {**_GPT2, "rotary_dim": 8, "n_positions": 256}, attention=("eager",), rope=True),
+    "gptj": Family(
+        GPTJForCausalLM, GPTJConfig, {**_GPT2, "rotary_dim": 8, "n_positions": 256}, attention=("eager",), rope=True
+    ),
     "gpt-neox": Family(GPTNeoXForCausalLM, GPTNeoXConfig, _NO_GQA, rope=True),
     "opt": Family(
         OPTForCausalLM,

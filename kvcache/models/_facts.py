@@ -369,7 +369,9 @@ class ModelFacts:
         found: dict[int, KeyRotation | str | None] = {}
         for i, keys in notes[0].keys.items():
             later = notes[1].keys[i]
-            found[i] = _turn(i, keys[:, :, :1], later[:, :, :1], known)  # of the first, which has seen nothing but itself
+            found[i] = _turn(
+                i, keys[:, :, :1], later[:, :, :1], known
+            )  # of the first, which has seen nothing but itself
             if not alike(notes[0].values[i][:, :, :1], notes[1].values[i][:, :, :1]):
                 found[i] = f"what layer {i} stores beside its keys carries positions, too"
         same = alike(notes[0].output, notes[1].output, None if notes[0].output.dtype == torch.float32 else 0.3)
