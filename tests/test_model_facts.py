@@ -462,9 +462,9 @@ def test_w7_outside_of_generate_such_a_mask_is_refused_once_slots_are_out_of_ord
     run(model, ids[:, :18], held, attention_mask=mask[:, :18])
     for i in (18, 19):  # the last two that need no slot of another
         run(model, ids[:, i : i + 1], held, attention_mask=mask[:, : i + 1])
-    run(model, ids[:, 20:21], held, attention_mask=mask[:, :21])
     with pytest.raises(PolicyError, match="attention_mask"):
-        run(model, ids[:, 21:22], held, attention_mask=mask[:, :22])
+        run(model, ids[:, 20:21], held, attention_mask=mask[:, :21])
+    assert hf.kv_layers(held)[0].seen == 20
 
 
 # ---------------------------------------------------------------------- W9: attention that ranking cannot follow

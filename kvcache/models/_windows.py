@@ -54,7 +54,7 @@ class Windows:
         held = self._held()
         if self._differ(held, fresh):
             self._arm(self._facts.model, self._facts.seats, strict=True)
-        elif any(kv.evicted for kv in held):  # a mask that hides more than pads would meet other slots
+        elif any(map(_moved, held)):  # a mask that hides more than pads would meet other slots
             self._arm(self._facts.model, self._facts.seats[:1], strict=True)
 
     def announce(self, model: Any, fresh: int, tokens: Tensor | None) -> None:
@@ -136,17 +136,24 @@ class Windows:
             if not ours:
                 return args, kwargs
             used[0].remove()
+            hidden: Tensor = given[seat.hidden]
             if seat.layer not in self._exact:  # the first to attend is the one that will store the new tokens
-                hidden: Tensor = given[seat.hidden]
                 mask: Tensor | None = given.get(seat.mask)
                 if strict and mask is not None:
                     _check_order(layer.kv, hidden.shape[1], mask)
                 self._exact[seat.layer] = exact_mask(layer.kv, mask, hidden, seat.additive)
                 self._masked[seat.layer] = hidden.shape[1]
-            exact = self._exact[seat.layer]
-            return (args, kwargs) if exact is None else replaced(module, args, kwargs, seat.mask, exact)
+            if (exact := self._exact[seat.layer]) is None:
+                return args, kwargs
+            # Where layers share keys, those behind may run the last tokens only.
+            return replaced(module, args, kwargs, seat.mask, exact[:, :, -hidden.shape[1] :])
 
         return hook
+
+
+def _moved(kv: KVLayer) -> bool:
+    """Whether, with the next token, some that it holds are no longer in the places that a mask counts on."""
+    return kv.evicted > 0 or kv.retained < kv.stored
 
 
 def _managed(layer: Any) -> bool:
@@ -257,7 +264,7 @@ def exact_mask(kv: KVLayer, mask: Tensor | None, hidden: Tensor, additive: bool)
     width = kv.retained + fresh
     whole = schedule(kv.policy, kv.stored, fresh)[-1] == width
     tokens = _tokens.get()
-    if tokens is not None and (kv.evicted or not whole):
+    if tokens is not None and (_moved(kv) or not whole):
         columns = kv.columns(fresh).to(tokens.device).expand(tokens.shape[0], -1)
         itself = columns[:, None] == torch.arange(kv.seen, kv.seen + fresh, device=tokens.device)[:, None]
         # A hidden token sees itself: a row of the softmax without any key would be NaN.
