@@ -51,6 +51,7 @@ class Run:
         asked: whether it asked for a cache.
         mode: of the last run within.
         rows: of the last run within, counting beams; None where it did not say.
+        streamer: is told the tokens also where a model's own `generate` forgets to hand it on.
     """
 
     def __init__(self, make: Callable[[Wanted], Any], given: Any) -> None:
@@ -59,6 +60,7 @@ class Run:
         self.asked = False
         self.mode: GenerationMode | None = None
         self.rows: int | None = None
+        self.streamer: BaseStreamer | None = None
         self._make = make
         self._given = given
         self._fresh = True  # nothing has been run on the cache yet
@@ -90,11 +92,12 @@ class Run:
         return not config.is_assistant and config.use_cache is not False
 
     def _put(self, module: Any, inputs: dict[str, Any], rows: int | None) -> None:
-        decoder = bool(module.config.is_encoder_decoder)
+        both = bool(module.config.is_encoder_decoder)
+        encoded = any(inputs.get(name) is not None for name in ("encoder_hidden_states", "encoder_outputs"))
         wanted = Wanted(
             rows,
-            None if decoder else inputs.get("attention_mask"),
-            decoder or inputs.get("encoder_hidden_states") is not None,
+            None if both else inputs.get("attention_mask"),
+            both or encoded,
             self.mode is GenerationMode.ASSISTED_GENERATION,
             bool(module._supports_default_dynamic_cache()),
         )
@@ -175,7 +178,7 @@ def mode_of(module: Any, given: Mapping[str, Any]) -> GenerationMode:
 
 # ---------------------------------------------------------------------- the stand-in
 
-_ASKING = ("_prepare_cache_for_generation", "_prefill")
+_ASKING = ("_prepare_cache_for_generation", "_prefill", "_sample")
 
 
 def _generating(model: Any, geometry: CacheGeometry) -> list[Any]:
@@ -227,7 +230,7 @@ def _copied(model: Any, targets: set[int]) -> tuple[Any, list[nn.Module]]:
 
 
 def _let_ask(module: Any, run: Run) -> None:
-    """Let a copy ask `run` for its cache. Both are methods whose function some models call with another `self`."""
+    """Let a copy ask `run` for its cache. These are methods, as some models call their functions with another `self`."""
     kind = type(module)
 
     def prepare(self: Any, generation_config: Any, model_kwargs: Any, generation_mode: Any, batch_size: int,
@@ -246,8 +249,13 @@ def _let_ask(module: Any, run: Run) -> None:
             run.prefill(self, generation_config, model_kwargs)
         return kind._prefill(self, input_ids, generation_config, model_kwargs, *rest, **others)
 
-    module.__dict__["_prepare_cache_for_generation"] = types.MethodType(prepare, module)
-    module.__dict__["_prefill"] = types.MethodType(prefill, module)
+    def sample(self: Any, *inputs: Any, **others: Any) -> Any:
+        if self is module and others.get("streamer") is None and run.streamer is not None:
+            others["streamer"] = run.streamer
+        return kind._sample(self, *inputs, **others)
+
+    for name, method in zip(_ASKING, (prepare, prefill, sample), strict=True):
+        module.__dict__[name] = types.MethodType(method, module)
 
 
 # ---------------------------------------------------------------------- its tokens
@@ -281,7 +289,8 @@ class Emitter(BaseStreamer):
             self._beside.put(value)
         if self._prompt is None:
             self._prompt = value
-        elif self._run.mode is GenerationMode.ASSISTED_GENERATION:  # several tokens of one row
+            return
+        if self._run.mode is GenerationMode.ASSISTED_GENERATION:  # several tokens of one row
             for token in value.reshape(1, -1).unbind(1):
                 self._emit(token)
         else:

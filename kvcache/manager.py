@@ -510,7 +510,18 @@ class KVCacheManager:
             emit(Event("fell_back", f"{backend} to generate", reason=reason or ""))
 
         def work(emit: Callable[[Tensor], None]) -> None:
-            self._generate(inputs, prefix, kwargs, emit)
+            told = 0
+
+            def count(token: Tensor) -> None:
+                nonlocal told
+                told += 1
+                emit(token)
+
+            self._generate(inputs, prefix, kwargs, count)
+            if not told:
+                raise InputError(
+                    f"the generate of {type(self.model).__name__} tells a streamer nothing, so nothing can be streamed; use generate()"
+                )
             self._last = replace(self._last, fallback=reason)
 
         return chunked(from_worker(work), chunk_size)
@@ -597,7 +608,8 @@ class KVCacheManager:
         first = () if inputs is None else (inputs,)  # under whichever name the model has for it
         with running(model, self.geometry, make, given) as run:
             if emit is not None:
-                kwargs["streamer"] = Emitter(emit, run, self._rows(inputs, kwargs), kwargs.get("streamer"))
+                run.streamer = Emitter(emit, run, self._rows(inputs, kwargs), kwargs.get("streamer"))
+                kwargs["streamer"] = run.streamer
             if not on:
                 self._last = CacheReport((), enabled=False)
                 return run.model.generate(*first, **_caching(False, kwargs))

@@ -35,11 +35,12 @@ class KeyRotation:
             distance: positions, ``[tokens]``.
             following: over how many positions the average goes.
         """
-        frequencies = self.inv_freq.double().to(queries.device)
-        ones = torch.ones((), dtype=torch.float64, device=queries.device)
-        average = torch.polar(ones, frequencies * torch.arange(following, device=queries.device)[:, None]).mean(0)
-        turn = torch.polar(ones, frequencies * distance[:, None]) * average
-        return self._turned(queries, turn.real.float(), turn.imag.float())
+        home = _in_double(queries.device)
+        frequencies = self.inv_freq.to(home).double()
+        ones = torch.ones((), dtype=torch.float64, device=home)
+        average = torch.polar(ones, frequencies * torch.arange(following, device=home)[:, None]).mean(0)
+        turn = torch.polar(ones, frequencies * distance.to(home)[:, None]) * average
+        return self._turned(queries, turn.real.float().to(queries.device), turn.imag.float().to(queries.device))
 
     def _turned(self, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         begin, end = self.first, self.first + 2 * self.inv_freq.numel()
@@ -55,6 +56,12 @@ class KeyRotation:
     def _angles(self, delta: int, device: torch.device) -> tuple[Tensor, Tensor]:
         # One rotation serves every layer of a step, so the last angles are worth keeping.
         if self._turn is None or self._turn[:2] != (delta, device):
-            angle = self.inv_freq.double() * delta  # in double: at position 100,000 fp32 angles are off by 0.004
+            home = _in_double(self.inv_freq.device)
+            angle = self.inv_freq.to(home).double() * delta  # in double: at position 100,000 fp32 angles are off by 0.004
             self._turn = (delta, device, angle.cos().float().to(device), angle.sin().float().to(device))
         return self._turn[2], self._turn[3]
+
+
+def _in_double(device: torch.device) -> torch.device:
+    """Where to reckon in float64 for a device: on the CPU for those that have none, as "mps" and some "xpu"."""
+    return device if device.type in ("cuda", "meta") else torch.device("cpu")
