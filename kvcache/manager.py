@@ -13,6 +13,15 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from kvcache import hf
+from kvcache.arguments import (
+    check_generate_arguments,
+    check_generates,
+    check_kv_dtype,
+    check_model,
+    check_prefix_cache,
+    check_quantization,
+    check_whole,
+)
 from kvcache.attention import observed_copy
 from kvcache.decoding.backends import BUCKET, BackendName, check_backend, check_bucket
 from kvcache.decoding.language import LanguageDecoder
@@ -55,6 +64,7 @@ class KVCacheManager:
         bucket: slots that a captured graph reads, or a multiple of so many, see `kvcache.decoding.Decoding`.
 
     Raises:
+        InputError: for what is no model, no `SpeakerCache`, dtype, `Quantization` or back end.
         PolicyError, PositionsError: if that cannot work for this model.
     """
 
@@ -72,6 +82,12 @@ class KVCacheManager:
         backend: Backends = "off",
         bucket: int = BUCKET,
     ) -> None:
+        check_model(model)
+        check_prefix_cache(speakers)
+        check_kv_dtype(kv_dtype)
+        check_quantization(quantization)
+        if max_cache_length is not None:
+            check_whole("max_cache_length", max_cache_length, 1)
         if backend not in ("auto", "off"):
             check_backend(backend)
         check_bucket(bucket)
@@ -152,6 +168,7 @@ class KVCacheManager:
             InputError: for an unknown prefix, or pads behind one under a policy that evicts.
             CapacityError: if the prefix does not fit.
         """
+        check_whole("batch_size", batch_size, 1)
         snapshot = None if prefix is None else self._prompts.snapshot(prefix)
         if snapshot is not None and self._evicts and attention_mask is not None:
             self._refuse_pads(attention_mask)
@@ -173,6 +190,8 @@ class KVCacheManager:
 
     def estimate(self, tokens: int, batch_size: int = 1) -> int:
         """Bytes that a cache takes after `tokens` per row, exactly; before anything is allocated."""
+        check_whole("tokens", tokens, 0)
+        check_whole("batch_size", batch_size, 1)
         managed = [isinstance(layer, hf.ManagedLayer) for layer in hf.cache_layers(self.new_cache())]
         policies = [self.policy] * len(managed) if isinstance(self.policy, SizePolicy) else self.policy
         kept = [policy for policy, ours in zip(policies, managed, strict=True) if ours]
@@ -347,7 +366,8 @@ class KVCacheManager:
         What it has in common with a prefix already in memory is not computed again.
 
         Args:
-            name: for ``generate(prefix=name)`` and the like; one that exists is replaced.
+            name: for ``generate(prefix=name)`` and the like; one that exists is replaced, which the event ``"replaced"``
+                and the log say where it stood for another content.
             prefix: token ids ``[tokens]`` or ``[1, tokens]``, or embeddings ``[tokens, dim]`` or ``[1, tokens, dim]``.
             pin: never evict it.
 
@@ -391,6 +411,7 @@ class KVCacheManager:
         Raises:
             InputError: for an unknown prefix, or inputs that it cannot stand before.
         """
+        check_generates(self.model)
         if prefix is not None:
             inputs, kwargs = self._prefixed(prefix, inputs, kwargs)
         if not self.enabled or kwargs.get("use_cache") is False:
@@ -439,10 +460,16 @@ class KVCacheManager:
                 do `generate` does, and the report says why.
 
         Raises:
-            InputError: for beams, whose tokens are only known at the end, a chunk size below 1, or an unknown backend.
+            InputError: for beams, whose tokens are only known at the end, a chunk size that is no number from 1 on, an
+                unknown backend or prefix, or arguments that nothing takes: at the call, before the first token.
+            CapacityError: while iterating, where a limit is reached, after all tokens that there was room for. It may be
+                known before, but a text may also end before it.
         """
-        if chunk_size < 1:
-            raise InputError(f"chunk_size={chunk_size} must be at least 1")
+        check_whole("chunk_size", chunk_size, 1)
+        check_generates(self.model)
+        check_generate_arguments(self.model, kwargs)
+        if prefix is not None:
+            self._prompts[prefix]
         if self._setting("num_beams", kwargs) > 1:
             raise InputError(
                 "beams cannot be streamed: their tokens are known only at the end; use generate(), or num_beams=1"
@@ -496,7 +523,12 @@ class KVCacheManager:
         self._decoder.release()
 
     def report(self, cache: Any = None) -> CacheReport:
-        """The account of `cache`, or of the run that is under way or was last: bytes, tokens seen and kept, evictions."""
+        """The account of `cache`, or of the run that is under way or was last: bytes, tokens seen and kept, evictions.
+
+        Raises:
+            GeometryError: for a cache that is none of ours.
+        """
+        hf.check_ours(cache)
         running = self._running if cache is None else None
         cache = running() if running is not None else cache
         return self._last if cache is None else account(hf.cache_layers(cache))

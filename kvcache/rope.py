@@ -21,6 +21,10 @@ class KeyRotation:
         self.interleaved = interleaved
         self._turn: tuple[int, torch.device, Tensor, Tensor] | None = None
 
+    def __repr__(self) -> str:
+        pairs = "neighbours" if self.interleaved else "halves"
+        return f"{type(self).__name__}({self.inv_freq.numel()} frequencies, pairs as {pairs})"
+
     def __call__(self, keys: Tensor, delta: int) -> Tensor:
         """`keys` ``[batch, heads, tokens, head_dim]`` turned by `delta` positions, in their own dtype."""
         return self._turned(keys, *self._angles(delta, keys.device))

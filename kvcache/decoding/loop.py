@@ -230,6 +230,9 @@ class Decoding:
             ends: the tokens that end a request.
             pad: the token behind an end.
             first_may_end: whether a request may end with its first token.
+
+        Raises:
+            CapacityError: where a row has no room for more, after all tokens that there was room for.
         """
         stops = torch.tensor(ends, dtype=torch.long, device=self.token.device)
         ended = torch.zeros_like(self.token, dtype=torch.bool)
@@ -238,7 +241,11 @@ class Decoding:
             held, ended, over = self._ended(held, ended, stops, pad)
         while True:
             while not over and made < total and held.shape[1] < size:
-                steps = min(size - held.shape[1], total - made, self.ahead)
+                if (room := self.kv.room()) == 0:
+                    if held.shape[1]:
+                        yield held
+                    self.kv.check(1)
+                steps = min(size - held.shape[1], total - made, self.ahead, room)
                 new, ended, over = self._ended(self.chunk(steps), ended, stops, pad)
                 if new.shape[1] < steps:
                     self.rewind(new.shape[1])
