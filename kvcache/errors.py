@@ -29,6 +29,10 @@ class InputError(KVCacheError, ValueError):
     """A request that cannot be run as given, for example text tokens without their start and stop token."""
 
 
+class MissingDependencyError(InputError, ImportError):
+    """A package that this needs is not installed. The message says the command that installs it."""
+
+
 class BusyError(KVCacheError):
     """More requests than may wait. Nothing is wrong with this one; it may come again later."""
 

@@ -29,7 +29,7 @@ class _Watching(RankingPolicy):
     queries: ClassVar[int] = 2**31 - 1
 
     def score(self, seen: Seen) -> Tensor:
-        return torch.zeros_like(seen.mass)
+        return torch.zeros_like(seen.positions, dtype=torch.float32)
 
 
 @dataclass(frozen=True)

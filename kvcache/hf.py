@@ -20,6 +20,7 @@ from transformers.cache_utils import (
 )
 
 from kvcache import attention, export
+from kvcache.arguments import check_model, check_quantization
 from kvcache.errors import GeometryError, InputError, PolicyError, PositionsError
 from kvcache.events import Evictions
 from kvcache.geometry import CacheGeometry
@@ -87,6 +88,8 @@ def new_cache(
     Raises:
         PositionsError, PolicyError, GeometryError: if that cannot work for this model.
     """
+    check_model(model)
+    check_quantization(quantization)
     if positions not in ("absolute", "rerotated"):
         raise PositionsError(f"positions={positions!r} must be 'absolute' or 'rerotated'")
     geometry = CacheGeometry.from_model(model) if geometry is None else geometry
@@ -98,16 +101,20 @@ def new_cache(
     rerotated = positions == "rerotated"
     if evicting or rerotated:
         _check_eviction(model, geometry, evicting, rerotated)
-    if not managed and any(p.evicts for p in policies):
+    asked = {repr(policy): any(p.evicts for p in policies), repr(quantization): quantization is not None}
+    if not managed and (idle := [name for name, given in (asked | {"preallocate=True": preallocate}).items() if given]):
         raise PolicyError(
-            f"{policy!r} has no layer to work on: each of the {len(layers)} layers keeps the window of the model's own "
-            "config; use KeepAll(), or unset config.sliding_window"
+            f"{idle[0]} has no layer to work on: each of the {len(layers)} layers is managed by the model in its own way "
+            f"({type(layers[0]).__name__}); leave it out, or unset config.sliding_window where the model has one"
         )
-    if not managed and quantization is not None:
-        raise PolicyError(
-            f"{quantization!r} has no layer to work on: {type(model).__name__} keeps each of its {len(layers)} layers its own "
-            "way; leave quantization out"
-        )
+    for one in (policies[i] for i in managed if preallocate):
+        if max_length is None and not one.evicts:
+            raise PolicyError(
+                f"preallocate=True takes the memory of all tokens at once, and under {one!r} without a limit there is no "
+                "telling how many: give max_length (max_cache_length), or a policy with a limit"
+            )
+    if any(chosen_by_head(policies[i]) for i in managed):
+        _check_latent(model, policy)
     turn = _turn(model, geometry, [policies[i] for i in managed])
     ours: list[KVLayer] = []
     evictions = Evictions(ours)
@@ -181,6 +188,15 @@ def _check_eviction(model: Any, geometry: CacheGeometry, policies: Sequence[Size
         raise PositionsError(
             f"under {by_age!r} a prompt can be longer than the window, and its tokens cannot each see their own: {why}; use "
             "KeepAll(), with a max_length, or another attn_implementation"
+        )
+
+
+def _check_latent(model: Any, policy: Any) -> None:
+    """Refuse to rank the tokens of a cache of latents, which are made into keys only behind the cache."""
+    if any(hasattr(module, "expand_kv") for module in model.modules()):
+        raise PolicyError(
+            f"{policy!r} ranks keys, and {type(model).__name__} caches latents that it makes into keys afterwards "
+            "(multi-head latent attention); use a policy by age, such as SlidingWindow(1024, sinks=4)"
         )
 
 
@@ -327,6 +343,13 @@ def kv_layers(cache: Any, some: bool = True) -> list[KVLayer]:
     return managed
 
 
+def check_ours(cache: Any) -> None:
+    """Raise `GeometryError` for something else than one of our caches, or None."""
+    own = getattr(cache, "self_attention_cache", cache)
+    if own is not None and not isinstance(own, ManagedCache):
+        raise GeometryError(f"{type(cache).__name__} is no cache of ours: make one with new_cache(), or give none")
+
+
 def truncate(cache: Any, length: int) -> None:
     """Roll a whole cache back to its first `length` tokens; all of its layers or none.
 
@@ -453,6 +476,8 @@ def rehearse(model: Any, cache: Any, ids: Tensor, instruction: Tensor | None) ->
     try:
         for start in range(0, ids.shape[1], _REHEARSED):
             part = ids[:, max(0, start - _LEAD) : start + _REHEARSED]
+            for layer in layers:
+                layer.rehearsing = range(start, min(start + _REHEARSED, ids.shape[1]))
             if instruction is not None:
                 part = torch.cat([instruction.to(ids.device).expand(ids.shape[0], -1), part], 1)
             body(part, **handed(body, cache), use_cache=True)
@@ -462,7 +487,7 @@ def rehearse(model: Any, cache: Any, ids: Tensor, instruction: Tensor | None) ->
         raise
     finally:
         for layer in layers:
-            layer.rehearsing = False
+            layer.rehearsing = None
 
 
 def left_padding(attention_mask: Tensor | None) -> Tensor | None:

@@ -75,6 +75,9 @@ class KVLayer:
         self._pinned_keys: Tensor | None = None  # as they came, for re-rotation
         self._clear()
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.policy!r}, seen={self.seen}, stored={self.stored}, nbytes={self.nbytes})"
+
     def _clear(self) -> None:
         self.seen = 0  # tokens appended since the start, evicted ones too
         self.stored = 0  # tokens held, in the first slots

@@ -16,6 +16,15 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
 from kvcache import hf
+from kvcache.arguments import (
+    check_generate_arguments,
+    check_generates,
+    check_kv_dtype,
+    check_model,
+    check_prefix_cache,
+    check_quantization,
+    check_whole,
+)
 from kvcache.attention import observed_copy
 from kvcache.decoding.backends import BUCKET, BackendName, backend_on, check_bucket
 from kvcache.decoding.language import LanguageDecoder
@@ -86,6 +95,7 @@ class KVCacheManager:
         bucket: slots that a captured graph reads, or a multiple of so many, see `kvcache.decoding.Decoding`.
 
     Raises:
+        InputError: for what is no model, no `SpeakerCache`, dtype, `Quantization` or back end.
         PolicyError, PositionsError: if that cannot work for this model.
     """
 
@@ -103,6 +113,12 @@ class KVCacheManager:
         backend: Backends = "off",
         bucket: int = BUCKET,
     ) -> None:
+        check_model(model)
+        check_prefix_cache(speakers)
+        check_kv_dtype(kv_dtype)
+        check_quantization(quantization)
+        if max_cache_length is not None:
+            check_whole("max_cache_length", max_cache_length, 1)
         check_bucket(bucket)
         self.model = model
         self.policy: SizePolicy | Sequence[SizePolicy] = KeepAll() if policy is None else policy
@@ -207,6 +223,7 @@ class KVCacheManager:
             InputError: for an unknown prefix, or pads behind one under a policy that evicts.
             CapacityError: if the prefix does not fit.
         """
+        check_whole("batch_size", batch_size, 1)
         snapshot = None if prefix is None else self._prompts.snapshot(prefix)
         if snapshot is not None and self._evicts and attention_mask is not None:
             self._refuse_pads(attention_mask)
@@ -239,6 +256,8 @@ class KVCacheManager:
             PolicyError: if that depends on the text, as where heads keep tokens of their own.
             GeometryError: if the model does not show what its cache holds.
         """
+        check_whole("tokens", tokens, 0)
+        check_whole("batch_size", batch_size, 1)
         if self._observed:
             raise PolicyError(
                 "what a cache takes whose heads keep tokens of their own depends on the text; ask report(cache) afterwards"
@@ -419,7 +438,8 @@ class KVCacheManager:
         What it has in common with a prefix already in memory is not computed again.
 
         Args:
-            name: for ``generate(prefix=name)`` and the like; one that exists is replaced.
+            name: for ``generate(prefix=name)`` and the like; one that exists is replaced, which the event ``"replaced"``
+                and the log say where it stood for another content.
             prefix: token ids ``[tokens]`` or ``[1, tokens]``, or embeddings ``[tokens, dim]`` or ``[1, tokens, dim]``.
             pin: never evict it.
 
@@ -468,6 +488,7 @@ class KVCacheManager:
             PolicyError: where tokens shall leave, or be held in few bits, and the model or the way to generate does not
                 allow it.
         """
+        check_generates(self.model)
         return self._generate(inputs, prefix, kwargs)
 
     def stream(
@@ -497,9 +518,12 @@ class KVCacheManager:
             InputError: for beams and other ways whose tokens are only known at the end, settings that `generate` refuses, a
                 chunk size below 1, an unknown prefix, or a backend that is unknown or not there on this device. While
                 iterating: if the model takes another run for these inputs, or a token cannot be drawn from its logits.
+            CapacityError: while iterating, where a limit is reached, after all tokens that there was room for. It may be
+                known before, but a text may also end before it.
         """
-        if chunk_size < 1:
-            raise InputError(f"chunk_size={chunk_size} must be at least 1")
+        check_whole("chunk_size", chunk_size, 1)
+        check_generates(self.model)
+        check_generate_arguments(self.model, kwargs)
         backend = self._backend if backend is None else backend_on(backend, self.geometry.device)
         self._check_stream(prefix, kwargs)
         reason = None
@@ -564,7 +588,12 @@ class KVCacheManager:
         self._decoder.release()
 
     def report(self, cache: Any = None) -> CacheReport:
-        """The account of `cache`, or of the run that is under way or was last: bytes, tokens seen and kept, evictions."""
+        """The account of `cache`, or of the run that is under way or was last: bytes, tokens seen and kept, evictions.
+
+        Raises:
+            GeometryError: for a cache that is none of ours.
+        """
+        hf.check_ours(cache)
         running = self._running if cache is None else None
         cache = running() if running is not None else cache
         return self._last if cache is None else hf.report_of(cache)

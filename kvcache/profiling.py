@@ -21,7 +21,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as trace_of
 
-from kvcache.errors import InputError
+from kvcache.errors import InputError, MissingDependencyError
 from kvcache.memory import resident_bytes
 from kvcache.precision import PackedLinear
 from kvcache.report import CacheReport
@@ -552,7 +552,7 @@ def check_plot(file: str | Path) -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise InputError('a plot needs matplotlib; run: pip install "kvcache[plot]"') from error
+        raise MissingDependencyError('a plot needs matplotlib; run: pip install "kvcache[plot]"') from error
     path = Path(file)
     if path.suffix not in (".png", ".pdf", ".svg") or not path.absolute().parent.is_dir():
         raise InputError(f"cannot write {file}: name a .png, .pdf or .svg in a folder that exists")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvcache import hf
 from kvcache.errors import CapacityError, InputError
+from kvcache.events import Event, emit
 from kvcache.fingerprint import model_fingerprint
 from kvcache.models import facts_of, run_prefix
 from kvcache.prefix import PrefixKey, PrefixSnapshot
@@ -62,6 +63,8 @@ class Prompts(Mapping[str, Tensor]):
         self._compute(key)
         before = self._prompts.get(name)
         self._prompts[name] = _Prompt(content, key, pin)
+        if before is not None and before.key != key:
+            emit(Event("replaced", f"prefix {name!r}", {"tokens": len(key), "known": len(before.key)}))
         if pin:
             self._speakers.pin(key)
         self._let_go(before)

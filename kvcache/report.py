@@ -1,12 +1,12 @@
 """What a cache takes: an exact estimate before, an account after, and how that is shown."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor
 
-from kvcache.errors import InputError
+from kvcache.errors import MissingDependencyError
 from kvcache.geometry import CacheGeometry
 from kvcache.policies import KeepAll, SizePolicy
 from kvcache.quantized import Quantization, quantized_bytes
@@ -116,7 +116,7 @@ class LayerReport:
     heads: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CacheReport:
     """The account of a cache: what it has seen, what it holds and what that takes.
 
@@ -128,7 +128,7 @@ class CacheReport:
         fallback: why it is not what was asked for; None if it is.
     """
 
-    layers: tuple[LayerReport, ...] = field(repr=False)
+    layers: tuple[LayerReport, ...]
     enabled: bool = True
     backend: str | None = None
     fallback: str | None = None
@@ -153,6 +153,10 @@ class CacheReport:
     def evicted(self) -> int:
         """Evictions, summed over the layers."""
         return sum(layer.evicted for layer in self.layers)
+
+    def __repr__(self) -> str:
+        said = "; ".join([_headline(self), *_footers(self)])
+        return f"{type(self).__name__}({said})"
 
     def __str__(self) -> str:
         return _text(self)
@@ -247,14 +251,14 @@ def _rich(report: CacheReport) -> Any:
     """As what `rich.print` shows.
 
     Raises:
-        InputError: without rich.
+        MissingDependencyError: without rich.
     """
     try:
         from rich.console import Group
         from rich.table import Table
         from rich.text import Text
     except ModuleNotFoundError as error:
-        raise InputError("this view needs rich; run: pip install rich") from error
+        raise MissingDependencyError("this view needs rich; run: pip install rich") from error
     if not report.enabled:
         return Text(_headline(report))
     table = Table(title=Text(_headline(report)), title_justify="left")

@@ -23,6 +23,10 @@ class KeyRotation:
         self.first = first
         self._turn: tuple[int, torch.device, Tensor, Tensor] | None = None
 
+    def __repr__(self) -> str:
+        pairs = "neighbours" if self.interleaved else "halves"
+        return f"{type(self).__name__}({self.inv_freq.numel()} frequencies, pairs as {pairs})"
+
     def __call__(self, keys: Tensor, delta: int) -> Tensor:
         """`keys` ``[batch, heads, tokens, head_dim]`` turned by `delta` positions, in their own dtype."""
         return self._turned(keys, *self._angles(delta, keys.device))
@@ -57,7 +61,9 @@ class KeyRotation:
         # One rotation serves every layer of a step, so the last angles are worth keeping.
         if self._turn is None or self._turn[:2] != (delta, device):
             home = _in_double(self.inv_freq.device)
-            angle = self.inv_freq.to(home).double() * delta  # in double: at position 100,000 fp32 angles are off by 0.004
+            angle = (
+                self.inv_freq.to(home).double() * delta
+            )  # in double: at position 100,000 fp32 angles are off by 0.004
             self._turn = (delta, device, angle.cos().float().to(device), angle.sin().float().to(device))
         return self._turn[2], self._turn[3]
 

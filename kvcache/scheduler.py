@@ -282,6 +282,10 @@ class Scheduler:
         self._counts = dict.fromkeys(("finished", "cancelled", "failed", "refused"), 0)
         self._firsts: deque[float] = deque(maxlen=_LATEST)
 
+    def __repr__(self) -> str:
+        state = "closed" if self._closing else "not started" if self._thread is None else "running"
+        return f"{type(self).__name__}(rows={self._rows}, {state}, {len(self._inboxes)} requests)"
+
     async def __aenter__(self) -> Self:
         if self._thread is not None:
             raise InputError("a scheduler starts once; make another")

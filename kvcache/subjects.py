@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from kvcache.decoding import BUCKET
-from kvcache.errors import InputError
+from kvcache.errors import InputError, MissingDependencyError
 from kvcache.footprint import Footprint, language_footprint
 from kvcache.geometry import CacheGeometry
 from kvcache.manager import KVCacheManager
@@ -174,7 +174,9 @@ class LanguageSubject(Subject):
         self._from = name
         if path.suffix == ".gguf" and path.is_file():
             if find_spec("gguf") is None:
-                raise InputError(f"{name}: a .gguf file needs the package gguf; run: pip install gguf accelerate")
+                raise MissingDependencyError(
+                    f"{name}: a .gguf file needs the package gguf; run: pip install gguf accelerate"
+                )
             self._options = {"gguf_file": path.name, "local_files_only": True}
             self._from = str(path.parent)
         elif path.is_dir():

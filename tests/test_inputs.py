@@ -62,7 +62,9 @@ def test_the_first_input_by_its_name_and_by_its_place(name):
 
 def test_a_first_input_may_be_called_inputs_as_well():
     model = tiny("llama")
-    assert torch.equal(KVCacheManager(model).generate(inputs=token_ids(), **GREEDY), model.generate(token_ids(), **GREEDY))
+    assert torch.equal(
+        KVCacheManager(model).generate(inputs=token_ids(), **GREEDY), model.generate(token_ids(), **GREEDY)
+    )
 
 
 @pytest.mark.parametrize("tokens", [1, 6])
@@ -131,9 +133,7 @@ def test_d8_beams_together_with_several_sequences_of_a_generate_that_repeats_the
     model, inputs = model_of("whisper"), inputs_of("whisper")
     beams = {"max_new_tokens": 8, "num_beams": 3, "num_return_sequences": 2}
     for policy in (None, SlidingWindow(60, sinks=2)):
-        assert torch.equal(
-            KVCacheManager(model, policy).generate(**inputs, **beams), model.generate(**inputs, **beams)
-        )
+        assert torch.equal(KVCacheManager(model, policy).generate(**inputs, **beams), model.generate(**inputs, **beams))
 
 
 # ---------------------------------------------------------------------- models without keys and values of ours
@@ -150,7 +150,9 @@ def test_d8_beams_of_a_model_that_takes_no_cache():
 
 def test_d8_nothing_is_compiled_that_is_not_compiled_without_us(monkeypatch):
     compiled = []
-    monkeypatch.setattr(Mamba2ForCausalLM, "get_compiled_call", lambda self, config: compiled.append(1) or self.__call__)
+    monkeypatch.setattr(
+        Mamba2ForCausalLM, "get_compiled_call", lambda self, config: compiled.append(1) or self.__call__
+    )
     config = CompileConfig()
     config._compile_all_devices = True  # as on a GPU
     model = model_of("mamba2")
@@ -292,7 +294,13 @@ def native(manager, *args, **kwargs):
 
 by_default = pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
 
-LENGTHS = [{}, {"max_length": 31}, {"max_new_tokens": 7}, {"max_new_tokens": 7, "max_length": 25}, {"max_new_tokens": 2.5}]
+LENGTHS = [
+    {},
+    {"max_length": 31},
+    {"max_new_tokens": 7},
+    {"max_new_tokens": 7, "max_length": 25},
+    {"max_new_tokens": 2.5},
+]
 
 
 @by_default
@@ -301,7 +309,9 @@ LENGTHS = [{}, {"max_length": 31}, {"max_new_tokens": 7}, {"max_new_tokens": 7, 
 def test_d6_lengths_are_those_of_generate(settings, tokens):
     model, ids = tiny("llama"), token_ids(1, tokens)
     manager = KVCacheManager(model)
-    assert torch.equal(native(manager, ids, do_sample=False, **settings), model.generate(ids, do_sample=False, **settings)[:, tokens:])
+    assert torch.equal(
+        native(manager, ids, do_sample=False, **settings), model.generate(ids, do_sample=False, **settings)[:, tokens:]
+    )
     embeds = {"inputs_embeds": model.get_input_embeddings()(ids)}
     assert torch.equal(
         native(manager, **embeds, do_sample=False, **settings), model.generate(**embeds, do_sample=False, **settings)
@@ -370,7 +380,11 @@ CHECKPOINTS = [
 @pytest.mark.parametrize("settings", CHECKPOINTS, ids=str)
 def test_a_checkpoints_generation_config_is_read_as_generate_reads_it(settings):
     model, ids = build("llama"), token_ids(1, 5).repeat(1, 4)
-    plain = {name: value for name, value in settings.items() if name not in ("cache_implementation", "prompt_lookup_num_tokens")}
+    plain = {
+        name: value
+        for name, value in settings.items()
+        if name not in ("cache_implementation", "prompt_lookup_num_tokens")
+    }
     expected = model.generate(ids, max_new_tokens=9, do_sample=False, **plain)
     model.generation_config.update(**settings)
     manager = KVCacheManager(model)

@@ -244,6 +244,7 @@ class Decoding:
         Raises:
             InputError: if a token cannot be drawn, as its logits are NaN or infinite. The chunks before have been given;
                 what was drawn before it in its own chunk has not.
+            CapacityError: where a row has no room for more, after all tokens that there was room for.
         """
         stops = torch.tensor(ends, dtype=torch.long, device=self.token.device)
         ended = torch.zeros_like(self.token, dtype=torch.bool)
@@ -254,7 +255,11 @@ class Decoding:
             check_drawn(held)
         while True:
             while not over and made < total and held.shape[1] < size:
-                steps = min(size - held.shape[1], total - made, self.ahead)
+                if (room := self.kv.room()) == 0:
+                    if held.shape[1]:
+                        yield held
+                    self.kv.check(1)
+                steps = min(size - held.shape[1], total - made, self.ahead, room)
                 new, ended, over = self._ended(self.chunk(steps), ended, stops, pad)
                 if new.shape[1] < steps:
                     self.rewind(new.shape[1])
