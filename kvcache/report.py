@@ -1,7 +1,7 @@
 """What a cache takes: an exact estimate before, an account after, and how that is shown."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor

@@ -114,7 +114,7 @@ def test_w8_a_text_that_is_tried_again_gets_a_new_cache(policy):
     model, inputs = model_of("whisper"), inputs_of("whisper", rows=1)
     expected = seeded(model.generate, **inputs, **FALLBACK)
     assert torch.equal(seeded(KVCacheManager(model, policy).generate, **inputs, **FALLBACK), expected)
-    with pytest.raises(InputError, match="temperature=.* tries again"):
+    with pytest.raises(InputError, match=r"temperature=.* tries again"):
         KVCacheManager(model).stream(**inputs, **FALLBACK)
 
 
@@ -327,7 +327,7 @@ def test_d6_lengths_of_a_config_and_lengths_that_cannot_be():
     for short in ({"max_length": 12}, {"max_length": 5}):
         with pytest.raises(ValueError, match="max_length"):
             model.generate(ids, **short)
-        with pytest.raises(InputError, match="generate refuses these settings: .*max_length"):
+        with pytest.raises(InputError, match=r"generate refuses these settings: .*max_length"):
             manager.stream(ids, backend="eager", **short)
     model.generation_config.max_length = 26
     assert torch.equal(native(manager, ids, do_sample=False), model.generate(ids, do_sample=False)[:, 12:])
@@ -363,7 +363,7 @@ def test_w12_zero_is_a_token_and_a_temperature_of_zero_is_none():
     expected = model.generate(ids, forced_eos_token_id=0, **GREEDY)[:, 9:]
     assert (expected[:, -1] == 0).all()
     assert torch.equal(streamed(KVCacheManager(model), ids, backend="eager", forced_eos_token_id=0, **GREEDY), expected)
-    with pytest.raises(InputError, match="temperature.* has to be a strictly positive float"):
+    with pytest.raises(InputError, match=r"temperature.* has to be a strictly positive float"):
         KVCacheManager(model).stream(ids, backend="eager", do_sample=True, temperature=0.0)
 
 
@@ -392,7 +392,7 @@ def test_a_checkpoints_generation_config_is_read_as_generate_reads_it(settings):
     for backend in ("off", "eager"):
         said = streamed(manager, ids, max_new_tokens=9, do_sample=False, backend=backend)
         assert torch.equal(said, expected[:, 20:])
-    assert model.generation_config.to_dict().items() >= {k: v for k, v in settings.items()}.items()
+    assert model.generation_config.to_dict().items() >= settings.items()
 
 
 def test_a_cache_of_another_kind_that_a_request_asks_for_is_refused():
@@ -431,6 +431,5 @@ def test_d10_logits_that_are_no_numbers_end_a_stream_that_draws(value, after):
     stream = KVCacheManager(model).stream(token_ids(1, 5), backend="eager", chunk_size=4, **settings)
     chunks = []
     with pytest.raises(InputError, match="logits of its step were NaN, infinite"):
-        for chunk in stream:
-            chunks.append(chunk)
+        chunks.extend(stream)
     assert len(chunks) == (after - 1) // 4, "the chunks before are given"

@@ -41,6 +41,7 @@ from kvcache import (
     SnapKV,
     hf,
 )
+from kvcache.models import ModelFacts
 from kvcache.past import taken
 
 GREEDY: dict[str, Any] = {"do_sample": False}
@@ -76,7 +77,7 @@ def bytes_found(held: Any) -> int:
     visited: set[int] = set()
 
     def visit(thing: Any) -> None:
-        if id(thing) in visited or isinstance(thing, type | nn.Module):
+        if id(thing) in visited or isinstance(thing, type | nn.Module | ModelFacts):  # facts are the model's
             return
         visited.add(id(thing))
         if isinstance(thing, Tensor):

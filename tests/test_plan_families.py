@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kvcache import InputError, KVCacheManager, MaxBytes, MaxTokens, Pinned, PolicyError, SizePolicy, SlidingWindow, hf
 from kvcache.footprint import language_footprint
+from kvcache.models import ModelFacts
 from kvcache.past import handed
 from kvcache.planning import plan
 from kvcache.quantized import Quantization
@@ -28,7 +29,7 @@ def bytes_held(cache: Any) -> int:
     visited: set[int] = set()
 
     def visit(thing: Any) -> None:
-        if id(thing) in visited or isinstance(thing, type | nn.Module):
+        if id(thing) in visited or isinstance(thing, type | nn.Module | ModelFacts):  # facts are the model's
             return
         visited.add(id(thing))
         if isinstance(thing, Tensor):
