@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from kvcache.errors import PolicyError
+from kvcache.models import signature_of
 from kvcache.modules import rebuilt
 from kvcache.past import taken
 from kvcache.ranked import Piece, place
@@ -25,12 +26,12 @@ _BASE = "sdpa"
 
 # The layer that stored the keys which the next attention of this thread is given, and these keys.
 _stored: ContextVar[tuple[Any, Tensor, Tensor] | None] = ContextVar("kvcache_stored", default=None)
-_observing: ContextVar[bool] = ContextVar("kvcache_observing", default=False)
+_observing: ContextVar[int] = ContextVar("kvcache_observing", default=0)  # models that run, one inside the other
 
 
 def observing() -> bool:
     """Whether the model that is running in this thread tells its cache what is attended to."""
-    return _observing.get()
+    return _observing.get() > 0
 
 
 def stored(layer: Any, keys: Tensor, values: Tensor) -> None:
@@ -55,6 +56,8 @@ def observed_copy(model: Any) -> Any:
             f"{name} has {implementation!r} attention, which cannot tell its cache what it attends to; load it with "
             f"attn_implementation='sdpa' where it has that, or {instead}"
         )
+    if (why := signature_of(model).why_no_copy) is not None:
+        raise PolicyError(f"{name} cannot be copied to tell its cache what it attends to: {why}; {instead}")
     AttentionInterface.register(ATTENTION, _attend)
     AttentionMaskInterface.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS[_BASE])
     new = rebuilt(model, lambda name, module: None)
@@ -66,16 +69,18 @@ def observed_copy(model: Any) -> Any:
                 configs[id(config)] = copy.copy(config)
                 configs[id(config)]._attn_implementation_internal = ATTENTION
             module.config = configs[id(config)]
-    for body in {new, getattr(new, "base_model", new)}:  # OPT calls its base model's decoder, and never the base model
+    # Which of its parts is called depends: OPT's head calls its base model's decoder, and PEFT's wrapper generates with the
+    # model inside it.
+    for body in {new, *(part for part in new.modules() if isinstance(part, PreTrainedModel))}:
         body.register_forward_pre_hook(_begin, with_kwargs=True)
         body.register_forward_hook(_end, always_call=True)
     return new
 
 
 def _begin(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    if not _observing.get():
+    _observing.set(_observing.get() + 1)  # first: what is refused ends as well
+    if _observing.get() == 1:
         _check_mask(kwargs)
-    _observing.set(True)
 
 
 def _check_mask(given: dict[str, Any]) -> None:
@@ -100,7 +105,7 @@ def _check_mask(given: dict[str, Any]) -> None:
 
 
 def _end(module: nn.Module, args: Any, output: Any) -> None:
-    _observing.set(False)
+    _observing.set(max(0, _observing.get() - 1))
     _stored.set(None)
 
 

@@ -6,127 +6,171 @@ changed.
 """
 
 import hashlib
-import json
+import sys
+import types
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 from typing import Any
-from weakref import ReferenceType, WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
-_VOLATILE = {"_name_or_path", "architectures", "transformers_version", "use_cache", "return_dict", "torch_dtype"}
-_ADAPTERS = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")  # how PEFT switches weights
+from kvcache.errors import InputError
+from kvcache.models import Signature, signature_of, unwrapped, watch_of
+from kvcache.models._forwards import wrapper
+from kvcache.models._walk import Part, Walk
 
-_known: "WeakKeyDictionary[nn.Module, _Read]" = WeakKeyDictionary()
+# Which part of a model's attributes says where it came from or what it gives back, not what it computes.
+_VOLATILE = {
+    "_name_or_path", "architectures", "transformers_version", "use_cache", "return_dict", "torch_dtype",
+    "training", "base_model_name_or_path", "prepare_inputs_for_generation", "base_model_prepare_inputs_for_generation",
+    "_old_forward", "_hf_hook", "forward", "hf_device_map", "output_attentions", "output_hidden_states",
+    "_output_attentions",
+}  # fmt: skip
+
+_known: "WeakKeyDictionary[nn.Module, tuple[Signature, bytes, str]]" = WeakKeyDictionary()
 _lock = Lock()
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """A SHA-256, in hex, of a model's architecture, weights, buffers, dtypes, positions and attention implementation.
+    """A SHA-256, in hex, of a model's architecture, weights, buffers, attributes, dtypes and attention implementation.
 
-    The digest is kept for as long as no tensor of the model has been replaced, moved or changed in place. What torch
-    itself does not notice goes unnoticed here as well: writing through ``parameter.data``. Call `forget` after that.
+    The digest is kept for as long as nothing of the model has changed, see `kvcache.models`, and a sample of each tensor's
+    content is what it was. What neither shows goes unnoticed: a few elements written through ``parameter.data``, functions
+    replaced in a Python module. Call `forget` after that.
 
     Args:
         model: any module; the configs of transformers models in it count too.
+
+    Raises:
+        InputError: for a model that cannot be told from others by what it holds: with hooks, or a forward, of somebody's
+            own, offloaded weights, or attributes that have no value that could be written down.
     """
-    modules, tensors = _parts(model)
+    watch = watch_of(model)
+    signature, sample = watch.signature(), watch.sample()
     with _lock:
         known = _known.get(model)
-    if known is None or not known.is_of(modules, tensors):
-        known = _Read(modules, tensors)
+    if known is None or known[0] is not signature or known[1] != sample:
+        check_named(model)
+        known = signature, sample, _digest(watch.walk())
         with _lock:
             _known[model] = known
-    said = f"{known.digest} {transformers.__version__} {_settings(modules, tensors)}"
-    return hashlib.sha256(said.encode()).hexdigest()
+    device = next((tensor.device.type for tensor in model.parameters()), "cpu")
+    autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
+    return hashlib.sha256(f"{known[2]} {transformers.__version__} {autocast}".encode()).hexdigest()
+
+
+def check_named(model: nn.Module) -> None:
+    """Refuse a model that cannot be told from others.
+
+    Raises:
+        InputError: with the reason, see `model_fingerprint`.
+    """
+    if (why := signature_of(model).why_no_name) is not None:
+        raise InputError(f"what {type(unwrapped(model)).__name__} computes cannot be kept for other requests: {why}")
 
 
 def forget(model: nn.Module) -> None:
-    """Read the model's weights again at the next question: after a change made through ``parameter.data``."""
+    """Read the model's weights again at the next question: after a change that goes unnoticed, see `model_fingerprint`."""
+    watch_of(model).forget()
     with _lock:
         _known.pop(model, None)
 
 
-class _Read:
-    """A digest, and how to tell whether it still holds: the same tensors, in the same memory, at the same version.
-
-    And modules of the same classes: an activation that has no tensor may be exchanged.
-    """
-
-    def __init__(self, modules: list[nn.Module], tensors: list[Tensor]) -> None:
-        self._classes = [type(module) for module in modules]
-        self._tensors: list[ReferenceType[Tensor]] = [ref(tensor) for tensor in tensors]
-        self._states = [_state(tensor) for tensor in tensors]
-        # Held weakly: memory that was freed and taken again is other memory, though its address may be the same.
-        self._memory = [_memory(tensor) for tensor in tensors]
-        self.digest = _weights(modules)
-
-    def is_of(self, modules: list[nn.Module], tensors: list[Tensor]) -> bool:
-        if [type(module) for module in modules] != self._classes or len(tensors) != len(self._tensors):
-            return False
-        return all(
-            known() is tensor and _state(tensor) == state and (memory is None or not memory.expired())  # type: ignore[no-untyped-call]
-            for tensor, known, state, memory in zip(tensors, self._tensors, self._states, self._memory, strict=True)
-        )
-
-
-def _parts(model: nn.Module) -> tuple[list[nn.Module], list[Tensor]]:
-    """All modules and tensors in a fixed order: what `named_parameters` and the like give, in a tenth of the time."""
-    modules = [model]
-    tensors: list[Tensor] = []
-    for module in modules:  # grows while it is walked
-        tensors += [tensor for tensor in module._parameters.values() if tensor is not None]
-        tensors += [tensor for tensor in module._buffers.values() if tensor is not None]
-        modules += [child for child in module._modules.values() if child is not None]
-    return modules, tensors
-
-
-def _state(tensor: Tensor) -> tuple[object, ...]:
-    """Its version counter, where it lies, and how."""
-    try:
-        place = tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.stride()
-    except (NotImplementedError, RuntimeError):  # a tensor subclass without a storage of its own
-        place = None
-    return 0 if tensor.is_inference() else tensor._version, place, tensor.shape, tensor.dtype
-
-
-def _memory(tensor: Tensor) -> StorageWeakRef | None:
-    try:
-        return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
-    except (NotImplementedError, RuntimeError):
-        return None
-
-
-def _weights(modules: list[nn.Module]) -> str:
-    """The digest of all tensors and of the modules' classes; hashing runs in threads, as hashlib lets go of the GIL."""
-    named = [
-        (f"{i}.{name}", part)
-        for i, module in enumerate(modules)
-        for held in (module._parameters, module._buffers)
-        for name, tensor in held.items()
-        if tensor is not None
-        for part in _plain(tensor)
-    ]
+def _digest(walk: Walk) -> str:
+    """The digest of all that a model holds; hashing runs in threads, as hashlib lets go of the GIL."""
+    names = {id(module): _bare(name) for name, module in walk.modules.items()}
+    parts = [part for part in walk.parts if _counts(part)]
+    said = [(_bare(".".join(part.place)), *_said(part, walk, names)) for part in parts]
     with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(lambda item: tensor_digest(item[1]), named))
-    total = hashlib.sha256()
-    for module in modules:
-        total.update(f"{type(module).__module__}.{type(module).__qualname__} {list(module._modules)}\n".encode())
-    for (name, _), digest in zip(named, digests, strict=True):
-        total.update(f"{name} {digest}\n".encode())
-    return total.hexdigest()
+        digests = iter(list(pool.map(tensor_digest, [tensor for _, _, tensors in said for tensor in tensors])))
+    lines = [f"{place} {text} {' '.join(next(digests) for _ in tensors)}" for place, text, tensors in said]
+    lines += [f"{_bare(name)} {_name_of(type(one))}" for name, one in walk.modules.items() if not wrapper(one)]
+    # In the order of their places: that in which they were assigned does not matter.
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def _bare(name: str) -> str:
+    """A module's name as if none were wrapped by `torch.compile`: compiled, it computes the same."""
+    return ".".join(part for part in name.split(".") if part not in ("", "_orig_mod"))
+
+
+def _counts(part: Part) -> bool:
+    return part.value is not None and not (
+        {part.place[1], part.place[2].rpartition(".")[2]} & _VOLATILE or part.place[1] == "_orig_mod"
+    )
+
+
+def _said(part: Part, walk: Walk, names: dict[int, str]) -> tuple[str, list[Tensor]]:
+    """What is at a place, as text and as the tensors it consists of.
+
+    Raises:
+        InputError: if it cannot be written down.
+    """
+    value = part.value
+    if part.kind == "tensor":
+        if value.is_meta:
+            where = ".".join(filter(None, part.place))
+            raise InputError(f"{where} has no content to read: its weights are offloaded, or were never loaded")
+        return type(value).__name__ if hasattr(value, "__tensor_flatten__") else "", list(_plain(value))
+    if isinstance(value, torch.ScriptObject):
+        return str(value._type()), [tensor for one in _tensors(value.__getstate__()) for tensor in _plain(one)]  # type: ignore[attr-defined]
+    if part.kind == "module":
+        return f"module {names[id(unwrapped(value))]}", []
+    if part.kind == "plain":
+        return f"{type(value).__name__} {value!r}", []
+    if part.kind == "size":
+        return f"{_name_of(type(value))} {_bare(walk.name_of(value) or '')}", []
+    named = _callable(value, names) if part.kind == "callable" else None
+    if named is None:
+        where = ".".join(filter(None, part.place))
+        raise InputError(
+            f"what this model computes cannot be kept for other requests: {where} is a {type(value).__name__}, which "
+            "nothing that could be written down tells from another"
+        )
+    return named, []
+
+
+def _callable(value: Any, names: dict[int, str]) -> str | None:
+    """The name of a class, a function or a method by which it is found again; None if it is not."""
+    if isinstance(value, types.MethodType):
+        owner, function = names.get(id(value.__self__)), _callable(value.__func__, names)
+        return None if owner is None or function is None else f"{function} of {owner or 'the model'}"
+    if isinstance(value, type):
+        return _name_of(value)
+    name = f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, types.BuiltinFunctionType):
+        return name
+    found: Any = sys.modules.get(value.__module__)
+    for part in value.__qualname__.split("."):
+        found = getattr(found, part, None)
+    return name if found is value else None
+
+
+def _name_of(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _tensors(part)
 
 
 def _plain(tensor: Tensor) -> Iterator[Tensor]:
-    """The plain tensors that a tensor subclass, such as a quantized weight, is made of."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from _plain(getattr(tensor, name))
-    else:
+    """The plain tensors that a tensor consists of. A subclass's are parts of their own."""
+    if tensor.is_quantized:
+        yield tensor.int_repr()
+        if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+            yield torch.tensor([tensor.q_scale(), tensor.q_zero_point()], dtype=torch.float64)
+        else:
+            yield from (tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points())
+    elif not hasattr(tensor, "__tensor_flatten__"):
         yield tensor
 
 
@@ -141,25 +185,3 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     """A tensor's bytes in row order, without a copy where it lies so already."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return memoryview(flat.numpy())  # type: ignore[arg-type]
-
-
-def _settings(modules: list[nn.Module], tensors: list[Tensor]) -> str:
-    """What is not in the weights: configs with their attention implementation, adapters switched on or off, autocast."""
-    configs: dict[int, Any] = {}
-    switches = []
-    for i, module in enumerate(modules):
-        own = vars(module)
-        config = own.get("config")
-        if config is not None and hasattr(config, "to_dict"):
-            configs[id(config)] = config
-        switches += [(i, name, own[name]) for name in _ADAPTERS if own.get(name)]
-    said = [
-        [
-            {name: value for name, value in vars(config).items() if name not in _VOLATILE},
-            getattr(config, "_attn_implementation", None),
-        ]
-        for config in configs.values()
-    ]
-    device = tensors[0].device.type if tensors else "cpu"
-    autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
-    return json.dumps([said, switches, autocast], sort_keys=True, default=str)

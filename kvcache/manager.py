@@ -4,9 +4,10 @@ import copy
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import wraps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -20,9 +21,11 @@ from kvcache.decoding.settings import GenerationSettings
 from kvcache.decoding.wiring import why_not
 from kvcache.errors import GeometryError, InputError, PolicyError
 from kvcache.events import Event, emit
-from kvcache.fingerprint import model_fingerprint
+from kvcache.fingerprint import check_named, model_fingerprint
 from kvcache.geometry import CacheGeometry
 from kvcache.heads import AdaptiveLayer, share
+from kvcache.models import Following
+from kvcache.modules import rebuilt
 from kvcache.past import handed, returned, take
 from kvcache.policies import KeepAll, Pinned, SizePolicy
 from kvcache.precision import with_precision
@@ -36,6 +39,19 @@ from kvcache.streaming import as_async, chunked, from_worker
 from kvcache.tuning_profile import TuningProfile
 
 Backends = BackendName | Literal["auto", "off"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _of_one_model(method: F) -> F:
+    """Whether the model has changed is asked once, at the begin; what it changes of itself while it runs is learned."""
+
+    @wraps(method)
+    def run(self: "KVCacheManager", *args: Any, **kwargs: Any) -> Any:
+        with self._from_model.watch.running():
+            return method(self, *args, **kwargs)
+
+    return cast(F, run)
 
 
 class KVCacheManager:
@@ -82,11 +98,12 @@ class KVCacheManager:
         self.preallocate = preallocate
         self.backend: Backends = backend
         self.enabled = True
-        self.geometry = CacheGeometry.from_model(model)
+        self._from_model = Following(model, self._make)
+        self._observed = False
         self._last = CacheReport(())
         self._running: weakref.ref[Any] | None = None  # the cache of a run that is under way
         self.speakers = SpeakerCache(default_store(self.geometry.device)) if speakers is None else speakers
-        self._decoder = LanguageDecoder(model, self.geometry, kv_dtype, max_cache_length, bucket)
+        self._decoder = LanguageDecoder(model, kv_dtype, max_cache_length, bucket)
         self._prompts = Prompts(model, self.speakers, max_cache_length, self.geometry.max_positions)
         # Says now, not at the first request, what cannot work.
         self.quantization = quantization
@@ -98,8 +115,9 @@ class KVCacheManager:
             positions=positions,
             quantization=quantization,
         )
-        observed = any(kv.by_head for kv in hf.kv_layers(first, some=False))
-        self._runner = observed_copy(model) if observed else None
+        self._observed = any(kv.by_head for kv in hf.kv_layers(first, some=False))
+        self._from_model = Following(model, self._make)
+        self._from_model.now()
 
     @classmethod
     def from_profile(cls, model: Any, path: Path | str, **overrides: Any) -> "KVCacheManager":
@@ -129,8 +147,29 @@ class KVCacheManager:
 
     @property
     def runner(self) -> Any:
-        """What to call in a loop of your own: the model, or where the policy ranks tokens a copy that shares its weights."""
-        return self.model if self._runner is None else self._runner
+        """What to call in a loop of your own: the model, or where the policy ranks tokens a copy that shares its weights.
+
+        A copy is of the model as it is now: ask again after a change of the model.
+
+        Raises:
+            PolicyError: if the model has changed into one that cannot be copied faithfully.
+        """
+        return self._from_model.now().runner
+
+    @property
+    def geometry(self) -> CacheGeometry:
+        """The sizes of the model's cache."""
+        return self._from_model.now().geometry
+
+    def _make(self) -> "_FromModel":
+        geometry = CacheGeometry.from_model(self.model)
+        if self._observed:
+            return _FromModel(geometry, observed_copy(self.model))
+        signature = self._from_model.watch.signature()
+        if self._evicts and signature.compiled and signature.why_no_copy is None:
+            # Masks are put in by hooks, which compiled modules may not run.
+            return _FromModel(geometry, rebuilt(self.model, lambda name, module: None))
+        return _FromModel(geometry, self.model)
 
     @property
     def _evicts(self) -> bool:
@@ -184,7 +223,7 @@ class KVCacheManager:
                 quantized_bytes(*token, self.quantization, tokens, batch_size, one, limit, layers=len(kept))
                 for one in kept
             )
-        if self._runner is not None:
+        if self._observed:
             raise PolicyError(
                 "what a cache takes whose heads keep tokens of their own depends on the text; ask report(cache) afterwards"
             )
@@ -242,13 +281,17 @@ class KVCacheManager:
 
         Raises:
             GeometryError: if the model manages some of its layers itself, or rows have pads.
+            InputError: if the model cannot be told from others, see `model_fingerprint`.
         """
+        return self._saved(cache, model_fingerprint(self.model), secret)
+
+    def _saved(self, cache: Any, model: str, secret: bytes | None) -> bytes:
         layers = hf.kv_layers(cache)
         if len(layers) != len(hf.cache_layers(cache)) or self.model.config.is_encoder_decoder:
             raise GeometryError(
                 f"{type(self.model).__name__} keeps a part of its cache in its own way, which cannot be saved"
             )
-        return save_layers(layers, model_fingerprint(self.model), layers[0].rows or 1, secret)
+        return save_layers(layers, model, layers[0].rows or 1, secret)
 
     def load(self, data: bytes, secret: bytes | None = None) -> Any:
         """The cache that `save` wrote, under the same model and policy; it goes on exactly where it stood.
@@ -257,7 +300,10 @@ class KVCacheManager:
             CorruptError: if one byte has changed, or the parts do not fit together.
             InputError: if it is of another model or policy.
         """
-        tensors, header = read_saved(data, model_fingerprint(self.model), secret)
+        return self._restored(data, model_fingerprint(self.model), secret)
+
+    def _restored(self, data: bytes, model: str, secret: bytes | None) -> Any:
+        tensors, header = read_saved(data, model, secret)
         cache = hf.new_cache(
             self.model,
             self.policy,
@@ -273,7 +319,9 @@ class KVCacheManager:
 
     def fork(self, cache: Any) -> Any:
         """A copy of a cache, which goes on by itself."""
-        return self.load(self.save(cache))
+        return self._restored(
+            self._saved(cache, "", None), "", None
+        )  # in this process the model is known to be the same
 
     @torch.no_grad()
     def compress(self, cache: Any, inputs: Tensor, max_tokens: int, *, instruction: Tensor | None = None) -> int:
@@ -378,6 +426,7 @@ class KVCacheManager:
 
     # ------------------------------------------------------------------ generate, stream
 
+    @_of_one_model
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *, prefix: str | None = None, **kwargs: Any) -> Any:
         """`model.generate` with a managed cache: the same arguments, the same result.
@@ -513,7 +562,7 @@ class KVCacheManager:
             return "re-rotated positions are turned on the host"
         if not isinstance(self.policy, SizePolicy):
             return "layers have policies of their own"
-        if self._runner is not None:
+        if self._observed:
             return "tokens are ranked on the host"
         if self.quantization is not None:
             return "a quantized cache is read on the host"
@@ -573,8 +622,10 @@ class KVCacheManager:
         self, name: str, inputs: Tensor | None, kwargs: dict[str, Any]
     ) -> tuple[Tensor | None, dict[str, Any]]:
         """The inputs with the prefix before each row, as `generate` wants them even where the cache holds it already."""
+        check_named(self.model)
         content = self._prompts[name].to(self.model.device)
-        for other in ("cache", "past_key_values", "assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size"):
+        others = ("cache", "past_key_values", "assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size")
+        for other in (*others, "adapter_names"):  # with adapters row by row there is no prefix for all
             if self._found(other, kwargs) is not None:
                 raise InputError(
                     f"give prefix or {other}, not both; new_cache(prefix=…) makes a cache that begins with one, to be run "
@@ -672,6 +723,14 @@ def _caching(on: bool, kwargs: dict[str, Any]) -> dict[str, Any]:
     config = copy.copy(config)
     config.use_cache = on
     return {name: value for name, value in kwargs.items() if name != "use_cache"} | {"generation_config": config}
+
+
+@dataclass(frozen=True)
+class _FromModel:
+    """What a manager makes of its model, and makes anew when the model has changed."""
+
+    geometry: CacheGeometry
+    runner: Any
 
 
 class _Emitter(BaseStreamer):

@@ -5,12 +5,14 @@ from collections.abc import Callable, Mapping, MutableMapping
 from functools import lru_cache
 from typing import Any
 
+from kvcache.models import unwrapped
+
 _NAMES = ("cache", "past_key_values", "layer_past")  # the last is that of GPT-2's attention up to some release
 
 
 def handed(model: Any, cache: Any) -> dict[str, Any]:
     """The keyword argument that hands a cache to ``model(…)`` or ``model.generate(…)``."""
-    return {_name(type(model).forward): cache}
+    return {_name(type(unwrapped(model)).forward): cache}
 
 
 def taken(given: Mapping[str, Any]) -> Any:

@@ -1,7 +1,8 @@
 """A model's linear layers in fewer bits: bf16, fp16 or int8, on the kernels that are fastest where it runs.
 
 Decoding a token reads every weight once and does little with it, so half the bits are half the time. What is converted
-is a copy: it shares all that stays as it is, and the model itself is not touched.
+is a copy: it shares all that stays as it is, and the model itself is not touched. It is a copy of the moment: weights that
+are packed are as they were then, whatever becomes of the model's; make another after a change.
 
 On a CPU only the linear layers change, each with its weights packed for its kernel; norms, rotary positions, the residual
 stream and the head stay in fp32. int8 keeps one scale per output channel for the weights (symmetric, rounded to nearest)
@@ -12,7 +13,8 @@ would cost more than they save.
 
 import hashlib
 import itertools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Literal, get_args
 from weakref import finalize
 
@@ -23,6 +25,9 @@ from transformers.pytorch_utils import Conv1D
 from kvcache.errors import InputError
 from kvcache.fingerprint import tensor_digest
 from kvcache.memory import give_back
+from kvcache.models import signature_of, unwrapped
+from kvcache.models._forwards import forward_of, hooks_of, patched, reached
+from kvcache.models._walk import ASIDE
 from kvcache.modules import rebuilt
 
 Precision = Literal["fp32", "bf16", "fp16", "int8"]
@@ -64,37 +69,45 @@ def with_precision(model: nn.Module, precision: Precision, *, wide: Collection[s
 
     Args:
         model: in fp32 where it shall run on a CPU; a bare decoder, or a model with its head, which is left as it is.
-        precision: ``"fp32"``, ``"bf16"``, ``"fp16"`` or ``"int8"``.
+        precision: ``"fp32"``, ``"bf16"``, ``"fp16"`` or ``"int8"``. On a CPU only plain linear layers change: those that do
+            more (LoRA's, quantized ones, with hooks or a forward of their own) stay as they are, with all that is in them.
         wide: linear layers that stay as they are, by the end of their names, such as ``"mlp.down_proj"`` or
             ``"layers.0.mlp.down_proj"``.
 
     Raises:
-        InputError: if this device cannot, the model is not fp32, or a name in `wide` is no linear layer.
+        InputError: if this device cannot, the model is not fp32, a name in `wide` is no linear layer, no plain linear layer
+            is left, or the model cannot be copied.
     """
+    model = unwrapped(model)
     weight = next(model.parameters())
     check_precision(precision, weight.device)
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    linear = {name: module for name, module in _named(model) if isinstance(module, nn.Linear | Conv1D)}
     for end in wide:
         if not any(_ends(name, end) for name in linear):
             raise InputError(
-                f"wide names {end!r}, and no linear layer's name ends so; there are, for example, {linear[:3]}"
+                f"wide names {end!r}, and no linear layer's name ends so; there are, for example, {list(linear)[:3]}"
             )
+    if weight.dtype == _DTYPES.get(precision) and (precision == "fp32" or not _like_cpu(weight.device)):
+        return model
+    if (why := signature_of(model).why_no_copy) is not None:
+        raise InputError(f"{type(model).__name__} cannot be copied to compute in {precision}: {why}")
     if not _like_cpu(weight.device):
-        return model if weight.dtype == _DTYPES[precision] else cast(model, _DTYPES[precision])
+        return cast(model, _DTYPES[precision])
     if weight.dtype != torch.float32:
         raise InputError(
             f"the model is {weight.dtype}: on a CPU precision={precision!r} starts from fp32; load it with dtype=torch.float32"
         )
-    if precision == "fp32":
-        return model
     head = getattr(model, "get_output_embeddings", lambda: None)()
-
+    plain = {name: module for name, module in _plain_linear(model).items() if module is not head}
+    if not plain and any(module is not head for module in linear.values()):
+        raise InputError(
+            f"precision={precision!r}: none of the {len(linear)} linear layers of {type(model).__name__} is a plain one, "
+            "which could be converted; merge adapters and remove hooks first"
+        )
     packed: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear | Conv1D) or module is head or any(_ends(name, end) for end in wide):
-            continue
-        if name not in packed:
-            packed |= _packed(name, module, model, precision, wide)
+    for name, module in plain.items():
+        if name not in packed and not any(_ends(name, end) for end in wide):
+            packed |= _packed(name, module, plain, precision, wide)
     if weight.device.type == "cpu":
         give_back()  # what packing took for a moment: of SmolLM2 in int8, 329 MiB
     return rebuilt(model, lambda name, module: packed.get(name))
@@ -138,7 +151,7 @@ def sensitive(
     expected = [forward(model, batch).float().log_softmax(-1) for batch in batches]
     tokens = sum(logits.shape[:-1].numel() for logits in expected)
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    names = [name for name, part in model.named_modules() if isinstance(part, nn.Linear | Conv1D) and part is not head]
+    names = [name for name, part in _plain_linear(model).items() if part is not head]
     groups: dict[str, list[str]] = {}
     for name in names:
         parent, _, own = name.rpartition(".")
@@ -167,18 +180,84 @@ def sensitive(
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
+def _named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """A model's modules by name, as if none were wrapped by `torch.compile`."""
+    for name, module in model.named_modules():
+        if unwrapped(module) is module:
+            yield name.replace("_orig_mod.", ""), module
+
+
+def _plain_linear(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
+    """The layers that can be converted, by name: plain ones, which whoever holds them calls.
+
+    Who reads their weights (the layers of adapters, some gated MLPs) keeps them.
+    """
+    modules = dict(_named(model))
+    found = {name: module for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
+    return {
+        name: module
+        for name, module in found.items()
+        if is_plain(module) and "weight" not in _names_used(type(_holder(name, modules)))
+    }
+
+
+def _holder(name: str, modules: Mapping[str, nn.Module]) -> nn.Module:
+    """The module whose code calls this one: a list of modules calls none."""
+    parent = modules[name.rpartition(".")[0]]
+    while isinstance(parent, nn.ModuleDict | nn.ModuleList) and name:
+        name = name.rpartition(".")[0]
+        parent = modules[name.rpartition(".")[0]]
+    return parent
+
+
+@lru_cache(maxsize=1024)
+def _names_used(kind: Any) -> frozenset[str]:
+    return frozenset(name for function in reached(kind) for name in function.__code__.co_names)
+
+
+def is_plain(module: nn.Linear | Conv1D) -> bool:
+    """Whether a layer is its weights and nothing else: ``nn.Linear``, GPT-2's ``Conv1D``, or one that says the same."""
+    base = Conv1D if isinstance(module, Conv1D) else nn.Linear
+    held, plain = vars(module), vars(base(1, 1))
+    if hooks_of(module) or forward_of(module) is not None or patched(type(module)):
+        return False
+    if held.keys() - plain.keys() - ASIDE or held["_parameters"].keys() - plain["_parameters"].keys():
+        return False
+    if module._buffers or module._modules or type(module.weight) not in (Tensor, nn.Parameter):
+        return False
+    return type(module) is base or _says_the_same(module, base)
+
+
+def _says_the_same(module: nn.Linear | Conv1D, base: type[nn.Linear | Conv1D]) -> bool:
+    """Whether a layer of a derived class gives what one of `base` would, tried with weights of a few numbers."""
+    weight, states = torch.linspace(-1, 1, 15).view(3, 5).sin(), torch.linspace(-2, 3, 10).view(2, 5)
+    bias = None if module.bias is None else torch.linspace(1, 2, 3)
+    twin = nn.Module.__new__(type(module))
+    sizes = {"nx": 5, "nf": 3} if base is Conv1D else {"in_features": 5, "out_features": 3}
+    twin.__dict__.update(vars(module), **sizes)
+    twin.__dict__["_parameters"] = {"weight": weight.t() if base is Conv1D else weight, "bias": bias}
+    try:
+        with torch.no_grad():
+            return torch.allclose(twin(states), nn.functional.linear(states, weight, bias), atol=1e-5)
+    except (RuntimeError, TypeError, ValueError, AttributeError):  # it wants other inputs
+        return False
+
+
 def _packed(
-    name: str, module: nn.Linear | Conv1D, model: nn.Module, precision: str, wide: Collection[str]
+    name: str,
+    module: nn.Linear | Conv1D,
+    plain: Mapping[str, nn.Linear | Conv1D],
+    precision: str,
+    wide: Collection[str],
 ) -> dict[str, nn.Module]:
     """What takes the place of a linear layer, and of those that read the same input, by name."""
     parent, _, own = name.rpartition(".")
     for group in _TOGETHER:
         if own == group[0]:
             names = [f"{parent}.{other}" if parent else other for other in group]
-            layers = [model.get_submodule(parent)._modules.get(other) for other in group]
-            plain = [layer for layer in layers if type(layer) is nn.Linear]
-            if len(plain) == len(group) and not any(_ends(n, end) for n in names for end in wide):
-                together = PackedLinear(plain, precision)
+            layers = [layer for n in names if isinstance(layer := plain.get(n), nn.Linear)]
+            if len(layers) == len(group) and not any(_ends(n, end) for n in names for end in wide):
+                together = PackedLinear(layers, precision)
                 parts = [_Part(together, i) for i in range(len(group))]
                 return {n: part.of(parts[0]) for n, part in zip(names, parts, strict=True)}
     return {name: PackedLinear([module], precision)}
@@ -256,6 +335,8 @@ class PackedLinear(nn.Module):
         sources: ``nn.Linear`` layers or GPT-2's ``Conv1D`` in fp32, with the same input.
         precision: what their weights become.
     """
+
+    ASIDE = frozenset(("kernel",))  # a number of this process's own, which says nothing of the weights
 
     digest: Tensor
     bias: Tensor | None

@@ -107,6 +107,12 @@ class AlignmentCheck:
         """Whether this T3 is checked: the multilingual one, up to the release that dropped the analyzer."""
         return bool(t3.hp.is_multilingual) and hasattr(sys.modules[type(t3).__module__], "AlignmentStreamAnalyzer")
 
+    @staticmethod
+    def layers(t3: Any) -> list[int]:
+        """The decoder layers whose heads are read."""
+        upstream = sys.modules[type(t3).__module__].AlignmentStreamAnalyzer
+        return sorted({layer for layer, _ in sys.modules[upstream.__module__].LLAMA_ALIGNED_HEADS})
+
     def step(self, logits: Tensor, last_token: int, own: tuple[int, Tensor] | None = None) -> Tensor:
         """The logits ``[1, vocabulary]``, with the end of speech suppressed or forced where the alignment says so.
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from kvcache import CacheGeometry, PrefixKey, PrefixSnapshot, SpeakerCache, model_fingerprint
 from kvcache.fingerprint import tensor_bytes
 from kvcache.hf import extend_prefix, kv_layers, new_cache
+from kvcache.models import watch_of
 from kvcache.past import handed
 from kvcache_chatterbox.requests import Prefill, condition
 
@@ -53,6 +54,7 @@ class VoiceReuse:
         self.speakers = speakers
         self._t3 = t3
         self._geometry = CacheGeometry.from_model(t3.tfmr)
+        self._watch = watch_of(t3)  # held, so that whether the model has changed is cheap to ask
         self._conditionings: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
         self._unconditional = mode == "all"
 

@@ -12,19 +12,26 @@ from kvcache import CacheGeometry, CacheReport, SizePolicy
 from kvcache.cpu import FEWEST, few_rows
 from kvcache.decoding import BackendName, Batch, Decoding, Job, Pool, Sampler, Sampling, StaticKV, decoder_copy
 from kvcache.decoding.sampler import GREEDY
+from kvcache.decoding.wiring import why_not
 from kvcache.hf import kv_layers
+from kvcache.models import Following
 from kvcache.modules import rebuilt
-from kvcache.precision import PackedLinear, Precision, has_half, with_precision
+from kvcache.precision import PackedLinear, Precision, has_half, is_plain, with_precision
 from kvcache.slots import slots_for
 from kvcache_chatterbox.alignment import AlignmentCheck
 from kvcache_chatterbox.sampling import order
 
 
 def at_precision(t3: Any, precision: Precision) -> Any:
-    """A copy of a T3 that computes in `precision` and shares what does not change: on a CPU all but the backbone."""
+    """A copy of a T3 that computes in `precision` and shares what does not change: on a CPU all but the backbone.
+
+    Queries and keys that the multilingual model's alignment check reads from their weights stay as they are.
+    """
     if t3.device.type not in ("cpu", "meta"):  # on the meta device a model is planned for a CPU
         return with_precision(t3, precision)
-    backbone = with_precision(t3.tfmr, precision)
+    read = AlignmentCheck.layers(t3) if AlignmentCheck.wanted(t3) else []
+    wide = [f"layers.{layer}.self_attn.{name}" for layer in read for name in ("q_proj", "k_proj")]
+    backbone = with_precision(t3.tfmr, precision, wide=wide)
     return rebuilt(t3, lambda name, module: backbone if module is t3.tfmr else None)
 
 
@@ -45,7 +52,8 @@ class T3Step(nn.Module):
         self.head = t3.speech_head
         if precision not in (None, "fp32") and t3.device.type in ("cpu", "meta"):
             half = "fp16" if precision == "fp16" else "bf16"
-            self.head = PackedLinear([t3.speech_head], half) if has_half(half) else t3.speech_head
+            narrow = has_half(half) and is_plain(t3.speech_head)
+            self.head = PackedLinear([t3.speech_head], half) if narrow else t3.speech_head
         self.rows = rows
         self._onednn = onednn and not t3.is_gpt  # whose layers are no `linear`
 
@@ -88,19 +96,21 @@ class Stepper:
         bucket: int,
     ) -> None:
         self._t3 = t3
+        self._from_model = Following(t3, lambda: (CacheGeometry.from_model(t3.tfmr), _why_not(t3)))
         self._onednn, self._bucket = onednn, bucket
-        self._geometry = CacheGeometry.from_model(t3.tfmr)
         self._backend: BackendName = backend
         self._kv_dtype, self._tf32, self._precision = kv_dtype, tf32, precision
         self._policy, self._max_length = policy, max_length
         self._pool = Pool()
 
-    @staticmethod
-    def why_not(t3: Any) -> str | None:
-        """Why this T3 cannot decode on the engine; None if it can."""
-        if AlignmentCheck.wanted(t3):
-            return "the multilingual model's alignment check looks at every token on the host"
-        return None
+    @property
+    def why_not(self) -> str | None:
+        """Why this T3, as it is now, cannot decode on the engine; None if it can."""
+        return self._from_model.now()[1]
+
+    @property
+    def _geometry(self) -> CacheGeometry:
+        return self._from_model.now()[0]
 
     def release(self) -> None:
         """Let go of the memory that waits for the next request."""
@@ -119,7 +129,8 @@ class Stepper:
         def make(slots: int) -> Decoding:
             return self.decoding(places, rows, slots)
 
-        with self._pool.lent(("batch", places), slots, make, exactly=True) as decoding:
+        signature = self._from_model.watch.signature()
+        with self._pool.lent(("batch", places), slots, make, exactly=True, signature=signature) as decoding:
             yield Batch(decoding, compact=compact)
 
     def job(
@@ -158,7 +169,8 @@ class Stepper:
         kv = StaticKV(self._geometry, requests * rows, slots, dtype=self._kv_dtype)
         sampler = Sampler(requests, t3.speech_head.out_features, order(t3.is_gpt), device, guided=rows == 2)
         step = T3Step(t3, rows, self._precision, self._onednn)
-        return Decoding(step, kv, sampler, self._backend, tf32=self._tf32, bucket=self._bucket)
+        why_eager = self._from_model.watch.signature().why_no_capture
+        return Decoding(step, kv, sampler, self._backend, tf32=self._tf32, bucket=self._bucket, why_eager=why_eager)
 
     def told(self, logits: Tensor, cache: Any, ids: Tensor) -> Tensor:
         """The logits ``[n, vocabulary]`` after each of these speech tokens ``[n]``, behind what a cache of one row holds.
@@ -203,7 +215,8 @@ class Stepper:
         needed = stored + total - 1 if policy.limit is None else policy.limit
         t3, rows = self._t3, logits.shape[0]
 
-        with self._pool.lent(rows, needed, lambda slots: self.alone(rows, slots)) as decoding:
+        signature = self._from_model.watch.signature()
+        with self._pool.lent(rows, needed, lambda slots: self.alone(rows, slots), signature=signature) as decoding:
             decoding.load(0, layers)
             begin = torch.tensor([t3.hp.start_speech_token], device=logits.device)
             first = decoding.start(0, logits, [sampling], [generator], [begin])
@@ -218,3 +231,9 @@ class Stepper:
                 spoken = last + 1
                 if chunk.shape[1] > ends:
                     yield chunk[:, : chunk.shape[1] - ends], decoding.report()
+
+
+def _why_not(t3: Any) -> str | None:
+    if AlignmentCheck.wanted(t3):
+        return "the multilingual model's alignment check looks at every token on the host"
+    return why_not(t3.tfmr)

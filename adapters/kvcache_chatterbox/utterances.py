@@ -80,17 +80,27 @@ class UtteranceDecoder:
         self._captures = backend not in ("eager", "off")
         if kv_dtype is None and precision in ("bf16", "int8") and reads_half_caches():
             kv_dtype = torch.bfloat16
-        self._stepper, self._why_not = None, None
+        self._engine: Stepper | None = None
         if backend != "off":
-            self._why_not = Stepper.why_not(self.t3)
-            if self._why_not is None and positions == "rerotated" and self.policy.evicts:
-                self._why_not = "re-rotated positions are turned on the host"
-            if self._why_not is not None:
-                emit(Event("fell_back", f"{backend} to the token loop", reason=self._why_not))
-            else:
-                self._stepper = Stepper(
-                    self.t3, backend, kv_dtype, tf32, precision, self.policy, max_cache_length, onednn, bucket
-                )
+            self._engine = Stepper(
+                self.t3, backend, kv_dtype, tf32, precision, self.policy, max_cache_length, onednn, bucket
+            )
+            if (reason := self._why_not) is not None:
+                emit(Event("fell_back", f"{backend} to the token loop", reason=reason))
+
+    @property
+    def _why_not(self) -> str | None:
+        """Why the model, as it is now, decodes in the token loop; None if it need not."""
+        if self._engine is None:
+            return None
+        if self._manager.positions == "rerotated" and self.policy.evicts:
+            return "re-rotated positions are turned on the host"
+        return self._engine.why_not
+
+    @property
+    def _stepper(self) -> Stepper | None:
+        """What decodes whole steps, if the model can as it is now."""
+        return self._engine if self._why_not is None else None
 
     @property
     def policy(self) -> SizePolicy:
@@ -112,8 +122,8 @@ class UtteranceDecoder:
 
     def release(self) -> None:
         """Let go of what waits for the next request: caches, and what was captured or compiled for them."""
-        if self._stepper is not None:
-            self._stepper.release()
+        if self._engine is not None:
+            self._engine.release()
 
     # ------------------------------------------------------------------ utterances, as batches take them
 
@@ -214,11 +224,12 @@ class UtteranceDecoder:
         return self._stepper is not None and self.enabled
 
     def _batched(self) -> Stepper:
-        if self._stepper is None or not self.enabled:
+        stepper = self._stepper
+        if stepper is None or not self.enabled:
             raise InputError(
                 f"this engine decodes one utterance at a time: {self._why_not or 'backend is off, or caching disabled'}"
             )
-        return self._stepper
+        return stepper
 
     # ------------------------------------------------------------------ inside
 
@@ -228,9 +239,10 @@ class UtteranceDecoder:
         rows = 2 if utterance.sampling.cfg_weight > 0 else 1
         generator = utterance.generator()
         decoder, cache = self._decoder(utterance, rows, generator, self.enabled and use_kv_cache)
-        if self._stepper is None or cache is None:
+        stepper = self._stepper
+        if stepper is None or cache is None:
             return self._reported(chunked(decoder.tokens(), chunk_size), cache)
-        return self._stepped(self._stepper, decoder, cache, utterance, chunk_size, generator)
+        return self._stepped(stepper, decoder, cache, utterance, chunk_size, generator)
 
     def _decoder(
         self, utterance: Utterance, rows: int, generator: torch.Generator | None, caching: bool
@@ -256,7 +268,8 @@ class UtteranceDecoder:
     @property
     def _token_bytes(self) -> int:
         """Of one token in one cache row, over all layers."""
-        return self._manager.geometry.token_bytes if self._stepper is None else self._stepper.token_bytes
+        stepper = self._stepper
+        return self._manager.geometry.token_bytes if stepper is None else stepper.token_bytes
 
     def _slots_needed(self, before: int, total: int) -> int:
         """Slots of a row with so many tokens before the speech and so many of it, or what the policy keeps of them."""
@@ -329,9 +342,10 @@ class UtteranceDecoder:
         )
 
     def _reported(self, chunks: Iterator[Tensor], cache: Any) -> Iterator[Tensor]:
+        reason = self._why_not
         for chunk in chunks:
             report = CacheReport((), enabled=False) if cache is None else self._manager.report(cache)
-            self._last = dataclasses.replace(report, fallback=self._why_not)
+            self._last = dataclasses.replace(report, fallback=reason)
             yield chunk
 
     def _stepped(

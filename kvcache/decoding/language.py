@@ -15,6 +15,7 @@ from kvcache.decoding.settings import GenerationSettings
 from kvcache.decoding.wiring import decoder_copy
 from kvcache.geometry import CacheGeometry
 from kvcache.hf import kv_layers
+from kvcache.models import watch_of
 from kvcache.policies import SizePolicy
 from kvcache.report import CacheReport
 from kvcache.slots import slots_for
@@ -23,9 +24,11 @@ from kvcache.slots import slots_for
 class LanguageDecoder:
     """Decodes what a language model's prefill has begun.
 
+    What it is made of follows the model: after a change the next request has a new one. A request that is under way ends
+    with the parts that the model had when it began; numbers that change in place count at once, as in `generate`.
+
     Args:
         model: with its head.
-        geometry: its.
         kv_dtype: of the static cache; by default the model's.
         max_length: the most tokens of a row. A cache that keeps all of them is made as long at once.
         bucket: see `Decoding`.
@@ -34,13 +37,12 @@ class LanguageDecoder:
     def __init__(
         self,
         model: Any,
-        geometry: CacheGeometry,
         kv_dtype: torch.dtype | None,
         max_length: int | None,
         bucket: int = BUCKET,
     ) -> None:
         self._model = model
-        self._geometry = geometry
+        self._watch = watch_of(model)
         self._kv_dtype = kv_dtype
         self._max_length = max_length
         self._bucket = bucket
@@ -66,7 +68,8 @@ class LanguageDecoder:
             backend: see `Decoding`.
             size: tokens in a chunk.
         """
-        logits, cache, seen, pads = prefill()
+        with self._watch.running() as signature:
+            logits, cache, seen, pads = prefill()
         layers = kv_layers(cache)
         policy = layers[0].policy
         total = settings.new_tokens(seen[0].shape[0])
@@ -76,7 +79,7 @@ class LanguageDecoder:
         def make(slots: int) -> Decoding:
             return self.decoding(policy, rows, slots, vocabulary, backend)
 
-        with self._pool.lent((rows, backend), needed, make) as decoding:
+        with self._pool.lent((rows, backend), needed, make, signature=signature) as decoding:
             decoding.load(0, layers, pads)
             del cache, layers
             decoding.start(0, logits, [settings.sampling] * rows, [None] * rows, seen)
@@ -105,11 +108,12 @@ class LanguageDecoder:
     def decoding(self, policy: SizePolicy, rows: int, slots: int, vocabulary: int, backend: BackendName) -> Decoding:
         """What decodes so many rows of at least so many slots each."""
         room = slots_for(slots, self._max_length, preallocate=True) if policy.limit is None else slots
-        kv = StaticKV(self._geometry, rows, room, dtype=self._kv_dtype)
+        geometry, signature = CacheGeometry.from_model(self._model), self._watch.signature()
+        kv = StaticKV(geometry, rows, room, dtype=self._kv_dtype)
         model = decoder_copy(self._model)
 
         def step(tokens: Tensor, made: Tensor, given: dict[str, Any]) -> Tensor:
             return torch.as_tensor(model(input_ids=tokens[:, None], **given).logits[:, -1])
 
-        sampler = Sampler(rows, vocabulary, TRANSFORMERS, self._geometry.device)
-        return Decoding(step, kv, sampler, backend, bucket=self._bucket)
+        sampler = Sampler(rows, vocabulary, TRANSFORMERS, geometry.device)
+        return Decoding(step, kv, sampler, backend, bucket=self._bucket, why_eager=signature.why_no_capture)

@@ -46,6 +46,7 @@ class Decoding:
         ahead: the most steps between two looks at the host.
         bucket: slots that a captured graph reads, or a multiple of so many; the Triton kernel reads as many as there are
             tokens, whatever this is.
+        why_eager: why steps can only run eagerly, whatever `backend` says; None if they can be compiled and captured.
 
     Attributes:
         token: each request's last token, ``[requests]``.
@@ -63,6 +64,7 @@ class Decoding:
         tf32: bool = False,
         ahead: int = 64,
         bucket: int = BUCKET,
+        why_eager: str | None = None,
     ) -> None:
         requests, vocabulary = sampler.seen.shape
         self.rows = 2 if sampler.guided else 1
@@ -86,10 +88,12 @@ class Decoding:
             self._noise = torch.ones(self.ahead, requests, vocabulary, device=device)
         self._generators: list[torch.Generator | None] = [None] * requests  # None where nothing is drawn
         self._states: dict[torch.Generator, Tensor] = {}  # as they were before the last chunk
-        self._named: BackendName = backend
+        self._named: BackendName = backend if why_eager is None else "eager"
         self._bucket = bucket
         self._backend: Backend
-        self._backend, self.fallback = backend_for(backend, device, bucket)
+        self._backend, self.fallback = backend_for(self._named, device, bucket)
+        if self._named != backend:
+            self.fallback = why_eager
         if self.fallback is not None:
             emit(Event("fell_back", f"{backend} to {self.backend}", reason=self.fallback))
         self._fronts: dict[int, Decoding] = {}

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from threading import Lock
 
 from kvcache.decoding.loop import Decoding
+from kvcache.models import Signature
 
 
 class Pool:
@@ -12,11 +13,17 @@ class Pool:
 
     def __init__(self) -> None:
         self._idle: dict[Hashable, Decoding] = {}
+        self._of: Signature | None = None  # the model that those are for
         self._lock = Lock()
 
     @contextmanager
     def lent(
-        self, kind: Hashable, slots: int, make: Callable[[int], Decoding], exactly: bool = False
+        self,
+        kind: Hashable,
+        slots: int,
+        make: Callable[[int], Decoding],
+        exactly: bool = False,
+        signature: Signature | None = None,
     ) -> Iterator[Decoding]:
         """A decoding of this kind with at least so many slots; a new one if none waits.
 
@@ -25,8 +32,13 @@ class Pool:
             slots: what the request needs.
             make: makes one with so many slots.
             exactly: or with just so many, where memory is bounded.
+            signature: of the model that it is made from. What was made from the model as it was before is let go of; who
+                has it lent finishes with it.
         """
         with self._lock:
+            if self._of is not signature:
+                self._idle.clear()
+                self._of = signature
             decoding = self._idle.pop(kind, None)
         if decoding is None or decoding.kv.slots < slots or (exactly and decoding.kv.slots != slots):
             decoding = None  # its memory first
@@ -37,7 +49,8 @@ class Pool:
             decoding.free(0, len(decoding.token))
             with self._lock:
                 waiting = self._idle.get(kind)
-                if waiting is None or exactly or waiting.kv.slots < decoding.kv.slots:
+                fits = waiting is None or exactly or waiting.kv.slots < decoding.kv.slots
+                if fits and self._of is signature:
                     self._idle[kind] = decoding
 
     def clear(self) -> None:

@@ -14,6 +14,7 @@ from kvcache.decoding.kernel import available, decode_attention
 from kvcache.errors import GeometryError
 from kvcache.geometry import CacheGeometry
 from kvcache.hf import decoding_arguments, rope_by_length
+from kvcache.models import signature_of
 from kvcache.modules import rebuilt
 
 _ATTENTION = "kvcache_decode"
@@ -41,7 +42,7 @@ def why_not(model: Any) -> str | None:
         return f"{name} has attention of a kind of its own"
     if getattr(text, "scale_attn_by_inverse_layer_idx", False):
         return f"{name} scales its attention by layer"
-    return None
+    return signature_of(model).why_no_copy
 
 
 def decoder_copy(model: Any) -> Any:

@@ -1,0 +1,144 @@
+"""Is everything still what it was? Asked of thousands of values at once, in C."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from itertools import chain
+from operator import attrgetter, is_, itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules import module as everywhere
+
+from kvcache.models._sample import Sample
+from kvcache.models._walk import ASIDE, HELD, OWN, PLAIN, Walk
+
+_version = attrgetter("_version")
+_expired = torch.UntypedStorage._expired
+
+
+class Glance:
+    """What a walk found, as flat lists that are compared with what there is now.
+
+    Modules' attributes are one list, in the order of their dicts. Values that are not plain must be the same objects; the
+    dicts of parameters, children and hooks may be others, and are looked into as they are. Parameters are told by their
+    address, version and memory and not held, so that what a model lets go of is free at once.
+
+    Args:
+        walk: of the model.
+        state: attributes that do not count, by the names of their modules.
+    """
+
+    def __init__(self, walk: Walk, state: dict[str, frozenset[str]]) -> None:
+        self._modules = list(walk.modules.values())
+        self._kinds = list(map(type, self._modules))
+        self._classes = list(set(self._kinds))
+        self._forwards = [getattr(kind, "forward", None) for kind in self._classes]
+        named = [(vars(module), state.get(name)) for name, module in walk.modules.items()]
+        dicts: list[dict[Any, Any]] = [one for one in walk.containers if isinstance(one, dict)]
+        self._dicts = [held for held, aside in named if aside is None] + dicts
+        self._dicts += [everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks]
+        self._parted = [(held, aside) for held, aside in named if aside is not None]
+        self._lists = [one for one in walk.containers if isinstance(one, list | deque)]
+        self._sets = [one for one in walk.containers if isinstance(one, set)]
+        self._members = list(map(frozenset, self._sets))
+        keys = [(held, key) for held in self._dicts for key in held]
+        keys += [(held, key) for held, aside in self._parted for key in held if key not in aside]
+        own = {id(vars(module)) for module in self._modules}
+        self._values = self._flat()
+        inner = [i for i, (held, key) in enumerate(keys) if key in OWN and id(held) in own]
+        filled = [i for i in inner if self._values[i]]
+        self._empty = _getter([i for i in inner if not self._values[i]])
+        self._tensors_in = _getter([i for i in filled if keys[i][1] in HELD])
+        self._others_in = _getter([i for i in filled if keys[i][1] not in HELD])
+        apart = {*inner, *(i for i, value in enumerate(self._values) if isinstance(value, PLAIN))}
+        apart.update(i for i, (held, key) in enumerate(keys) if key in ASIDE and id(held) in own)
+        self._objects = _getter([i for i in range(len(self._values)) if i not in apart])
+        self._same = self._objects(self._values)
+        self._others = _inside(self._others_in(self._values))
+        tensors = self._current()
+        self._addresses = list(map(id, tensors))
+        extra = [part.value for part in walk.parts if part.kind == "tensor"]
+        held_ids = set(self._addresses)
+        self._extra = list({id(one): one for one in extra if id(one) not in held_ids}.values())
+        self._watch_tensors([*tensors, *self._extra], len(tensors))
+
+    def _watch_tensors(self, tensors: Sequence[Any], held: int) -> None:
+        counted = [i for i, one in enumerate(tensors) if isinstance(one, Tensor) and not one.is_inference()]
+        placed = [i for i, one in enumerate(tensors) if isinstance(one, Tensor) and _has_memory(one)]
+        self._counted, self._placed = _getter(counted), _getter(placed)
+        self._versions = list(map(_version, self._counted(tensors)))
+        self._places = list(map(Tensor.data_ptr, self._placed(tensors)))
+        # Held weakly: memory that was freed and taken again is other memory, though its address may be the same.
+        self._memory = [StorageWeakRef(one.untyped_storage()) for one in self._placed(tensors)]  # type: ignore[no-untyped-call]
+        self._memories = [memory.cdata for memory in self._memory]
+        self._sampled = _getter([i for i in placed if i < held])
+        self._sample: Sample | None = None
+
+    def _flat(self) -> list[Any]:
+        parts = [held[key] for held, aside in self._parted for key in held if key not in aside]
+        return list(chain(chain.from_iterable(map(dict.values, self._dicts)), parts, *self._lists))
+
+    def _current(self) -> list[Any]:
+        """The modules' parameters and buffers, None among them."""
+        return _inside(self._tensors_in(self._values))
+
+    def same(self) -> bool:
+        """Whether nothing has changed."""
+        try:
+            return self._is_same()
+        except (RuntimeError, KeyError):  # tensors that are compared by value, dicts that change meanwhile
+            return False
+
+    def _is_same(self) -> bool:
+        values = self._flat()
+        if len(values) != len(self._values) or not all(map(is_, self._objects(values), self._same)):
+            return False
+        if any(self._empty(values)) or list(map(type, self._modules)) != self._kinds:
+            return False
+        others = _inside(self._others_in(values))
+        if len(others) != len(self._others) or not all(map(is_, others, self._others)):
+            return False
+        tensors = _inside(self._tensors_in(values))
+        if list(map(id, tensors)) != self._addresses:
+            return False
+        tensors += self._extra
+        return (
+            values == self._values
+            and list(map(_version, self._counted(tensors))) == self._versions
+            and list(map(Tensor.data_ptr, self._placed(tensors))) == self._places
+            and not any(map(_expired, self._memories))
+            and list(map(frozenset, self._sets)) == self._members
+            and [getattr(kind, "forward", None) for kind in self._classes] == self._forwards
+        )
+
+    def sample(self) -> bytes | None:
+        """Some bytes of each parameter and buffer; None if they are others than were looked at."""
+        tensors = self._current()
+        if list(map(id, tensors)) != self._addresses:
+            return None
+        tensors = self._sampled(tensors)
+        if self._sample is None:
+            self._sample = Sample(tensors)
+        return self._sample(tensors)
+
+
+def _getter(indices: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """What gives the values at these places."""
+    if len(indices) > 1:
+        return itemgetter(*indices)
+    return lambda values: tuple(values[i] for i in indices)
+
+
+def _inside(dicts: Sequence[dict[str, Any]]) -> list[Any]:
+    return list(chain.from_iterable(map(dict.values, dicts)))
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    if tensor.is_meta or tensor.layout != torch.strided:
+        return False
+    try:
+        return tensor.untyped_storage().data_ptr() != 0 or tensor.numel() == 0
+    except (NotImplementedError, RuntimeError):  # a tensor subclass without memory of its own
+        return False

@@ -1,0 +1,99 @@
+"""What a walk found, as values that are equal where nothing has changed."""
+
+import dis
+import types
+from collections.abc import Hashable, Mapping
+from typing import Any
+from weakref import ReferenceType, ref
+
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from kvcache.models._forwards import HOOKS, reached
+from kvcache.models._walk import HELD, Part, Place, Walk
+
+Facts = dict[Place, Hashable]
+
+
+class Tokens:
+    """Numbers for objects and memory: the same number for the same one, never that of one that is gone."""
+
+    def __init__(self) -> None:
+        self._objects: dict[int, tuple[ReferenceType[Any], int]] = {}
+        self._memory: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._next = 0
+
+    def facts(self, walk: Walk) -> Facts:
+        """What is at each place, and each module's class and forward."""
+        found: Facts = {part.place: self._fact(part, walk) for part in walk.parts}
+        for name, module in walk.modules.items():
+            kind = type(module)
+            forward = vars(module).get("_compiled_call_impl") is not None, self._of(getattr(kind, "forward", None))
+            found[name, "", ""] = self._of(kind), forward
+        return found
+
+    def _fact(self, part: Part, walk: Walk) -> Hashable:
+        value = part.value
+        if part.kind == "plain":
+            return "plain", type(value), repr(value)
+        if part.kind == "size":  # of a container or an object that is walked into where it was met first
+            return "size", type(value), len(value) if hasattr(value, "__len__") else 0, walk.name_of(value)
+        if part.kind == "tensor":
+            return "tensor", self._tensor(value)
+        return part.kind, self._of(value)
+
+    def _of(self, value: Any) -> Hashable:
+        if isinstance(value, types.MethodType):
+            return self._of(value.__func__), self._of(value.__self__)
+        known = self._objects.get(id(value))
+        if known is not None and known[0]() is value:
+            return known[1]
+        try:
+            reference = ref(value)
+        except TypeError:  # what cannot be told from another that takes its place when it is gone
+            return type(value), id(value)
+        self._next += 1
+        self._objects[id(value)] = reference, self._next
+        return self._next
+
+    def _tensor(self, tensor: Tensor) -> Hashable:
+        if tensor.is_meta:  # where weights are offloaded, there is a new one after each call
+            return tensor.shape, tensor.dtype, "meta"
+        version = 0 if tensor.is_inference() else tensor._version
+        return self._of(tensor), version, self._place(tensor), tensor.shape, tensor.dtype, str(tensor.device)
+
+    def _place(self, tensor: Tensor) -> Hashable:
+        try:
+            storage = tensor.untyped_storage()
+        except (NotImplementedError, RuntimeError):  # a tensor subclass without memory of its own
+            return None
+        known = self._memory.get(storage._cdata)
+        if known is None or known[0].expired():  # type: ignore[no-untyped-call]
+            self._next += 1
+            known = self._memory[storage._cdata] = StorageWeakRef(storage), self._next  # type: ignore[no-untyped-call]
+        return known[1], tensor.storage_offset(), tensor.stride()
+
+
+def is_state(before: Facts, after: Facts, modules: Mapping[str, nn.Module]) -> set[tuple[str, str]]:
+    """Which attributes a forward wrote between two walks: the names of their modules, and theirs."""
+    changed = [place for place in before.keys() | after.keys() if before.get(place) != after.get(place)]
+    attributes = {place[:2] for place in changed}
+    others = {place[:2] for place in changed if not _written(place, before.get(place), after.get(place), modules)}
+    return attributes - others
+
+
+def _written(place: Place, before: Any, after: Any, modules: Mapping[str, nn.Module]) -> bool:
+    name, attribute, path = place
+    module = modules.get(name)
+    if module is None or attribute in ("", *HOOKS) or any(attribute in vars(module)[kind] for kind in HELD):
+        return False
+    if all(fact is None or fact[0] in ("tensor", "size") or fact[1] is type(None) for fact in (before, after)):
+        return True
+    number = all(fact is not None and fact[0] == "plain" and fact[1] in (int, float) for fact in (before, after))
+    return number and not path and attribute in _stored(type(module))
+
+
+def _stored(kind: type) -> set[str]:
+    """The attributes that the forward of a class stores, itself or by methods that it calls."""
+    steps = (one for function in reached(kind) for one in dis.get_instructions(function))
+    return {one.argval for one in steps if one.opname == "STORE_ATTR"}
