@@ -136,7 +136,7 @@ def _inside(dicts: Sequence[dict[str, Any]]) -> list[Any]:
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    if tensor.is_meta or tensor.layout != torch.strided:
+    if tensor.is_meta or tensor.layout != torch.strided or type(tensor).__name__ == "FakeTensor":
         return False
     try:
         return tensor.untyped_storage().data_ptr() != 0 or tensor.numel() == 0
