@@ -257,7 +257,7 @@ def hot_swapped(model: Any) -> None:
     from peft.utils import hotswap
 
     states = {
-        name.replace(".one.", "."): torch.randn(tensor.shape, generator=torch.Generator().manual_seed(i)) * 0.3
+        name: torch.randn(tensor.shape, generator=torch.Generator().manual_seed(i)) * 0.3
         for i, (name, tensor) in enumerate(model.state_dict().items())
         if ".one." in name
     }
@@ -393,8 +393,7 @@ def manager_of(model: Any, feature: str) -> KVCacheManager:
 def outcome(ask: Callable[[], Tensor], expected: Tensor) -> str:
     try:
         found = ask()
-    except KVCacheError as error:
-        assert str(error)
+    except KVCacheError:
         return "r"
     assert torch.equal(found, expected), f"{found} where {expected} is right"
     return "="
@@ -432,7 +431,9 @@ def test_the_table_is_large_and_mostly_right_answers() -> None:
     cells = "".join(change.expected for change in CHANGES.values())
     assert len(CHANGES) >= 24
     assert cells.count("=") > len(cells) / 2
-    assert all(change.expected[0] == change.expected[2] == "=" for change in CHANGES.values())  # these can always be right
+    assert all(
+        change.expected[0] == change.expected[2] == "=" for change in CHANGES.values()
+    )  # these can always be right
 
 
 def test_unwrapping_is_of_what_was_wrapped() -> None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
@@ -235,7 +235,7 @@ def _judged(walk: Walk) -> Signature:
         capturing = f"a forward of its own on {_names(bound or list(kinds))} runs in Python"
     naming = None
     if hooked:
-        naming = f"hooks on {_names(hooked)} may change what it computes; remove them"
+        naming = f"hooks on {_names(hooked)} may change what it computes; remove them, or mark with looks_on those that do not"
     elif bound or altered:
         naming = f"{_names(bound or altered)} has a forward that is not its class's, which no name can tell from others"
     elif offloaded:
