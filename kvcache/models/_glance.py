@@ -118,10 +118,10 @@ class Glance:
         tensors = self._current()
         if list(map(id, tensors)) != self._addresses:
             return None
-        tensors = self._sampled(tensors)
+        sampled = self._sampled(tensors)
         if self._sample is None:
-            self._sample = Sample(tensors)
-        return self._sample(tensors)
+            self._sample = Sample(sampled)
+        return self._sample(sampled)
 
 
 def _getter(indices: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
