@@ -127,16 +127,10 @@ class KVCacheManager:
         self.preallocate = preallocate
         self.backend: Backends = backend
         self.enabled = True
-        self._from_model = Following(model, self._make)
-        self._observed = False
-        backend_on(backend, CacheGeometry.from_model(model).device)
+        self.quantization = quantization
         self._last = CacheReport(())
         self._running: weakref.ref[Any] | None = None  # the cache of a run that is under way
-        self.speakers = SpeakerCache(default_store(self.geometry.device)) if speakers is None else speakers
-        self._decoder = LanguageDecoder(model, kv_dtype, max_cache_length, bucket)
-        self._prompts = Prompts(model, self.speakers, max_cache_length, self.geometry.max_positions)
         # Says now, not at the first request, what cannot work.
-        self.quantization = quantization
         first = hf.new_cache(
             model,
             policy,
@@ -147,7 +141,11 @@ class KVCacheManager:
         )
         self._observed = any(kv.by_head for kv in hf.kv_layers(first, some=False))
         self._from_model = Following(model, self._make)
-        self._from_model.now()
+        geometry = self._from_model.now().geometry
+        backend_on(backend, geometry.device)
+        self.speakers = SpeakerCache(default_store(geometry.device)) if speakers is None else speakers
+        self._decoder = LanguageDecoder(model, kv_dtype, max_cache_length, bucket)
+        self._prompts = Prompts(model, self.speakers, max_cache_length, geometry.max_positions)
 
     @classmethod
     def from_profile(cls, model: Any, path: Path | str, **overrides: Any) -> "KVCacheManager":

@@ -54,11 +54,11 @@ def _bind(old: nn.Module, new: nn.Module, bind: Rebinding, one_device: bool) -> 
     """Give the copy of a module dicts of its own, and what is bound to it."""
     held = new.__dict__
     for key, value in vars(old).items():
-        if key in HELD or (key.endswith("_hooks") and key not in HOOKS):
-            held[key] = copy.copy(value)
-        elif key in HOOKS:
+        if key in HOOKS:
             held[key] = type(value)((number, bind(hook)) for number, hook in value.items())
-        elif key != "_modules" and not key.startswith("_forward"):
+        elif key in HELD or "_hooks" in key:  # with what torch notes of each hook beside it
+            held[key] = copy.copy(value)
+        elif key != "_modules":
             held[key] = bind(value)
     kind = forward_of(old)
     if kind == "own" or (kind == "moves" and one_device):

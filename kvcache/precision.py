@@ -197,7 +197,7 @@ def _plain_linear(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
     return {
         name: module
         for name, module in found.items()
-        if is_plain(module) and "weight" not in _names_used(type(_holder(name, modules)))
+        if is_plain(module) and "weight" not in _names_used(_holder(name, modules))
     }
 
 
@@ -210,8 +210,12 @@ def _holder(name: str, modules: Mapping[str, nn.Module]) -> nn.Module:
     return parent
 
 
+def _names_used(module: nn.Module) -> frozenset[str]:
+    return _names_in(type(module))  # type: ignore[arg-type]  # a class, which mypy takes for what it makes
+
+
 @lru_cache(maxsize=1024)
-def _names_used(kind: Any) -> frozenset[str]:
+def _names_in(kind: type) -> frozenset[str]:
     return frozenset(name for function in reached(kind) for name in function.__code__.co_names)
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from t3_models import tiny_t3
 
 from kvcache import InputError
+from kvcache.models import looks_on
 from kvcache_chatterbox import ChatterboxEngine, byte_tokens
 from kvcache_chatterbox.audio import SAMPLES_PER_TOKEN, AudioStream, SegmentedAudio, Speaker
 from kvcache_chatterbox.loading import upstream_t3
@@ -98,7 +99,8 @@ def test_voices_and_emotions_are_of_the_request_alone(tmp_path):
     engine = ChatterboxEngine(model)
     voice, emotion = model.conds, model.conds.t3.emotion_adv
     emotions, heard = [], []
-    model.t3.cond_enc.emotion_adv_fc.register_forward_pre_hook(lambda module, inputs: emotions.append(float(inputs[0])))
+    watch = looks_on(lambda module, inputs: emotions.append(float(inputs[0])))
+    model.t3.cond_enc.emotion_adv_fc.register_forward_pre_hook(watch)
     vocode = model.s3gen.inference
     model.s3gen.inference = lambda **given: [heard.append(given["ref_dict"]["embedding"]), vocode(**given)][1]
     clip = tmp_path / "other.wav"

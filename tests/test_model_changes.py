@@ -257,7 +257,7 @@ def hot_swapped(model: Any) -> None:
     from peft.utils import hotswap
 
     states = {
-        name.replace(".one.", "."): torch.randn(tensor.shape, generator=torch.Generator().manual_seed(i)) * 0.3
+        name: torch.randn(tensor.shape, generator=torch.Generator().manual_seed(i)) * 0.3
         for i, (name, tensor) in enumerate(model.state_dict().items())
         if ".one." in name
     }

@@ -53,6 +53,7 @@ from kvcache import (
 )
 from kvcache.fingerprint import forget
 from kvcache.managed import ManagedCache, ManagedLayer
+from kvcache.models import looks_on
 from kvcache.testing.laws import BUFFERS, Pair, tokens
 
 NEW = 12
@@ -107,7 +108,7 @@ def forwarded(model: Any) -> Iterator[list[int]]:
         given_ = args[0] if args else kwargs.get("input_ids")
         counts.append((kwargs["inputs_embeds"] if given_ is None else given_).shape[1])
 
-    handle = model.get_decoder().register_forward_pre_hook(count, with_kwargs=True)
+    handle = model.get_decoder().register_forward_pre_hook(looks_on(count), with_kwargs=True)
     try:
         yield counts
     finally:

@@ -29,7 +29,7 @@ from kvcache import (
 )
 from kvcache.fingerprint import forget
 from kvcache.hf import exact_windows
-from kvcache.models import Following, signature_of, watch_of
+from kvcache.models import Following, looks_on, signature_of, watch_of
 from kvcache.modules import rebuilt
 from kvcache.precision import PackedLinear, with_precision
 
@@ -60,7 +60,7 @@ def test_what_is_as_before_is_no_change() -> None:
     watch = watch_of(model)
     before = watch.signature()
     said(model)
-    model.config.layer_types = list(model.config.layer_types)
+    model.config.rope_parameters = dict(model.config.rope_parameters)
     model.model.norm.variance_epsilon = float(str(model.model.norm.variance_epsilon))
     model.generation_config = copy.deepcopy(model.generation_config)
     handle = model.model.norm.register_forward_hook(lambda *_: None)
@@ -70,7 +70,7 @@ def test_what_is_as_before_is_no_change() -> None:
     model.requires_grad_()
     assert signature_of(model) is before
     # What took the place of something equal is watched as that was.
-    model.config.layer_types[0] = "other"
+    model.config.rope_parameters["rope_theta"] = 1.0
     assert signature_of(model) is not before
 
 
@@ -312,7 +312,8 @@ def test_a_copy_holds_its_own_parts_and_shares_what_hooks_collect() -> None:
     assert new.listed[0] is new.second is not module.second
     new(torch.randn(2, 3))
     assert seen == [new.second]
-    assert len(new.collected) == 1 and module.collected == []
+    assert new.collected is module.collected
+    assert len(new.collected) == 1
 
 
 HIDING: Any = None
@@ -345,16 +346,35 @@ def test_a_parametrized_model_is_copied() -> None:
 
 
 def test_a_model_with_hooks_has_no_name(tmp_path: Any) -> None:
-    with SpeakerCache(DiskStore(tmp_path, "1GiB")) as speakers:
-        manager = KVCacheManager(hooked(), speakers=speakers)
-        for ask in (
-            lambda: manager.add_prefix("p", PREFIX),
-            lambda: manager.save(manager.new_cache()),
-            lambda: model_fingerprint(manager.model),
-        ):
-            with pytest.raises(InputError, match=r"hooks on model\.layers\.0\.mlp may change what it computes"):
-                ask()
-        assert speakers.stats().built == 0
+    speakers = SpeakerCache(DiskStore(tmp_path, "1GiB"))
+    manager = KVCacheManager(hooked(), speakers=speakers)
+    for ask in (
+        lambda: manager.add_prefix("p", PREFIX),
+        lambda: manager.save(manager.new_cache()),
+        lambda: model_fingerprint(manager.model),
+    ):
+        with pytest.raises(InputError, match=r"hooks on model\.layers\.0\.mlp may change what it computes"):
+            ask()
+    assert speakers.stats().built == 0
+    speakers.close()
+
+
+def test_a_hook_that_is_marked_as_an_onlooker_changes_nothing() -> None:
+    model, seen = llama(), []
+    manager = KVCacheManager(model, speakers=SpeakerCache(MemoryStore()))
+    manager.add_prefix("p", PREFIX)
+    before = signature_of(model), model_fingerprint(model)
+    model.model.norm.register_forward_hook(looks_on(lambda module, given, out: seen.append(out.shape[1])))
+    model.model.norm.register_forward_hook(looks_on(Onlooker().see))
+    assert (signature_of(model), model_fingerprint(model)) == before
+    found = manager.generate(REST, prefix="p", **GREEDY)
+    assert torch.equal(found[:, WHOLE.shape[1] :], said(model))
+    assert seen[0] == REST.shape[1]
+
+
+class Onlooker:
+    def see(self, module: nn.Module, given: Any, out: Tensor) -> None:
+        """Nothing to do."""
 
 
 def test_a_class_whose_forward_was_replaced_has_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,17 +407,13 @@ def test_attributes_are_part_of_the_name_or_refused() -> None:
             named(value)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore")  # torch's own quantization is to go
 def test_packed_weights_of_torch_are_part_of_the_name() -> None:
     def quantized(seed: int) -> str:
         torch.manual_seed(seed)
         return model_fingerprint(torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 4)), {nn.Linear}))
 
     assert quantized(1) == quantized(1) != quantized(2)
-
-
-class Packed(Tensor):
-    """As bitsandbytes has it: bytes, with the state that says what they mean as an attribute."""
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])

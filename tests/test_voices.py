@@ -17,6 +17,7 @@ from test_chatterbox_audio import tts
 
 from kvcache import CorruptError, DiskStore, InputError, MemoryStore, SlidingWindow, SpeakerCache, TieredStore
 from kvcache.hf import new_cache
+from kvcache.models import looks_on
 from kvcache_chatterbox import ChatterboxEngine, Voice, byte_tokens, load_t3, random_conditionals
 from kvcache_chatterbox.decoding import Decoder
 from kvcache_chatterbox.requests import check_text, condition, prefill
@@ -57,9 +58,8 @@ def spoken(kind, words, count=60, exaggeration=None, who=0, **options):
 def run_tokens(t3):
     """How many tokens each forward pass of the backbone ran, rows times length."""
     seen = []
-    hook = t3.tfmr.register_forward_pre_hook(
-        lambda module, args, given: seen.append(given["inputs_embeds"].shape[:2].numel()), with_kwargs=True
-    )
+    count = looks_on(lambda module, args, given: seen.append(given["inputs_embeds"].shape[:2].numel()))
+    hook = t3.tfmr.register_forward_pre_hook(count, with_kwargs=True)
     return seen, hook
 
 

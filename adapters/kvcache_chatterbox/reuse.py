@@ -58,6 +58,12 @@ class VoiceReuse:
         self._conditionings: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
         self._unconditional = mode == "all"
 
+    @property
+    def usable(self) -> bool:
+        """Whether the model, as it is now, can be told from others, so that what it computes may be kept; see
+        `kvcache.models.Signature.why_no_name`."""
+        return self._watch.signature().why_no_name is None
+
     @torch.inference_mode()
     def start(self, request: Prefill, cache: Any) -> FirstPass:
         """Prefill `request` into the empty `cache`."""

@@ -278,7 +278,7 @@ class UtteranceDecoder:
         self, utterance: Utterance, rows: int, generator: torch.Generator | None, caching: bool
     ) -> tuple[Decoder, Any]:
         """What prefills an utterance, and the cache for it, both new."""
-        reuse = self._reuse if utterance.reused else None
+        reuse = self._reuse_now(utterance.reused)
         text = utterance.text.expand(rows, -1)
         request = prefill(self.t3, self._conditioning(utterance.voice, utterance.reused), text, self.double_bos)
         total = utterance.max_new_tokens
@@ -286,8 +286,12 @@ class UtteranceDecoder:
         start = None if cache is None or reuse is None else reuse.start
         return Decoder(self.t3, request, utterance.sampling, total, cache, generator, start, self.onednn), cache
 
+    def _reuse_now(self, reused: bool) -> VoiceReuse | None:
+        """What is known of voices, where the model as it is now lets it be used: else all of a request is run."""
+        return self._reuse if reused and self._reuse is not None and self._reuse.usable else None
+
     def _conditioning(self, voice: Voice, reused: bool) -> Tensor:
-        reuse = self._reuse if reused else None
+        reuse = self._reuse_now(reused)
         return condition(self.t3, voice.t3) if reuse is None else reuse.condition(voice.t3)
 
     @property

@@ -156,7 +156,8 @@ class Voices(Mapping[str, Voice]):
             InputError: if there is no voice of this name.
         """
         voice = self[name]
-        snapshot = self._reuse.prepare(voice.t3) if computed and self._reuse is not None else None
+        known = computed and self._reuse is not None and self._reuse.usable
+        snapshot = self._reuse.prepare(voice.t3) if known and self._reuse is not None else None
         _write(Path(path), name, voice, snapshot)
 
     def load(self, path: str | os.PathLike[str], name: str | None = None) -> str:
@@ -176,7 +177,7 @@ class Voices(Mapping[str, Voice]):
         written, voice, snapshot = _read(self._t3, Path(path))
         name = written if name is None else name
         self.add(name, voice)
-        if self._reuse is not None:
+        if self._reuse is not None and self._reuse.usable:
             if snapshot is not None and snapshot.key == self._reuse.key(voice.t3):
                 self._reuse.speakers.store.put(snapshot)
             self._reuse.prepare(voice.t3)

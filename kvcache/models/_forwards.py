@@ -7,8 +7,9 @@ or somebody's own, which is bound anew to the copy, part by part, or cannot be.
 
 import sys
 import types
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
@@ -16,6 +17,7 @@ Forward = Literal["own", "moves", "offloads", "bound"]
 """The class's own; its own between moves of tensors from device to device; with weights that come only for the call; or
 somebody's."""
 
+_MARK = "_kvcache_looks_on"
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 # Hooks that look at outputs and give nothing back: this library's, and those that others leave behind for good.
 _ONLOOKERS = ("kvcache", "kvcache_chatterbox", "chatterbox", "transformers.utils.output_capturing")
@@ -104,9 +106,24 @@ def hooks_of(module: nn.Module) -> list[Any]:
     return [hook for kind in HOOKS for hook in list(getattr(module, kind).values()) if foreign(hook)]
 
 
+Hook = TypeVar("Hook", bound=Callable[..., Any])
+
+
+def looks_on(hook: Hook) -> Hook:
+    """Mark a hook as one that only looks: it gives nothing back and changes nothing in place.
+
+    Models with other hooks have no prefixes and save no caches, since what they compute has no name to be kept under. It
+    sees what runs on the model itself, not on the copies of it that rank tokens or decode in whole steps.
+    """
+    setattr(getattr(hook, "__func__", hook), _MARK, True)
+    return hook
+
+
 def foreign(hook: Any) -> bool:
     """Whether a hook may change what its module is given or gives."""
     named = hook.func if isinstance(hook, partial) else hook
+    if getattr(named, _MARK, False):
+        return False
     home = getattr(named, "__module__", None) or type(hook).__module__
     return not any(home == known or home.startswith(f"{known}.") for known in _ONLOOKERS)
 

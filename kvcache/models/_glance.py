@@ -118,10 +118,10 @@ class Glance:
         tensors = self._current()
         if list(map(id, tensors)) != self._addresses:
             return None
-        tensors = self._sampled(tensors)
+        sampled = self._sampled(tensors)
         if self._sample is None:
-            self._sample = Sample(tensors)
-        return self._sample(tensors)
+            self._sample = Sample(sampled)
+        return self._sample(sampled)
 
 
 def _getter(indices: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
@@ -136,7 +136,7 @@ def _inside(dicts: Sequence[dict[str, Any]]) -> list[Any]:
 
 
 def _has_memory(tensor: Tensor) -> bool:
-    if tensor.is_meta or tensor.layout != torch.strided:
+    if tensor.is_meta or tensor.layout != torch.strided or type(tensor).__name__ == "FakeTensor":
         return False
     try:
         return tensor.untyped_storage().data_ptr() != 0 or tensor.numel() == 0

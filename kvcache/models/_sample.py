@@ -69,4 +69,5 @@ def _storages(tensors: Sequence[Tensor]) -> list[torch.UntypedStorage]:
 def _view(tensor: Tensor, first: int, step: int, many: int) -> Array:
     size = tensor.element_size()
     memory: Any = (ctypes.c_char * (size * (first + (many - 1) * step + 1))).from_address(tensor.data_ptr())
-    return numpy.ndarray((many,), f"V{size}", memory, size * first, (size * step,))
+    view: Array = numpy.ndarray((many,), f"V{size}", memory, size * first, (size * step,))
+    return view

@@ -235,7 +235,7 @@ def _judged(walk: Walk) -> Signature:
         capturing = f"a forward of its own on {_names(bound or list(kinds))} runs in Python"
     naming = None
     if hooked:
-        naming = f"hooks on {_names(hooked)} may change what it computes; remove them"
+        naming = f"hooks on {_names(hooked)} may change what it computes; remove them, or mark with looks_on those that do not"
     elif bound or altered:
         naming = f"{_names(bound or altered)} has a forward that is not its class's, which no name can tell from others"
     elif offloaded:

@@ -32,7 +32,7 @@ ASIDE = frozenset(
         "_non_persistent_buffers_set", "_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook",
         "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs",
         "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
-        "_compiled_call_impl", "_compiled_call", "_last_compile_config", "_is_hf_initialized", "_cache",
+        "_compiled_call_impl", "_compiled_call", "_is_torch_compile", "_last_compile_config", "_is_hf_initialized", "_cache",
         "generation_config", "warnings_issued", "name_or_path", "_name_or_path", "model_tags", "loss_type",
         "_loss_function", "gradient_checkpointing", "_gradient_checkpointing_func", "_previous_max_cache_length",
         "_auto_class", "_require_grads_hook", "_require_grads_hooks", "_hf_peft_config_loaded",
@@ -81,13 +81,16 @@ class Walk:
         self.modules: dict[str, nn.Module] = {}
         self.containers: list[Any] = []
         self.parts: list[Part] = []
-        self._open = deque([("", model)])
-        while self._open:
-            name, module = self._open.popleft()
+        self._found: list[tuple[str, nn.Module]] = []
+        waiting = [("", model)]
+        while waiting:  # depth first, so that wrappers around modules do not change the order
+            name, module = waiting.pop()
             if id(module) not in self._seen:
                 self._seen[id(module)] = name
                 self.modules[name] = module
                 self.parts += self._module(name, module)
+                waiting += reversed(self._found)
+                self._found = []
 
     def name_of(self, value: Any) -> str | None:
         """Under which name a module, or an object that is walked into, was met first."""
@@ -97,7 +100,7 @@ class Walk:
         held = vars(module)
         for key, child in list(module._modules.items()):
             if child is not None:
-                self._open.append((f"{name}.{key}" if name else key, child))
+                self._found.append((f"{name}.{key}" if name else key, child))
                 yield Part((name, key, ""), "module", child)
         for kind in HELD:
             for key, tensor in list(held[kind].items()):
@@ -121,7 +124,7 @@ class Walk:
             yield Part(place, "tensor", value)
             yield from self._inside_tensor(place, value, depth)
         elif isinstance(value, nn.Module):
-            self._open.append(("|".join(filter(None, place)), value))
+            self._found.append((_named(place), value))
             yield Part(place, "module", value)
         elif isinstance(value, _CALLABLE):
             yield Part(place, "callable", value)
@@ -130,7 +133,7 @@ class Walk:
         elif id(value) in self._seen:
             yield Part(place, "size", value)
         else:
-            self._seen[id(value)] = "|".join(place)
+            self._seen[id(value)] = _named(place)
             if isinstance(inner, _Attributes):
                 self.containers.append(vars(value))
             elif isinstance(value, dict | list | set | deque):
@@ -146,10 +149,14 @@ class Walk:
             names, context = tensor.__tensor_flatten__()
             inner |= {"context": context, **{name: getattr(tensor, name) for name in names}}
         if inner and depth <= _DEEP and id(tensor) not in self._seen:
-            self._seen[id(tensor)] = "|".join(place)
+            self._seen[id(tensor)] = _named(place)
             for key, value in inner.items():
                 if value is not tensor:
                     yield from self._leaves((*place[:2], f"{place[2]}.{key}"), value, depth + 1)
+
+
+def _named(place: Place) -> str:
+    return ".".join(filter(None, place))
 
 
 class _Attributes(dict[str, Any]):
