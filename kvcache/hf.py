@@ -230,7 +230,7 @@ def new_cache(
     shape = shape_of(model) if any(budgeted(policies[i]) for i in managed) else None
     for layer in layers:
         if type(layer) is DynamicSlidingWindowLayer:
-            layer.__class__ = _OwnWindow
+            layer.__class__ = OwnWindow
     for i in managed:
         given: dict[str, Any] = {"max_length": max_length, "padding": padding, "layers": len(managed), "rows": rows}
         if shape is not None and budgeted(policies[i]):
@@ -253,8 +253,9 @@ def new_cache(
             )
         ours.append(kv)
         layers[i] = ManagedLayer(kv, geometry.max_positions, ours, evictions)
-    for kv in ours if shape is not None and rows is None else ():
-        kv.share(shape.whole())  # says now what does not hold one row
+    if shape is not None and rows is None:
+        for kv in ours:  # says now what does not hold one row
+            kv.share(shape.whole())
     cache = _Cache(layers=layers)
     return _EncoderDecoderCache(cache, _Crossed(ours, shape)) if model.config.is_encoder_decoder else cache
 
@@ -359,7 +360,7 @@ def extend_prefix(
     return PrefixSnapshot.of(kv_layers(cache), key, build_seconds=spent + time.perf_counter() - began)
 
 
-class _OwnWindow(DynamicSlidingWindowLayer):
+class OwnWindow(DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]
     """A model's own layer with a window, which lets go of what has left it: transformers' holds a whole prompt until the
     next token comes."""
 
