@@ -154,13 +154,14 @@ class _Blank:
 
     def fill(self, count: int) -> None:
         """Let the cache see so many tokens more."""
-        if any(layer.more for layer in hf.shape_of(self._manager.model).layers):
+        own = [layer for layer in hf.cache_layers(self.cache) if isinstance(layer, DynamicLayer)]
+        if any(not isinstance(layer, hf.OwnWindow) for layer in own):
             self.run(count)  # only the model knows what else belongs to a token
             return
         with without_numbers():
-            fill(self.layers, count)
-            for layer in hf.cache_layers(self.cache):
-                if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:
+            fill([kv for kv in self.layers if kv.keys is not None], count)
+            for layer in own:
+                if layer.keys is not None and layer.values is not None:
                     keys, values = ((*t.shape[:2], count, t.shape[3]) for t in (layer.keys, layer.values))
                     layer.update(layer.keys.new_empty(keys), layer.values.new_empty(values))
 

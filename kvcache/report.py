@@ -183,11 +183,17 @@ def _layer_report(layer: Any) -> LayerReport:
     if (kv := getattr(layer, "kv", None)) is not None:
         heads = getattr(kv, "heads", ())
         return LayerReport(repr(kv.policy), kv.seen, kv.stored, kv.evicted, kv.capacity, kv.nbytes, heads)
-    keys = getattr(layer, "keys", None)
-    stored = keys.shape[-2] if isinstance(keys, Tensor) and keys.dim() == 4 else 0
-    seen = layer.get_seq_length() if stored else 0
-    return LayerReport(
-        f"the model's own {type(layer).__name__}", seen, stored, seen - stored, stored, layer_bytes(layer)
+    keys: Any = getattr(layer, "keys", None)
+    attends = isinstance(keys, Tensor) and keys.dim() == 4
+    seen = layer.get_seq_length() if attends else 0
+    stored = keys.shape[-2] if attends else 0
+    return LayerReport(f"the model's own {_kind(layer)}", seen, stored, seen - stored, stored, layer_bytes(layer))
+
+
+def _kind(layer: Any) -> str:
+    """What transformers calls a layer, of which ours may be a kind."""
+    return next(
+        (c.__name__ for c in type(layer).__mro__ if c.__module__.startswith("transformers.")), type(layer).__name__
     )
 
 

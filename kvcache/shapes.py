@@ -183,7 +183,7 @@ def run_blank(model: Any, cache: Any, rows: int, tokens: int, encoded: int, devi
         if "encoder_outputs" not in given:
             width = model.get_encoder().config.hidden_size
             states = torch.zeros(rows, encoded, width, dtype=model.dtype, device=device)
-            given["encoder_outputs"] = BaseModelOutput(last_hidden_state=states)  # type: ignore[arg-type]
+            given["encoder_outputs"] = BaseModelOutput(last_hidden_state=states)
         return model(decoder_input_ids=ids, **given)
     # Some models look for pads among token ids, which have no numbers on the meta device.
     if torch.device(device).type == "meta":

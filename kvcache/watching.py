@@ -268,13 +268,14 @@ class Watch:
 
 def _kinds() -> list[type]:
     """All classes of cache layers that there are now, each once."""
-    found, left = {}, [CacheLayerMixin, *_STATES]
+    found: list[type] = []
+    left: list[type] = [CacheLayerMixin, *_STATES]
     while left:
         kind = left.pop()
         if kind not in found:
-            found[kind] = None
+            found.append(kind)
             left += kind.__subclasses__()
-    return list(found)
+    return found
 
 
 class _Functions(TorchFunctionMode):

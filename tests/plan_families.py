@@ -48,7 +48,7 @@ class Kind:
         settings: of its config.
         head: what follows the name of the model's class.
         config: the name of its config's class, where that is another.
-        evicts: whether tokens may leave it.
+        evicts: whether it is tried with policies under which tokens leave.
         bits: whether it has a layer that fewer bits can hold.
         since: the release that its cache can be served from on.
     """
@@ -66,7 +66,11 @@ KINDS: dict[str, Kind] = {
     "llama": Kind("Llama"),
     "mistral": Kind("Mistral", {**_SMALL, **_OWN}, evicts=False, bits=False),
     "gemma2": Kind("Gemma2", {**_SMALL, **_OWN, "head_dim": 16}),
-    "gemma3": Kind("Gemma3", {**_SMALL, **_OWN, "head_dim": 16, "num_hidden_layers": 6}, config="Gemma3TextConfig"),
+    "gemma3": Kind(
+        "Gemma3",
+        {**_SMALL, **_OWN, "head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]},
+        config="Gemma3TextConfig",
+    ),
     "gemma3n": Kind(
         "Gemma3n",
         {
@@ -75,7 +79,7 @@ KINDS: dict[str, Kind] = {
             "activation_sparsity_pattern": [0.0] * 4, "altup_num_inputs": 2, "hidden_size_per_layer_input": 8,
             "vocab_size_per_layer_input": VOCABULARY, "pad_token_id": 0,
         },
-        config="Gemma3nTextConfig",
+        config="Gemma3nTextConfig", evicts=False,
     ),
     "gemma4": Kind(
         "Gemma4",
@@ -96,7 +100,7 @@ KINDS: dict[str, Kind] = {
         "Llama4",
         {**_SMALL, "head_dim": 8, "attention_chunk_size": WINDOW, "num_local_experts": 2, "num_experts_per_tok": 1,
          "intermediate_size_mlp": 48, "layer_types": ["chunked_attention", "full_attention"]},
-        config="Llama4TextConfig",
+        config="Llama4TextConfig", evicts=False,
     ),
     "mixtral": Kind("Mixtral", {**_SMALL, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3-moe": Kind(
