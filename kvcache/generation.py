@@ -221,7 +221,8 @@ def _copied(model: Any, targets: set[int]) -> tuple[Any, list[nn.Module]]:
             copies[id(module)] = new
         if len(copies) < len(targets):
             new.__dict__["_modules"] = {
-                name: visit(part) if part is not None and holds(part) else part for name, part in module._modules.items()
+                name: visit(part) if part is not None and holds(part) else part
+                for name, part in module._modules.items()
             }
         return new
 

@@ -38,7 +38,10 @@ from kvcache.tuning_profile import TuningProfile
 
 Backends = BackendName | Literal["auto", "off"]
 
-_KINDS_OF_TOKENS = ("token_type_ids", "mm_token_type_ids")  # ``[rows, tokens]``: which are text, which stand for a picture
+_KINDS_OF_TOKENS = (
+    "token_type_ids",
+    "mm_token_type_ids",
+)  # ``[rows, tokens]``: which are text, which stand for a picture
 
 
 class KVCacheManager:
@@ -518,7 +521,9 @@ class KVCacheManager:
             return cache
 
         model = self.runner if on else self.model
-        if on and given is None and not asks(model, self.geometry):  # a model of another kind takes the one it is handed
+        if (
+            on and given is None and not asks(model, self.geometry)
+        ):  # a model of another kind takes the one it is handed
             given = self._cache(Wanted(None, None, self.model.config.is_encoder_decoder, False, True), prefix)
         first = () if inputs is None else (inputs,)  # under whichever name the model has for it
         with running(model, self.geometry, make, given) as run:

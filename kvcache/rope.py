@@ -55,7 +55,9 @@ class KeyRotation:
         # One rotation serves every layer of a step, so the last angles are worth keeping.
         if self._turn is None or self._turn[:2] != (delta, device):
             home = _in_double(self.inv_freq.device)
-            angle = self.inv_freq.to(home).double() * delta  # in double: at position 100,000 fp32 angles are off by 0.004
+            angle = (
+                self.inv_freq.to(home).double() * delta
+            )  # in double: at position 100,000 fp32 angles are off by 0.004
             self._turn = (delta, device, angle.cos().float().to(device), angle.sin().float().to(device))
         return self._turn[2], self._turn[3]
 

@@ -48,7 +48,9 @@ def _check(name: str, given: list[Any]) -> None:
     tensors = [one for one in _flat(given) if isinstance(one, Tensor)]
     here = [one for one in tensors if not isinstance(one, Away) and one.dim() > 0]
     if here and len(here) < len(tensors) and name not in _CROSSING:
-        raise RuntimeError(f"Expected all tensors to be on the same device, but {name} got some on mps:0 and some on cpu")
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but {name} got some on mps:0 and some on cpu"
+        )
 
 
 def _flat(given: Any) -> Iterator[Any]:
@@ -62,7 +64,9 @@ def _flat(given: Any) -> Iterator[Any]:
 def _without_device(args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any], torch.device | None]:
     """The arguments with the CPU in place of the device, and which one was asked for."""
     asked = kwargs.get("device")
-    places = [i for i, one in enumerate(args) if isinstance(one, torch.device) or (isinstance(one, str) and one in _NAMES)]
+    places = [
+        i for i, one in enumerate(args) if isinstance(one, torch.device) or (isinstance(one, str) and one in _NAMES)
+    ]
     if asked is None and places:
         asked = args[places[0]]
     if asked is None:

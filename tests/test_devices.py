@@ -24,7 +24,14 @@ from kvcache.rope import KeyRotation
 
 XPU = torch.device("xpu", 0)
 GREEDY = {"max_new_tokens": 12, "do_sample": False}
-DRAWN = {"max_new_tokens": 12, "do_sample": True, "temperature": 1.2, "top_k": 30, "top_p": 0.9, "repetition_penalty": 1.2}
+DRAWN = {
+    "max_new_tokens": 12,
+    "do_sample": True,
+    "temperature": 1.2,
+    "top_k": 30,
+    "top_p": 0.9,
+    "repetition_penalty": 1.2,
+}
 
 
 @pytest.fixture

@@ -62,7 +62,9 @@ def test_the_first_input_by_its_name_and_by_its_place(name):
 
 def test_a_first_input_may_be_called_inputs_as_well():
     model = tiny("llama")
-    assert torch.equal(KVCacheManager(model).generate(inputs=token_ids(), **GREEDY), model.generate(token_ids(), **GREEDY))
+    assert torch.equal(
+        KVCacheManager(model).generate(inputs=token_ids(), **GREEDY), model.generate(token_ids(), **GREEDY)
+    )
 
 
 @pytest.mark.parametrize("tokens", [1, 6])
@@ -112,7 +114,7 @@ def test_w8_a_text_that_is_tried_again_gets_a_new_cache(policy):
     model, inputs = model_of("whisper"), inputs_of("whisper", rows=1)
     expected = seeded(model.generate, **inputs, **FALLBACK)
     assert torch.equal(seeded(KVCacheManager(model, policy).generate, **inputs, **FALLBACK), expected)
-    with pytest.raises(InputError, match="temperature=.* tries again"):
+    with pytest.raises(InputError, match=r"temperature=.* tries again"):
         KVCacheManager(model).stream(**inputs, **FALLBACK)
 
 
@@ -131,9 +133,7 @@ def test_d8_beams_together_with_several_sequences_of_a_generate_that_repeats_the
     model, inputs = model_of("whisper"), inputs_of("whisper")
     beams = {"max_new_tokens": 8, "num_beams": 3, "num_return_sequences": 2}
     for policy in (None, SlidingWindow(60, sinks=2)):
-        assert torch.equal(
-            KVCacheManager(model, policy).generate(**inputs, **beams), model.generate(**inputs, **beams)
-        )
+        assert torch.equal(KVCacheManager(model, policy).generate(**inputs, **beams), model.generate(**inputs, **beams))
 
 
 # ---------------------------------------------------------------------- models without keys and values of ours
@@ -150,15 +150,15 @@ def test_d8_beams_of_a_model_that_takes_no_cache():
 
 def test_d8_nothing_is_compiled_that_is_not_compiled_without_us(monkeypatch):
     compiled = []
-    monkeypatch.setattr(Mamba2ForCausalLM, "get_compiled_call", lambda self, config: compiled.append(1) or self.__call__)
+    monkeypatch.setattr(
+        Mamba2ForCausalLM, "get_compiled_call", lambda self, config: compiled.append(1) or self.__call__
+    )
     config = CompileConfig()
     config._compile_all_devices = True  # as on a GPU
     model = model_of("mamba2")
     expected = model.generate(ids_of(1, 7), compile_config=config, **GREEDY)
-    without = len(compiled)
     assert torch.equal(KVCacheManager(model).generate(ids_of(1, 7), compile_config=config, **GREEDY), expected)
-    assert len(compiled) == 2 * without
-    assert without == (RELEASE < (5, 4)), "where its own cache asks for it"
+    assert not compiled
     assert "_compiled_call" not in model.__dict__
 
 
@@ -218,6 +218,10 @@ def test_w8_guessed_tokens_are_those_of_one_row(case):
     ids = token_ids(1, 5).repeat(1, 6)
     expected = model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=how.get("eos_token_id"))
     manager = KVCacheManager(model)
+    if case == "early exit" and RELEASE < (5, 4):
+        with pytest.raises(TypeError, match="is_first_iteration"):  # this release's own mistake, whatever the cache
+            model.generate(ids, max_new_tokens=20, do_sample=False, **how)
+        return
     assert torch.equal(manager.generate(ids, max_new_tokens=20, do_sample=False, **how), expected)
     for backend in ("off", "eager"):
         chunks = list(manager.stream(ids, max_new_tokens=20, do_sample=False, chunk_size=6, backend=backend, **how))
@@ -292,7 +296,13 @@ def native(manager, *args, **kwargs):
 
 by_default = pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
 
-LENGTHS = [{}, {"max_length": 31}, {"max_new_tokens": 7}, {"max_new_tokens": 7, "max_length": 25}, {"max_new_tokens": 2.5}]
+LENGTHS = [
+    {},
+    {"max_length": 31},
+    {"max_new_tokens": 7},
+    {"max_new_tokens": 7, "max_length": 25},
+    {"max_new_tokens": 2.5},
+]
 
 
 @by_default
@@ -301,11 +311,17 @@ LENGTHS = [{}, {"max_length": 31}, {"max_new_tokens": 7}, {"max_new_tokens": 7, 
 def test_d6_lengths_are_those_of_generate(settings, tokens):
     model, ids = tiny("llama"), token_ids(1, tokens)
     manager = KVCacheManager(model)
-    assert torch.equal(native(manager, ids, do_sample=False, **settings), model.generate(ids, do_sample=False, **settings)[:, tokens:])
-    embeds = {"inputs_embeds": model.get_input_embeddings()(ids)}
     assert torch.equal(
-        native(manager, **embeds, do_sample=False, **settings), model.generate(**embeds, do_sample=False, **settings)
+        native(manager, ids, do_sample=False, **settings), model.generate(ids, do_sample=False, **settings)[:, tokens:]
     )
+    embeds = {"inputs_embeds": model.get_input_embeddings()(ids)}
+    try:
+        expected = model.generate(**embeds, do_sample=False, **settings)
+    except ValueError:  # the first releases take the prompt from a length that is a default
+        with pytest.raises(InputError, match="generate refuses these settings"):
+            native(manager, **embeds, do_sample=False, **settings)
+    else:
+        assert torch.equal(native(manager, **embeds, do_sample=False, **settings), expected)
 
 
 def test_d6_lengths_of_a_config_and_lengths_that_cannot_be():
@@ -317,7 +333,7 @@ def test_d6_lengths_of_a_config_and_lengths_that_cannot_be():
     for short in ({"max_length": 12}, {"max_length": 5}):
         with pytest.raises(ValueError, match="max_length"):
             model.generate(ids, **short)
-        with pytest.raises(InputError, match="generate refuses these settings: .*max_length"):
+        with pytest.raises(InputError, match=r"generate refuses these settings: .*max_length"):
             manager.stream(ids, backend="eager", **short)
     model.generation_config.max_length = 26
     assert torch.equal(native(manager, ids, do_sample=False), model.generate(ids, do_sample=False)[:, 12:])
@@ -353,7 +369,7 @@ def test_w12_zero_is_a_token_and_a_temperature_of_zero_is_none():
     expected = model.generate(ids, forced_eos_token_id=0, **GREEDY)[:, 9:]
     assert (expected[:, -1] == 0).all()
     assert torch.equal(streamed(KVCacheManager(model), ids, backend="eager", forced_eos_token_id=0, **GREEDY), expected)
-    with pytest.raises(InputError, match="temperature.* has to be a strictly positive float"):
+    with pytest.raises(InputError, match=r"temperature.* has to be a strictly positive float"):
         KVCacheManager(model).stream(ids, backend="eager", do_sample=True, temperature=0.0)
 
 
@@ -370,7 +386,11 @@ CHECKPOINTS = [
 @pytest.mark.parametrize("settings", CHECKPOINTS, ids=str)
 def test_a_checkpoints_generation_config_is_read_as_generate_reads_it(settings):
     model, ids = build("llama"), token_ids(1, 5).repeat(1, 4)
-    plain = {name: value for name, value in settings.items() if name not in ("cache_implementation", "prompt_lookup_num_tokens")}
+    plain = {
+        name: value
+        for name, value in settings.items()
+        if name not in ("cache_implementation", "prompt_lookup_num_tokens")
+    }
     expected = model.generate(ids, max_new_tokens=9, do_sample=False, **plain)
     model.generation_config.update(**settings)
     manager = KVCacheManager(model)
@@ -378,7 +398,7 @@ def test_a_checkpoints_generation_config_is_read_as_generate_reads_it(settings):
     for backend in ("off", "eager"):
         said = streamed(manager, ids, max_new_tokens=9, do_sample=False, backend=backend)
         assert torch.equal(said, expected[:, 20:])
-    assert model.generation_config.to_dict().items() >= {k: v for k, v in settings.items()}.items()
+    assert all(getattr(model.generation_config, name) == value for name, value in settings.items())
 
 
 def test_a_cache_of_another_kind_that_a_request_asks_for_is_refused():
@@ -415,8 +435,7 @@ def test_d10_logits_that_are_no_numbers_end_a_stream_that_draws(value, after):
         model.generate(token_ids(1, 5), **settings)
     calls.clear()
     stream = KVCacheManager(model).stream(token_ids(1, 5), backend="eager", chunk_size=4, **settings)
-    chunks = []
+    chunks = [next(stream) for _ in range((after - 1) // 4)]  # those before are given
+    assert all(chunk.shape == (1, 4) for chunk in chunks)
     with pytest.raises(InputError, match="logits of its step were NaN, infinite"):
-        for chunk in stream:
-            chunks.append(chunk)
-    assert len(chunks) == (after - 1) // 4, "the chunks before are given"
+        next(stream)
