@@ -2,6 +2,7 @@
 
 import random
 from collections import defaultdict, deque
+from dataclasses import replace
 from functools import cache, partial
 
 import pytest
@@ -401,8 +402,6 @@ def test_only_rounding_is_an_excuse():
 
 
 def test_an_engine_says_what_it_cannot_batch():
-    engine, utterance = engine_of("gpt", None, "eager"), cases("gpt")[0]
-    from dataclasses import replace
 
     from kvcache_chatterbox import ChatterboxEngine
 
@@ -506,6 +505,37 @@ def test_a_job_may_be_over_with_its_first_token():
         batch.leave(job)
         assert_empty(batch)
         assert batch.turn() == []
+
+
+def test_d10_a_job_whose_logits_are_no_numbers_ends_and_its_neighbours_go_on():
+    spoiled = [False]
+
+    def forward(tokens, made, given):
+        logits = TABLE[tokens].clone()
+        if spoiled[0]:
+            logits[0, 1] = float("nan")
+        return logits
+
+    batch = Batch(chain(2, forward=forward), quantum=4)
+    bad, good = link(2, 20, seed=1), link(5, 20, seed=3)
+    said = {job: batch.enter(job).tokens.tolist() for job in (bad, good)}
+    said[bad] += next(piece.tokens.tolist() for piece in batch.turn() if piece.job is bad)
+    spoiled[0] = True
+    [failed] = [piece for piece in batch.turn() if piece.job is bad]
+    assert failed.over and failed.tokens.tolist() == [] and "NaN" in str(failed.error)
+    assert said[bad] == linked(2, 20, seed=1)[:5], "what came before is what it is"
+    spoiled[0] = False
+    assert batch.busy == 1
+    while batch.busy:
+        [piece] = batch.turn()
+        assert piece.job is good and piece.error is None
+
+    def prefill():
+        return torch.full((1, SYMBOLS), float("nan")), link(0, 1).prefill()[1]
+
+    with pytest.raises(InputError, match="NaN"):
+        batch.enter(replace(link(2, 9), prefill=prefill))
+    assert_empty(batch)
 
 
 def test_a_job_that_forgets_is_penalized_for_what_it_drew():

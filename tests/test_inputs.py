@@ -157,10 +157,8 @@ def test_d8_nothing_is_compiled_that_is_not_compiled_without_us(monkeypatch):
     config._compile_all_devices = True  # as on a GPU
     model = model_of("mamba2")
     expected = model.generate(ids_of(1, 7), compile_config=config, **GREEDY)
-    without = len(compiled)
     assert torch.equal(KVCacheManager(model).generate(ids_of(1, 7), compile_config=config, **GREEDY), expected)
-    assert len(compiled) == 2 * without
-    assert without == (RELEASE < (5, 4)), "where its own cache asks for it"
+    assert not compiled
     assert "_compiled_call" not in model.__dict__
 
 
@@ -220,6 +218,10 @@ def test_w8_guessed_tokens_are_those_of_one_row(case):
     ids = token_ids(1, 5).repeat(1, 6)
     expected = model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=how.get("eos_token_id"))
     manager = KVCacheManager(model)
+    if case == "early exit" and RELEASE < (5, 4):
+        with pytest.raises(TypeError, match="is_first_iteration"):  # this release's own mistake, whatever the cache
+            model.generate(ids, max_new_tokens=20, do_sample=False, **how)
+        return
     assert torch.equal(manager.generate(ids, max_new_tokens=20, do_sample=False, **how), expected)
     for backend in ("off", "eager"):
         chunks = list(manager.stream(ids, max_new_tokens=20, do_sample=False, chunk_size=6, backend=backend, **how))
@@ -313,9 +315,13 @@ def test_d6_lengths_are_those_of_generate(settings, tokens):
         native(manager, ids, do_sample=False, **settings), model.generate(ids, do_sample=False, **settings)[:, tokens:]
     )
     embeds = {"inputs_embeds": model.get_input_embeddings()(ids)}
-    assert torch.equal(
-        native(manager, **embeds, do_sample=False, **settings), model.generate(**embeds, do_sample=False, **settings)
-    )
+    try:
+        expected = model.generate(**embeds, do_sample=False, **settings)
+    except ValueError:  # the first releases take the prompt from a length that is a default
+        with pytest.raises(InputError, match="generate refuses these settings"):
+            native(manager, **embeds, do_sample=False, **settings)
+    else:
+        assert torch.equal(native(manager, **embeds, do_sample=False, **settings), expected)
 
 
 def test_d6_lengths_of_a_config_and_lengths_that_cannot_be():
@@ -392,7 +398,7 @@ def test_a_checkpoints_generation_config_is_read_as_generate_reads_it(settings):
     for backend in ("off", "eager"):
         said = streamed(manager, ids, max_new_tokens=9, do_sample=False, backend=backend)
         assert torch.equal(said, expected[:, 20:])
-    assert model.generation_config.to_dict().items() >= settings.items()
+    assert all(getattr(model.generation_config, name) == value for name, value in settings.items())
 
 
 def test_a_cache_of_another_kind_that_a_request_asks_for_is_refused():
@@ -429,7 +435,7 @@ def test_d10_logits_that_are_no_numbers_end_a_stream_that_draws(value, after):
         model.generate(token_ids(1, 5), **settings)
     calls.clear()
     stream = KVCacheManager(model).stream(token_ids(1, 5), backend="eager", chunk_size=4, **settings)
-    chunks = []
+    chunks = [next(stream) for _ in range((after - 1) // 4)]  # those before are given
+    assert all(chunk.shape == (1, 4) for chunk in chunks)
     with pytest.raises(InputError, match="logits of its step were NaN, infinite"):
-        chunks.extend(stream)
-    assert len(chunks) == (after - 1) // 4, "the chunks before are given"
+        next(stream)

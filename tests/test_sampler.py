@@ -258,6 +258,87 @@ def test_some_of_the_requests_are_drawn_as_if_alone(case, seed, data):
     assert torch.equal(whole.seen[outside], before[outside])
 
 
+# ---------------------------------------------------------------------- ties
+
+LARGE = 49_152
+TIED = {
+    "a small vocabulary": lambda generator: (torch.randn(1, 300, generator=generator) * 2).round(),
+    "a large one in bf16": lambda generator: (torch.randn(1, LARGE, generator=generator) * 3).bfloat16(),
+    "nothing but ties": lambda generator: torch.full((1, 300), 1.5),
+}
+GRID = [
+    Sampling(temperature, top_p, min_p, top_k, penalty)
+    for temperature in (0.7, 1.0)
+    for top_k in (0, 50, 700)
+    for top_p in (0.3, 0.9, 1.0)
+    for min_p in (0.0, 0.05)
+    for penalty in (1.0, 1.3)
+]
+
+
+def tied(kind, dtype, seed):
+    """Logits with ties all over: those of a large vocabulary are that in bf16, whatever they are held in."""
+    return TIED[kind](torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["a small vocabulary", "nothing but ties"])
+@pytest.mark.parametrize("sampling", GRID, ids=str)
+def test_d2_tied_tokens_stay_and_are_drawn_as_generate_keeps_and_draws_them(sampling, kind, dtype):
+    check_ties(sampling, kind, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sampling", GRID, ids=str)
+def test_d2_tied_tokens_of_a_large_vocabulary(sampling, dtype):
+    check_ties(sampling, "a large one in bf16", dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_d2_tied_tokens_of_a_large_vocabulary_under_top_k_and_top_p(dtype):
+    check_ties(Sampling(0.7, 0.9, 0.0, 50, 1.3), "a large one in bf16", dtype)
+
+
+def check_ties(sampling, kind, dtype):
+    """The same set is kept and the same token drawn under one seed, for several texts; ``generate`` works in float32."""
+    for seed in range(3):
+        logits = tied(kind, dtype, seed)
+        ids = torch.tensor([1, 5, 7])
+        sampler = sampler_of(logits, [ids], [sampling], TRANSFORMERS)
+        scores = reference(logits[0].float(), ids, sampling, TRANSFORMERS)
+        assert_same(sampler.process(logits, sampler.drawing)[0], logits[0].float(), ids, sampling, TRANSFORMERS)
+        mine, theirs = (torch.Generator().manual_seed(seed) for _ in range(2))
+        found = sampler(logits, noise_of(logits.shape, mine), sampler.drawing)
+        assert torch.equal(found, multinomial(scores[None], theirs))
+
+
+# ---------------------------------------------------------------------- logits that are no numbers
+
+
+NO_NUMBERS = {"nan": float("nan"), "inf": float("inf"), "all -inf": -float("inf")}
+
+
+@pytest.mark.parametrize("kind", NO_NUMBERS)
+def test_d10_what_multinomial_refuses_is_a_failure_of_the_request_alone(kind):
+    logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
+    if kind == "all -inf":
+        logits[1:] = NO_NUMBERS[kind]
+    else:
+        logits[1:, 4] = NO_NUMBERS[kind]
+    drawn = Sampling(1, 1, repetition_penalty=1)
+    sampler = sampler_of(logits, [torch.tensor([0])] * 3, [drawn, drawn, GREEDY], TRANSFORMERS)
+    with pytest.raises(RuntimeError):
+        multinomial(logits[1:2], torch.Generator())
+    tokens = sampler(logits, torch.ones(3, 20), sampler.drawing)
+    assert sampler.failed.tolist() == [False, True, False]  # the last takes what is best, as `generate` does
+    assert int(tokens[2]) == int(logits[2].argmax())
+    sampler(torch.randn(3, 20), torch.ones(3, 20), sampler.drawing)
+    assert sampler.failed.tolist() == [False, True, False], "until the place is taken by another"
+    sampler.set(1, drawn)
+    assert not sampler.failed.any()
+
+
 # ---------------------------------------------------------------------- settings
 
 
