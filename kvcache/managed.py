@@ -69,7 +69,7 @@ class ManagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     # ------------------------------------------------------------------ what it holds
 
     @property
-    def keys(self) -> Tensor | None:  # type: ignore[override]
+    def keys(self) -> Tensor | None:
         return self._held("keys")
 
     @keys.setter
@@ -77,7 +77,7 @@ class ManagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._assign("keys", states)
 
     @property
-    def values(self) -> Tensor | None:  # type: ignore[override]
+    def values(self) -> Tensor | None:
         return self._held("values")
 
     @values.setter
@@ -124,7 +124,7 @@ class ManagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return self._begun or self.kv.seen > 0
 
     @property
-    def is_croppable(self) -> bool:
+    def is_croppable(self) -> bool:  # type: ignore[override]
         return self.kv.rolls_back
 
     @property
@@ -302,6 +302,8 @@ class ManagedCache(DynamicCache):
         layers: one for each of the model's, empty.
     """
 
+    layers: list[Any]
+
     def __init__(self, layers: Sequence[Any]) -> None:
         super().__init__()
         self.layers = list(layers)
@@ -342,10 +344,8 @@ class ManagedCache(DynamicCache):
         rows = next((rows_of(layer.kv) for layer in self.layers if isinstance(layer, ManagedLayer)), None)
         index = indices if rows is None else chosen(indices, rows)
         for layer in self.layers:
-            if isinstance(layer, (CacheLayerMixin, *_NOTHING)) and not _keeps_state(layer):
-                layer.batch_select_indices(index)
-            else:
-                layer.reorder_cache(index)
+            choose = layer.reorder_cache if _keeps_state(layer) else layer.batch_select_indices
+            choose(index)
 
 
 class ManagedEncoderDecoderCache(EncoderDecoderCache):
