@@ -72,8 +72,10 @@ def check_generate_arguments(model: Any, given: Mapping[str, Any]) -> None:
     if not isinstance(model, GenerationMixin) or type(model).generate is not GenerationMixin.generate:
         return
     own = inspect.signature(GenerationMixin.generate).parameters
-    rest = GenerationConfig().update(**{name: value for name, value in given.items() if name not in own})
+    settings: Any = GenerationConfig
+    rest = settings().update(**{name: value for name, value in given.items() if name not in own})
+    asked: Any = model
     try:
-        model._validate_model_kwargs(rest)
+        asked._validate_model_kwargs(rest)
     except ValueError as error:
         raise InputError(f"generate does not take these arguments: {error}") from error

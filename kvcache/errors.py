@@ -51,3 +51,8 @@ class SignatureError(CorruptError):
 
 class StoreError(KVCacheError):
     """A store that is down, slow, full or not allowed, for who looks after it. A request never sees this: it computes."""
+
+
+def said(error: BaseException) -> str:
+    """What an error says, in words where it is a `KeyError`, which only says a name."""
+    return f"{error.args[0]!r} is missing" if isinstance(error, KeyError) and error.args else str(error)

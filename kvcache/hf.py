@@ -362,8 +362,9 @@ def truncate(cache: Any, length: int) -> None:
     check_rollback(layers, length, kept[0].seen)
     own = getattr(cache, "self_attention_cache", cache)
     if length == 0:
-        own.reset_own()
-    elif (removed := kept[0].seen - length) > 0:
+        own.reset()
+        return
+    if (removed := kept[0].seen - length) > 0:
         for layer in layers:
             if not isinstance(layer, ManagedLayer):
                 layer.crop(-removed)

@@ -196,7 +196,7 @@ class KVLayer:
         """
         self.check_append(keys, values)
         fresh = keys.shape[2]
-        if not self._made_for(keys, values):
+        if self._keys is None or (self.seen == 0 and not self._made_for(keys, values)):
             self._allocate(keys, values)
         if fresh == 0:
             return self._valid()

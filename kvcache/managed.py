@@ -88,7 +88,7 @@ class ManagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     # ------------------------------------------------------------------ what it holds
 
     @property
-    def keys(self) -> Tensor | None:  # type: ignore[override]
+    def keys(self) -> Tensor | None:
         return self._held("keys")
 
     @keys.setter
@@ -96,7 +96,7 @@ class ManagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._assign("keys", states)
 
     @property
-    def values(self) -> Tensor | None:  # type: ignore[override]
+    def values(self) -> Tensor | None:
         return self._held("values")
 
     @values.setter
@@ -143,7 +143,7 @@ class ManagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return self._begun or self.kv.seen > 0
 
     @property
-    def is_croppable(self) -> bool:
+    def is_croppable(self) -> bool:  # type: ignore[override]
         return self.kv.rolls_back
 
     @property
@@ -328,6 +328,7 @@ class ManagedCache(DynamicCache):
         read: the token ids ``[rows, tokens]`` that it begins with, where they are known.
     """
 
+    layers: list[Any]
     read: Tensor | None = None
 
     def __init__(self, layers: Sequence[Any]) -> None:
@@ -381,10 +382,8 @@ class ManagedCache(DynamicCache):
         rows = next((rows_of(layer.kv) for layer in self.layers if isinstance(layer, ManagedLayer)), None)
         index = indices if rows is None else chosen(indices, rows)
         for layer in self.layers:
-            if isinstance(layer, (CacheLayerMixin, *_NOTHING)) and not _keeps_state(layer):
-                layer.batch_select_indices(index)
-            else:
-                layer.reorder_cache(index)
+            choose = layer.reorder_cache if _keeps_state(layer) else layer.batch_select_indices
+            choose(index)
 
 
 class Crossed(DynamicCache):

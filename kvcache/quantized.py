@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvcache.errors import CorruptError, GeometryError, InputError, KVCacheError, PositionsError, RollbackError
+from kvcache.errors import CorruptError, GeometryError, InputError, KVCacheError, PositionsError, RollbackError, said
 from kvcache.geometry import CacheGeometry
 from kvcache.layers import KVLayer
 from kvcache.policies import KeepAll, SizePolicy, check_policy, schedule
@@ -173,7 +173,7 @@ class QuantizedLayer(KVLayer):
         """
         self.check_append(keys, values)
         fresh = keys.shape[2]
-        if self._sides is None or not self._made_for(keys, values):
+        if self._sides is None or (self.seen == 0 and not self._made_for(keys, values)):
             self._allocate(keys, values)
         assert self._sides is not None
         keys, values = keys.detach(), values.detach()
@@ -356,7 +356,9 @@ class QuantizedLayer(KVLayer):
         try:
             self._check_parts(tensors, counts)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError, KVCacheError) as error:
-            raise CorruptError(f"not a state of this layer: {error}; it will not be used, save it again") from error
+            raise CorruptError(
+                f"not a state of this layer: {said(error)}; it will not be used, save it again"
+            ) from error
         if not tensors:
             return
         empty = [tensors[f"{name}.tail"][:, :, :0] for name in ("keys", "values")]

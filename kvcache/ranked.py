@@ -132,7 +132,7 @@ class RankedLayer(KVLayer):
             GeometryError, PolicyError: before anything has changed.
         """
         self.check_append(keys, values)
-        if not self._made_for(keys, values):
+        if self._keys is None or (self.seen == 0 and not self._made_for(keys, values)):
             self._allocate(keys, values)
         fresh, after = keys.shape[2], self.stored + keys.shape[2]
         if fresh == 0:

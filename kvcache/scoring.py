@@ -367,7 +367,7 @@ def pyramid(
     least = Fraction(0) if beta == math.inf else Fraction(mean) / Fraction(beta)
     if tokens is not None:
         _at_least("tokens", tokens, 1)
-        least = max(least, 2 * mean - max(mean, tokens - protected))
+        least = max(least, Fraction(2 * mean - max(mean, tokens - protected)))
     if least <= protected or layers == 1:
         return [policy] * layers
     exact = [2 * mean - least - Fraction(2 * i, layers - 1) * (mean - least) for i in range(layers)]

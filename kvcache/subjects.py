@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from kvcache.decoding import BUCKET
-from kvcache.errors import InputError, MissingDependencyError
+from kvcache.errors import InputError, MissingDependencyError, said
 from kvcache.footprint import Footprint, language_footprint
 from kvcache.geometry import CacheGeometry
 from kvcache.manager import KVCacheManager
@@ -236,8 +236,8 @@ class LanguageSubject(Subject):
             with redirect_stderr(io.StringIO()):  # progress bars that cannot be switched off
                 return read()
         except (OSError, ValueError, KeyError) as error:
-            said = str(error).strip().splitlines() or [type(error).__name__]
-            raise InputError(f"{self.name} cannot be loaded: {said[0]}; check the name, or give a folder") from error
+            lines = said(error).strip().splitlines() or [type(error).__name__]
+            raise InputError(f"{self.name} cannot be loaded: {lines[0]}; check the name, or give a folder") from error
         finally:
             logging.getLogger("transformers").setLevel(level)
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from kvcache.decoding.backends import BackendName, check_bucket
-from kvcache.errors import CorruptError, InputError
+from kvcache.errors import CorruptError, InputError, said
 from kvcache.fingerprint import model_fingerprint, model_outline
 from kvcache.precision import Precision
 from kvcache.quantized import Quantization
@@ -124,8 +124,7 @@ class TuningProfile:
         try:
             profile = _profile(json.loads(text))
         except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError) as error:
-            said = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
-            raise CorruptError(f"{path} is no tuning profile: {said}; {_AGAIN}") from error
+            raise CorruptError(f"{path} is no tuning profile: {said(error)}; {_AGAIN}") from error
         if model is not None:
             profile._check(path, model)
         return profile

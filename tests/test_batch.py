@@ -402,7 +402,7 @@ def test_only_rounding_is_an_excuse():
 
 
 def test_an_engine_says_what_it_cannot_batch():
-
+    engine, utterance = engine_of("gpt", None, "eager"), cases("gpt")[0]
     from kvcache_chatterbox import ChatterboxEngine
 
     with pytest.raises(InputError, match="needs a seed"):

@@ -271,3 +271,13 @@ def test_models_are_the_same_afterwards() -> None:
     with pytest.raises(InputError):
         KVCacheManager(model, KeepAll(), speakers=memory()).stream(token_ids(), unknown=1)
     assert sorted(model.__dict__) == before
+
+
+def test_what_is_missing_is_said_in_words() -> None:
+    manager = KVCacheManager(tiny("llama"), quantization=Quantization(8), speakers=memory())
+    cache = manager.new_cache()
+    logits(tiny("llama"), token_ids(1, 9), cache)
+    tensors, counts = cache.layers[0].kv.state()
+    del tensors["keys.tail"]
+    with pytest.raises(kvcache.CorruptError, match=r"not a state of this layer: 'keys\.tail' is missing"):
+        manager.new_cache().layers[0].kv.restore(tensors, counts)
