@@ -28,7 +28,7 @@ _VOLATILE = {
     "_name_or_path", "architectures", "transformers_version", "use_cache", "return_dict", "torch_dtype",
     "training", "base_model_name_or_path", "prepare_inputs_for_generation", "base_model_prepare_inputs_for_generation",
     "_old_forward", "_hf_hook", "forward", "hf_device_map", "output_attentions", "output_hidden_states",
-    "_output_attentions",
+    "_output_attentions", "_weight_conversions",
 }  # fmt: skip
 
 _known: "WeakKeyDictionary[nn.Module, tuple[Signature, bytes, str]]" = WeakKeyDictionary()

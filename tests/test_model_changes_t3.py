@@ -16,21 +16,21 @@ TEXT = "hello there my friend"
 
 
 def spoken(engine: Any, t3: Any, **who: Any) -> torch.Tensor:
-    given = {"text_tokens": byte_tokens(t3, TEXT), "max_new_tokens": 8, "seed": 0, **who}
+    given = {"text_tokens": byte_tokens(t3, TEXT), "max_new_tokens": 16, "seed": 0, **who}
     return torch.cat(list(engine.inference_stream(**given)), 1)
 
 
 @torch.no_grad()
 def weights(t3: Any) -> None:
-    t3.load_state_dict({name: -tensor if "v_proj" in name else tensor.clone() for name, tensor in t3.state_dict().items()}, assign=True)  # fmt: skip
+    t3.load_state_dict({name: tensor * -60 if "v_proj" in name else tensor.clone() for name, tensor in t3.state_dict().items()}, assign=True)  # fmt: skip
 
 
 def hook(t3: Any) -> None:
-    t3.tfmr.layers[1].mlp.register_forward_hook(lambda module, given, out: out * -3)
+    t3.tfmr.layers[1].mlp.register_forward_hook(lambda module, given, out: out * -60)
 
 
 def head(t3: Any) -> None:
-    t3.speech_head = torch.nn.Linear(t3.dim, t3.speech_head.out_features)
+    t3.speech_head = torch.nn.Linear(t3.dim, t3.speech_head.out_features, bias=False)
     torch.nn.init.normal_(t3.speech_head.weight, generator=torch.Generator().manual_seed(4))
 
 
@@ -44,7 +44,7 @@ class Negating:
         self.inner = inner
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        return -self.inner(states)
+        return self.inner(states) * -60
 
 
 def unknown(t3: Any) -> None:
@@ -83,7 +83,7 @@ def test_the_multilingual_model_keeps_what_its_check_reads() -> None:
     t3 = tiny_t3("multilingual")
     voice = random_conditionals(t3)
     engine = ChatterboxEngine(t3, precision="int8", speakers=SpeakerCache(MemoryStore()))
-    assert spoken(engine, t3, t3_cond=voice).shape[1] == 8
+    assert spoken(engine, t3, t3_cond=voice).shape[1] == 16
     kept = [name for name, part in engine.t3.tfmr.named_modules() if isinstance(part, torch.nn.Linear)]
     assert kept == [f"layers.{layer}.self_attn.{name}" for layer in (9, 12, 13) for name in ("q_proj", "k_proj")]
     assert any(isinstance(part, PackedLinear) for part in engine.t3.modules())
