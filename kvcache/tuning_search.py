@@ -259,10 +259,16 @@ class Tuner:
         return best
 
     def _close(self, best: Setting) -> list[Setting]:
-        """What is faster than the best, or so close that it may be; of what is slower no more than a few."""
-        ranked = [one for one in self._ranked() if self._cost(one) <= _CLOSE * self._cost(best)]
+        """What is faster than the best, or so close that it may be, and the next best if that is not clearly beaten; of what is
+        slower no more than a few."""
+        ranked = self._ranked()
         ahead = sum(self._cost(one) < self._cost(best) for one in ranked)
-        return ranked[: max(_FINALISTS, ahead + 1)]
+        near = [
+            one
+            for place, one in enumerate(ranked)
+            if self._cost(one) <= (_CLEARLY if place <= 1 else _CLOSE) * self._cost(best)
+        ]
+        return near[: max(_FINALISTS, ahead + 1)]
 
     def _compare(self, group: Sequence[Setting]) -> bool:
         """Measure these again, longer and in turn; False if there was no time for all, and nothing of it counts."""
