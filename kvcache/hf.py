@@ -225,7 +225,7 @@ def new_cache(
     ours: list[KVLayer] = []
     evictions = Evictions(ours)
     aged = [policy for policy in evicting if not chosen_by_head(policy)]
-    windows = Windows(facts_of(model), layers) if aged else None
+    windows = Windows(model, facts_of(model).seats, layers) if aged else None
     for i in managed:
         own = geometry.of(i)
         given: dict[str, Any] = {"max_length": max_length, "padding": padding, "layers": len(managed), "rows": rows}
