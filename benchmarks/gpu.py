@@ -119,14 +119,17 @@ def environment_of(site: Path, wheels: Path, needs: Sequence[str] = ()) -> dict[
     }
 
 
-def facts(environment: Mapping[str, str]) -> dict[str, Any]:
+def facts(environment: Mapping[str, str], seconds: float) -> dict[str, Any]:
     """What this machine is, from a process of its own, so that none of the GPU's memory is held here.
 
     Raises:
-        SystemExit: if torch or transformers do not work.
+        SystemExit: if torch or transformers do not work, or take longer than so many seconds to start.
     """
     command = [sys.executable, "-c", FACTS]
-    done = subprocess.run(command, env=dict(environment), cwd=ROOT, capture_output=True, text=True, timeout=180)
+    try:
+        done = subprocess.run(command, env=dict(environment), cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired as error:
+        raise SystemExit(f"torch and transformers did not start within {seconds:g} s: run this again") from error
     if done.returncode:
         raise SystemExit(
             f"{sys.executable} cannot run this: {done.stderr.strip().splitlines()[-1]}; name another with make gpu PY=python3"
@@ -193,7 +196,7 @@ def main() -> None:
     options = options_of()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the step that runs is stopped on the way out
     began = time.monotonic()
-    known = facts(environment_of(options.site, options.wheels))
+    known = facts(environment_of(options.site, options.wheels), options.seconds / 4)
     if not known["cuda"] and not options.rehearse:
         raise SystemExit(
             "torch sees no CUDA device, and figures of a CPU are not to be taken for a GPU's: run this on a machine with a GPU, "

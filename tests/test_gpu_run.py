@@ -90,6 +90,7 @@ def test_a_step_that_lacks_a_wheel_is_skipped(run):
     assert run["b"]["status"] == "passed"
 
 
+HANGS = "import threading; threading.Event().wait()"
 CHILD = """
 import subprocess, sys
 child = subprocess.Popen([sys.executable, "-c", "import threading; threading.Event().wait()"])
@@ -217,11 +218,21 @@ def test_only_rehearsals_are_marked_and_on_a_cpu():
 )
 def test_no_result_without_a_gpu(monkeypatch, tmp_path, options, said):
     known = {"cuda": False, "machine": {"gpu": None, "cpu": "x"}, "versions": {}, "commit": "unknown"}
-    monkeypatch.setattr(gpu, "facts", lambda environment: known)
+    monkeypatch.setattr(gpu, "facts", lambda environment, seconds: known)
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--results", str(tmp_path / "out"), *options])
     with pytest.raises(SystemExit, match=said):
         gpu.main()
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [("import no_such_module", "cannot run this: ModuleNotFoundError"), (HANGS, "did not start within 0.5 s")],
+)
+def test_a_python_that_cannot_run_it_is_told(monkeypatch, program, said):
+    monkeypatch.setattr(gpu, "FACTS", program)
+    with pytest.raises(SystemExit, match=said):
+        gpu.facts(os.environ, 0.5 if program == HANGS else 60)
 
 
 def test_faults_go_where_they_are_told():
