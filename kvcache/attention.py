@@ -16,7 +16,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from kvcache.errors import PolicyError
-from kvcache.models import signature_of
+from kvcache.models import hides_more, shows_later, signature_of
 from kvcache.modules import rebuilt
 from kvcache.past import taken
 from kvcache.ranked import Piece, place
@@ -27,6 +27,7 @@ _BASE = "sdpa"
 # The layer that stored the keys which the next attention of this thread is given, and these keys.
 _stored: ContextVar[tuple[Any, Tensor, Tensor] | None] = ContextVar("kvcache_stored", default=None)
 _observing: ContextVar[int] = ContextVar("kvcache_observing", default=0)  # models that run, one inside the other
+_looked_at: ContextVar[Tensor | None] = ContextVar("kvcache_looked_at", default=None)  # the mask that was checked last
 
 
 def observing() -> bool:
@@ -107,6 +108,7 @@ def _check_mask(given: dict[str, Any]) -> None:
 def _end(module: nn.Module, args: Any, output: Any) -> None:
     _observing.set(max(0, _observing.get() - 1))
     _stored.set(None)
+    _looked_at.set(None)
 
 
 def _attend(
@@ -124,13 +126,15 @@ def _attend(
     if held is None:
         base = ALL_ATTENTION_FUNCTIONS[_BASE]
         return base(module, query, key, value, attention_mask, scaling=scaling, **kwargs)[0], None
-    if held[1] is not key:
-        raise PolicyError(
-            f"{type(module).__name__} attends to other keys than its cache returned, so heads cannot see tokens of their "
-            "own; use a policy by age, such as SlidingWindow"
-        )
     layer, keys, values = held
+    if keys is not key or values is not value:
+        raise PolicyError(
+            f"{type(module).__name__} attends to other keys or values than its cache returned, so heads cannot see tokens of "
+            "their own; use a policy by age, such as SlidingWindow"
+        )
     rows, heads, fresh, dim = query.shape
+    if attention_mask is not None and _looked_at.get() is not attention_mask:
+        _check_causal(layer, attention_mask, fresh, type(module).__name__)
     pieces = layer.pieces(keys, values, fresh)
     grouped = query.view(rows, sum(len(piece.heads) for piece in pieces), -1, fresh, dim)
     out = query.new_empty(*grouped.shape[:4], pieces[0].values.shape[3])
@@ -145,6 +149,17 @@ def _attend(
         if piece.observe is not None:
             piece.observe(own.flatten(1, 2), dim**-0.5 if scaling is None else scaling)
     return out.view(rows, heads, fresh, -1).transpose(1, 2), None
+
+
+def _check_causal(layer: Any, mask: Tensor, fresh: int, name: str) -> None:
+    """Refuse a mask that is not the causal one with the pads that the cache knows of: each head makes its own."""
+    seen = layer.seen - (0 if getattr(layer, "rehearsing", False) else fresh)
+    if hides_more(mask, seen, fresh, layer.padding) or shows_later(mask, fresh):
+        raise PolicyError(
+            f"{name} is given a mask that is not causal, or hides more than pads on the left, which {layer.policy!r} cannot "
+            "honour: each head sees its own tokens; use a policy by age, such as SlidingWindow"
+        )
+    _looked_at.set(mask)
 
 
 def _piece_attention(query: Tensor, piece: Piece, scaling: float | None) -> Tensor:

@@ -29,6 +29,10 @@ class InputError(KVCacheError, ValueError):
     """A request that cannot be run as given, for example text tokens without their start and stop token."""
 
 
+class MissingDependencyError(InputError, ImportError):
+    """A package that this needs is not installed. The message says the command that installs it."""
+
+
 class BusyError(KVCacheError):
     """More requests than may wait. Nothing is wrong with this one; it may come again later."""
 
@@ -47,3 +51,8 @@ class SignatureError(CorruptError):
 
 class StoreError(KVCacheError):
     """A store that is down, slow, full or not allowed, for who looks after it. A request never sees this: it computes."""
+
+
+def said(error: BaseException) -> str:
+    """What an error says, in words where it is a `KeyError`, which only says a name."""
+    return f"{error.args[0]!r} is missing" if isinstance(error, KeyError) and error.args else str(error)

@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from kvcache.errors import InputError
 
-Kind = Literal["evicted", "trimmed", "captured", "fell_back", "hit", "built", "extended", "refused"]
+Kind = Literal["evicted", "trimmed", "captured", "fell_back", "hit", "built", "extended", "replaced", "refused"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 log = logging.getLogger("kvcache.events")
@@ -33,6 +33,7 @@ class Event:
             ``"captured"``: the decode engine recorded a step to replay.
             ``"fell_back"``: something else runs than was asked for.
             ``"hit"``, ``"extended"``, ``"built"``: a prefix was found whole, in part, or not at all and computed.
+            ``"replaced"``: the name of a prefix stands for another content from now on.
             ``"refused"``: a snapshot was found and not used: it is corrupt, or of another content.
         about: the policy, backend or prefix that it concerns.
         numbers: how much, by name: ``tokens`` (summed over layers and rows), ``layers``, ``rows``, ``seen``, ``columns``,

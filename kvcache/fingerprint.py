@@ -8,7 +8,7 @@ changed.
 import hashlib
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 from typing import Any
@@ -55,12 +55,18 @@ def model_fingerprint(model: nn.Module) -> str:
         known = _known.get(model)
     if known is None or known[0] is not signature or known[1] != sample:
         check_named(model)
-        known = signature, sample, _digest(watch.walk())
+        known = signature, sample, _digest(watch.walk(), tensor_digest)
         with _lock:
             _known[model] = known
     device = next((tensor.device.type for tensor in model.parameters()), "cpu")
     autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
     return hashlib.sha256(f"{known[2]} {transformers.__version__} {autocast}".encode()).hexdigest()
+
+
+def model_outline(model: nn.Module) -> str:
+    """A SHA-256, in hex, of what decides how fast a model is: its modules, the shapes and dtypes of its tensors, its
+    settings; not the numbers in them, nor the release of transformers."""
+    return _digest(watch_of(unwrapped(model)).walk(), lambda tensor: f"{tensor.dtype} {list(tensor.shape)}")
 
 
 def check_named(model: nn.Module) -> None:
@@ -80,13 +86,13 @@ def forget(model: nn.Module) -> None:
         _known.pop(model, None)
 
 
-def _digest(walk: Walk) -> str:
-    """The digest of all that a model holds; hashing runs in threads, as hashlib lets go of the GIL."""
+def _digest(walk: Walk, of: Callable[[Tensor], str]) -> str:
+    """The digest of all that a model holds, its tensors as `of` says; that runs in threads, as hashlib lets go of the GIL."""
     names = {id(module): _bare(name) for name, module in walk.modules.items()}
     parts = [part for part in walk.parts if _counts(part)]
     said = [(_bare(".".join(part.place)), *_said(part, walk, names)) for part in parts]
     with ThreadPoolExecutor() as pool:
-        digests = iter(list(pool.map(tensor_digest, [tensor for _, _, tensors in said for tensor in tensors])))
+        digests = iter(list(pool.map(of, [tensor for _, _, tensors in said for tensor in tensors])))
     lines = [f"{place} {text} {' '.join(next(digests) for _ in tensors)}" for place, text, tensors in said]
     lines += [f"{_bare(name)} {_name_of(type(one))}" for name, one in walk.modules.items() if not wrapper(one)]
     # In the order of their places: that in which they were assigned does not matter.

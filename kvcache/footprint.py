@@ -1,35 +1,29 @@
 """What a model takes while it serves, found without its weights: the code that serves runs on torch's meta device.
 
-There tensors have shapes and no numbers. So the caches, the decode engine and the model's own forward pass say themselves
-what they allocate and when they let go of it; there is no second account of them that could differ from what happens.
+So the caches, the decode engine and the model's own forward pass say themselves what they allocate and when they let go of
+it; there is no second account of them that could differ from what happens. See `kvcache.meta`.
 """
 
 import mmap
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
-from weakref import WeakSet, finalize
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from transformers.cache_utils import DynamicLayer
 
 from kvcache import hf
 from kvcache.decoding.cache import StaticKV
 from kvcache.decoding.loop import Decoding
-from kvcache.decoding.settings import GenerationSettings
+from kvcache.decoding.sampler import Drawing
 from kvcache.layers import KVLayer
-from kvcache.past import handed
+from kvcache.meta import Watch, without_numbers
 from kvcache.precision import PackedLinear
-from kvcache.report import account
+from kvcache.shapes import encoder_input, reads_text, run_blank
 
 if TYPE_CHECKING:
     from kvcache.setting import Setting
-
-_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 
 @dataclass(frozen=True)
@@ -37,7 +31,7 @@ class Moment:
     """What is held at a moment at which it may be most, in bytes; weights and prefixes come on top.
 
     Attributes:
-        name: ``"voice"``, ``"prefill"``, ``"handover"`` or ``"step"``.
+        name: ``"voice"``, ``"encode"``, ``"prefill"``, ``"handover"`` or ``"step"``.
         growing: caches that a prefill or the token loop fills.
         static: of the decode engine's cache, as much as memory counts.
         engine: of its other buffers, such as the noise that the sampler draws ahead.
@@ -68,60 +62,6 @@ class Footprint:
     prefixes: int
     modules: tuple[nn.Module, ...]
     fallback: str | None = None
-
-
-class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Within this block, counts the bytes of the tensors that are made on the meta device.
-
-    Attributes:
-        live: bytes held now.
-        peak: the most that were held.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.live = self.peak = 0
-        self._known: WeakSet[Any] = WeakSet()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self._known.update(_storages((args, kwargs)))  # what comes in has been counted, or was there before
-        out = func(*args, **(kwargs or {}))
-        for storage in _storages(out):
-            if storage not in self._known:
-                self._known.add(storage)
-                self.live += storage.nbytes()
-                finalize(storage, self._let_go, storage.nbytes())
-        # Fused attention holds no scores, but a mask of booleans it first turns into numbers.
-        mask = _mask(args, kwargs or {}) if func is _ATTENTION else None
-        self.peak = max(self.peak, self.live + (0 if mask is None else mask.numel() * args[0].element_size()))
-        return out
-
-    def _let_go(self, nbytes: int) -> None:
-        self.live -= nbytes
-
-
-def _storages(tree: Any) -> list[Any]:
-    return [t.untyped_storage() for t in tree_leaves(tree) if isinstance(t, Tensor) and t.is_meta]
-
-
-def _mask(args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
-    mask: Tensor | None = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
-    return mask if mask is not None and mask.dtype == torch.bool else None
-
-
-@contextmanager
-def meta_without_autocast() -> Iterator[None]:
-    """Within this block torch says that nothing is cast on the meta device, of which it knows no more than that.
-
-    Older releases of transformers (5.2 does, 5.23 does not) ask whenever they turn keys, and torch raises.
-    """
-    asked = torch.is_autocast_enabled
-
-    def enabled(*device: str) -> bool:
-        return device != ("meta",) and asked(*device)
-
-    with patch.object(torch, "is_autocast_enabled", enabled):
-        yield
 
 
 def held(tensors: Iterable[Tensor]) -> int:
@@ -165,7 +105,7 @@ def step_bytes(decoding: Decoding, seen: int) -> int:
     watch = Watch()
     with watch:
         # As where requests draw and are of different lengths, which takes a mask.
-        decoding.step(decoding.order[: min(seen, decoding.kv.slots)], False, True)
+        decoding.step(decoding.order[: min(seen, decoding.kv.slots)], False, Drawing(0, True, True))
     return watch.peak
 
 
@@ -177,6 +117,55 @@ def onednn_bytes(modules: Iterable[nn.Module]) -> int:
 # ---------------------------------------------------------------------- language models
 
 
+class _Blank:
+    """A language model that runs without numbers, on one cache.
+
+    Args:
+        manager: a `KVCacheManager` around a model on the meta device.
+        rows: that decode together.
+        context: tokens of a request before those it makes.
+    """
+
+    def __init__(self, manager: Any, rows: int, context: int) -> None:
+        model = manager.model
+        self._manager, self._rows, self.context = manager, rows, context
+        self._more: dict[str, Any] = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+        self.encoding = self.states = 0  # bytes that an encoder takes at most, and that its output takes
+        if model.config.is_encoder_decoder:
+            given = encoder_input(model, rows, context, "meta")
+            self.context = 1 if reads_text(model) else context  # what the decoder begins with
+            with without_numbers() as watch:
+                self._more = {"encoder_outputs": model.get_encoder()(**given)}
+            self.encoding = watch.peak
+            self.states = held([self._more["encoder_outputs"][0]])
+        self.cache = manager.new_cache(rows)
+        self.layers = hf.kv_layers(self.cache, some=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cache, written to or not: what a C library hands out again has been written to before."""
+        return hf.report_of(self.cache).nbytes
+
+    def run(self, count: int) -> tuple[int, Tensor]:
+        """Bytes that a pass of so many tokens takes at most, beside the cache as it was before, and the logits."""
+        with without_numbers() as watch, self._manager._exactly():
+            out = run_blank(self._manager.runner, self.cache, self._rows, count, 0, "meta", **self._more)
+        return watch.peak + self.states, out.logits
+
+    def fill(self, count: int) -> None:
+        """Let the cache see so many tokens more."""
+        own = [layer for layer in hf.cache_layers(self.cache) if isinstance(layer, DynamicLayer)]
+        if any(not isinstance(layer, hf.OwnWindow) for layer in own):
+            self.run(count)  # only the model knows what else belongs to a token
+            return
+        with without_numbers():
+            fill([kv for kv in self.layers if kv.keys is not None], count)
+            for layer in own:
+                if layer.keys is not None and layer.values is not None:
+                    keys, values = ((*t.shape[:2], count, t.shape[3]) for t in (layer.keys, layer.values))
+                    layer.update(layer.keys.new_empty(keys), layer.values.new_empty(values))
+
+
 @torch.inference_mode()
 def language_footprint(manager: Any, setting: "Setting", context: int, tokens: int, device: str) -> Footprint:
     """What requests of a language model take.
@@ -184,47 +173,32 @@ def language_footprint(manager: Any, setting: "Setting", context: int, tokens: i
     Args:
         manager: a `KVCacheManager` around a model on the meta device.
         setting: how it decodes.
-        context: tokens of a request before those it makes.
+        context: tokens of a request before those it makes: of an encoder-decoder that reads text, the encoder's.
         tokens: that it makes.
         device: ``"cpu"`` or ``"cuda"``: what is planned for.
     """
     model, rows = manager.model, setting.requests
-    seen = context + tokens - 1  # the last token drawn is never run
     request = {"max_new_tokens": tokens, "attention_mask": torch.ones(1, 1)}
-    reason = (
-        None
-        if setting.backend == "off"
-        else manager._why_not(GenerationSettings.of(model, request), None, None, request)
-    )
-    keeps = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
-
-    def run(count: int) -> tuple[int, Tensor]:
-        ids = torch.empty(rows, count, dtype=torch.long, device="meta")
-        # What is made on the host, such as masks, is made there as well when it is served: all of it counts on a CPU.
-        with Watch() as watch, torch.device("meta"), manager._exactly():
-            # Some models look for pads among token ids, which have no numbers here.
-            embeds = model.get_input_embeddings()(ids)
-            out = manager.runner(inputs_embeds=embeds, **handed(model, cache), use_cache=True, **keeps)
-        return watch.peak, out.logits
-
-    cache = manager.new_cache(rows)
-    layers = hf.kv_layers(cache)
-    peak, logits = run(context)
-    first = buffers(layers)
+    reason = None if setting.backend == "off" else manager._why_not(None, None, request)
+    blank = _Blank(manager, rows, context)
+    seen = blank.context + tokens - 1  # the last token drawn is never run
+    peak, logits = blank.run(blank.context)
+    first = blank.nbytes
     # `generate` hands out the logits of the last position once more, in fp32.
     last = rows * logits.shape[-1] * 4
-    moments = [Moment("prefill", first, workspace=max(0, peak - account(hf.cache_layers(cache)).nbytes) + last)]
+    moments = [Moment("prefill", first, workspace=max(0, peak - first) + last)]
+    if blank.encoding:
+        moments.insert(0, Moment("encode", workspace=blank.encoding))
     if setting.backend == "off" or reason is not None:
-        if seen > context:
-            fill(layers, seen - context - 1)
-            before = account(hf.cache_layers(cache)).nbytes
-            peak, _ = run(1)
-            grown = account(hf.cache_layers(cache)).nbytes - before
-            moments.append(Moment("step", buffers(layers), workspace=max(0, peak - grown) + last))
-        kv = account(hf.cache_layers(cache)).nbytes
-        return Footprint(tuple(moments), kv, 0, (model,), reason)
+        if seen > blank.context:
+            if seen > blank.context + 1:
+                blank.fill(seen - blank.context - 1)
+            before = blank.nbytes
+            peak, _ = blank.run(1)
+            moments.append(Moment("step", blank.nbytes, workspace=max(0, peak - blank.nbytes + before) + last))
+        return Footprint(tuple(moments), blank.nbytes, 0, (model,), reason)
 
-    policy, stored = layers[0].policy, layers[0].stored
+    policy, stored = blank.layers[0].policy, blank.layers[0].stored
     with Watch() as watch:
         needed = manager._decoder.needed(policy, stored, tokens)
         decoding = manager._decoder.decoding(policy, rows, needed, logits.shape[-1], setting.backend)

@@ -1,6 +1,6 @@
 """What a cache for a model looks like: layers, KV heads, head size, dtype, and how the model encodes positions."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -9,9 +9,9 @@ from kvcache.errors import GeometryError, PositionsError
 
 _CPU = torch.device("cpu")
 
-Positions = Literal["rope", "learned", "alibi", "relative", "unknown"]
+Positions = Literal["rope", "learned", "none", "alibi", "relative", "unknown"]
 
-_WHY_NOT = {
+WHY_NO_EVICTION: dict[Positions, str] = {
     "alibi": "ALiBi biases attention by the distance between slots, so evicting a token shifts all others",
     "relative": "a T5-style relative bias counts slots, so evicting a token shifts all others",
     "unknown": "kvcache cannot tell how this model encodes positions",
@@ -35,8 +35,10 @@ class CacheGeometry:
         value_dim: size of a value.
         dtype: of keys and values.
         device: of the first layer.
-        positions: how the model tells positions; decides what may be evicted.
+        positions: how the model tells positions; decides what may be evicted. ``"none"``: its keys carry none.
         max_positions: length of a learned position table, which bounds a run whatever is evicted; None for the others.
+        shapes: KV heads, key size and value size of each layer, where they are not the same; zeros for a layer that
+            caches no keys. The three above are then those of the first layer that does.
     """
 
     layers: int
@@ -47,17 +49,23 @@ class CacheGeometry:
     device: torch.device = _CPU
     positions: Positions = "unknown"
     max_positions: int | None = None
+    shapes: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def layer_token_bytes(self) -> tuple[int, int]:
-        """Bytes of one token's key and value, in one row of one layer."""
+        """Bytes of one token's key and value, in one row of one layer, where all are alike."""
         head = self.kv_heads * self.dtype.itemsize
         return head * self.head_dim, head * self.value_dim
 
     @property
     def token_bytes(self) -> int:
         """Bytes of one token in one row, over all layers."""
-        return self.layers * sum(self.layer_token_bytes)
+        return sum(sum(self.of(layer).layer_token_bytes) for layer in range(self.layers))
+
+    def of(self, layer: int) -> "CacheGeometry":
+        """The geometry of one layer alone."""
+        heads, key, value = self.shapes[layer] if self.shapes else (self.kv_heads, self.head_dim, self.value_dim)
+        return replace(self, layers=1, kv_heads=heads, head_dim=key, value_dim=value, shapes=())
 
     @classmethod
     def from_config(
@@ -84,73 +92,97 @@ class CacheGeometry:
         config = config.get_text_config(decoder=True)
         # An encoder-decoder names its decoder's apart. They are read from what was given: in the decoder's config that
         # newer releases derive from it, these names are back at the defaults of their class.
-        heads = _first(given, "decoder_attention_heads") or _first(config, "num_attention_heads", "n_head", "num_heads")
-        layers = _first(given, "decoder_layers", "num_decoder_layers") or _first(
-            config, "num_hidden_layers", "n_layer", "num_layers"
+        layers = _first(given, 0, "decoder_layers", "num_decoder_layers") or _first(
+            config, 0, "num_hidden_layers", "n_layer", "num_layers", "num_transformer_layers"
         )
-        width = _first(config, "hidden_size", "n_embd", "d_model")
-        if heads is None or layers is None or width is None:
+        if layers is None:
             raise GeometryError(
-                f"{type(given).__name__} does not say its layers, heads and width (got {layers}, {heads}, {width}); "
+                f"{type(given).__name__} does not say how many layers it has; "
                 "build CacheGeometry(layers=…, kv_heads=…, head_dim=…, value_dim=…) yourself"
             )
-        head_dim = _first(config, "head_dim", "d_kv") or width // heads
-        value_dim = head_dim
-        if _first(given, "decoder_attention_heads") is not None:
-            kv_heads = heads  # grouped heads would be the encoder's name for its own
-        elif getattr(config, "new_decoder_architecture", False):
-            kv_heads = heads  # Falcon repeats its groups before it caches them
-        elif getattr(config, "multi_query", False):
-            kv_heads = 1
-        else:
-            kv_heads = _first(config, "num_key_value_heads", "num_kv_heads") or heads
-        if (nope := _first(config, "qk_nope_head_dim")) is not None:  # multi-head latent attention (arXiv:2405.04434)
-            if latent:
-                kv_heads, head_dim, value_dim = 1, config.kv_lora_rank, config.qk_rope_head_dim
-            else:
-                kv_heads, head_dim, value_dim = heads, nope + config.qk_rope_head_dim, config.v_head_dim
-        positions = _positions(config)
-        table = _first(config, "max_target_positions", "n_positions", "max_position_embeddings")
+        # Newer releases give each layer a config of its own, and refuse to tell what differs between them.
+        each = list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config] * layers
+        shapes = tuple(_shape(given, each[i], i, latent) for i in range(layers))
+        positions = positions_of(config)
+        table = _first(config, 0, "max_target_positions", "n_positions", "max_position_embeddings")
         return cls(
-            layers=layers,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            value_dim=value_dim,
+            layers,
+            *shapes[0],
             dtype=dtype or getattr(config, "dtype", None) or torch.float32,
             device=torch.device(device),
             positions=positions,
             max_positions=table if positions == "learned" else None,
+            shapes=() if len(set(shapes)) == 1 else shapes,
         )
 
     @classmethod
     def from_model(cls, model: Any) -> "CacheGeometry":
-        """The geometry of a loaded transformers model, in the dtype and on the device of its weights."""
-        latent = any(hasattr(module, "expand_kv") for module in model.modules())
-        return cls.from_config(model.config, dtype=model.dtype, device=model.device, latent=latent)
+        """The geometry of a loaded transformers model, in the dtype and on the device of its weights.
+
+        A model whose weights are in memory is run once on a few tokens, and what it caches is what counts; of one on the
+        meta device its config is asked.
+
+        Raises:
+            GeometryError: if neither says how many layers and heads there are.
+        """
+        from kvcache.models import facts_of  # which needs this module first
+
+        return facts_of(model).geometry
 
     def check_eviction(self, *, rerotate: bool = False) -> None:
         """Raise `PositionsError` if evicting tokens, or re-rotating what stays, would be silently wrong."""
-        if (why := _WHY_NOT.get(self.positions)) is not None:
+        if (why := WHY_NO_EVICTION.get(self.positions)) is not None:
             raise PositionsError(
                 f"tokens cannot be evicted from this model's cache: {why}; use KeepAll(), with a max_length"
             )
-        if rerotate and self.positions != "rope":
+        if rerotate and self.positions not in ("rope", "none"):
             raise PositionsError(
                 f"keys cannot be re-rotated: this model's positions are {self.positions}, baked into the keys through "
                 "the hidden states; keep positions='absolute'"
             )
 
 
-def _first(config: Any, *names: str) -> int | None:
-    """The first of these attributes that is a positive whole number."""
+def _shape(given: Any, config: Any, layer: int, latent: bool) -> tuple[int, int, int]:
+    """KV heads, key size and value size of one layer, whose config this is."""
+    heads = _first(given, layer, "decoder_attention_heads") or _first(
+        config, layer, "num_attention_heads", "n_head", "num_heads", "num_query_heads"
+    )
+    width = _first(config, layer, "hidden_size", "n_embd", "d_model", "model_dim")
+    if heads is None or width is None:
+        raise GeometryError(
+            f"{type(given).__name__} does not say its heads and width (got {heads}, {width}); "
+            "build CacheGeometry(layers=…, kv_heads=…, head_dim=…, value_dim=…) yourself"
+        )
+    if (
+        nope := _first(config, layer, "qk_nope_head_dim")
+    ) is not None:  # multi-head latent attention (arXiv:2405.04434)
+        if latent:
+            return 1, config.kv_lora_rank, config.qk_rope_head_dim
+        return heads, nope + config.qk_rope_head_dim, config.v_head_dim
+    head_dim = _first(config, layer, "head_dim", "d_kv") or width // heads
+    if _first(given, layer, "decoder_attention_heads") is not None:
+        kv_heads = heads  # grouped heads would be the encoder's name for its own
+    elif getattr(config, "new_decoder_architecture", False):
+        kv_heads = heads  # Falcon repeats its groups before it caches them
+    elif getattr(config, "multi_query", False):
+        kv_heads = 1
+    else:
+        kv_heads = _first(config, layer, "num_key_value_heads", "num_kv_heads") or heads
+    return kv_heads, head_dim, head_dim
+
+
+def _first(config: Any, layer: int, *names: str) -> int | None:
+    """The first of these attributes that is a positive whole number, or a list of one for each layer."""
     for name in names:
         value = getattr(config, name, None)
+        if isinstance(value, list | tuple) and layer < len(value):
+            value = value[layer]
         if isinstance(value, int) and value > 0:
             return value
     return None
 
 
-def _positions(config: Any) -> Positions:
+def positions_of(config: Any) -> Positions:
     if getattr(config, "relative_attention_num_buckets", None) is not None:
         return "relative"
     kind = config.model_type

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvcache import hf
 from kvcache.attention import observed_copy
-from kvcache.errors import CorruptError, InputError
+from kvcache.errors import CorruptError, InputError, said
 from kvcache.fingerprint import model_fingerprint
 from kvcache.heads import PerHead
 from kvcache.past import handed
@@ -29,7 +29,7 @@ class _Watching(RankingPolicy):
     queries: ClassVar[int] = 2**31 - 1
 
     def score(self, seen: Seen) -> Tensor:
-        return torch.zeros_like(seen.mass)
+        return torch.zeros_like(seen.positions, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,9 @@ class HeadProfile:
         except CorruptError:
             raise
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-            raise CorruptError(f"{path} is no head profile: {error}; measure it again with measure_heads()") from error
+            raise CorruptError(
+                f"{path} is no head profile: {said(error)}; measure it again with measure_heads()"
+            ) from error
         if model is not None and profile.model != model:
             raise InputError(f"{path} was measured on another model; measure this one with measure_heads()")
         return profile

@@ -165,15 +165,16 @@ class SplitLayer(KVLayer):
         return True
 
     @property
-    def rehearsing(self) -> bool:
+    def rehearsing(self) -> range | None:
         """As a `RankedLayer`'s."""
-        return any(isinstance(part, RankedLayer) and part.rehearsing for _, part in self.parts)
+        said = (part.rehearsing for _, part in self.parts if isinstance(part, RankedLayer))
+        return next((part for part in said if part is not None), None)
 
     @rehearsing.setter
-    def rehearsing(self, on: bool) -> None:
-        for _, part in self.parts:
-            if isinstance(part, RankedLayer):
-                part.rehearsing = on
+    def rehearsing(self, part: range | None) -> None:
+        for _, layer in self.parts:
+            if isinstance(layer, RankedLayer):
+                layer.rehearsing = part
 
     def begin_rehearsal(self) -> Callable[[], None]:
         """As a `RankedLayer`'s."""
@@ -278,7 +279,7 @@ class SplitLayer(KVLayer):
                 observe = None
             pieces.append(Piece(heads, *own, mask, self._observer(part, observe)))
         self._pieces = pieces
-        self.seen += 0 if self.rehearsing else fresh
+        self.seen += fresh if self.rehearsing is None else 0
         return keys, values
 
     def _observer(self, part: KVLayer, then: Observer | None) -> Observer | None:

@@ -1,170 +1,54 @@
-"""The one file that knows transformers (but for `kvcache.past`): our layers as its cache, from 5.2 to the newest.
+"""What we know of transformers' models: caches for them, their masks, their rotary embeddings, from 5.2 to the newest.
 
 Two rules make a cache right while tokens leave it: its length is counted in tokens *seen*, and its mask sizes are
 ``(kept + new, seen - kept)``. What a release changed is bridged here and nowhere else.
 """
 
-import inspect
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any, Literal
 
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers.cache_utils import (
-    Cache,
-    CacheLayerMixin,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     EncoderDecoderCache,
 )
 
-from kvcache import attention
-from kvcache.errors import CapacityError, GeometryError, InputError, PolicyError, PositionsError, RollbackError
+from kvcache import attention, export
+from kvcache.arguments import check_model, check_quantization
+from kvcache.errors import GeometryError, InputError, PolicyError, PositionsError
 from kvcache.events import Evictions
 from kvcache.geometry import CacheGeometry
 from kvcache.heads import SplitLayer, chosen_by_head, layer_for, turns
 from kvcache.layers import KVLayer
-from kvcache.past import handed, taken
-from kvcache.policies import KeepAll, SizePolicy, check_policy, schedule
+from kvcache.managed import Crossed, ManagedCache, ManagedEncoderDecoderCache, OwnWindow, check_rollback
+from kvcache.managed import ManagedLayer as ManagedLayer
+from kvcache.managed import check_positions as check_positions
+from kvcache.models import ModelFacts, Windows, alike, announced, facts_of, parameters, rope_by_length, untouched
+from kvcache.past import MADE_AS, handed, taken
+from kvcache.policies import KeepAll, SizePolicy, budgeted, check_policy
 from kvcache.prefix import PrefixKey, PrefixSnapshot
 from kvcache.quantized import Quantization, QuantizedLayer
+from kvcache.report import CacheReport, account
 from kvcache.rope import KeyRotation
+from kvcache.scoring import SnapKV
+from kvcache.shapes import CacheShape, cache_shape
 
 TESTED = ("5.2", "5.24")
 """The lowest and the newest release of transformers that the tests have run on."""
 
 _VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-_CROP_ZERO_EMPTIES = _VERSION < (5, 14)
-_CACHE = "cache" if _VERSION >= (5, 24) else "past_key_values"
 
-_BY_LENGTH = ("dynamic", "longrope")  # RoPE whose frequencies depend on how long the text becomes
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
 PositionMode = Literal["absolute", "rerotated"]
 
-
-class ManagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """A `KVLayer` as transformers sees it."""
-
-    is_sliding = False
-    is_compileable = False
-    supports_early_init = False
-
-    def __init__(
-        self,
-        kv: KVLayer,
-        max_positions: int | None = None,
-        beside: Sequence[KVLayer] = (),
-        evictions: Evictions | None = None,
-    ) -> None:
-        # Not super().__init__(): it would assign keys and values, which are read from the layer here.
-        self.kv = kv
-        self.max_positions = max_positions
-        self.beside = beside  # all layers of the cache, to be asked before the first of them changes
-        self.evictions = evictions  # of all of them
-
-    @property
-    def keys(self) -> Tensor | None:  # type: ignore[override]
-        return self.kv.keys
-
-    @property
-    def values(self) -> Tensor | None:  # type: ignore[override]
-        return self.kv.values
-
-    @property
-    def is_initialized(self) -> bool:  # type: ignore[override]
-        return self.kv.initialized
-
-    @property
-    def is_croppable(self) -> bool:  # type: ignore[override]
-        return not self.kv.policy.evicts
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.kv.policy!r}, seen={self.kv.seen}, stored={self.kv.stored})"
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
-        self.kv.append(key_states[:, :, :0], (key_states if value_states is None else value_states)[:, :, :0])
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if self.kv.seen:  # a prefix goes into an empty layer without any attention
-            _check_observed(self.kv)
-        keys, values = self.kv.append(key_states, value_states)
-        if self.kv.by_head:
-            attention.stored(self.kv, keys, values)
-        elif self.evictions is not None and self.kv is self.beside[-1]:
-            self.evictions.after()
-        return keys, values
-
-    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
-        # Asked once before a forward writes anything: the place to refuse, with every layer still as it was.
-        fresh = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
-        for kv in self.beside or (self.kv,):
-            kv.check(fresh)
-            _check_observed(kv)
-        check_positions(self.max_positions, self.kv.seen, fresh)
-        if self.evictions is not None:
-            self.evictions.before()
-        retained = self.kv.retained
-        return retained + fresh, self.kv.seen - retained
-
-    def get_seq_length(self, cache_position: Tensor | None = None) -> int:
-        return self.kv.seen
-
-    def get_max_length(self) -> int:
-        limit = self.kv.max_length
-        return -1 if limit is None or self.kv.policy.evicts else limit  # -1 is transformers' word for "no maximum"
-
-    get_max_cache_shape = get_max_length  # its name up to 5.12
-
-    def reset(self) -> None:
-        self.kv.reset()
-        self.count_anew()
-
-    def count_anew(self) -> None:
-        """Take what has left so far for told: it came or went without a forward."""
-        if self.evictions is not None:
-            self.evictions.forget()
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.kv.select(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.kv.select(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.kv.repeat(repeats)
-
-    def crop(self, tokens_to_remove: int | Tensor) -> None:
-        """Negative: remove that many tokens. Positive (up to 5.22): cut to that length. Zero: as the release has it."""
-        n = int(tokens_to_remove)
-        if n > 0 or (n == 0 and _CROP_ZERO_EMPTIES):
-            self.kv.truncate(min(n, self.kv.seen))
-        elif n < 0:
-            self.kv.truncate(max(0, self.kv.seen + n))
-        self.count_anew()
-
-
-def _check_observed(kv: KVLayer) -> None:
-    if kv.by_head and not attention.observing():
-        raise PolicyError(
-            f"under {kv.policy!r} each head sees its own tokens, and the cache what is attended to; run the model as "
-            "manager.runner, or by manager.generate() and stream()"
-        )
-
-
-def check_positions(table: int | None, seen: int, fresh: int) -> None:
-    """Raise `CapacityError` if `fresh` tokens after `seen` would run past a model's table of learned positions."""
-    if table is not None and seen + fresh > table:
-        raise CapacityError(
-            f"cannot run {fresh} tokens at position {seen}: this model learned {table} positions, "
-            "and evicting tokens does not give them back; start a new cache"
-        )
+export.register()
 
 
 # ---------------------------------------------------------------------- caches
@@ -181,6 +65,7 @@ def new_cache(
     padding: Tensor | None = None,
     geometry: CacheGeometry | None = None,
     quantization: Quantization | None = None,
+    crossing: bool | None = None,
 ) -> Any:
     """A cache to pass as ``past_key_values`` (``cache`` from transformers 5.24 on); for an encoder-decoder, its decoder's.
 
@@ -197,10 +82,14 @@ def new_cache(
         padding: pads on the left of each row, ``[batch]``; see `left_padding`.
         geometry: the model's, where it is known already.
         quantization: hold keys and values in few bits.
+        crossing: whether the model attends to an encoder, whose keys and values need a place of their own; by default
+            whether it is an encoder-decoder.
 
     Raises:
         PositionsError, PolicyError, GeometryError: if that cannot work for this model.
     """
+    check_model(model)
+    check_quantization(quantization)
     if positions not in ("absolute", "rerotated"):
         raise PositionsError(f"positions={positions!r} must be 'absolute' or 'rerotated'")
     geometry = CacheGeometry.from_model(model) if geometry is None else geometry
@@ -208,40 +97,107 @@ def new_cache(
     layers += [_full_layer() for _ in range(geometry.layers - len(layers))]
     managed = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
     policies = _policy_per_layer(policy, len(layers))
-    evicting = any(policies[i].evicts for i in managed)
-    if evicting or positions == "rerotated":
-        geometry.check_eviction(rerotate=positions == "rerotated")
-    if not managed and any(p.evicts for p in policies):
+    evicting = [policies[i] for i in managed if policies[i].evicts]
+    rerotated = positions == "rerotated"
+    if evicting or rerotated:
+        _check_eviction(model, geometry, evicting, rerotated)
+    asked = {repr(policy): any(p.evicts for p in policies), repr(quantization): quantization is not None}
+    if not managed and (idle := [name for name, given in (asked | {"preallocate=True": preallocate}).items() if given]):
         raise PolicyError(
-            f"{policy!r} has no layer to work on: each of the {len(layers)} layers keeps the window of the model's own "
-            "config; use KeepAll(), or unset config.sliding_window"
+            f"{idle[0]} has no layer to work on: each of the {len(layers)} layers is managed by the model in its own way "
+            f"({type(layers[0]).__name__}); leave it out, or unset config.sliding_window where the model has one"
         )
-    rotation = key_rotation(model) if evicting and positions == "rerotated" else None
+    for one in (policies[i] for i in managed if preallocate):
+        if max_length is None and not one.evicts:
+            raise PolicyError(
+                f"preallocate=True takes the memory of all tokens at once, and under {one!r} without a limit there is no "
+                "telling how many: give max_length (max_cache_length), or a policy with a limit"
+            )
+    if any(chosen_by_head(policies[i]) for i in managed):
+        _check_latent(model, policy)
     turn = _turn(model, geometry, [policies[i] for i in managed])
     ours: list[KVLayer] = []
     evictions = Evictions(ours)
+    aged = [policy for policy in evicting if not chosen_by_head(policy)]
+    windows = Windows(facts_of(model), layers) if aged else None
+    shape = shape_of(model) if any(budgeted(policies[i]) for i in managed) else None
+    for layer in layers:
+        if type(layer) is DynamicSlidingWindowLayer:
+            layer.__class__ = OwnWindow
     for i in managed:
+        own = geometry.of(i)
         given: dict[str, Any] = {"max_length": max_length, "padding": padding, "layers": len(managed), "rows": rows}
+        rotation = facts_of(model).rotation(i) if rerotated and policies[i].evicts else None
+        if rerotated and evicting and padding is not None and bool((padding > 0).any()):
+            raise PositionsError(
+                "re-rotated positions need rows without padding; run the rows apart, or keep positions='absolute'"
+            )
+        if shape is not None and budgeted(policies[i]):
+            given["whole"] = shape.whole()
         if quantization is not None:
-            kv: KVLayer = _quantized(policies[i], quantization, rotation, preallocate, geometry, given)
-            ours.append(kv)
-            layers[i] = ManagedLayer(kv, geometry.max_positions, ours, evictions)
-            continue
-        given |= {"preallocate": preallocate, "token_bytes": geometry.layer_token_bytes}
-        kv = layer_for(policies[i], rotation, turn=turn, **given)
-        if kv.by_head and rotation is not None:
+            if rerotated and evicting:
+                raise PositionsError("quantized keys cannot be re-rotated; keep positions='absolute'")
+            kv: KVLayer = _quantized(policies[i], quantization, preallocate, own, given)
+        else:
+            given |= {"preallocate": preallocate, "token_bytes": own.layer_token_bytes}
+            kv = layer_for(policies[i], rotation, turn=turn, **given)
+        if kv.by_head and rerotated:
             raise PositionsError(
                 f"under {policies[i]!r} each head keeps tokens of its own, so there is no window to turn sinks towards; "
                 "use positions='absolute'"
             )
-        if isinstance(kv, SplitLayer) and kv.parts and len(kv.heads) != geometry.kv_heads:
+        if isinstance(kv, SplitLayer) and kv.parts and len(kv.heads) != own.kv_heads:
             raise GeometryError(
-                f"{policies[i]!r} is for {len(kv.heads)} KV heads, the model has {geometry.kv_heads}; give a policy for each"
+                f"{policies[i]!r} is for {len(kv.heads)} KV heads, the model has {own.kv_heads}; give a policy for each"
             )
         ours.append(kv)
-        layers[i] = ManagedLayer(kv, geometry.max_positions, ours, evictions)
-    cache = _Cache(layers=layers)
-    return _EncoderDecoderCache(cache, DynamicCache()) if model.config.is_encoder_decoder else cache
+        layers[i] = ManagedLayer(kv, geometry.max_positions, ours, evictions, windows)
+    if shape is not None and rows is None:
+        for kv in ours:
+            kv.share(shape.whole())  # says now what does not hold one row
+    cache = ManagedCache(layers)
+    crossing = model.config.is_encoder_decoder if crossing is None else crossing
+    return ManagedEncoderDecoderCache(cache, Crossed(ours, shape)) if crossing else cache
+
+
+def shape_of(model: Any) -> CacheShape:
+    """What a cache of this model holds of each row, see `kvcache.shapes`.
+
+    Raises:
+        GeometryError: if it cannot be found out.
+    """
+    return cache_shape(model, lambda: new_cache(model))
+
+
+def _check_eviction(model: Any, geometry: CacheGeometry, policies: Sequence[SizePolicy], rerotated: bool) -> None:
+    """Refuse what a model's positions or its attention would make silently wrong.
+
+    Raises:
+        PositionsError: with the reason.
+    """
+    geometry.check_eviction(rerotate=rerotated)
+    if not policies:
+        return
+    facts = facts_of(model)
+    if (why := facts.why_no_eviction) is not None:
+        raise PositionsError(
+            f"tokens cannot be evicted from this model's cache: {why}; use KeepAll(), with a max_length"
+        )
+    by_age = next((policy for policy in policies if not chosen_by_head(policy)), None)
+    if by_age is not None and (why := facts.why_no_long_prompt) is not None:
+        raise PositionsError(
+            f"under {by_age!r} a prompt can be longer than the window, and its tokens cannot each see their own: {why}; use "
+            "KeepAll(), with a max_length, or another attn_implementation"
+        )
+
+
+def _check_latent(model: Any, policy: Any) -> None:
+    """Refuse to rank the tokens of a cache of latents, which are made into keys only behind the cache."""
+    if any(hasattr(module, "expand_kv") for module in model.modules()):
+        raise PolicyError(
+            f"{policy!r} ranks keys, and {type(model).__name__} caches latents that it makes into keys afterwards "
+            "(multi-head latent attention); use a policy by age, such as SlidingWindow(1024, sinks=4)"
+        )
 
 
 def _turn(model: Any, geometry: CacheGeometry, policies: Sequence[SizePolicy]) -> KeyRotation | None:
@@ -261,7 +217,6 @@ def _turn(model: Any, geometry: CacheGeometry, policies: Sequence[SizePolicy]) -
 def _quantized(
     policy: SizePolicy,
     quantization: Quantization,
-    rotation: KeyRotation | None,
     preallocate: bool,
     geometry: CacheGeometry,
     given: dict[str, Any],
@@ -271,8 +226,6 @@ def _quantized(
             f"{policy!r} chooses tokens by head, and tokens that are quantized leave in groups; use one of the two, or a "
             "policy by age, such as SlidingWindow"
         )
-    if rotation is not None:
-        raise PositionsError("quantized keys cannot be re-rotated; keep positions='absolute'")
     if preallocate:
         raise PolicyError("a quantized cache grows by groups; leave preallocate out")
     return QuantizedLayer(policy, quantization, geometry=geometry, **given)
@@ -312,7 +265,9 @@ def prefix_cache(model: Any) -> Any:
             f"no prefix can be reused: {rope_type!r} RoPE turns the first keys by how many tokens follow; "
             "use a model with another rope_type"
         )
-    return _Cache(layers=[ManagedLayer(KVLayer()) for _ in layers])
+    if (why := facts_of(model).why_no_prefix) is not None:
+        raise PositionsError(f"no prefix of {type(model).__name__} can be reused: {why}; give it with each request")
+    return ManagedCache([ManagedLayer(KVLayer()) for _ in layers])
 
 
 def extend_prefix(
@@ -335,33 +290,6 @@ def extend_prefix(
     return PrefixSnapshot.of(kv_layers(cache), key, build_seconds=spent + time.perf_counter() - began)
 
 
-class _Cache(Cache):
-    """Resets to empty: up to some release, transformers' own layers keep their length and become zeros."""
-
-    def reset(self) -> None:
-        for layer in self.layers:
-            _empty(layer)
-
-
-class _EncoderDecoderCache(EncoderDecoderCache):
-    """Crops and selects rows as well: transformers' own does so only around a `DynamicCache`."""
-
-    def check_dynamic_cache(self, method: str) -> None:
-        """Our layers can do all that a dynamic one's can."""
-
-    def reset(self) -> None:
-        super().reset()  # type: ignore[no-untyped-call]
-        for layer in self.cross_attention_cache.layers:
-            _empty(layer)
-
-
-def _empty(layer: Any) -> None:
-    layer.reset()
-    if isinstance(layer, DynamicLayer):
-        layer.keys = layer.values = None
-        layer.is_initialized = False
-
-
 def _full_layer() -> DynamicLayer:
     return DynamicLayer()  # type: ignore[no-untyped-call]
 
@@ -382,13 +310,23 @@ def decoding_arguments(cache: Any, positions: Tensor) -> dict[str, Any]:
     """How a model is given a cache, and the positions of one token per row, ``[rows, 1]``, by a tensor on its device."""
     # Up to 5.3 models take it for the slots of their cache, which ours know better, and GPT-2 counts it out on the host
     # where it is missing.
-    given = {_CACHE: cache, "use_cache": True, "position_ids": positions}
+    given = {MADE_AS: cache, "use_cache": True, "position_ids": positions}
     return given | ({"cache_position": positions[0]} if _VERSION < (5, 4) else {})
 
 
 def cache_layers(cache: Any) -> list[Any]:
     """The self-attention layers of a cache, ours and the model's own."""
     return list(cache.self_attention_cache.layers if isinstance(cache, EncoderDecoderCache) else cache.layers)
+
+
+def cross_layers(cache: Any) -> list[Any]:
+    """The layers of a cache that hold what attends to an encoder."""
+    return list(cache.cross_attention_cache.layers) if isinstance(cache, EncoderDecoderCache) else []
+
+
+def report_of(cache: Any) -> CacheReport:
+    """The account of all that a cache holds."""
+    return account(cache_layers(cache), cross_layers(cache))
 
 
 def kv_layers(cache: Any, some: bool = True) -> list[KVLayer]:
@@ -405,30 +343,73 @@ def kv_layers(cache: Any, some: bool = True) -> list[KVLayer]:
     return managed
 
 
+def check_ours(cache: Any) -> None:
+    """Raise `GeometryError` for something else than one of our caches, or None."""
+    own = getattr(cache, "self_attention_cache", cache)
+    if own is not None and not isinstance(own, ManagedCache):
+        raise GeometryError(f"{type(cache).__name__} is no cache of ours: make one with new_cache(), or give none")
+
+
 def truncate(cache: Any, length: int) -> None:
     """Roll a whole cache back to its first `length` tokens; all of its layers or none.
 
     Raises:
         RollbackError: if one of them cannot.
     """
-    others = [layer for layer in cache_layers(cache) if not isinstance(layer, ManagedLayer)]
-    for kv in kv_layers(cache):
+    layers, kept = cache_layers(cache), kv_layers(cache)
+    for kv in kept:
         kv.check_truncate(length)
-    for layer in others:
-        window = getattr(layer, "sliding_window", None)
-        if window is not None and length > 0 and layer.get_seq_length() >= window:
-            raise RollbackError(
-                f"cannot roll back to {length} tokens: the model's own sliding layers have passed their window of "
-                f"{window}; reset the cache and prefill again"
-            )
-    for layer in others:
-        if length == 0:
-            _empty(layer)
-        elif (removed := layer.get_seq_length() - length) > 0:
-            layer.crop(-removed)
-    for kv in kv_layers(cache):
+    check_rollback(layers, length, kept[0].seen)
+    own = getattr(cache, "self_attention_cache", cache)
+    if length == 0:
+        own.reset()
+        return
+    if (removed := kept[0].seen - length) > 0:
+        for layer in layers:
+            if not isinstance(layer, ManagedLayer):
+                layer.crop(-removed)
+    for kv in kept:
         kv.truncate(length)
+    if isinstance(cache, ManagedCache) and cache.read is not None:
+        cache.read = cache.read[:, :length]
     count_anew(cache)
+
+
+def check_continues(cache: Any, ids: Tensor | None, given: int) -> None:
+    """Refuse what a cache already holds, or does not continue.
+
+    Args:
+        ids: the whole text so far, ``[rows, tokens]``; None where it is not known.
+        given: its tokens.
+
+    Raises:
+        InputError: with the length to `truncate` to.
+    """
+    held = kv_layers(cache, some=False)
+    seen = held[0].seen if held else 0
+    if given <= seen:
+        raise InputError(
+            f"the cache has seen {seen} tokens, and {given} were given: give the whole text so far and what follows it, or go "
+            f"back with truncate(cache, {max(0, given - 1)}) first, or use a new cache"
+        )
+    read = cache.read if isinstance(cache, ManagedCache) else None
+    if read is None or ids is None or ids.shape[0] != read.shape[0]:
+        return
+    known = min(read.shape[1], seen)
+    same = (ids[:, :known].to(read.device) == read[:, :known]).all(0)
+    if not bool(same.all()):
+        common = int(same.long().cumprod(0).sum())
+        raise InputError(
+            f"the cache has seen another text: only the first {common} of its {seen} tokens are those given; go back with "
+            f"truncate(cache, {common}) first, or use a new cache"
+        )
+
+
+def note_read(cache: Any, ids: Tensor | None) -> None:
+    """Remember which token ids ``[rows, tokens]`` a cache of ours has seen; None forgets them."""
+    if isinstance(cache, ManagedCache):
+        held = kv_layers(cache, some=False)
+        cache.read = None if ids is None or not held or held[0].rows != ids.shape[0] else ids[:, : held[0].seen].clone()
 
 
 def tell_evicted(cache: Any) -> None:
@@ -443,6 +424,38 @@ def count_anew(cache: Any) -> None:
     for layer in cache_layers(cache):
         if isinstance(layer, ManagedLayer):
             layer.count_anew()
+
+
+def check_ranking(model: Any, runner: Any) -> None:
+    """Try a policy that ranks tokens on a few of them, of which none leaves: the answer must be the model's own.
+
+    Args:
+        runner: the model's `observed_copy`.
+
+    Raises:
+        PolicyError: with the reason, if it is not.
+    """
+
+    def why_not(facts: ModelFacts) -> str | None:
+        if facts.why_not_probed is not None and model.device.type == "meta":
+            return None  # nothing is computed
+        try:
+            ids, told = facts.trial()
+        except GeometryError:
+            return None  # attention itself refuses what it cannot honour
+        cache = new_cache(model, SnapKV(1024))
+        try:
+            with untouched(runner):
+                parts = [runner(part, **handed(runner, cache), use_cache=True)[0] for part in (ids[:, :4], ids[:, 4:])]
+        except PolicyError as error:
+            return str(error).split(";")[0]
+        same = alike(torch.cat(parts, 1), told, None if told.dtype == torch.float32 else 0.3)
+        return (
+            None if same else f"{type(model).__name__} attends in a way of its own, which heads cannot do by themselves"
+        )
+
+    if (why := facts_of(model).once("ranking", why_not)) is not None:
+        raise PolicyError(f"{why}; use a policy by age, such as SlidingWindow")
 
 
 _REHEARSED = 2048  # tokens read again at a time
@@ -464,6 +477,8 @@ def rehearse(model: Any, cache: Any, ids: Tensor, instruction: Tensor | None) ->
     try:
         for start in range(0, ids.shape[1], _REHEARSED):
             part = ids[:, max(0, start - _LEAD) : start + _REHEARSED]
+            for layer in layers:
+                layer.rehearsing = range(start, min(start + _REHEARSED, ids.shape[1]))
             if instruction is not None:
                 part = torch.cat([instruction.to(ids.device).expand(ids.shape[0], -1), part], 1)
             body(part, **handed(body, cache), use_cache=True)
@@ -473,7 +488,7 @@ def rehearse(model: Any, cache: Any, ids: Tensor, instruction: Tensor | None) ->
         raise
     finally:
         for layer in layers:
-            layer.rehearsing = False
+            layer.rehearsing = None
 
 
 def left_padding(attention_mask: Tensor | None) -> Tensor | None:
@@ -488,12 +503,14 @@ def left_padding(attention_mask: Tensor | None) -> Tensor | None:
 
 @contextmanager
 def exact_windows(model: nn.Module) -> Iterator[None]:
-    """Within this block, each token of a chunk sees what its layer's policy says, and no more.
+    """Within this block, each token of a chunk sees what its layer's policy says, whatever else the mask hides.
 
-    Transformers makes one causal mask for all layers, from the tokens kept at the start of the chunk. That is exact for
-    single tokens; but in a chunk longer than what is left of the window, its later tokens would see more than the
-    window, and layers with policies of their own would get a mask of the wrong width. Here each attention module gets
-    its own layer's mask. The hooks look at our caches only, and are gone after the block.
+    A cache of `new_cache` sees to its windows itself where a model asks it for the sizes of its mask, as nearly all do. Here
+    it is told before the model begins; what more that gives is: models with masks of their own making, and rows in which
+    more is hidden than pads on the left. The hooks look at our caches only, and are gone after the block.
+
+    Raises:
+        PositionsError: for an attention that takes no 4-D mask.
     """
     implementation = getattr(model.config, "_attn_implementation", "eager")
     if implementation not in ("sdpa", "eager", attention.ATTENTION):
@@ -501,131 +518,54 @@ def exact_windows(model: nn.Module) -> Iterator[None]:
             f"eviction inside a chunk needs a 4-D mask, which {implementation!r} attention does not take; "
             "call model.set_attn_implementation('sdpa')"
         )
-    handles = [
-        module.register_forward_pre_hook(_exact_mask, with_kwargs=True)
-        for module in model.modules()
-        if is_attention(module)
-    ]
+    with announced(model):
+        yield
+
+
+@contextmanager
+def kept(model: nn.Module, cache: Callable[[], Any]) -> Iterator[None]:
+    """Within this block, a model that drops its cache to compute all tokens anew does so on the same cache.
+
+    A model whose long RoPE changes at a length (Phi-3) is given no cache by its own `generate` when a text gets there, and
+    would go on with one of transformers'.
+    """
+    if rope_by_length(model) != "longrope":
+        yield
+        return
+
+    def again(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        held = cache()
+        if held is not None and taken(kwargs) is None and kwargs.get("use_cache", True):
+            held.reset()
+            return args, {**kwargs, **handed(model, held)}
+        return args, kwargs
+
+    handle = model.register_forward_pre_hook(again, with_kwargs=True)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
 
 
 def is_attention(module: nn.Module) -> bool:
     """Whether a module is the attention of a layer, or one that hands its mask to it."""
-    return isinstance(getattr(module, "layer_idx", None), int) and "attention_mask" in _parameters(module)
-
-
-def _parameters(module: nn.Module) -> tuple[str, ...]:
-    return _parameters_of(type(module).forward)
-
-
-@lru_cache(maxsize=256)
-def _parameters_of(forward: Callable[..., Any]) -> tuple[str, ...]:
-    return tuple(inspect.signature(forward).parameters)[1:]
-
-
-def _exact_mask(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    if kwargs is None:  # another thread's hook, called while it is being removed; this thread's own does the work
-        return None
-    given = {**dict(zip(_parameters(module), args, strict=False)), **kwargs}
-    cache = taken(given)
-    crossing = given.get("key_value_states") is not None or given.get("encoder_hidden_states") is not None
-    if not isinstance(cache, Cache | EncoderDecoderCache) or crossing:
-        return args, kwargs
-    layer = cache_layers(cache)[module.layer_idx]  # type: ignore[index]
-    hidden: Tensor = given["hidden_states"]
-    mask: Tensor | None = given.get("attention_mask")
-    if not isinstance(layer, ManagedLayer) or layer.kv.by_head:
-        return args, kwargs
-    fresh = hidden.shape[1]
-    width = layer.kv.retained + fresh
-    whole = schedule(layer.kv.policy, layer.kv.stored, fresh)[-1] == width
-    # Where transformers makes no mask, because the first layer holds no pads, this one may.
-    if whole and (not layer.kv.holds_pads if mask is None else mask.shape[-1] == width):
-        return args, kwargs
-    exact = layer.kv.mask(fresh).to(hidden.device)
-    if mask is not None:
-        shorter = width - mask.shape[-1]  # rows are right-aligned: what the mask lacks on the left is older tokens
-        mask = (
-            mask[..., -width:]
-            if shorter <= 0
-            else nn.functional.pad(mask, (shorter, 0), value=mask.dtype == torch.bool)
-        )
-    if module.config._attn_implementation == "eager" and (mask is None or mask.dtype == torch.bool):  # type: ignore[union-attr]
-        lowest = torch.finfo(hidden.dtype).min
-        mask = (
-            torch.zeros(exact.shape, dtype=hidden.dtype, device=hidden.device)
-            if mask is None
-            else torch.where(mask, 0.0, lowest)
-        )
-    if mask is None:
-        mask = exact
-    else:
-        mask = mask & exact if mask.dtype == torch.bool else mask.masked_fill(~exact, torch.finfo(mask.dtype).min)
-    if "attention_mask" in kwargs or len(args) <= (place := _parameters(module).index("attention_mask")):
-        return args, {**kwargs, "attention_mask": mask}
-    return (*args[:place], mask, *args[place + 1 :]), kwargs
+    return isinstance(getattr(module, "layer_idx", None), int) and "attention_mask" in parameters(module)
 
 
 # ---------------------------------------------------------------------- rotary embeddings
 
 
-def rope_by_length(model: Any) -> str | None:
-    """The kind of a model's rotary embedding, if its frequencies depend on how long the text becomes."""
-    kinds = (getattr(module, "rope_type", None) for module in model.modules())
-    return next((kind for kind in kinds if kind in _BY_LENGTH), None)
-
-
 def key_rotation(model: Any) -> KeyRotation:
-    """How to turn this model's keys, checked against the model's own rotary embedding.
+    """How to turn this model's keys, found on the keys that it writes; layers without a rotation are left out.
 
     Raises:
         PositionsError: if it has none, or one whose keys cannot be turned.
     """
-    if getattr(model.config.get_text_config(decoder=True), "qk_nope_head_dim", None) is not None:
-        raise PositionsError(
-            "keys cannot be re-rotated: latent attention keeps its rotary channels apart; keep positions='absolute'"
-        )
-    rotary = next((m for name, m in model.named_modules() if name.endswith("rotary_emb")), None)
-    frequencies = None
-    if rotary is not None:
-        frequencies = getattr(rotary, "inv_freq", getattr(rotary, "full_attention_inv_freq", None))
-    if rotary is None or not isinstance(frequencies, Tensor):
-        raise PositionsError(
-            "keys cannot be re-rotated: the model has no rotary_emb with inv_freq; keep positions='absolute'"
-        )
-    rope_type = getattr(rotary, "rope_type", "default")
-    if rope_type in _BY_LENGTH:
-        raise PositionsError(
-            f"keys cannot be re-rotated: {rope_type!r} RoPE changes its frequencies with the length; keep positions='absolute'"
-        )
-    for interleaved in (False, True):
-        rotation = KeyRotation(frequencies, interleaved)
-        if _turns_like(rotary, rotation):
-            return rotation
-    raise PositionsError(
-        f"keys cannot be re-rotated: {type(rotary).__name__} does not turn keys in a way kvcache knows; keep positions='absolute'"
-    )
-
-
-def _turns_like(rotary: nn.Module, rotation: KeyRotation) -> bool:
-    """Whether turning a key by 7 positions gives the model's own key 7 positions on."""
-    apply = getattr(sys.modules[type(rotary).__module__], "apply_rotary_pos_emb", None)
-    if apply is None:
-        return False
-    frequencies = rotation.inv_freq
-    keys = torch.linspace(-1, 1, 2 * frequencies.numel(), device=frequencies.device)[None, None, None]
-    extra = {"layer_type": "full_attention"} if "layer_type" in inspect.signature(rotary.forward).parameters else {}
-    placed = []
-    with torch.no_grad():
-        for position in (3, 10):
-            cos, sin = rotary(keys, torch.tensor([[position]], device=keys.device), **extra)
-            if cos.shape[-1] != keys.shape[-1]:
-                return False
-            placed.append(apply(keys, keys, cos, sin)[1])
-    return torch.allclose(rotation(placed[0], 7), placed[1], atol=1e-4)
+    facts = facts_of(model)
+    turns = [facts.rotation(i) for i in facts.shapes]
+    found = [turn for turn in turns if turn is not None]
+    if not found:
+        raise PositionsError("keys cannot be re-rotated: they carry no rotation; keep positions='absolute'")
+    if len(set(map(id, found))) > 1:
+        raise PositionsError("keys cannot be re-rotated by one rotation: layers turn theirs differently")
+    return found[0]

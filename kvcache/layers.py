@@ -17,6 +17,7 @@ from torch import Tensor
 from kvcache.errors import CapacityError, CorruptError, GeometryError, PolicyError, PositionsError, RollbackError
 from kvcache.policies import KeepAll, SizePolicy, check_policy, schedule
 from kvcache.rope import KeyRotation
+from kvcache.shapes import Whole
 from kvcache.slots import overwritten, slots_for, staying, take
 
 
@@ -33,6 +34,7 @@ class KVLayer:
         rotation: turn the pinned keys so that they sit next to the window (StreamingLLM); needs rotary keys.
         padding: pads on the left of each row, ``[batch]``. Needed only where tokens may be evicted.
         layers: how many layers of the same shape share the budget of a `MaxBytes` policy.
+        whole: what shares it, where that is not so many layers of this shape and nothing besides.
         rows: refuse a first append with another batch size.
         token_bytes: of one token's key and value in one row of this layer; with `rows` it lets `mask` know a `MaxBytes`
             budget before the first append.
@@ -47,13 +49,14 @@ class KVLayer:
         rotation: KeyRotation | None = None,
         padding: Tensor | None = None,
         layers: int = 1,
+        whole: Whole | None = None,
         rows: int | None = None,
         token_bytes: tuple[int, int] | None = None,
     ) -> None:
         if max_length is not None and max_length < 1:
             raise PolicyError(f"max_length={max_length} must be at least 1; leave it out for a cache that grows")
         self._given = KeepAll() if policy is None else policy
-        self._layers = layers
+        self._layers, self._whole = layers, whole
         self._rows = rows
         self._expected = token_bytes
         self.max_length = max_length
@@ -71,6 +74,9 @@ class KVLayer:
         self._values: Tensor | None = None
         self._pinned_keys: Tensor | None = None  # as they came, for re-rotation
         self._clear()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.policy!r}, seen={self.seen}, stored={self.stored}, nbytes={self.nbytes})"
 
     def _clear(self) -> None:
         self.seen = 0  # tokens appended since the start, evicted ones too
@@ -117,6 +123,11 @@ class KVLayer:
     def initialized(self) -> bool:
         """Whether it knows the shape of its tokens."""
         return self._keys is not None
+
+    @property
+    def rolls_back(self) -> bool:
+        """Whether any number of the newest tokens can be taken out again, now and later."""
+        return not self.policy.evicts
 
     @property
     def nbytes(self) -> int:
@@ -185,7 +196,7 @@ class KVLayer:
         """
         self.check_append(keys, values)
         fresh = keys.shape[2]
-        if self._keys is None:
+        if self._keys is None or (self.seen == 0 and not self._made_for(keys, values)):
             self._allocate(keys, values)
         if fresh == 0:
             return self._valid()
@@ -194,9 +205,13 @@ class KVLayer:
         after = self.stored + fresh
         if not self._overwritten and (self.policy.limit is None or after <= self.policy.limit):
             return self._extend(keys, values)
-        if fresh == 1 and self.policy.keep(after) == self.stored and not self._pads_to_come():
+        if self._overwrites(fresh):
             return self._overwrite(keys, values)
         return self._replace(keys, values)
+
+    def _overwrites(self, fresh: int) -> bool:
+        """Whether the next tokens, which do not all fit, are one that takes the slot of another."""
+        return fresh == 1 and self.policy.keep(self.stored + 1) == self.stored and not self._pads_to_come()
 
     def _extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write into the slots that are still free: nothing leaves."""
@@ -285,6 +300,20 @@ class KVLayer:
         # A pad sees itself: a row of the softmax without any key would be NaN.
         return (seen | (column == retained + query))[:, None]
 
+    def columns(self, fresh: int) -> Tensor:
+        """The position of the token in each column that `append` returns of the next `fresh`, ``[batch or 1, columns]``."""
+        at, new = self.positions(), torch.arange(self.seen, self.seen + fresh)
+        leaving = self.stored - self.retained
+        if leaving and self._overwrites(fresh):
+            slot = self._overwritten_slots(torch.tensor([self._overwritten])).expand(at.shape[0], -1)
+            return at.scatter(1, slot, self.seen)
+        if leaving or self._overwritten:
+            at = at.sort(1).values
+            pads = (self._pads_column() - self._overwritten).clamp_min(0)
+            order = staying(self.stored, leaving, self.policy.pinned, pads)
+            at = at.gather(1, order.expand(at.shape[0], -1))
+        return torch.cat([at, new.expand(at.shape[0], -1)], 1)
+
     # ------------------------------------------------------------------ going back
 
     def check_truncate(self, length: int) -> None:
@@ -321,8 +350,9 @@ class KVLayer:
             self._keys[:, :, :length] = self._pinned_keys[:, :, :length]
 
     def reset(self) -> None:
-        """Forget all tokens, keeping the memory."""
+        """Forget all tokens, keeping the memory; but another batch size, dtype or device may come next."""
         self._clear()
+        self._rows = None
 
     def trim(self, max_tokens: int | None = None) -> int:
         """Evict the oldest unpinned tokens now, down to `max_tokens`, or to where the policy trims to. How many left.
@@ -364,6 +394,50 @@ class KVLayer:
             with torch.inference_mode(False):
                 self._keys, self._values = self._keys[:, :, :slots].clone(), self._values[:, :, :slots].clone()
 
+    # ------------------------------------------------------------------ as assigned
+
+    def replace(self, keys: Tensor, values: Tensor) -> None:
+        """Hold copies of these keys and values instead, in the order of the slots.
+
+        As many tokens as are stored take their places; another number counts as a text from its beginning.
+
+        Args:
+            keys: ``[batch, heads, tokens, head_dim]``.
+            values: the same, but for its own head_dim.
+
+        Raises:
+            GeometryError, PolicyError: if then nobody could tell which tokens these are. Nothing has changed.
+        """
+        tokens, same = keys.shape[2], keys.shape[2] == self.stored
+        self._check_replaced(keys, values)
+        policy = self._resolved(keys.shape[0], *_token_bytes(keys, values))
+        bound = self.max_length if policy.limit is None else policy.limit
+        if bound is not None and tokens > bound:
+            raise GeometryError(f"{tokens} tokens were assigned to a layer that holds {bound}; give at most {bound}")
+        keys, values = keys.detach().clone(), values.detach().clone()  # they may be views of what is held
+        self._rows = None
+        if not same:
+            self._clear()
+        self._allocate(keys[:, :, :0], values[:, :, :0])
+        self.stored = 0
+        self._fill(keys, values)
+        if not same:
+            self.seen = tokens
+
+    def _check_replaced(self, keys: Tensor, values: Tensor) -> None:
+        """Refuse what `replace` cannot do."""
+        what, instead = f"keys {list(keys.shape)} cannot be assigned", "make the cache anew, and run the text on it"
+        if self.by_head:
+            raise PolicyError(f"{what}: under {self.policy!r} each head holds tokens of its own; {instead}")
+        if self._pinned_keys is not None or self.padding is not None:
+            kind = "rows with pads" if self._pinned_keys is None else "re-rotated positions"
+            raise GeometryError(f"{what} to {kind}, of which the layer knows more than keys and values; {instead}")
+        if self.evicted and keys.shape[2] != self.stored:
+            raise GeometryError(
+                f"{what}: {self.evicted} tokens have left, so only as many as are stored, {self.stored}, can take their "
+                f"places; {instead}"
+            )
+
     # ------------------------------------------------------------------ rows
 
     def select(self, rows: Tensor) -> None:
@@ -398,6 +472,23 @@ class KVLayer:
             self._keys, self._values = self._keys.index_select(0, rows), self._values.index_select(0, rows)
             if self._pinned_keys is not None:
                 self._pinned_keys = self._pinned_keys.index_select(0, rows)
+
+    def share(self, whole: Whole) -> None:
+        """Share a budget in bytes with these layers from now on, where the policy has one. What no longer fits leaves.
+
+        Raises:
+            PolicyError: if it does not hold a token; nothing has changed then.
+        """
+        if self._whole is None or (self._whole == whole and self.rows is not None):
+            return
+        before, self._whole = self._whole, whole
+        try:
+            policy = self._resolved(self.rows or 1, 0, 0)
+        except PolicyError:
+            self._whole = before
+            raise
+        if self.rows is not None:
+            self._adopt(policy)
 
     def _adopt(self, policy: SizePolicy) -> None:
         """Follow another policy from now on: with more rows, a budget in bytes holds fewer tokens."""
@@ -508,19 +599,36 @@ class KVLayer:
 
     def _resolved(self, rows: int, key_bytes: int, value_bytes: int) -> SizePolicy:
         """The policy once the shape of a token is known: a budget in bytes becomes one in tokens."""
-        copies = rows * self._layers
-        twice = self._given.pinned * key_bytes * copies if self.rotation is not None else 0
-        policy = self._given.resolve((key_bytes + value_bytes) * copies, twice, self.max_length)
+        keys, values = rows * key_bytes * self._layers, rows * value_bytes * self._layers
+        if self._whole is not None:
+            keys, values = rows * self._whole.keys, rows * self._whole.values
+        twice = self._given.pinned * keys if self.rotation is not None else 0
+        beside = 0 if self._whole is None else rows * self._whole.beside
+        try:
+            policy = self._given.resolve(keys + values, twice + beside, self.max_length)
+        except PolicyError as error:
+            if beside:
+                raise PolicyError(f"{error}. {beside} of them are what the model keeps its own way") from error
+            raise
         check_policy(policy)
         self._check_bounds(policy)
         return policy
+
+    def _made_for(self, keys: Tensor, values: Tensor) -> bool:
+        """Whether the buffers are those of such tokens."""
+        return all(
+            held is not None
+            and (new.shape[0], new.shape[1], new.shape[3]) == (held.shape[0], held.shape[1], held.shape[3])
+            and (new.dtype, new.device) == (held.dtype, held.device)
+            for new, held in ((keys, self._keys), (values, self._values))
+        )
 
     def _check_shapes(self, keys: Tensor, values: Tensor) -> None:
         if keys.dim() != 4 or values.dim() != 4 or keys.shape[:3] != values.shape[:3]:
             raise GeometryError(
                 f"keys {list(keys.shape)} and values {list(values.shape)} must be [batch, heads, tokens, head_dim], alike but for head_dim"
             )
-        if self._keys is None or self._values is None:
+        if self._keys is None or self._values is None or (self.seen == 0 and not self._made_for(keys, values)):
             if self._rows is not None and keys.shape[0] != self._rows:
                 raise GeometryError(
                     f"the cache was made for {self._rows} rows, got {keys.shape[0]}; make it with new_cache(batch_size={keys.shape[0]})"
@@ -529,6 +637,8 @@ class KVLayer:
                 raise GeometryError(
                     f"padding is known for {self.padding.shape[0]} rows, got {keys.shape[0]}; give it for every row"
                 )
+            if self._keys is not None:
+                self._check_budget(keys, values)
             return
         for name, new, held in (("keys", keys, self._keys), ("values", values, self._values)):
             if (new.shape[0], new.shape[1], new.shape[3]) != (held.shape[0], held.shape[1], held.shape[3]):
@@ -541,6 +651,16 @@ class KVLayer:
                     f"{name} are {new.dtype} on {new.device}, the cache holds {held.dtype} on {held.device}; "
                     "convert them, or use a new cache"
                 )
+
+    def _check_budget(self, keys: Tensor, values: Tensor) -> None:
+        """Refuse, after a reset, a first chunk for which a mask was made from what a budget in bytes held before."""
+        policy, tokens = self._resolved(keys.shape[0], *_token_bytes(keys, values)), keys.shape[2]
+        limits = [p.limit for p in (policy, self.policy) if p.limit is not None]
+        if policy != self.policy and tokens > min(limits):
+            raise PolicyError(
+                f"{self._given!r} holds {policy.limit} tokens of {keys.shape[0]} rows like these, and held "
+                f"{self.policy.limit} before the reset: too late for a chunk of {tokens}; make a new cache for them"
+            )
 
     def _allocate(self, keys: Tensor, values: Tensor) -> None:
         self.policy = policy = self._resolved(keys.shape[0], *_token_bytes(keys, values))

@@ -1,6 +1,7 @@
 """`KVCacheManager`: wrap a transformers model; get caches, generate, stream, trim, report."""
 
 import copy
+import inspect
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -11,34 +12,57 @@ from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
-from transformers.generation.streamers import BaseStreamer
+from transformers import GenerationConfig, GenerationMixin
+from transformers.generation.configuration_utils import GenerationMode
 
 from kvcache import hf
+from kvcache.arguments import (
+    check_generate_arguments,
+    check_generates,
+    check_kv_dtype,
+    check_model,
+    check_prefix_cache,
+    check_quantization,
+    check_whole,
+)
 from kvcache.attention import observed_copy
-from kvcache.decoding.backends import BUCKET, BackendName, check_backend, check_bucket
+from kvcache.decoding.backends import BUCKET, BackendName, backend_on, check_bucket
 from kvcache.decoding.language import LanguageDecoder
 from kvcache.decoding.settings import GenerationSettings
 from kvcache.decoding.wiring import why_not
 from kvcache.errors import GeometryError, InputError, PolicyError
 from kvcache.events import Event, emit
 from kvcache.fingerprint import check_named, model_fingerprint
+from kvcache.generation import STEPWISE, Emitter, Wanted, asks, mode_of, own_way, running, speaker
 from kvcache.geometry import CacheGeometry
 from kvcache.heads import AdaptiveLayer, share
-from kvcache.models import Following
+from kvcache.models import Following, facts_of
 from kvcache.modules import rebuilt
 from kvcache.past import handed, returned, take
 from kvcache.policies import KeepAll, Pinned, SizePolicy
 from kvcache.precision import with_precision
 from kvcache.prompts import Prompts
-from kvcache.quantized import Quantization, quantized_bytes
-from kvcache.report import CacheReport, account, estimate_bytes
+from kvcache.quantized import Quantization
+from kvcache.report import CacheReport, estimate_cache
 from kvcache.saved import read_saved, restore_layers, save_layers
 from kvcache.scoring import Rehearsed
 from kvcache.speakers import SpeakerCache, default_store
 from kvcache.streaming import as_async, chunked, from_worker
 from kvcache.tuning_profile import TuningProfile
 
+# What can be given behind a prefix: inputs, and settings of `generate`. All else is for the model.
+_KNOWN_BEHIND_A_PREFIX = (
+    {"input_ids", "inputs_embeds", "attention_mask", "use_cache"}
+    | set(vars(GenerationConfig()))  # type: ignore[no-untyped-call]
+    | set(inspect.signature(GenerationMixin.generate).parameters)
+) - {"kwargs"}
+
 Backends = BackendName | Literal["auto", "off"]
+
+_KINDS_OF_TOKENS = (
+    "token_type_ids",
+    "mm_token_type_ids",
+)  # ``[rows, tokens]``: which are text, which stand for a picture
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -71,6 +95,7 @@ class KVCacheManager:
         bucket: slots that a captured graph reads, or a multiple of so many, see `kvcache.decoding.Decoding`.
 
     Raises:
+        InputError: for what is no model, no `SpeakerCache`, dtype, `Quantization` or back end.
         PolicyError, PositionsError: if that cannot work for this model.
     """
 
@@ -88,8 +113,12 @@ class KVCacheManager:
         backend: Backends = "off",
         bucket: int = BUCKET,
     ) -> None:
-        if backend not in ("auto", "off"):
-            check_backend(backend)
+        check_model(model)
+        check_prefix_cache(speakers)
+        check_kv_dtype(kv_dtype)
+        check_quantization(quantization)
+        if max_cache_length is not None:
+            check_whole("max_cache_length", max_cache_length, 1)
         check_bucket(bucket)
         self.model = model
         self.policy: SizePolicy | Sequence[SizePolicy] = KeepAll() if policy is None else policy
@@ -113,6 +142,7 @@ class KVCacheManager:
         self._observed = any(kv.by_head for kv in hf.kv_layers(first, some=False))
         self._from_model = Following(model, self._make)
         geometry = self._from_model.now().geometry
+        backend_on(backend, geometry.device)
         self.speakers = SpeakerCache(default_store(geometry.device)) if speakers is None else speakers
         self._decoder = LanguageDecoder(model, kv_dtype, max_cache_length, bucket)
         self._prompts = Prompts(model, self.speakers, max_cache_length, geometry.max_positions)
@@ -162,7 +192,9 @@ class KVCacheManager:
     def _make(self) -> "_FromModel":
         geometry = CacheGeometry.from_model(self.model)
         if self._observed:
-            return _FromModel(geometry, observed_copy(self.model))
+            runner = observed_copy(self.model)
+            hf.check_ranking(self.model, runner)
+            return _FromModel(geometry, runner)
         signature = self._from_model.watch.signature()
         if self._evicts and signature.compiled and signature.why_no_copy is None:
             # Masks are put in by hooks, which compiled modules may not run.
@@ -189,6 +221,7 @@ class KVCacheManager:
             InputError: for an unknown prefix, or pads behind one under a policy that evicts.
             CapacityError: if the prefix does not fit.
         """
+        check_whole("batch_size", batch_size, 1)
         snapshot = None if prefix is None else self._prompts.snapshot(prefix)
         if snapshot is not None and self._evicts and attention_mask is not None:
             self._refuse_pads(attention_mask)
@@ -208,28 +241,38 @@ class KVCacheManager:
             snapshot.fork(cache, batch_size)
         return cache
 
-    def estimate(self, tokens: int, batch_size: int = 1) -> int:
-        """Bytes that a cache takes after `tokens` per row, exactly; before anything is allocated."""
-        managed = [isinstance(layer, hf.ManagedLayer) for layer in hf.cache_layers(self.new_cache())]
-        policies = [self.policy] * len(managed) if isinstance(self.policy, SizePolicy) else self.policy
-        kept = [policy for policy, ours in zip(policies, managed, strict=True) if ours]
-        geometry = self.geometry
-        if self.quantization is not None:
-            token = geometry.kv_heads, geometry.head_dim, geometry.value_dim, geometry.dtype
-            limit = self.max_cache_length
-            return sum(
-                quantized_bytes(*token, self.quantization, tokens, batch_size, one, limit, layers=len(kept))
-                for one in kept
-            )
+    def estimate(self, tokens: int, batch_size: int = 1, *, encoder_tokens: int | None = None) -> int:
+        """Bytes that a cache takes after `tokens` per row, exactly, with all of its layers; before anything is allocated.
+
+        Args:
+            tokens: per row, pads among them.
+            batch_size: rows, counting beams.
+            encoder_tokens: of an encoder-decoder: positions that its encoder gives for each row, which are held as well.
+
+        Raises:
+            InputError: for an encoder-decoder without them.
+            PolicyError: if that depends on the text, as where heads keep tokens of their own.
+            GeometryError: if the model does not show what its cache holds.
+        """
+        check_whole("tokens", tokens, 0)
+        check_whole("batch_size", batch_size, 1)
         if self._observed:
             raise PolicyError(
                 "what a cache takes whose heads keep tokens of their own depends on the text; ask report(cache) afterwards"
             )
-        return estimate_bytes(
-            CacheGeometry(len(kept), geometry.kv_heads, geometry.head_dim, geometry.value_dim, geometry.dtype),
+        shape = hf.shape_of(self.model)
+        if shape.cross and encoder_tokens is None:
+            raise InputError(
+                "what attends to an encoder is held as well; give encoder_tokens, the positions that it gives for a row"
+            )
+        policies = [self.policy] * len(shape.layers) if isinstance(self.policy, SizePolicy) else self.policy
+        return estimate_cache(
+            shape,
             tokens,
+            policies,
             rows=batch_size,
-            policy=kept,
+            encoder_tokens=encoder_tokens or 0,
+            quantization=self.quantization,
             max_length=self.max_cache_length,
             preallocate=self.preallocate,
             rerotate=self.positions == "rerotated",
@@ -393,7 +436,8 @@ class KVCacheManager:
         What it has in common with a prefix already in memory is not computed again.
 
         Args:
-            name: for ``generate(prefix=name)`` and the like; one that exists is replaced.
+            name: for ``generate(prefix=name)`` and the like; one that exists is replaced, which the event ``"replaced"``
+                and the log say where it stood for another content.
             prefix: token ids ``[tokens]`` or ``[1, tokens]``, or embeddings ``[tokens, dim]`` or ``[1, tokens, dim]``.
             pin: never evict it.
 
@@ -424,45 +468,26 @@ class KVCacheManager:
 
     # ------------------------------------------------------------------ generate, stream
 
-    @_of_one_model
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *, prefix: str | None = None, **kwargs: Any) -> Any:
         """`model.generate` with a managed cache: the same arguments, the same result.
 
+        A `generate` that calls itself, as Whisper's does for each part of a long text, gets a new cache for each run; the
+        report is then about the last.
+
         Args:
-            inputs: as the model's own.
+            inputs: as the model's own first argument, which may be given by its name as well.
             prefix: the name of one added with `add_prefix`: the result is as if it stood before each row of the inputs,
                 and is in the result where they are. Rows may be padded on the left, if nothing is evicted.
             **kwargs: as the model's own.
 
         Raises:
-            InputError: for an unknown prefix, or inputs that it cannot stand before.
+            InputError: for an unknown prefix, or inputs that it cannot stand before; for a ``cache_implementation``.
+            PolicyError: where tokens shall leave, or be held in few bits, and the model or the way to generate does not
+                allow it.
         """
-        if prefix is not None:
-            inputs, kwargs = self._prefixed(prefix, inputs, kwargs)
-        if not self.enabled or kwargs.get("use_cache") is False:
-            self._last = CacheReport((), enabled=False)
-            return self.model.generate(inputs, **_caching(False, kwargs))
-        cache = take(kwargs)
-        if cache is None:
-            cache = self._cache_for(inputs, kwargs, prefix)
-        prompt = self._prompt(inputs, kwargs)
-        running = self._running = weakref.ref(cache)
-        try:
-            with self._exactly():
-                # Said aloud: where a config turns caches off, `generate` would ignore the one it is given.
-                return self.runner.generate(inputs, **_caching(True, kwargs), **handed(self.runner, cache))
-        except IndexError:
-            # Some models look into their table of positions before they ask the cache, and find nothing there.
-            seen = hf.cache_layers(cache)[0].get_seq_length()
-            fresh = 1 if prompt is None else max(1, prompt.shape[1] - seen)
-            hf.check_positions(self.geometry.max_positions, seen, fresh)
-            raise
-        finally:
-            self._last = self.report(cache)
-            if self._running is running:
-                self._running = None
-            hf.tell_evicted(cache)
+        check_generates(self.model)
+        return self._generate(inputs, prefix, kwargs)
 
     def stream(
         self,
@@ -475,40 +500,50 @@ class KVCacheManager:
     ) -> Iterator[Tensor]:
         """The new tokens of `generate`, in chunks ``[batch, n]`` of `chunk_size` as they come; the last may be shorter.
 
-        Rows that have ended are filled with the pad token, as `generate` does. Closing the iterator ends the run.
+        Rows that have ended are filled with the pad token, as `generate` does. Closing the iterator ends the run. Where a
+        token has several numbers, as those of CSM and Dia, chunks are ``[batch, n, codebooks]``. They are as the model draws
+        them, step by step: where it delays its codebooks against each other, as MusicGen and Dia do, so do they.
 
         Args:
-            inputs, prefix, **kwargs: as in `generate`.
+            inputs, prefix, **kwargs: as in `generate`. A ``streamer`` gets its tokens as well.
             chunk_size: tokens in a chunk.
             backend: by default the manager's own. ``"off"`` lets `generate` run each token. The others decode in whole steps, without a look at the host
                 between chunks: ``"eager"``, ``"compile"``, ``"graph"``, ``"graph+compile"`` (see
-                `kvcache.decoding.Decoding`), and ``"auto"``, which is graph on a GPU and eager elsewhere. What they cannot
+                `kvcache.decoding.Decoding`), and ``"auto"``, which is graph on a CUDA GPU and eager elsewhere. What they cannot
                 do `generate` does, and the report says why.
 
         Raises:
-            InputError: for beams, whose tokens are only known at the end, a chunk size below 1, or an unknown backend.
+            InputError: for beams and other ways whose tokens are only known at the end, settings that `generate` refuses, a
+                chunk size below 1, an unknown prefix, or a backend that is unknown or not there on this device. While
+                iterating: if the model takes another run for these inputs, or a token cannot be drawn from its logits.
+            CapacityError: while iterating, where a limit is reached, after all tokens that there was room for. It may be
+                known before, but a text may also end before it.
         """
-        if chunk_size < 1:
-            raise InputError(f"chunk_size={chunk_size} must be at least 1")
-        if self._setting("num_beams", kwargs) > 1:
-            raise InputError(
-                "beams cannot be streamed: their tokens are known only at the end; use generate(), or num_beams=1"
-            )
-
-        backend = self.backend if backend is None else backend
-        if backend == "auto":
-            backend = "eager" if self.geometry.device.type == "cpu" else "graph"
+        check_whole("chunk_size", chunk_size, 1)
+        check_generates(self.model)
+        check_generate_arguments(self.model, kwargs)
+        backend = self._backend if backend is None else backend_on(backend, self.geometry.device)
+        self._check_stream(prefix, kwargs)
         reason = None
         if backend != "off":
-            check_backend(backend)
-            settings = GenerationSettings.of(self.model, kwargs)
-            reason = self._why_not(settings, inputs, prefix, kwargs)
-            if reason is None:
+            settings, reason = self._settings(inputs, prefix, kwargs)
+            if settings is not None:
                 return self._decoded(settings, inputs, prefix, chunk_size, backend, kwargs)
-            emit(Event("fell_back", f"{backend} to generate", reason=reason))
+            emit(Event("fell_back", f"{backend} to generate", reason=reason or ""))
 
         def work(emit: Callable[[Tensor], None]) -> None:
-            self.generate(inputs, prefix=prefix, streamer=_Emitter(emit), **kwargs)
+            told = 0
+
+            def count(token: Tensor) -> None:
+                nonlocal told
+                told += 1
+                emit(token)
+
+            self._generate(inputs, prefix, kwargs, count)
+            if not told:
+                raise InputError(
+                    f"the generate of {type(self.model).__name__} tells a streamer nothing, so nothing can be streamed; use generate()"
+                )
             self._last = replace(self._last, fallback=reason)
 
         return chunked(from_worker(work), chunk_size)
@@ -538,22 +573,197 @@ class KVCacheManager:
         """
         return self._decoder.told(logits, cache, ids)
 
+    def why_not(self, inputs: Tensor | None = None, *, prefix: str | None = None, **kwargs: Any) -> str | None:
+        """Why `stream` would not decode this on the decode engine, but by `generate`; None if it would.
+
+        Args:
+            inputs, prefix, **kwargs: as in `generate`.
+        """
+        return self._settings(inputs, prefix, kwargs)[1]
+
     def release(self) -> None:
         """Let go of what waits for the next ``stream(backend=…)``: a cache, and what was captured or compiled for it."""
         self._decoder.release()
 
     def report(self, cache: Any = None) -> CacheReport:
-        """The account of `cache`, or of the run that is under way or was last: bytes, tokens seen and kept, evictions."""
+        """The account of `cache`, or of the run that is under way or was last: bytes, tokens seen and kept, evictions.
+
+        Raises:
+            GeometryError: for a cache that is none of ours.
+        """
+        hf.check_ours(cache)
         running = self._running if cache is None else None
         cache = running() if running is not None else cache
-        return self._last if cache is None else account(hf.cache_layers(cache))
+        return self._last if cache is None else hf.report_of(cache)
 
     # ------------------------------------------------------------------ inside
 
-    def _why_not(
-        self, settings: GenerationSettings, inputs: Tensor | None, prefix: str | None, kwargs: dict[str, Any]
-    ) -> str | None:
-        """Why the decode engine cannot do this; None if it can."""
+    @torch.no_grad()
+    @_of_one_model
+    def _generate(
+        self,
+        inputs: Tensor | None,
+        prefix: str | None,
+        kwargs: dict[str, Any],
+        emit: Callable[[Tensor], None] | None = None,
+    ) -> Any:
+        """`generate`, which tells its tokens one by one where somebody takes them."""
+        if prefix is not None:
+            inputs, kwargs = self._prefixed(prefix, inputs, kwargs)
+            facts_of(self.model).clear_request_state()
+        self._refuse_cache_of_another_kind(kwargs)
+        on = self.enabled and kwargs.get("use_cache") is not False
+        kwargs = dict(kwargs)
+        given = take(kwargs) if on else None
+        if given is not None:
+            self._check_continues(given, inputs, kwargs)
+            hf.note_read(given, None)
+        mine: list[weakref.ref[Any]] = []
+
+        def make(wanted: Wanted) -> Any:
+            cache = self._cache(wanted, prefix)
+            if cache is not None:
+                self._running = weakref.ref(cache)
+                mine.append(self._running)
+            return cache
+
+        model = self.runner if on else self.model
+        if (
+            on and given is None and not asks(model, self.geometry)
+        ):  # a model of another kind takes the one it is handed
+            given = self._cache(Wanted(None, None, self.model.config.is_encoder_decoder, False, True), prefix)
+        first = () if inputs is None else (inputs,)  # under whichever name the model has for it
+        with running(model, self.geometry, make, given) as run:
+            if emit is not None:
+                run.streamer = Emitter(emit, run, self._rows(inputs, kwargs), kwargs.get("streamer"))
+                kwargs["streamer"] = run.streamer
+            if not on:
+                self._last = CacheReport((), enabled=False)
+                return run.model.generate(*first, **_caching(False, kwargs))
+            if given is not None:
+                self._running = weakref.ref(given)
+                mine.append(self._running)
+                kwargs |= handed(model, given)
+            try:
+                with self._exactly(), hf.kept(run.model, lambda: run.cache):
+                    # Said aloud: where a config turns caches off, `generate` would ignore the one it is given.
+                    out = run.model.generate(*first, **_caching(True, kwargs))
+                if run.cache is not None:
+                    self._note_read(run.cache, self._prompt(inputs, kwargs), kwargs, out)
+            except IndexError:
+                self._check_positions(run.cache, inputs, kwargs)
+                raise
+            finally:
+                if run.cache is not None:
+                    self._last = self.report(run.cache)
+                    hf.tell_evicted(run.cache)
+                if self._running in mine:
+                    self._running = None
+            if not run.asked and given is None and self._matters:
+                raise GeometryError(
+                    f"{type(self.model).__name__} made its cache itself, so what this manager was asked to keep and drop did "
+                    "not happen; use KVCacheManager(model) without a policy or limit, or a loop of your own with new_cache()"
+                )
+            return out
+
+    def _check_positions(self, cache: Any, inputs: Tensor | None, kwargs: dict[str, Any]) -> None:
+        """Some models look into their table of positions before they ask the cache, and find nothing there."""
+        if cache is not None:
+            prompt = self._prompt(inputs, kwargs)
+            seen = hf.cache_layers(cache)[0].get_seq_length()
+            fresh = 1 if prompt is None else max(1, prompt.shape[1] - seen)
+            hf.check_positions(self.geometry.max_positions, seen, fresh)
+
+    def _refuse_cache_of_another_kind(self, kwargs: dict[str, Any]) -> None:
+        """What a checkpoint's config asks for is a default, which this manager stands for; what a request asks for is not."""
+        configs = kwargs.get("generation_config"), self._generation_config
+        asked, default = (getattr(config, "cache_implementation", None) for config in configs)
+        kind = kwargs.get("cache_implementation") or (asked if asked != default else None)
+        if kind not in (None, "dynamic", "dynamic_full"):
+            raise InputError(
+                f"cache_implementation={kind!r} asks for another cache than this manager's; leave it out, or call "
+                "model.generate(), which makes that one"
+            )
+
+    @property
+    def _backend(self) -> BackendName | Literal["off"]:
+        return backend_on(self.backend, self.geometry.device)
+
+    @property
+    def _generation_config(self) -> Any:
+        return getattr(speaker(self.model, self.geometry), "generation_config", None)
+
+    @property
+    def _matters(self) -> bool:
+        """Whether a run would go, or end, another way on the model's own cache."""
+        return self._evicts or self.max_cache_length is not None or self.quantization is not None
+
+    def _cache(self, wanted: Wanted, prefix: str | None) -> Any:
+        """A new cache for a run of `generate`; None where nothing of it would be ours."""
+        if not wanted.supported:
+            if self._matters:
+                raise PolicyError(
+                    f"{type(self.model).__name__} takes no cache of keys and values, so nothing of it can be bounded or "
+                    "held in few bits; use KVCacheManager(model) without a policy, limit or quantization"
+                )
+            return None
+        if wanted.assisted and (self._evicts or self.quantization is not None):
+            raise PolicyError(
+                "guessed tokens that are wrong are taken back, which needs a cache that drops and packs nothing; use a "
+                "manager with KeepAll() and no quantization, or generate without an assistant, prompt lookup or early exit"
+            )
+        if prefix is not None:
+            return self.new_cache(wanted.rows or 1, prefix=prefix)
+        cache = hf.new_cache(
+            self.model,
+            self.policy,
+            max_length=self.max_cache_length,
+            preallocate=self.preallocate,
+            positions=self.positions,
+            rows=wanted.rows if self._evicts else None,
+            padding=hf.left_padding(wanted.mask) if self._evicts else None,
+            geometry=self.geometry,
+            quantization=self.quantization,
+            crossing=wanted.crossing,
+        )
+        return cache if hf.kv_layers(cache, some=False) else None
+
+    def _check_stream(self, prefix: str | None, kwargs: dict[str, Any]) -> None:
+        """Refuse what is no stream of tokens, before anything runs."""
+        if prefix is not None:
+            self._prompts[prefix]
+        module = speaker(self.model, self.geometry)
+        if module is None:
+            return
+        mode = mode_of(module, kwargs)
+        name = mode.value.replace("_", " ")
+        if "beam" in mode.value:
+            raise InputError(
+                "beams cannot be streamed: their tokens are known only at the end; use generate(), or num_beams=1"
+            )
+        if mode not in (*STEPWISE, GenerationMode.ASSISTED_GENERATION):
+            raise InputError(f"{name} cannot be streamed; use generate(), or greedy search or sampling")
+        if isinstance(kwargs.get("temperature"), Sequence):
+            raise InputError(
+                f"temperature={kwargs['temperature']!r} tries again where a text is poor, so what was streamed may be "
+                "replaced; give one temperature, or use generate()"
+            )
+
+    def _settings(
+        self, inputs: Tensor | None, prefix: str | None, kwargs: dict[str, Any]
+    ) -> tuple[GenerationSettings | None, str | None]:
+        """What the decode engine is to do; or None, and why it cannot."""
+        reason = self._why_not(inputs, prefix, kwargs)
+        if reason is not None:
+            return None, reason
+        if prefix is not None:
+            inputs, kwargs = self._prefixed(prefix, inputs, kwargs)
+        with running(self.model, self.geometry, lambda wanted: None) as run:
+            settings = GenerationSettings.of(run.model, inputs, kwargs)
+        return (settings, None) if settings.why_not is None else (None, settings.why_not)
+
+    def _why_not(self, inputs: Tensor | None, prefix: str | None, kwargs: dict[str, Any]) -> str | None:
+        """Why the decode engine cannot do this, whatever its settings; None if it can."""
         if not self.enabled:
             return "the cache is disabled"
         if self.positions == "rerotated" and self._evicts:
@@ -574,7 +784,10 @@ class KVCacheManager:
             limit = self.policy.limit
             if self._evicts and (limit is None or self.policy.keep(limit + 1) < limit):
                 return "pads count towards the moment at which this policy trims, and on the device there are none"
-        return settings.why_not or why_not(self.model)
+        module = speaker(self.model, self.geometry)
+        if module is None:
+            return f"{type(self.model).__name__} is no transformers model that generates"
+        return own_way(module) or why_not(self.model)
 
     def _mask_of(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
         mask: Tensor | None = kwargs.get("attention_mask")
@@ -604,11 +817,40 @@ class KVCacheManager:
     def _exactly(self) -> AbstractContextManager[None]:
         return hf.exact_windows(self.runner) if self._evicts else nullcontext()
 
-    @staticmethod
-    def _prompt(inputs: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
-        """What the model is given to start from: token ids, embeddings or an encoder's features."""
-        given = (kwargs.get(name) for name in ("decoder_input_ids", "input_ids", "inputs_embeds", "input_features"))
-        return next((t for t in (*given, inputs) if t is not None), None)
+    def _check_continues(self, cache: Any, inputs: Tensor | None, kwargs: dict[str, Any]) -> None:
+        """Refuse a text that a cache holds already, or that does not begin with what it holds."""
+        decoder = self.model.config.is_encoder_decoder
+        ids = kwargs.get("decoder_input_ids") if decoder else self._prompt(inputs, kwargs)
+        mask = kwargs.get("decoder_attention_mask" if decoder else "attention_mask")
+        if ids is None and not decoder:
+            return
+        given = 1 if ids is None else ids.shape[1]
+        whole = (
+            not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] <= given
+        )  # else only what is new is given
+        given = given if whole or mask is None else mask.shape[1]
+        hf.check_continues(cache, ids if whole and ids is not None and not ids.is_floating_point() else None, given)
+
+    def _note_read(self, cache: Any, prompt: Tensor | None, kwargs: dict[str, Any], out: Any) -> None:
+        """Remember which tokens a cache holds, where the result says it: rows as they came, ids from the beginning."""
+        mask = kwargs.get("attention_mask")
+        ids = out if isinstance(out, Tensor) else getattr(out, "sequences", None)
+        told = prompt is not None and prompt.dim() == 2 and not prompt.is_floating_point()
+        if mask is not None and told and prompt is not None:
+            told = mask.dim() == 2 and mask.shape[1] == prompt.shape[1]
+        one = self._setting("num_beams", kwargs) == 1 and not self.model.config.is_encoder_decoder
+        hf.note_read(cache, ids if told and one else None)
+
+    def _prompt(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
+        """What the model is given to start from: token ids, embeddings, or an encoder's features or pictures."""
+        names = ("decoder_input_ids", "input_ids", "inputs_embeds", getattr(self.model, "main_input_name", "input_ids"))
+        return next((t for t in (*map(kwargs.get, names), inputs) if t is not None), None)
+
+    def _rows(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> int | None:
+        """Rows of a request, counting sequences that one prompt shall have; None if nothing says so."""
+        encoded = kwargs.get("encoder_outputs")
+        known = self._prompt(inputs, kwargs) if encoded is None else encoded[0]
+        return None if known is None else known.shape[0] * self._setting("num_return_sequences", kwargs)
 
     def _pinned(self, tokens: int) -> SizePolicy | list[SizePolicy]:
         """The policy for what follows a prefix of so many tokens."""
@@ -622,13 +864,19 @@ class KVCacheManager:
         """The inputs with the prefix before each row, as `generate` wants them even where the cache holds it already."""
         check_named(self.model)
         content = self._prompts[name].to(self.model.device)
-        others = ("cache", "past_key_values", "assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size")
-        for other in (*others, "adapter_names"):  # with adapters row by row there is no prefix for all
+        one_of_two = ("cache", "past_key_values", "assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size")
+        for other in (*one_of_two, "position_ids", "adapter_names"):
             if self._found(other, kwargs) is not None:
                 raise InputError(
                     f"give prefix or {other}, not both; new_cache(prefix=…) makes a cache that begins with one, to be run "
                     "in a loop of your own"
                 )
+        unknown = sorted(name for name in kwargs if name not in _KNOWN_BEHIND_A_PREFIX and kwargs[name] is not None)
+        if unknown:
+            raise InputError(
+                f"{unknown[0]} changes what the model computes, also of the prefix {name!r}, which was computed without it; give "
+                "the prefix with the inputs, without prefix=…"
+            )
         kwargs = dict(kwargs)
         ids, embeds = kwargs.pop("input_ids", inputs), kwargs.pop("inputs_embeds", None)
         if ids is not None and embeds is not None:
@@ -640,6 +888,9 @@ class KVCacheManager:
                 f"[rows, tokens, dim] with at least one token, got {None if given is None else list(given.shape)}"
             )
         rows = given.shape[0]
+        for kind in _KINDS_OF_TOKENS:
+            if (kinds := kwargs.get(kind)) is not None:
+                kwargs[kind] = torch.cat([kinds.new_zeros(rows, content.shape[0]), kinds], 1)  # a prefix is text
         kwargs["attention_mask"] = self._mask_behind(content.shape[0], ids, given, kwargs)
         if ids is not None and not content.is_floating_point():
             ids = torch.cat([content.expand(rows, -1).to(ids.device), ids], 1)
@@ -679,20 +930,6 @@ class KVCacheManager:
                 "use KeepAll(), or run rows of different lengths apart"
             )
 
-    def _cache_for(self, inputs: Tensor | None, kwargs: dict[str, Any], prefix: str | None) -> Any:
-        first = self._prompt(inputs, kwargs)
-        encoded = kwargs.get("encoder_outputs")
-        known = first if first is not None or encoded is None else encoded[0]
-        rows = 1 if known is None else known.shape[0]
-        copies = max(self._setting("num_beams", kwargs), self._setting("num_return_sequences", kwargs))
-        if prefix is not None:
-            return self.new_cache(rows * copies, prefix=prefix)
-        mask: Tensor | None = None
-        if self._evicts and not self.model.config.is_encoder_decoder:  # there the mask is the encoder's
-            mask = kwargs.get("attention_mask")
-            mask = self._guess_mask(first, kwargs) if mask is None else mask
-        return self.new_cache(rows * copies, None if mask is None else mask.repeat_interleave(copies, 0))
-
     def _guess_mask(self, ids: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
         """The mask that `generate` makes itself where none is given."""
         pad, ends = self._found("pad_token_id", kwargs), self._found("eos_token_id", kwargs)
@@ -708,7 +945,7 @@ class KVCacheManager:
 
     def _found(self, name: str, kwargs: dict[str, Any]) -> Any:
         """A generation setting as `generate` will find it."""
-        configs = (kwargs.get("generation_config"), self.model.generation_config)
+        configs = (kwargs.get("generation_config"), self._generation_config)
         found = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
         return next((value for value in found if value is not None), None)
 
@@ -729,20 +966,3 @@ class _FromModel:
 
     geometry: CacheGeometry
     runner: Any
-
-
-class _Emitter(BaseStreamer):
-    """Passes each step's tokens on, without the prompt, which `generate` puts first."""
-
-    def __init__(self, emit: Callable[[Tensor], None]) -> None:
-        self._emit = emit
-        self._prompt_to_come = True
-
-    def put(self, value: Tensor) -> None:
-        if self._prompt_to_come:
-            self._prompt_to_come = False
-        else:
-            self._emit(value.reshape(-1))
-
-    def end(self) -> None:
-        """Nothing to flush."""

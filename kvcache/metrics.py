@@ -11,7 +11,7 @@ from typing import Protocol, TypeVar
 
 from typing_extensions import Self
 
-from kvcache.errors import InputError
+from kvcache.errors import InputError, MissingDependencyError
 from kvcache.events import Event, subscribe
 from kvcache.report import CacheReport
 from kvcache.scheduler import SchedulerMetrics
@@ -22,7 +22,9 @@ try:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
     from prometheus_client.registry import Collector, CollectorRegistry
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("kvcache.metrics needs prometheus-client; run: pip install 'kvcache[metrics]'") from error
+    raise MissingDependencyError(
+        "kvcache.metrics needs prometheus-client; run: pip install 'kvcache[metrics]'"
+    ) from error
 
 
 T = TypeVar("T")
@@ -92,6 +94,10 @@ class CacheMetrics(Collector):
         self._tokens: Counter[str] = Counter()
         registry.register(self)
         self._subscription = subscribe(self._count)
+
+    def __repr__(self) -> str:
+        watched = sorted({*self._caches, *self._prefixes, *self._stores})
+        return f"{type(self).__name__}(watches {', '.join(watched) or 'nothing'})"
 
     def watch(self, name: str, cache: Reporting | SpeakerCache | Store) -> Self:
         """Add metrics of something.

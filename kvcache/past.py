@@ -5,14 +5,19 @@ from collections.abc import Callable, Mapping, MutableMapping
 from functools import lru_cache
 from typing import Any
 
-from kvcache.models import unwrapped
+import transformers
+
+MADE_AS = "cache" if tuple(int(n) for n in transformers.__version__.split(".")[:2]) >= (5, 24) else "past_key_values"
+"""What this release's `generate` calls the cache that it makes."""
 
 _NAMES = ("cache", "past_key_values", "layer_past")  # the last is that of GPT-2's attention up to some release
 
 
 def handed(model: Any, cache: Any) -> dict[str, Any]:
     """The keyword argument that hands a cache to ``model(…)`` or ``model.generate(…)``."""
-    return {_name(type(unwrapped(model)).forward): cache}
+    while (inside := getattr(model, "_orig_mod", None)) is not None:  # of `torch.compile`
+        model = inside
+    return {_name(type(model).forward): cache}
 
 
 def taken(given: Mapping[str, Any]) -> Any:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from kvcache.cpu import few_rows
 from kvcache.errors import InputError
-from kvcache.footprint import Moment, Weights, meta_without_autocast, weights_of
+from kvcache.footprint import Moment, Weights, weights_of
+from kvcache.meta import meta_without_autocast
 from kvcache.precision import PackedLinear, Precision
 from kvcache.subjects import Setting, Subject
 

@@ -159,7 +159,8 @@ def parse_bytes(size: int | str) -> int:
 
 @dataclass(frozen=True)
 class MaxBytes(SizePolicy):
-    """Keep as many tokens as fit in `budget` bytes, counted over all layers and rows of a cache, pinned tokens too.
+    """Keep as many tokens as fit in `budget` bytes, counted over all that a cache holds: all rows and layers, those that a
+    model manages its own way at the most that they may come to, pinned tokens, and what attends to an encoder.
 
     Becomes a `MaxTokens` when the cache learns its geometry, with the same low-water mark (a fraction of the limit).
     """
@@ -227,6 +228,11 @@ class Pinned(SizePolicy):
     def resolve(self, token_bytes: int, reserved: int = 0, most: int | None = None) -> SizePolicy:
         most = None if most is None else most - self.count
         return Pinned(self.count, self.policy.resolve(token_bytes, reserved + self.count * token_bytes, most))
+
+
+def budgeted(policy: SizePolicy) -> bool:
+    """Whether a policy counts bytes, so that its limit in tokens is known only with the shape of a cache."""
+    return policy.evicts and policy.limit is None
 
 
 def check_policy(policy: SizePolicy) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kvcache.archive import pack, unpack
-from kvcache.errors import CapacityError, CorruptError, GeometryError, InputError
+from kvcache.errors import CapacityError, CorruptError, GeometryError, InputError, said
 from kvcache.fingerprint import tensor_bytes
 from kvcache.layers import KVLayer
 
@@ -230,7 +230,7 @@ class PrefixSnapshot:
             )
             return cls(PrefixKey(str(header["model"]), tensors["content"]), layers, float(header["build_seconds"]))
         except (KeyError, TypeError, ValueError, IndexError, ArithmeticError) as error:
-            raise CorruptError(f"the parts of a prefix do not fit together: {error!r}") from error
+            raise CorruptError(f"the parts of a prefix do not fit together: {said(error)}") from error
 
     def to_bytes(self, secret: bytes | None = None) -> bytes:
         """As a checked safetensors file; see `kvcache.archive`."""

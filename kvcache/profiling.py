@@ -21,7 +21,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as trace_of
 
-from kvcache.errors import InputError
+from kvcache.errors import InputError, MissingDependencyError
 from kvcache.memory import resident_bytes
 from kvcache.precision import PackedLinear
 from kvcache.report import CacheReport
@@ -170,8 +170,7 @@ class Profile:
             f"{self.outside_memory:.1%} of the memory.",
             f"A perfect cache, free to write and to read, would save {self.cache_time:.1%} of a step (at most "
             f"{self.best_speedup:.2f}×) and {self.cache_memory:.1%} of the memory: no setting of the KV cache can save more.",
-            f"A prefix that is known saves at most the prefill: {shown_seconds(self.prefill.wall)}, as long as "
-            f"{self.prefill.wall / self.asked:.1f} steps.",
+            self._prefix(),
         ]
         if self.step.parts["vocoder"] == 0:
             said.append("There is no vocoder in this model.")
@@ -180,6 +179,16 @@ class Profile:
             f"made a step {self.overhead:+.1%} longer."
         )
         return [*said, *self.notes]
+
+    def _prefix(self) -> str:
+        """What a known beginning could save."""
+        takes = f"{shown_seconds(self.prefill.wall)}, as long as {self.prefill.wall / self.asked:.1f} steps"
+        if self.memory.parts["prefixes"]:
+            return (
+                f"The prefill runs behind a beginning that is known already, such as a voice: it takes {takes}, for what is "
+                "each request's own."
+            )
+        return f"A prefix that is known saves at most the prefill: {takes}."
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain numbers and words: seconds, bytes, shares between 0 and 1."""
@@ -229,13 +238,21 @@ def profile(
             f"context={context}: a request of {subject.name} has {subject.shortest} tokens or more; give as many"
         )
     run, place, before = _Run(context, tokens, setting.requests), torch.device(device), resident_bytes()
-    prepared = subject.prepared(setting, device)
-    divisible, notes = setting.backend in ("off", "eager"), []
+    runs, prepared = setting, subject.prepared(setting, device)
+    notes: list[str] = []
+    if setting.backend != "off":
+        run.timed(prepared)
+        if (reason := prepared.report().fallback) is not None and prepared.report().backend is None:
+            notes.append(f"Not as asked: {reason}. The figures are those of the token loop, which runs instead.")
+            prepared.release()
+            runs = replace(setting, backend="off")
+            prepared = subject.prepared(runs, device)
+    divisible = runs.backend in ("off", "eager")
     if not divisible:  # first and alone, so that its memory is its own
         asked = [run.timed(prepared) for _ in range(rounds + 1)][1:]
         report, module = prepared.report(), prepared.module
         prepared.release()
-        prepared = subject.prepared(replace(setting, backend="eager"), device)
+        prepared = subject.prepared(replace(runs, backend="eager"), device)
     if not any(part_of(one, "layer") == "attention" for one in prepared.module.modules()):
         raise InputError(f"{subject.name}: its attention cannot be told from the rest of it; profile another model")
     watch = Watch(place)
@@ -255,7 +272,7 @@ def profile(
     own, wanted = (sorted(seconds for seconds, _ in runs)[rounds // 2] for runs in (plain, asked))
     if not divisible:
         notes.append(
-            f"A step on {setting.backend} cannot be divided: it takes {shown_seconds(wanted)} in all. The parts, and the "
+            f"A step on {runs.backend} cannot be divided: it takes {shown_seconds(wanted)} in all. The parts, and the "
             f"activations, are those of the eager step, which takes {shown_seconds(own)}."
         )
     if report.fallback is not None:
@@ -395,7 +412,10 @@ def _storages(module: nn.Module) -> dict[int, int]:
 
 def _touched(report: CacheReport) -> int:
     """Bytes of a cache's slots that tokens have been written to."""
-    return sum(layer.nbytes * min(layer.stored, layer.capacity) // max(1, layer.capacity) for layer in report.layers)
+    return sum(
+        layer.nbytes * min(layer.stored, layer.capacity) // layer.capacity if layer.capacity else layer.nbytes
+        for layer in (*report.layers, *report.cross)
+    )
 
 
 def _workspace(prepared: Prepared, context: int, device: torch.device) -> tuple[int, int]:
@@ -532,7 +552,7 @@ def check_plot(file: str | Path) -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise InputError('a plot needs matplotlib; run: pip install "kvcache[plot]"') from error
+        raise MissingDependencyError('a plot needs matplotlib; run: pip install "kvcache[plot]"') from error
     path = Path(file)
     if path.suffix not in (".png", ".pdf", ".svg") or not path.absolute().parent.is_dir():
         raise InputError(f"cannot write {file}: name a .png, .pdf or .svg in a folder that exists")

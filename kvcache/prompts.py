@@ -9,8 +9,9 @@ from torch import Tensor
 
 from kvcache import hf
 from kvcache.errors import CapacityError, InputError
+from kvcache.events import Event, emit
 from kvcache.fingerprint import model_fingerprint
-from kvcache.past import handed
+from kvcache.models import facts_of, run_prefix
 from kvcache.prefix import PrefixKey, PrefixSnapshot
 from kvcache.speakers import SpeakerCache
 
@@ -62,6 +63,8 @@ class Prompts(Mapping[str, Tensor]):
         self._compute(key)
         before = self._prompts.get(name)
         self._prompts[name] = _Prompt(content, key, pin)
+        if before is not None and before.key != key:
+            emit(Event("replaced", f"prefix {name!r}", {"tokens": len(key), "known": len(before.key)}))
         if pin:
             self._speakers.pin(key)
         self._let_go(before)
@@ -137,10 +140,10 @@ class Prompts(Mapping[str, Tensor]):
     def _extend(self, key: PrefixKey, start: PrefixSnapshot | None) -> PrefixSnapshot:
         self._refuse_training()
         cache = hf.prefix_cache(self._model)
-        body = getattr(self._model, "base_model", self._model)  # without the head: nobody asks for a prefix's logits
         kind = "inputs_embeds" if key.content.is_floating_point() else "input_ids"
+        facts_of(self._model).clear_request_state()
 
         def run(rest: Tensor) -> None:
-            body(**{kind: rest}, **handed(body, cache), use_cache=True)
+            run_prefix(self._model, {kind: rest}, cache, int(cache.get_seq_length()))
 
         return hf.extend_prefix(run, key, start, cache, self._model.device)

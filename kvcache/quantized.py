@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvcache.errors import CorruptError, GeometryError, InputError, KVCacheError, PositionsError, RollbackError
+from kvcache.errors import CorruptError, GeometryError, InputError, KVCacheError, PositionsError, RollbackError, said
 from kvcache.geometry import CacheGeometry
 from kvcache.layers import KVLayer
 from kvcache.policies import KeepAll, SizePolicy, check_policy, schedule
+from kvcache.shapes import Token, Whole
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class QuantizedLayer(KVLayer):
     be a number of the dtype; what is beyond is cut.
 
     Args:
-        policy, max_length, layers, rows: as of `KVLayer`.
+        policy, max_length, layers, whole, rows: as of `KVLayer`.
         quantization: bits, and tokens in a group.
         padding: pads on the left of each row, ``[batch]``; only where no token is evicted.
         geometry: of the model; with `rows` it lets `mask` know a `MaxBytes` budget before the first append.
@@ -93,6 +94,7 @@ class QuantizedLayer(KVLayer):
         max_length: int | None = None,
         padding: Tensor | None = None,
         layers: int = 1,
+        whole: Whole | None = None,
         rows: int | None = None,
         geometry: CacheGeometry | None = None,
     ) -> None:
@@ -100,7 +102,13 @@ class QuantizedLayer(KVLayer):
         self._token = None if geometry is None else _token(geometry)
         token_bytes = None if geometry is None else geometry.layer_token_bytes
         super().__init__(
-            policy, max_length=max_length, padding=padding, layers=layers, rows=rows, token_bytes=token_bytes
+            policy,
+            max_length=max_length,
+            padding=padding,
+            layers=layers,
+            whole=whole,
+            rows=rows,
+            token_bytes=token_bytes,
         )
         if self.padding is not None and self.policy.evicts:
             raise PositionsError(
@@ -110,6 +118,11 @@ class QuantizedLayer(KVLayer):
         self._sides: tuple[_Side, _Side] | None = None  # their tails are the _keys and _values of a KVLayer
 
     # ------------------------------------------------------------------ what it holds
+
+    @property
+    def rolls_back(self) -> bool:
+        """Never: a group that was filled is known only in few bits; see `check_truncate`."""
+        return False
 
     @property
     def initialized(self) -> bool:
@@ -142,6 +155,9 @@ class QuantizedLayer(KVLayer):
 
     # ------------------------------------------------------------------ append
 
+    def _overwrites(self, fresh: int) -> bool:
+        return False  # tokens stay in order
+
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store new tokens and return all that they attend to: the retained tokens, dequantized, then the new ones.
 
@@ -157,7 +173,7 @@ class QuantizedLayer(KVLayer):
         """
         self.check_append(keys, values)
         fresh = keys.shape[2]
-        if self._sides is None:
+        if self._sides is None or (self.seen == 0 and not self._made_for(keys, values)):
             self._allocate(keys, values)
         assert self._sides is not None
         keys, values = keys.detach(), values.detach()
@@ -298,7 +314,21 @@ class QuantizedLayer(KVLayer):
         for side in self._sides or ():
             side.cut(full - first)
 
-    # ------------------------------------------------------------------ saving
+    # ------------------------------------------------------------------ saving, assigning
+
+    def replace(self, keys: Tensor, values: Tensor) -> None:
+        """As of a `KVLayer`, but all tokens count from the beginning, and are quantized anew."""
+        self._check_replaced(keys, values)
+        policy = self._resolve(keys.shape[0], (keys.shape[1], keys.shape[3], values.shape[3], keys.dtype))
+        bound = self.max_length if policy.limit is None else policy.limit
+        if self.evicted or (bound is not None and keys.shape[2] > bound):
+            raise GeometryError(
+                f"keys {list(keys.shape)} cannot be assigned: {self.evicted} tokens have left their groups, and there is "
+                f"room for {bound}; make the cache anew, and run the text on it"
+            )
+        keys, values = keys.detach().clone(), values.detach().clone()
+        self.reset()
+        self.append(keys, values)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """All there is to save: tensors (copies, without unused slots) and counts. See `restore`."""
@@ -326,7 +356,9 @@ class QuantizedLayer(KVLayer):
         try:
             self._check_parts(tensors, counts)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError, KVCacheError) as error:
-            raise CorruptError(f"not a state of this layer: {error}; it will not be used, save it again") from error
+            raise CorruptError(
+                f"not a state of this layer: {said(error)}; it will not be used, save it again"
+            ) from error
         if not tensors:
             return
         empty = [tensors[f"{name}.tail"][:, :, :0] for name in ("keys", "values")]
@@ -399,8 +431,9 @@ class QuantizedLayer(KVLayer):
         assert self._token is not None  # known wherever bytes are
         return self._resolve(rows, self._token)
 
-    def _resolve(self, rows: int, token: "_Token") -> SizePolicy:
-        policy = _resolve(self._given, self.quantization, token, rows * self._layers, self.max_length)
+    def _resolve(self, rows: int, token: Token) -> SizePolicy:
+        whole = Whole((token,) * self._layers) if self._whole is None else self._whole
+        policy = _resolve(self._given, self.quantization, whole, rows, self.max_length)
         self._check_bounds(policy)
         return policy
 
@@ -550,14 +583,12 @@ def _quantize(states: Tensor, bits: int, dim: int) -> dict[str, Tensor]:
 
 # ---------------------------------------------------------------------- what it takes
 
-_Token = tuple[int, int, int, torch.dtype]  # heads, head_dim, value_dim and dtype
 
-
-def _token(geometry: CacheGeometry) -> _Token:
+def _token(geometry: CacheGeometry) -> Token:
     return geometry.kv_heads, geometry.head_dim, geometry.value_dim, geometry.dtype
 
 
-def _sizes(quantization: Quantization, token: _Token) -> tuple[int, int]:
+def _sizes(quantization: Quantization, token: Token) -> tuple[int, int]:
     """Bytes of a token in full precision and of a group, in one row."""
     heads, key_dim, value_dim, dtype = token
     full = heads * (key_dim + value_dim) * dtype.itemsize
@@ -565,13 +596,17 @@ def _sizes(quantization: Quantization, token: _Token) -> tuple[int, int]:
 
 
 def _resolve(
-    given: SizePolicy, quantization: Quantization, token: _Token, copies: int, max_length: int | None
+    given: SizePolicy, quantization: Quantization, whole: Whole, rows: int, max_length: int | None
 ) -> SizePolicy:
     """The policy once the shape of a token is known: a budget in bytes becomes one in tokens, at most a group too few."""
-    full, group = _sizes(quantization, token)
-    small = -(-group // quantization.group)
-    reserved = full * quantization.group + group + given.pinned * (full - small)  # the tail, a group begun, the pinned
-    policy = given.resolve(small * copies, reserved * copies, max_length)
+    small, reserved = 0, whole.beside
+    for token in whole.tokens:
+        full, group = _sizes(quantization, token)
+        small += (one := -(-group // quantization.group))
+        reserved += (
+            full * quantization.group + group + given.pinned * (full - one)
+        )  # the tail, a group begun, the pinned
+    policy = given.resolve(small * rows, reserved * rows, max_length)
     check_policy(policy)
     return policy
 
@@ -593,6 +628,7 @@ def quantized_bytes(
     policy: SizePolicy | None = None,
     max_length: int | None = None,
     layers: int = 1,
+    whole: Whole | None = None,
 ) -> int:
     """Bytes of one layer once `tokens` have gone through it, exactly.
 
@@ -603,10 +639,11 @@ def quantized_bytes(
         rows: batch size.
         policy, max_length: as of the layer.
         layers: how many share the budget of a `MaxBytes` policy.
+        whole: what shares it, where that is not so many layers of this shape and nothing besides.
     """
     token = (heads, head_dim, value_dim, dtype)
     policy = KeepAll() if policy is None else policy
-    policy = _resolve(policy, quantization, token, rows * layers, max_length)
+    policy = _resolve(policy, quantization, whole or Whole((token,) * layers), rows, max_length)
     full, group = _sizes(quantization, token)
     return rows * (
         full * (policy.pinned + quantization.group) + group * _most_groups(policy, quantization.group, tokens)

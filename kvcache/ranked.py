@@ -88,7 +88,7 @@ class RankedLayer(KVLayer):
         self._queries: Tensor | None = None  # [B, heads, room, D]; in the first `_held` places the latest
         self._held = 0
         self._scaling = 1.0
-        self.rehearsing = False  # tokens are attended to and looked at, and not stored
+        self.rehearsing: range | None = None  # tokens are attended to and looked at, and not stored: they repeat these
         self._waiting: tuple[Tensor, Tensor, Tensor] | None = None  # keys, values, positions that wait to be observed
 
     # ------------------------------------------------------------------ what it holds
@@ -132,7 +132,7 @@ class RankedLayer(KVLayer):
             GeometryError, PolicyError: before anything has changed.
         """
         self.check_append(keys, values)
-        if self._keys is None:
+        if self._keys is None or (self.seen == 0 and not self._made_for(keys, values)):
             self._allocate(keys, values)
         fresh, after = keys.shape[2], self.stored + keys.shape[2]
         if fresh == 0:
@@ -141,7 +141,7 @@ class RankedLayer(KVLayer):
         at = torch.arange(self.seen, self.seen + fresh, dtype=torch.int32, device=keys.device)
         at = at.expand(keys.shape[0], keys.shape[1], -1)
         at = at.contiguous() if self._at is None else torch.cat([self._at, at], 2)
-        if self.rehearsing:
+        if self.rehearsing is not None:
             held = self._valid()
             self._waiting = torch.cat([held[0], keys], 2), torch.cat([held[1], values], 2), at
             return self._waiting[:2]
@@ -177,7 +177,7 @@ class RankedLayer(KVLayer):
             pads = (self.padding.clamp_max(self.seen) - left).clamp_min(0).to(keys.device)[:, None, None, None]
             itself = column == columns - fresh + query[:, None]  # a pad sees itself: no row of a softmax without a key
             mask = (mask & (column >= pads)) | itself
-        observe = self.observe if self.observes or self.rehearsing else None
+        observe = self.observe if self.observes or self.rehearsing is not None else None
         return Piece(range(keys.shape[1]), keys, values, mask, observe)
 
     @torch.no_grad()
@@ -192,7 +192,7 @@ class RankedLayer(KVLayer):
             return
         keys, values, at = self._waiting
         self._scaling = scaling
-        if self.rehearsing:
+        if self.rehearsing is not None:
             self._waiting = None
             self._rehearse(self._seen(keys, values, at, queries.detach()))
             return
@@ -209,7 +209,8 @@ class RankedLayer(KVLayer):
             self._rank(keys, values, at, self.policy.keep(keys.shape[2]))
 
     def _add_mass(self, seen: Seen) -> None:
-        mass = seen.mass
+        assert seen.received is not None
+        mass = seen.received
         for weights, at in seen.parts():
             weights = seen.per_kv_head(weights)
             if (counted := self.ranking.counted(seen, at)) is not None:
@@ -218,23 +219,41 @@ class RankedLayer(KVLayer):
         self._mass = mass
 
     def begin_rehearsal(self) -> Callable[[], None]:
-        """From now on, until `rehearsing` is set to False, look and store nothing. Returns what undoes a failed one."""
+        """Forget what was looked at: `rehearsing` will say what is read again. Returns what undoes a failed one."""
         self._count_all()
         before = self._mass
 
         def undo() -> None:
             self._mass, self._waiting = before, None
 
-        self._mass, self.rehearsing = None, True
+        self._mass = None
         return undo
 
     def _rehearse(self, seen: Seen) -> None:
-        seen = replace(seen, length=self.seen + seen.queries.shape[2])
-        most = seen.mass
-        for weights, _ in seen.parts():
-            by_head = weights.amax(2).view(*most.shape[:2], seen.groups, -1)
+        """Note the most attention that each token of a part got, divided among the sinks, that part and its repetition.
+
+        Nothing has left and no row has pads, so tokens are where their positions say.
+        """
+        part, fresh = self.rehearsing, seen.queries.shape[2]
+        assert part is not None and seen.received is not None
+        sinks = min(self.ranking.sinks, part.start)
+        places = torch.cat(
+            [torch.arange(n, m) for n, m in ((0, sinks), (part.start, part.stop), (self.seen, self.seen + fresh))]
+        )
+        places = places.to(seen.keys.device)
+        divided = replace(
+            seen,
+            keys=seen.keys[:, :, places],
+            values=seen.values[:, :, places],
+            positions=seen.positions[:, :, places],
+            length=self.seen + fresh,
+        )
+        most = seen.received[:, :, part.start : part.stop]
+        for weights, _ in divided.parts():
+            by_head = weights[..., sinks : sinks + len(part)].amax(2).view(*most.shape[:2], seen.groups, -1)
             most = torch.maximum(most, by_head.amax(2))
-        self._mass = most[:, :, : self.stored].clone()
+        self._mass = seen.received[:, :, : self.stored].clone()
+        self._mass[:, :, part.start : part.stop] = most
 
     def _keep_queries(self, queries: Tensor) -> None:
         """Note the queries of the latest tokens: as many as the policy looks at, or those whose looks are not yet counted."""
@@ -281,7 +300,7 @@ class RankedLayer(KVLayer):
             self._count(*self._valid(), self._at)
 
     def _seen(self, keys: Tensor, values: Tensor, at: Tensor, queries: Tensor | None) -> Seen:
-        unknown = 0.0 if self.ranking.accumulates else -1.0
+        asked, unknown = self.ranking.accumulates or self.ranking.rehearses, 0.0 if self.ranking.accumulates else -1.0
         mass = torch.zeros(*at.shape[:2], 0, device=keys.device) if self._mass is None else self._mass
         pads = torch.zeros(1, 1, 1, dtype=torch.long) if self.padding is None else self.padding[:, None, None]
         return Seen(
@@ -292,7 +311,7 @@ class RankedLayer(KVLayer):
             self.seen,
             keys[:, :, :0] if queries is None else queries,
             self._scaling,
-            torch.nn.functional.pad(mass, (0, at.shape[2] - mass.shape[2]), value=unknown),
+            torch.nn.functional.pad(mass, (0, at.shape[2] - mass.shape[2]), value=unknown) if asked else None,
             self._turn,
         )
 
@@ -329,8 +348,8 @@ class RankedLayer(KVLayer):
             slots[:, :, :stay] = states.gather(2, columns[..., None].expand(-1, -1, -1, states.shape[3]))
         with torch.inference_mode(False):
             self._at = at.gather(2, columns)
-            if self._mass is not None:
-                self._mass = seen.mass.gather(2, columns)
+            if self._mass is not None and seen.received is not None:
+                self._mass = seen.received.gather(2, columns)
         self.stored = stay
         self._floor = self.seen
 

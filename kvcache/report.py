@@ -6,9 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from kvcache.errors import InputError
+from kvcache.errors import MissingDependencyError
 from kvcache.geometry import CacheGeometry
 from kvcache.policies import KeepAll, SizePolicy
+from kvcache.quantized import Quantization, quantized_bytes
+from kvcache.shapes import CacheShape, Token, Whole, bytes_of, tensors_of
 from kvcache.slots import slots_for
 from kvcache.views import html_table
 
@@ -25,9 +27,9 @@ def estimate_bytes(
     preallocate: bool = False,
     rerotate: bool = False,
 ) -> int:
-    """Bytes that a cache holds once `tokens` have gone through it, exactly.
+    """Bytes that a cache of layers of one shape holds once `tokens` have gone through it, exactly.
 
-    Counts the layers that kvcache manages; those a model manages its own way are not in it.
+    Counts the layers that kvcache manages; `KVCacheManager.estimate` counts whole caches, of layers of all kinds.
 
     Args:
         geometry: of the model; for a hybrid, with only its full-attention layers counted.
@@ -39,16 +41,62 @@ def estimate_bytes(
     policies = (
         [KeepAll() if policy is None else policy] * geometry.layers if not isinstance(policy, Sequence) else policy
     )
-    key_bytes, value_bytes = (rows * size for size in geometry.layer_token_bytes)
-    total = 0
-    for given in policies:
-        twice = given.pinned * key_bytes * len(policies) if rerotate else 0
-        resolved = given.resolve((key_bytes + value_bytes) * len(policies), twice, max_length)
-        limit = resolved.limit
-        bound, stored = (max_length, tokens) if limit is None else (limit, min(tokens, limit))
-        total += (key_bytes + value_bytes) * slots_for(stored, bound, preallocate)
-        if rerotate and limit is not None:
-            total += key_bytes * resolved.pinned
+    token = geometry.kv_heads, geometry.head_dim, geometry.value_dim, geometry.dtype
+    whole = Whole((token,) * len(policies))
+    return sum(_held(token, tokens, rows, given, whole, max_length, preallocate, rerotate) for given in policies)
+
+
+def _held(
+    token: Token,
+    tokens: int,
+    rows: int,
+    given: SizePolicy,
+    whole: Whole,
+    max_length: int | None,
+    preallocate: bool,
+    rerotate: bool,
+) -> int:
+    """Bytes of one managed layer."""
+    key_bytes, value_bytes = (rows * size for size in bytes_of(token))
+    twice = given.pinned * rows * whole.keys if rerotate else 0
+    resolved = given.resolve(rows * (whole.keys + whole.values), twice + rows * whole.beside, max_length)
+    limit = resolved.limit
+    bound, stored = (max_length, tokens) if limit is None else (limit, min(tokens, limit))
+    total = (key_bytes + value_bytes) * slots_for(stored, bound, preallocate)
+    return total + (key_bytes * resolved.pinned if rerotate and limit is not None else 0)
+
+
+def estimate_cache(
+    shape: CacheShape,
+    tokens: int,
+    policies: Sequence[SizePolicy],
+    *,
+    rows: int = 1,
+    encoder_tokens: int = 0,
+    quantization: Quantization | None = None,
+    max_length: int | None = None,
+    preallocate: bool = False,
+    rerotate: bool = False,
+) -> int:
+    """Bytes that a whole cache holds once `tokens` have gone through it, exactly: all of its layers, of whatever kind.
+
+    Args:
+        shape: of the model's cache.
+        tokens: per row, pads among them.
+        policies: one per layer; a layer that the model manages its own way has no use for its.
+        rows: batch size.
+        encoder_tokens: positions that an encoder gave.
+        quantization, max_length, preallocate, rerotate: as the cache will have them.
+    """
+    whole = shape.whole(encoder_tokens)
+    total = rows * shape.cross * encoder_tokens
+    for layer, policy in zip(shape.layers, policies, strict=True):
+        if not layer.managed:
+            total += rows * layer.own_bytes(tokens)
+        elif layer.token is not None and quantization is not None:
+            total += quantized_bytes(*layer.token, quantization, tokens, rows, policy, max_length, whole=whole)
+        elif layer.token is not None:
+            total += _held(layer.token, tokens, rows, policy, whole, max_length, preallocate, rerotate)
     return total
 
 
@@ -68,26 +116,28 @@ class LayerReport:
     heads: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CacheReport:
     """The account of a cache: what it has seen, what it holds and what that takes.
 
     Attributes:
-        layers: one by one.
+        layers: those of self-attention, or of what stands in its place, one by one.
+        cross: those that hold what attends to an encoder.
         enabled: False where everything is recomputed, and there is no cache.
         backend: what runs the decode steps, where that is the decode engine.
         fallback: why it is not what was asked for; None if it is.
     """
 
-    layers: tuple[LayerReport, ...] = field(repr=False)
+    layers: tuple[LayerReport, ...]
     enabled: bool = True
     backend: str | None = None
     fallback: str | None = None
+    cross: tuple[LayerReport, ...] = field(default=(), repr=False)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors held, over all layers."""
-        return sum(layer.nbytes for layer in self.layers)
+        return sum(layer.nbytes for layer in (*self.layers, *self.cross))
 
     @property
     def seen(self) -> int:
@@ -104,6 +154,10 @@ class CacheReport:
         """Evictions, summed over the layers."""
         return sum(layer.evicted for layer in self.layers)
 
+    def __repr__(self) -> str:
+        said = "; ".join([_headline(self), *_footers(self)])
+        return f"{type(self).__name__}({said})"
+
     def __str__(self) -> str:
         return _text(self)
 
@@ -118,20 +172,28 @@ class CacheReport:
         return _dict(self)
 
 
-def account(layers: Sequence[Any]) -> CacheReport:
-    """The report of a cache's layers, as `kvcache.hf.cache_layers` lists them."""
-    return CacheReport(tuple(_layer_report(layer) for layer in layers))
+def account(layers: Sequence[Any], cross: Sequence[Any] = ()) -> CacheReport:
+    """The report of a cache's layers, as `kvcache.hf.cache_layers` and `cross_layers` list them."""
+    return CacheReport(
+        tuple(_layer_report(layer) for layer in layers), cross=tuple(_layer_report(layer) for layer in cross)
+    )
 
 
 def _layer_report(layer: Any) -> LayerReport:
     if (kv := getattr(layer, "kv", None)) is not None:
         heads = getattr(kv, "heads", ())
         return LayerReport(repr(kv.policy), kv.seen, kv.stored, kv.evicted, kv.capacity, kv.nbytes, heads)
-    tensors = _tensors(layer)
-    seen = layer.get_seq_length() if tensors else 0
-    stored = tensors[0].shape[-2] if tensors and tensors[0].dim() == 4 else 0
-    return LayerReport(
-        f"the model's own {type(layer).__name__}", seen, stored, seen - stored, stored, layer_bytes(layer)
+    keys: Any = getattr(layer, "keys", None)
+    attends = isinstance(keys, Tensor) and keys.dim() == 4
+    seen = layer.get_seq_length() if attends else 0
+    stored = keys.shape[-2] if attends else 0
+    return LayerReport(f"the model's own {_kind(layer)}", seen, stored, seen - stored, stored, layer_bytes(layer))
+
+
+def _kind(layer: Any) -> str:
+    """What transformers calls a layer, of which ours may be a kind."""
+    return next(
+        (c.__name__ for c in type(layer).__mro__ if c.__module__.startswith("transformers.")), type(layer).__name__
     )
 
 
@@ -140,12 +202,8 @@ def layer_bytes(layer: Any) -> int:
     if (kv := getattr(layer, "kv", None)) is not None:
         return int(kv.nbytes)
     # The model's own layers may hold a slice of a larger tensor: what counts is the storage behind it.
-    held = [t.untyped_storage() for t in _tensors(layer)]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in held}.values())
-
-
-def _tensors(layer: Any) -> list[Tensor]:
-    return [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if isinstance(t, Tensor)]
+    held = [t.untyped_storage() for t in tensors_of(layer)]
+    return sum({storage._cdata: storage.nbytes() for storage in held}.values())
 
 
 # ---------------------------------------------------------------------- shown
@@ -153,10 +211,14 @@ def _tensors(layer: Any) -> list[Tensor]:
 
 def _rows(report: CacheReport) -> list[tuple[str, ...]]:
     """A line for each run of layers that are alike, in the order of `_COLUMNS`."""
+    return [*_lines(report.layers, ""), *_lines(report.cross, "cross ")]
+
+
+def _lines(layers: Sequence[LayerReport], kind: str) -> list[tuple[str, ...]]:
     rows, start = [], 0
-    for i, layer in enumerate(report.layers):
-        if i + 1 == len(report.layers) or report.layers[i + 1] != layer:
-            span = f"{start}" if start == i else f"{start}-{i}"
+    for i, layer in enumerate(layers):
+        if i + 1 == len(layers) or layers[i + 1] != layer:
+            span = kind + (f"{start}" if start == i else f"{start}-{i}")
             size = layer.nbytes * (i + 1 - start) / 2**20
             kept = (
                 f"{min(layer.heads)}-{layer.stored}"
@@ -195,14 +257,14 @@ def _rich(report: CacheReport) -> Any:
     """As what `rich.print` shows.
 
     Raises:
-        InputError: without rich.
+        MissingDependencyError: without rich.
     """
     try:
         from rich.console import Group
         from rich.table import Table
         from rich.text import Text
     except ModuleNotFoundError as error:
-        raise InputError("this view needs rich; run: pip install rich") from error
+        raise MissingDependencyError("this view needs rich; run: pip install rich") from error
     if not report.enabled:
         return Text(_headline(report))
     table = Table(title=Text(_headline(report)), title_justify="left")
@@ -221,10 +283,12 @@ def _html(report: CacheReport) -> str:
 def _dict(report: CacheReport) -> dict[str, Any]:
     """Of plain numbers, strings, lists and dicts, as JSON has them: totals, then layer by layer."""
     totals = {name: getattr(report, name) for name in ("nbytes", "seen", "stored", "evicted")}
-    layers = [{**asdict(layer), "heads": list(layer.heads)} for layer in report.layers]
+    layers, cross = (
+        [{**asdict(layer), "heads": list(layer.heads)} for layer in some] for some in (report.layers, report.cross)
+    )
     about: Mapping[str, Any] = {
         "enabled": report.enabled,
         "backend": report.backend,
         "fallback": report.fallback,
     }
-    return {**totals, **about, "layers": layers}
+    return {**totals, **about, "layers": layers, "cross": cross}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvcache.archive import pack, unpack
-from kvcache.errors import CorruptError, InputError, KVCacheError
+from kvcache.errors import CorruptError, InputError, KVCacheError, said
 from kvcache.layers import KVLayer
 
 _FORMAT = "kvcache-cache"
@@ -76,6 +76,6 @@ def restore_layers(
         except CorruptError:
             raise
         except (KVCacheError, AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CorruptError(f"layer {i} was not saved by this: {error}; save it again") from error
+            raise CorruptError(f"layer {i} was not saved by this: {said(error)}; save it again") from error
     if left or len({layer.seen for layer in layers}) != 1:
         raise CorruptError("the layers that were saved do not belong together; save the cache again")

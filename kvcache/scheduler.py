@@ -110,7 +110,9 @@ class Request:
             raise
 
     def take(self, piece: Piece) -> None:
-        """Take what one of the jobs has said, and deliver what is due."""
+        """Take what one of the jobs has said, and deliver what is due; raise what kept it from going on."""
+        if piece.error is not None:
+            raise piece.error
         index = self.running[piece.job]
         held = self._said.get(index)
         self._said[index] = piece.tokens if held is None else torch.cat([held, piece.tokens])
@@ -279,6 +281,10 @@ class Scheduler:
         self._tokens = 0  # of batches that are closed
         self._counts = dict.fromkeys(("finished", "cancelled", "failed", "refused"), 0)
         self._firsts: deque[float] = deque(maxlen=_LATEST)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closing else "not started" if self._thread is None else "running"
+        return f"{type(self).__name__}(rows={self._rows}, {state}, {len(self._inboxes)} requests)"
 
     async def __aenter__(self) -> Self:
         if self._thread is not None:

@@ -12,9 +12,11 @@ A chunk is attended to as a whole and ranked after it, as all methods of the pap
 age-based policy, what stays depends on how the tokens were divided into chunks.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import ClassVar
 
 import torch
@@ -39,8 +41,7 @@ class Seen:
         length: tokens seen so far, those that have left among them.
         queries: the latest ones, ``[batch, heads, n, head_dim]``, n being at most the policy's `queries`.
         scaling: of the scores.
-        mass: the attention that each token has received in all, summed over queries and the heads of a KV head,
-            ``[batch, KV heads, tokens]``, where the policy `accumulates`.
+        received: `mass`, or None where nobody adds it up.
         rotation: turns the model's keys and queries, where the policy `turns` them; None if they carry no rotary embedding.
     """
 
@@ -51,8 +52,22 @@ class Seen:
     length: int
     queries: Tensor
     scaling: float
-    mass: Tensor
+    received: Tensor | None
     rotation: KeyRotation | None = None
+
+    @property
+    def mass(self) -> Tensor:
+        """The attention that each token has received in all, summed over queries and the heads of a KV head, ``[batch, KV heads, tokens]``.
+
+        Raises:
+            PolicyError: under a policy that does not say that it `accumulates`: nobody has added it up.
+        """
+        if self.received is None:
+            raise PolicyError(
+                "this policy reads seen.mass and does not ask for it: add the line `accumulates: ClassVar[bool] = True` to "
+                "its class, or rank by seen.weights() of its latest `queries`"
+            )
+        return self.received
 
     @property
     def groups(self) -> int:
@@ -110,6 +125,7 @@ class RankingPolicy(SizePolicy):
     queries: ClassVar[int] = 0  # how many of the latest queries `score` looks at
     accumulates: ClassVar[bool] = False  # whether it looks at the mass of all queries, those of them that are `counted`
     turns: ClassVar[bool] = False  # whether it turns queries to other positions
+    rehearses: ClassVar[bool] = False  # whether it looks at the largest attention of a second reading; -1 before
 
     def __post_init__(self) -> None:
         _at_least("limit", self.limit, 1)
@@ -304,7 +320,13 @@ class Rehearsed(RankingPolicy):
     The cache keeps all until `KVCacheManager.compress` reads the text again, against what is held, and ranks by the largest
     attention that each token then got. That costs another prefill, and is worth it where the cache then serves many
     requests. What came later stays before all that was rehearsed, the newest first.
+
+    As in the paper and in kvpress, a long text is read in parts of 2,048 tokens, and the attention that ranks a part is
+    divided among the sinks, that part, and what repeats it; not among the rest of the text, of which each part would
+    otherwise get less the longer the text is.
     """
+
+    rehearses: ClassVar[bool] = True
 
     def score(self, seen: Seen) -> Tensor:
         return torch.where(seen.mass < 0, 1 + seen.positions / 2**40, seen.mass)
@@ -341,11 +363,13 @@ def pyramid(
     if not isinstance(beta, int | float) or not beta >= 1:
         raise PolicyError(f"beta={beta!r} must be a number of at least 1")
     protected, mean = policy.sinks + policy.recent, policy._low
-    least = mean / beta
+    # Exactly: a rounded quotient may equal what it is compared with.
+    least = Fraction(0) if beta == math.inf else Fraction(mean) / Fraction(beta)
     if tokens is not None:
         _at_least("tokens", tokens, 1)
-        least = max(least, 2 * mean - max(mean, tokens - protected))
+        least = max(least, Fraction(2 * mean - max(mean, tokens - protected)))
     if least <= protected or layers == 1:
         return [policy] * layers
-    lows = [round(2 * mean - least - i / (layers - 1) * 2 * (mean - least)) for i in range(layers)]
+    exact = [2 * mean - least - Fraction(2 * i, layers - 1) * (mean - least) for i in range(layers)]
+    lows = [max(protected + 1, round(low)) for low in exact]
     return [replace(policy, limit=max(low, round(low * policy.limit / mean)), low_water=low) for low in lows]

@@ -17,6 +17,8 @@ def slots_for(tokens: int, bound: int | None, preallocate: bool = False) -> int:
     """
     if preallocate and bound is not None:
         return bound
+    if isinstance(tokens, torch.SymInt):  # of a program that is exported for texts of any length
+        return tokens
     slots = 0 if tokens == 0 else _FIRST_SLOTS
     while slots < tokens:
         slots += slots // 2

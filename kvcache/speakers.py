@@ -43,15 +43,26 @@ class SpeakerCache:
 
     Args:
         store: where they live; by default memory over disk (see `default_store`).
+
+    Raises:
+        InputError: for what is no store.
     """
 
     def __init__(self, store: Store | None = None) -> None:
+        if store is not None and not isinstance(store, Store):
+            raise InputError(
+                f"store={store!r} must be a Store; give for example MemoryStore('1GiB'), DiskStore(folder) or "
+                "TieredStore(MemoryStore(), DiskStore())"
+            )
         self.store = default_store() if store is None else store
         self._lock = Lock()
         self._building: dict[PrefixKey, Lock] = {}
         self._waiting: dict[PrefixKey, int] = {}
         self._extended = self._built = self._refused = 0
         self._build_seconds = self._seconds_saved = 0.0
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.store!r})"
 
     def get(self, key: PrefixKey) -> PrefixSnapshot | None:
         """The snapshot of exactly this content, if it is stored."""

@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from kvcache.errors import KVCacheError
+
 T = TypeVar("T")
 
 
@@ -77,13 +79,18 @@ def in_thread(items: Iterator[T], ahead: int = 64) -> Iterator[T]:
 
 
 def chunked(tokens: Iterator[Tensor], size: int) -> Iterator[Tensor]:
-    """Tokens ``[batch]`` gathered into chunks ``[batch, size]``; the last may be shorter."""
+    """Tokens ``[batch]`` gathered into chunks ``[batch, size]``; the last may be shorter, before an error too."""
     held: list[Tensor] = []
-    for token in tokens:
-        held.append(token)
-        if len(held) == size:
+    try:
+        for token in tokens:
+            held.append(token)
+            if len(held) == size:
+                yield torch.stack(held, 1)
+                held = []
+    except KVCacheError:  # the tokens before it are good
+        if held:
             yield torch.stack(held, 1)
-            held = []
+        raise
     if held:
         yield torch.stack(held, 1)
 

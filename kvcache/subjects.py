@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from kvcache.decoding import BUCKET
-from kvcache.errors import InputError
+from kvcache.errors import InputError, MissingDependencyError, said
 from kvcache.footprint import Footprint, language_footprint
 from kvcache.geometry import CacheGeometry
 from kvcache.manager import KVCacheManager
@@ -29,6 +29,7 @@ from kvcache.precision import planned, with_precision
 from kvcache.quantized import Quantization
 from kvcache.report import CacheReport
 from kvcache.setting import Backend, Setting
+from kvcache.shapes import encoder_input, reads_text
 
 __all__ = ["GROUP", "Backend", "LanguageSubject", "Prepared", "Setting", "Source", "Subject", "subject"]
 
@@ -80,6 +81,7 @@ class Subject(ABC):
         shortest: the fewest tokens of context that a request has.
         quantizes: whether its token loop can hold its cache in few bits.
         batches_off: whether several requests can decode together without the decode engine.
+        random: whether its weights are made up, for their shapes and speed alone.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Subject(ABC):
     shortest: int = 1
     quantizes: bool = True
     batches_off: bool = True
+    random: bool = False
 
     @abstractmethod
     def skeleton(self) -> nn.Module:
@@ -171,7 +174,9 @@ class LanguageSubject(Subject):
         self._from = name
         if path.suffix == ".gguf" and path.is_file():
             if find_spec("gguf") is None:
-                raise InputError(f"{name}: a .gguf file needs the package gguf; run: pip install gguf accelerate")
+                raise MissingDependencyError(
+                    f"{name}: a .gguf file needs the package gguf; run: pip install gguf accelerate"
+                )
             self._options = {"gguf_file": path.name, "local_files_only": True}
             self._from = str(path.parent)
         elif path.is_dir():
@@ -191,12 +196,19 @@ class LanguageSubject(Subject):
         return self._read(lambda: AutoConfig.from_pretrained(self._from, **self._options))
 
     def skeleton(self) -> nn.Module:
-        from transformers import AutoModelForCausalLM
-
-        make: Any = AutoModelForCausalLM  # has types from 5.24 on, and not for this
         with torch.device("meta"):
-            model: nn.Module = make.from_config(self._config, dtype=self._dtype)
+            model: nn.Module = self._auto.from_config(self._config, dtype=self._dtype)
         return model.eval()
+
+    @property
+    def _auto(self) -> Any:
+        """What transformers makes such a model with."""
+        from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
+
+        decoders: tuple[Any, ...] = (AutoModelForCausalLM,)
+        if getattr(self._config, "is_encoder_decoder", False):
+            decoders = (AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq, AutoModelForCausalLM)
+        return next((auto for auto in decoders if type(self._config) in auto._model_mapping), decoders[-1])
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -212,10 +224,8 @@ class LanguageSubject(Subject):
 
     @cached_property
     def _model(self) -> nn.Module:
-        from transformers import AutoModelForCausalLM
-
         model: nn.Module = self._read(
-            lambda: AutoModelForCausalLM.from_pretrained(self._from, dtype=self._dtype, **self._options)
+            lambda: self._auto.from_pretrained(self._from, dtype=self._dtype, **self._options)
         )
         return model.eval()
 
@@ -226,8 +236,8 @@ class LanguageSubject(Subject):
             with redirect_stderr(io.StringIO()):  # progress bars that cannot be switched off
                 return read()
         except (OSError, ValueError, KeyError) as error:
-            said = str(error).strip().splitlines() or [type(error).__name__]
-            raise InputError(f"{self.name} cannot be loaded: {said[0]}; check the name, or give a folder") from error
+            lines = said(error).strip().splitlines() or [type(error).__name__]
+            raise InputError(f"{self.name} cannot be loaded: {lines[0]}; check the name, or give a folder") from error
         finally:
             logging.getLogger("transformers").setLevel(level)
 
@@ -249,7 +259,8 @@ class LanguageSubject(Subject):
         return _Language(self.load(device), setting)
 
     def longest(self, setting: Setting) -> int | None:
-        given = [setting.max_length, getattr(self._config.get_text_config(), "max_position_embeddings", None)]
+        text, names = self._config.get_text_config(), ("max_position_embeddings", "max_target_positions")
+        given = [setting.max_length, *(getattr(text, name, None) for name in names)]
         return min((most for most in given if most is not None), default=None)
 
     def footprint(self, setting: Setting, context: int, tokens: int, device: str) -> Footprint:
@@ -282,15 +293,14 @@ class _Language:
         return found
 
     def stream(self, context: int, tokens: int, chunk_size: int = 16) -> Iterator[int]:
-        prompt = self._ids(context)
-        settings = self._greedy(prompt, tokens)
+        prompt, settings = self._request(context, tokens)
         for chunk in self.manager.stream(prompt, chunk_size=chunk_size, backend=self._setting.backend, **settings):
             yield chunk.numel()
 
     def run(self, context: int, tokens: int) -> None:
-        if self._setting.backend == "off":
-            prompt = self._ids(context)
-            self.manager.generate(prompt, **self._greedy(prompt, tokens))
+        prompt, settings = self._request(context, tokens)
+        if self._setting.backend == "off" or self.manager.why_not(prompt, **settings) is not None:
+            self.manager.generate(prompt, **settings)
         else:
             for _ in self.stream(context, tokens):
                 pass
@@ -306,16 +316,20 @@ class _Language:
     def kept(self) -> int:
         return 0
 
-    def _greedy(self, prompt: Tensor, tokens: int) -> dict[str, Any]:
+    def _request(self, context: int, tokens: int) -> tuple[Tensor, dict[str, Any]]:
+        """What `generate` is given: the tokens, or what an encoder hears, and how many to make."""
+        ids = self._ids(context)
         # An end that the vocabulary does not have: only the length ends it.
         end = self._model.config.get_text_config().vocab_size
-        return {
-            "attention_mask": torch.ones_like(prompt),
-            "do_sample": False,
-            "max_new_tokens": tokens,
-            "eos_token_id": end,
-            "pad_token_id": end,
-        }
+        settings = {"do_sample": False, "max_new_tokens": tokens, "eos_token_id": end, "pad_token_id": end}
+        if not self._hears:
+            return ids, {"attention_mask": torch.ones_like(ids), **settings}
+        (features,) = encoder_input(self._model, self._setting.requests, context, self._model.device).values()
+        return features, {"decoder_input_ids": ids, **settings}
+
+    @property
+    def _hears(self) -> bool:
+        return bool(self._model.config.is_encoder_decoder) and not reads_text(self._model)
 
     def _ids(self, context: int) -> Tensor:
         """Made-up prompts ``[requests, context]``."""
@@ -329,11 +343,22 @@ class _Language:
         ids = ids[None].to(self._model.device)
         cache, half = self.manager.new_cache(), (ids.shape[1] + 1) // 2
         given = {**handed(self.module, cache), "use_cache": True}
+        if self._model.config.is_encoder_decoder:
+            return self._translated(ids, half, given)
         said = [self.module(ids[:, :half], **given).logits[0]]
+        some = max(1, half // 32)  # tokens at a time, of a long text
         if self._setting.backend != "off":
             return torch.cat([*said, self.manager.told(said[0][-1:], cache, ids[0, half:])])
-        rest = torch.split(ids[:, half:], 1, 1)
+        rest = torch.split(ids[:, half:], some, 1)
         return torch.cat(said + [self.module(one, **given).logits[0] for one in rest])
+
+    def _translated(self, ids: Tensor, half: int, given: dict[str, Any]) -> Tensor:
+        """The logits of a decoder that says the text that its encoder has read, or what it would of silence."""
+        heard = encoder_input(self._model, 1, ids.shape[1], ids.device)
+        heard = heard if self._hears else {"input_ids": ids}
+        given["encoder_outputs"] = self._model.get_encoder()(**heard)
+        parts = [ids[:, :half], *torch.split(ids[:, half:], 1, 1)]
+        return torch.cat([self.module(decoder_input_ids=part, **given).logits[0] for part in parts])
 
     def report(self) -> CacheReport:
         return self.manager.report()
@@ -349,5 +374,8 @@ had told him of such a day, and that it would be followed by a year of good catc
 of the two it had been. The children found a bell. It was too heavy for them, so they dug around it with their hands until \
 it stood free, and when the eldest struck it with a stone it gave a note so clear that everybody on the beach stopped and \
 turned. Later they would not agree on what it had sounded like. The teacher, who played the organ on Sundays, was sure that \
-it was an A, a little flat, and wrote that down in the book where she noted the weather."""
+it was an A, a little flat, and wrote that down in the book where she noted the weather. By four the light had changed. The \
+first to see the line of water was the dog of the postman, which stood still and would not be called; then all of them saw it, \
+grey and quite straight, and heard it too. They took what they could carry. The bell they left where it was, upright, and for \
+some years, when the wind came from the west and the sea was high, there were people who said that they could hear it."""
 """What fidelity is judged on: plain prose."""

@@ -75,6 +75,9 @@ class MemoryTimeline:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self._samples)} samples, every={self._every})"
+
     @property
     def samples(self) -> tuple[Sample, ...]:
         """So far, in order of time."""

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from kvcache.decoding.backends import BUCKET
 from kvcache.decoding.wiring import kernel_reason
 from kvcache.errors import InputError, KVCacheError
-from kvcache.fingerprint import model_fingerprint
-from kvcache.geometry import CacheGeometry
+from kvcache.fingerprint import model_fingerprint, model_outline
+from kvcache.hf import shape_of
 from kvcache.precision import Precision, check_precision, has_half, with_precision
 from kvcache.quantized import Quantization, quantized_bytes
 from kvcache.setting import Backend, Setting
+from kvcache.shapes import bytes_of
 from kvcache.subjects import Prepared, Subject
 from kvcache.tuning_profile import Goal, Trial, TuningProfile, machine, versions
 from kvcache.tuning_search import Bench, Refusal, Space, Tuner, shown
@@ -41,6 +42,9 @@ __all__ = [
 
 _CHUNK = 8  # tokens
 _SAMPLE = 48  # tokens that fidelity is judged on
+_GROUPS = (
+    4  # groups of a cache in few bits that it is judged on: until its first is full, such a cache holds all in full
+)
 _FAR_SLOWER = 4.0  # times fp32: kernels that are there in name only
 
 
@@ -107,7 +111,7 @@ def tune(
         )
     start = time.monotonic()
     if space is None:
-        space = space_of(subject, goal, max_requests, device)
+        space = space_of(subject, goal, max_requests, device, context)
     bench = SubjectBench(subject, context, device)
     tuner = Tuner(
         space,
@@ -132,16 +136,36 @@ def tune(
         versions=versions(),
         setting=best,
         trials=tuple(tuner.trials.values()),
-        explanation=tuner.explanation(best),
+        explanation=(*tuner.explanation(best), *_remarks(tuner)),
+        outline=model_outline(model),
+        random=subject.random,
     )
     return Tuned(profile, seconds, trial.milliseconds / 1e3, len(tuner.untried), len(space.settings()), bench.note)
 
 
-def space_of(subject: Subject, goal: Goal = "latency", max_requests: int = 8, device: str = "cpu") -> Space:
+def _remarks(tuner: Tuner) -> list[str]:
+    """What is to be known of the choice itself."""
+    said = []
+    if tuner.tied:
+        said.append(f"chosen as the simplest of what could not be told apart: {'; '.join(map(shown, tuner.tied))}")
+    if tuner.uncompared:
+        said.append(
+            f"as fast at first look, with no time to measure it again beside the best: {'; '.join(map(shown, tuner.uncompared))}"
+        )
+    return said
+
+
+def space_of(
+    subject: Subject,
+    goal: Goal = "latency",
+    max_requests: int = 8,
+    device: str = "cpu",
+    context: int | None = None,
+) -> Space:
     """All that there is to choose from for a model on a device, and what there is not, with reasons.
 
     Args:
-        subject, goal, max_requests, device: see `tune`.
+        subject, goal, max_requests, device, context: see `tune`.
     """
     model = subject.load(device)
     weight = next(subject.decoder(model).parameters())
@@ -178,10 +202,10 @@ def space_of(subject: Subject, goal: Goal = "latency", max_requests: int = 8, de
         refused.append(Refusal("kv_dtype", "bf16", "this CPU has no fast bf16, or the model is not in fp32"))
 
     bits: list[int | None] = [None]
-    if subject.quantizes:
+    if (why_not := _why_no_bits(subject, device, context)) is None:
         bits += [8, 4]
     else:
-        refused.append(Refusal("quantization", "8, 4", "this model's loop has no quantized caches"))
+        refused.append(Refusal("quantization", "8, 4", why_not))
 
     buckets: tuple[int | None, ...] = (None,)
     if cpu:
@@ -202,6 +226,18 @@ def space_of(subject: Subject, goal: Goal = "latency", max_requests: int = 8, de
     return Space(
         tuple(backends), tuple(requests), tuple(precisions), kv_dtypes, tuple(bits), buckets, alone, tuple(refused)
     )
+
+
+def _why_no_bits(subject: Subject, device: str, context: int | None) -> str | None:
+    """Why fewer bits would change nothing of a cache; None if they would."""
+    if not subject.quantizes:
+        return "this model's loop has no quantized caches"
+    shape = shape_of(subject.decoder(subject.load(device)))
+    if not any(layer.managed and layer.token is not None for layer in shape.layers):
+        return "no layer of this model's cache is held in few bits: each is kept the model's own way"
+    if context is not None and context < 2 * Quantization(8).group:
+        return f"behind {context} tokens hardly any are held in few bits: they are in groups of {Quantization(8).group}"
+    return None
 
 
 def _check_kernels(precision: Precision, weight: Tensor) -> None:
@@ -249,8 +285,8 @@ class SubjectBench:
         self._device = device
         self._prepared: dict[Setting, Prepared] = {}
         self._divergence: dict[Setting, float] = {}
-        self._expected: Tensor | None = None
-        self._ids, self.note = subject.sample(_SAMPLE)
+        self._expected: dict[int, Tensor] = {}
+        _, self.note = subject.sample(_SAMPLE)
 
     def seconds(self, setting: Setting, tokens: int) -> list[float]:
         """See `Bench`. The first chunk is not counted: it waits for the prefill, and for what is compiled or captured."""
@@ -281,11 +317,11 @@ class SubjectBench:
         """See `Bench`. Settings that compute the same are judged once, eagerly."""
         judged = replace(setting, requests=1, bucket=None, backend="off" if setting.backend == "off" else "eager")
         if judged not in self._divergence:
+            count = self._judged_on(setting)
             with torch.inference_mode():
-                if self._expected is None:
-                    self._expected = self._said(Setting("off", self._widest))
-                ours = self._said(judged)
-                theirs = self._expected
+                if count not in self._expected:
+                    self._expected[count] = self._said(Setting("off", self._widest), count)
+                ours, theirs = self._said(judged, count), self._expected[count]
                 self._divergence[judged] = max(0.0, float((theirs.exp() * (theirs - ours)).sum(-1).mean()))
         return self._divergence[judged]
 
@@ -295,26 +331,38 @@ class SubjectBench:
         weight = next(self._subject.load(self._device).parameters())
         return None if weight.device.type == "cpu" else "fp32"
 
-    def _said(self, setting: Setting) -> Tensor:
+    def _judged_on(self, setting: Setting) -> int:
+        """Tokens."""
+        if setting.quantization is None:
+            return _SAMPLE
+        wanted = _GROUPS * Quantization(setting.quantization).group
+        most = self._subject.longest(setting)
+        return wanted if most is None else min(wanted, most)
+
+    def _said(self, setting: Setting, count: int) -> Tensor:
+        ids, note = self._subject.sample(count)
+        self.note = self.note or note
         prepared = self._subject.prepared(setting, self._device)
-        said = prepared.logits(self._ids).double().log_softmax(-1)
+        said = prepared.logits(ids).double().log_softmax(-1)
         prepared.release()
         return said
 
     def nbytes(self, setting: Setting) -> int:
-        """See `Bench`: of the keys and values of as many tokens as are measured."""
-        geometry, rows = self._geometry(setting), setting.requests * self._subject.rows
-        tokens = self._context + 1
-        if setting.quantization is not None:
-            one = geometry.kv_heads, geometry.head_dim, geometry.value_dim, geometry.dtype
-            return geometry.layers * quantized_bytes(*one, Quantization(setting.quantization), tokens, rows)
-        return geometry.token_bytes * tokens * rows
+        """See `Bench`: of what the cache holds of as many tokens as are measured, without slots that are free."""
+        shape = shape_of(self._subject.decoder(self._subject.load(self._device)))
+        rows, tokens = setting.requests * self._subject.rows, self._context + 1
+        total = shape.cross * rows * self._context
+        for layer in shape.layers:
+            if not layer.managed or layer.token is None:
+                total += rows * layer.own_bytes(tokens)
+            elif setting.quantization is not None:
+                total += quantized_bytes(*layer.token, Quantization(setting.quantization), tokens, rows)
+            else:
+                token = layer.token if setting.kv_dtype is None else (*layer.token[:3], setting.kv_dtype)
+                total += rows * tokens * sum(bytes_of(token))
+        return total
 
     def drop(self, setting: Setting) -> None:
         """See `Bench`."""
         if (prepared := self._prepared.pop(setting, None)) is not None:
             prepared.release()
-
-    def _geometry(self, setting: Setting) -> CacheGeometry:
-        geometry = CacheGeometry.from_model(self._subject.decoder(self._subject.load(self._device)))
-        return geometry if setting.kv_dtype is None else replace(geometry, dtype=setting.kv_dtype)

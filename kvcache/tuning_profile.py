@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from kvcache.decoding.backends import BackendName, check_bucket
-from kvcache.errors import CorruptError, InputError
-from kvcache.fingerprint import model_fingerprint
+from kvcache.errors import CorruptError, InputError, said
+from kvcache.fingerprint import model_fingerprint, model_outline
 from kvcache.precision import Precision
 from kvcache.quantized import Quantization
 from kvcache.setting import Setting
@@ -63,6 +63,8 @@ class TuningProfile:
         setting: the best.
         trials: all settings that were looked at.
         explanation: of the choice, a line for each axis.
+        outline: of the model, see `kvcache.fingerprint.model_outline`; "" where it is not known.
+        random: whether its weights were random, of which a divergence tells nothing.
     """
 
     name: str
@@ -75,6 +77,8 @@ class TuningProfile:
     setting: Setting
     trials: tuple[Trial, ...]
     explanation: tuple[str, ...]
+    outline: str = ""
+    random: bool = False
 
     def save(self, path: Path | str) -> None:
         """Write it as JSON; a file that is there is replaced at once or not at all."""
@@ -98,7 +102,8 @@ class TuningProfile:
 
     @classmethod
     def load(cls, path: Path | str, model: nn.Module | None = None) -> "TuningProfile":
-        """Read it, checked field by field. A profile of another machine is taken, with a warning in the log.
+        """Read it, checked field by field. A profile of another machine is taken, with a warning in the log; so is one of other
+        weights in a model that is the same otherwise: as fast, but its fidelity was judged on those.
 
         Args:
             model: that it must be of.
@@ -119,8 +124,7 @@ class TuningProfile:
         try:
             profile = _profile(json.loads(text))
         except (ValueError, TypeError, KeyError, ArithmeticError, RecursionError) as error:
-            said = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
-            raise CorruptError(f"{path} is no tuning profile: {said}; {_AGAIN}") from error
+            raise CorruptError(f"{path} is no tuning profile: {said(error)}; {_AGAIN}") from error
         if model is not None:
             profile._check(path, model)
         return profile
@@ -140,7 +144,15 @@ class TuningProfile:
         return {name: value for name, value in named.items() if value is not None}
 
     def _check(self, path: Path, model: nn.Module) -> None:
-        if self.model != model_fingerprint(model):
+        if self.model != model_fingerprint(model) and self.outline == model_outline(model):
+            _log.warning(
+                "%s was measured on %s weights (%s): as fast here, but how far it moves what the model says was judged on those; "
+                "kvcache tune judges it on these",
+                path,
+                "random" if self.random else "other",
+                self.name,
+            )
+        elif self.model != model_fingerprint(model):
             here, then = versions()["transformers"], self.versions["transformers"]
             other = (
                 "another model" if here == then else f"another model, or this one under transformers {then}, not {here}"
@@ -193,10 +205,14 @@ def _profile(content: Any) -> TuningProfile:
         raise ValueError("it has not the format kvcache-tuning")
     if type(content.get("version")) is not int or content["version"] != 1:
         raise ValueError(f"it has version {content.get('version')!r}, this kvcache reads version 1")
+    content = {"outline": "", "random": False, **content}  # which the first profiles had not
     _names(content, {"format", "version", *TuningProfile.__dataclass_fields__}, "the profile")
-    model = _text(content, "model")
-    if len(model) != 64 or set(model) - set("0123456789abcdef"):
-        raise ValueError(f"model is {model[:80]!r}, and no fingerprint")
+    model, outline = _text(content, "model"), _text(content, "outline")
+    for name, digest in (("model", model), ("outline", outline or model)):
+        if len(digest) != 64 or set(digest) - set("0123456789abcdef"):
+            raise ValueError(f"{name} is {digest[:80]!r}, and no fingerprint")
+    if not isinstance(content["random"], bool):
+        raise TypeError(f"random is {str(content['random'])[:80]!r}, and neither true nor false")
     where, made_with = content["machine"], content["versions"]
     _names(where, {"device", "cpu", "cores", "threads"}, "machine")
     _names(made_with, {"python", "torch", "transformers", "kvcache"}, "versions")
@@ -222,6 +238,8 @@ def _profile(content: Any) -> TuningProfile:
         setting=setting,
         trials=trials,
         explanation=tuple(explanation),
+        outline=outline,
+        random=content["random"],
     )
 
 

@@ -3,7 +3,8 @@
 What is chosen between is a `Space` of axes: back end (and with it the kind of cache), precision, dtype or bits of the cache,
 requests that decode together, and bucket sizes of graphs. The search goes along one axis after another and keeps the best
 value; what loses clearly is not looked at again. Compiling takes longest, so it is left to the end: only what came close to
-the best without it is compiled. Those that lie close together at the end are measured again, longer and in turn.
+the best without it is compiled. Those that lie close together at the end are measured again, longer and in turn, until none is
+left that could be faster; of those that cannot be told apart then, the simplest is taken.
 """
 
 import math
@@ -133,6 +134,8 @@ class Tuner:
     Attributes:
         trials: what was looked at so far, by setting.
         untried: what there was no time for.
+        tied: what could not be told from the best by its time, and is less simple.
+        uncompared: what was as fast at first look, and was not measured again with the best for lack of time.
     """
 
     def __init__(
@@ -149,6 +152,8 @@ class Tuner:
         self.space = space
         self.trials: dict[Setting, Trial] = {}
         self.untried: set[Setting] = set()
+        self.tied: tuple[Setting, ...] = ()
+        self.uncompared: tuple[Setting, ...] = ()
         self._bench = bench
         self._bound, self._memory = bound, memory
         self._clock, self._say = clock, say
@@ -227,29 +232,70 @@ class Tuner:
                 yield one, other
 
     def _decided(self) -> Setting:
-        """The best; of those that are close to it the one that is still best when all are measured again, in turn."""
+        """The best of what can be compared: all that was close to it is measured again, in turn, until nothing else is."""
         best = self._best(self.trials)
         if best is None:
             reasons = {trial.refused for trial in self.trials.values() if trial.refused}
             raise InputError(f"no setting can be run: {'; '.join(sorted(reasons)) or 'there was no time for any'}")
-        finalists = [
-            one for one in self._ranked() if one in self._held and self._cost(one) <= _CLOSE * self._cost(best)
-        ]
-        finalists = finalists[:_FINALISTS]
-        again: dict[Setting, list[float]] = {one: [] for one in finalists}
-        if len(finalists) > 1:
-            for _ in range(2):
-                for one in finalists:
-                    if self._clock() < self._until:
-                        again[one] += self._bench.seconds(one, _MANY)
-        if len(finalists) > 1 and all(again.values()):
-            for one, samples in again.items():
-                self._note(one, samples)
-            best = min(finalists, key=self._cost)
+        compared: list[Setting] = []
+        while rivals := [one for one in self._close(best) if one not in compared]:
+            group = [*compared, *rivals]
+            if len(group) > 1 and not self._compare(group):
+                break
+            compared = group
+            best = min(compared, key=self._cost)
+        best = min(compared, key=self._cost, default=best)
+        alike = [one for one in compared if self._alike(one, best)]
+        best = min(alike, key=lambda one: (self._departures(one), self._cost(one)), default=best)
+        self.tied = tuple(one for one in alike if one != best)
+        self.uncompared = tuple(
+            one for one in self._ranked() if one not in compared and self._cost(one) < self._cost(best)
+        )
         for one in list(self._held):
             self._release(one)
+        if self.tied:
+            self._say(f"not told apart from {', '.join(map(shown, self.tied))}: the simplest is taken")
         self._say(f"best: {shown(best)}, {1e3 * self._cost(best):.2f} ms a token")
         return best
+
+    def _close(self, best: Setting) -> list[Setting]:
+        """What is faster than the best, or so close that it may be, and the next best if that is not clearly beaten; of what is
+        slower no more than a few."""
+        ranked = self._ranked()
+        ahead = sum(self._cost(one) < self._cost(best) for one in ranked)
+        near = [
+            one
+            for place, one in enumerate(ranked)
+            if self._cost(one) <= (_CLEARLY if place <= 1 else _CLOSE) * self._cost(best)
+        ]
+        return near[: max(_FINALISTS, ahead + 1)]
+
+    def _compare(self, group: Sequence[Setting]) -> bool:
+        """Measure these again, longer and in turn; False if there was no time for all, and nothing of it counts."""
+        again: dict[Setting, list[float]] = {one: [] for one in group}
+        for _ in range(2):
+            for one in group:
+                if self._clock() >= self._until:
+                    return False
+                again[one] += self._bench.seconds(one, _MANY)
+                self._held.add(one)
+        for one, samples in again.items():
+            self._note(one, samples)
+        return True
+
+    def _alike(self, one: Setting, best: Setting) -> bool:
+        """Whether the difference of two medians is within the spread of what was measured."""
+        spreads = [_spread(self._samples[each]) for each in (one, best)]
+        return self._cost(one) - self._cost(best) <= math.hypot(*spreads)
+
+    def _departures(self, setting: Setting) -> tuple[int, ...]:
+        """How far a setting is from the plainest one: on how many axes, and how far on each."""
+        places = [self.space.values(axis).index(self._on(axis, setting)) for axis in AXES]
+        return sum(map(bool, places)), *places
+
+    def _on(self, axis: str, setting: Setting) -> Any:
+        values = self.space.values(axis)
+        return value if (value := getattr(setting, axis)) in values else values[0]  # what its back end has no use for
 
     # ------------------------------------------------------------------ one setting
 
@@ -355,6 +401,15 @@ def _value(axis: str, value: Any) -> str:
     if value is None:
         return {"precision": "as loaded", "quantization": "full precision"}.get(axis, "none")
     return str(value)
+
+
+def _spread(samples: Sequence[float]) -> float:
+    """The standard error of a median, by the quartiles: 1.25 standard deviations over the root of the number, of which the
+    quartiles are 1.35 apart."""
+    if len(samples) < 4:
+        return 0.0
+    low, _, high = statistics.quantiles(samples, n=4)
+    return float(1.25 * (high - low) / 1.35 / math.sqrt(len(samples)))
 
 
 def shown(setting: Setting) -> str:

@@ -4,7 +4,7 @@ import html
 from collections.abc import Sequence
 from typing import Any
 
-from kvcache.errors import InputError
+from kvcache.errors import MissingDependencyError
 
 
 def text_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -38,13 +38,13 @@ def canvas(*, width: float = 8.0, height: float = 4.0) -> tuple[Any, Any]:
     """A figure with one pair of axes, drawn without a display and not known to pyplot, so nothing has to close it.
 
     Raises:
-        InputError: without matplotlib.
+        MissingDependencyError: without matplotlib.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise InputError("plots need matplotlib; run: pip install 'kvcache[plot]'") from error
+        raise MissingDependencyError("plots need matplotlib; run: pip install 'kvcache[plot]'") from error
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.add_subplot()

@@ -16,14 +16,15 @@ import torch
 from torch import nn
 from torch.nn.modules import module as modules
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
+from transformers import cache_utils
+from transformers.cache_utils import CacheLayerMixin
 
-from kvcache.decoding.wiring import StaticLayer
-from kvcache.hf import ManagedLayer, is_attention
+from kvcache.hf import is_attention
 from kvcache.precision import LINEAR
 
 PARTS: Mapping[str, str] = {
     "attention_products": "attention: products for queries, keys, values and output",
-    "attention_scores": "attention: queries against the cache",
+    "attention_scores": "attention: queries against the cache, or a state that is mixed in",
     "cache_update": "cache update",
     "mlp": "MLP",
     "norms": "norms",
@@ -40,6 +41,11 @@ PARTS: Mapping[str, str] = {
 # What a module on the stack is, where that is not a part's name: told apart for what is inside it.
 _PASS, _ATTENTION, _LAYER = "pass", "attention", "layer"
 _SAID = {_PASS: "glue", _ATTENTION: "positions", _LAYER: "glue"}
+_WRITES = ("update", "update_conv_state", "update_recurrent_state", "update_indexer")
+# Layers that hold states are no subclasses of the others, and are not in the first releases.
+_STATES: list[type] = [
+    vars(cache_utils)[name] for name in ("LinearAttentionCacheLayerMixin",) if name in vars(cache_utils)
+]
 _ASKED = ("host", "glue", _PASS, _LAYER, _ATTENTION, "attention_scores")  # what has parts of another kind in it
 
 
@@ -71,6 +77,8 @@ def part_of(module: nn.Module, inside: str) -> str | None:
         if any(_attends(part) for part in module.children()):
             return _LAYER
         return _PASS if inside == "host" else None
+    if inside == _LAYER and any(weight.dim() > 1 for weight in module.parameters()):  # experts are no linear layers
+        return "mlp"
     if not any(isinstance(part, LINEAR) for part in module.modules()):
         return None
     if inside == _LAYER:
@@ -79,7 +87,14 @@ def part_of(module: nn.Module, inside: str) -> str | None:
 
 
 def _attends(module: nn.Module) -> bool:
-    return is_attention(module) and not any(is_attention(part) for part in module.children())
+    return _is_attention(module) and not any(_is_attention(part) for part in module.children())
+
+
+def _is_attention(module: nn.Module) -> bool:
+    if is_attention(module):
+        return True
+    # T5's calls its mask otherwise.
+    return isinstance(getattr(module, "layer_idx", None), int) and "attention" in type(module).__name__.lower()
 
 
 @dataclass(frozen=True)
@@ -111,6 +126,9 @@ class Watch:
         self._now: Callable[[], Any] = _event if self._cuda else time.perf_counter
         self._entered = entered
         self._parts: dict[int, tuple[nn.Module, str | None]] = {}
+        self._mixers: set[int] = (
+            set()
+        )  # attention that writes no keys: to states, or to another layer's, or an encoder's
         self._open = ExitStack()
         self._running = False
         self._clear()
@@ -208,19 +226,22 @@ class Watch:
                 self._entered()
         elif part == "attention_products" and self._tokens and not self._tokens[-1]:
             self._tokens[-1] = args[0].shape[-2]
-        self.enter(part)
+        self.enter("attention_scores" if part == _ATTENTION and id(module) in self._mixers else part)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not self._here() or self._part(module) is None:
             return
+        if self._stack[-1] == _ATTENTION:  # nothing came between its shapes and its end
+            self._mixers.add(id(module))
         self.leave()
         if self.between and self._begun:
             self._functions.listen()
 
     @contextmanager
     def _updates(self) -> Iterator[None]:
-        """Within this block our own cache layers say when they are written to. What follows in attention are the scores."""
-        plain = {kind: kind.update for kind in (ManagedLayer, StaticLayer)}
+        """Within this block cache layers of all kinds, a model's own as well as ours, say when they are written to. What
+        follows in attention are the scores, or what a state is mixed with."""
+        plain = {(kind, name): vars(kind)[name] for kind in _kinds() for name in _WRITES if name in vars(kind)}
 
         def watched(update: Callable[..., Any]) -> Callable[..., Any]:
             def timed(layer: Any, *args: Any, **kwargs: Any) -> Any:
@@ -237,12 +258,24 @@ class Watch:
             return timed
 
         try:
-            for kind, update in plain.items():
-                kind.update = watched(update)  # type: ignore[method-assign]
+            for (kind, name), update in plain.items():
+                setattr(kind, name, watched(update))
             yield
         finally:
-            for kind, update in plain.items():
-                kind.update = update  # type: ignore[method-assign]
+            for (kind, name), update in plain.items():
+                setattr(kind, name, update)
+
+
+def _kinds() -> list[type]:
+    """All classes of cache layers that there are now, each once."""
+    found: list[type] = []
+    left: list[type] = [CacheLayerMixin, *_STATES]
+    while left:
+        kind = left.pop()
+        if kind not in found:
+            found.append(kind)
+            left += kind.__subclasses__()
+    return found
 
 
 class _Functions(TorchFunctionMode):

@@ -2,6 +2,7 @@
 
 import random
 from collections import defaultdict, deque
+from dataclasses import replace
 from functools import cache, partial
 
 import pytest
@@ -193,7 +194,7 @@ def drawn(order, begin, forgets, utterance, logits, before):
     generator, noise = utterance.generator(), torch.empty(1, logits.shape[1])
     for _ in range(len(before) + 1):
         noise.exponential_(generator=generator)
-    return int(sampler(logits, noise, not utterance.sampling.greedy))
+    return int(sampler(logits, noise, sampler.drawing))
 
 
 def assert_agrees(draw, ours, theirs, whole):
@@ -402,8 +403,6 @@ def test_only_rounding_is_an_excuse():
 
 def test_an_engine_says_what_it_cannot_batch():
     engine, utterance = engine_of("gpt", None, "eager"), cases("gpt")[0]
-    from dataclasses import replace
-
     from kvcache_chatterbox import ChatterboxEngine
 
     with pytest.raises(InputError, match="needs a seed"):
@@ -506,6 +505,37 @@ def test_a_job_may_be_over_with_its_first_token():
         batch.leave(job)
         assert_empty(batch)
         assert batch.turn() == []
+
+
+def test_d10_a_job_whose_logits_are_no_numbers_ends_and_its_neighbours_go_on():
+    spoiled = [False]
+
+    def forward(tokens, made, given):
+        logits = TABLE[tokens].clone()
+        if spoiled[0]:
+            logits[0, 1] = float("nan")
+        return logits
+
+    batch = Batch(chain(2, forward=forward), quantum=4)
+    bad, good = link(2, 20, seed=1), link(5, 20, seed=3)
+    said = {job: batch.enter(job).tokens.tolist() for job in (bad, good)}
+    said[bad] += next(piece.tokens.tolist() for piece in batch.turn() if piece.job is bad)
+    spoiled[0] = True
+    [failed] = [piece for piece in batch.turn() if piece.job is bad]
+    assert failed.over and failed.tokens.tolist() == [] and "NaN" in str(failed.error)
+    assert said[bad] == linked(2, 20, seed=1)[:5], "what came before is what it is"
+    spoiled[0] = False
+    assert batch.busy == 1
+    while batch.busy:
+        [piece] = batch.turn()
+        assert piece.job is good and piece.error is None
+
+    def prefill():
+        return torch.full((1, SYMBOLS), float("nan")), link(0, 1).prefill()[1]
+
+    with pytest.raises(InputError, match="NaN"):
+        batch.enter(replace(link(2, 9), prefill=prefill))
+    assert_empty(batch)
 
 
 def test_a_job_that_forgets_is_penalized_for_what_it_drew():
@@ -823,16 +853,16 @@ def test_settings_and_marks_move_along():
     back = torch.tensor(order)
     pairs = torch.stack([2 * back, 2 * back + 1], 1).flatten()
     shuffled = torch.empty_like(logits).index_copy_(0, pairs, logits)
-    assert torch.equal(moved.process(shuffled)[back], sampler.process(logits))
+    assert torch.equal(moved.process(shuffled, moved.drawing)[back], sampler.process(logits, sampler.drawing))
     other = torch.empty_like(noise).index_copy_(0, back, noise)
-    assert torch.equal(moved(shuffled, other)[back], sampler(logits, noise))
+    assert torch.equal(moved(shuffled, other, moved.drawing)[back], sampler(logits, noise, sampler.drawing))
     assert torch.equal(moved.seen[back], sampler.seen)
-    assert [moved._greedy[i] for i in order] == sampler._greedy == [False, True, False, False]
+    assert [moved._chosen[i] for i in order] == sampler._chosen == settings
     only = sampler.front(2)
-    assert torch.equal(only.process(logits[:4]), sampler.process(logits)[:2])
+    assert torch.equal(only.process(logits[:4], sampler.drawing), sampler.process(logits, sampler.drawing)[:2])
     sampler.set(0, GREEDY)  # what is set after is the front's too; those behind it are none of its
-    assert not only.draws and sampler.draws
-    only(logits[:4], noise[:2], False)
+    assert only.drawing is None and sampler.drawing is not None
+    only(logits[:4], noise[:2], None)
     assert torch.equal(only.seen, sampler.seen[:2])
 
 

@@ -30,7 +30,7 @@ from kvcache import (
 )
 from kvcache.decoding import Decoding, Pool, Sampler, Sampling, StaticKV, decoder_copy, why_not
 from kvcache.decoding.backends import Compiled, Graph, traced
-from kvcache.decoding.sampler import TRANSFORMERS
+from kvcache.decoding.sampler import TRANSFORMERS, Drawing
 from kvcache.hf import exact_windows, kv_layers
 from kvcache.slots import ring_sees, ring_slot, staying_of
 
@@ -549,12 +549,13 @@ def test_a_step_asks_the_host_nothing(name, plant, monkeypatch):
     with FakeTensorMode(), torch.no_grad():
         model = {"llama": LlamaForCausalLM, "gpt2": GPT2LMHeadModel}[name](family.config(**family.settings)).eval()
         decoding = fake_decoding(model, plant)
-        for whole, draws in ((True, True), (False, True), (False, False)):
+        drawing = Drawing(64, True, True)
+        for whole, wanted in ((True, drawing), (False, drawing), (False, None)):
             if plant:
                 with pytest.raises(DataDependentOutputException):
-                    decoding.step(decoding.order[:7], whole, draws)
+                    decoding.step(decoding.order[:7], whole, wanted)
             else:
-                decoding.step(decoding.order[:7], whole, draws)
+                decoding.step(decoding.order[:7], whole, wanted)
 
 
 # ---------------------------------------------------------------------- settings that change
@@ -646,7 +647,8 @@ def test_longer_caches_record_one_step_a_bucket():
     decoding = decoding_of(model, 1, 300, "graph")
     expected = say(decoding_of(model, 1, 300), manager, token_ids(1, 240), DRAWING, 40)
     assert torch.equal(say(decoding, manager, token_ids(1, 240), DRAWING, 40), expected)
-    assert sorted(decoding._backend._recorded) == [(256, True), (300, True)]
+    drawing = decoding.sampler.drawing_of(slice(1))
+    assert sorted(decoding._backend._recorded) == [(256, drawing), (300, drawing)]
 
 
 # ---------------------------------------------------------------------- what fails

@@ -10,8 +10,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from kvcache import InputError, KeepAll, MaxBytes, MaxTokens, Pinned, PolicyError, SlidingWindow
 from kvcache.decoding import StaticKV
-from kvcache.footprint import Watch, held, written_static
+from kvcache.footprint import held, written_static
 from kvcache.geometry import CacheGeometry
+from kvcache.meta import Watch
 from kvcache.planning import plan, room
 from kvcache.precision import PackedLinear, has_half, with_precision
 from kvcache.subjects import Setting, subject

@@ -52,6 +52,7 @@ from kvcache import (
     model_fingerprint,
 )
 from kvcache.fingerprint import forget
+from kvcache.managed import ManagedCache, ManagedLayer
 from kvcache.models import looks_on
 from kvcache.testing.laws import BUFFERS, Pair, tokens
 
@@ -138,7 +139,7 @@ class Fork(Pair):
 
     def begin(self) -> None:
         rows, (keys, values) = len(self.oracle.padding), (t[0] for t in zip(*self.snapshot.layers, strict=True))
-        self.snapshot.fork(hf._Cache(layers=[hf.ManagedLayer(self.layer)]), rows)
+        self.snapshot.fork(ManagedCache([ManagedLayer(self.layer)]), rows)
         keys, values = keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1)
         self.direct.append(keys, values)
         self.oracle.append(torch.zeros_like(keys), keys, values)

@@ -9,6 +9,8 @@ from support.clocks import Ticking
 from torch import nn
 from torch.nn.modules import module as modules
 from torch.overrides import TorchFunctionMode
+from transformers import MixtralConfig, MixtralForCausalLM
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from kvcache import InputError
 from kvcache.decoding.wiring import StaticLayer
@@ -232,6 +234,72 @@ def test_torch_between_two_passes_is_sampling_and_python_is_host(monkeypatch, cl
     monkeypatch.setattr(Sampler, "__call__", busy)
     found = profiled(model).step
     assert found.parts["sampling"] == pytest.approx(SLOW, rel=0.01) and found.parts["host"] < 0.01 * SLOW
+
+
+@pytest.mark.parametrize("backend", ["eager", "graph"])
+def test_c3_where_the_engine_falls_back_the_profile_is_of_what_runs(backend):
+    found = profiled(build("mistral-own-window"), backend)
+    (note,) = found.notes
+    assert note.startswith("Not as asked: MistralForCausalLM manages layers its own way")
+    assert note.endswith("those of the token loop, which runs instead.")
+    assert found.asked == found.plain
+    assert found.memory.parts["kv_cache"] > 0
+    assert found.memory.parts["activations"] > 0
+
+
+def test_c4_a_models_own_layers_are_booked_under_attention(monkeypatch, clock):
+    attend, update = nn.functional.scaled_dot_product_attention, DynamicSlidingWindowLayer.update
+
+    def slow_scores(*args, **kwargs):
+        clock.go_on(SLOW)
+        return attend(*args, **kwargs)
+
+    def slow_update(layer, *args, **kwargs):
+        clock.go_on(SLOW)
+        return update(layer, *args, **kwargs)
+
+    model = build("mistral-own-window")
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", slow_scores)
+    monkeypatch.setattr(DynamicSlidingWindowLayer, "update", slow_update)
+    found = profiled(model, "off")
+    assert DynamicSlidingWindowLayer.update is slow_update
+    for part in ("attention_scores", "cache_update"):
+        assert found.step.parts[part] > 1.99 * SLOW
+    assert found.cache_time > 0.5  # what the headline is about
+    assert found.step.parts["positions"] < SLOW
+
+
+def test_c4_layers_that_write_no_keys_are_attention_as_well(monkeypatch, clock):
+    """An encoder's keys are written once: each later step only looks at them."""
+    attend = nn.functional.scaled_dot_product_attention
+
+    def slow(query, *args, **kwargs):
+        clock.go_on(SLOW)
+        return attend(query, *args, **kwargs)
+
+    model = build("bart")
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", slow)
+    found = profiled(model).step
+    assert found.parts["attention_scores"] > 5.99 * SLOW  # three layers, each to itself and to the encoder
+    assert found.share("attention_scores") > 0.5
+
+
+def test_experts_are_the_mlp(clock):
+    config = MixtralConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, pad_token_id=0,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config).eval()
+    sleepy = type(model.model.layers[0].mlp.experts)
+
+    def slow(name, module):
+        if not isinstance(module, sleepy):
+            return None
+        copy = module.__class__.__new__(type("Slow", (sleepy,), {"forward": _slowly(sleepy.forward, clock)}))
+        copy.__dict__.update(module.__dict__)
+        return copy
+
+    assert profiled(rebuilt(model, slow), "off").step.parts["mlp"] > 1.99 * SLOW
 
 
 def test_the_caches_of_a_batch_are_all_counted():

@@ -38,6 +38,8 @@ def test_a_bare_t3_is_all_but_its_vocoder(kind, backend):
         p.nbytes for name, p in t3.named_parameters() if ".self_attn." in name or ".attn." in name
     )
     assert found.memory.parts["prefixes"] > 0  # the voice
+    assert not any("known saves at most the prefill" in sentence for sentence in found.sentences())
+    assert any("runs behind a beginning that is known already" in sentence for sentence in found.sentences())
     assert found.memory.parts["mlp_weights"] == sum(p.nbytes for name, p in t3.named_parameters() if ".mlp." in name)
 
 

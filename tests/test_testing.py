@@ -281,7 +281,7 @@ def test_a_policy_of_ones_own_passes():
 
 class ForgetsTheRecent(RankedLayer):
     def _scores(self, seen):
-        return seen.mass.new_zeros(seen.positions.shape).masked_fill(seen.positions < self.policy.pinned, torch.inf)
+        return torch.zeros(seen.positions.shape).masked_fill(seen.positions < self.policy.pinned, torch.inf)
 
 
 class BringsBack(RankedLayer):

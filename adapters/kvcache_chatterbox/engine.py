@@ -303,7 +303,7 @@ class ChatterboxEngine(UtteranceDecoder):
         language_id: str | None = None,
         max_new_tokens: int | None = None,
         max_rows: int = 8,
-        memory_budget: int | None = None,
+        memory_budget: int | str | None = None,
         segment_characters: int | None = 200,
     ) -> LongTextPlan:
         """What `generate_stream` will do with a text, and what that takes; see there for the arguments.
@@ -334,7 +334,7 @@ class ChatterboxEngine(UtteranceDecoder):
         seed: int | None = None,
         watermark: bool = True,
         max_rows: int = 8,
-        memory_budget: int | None = None,
+        memory_budget: int | str | None = None,
         segment_characters: int | None = 200,
         pause: float = 0.2,
         carry: Carry | None = None,
@@ -359,7 +359,7 @@ class ChatterboxEngine(UtteranceDecoder):
             seed: of the first segment's draws; each further segment has the next number.
             watermark: mark each stretch of audio with the model's watermarker.
             max_rows: segments that decode together at most; with guidance each takes two rows of the cache.
-            memory_budget: bytes that their cache may take; fewer rows where not all fit.
+            memory_budget: bytes that their cache may take, or ``"200MiB"``; fewer rows where not all fit.
             segment_characters: of a segment at most; None never divides.
             pause: seconds of silence between segments.
             carry: ``"tail"`` decodes one segment after another, each from the end of the one before.
@@ -405,7 +405,7 @@ class ChatterboxEngine(UtteranceDecoder):
         seed: int | None = None,
         watermark: bool = True,
         max_rows: int = 8,
-        memory_budget: int | None = None,
+        memory_budget: int | str | None = None,
         segment_characters: int | None = 200,
         pause: float = 0.2,
         carry: Carry | None = None,
@@ -440,7 +440,7 @@ class ChatterboxEngine(UtteranceDecoder):
         max_new_tokens: int | None = None,
         seed: int | None = None,
         max_rows: int = 8,
-        memory_budget: int | None = None,
+        memory_budget: int | str | None = None,
         segment_characters: int | None = 200,
         carry: Carry | None = None,
         slots: int | None = None,

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from kvcache import InputError, PrefixKey, PrefixSnapshot
 from kvcache.cpu import FEWEST
 from kvcache.decoding import Decoding
-from kvcache.footprint import Footprint, Moment, Watch, buffers, fill, onednn_bytes, step_bytes, written_static
+from kvcache.footprint import Footprint, Moment, buffers, fill, onednn_bytes, step_bytes, written_static
 from kvcache.hf import kv_layers
+from kvcache.meta import Watch
 from kvcache.past import handed
 from kvcache_chatterbox.engine import ChatterboxEngine
 from kvcache_chatterbox.loading import random_conditionals
@@ -54,7 +55,8 @@ class _Assumed(VoiceReuse):
         return condition(self._t3, t3_cond)
 
     def _key(self, conditioning: Tensor, unconditional: int = 0) -> PrefixKey:
-        return PrefixKey("planned", torch.zeros(self._content(conditioning, unconditional).shape))
+        content = self._content(conditioning, unconditional)
+        return PrefixKey("planned", torch.zeros(content.shape, dtype=content.dtype))
 
     def _known(self, key: PrefixKey) -> PrefixSnapshot:
         self.kept = max(self.kept, len(key))
@@ -152,8 +154,8 @@ def speech_footprint(engine: ChatterboxEngine, requests: int, context: int, toke
 
     if requests == 1:
         beginnings = [Moment("prefill", filled, workspace=prefill), Moment("handover", filled, used(context, 1), fixed)]
-    else:  # the first decodes alone; then all others are prefilled before any of them is copied
-        beginnings = [Moment("prefill", filled * (requests - 1), used(context, 1), fixed, prefill)]
+    else:  # all may come at once: then all are prefilled before any of them is copied
+        beginnings = [Moment("prefill", filled * requests, used(context, requests), fixed, prefill)]
     moments = [Moment("voice", building), *beginnings, Moment("step", 0, used(seen, requests), fixed, step)]
     return Footprint(tuple(moments), static.nbytes, prefix, (t3, *_modules(decoding)))
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kvcache import InputError
+from kvcache import InputError, MissingDependencyError
 
 Variant = Literal["english", "multilingual", "turbo", "nano"]
 
@@ -38,7 +38,9 @@ def upstream_t3() -> Any:
         return importlib.import_module(name)
     spec = importlib.util.find_spec("chatterbox")
     if spec is None or spec.submodule_search_locations is None:
-        raise InputError("chatterbox-tts is not installed; run: pip install --no-deps chatterbox-tts==0.1.7")
+        raise MissingDependencyError(
+            "chatterbox-tts is not installed; run: pip install --no-deps chatterbox-tts==0.1.7"
+        )
     try:
         return importlib.import_module(name)
     except ImportError:

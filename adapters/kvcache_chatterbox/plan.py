@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvcache import CapacityError, InputError
+from kvcache.policies import parse_bytes
 from kvcache_chatterbox.segments import Segment, primary_language
 
 if TYPE_CHECKING:
@@ -146,7 +147,7 @@ def make_plan(
     token_bytes: int,
     guided: bool,
     max_rows: int,
-    memory_budget: int | None,
+    memory_budget: int | str | None,
     max_new_tokens: int | None,
     longest: int | None,
     max_length: int | None,
@@ -163,7 +164,7 @@ def make_plan(
         token_bytes: that one token takes in one cache row, all layers together.
         guided: whether each segment runs two rows, for guidance.
         max_rows: segments at once at most.
-        memory_budget: bytes that the cache may take; None: no limit.
+        memory_budget: bytes that the cache may take, or ``"200MiB"``; None: no limit.
         max_new_tokens: speech tokens of each segment at most; None: three times the predicted and two seconds more,
             at most 1000 and at most `longest`.
         longest: speech tokens that the model has positions for; None: any number.
@@ -182,6 +183,7 @@ def make_plan(
     for name, value in (("max_rows", max_rows), ("max_new_tokens", max_new_tokens)):
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
+    memory_budget = None if memory_budget is None else parse_bytes(memory_budget)
     planned = []
     slots = 0
     for i, (segment, tokens) in enumerate(zip(segments, text_tokens, strict=True)):

@@ -26,7 +26,7 @@ class SpeechScheduler:
     Args:
         engine: around a whole Chatterbox model.
         max_rows: segments that decode together at most; with guidance each takes two rows of the cache.
-        memory_budget: bytes that their cache may take; fewer rows where not all fit.
+        memory_budget: bytes that their cache may take, or ``"200MiB"``; fewer rows where not all fit.
         max_waiting: clients that may wait for their first row; one more is refused.
         max_characters: of a text.
         slots: tokens that a segment may come to, voice, text and speech; by default the engine's `max_cache_length`.
@@ -42,7 +42,7 @@ class SpeechScheduler:
         engine: ChatterboxEngine,
         *,
         max_rows: int = 8,
-        memory_budget: int | None = None,
+        memory_budget: int | str | None = None,
         max_waiting: int = 64,
         max_characters: int = 20_000,
         slots: int | None = None,

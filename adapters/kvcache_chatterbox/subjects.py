@@ -24,6 +24,7 @@ from kvcache_chatterbox.requests import prefill
 _BEGINS = "chatterbox-"
 _VOICE = "made up"
 _LONGEST = 4096  # tokens of a request, where a setting does not say
+_SLOTS = 2048  # of an engine that is told nothing, as the pages have it; a longer request needs one that is told
 _SECOND = 25  # tokens
 
 
@@ -92,7 +93,7 @@ class ChatterboxSubject(Subject):
         t3 = self.blank
         if device != "cpu":  # there the whole model is cast, and not its layers by the engine
             t3, setting = planned(t3, setting.precision, torch.device(device)), replace(setting, precision=None)
-        return speech_footprint(engine_of(t3, setting), setting.requests, context, tokens, device)
+        return speech_footprint(engine_of(t3, setting, context + tokens), setting.requests, context, tokens, device)
 
     @property
     def _speaker(self) -> Speaker | None:
@@ -139,14 +140,14 @@ def endless(t3: Any) -> Any:
     return rebuilt(t3, lambda name, module: head.eval() if module is t3.speech_head else None)
 
 
-def engine_of(t3: Any, setting: Setting) -> ChatterboxEngine:
-    """The engine that decodes so, without a voice."""
+def engine_of(t3: Any, setting: Setting, tokens: int = 0) -> ChatterboxEngine:
+    """The engine that decodes so, without a voice, for requests of so many tokens."""
     if setting.quantization is not None:
         raise InputError("Chatterbox's engine has no quantized caches; leave the bits out")
     return ChatterboxEngine(
         t3,
         setting.policy,
-        setting.max_length or _LONGEST,
+        setting.max_length or max(_SLOTS, tokens),
         speakers=SpeakerCache(MemoryStore("1GiB")),
         backend=setting.backend,
         precision=setting.precision,

@@ -16,13 +16,17 @@ from kvcache import (
     KeepAll,
     KVCacheManager,
     Pinned,
+    PolicyError,
     SizePolicy,
     SpeakerCache,
     default_store,
 )
-from kvcache.decoding import BackendName, Batch, Job, check_backend, check_bucket
+from kvcache.arguments import check_kv_dtype, check_prefix_cache
+from kvcache.decoding import BackendName, Batch, Job, backend_on, check_bucket
 from kvcache.events import Event, emit
+from kvcache.heads import chosen_by_head
 from kvcache.hf import PositionMode, new_cache
+from kvcache.policies import parse_bytes
 from kvcache.precision import Precision, reads_half_caches
 from kvcache.streaming import chunked
 from kvcache_chatterbox.decoding import Decoder
@@ -33,6 +37,24 @@ from kvcache_chatterbox.sampling import SamplingOptions, sampling_of
 from kvcache_chatterbox.stepping import Stepper, at_precision
 from kvcache_chatterbox.utterance import Utterance
 from kvcache_chatterbox.voices import Voice
+
+
+def _check_policy(policy: SizePolicy | None) -> None:
+    """Refuse what the engine cannot follow in every layer and step alike.
+
+    Raises:
+        PolicyError: for a list of policies, or one that ranks.
+    """
+    if policy is not None and not isinstance(policy, SizePolicy):
+        raise PolicyError(
+            f"policy={policy!r}: the engine keeps the same tokens in all layers; give one SizePolicy, such as "
+            "SlidingWindow(500)"
+        )
+    if policy is not None and chosen_by_head(policy):
+        raise PolicyError(
+            f"{policy!r} chooses tokens by head, which the engine does not; use a policy by age, such as "
+            "SlidingWindow(500) or MaxTokens(500)"
+        )
 
 
 class UtteranceDecoder:
@@ -63,9 +85,11 @@ class UtteranceDecoder:
     ) -> None:
         if reuse not in ("all", "conditioning", "none"):
             raise InputError(f"reuse={reuse!r} must be 'all', 'conditioning' or 'none'")
-        if backend not in ("auto", "off"):
-            check_backend(backend)
         check_bucket(bucket)
+        _check_policy(policy)
+        check_prefix_cache(speakers)
+        check_kv_dtype(kv_dtype)
+        backend = backend_on(backend, t3.device)
         self.t3 = t3 if precision is None else at_precision(t3, precision)
         self.double_bos = double_bos
         self.onednn = onednn
@@ -74,8 +98,6 @@ class UtteranceDecoder:
         self.enabled = True
         self._manager = KVCacheManager(self.t3.tfmr, policy, max_cache_length, positions=positions)
         self._last = CacheReport(())
-        if backend == "auto":
-            backend = "eager" if self.t3.device.type == "cpu" else "graph"
         self._bucket = bucket
         self._captures = backend not in ("eager", "off")
         if kv_dtype is None and precision in ("bf16", "int8") and reads_half_caches():
@@ -101,6 +123,13 @@ class UtteranceDecoder:
     def _stepper(self) -> Stepper | None:
         """What decodes whole steps, if the model can as it is now."""
         return self._engine if self._why_not is None else None
+
+    def __repr__(self) -> str:
+        decodes = "the token loop" if self._stepper is None else "the decode engine"
+        limit = self._manager.max_cache_length
+        return (
+            f"{type(self).__name__}({type(self.t3).__name__}, {self.policy!r}, max_cache_length={limit}, by {decodes})"
+        )
 
     @property
     def policy(self) -> SizePolicy:
@@ -193,13 +222,13 @@ class UtteranceDecoder:
         )
         return self._slots_taken(prefix, utterance.max_new_tokens)
 
-    def room(self, max_rows: int, slots: int | None = None, memory_budget: int | None = None) -> tuple[int, int]:
+    def room(self, max_rows: int, slots: int | None = None, memory_budget: int | str | None = None) -> tuple[int, int]:
         """Slots and places of a batch that any utterance fits, within a budget.
 
         Args:
             max_rows: places at most.
             slots: of each; by default `max_cache_length`.
-            memory_budget: bytes of the cache.
+            memory_budget: bytes of the cache, or ``"200MiB"``.
 
         Raises:
             InputError: if this engine decodes one utterance at a time.
@@ -211,6 +240,7 @@ class UtteranceDecoder:
         assert slots is not None
         check_count("slots", slots)
         one = slots * self._token_bytes * (1 if self.t3.is_gpt else 2)
+        memory_budget = None if memory_budget is None else parse_bytes(memory_budget)
         if memory_budget is not None and memory_budget < one:
             raise CapacityError(
                 f"one row of {slots} tokens takes {one / 2**20:.1f} MiB of KV cache, memory_budget is "

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import os
+import pickle
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -72,7 +73,13 @@ def read_conds(t3: Any, path: str | os.PathLike[str]) -> Voice:
         given = _cond_class(t3)(**{name: value for name, value in parts.items() if name in known})
     except FileNotFoundError:
         raise
-    except Exception as error:  # of the zip file, the restricted unpickler, or missing parts
+    except (pickle.UnpicklingError, RuntimeError, EOFError):
+        # Torch advises to load it with weights_only=False, which would run what is in it: nobody shall read that here.
+        raise InputError(
+            f"{path} is no conds.pt of Chatterbox's: it is damaged, or holds more than tensors and numbers, and is not read; "
+            "make it anew with prepare_conditionals() and conds.save()"
+        ) from None
+    except Exception as error:  # of missing parts
         raise InputError(f"{path} is no conds.pt of Chatterbox's: {type(error).__name__}: {error}") from error
     return Voice.of(t3, _Pair(given, gen))
 

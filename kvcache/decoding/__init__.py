@@ -1,6 +1,6 @@
 """The decode engine: static caches, a sampler and whole steps on the device, run eagerly, compiled or as a graph."""
 
-from kvcache.decoding.backends import BUCKET, BackendName, check_backend, check_bucket
+from kvcache.decoding.backends import BUCKET, BackendName, backend_on, check_backend, check_bucket
 from kvcache.decoding.batch import Batch, Job, Piece
 from kvcache.decoding.cache import StaticKV
 from kvcache.decoding.loop import Decoding
@@ -19,6 +19,7 @@ __all__ = [
     "Sampler",
     "Sampling",
     "StaticKV",
+    "backend_on",
     "check_backend",
     "check_bucket",
     "decoder_copy",

@@ -3,12 +3,13 @@
 import time
 import types
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, cast, get_args
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from kvcache.decoding.sampler import Drawing
 from kvcache.errors import InputError
 from kvcache.events import Event, emit
 
@@ -21,7 +22,7 @@ BUCKET = 256
 class Steps(Protocol):
     """What a backend runs."""
 
-    def step(self, order: Tensor, whole: bool, draws: bool) -> None:
+    def step(self, order: Tensor, whole: bool, drawing: Drawing | None) -> None:
         """One token for every request. `order` is ``arange(columns)``: so many slots are read."""
 
     def reach(self) -> tuple[int, bool]:
@@ -41,14 +42,33 @@ class Backend(Protocol):
     @property
     def name(self) -> str: ...
 
-    def __call__(self, steps: Steps, draws: bool) -> None: ...
+    def __call__(self, steps: Steps, drawing: Drawing | None) -> None: ...
 
 
-def check_backend(name: str) -> None:
-    """Raise `InputError` for an unknown name."""
+def check_backend(name: str, device: torch.device | None = None) -> None:
+    """Raise `InputError` for an unknown name, or one that is not there on a device."""
     if name not in get_args(BackendName):
         known = ", ".join(map(repr, get_args(BackendName)))
         raise InputError(f"backend={name!r} must be one of {known}, 'auto' or 'off'")
+    if device is not None and "graph" in name and device.type not in ("cpu", "cuda", "meta"):
+        raise InputError(
+            f"backend={name!r} records steps in a CUDA graph, and the model is on {device.type!r}, which has none; use "
+            "'eager' or 'compile', or 'auto', which is eager there"
+        )
+
+
+def backend_on(name: str, device: torch.device) -> BackendName | Literal["off"]:
+    """What a name stands for on a device: ``"auto"`` is a graph where there are CUDA graphs, and eager elsewhere.
+
+    Raises:
+        InputError: for an unknown name, or one that is not there on this device.
+    """
+    if name == "off":
+        return "off"
+    if name == "auto":
+        return "graph" if device.type == "cuda" else "eager"
+    check_backend(name, device)
+    return cast(BackendName, name)
 
 
 def check_bucket(bucket: int) -> None:
@@ -64,15 +84,15 @@ def backend_for(name: str, device: torch.device, bucket: int = BUCKET) -> tuple[
         bucket: see `Graph`.
 
     Raises:
-        InputError: for an unknown name, or a bucket that is none.
+        InputError: for an unknown name, one that is not there on this device, or a bucket that is none.
     """
-    check_backend(name)
+    check_backend(name, device)
     check_bucket(bucket)
     if name == "eager":
         return Eager(), None
     if name == "compile":
         return Compiled(device), None
-    if device.type == "cpu":
+    if device.type != "cuda":
         if name == "graph":
             return Graph(traced, bucket=bucket), None
         return Compiled(device), "there are no graphs on a CPU to capture the compiled step in"
@@ -84,9 +104,9 @@ class Eager:
 
     name = "eager"
 
-    def __call__(self, steps: Steps, draws: bool) -> None:
+    def __call__(self, steps: Steps, drawing: Drawing | None) -> None:
         columns, whole = steps.reach()
-        steps.step(steps.order[:columns], whole, draws)
+        steps.step(steps.order[:columns], whole, drawing)
 
 
 class Compiled:
@@ -99,27 +119,27 @@ class Compiled:
         if hasattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe"):  # releases that know this option
             self._options["guard_filter_fn"] = _changing
         self._compiler = compiler
-        self._compiled: tuple[Steps, Callable[[Tensor, bool, bool], None]] | None = None
+        self._compiled: tuple[Steps, Callable[[Tensor, bool, Drawing | None], None]] | None = None
 
-    def __call__(self, steps: Steps, draws: bool) -> None:
+    def __call__(self, steps: Steps, drawing: Drawing | None) -> None:
         columns, whole = steps.reach()
-        self.run(steps, steps.order[:columns], whole, draws)
+        self.run(steps, steps.order[:columns], whole, drawing)
 
-    def run(self, steps: Steps, order: Tensor, whole: bool, draws: bool) -> None:
+    def run(self, steps: Steps, order: Tensor, whole: bool, drawing: Drawing | None) -> None:
         if self._compiled is None or self._compiled[0] is not steps:
             self._compiled = (steps, self._compile(steps))
         if order.shape[0] > 1:  # of one slot there is only one, which a compiler would not take for many
             torch._dynamo.maybe_mark_dynamic(order, 0)
-        self._compiled[1](order, whole, draws)
+        self._compiled[1](order, whole, drawing)
 
-    def _compile(self, steps: Steps) -> Callable[[Tensor, bool, bool], None]:
+    def _compile(self, steps: Steps) -> Callable[[Tensor, bool, Drawing | None], None]:
         step = type(steps).step
         # A code object of its own: the compiler counts recompilations by code, and another cache is none of ours.
         own = types.FunctionType(
             step.__code__.replace(), step.__globals__, step.__name__, step.__defaults__, step.__closure__
         )
         compiled = torch.compile(own, fullgraph=True, backend=self._compiler, options=self._options or None)
-        return lambda order, whole, draws: compiled(steps, order, whole, draws)
+        return lambda order, whole, drawing: compiled(steps, order, whole, drawing)
 
 
 def _changing(guards: Sequence[Any]) -> list[bool]:
@@ -140,30 +160,30 @@ class Graph:
         self._record = record
         self._compiled = compiled
         self._bucket = bucket
-        self._recorded: dict[tuple[int, bool], Callable[[], Any]] = {}
+        self._recorded: dict[tuple[int, Drawing | None], Callable[[], Any]] = {}
         self._of: Steps | None = None
         self.name = "graph" if compiled is None else "graph+compile"
 
-    def __call__(self, steps: Steps, draws: bool) -> None:
+    def __call__(self, steps: Steps, drawing: Drawing | None) -> None:
         if self._of is not steps:  # its tensors are others: what was recorded would write to those of before
             self._recorded, self._of = {}, steps
         slots = steps.order.shape[0]
         columns = min(-(-steps.reach()[0] // self._bucket) * self._bucket, slots)
-        if (columns, draws) not in self._recorded:
+        if (columns, drawing) not in self._recorded:
             began = time.perf_counter()
-            self._recorded[columns, draws] = self._recording(steps, steps.order[:columns], draws)
+            self._recorded[columns, drawing] = self._recording(steps, steps.order[:columns], drawing)
             emit(Event("captured", self.name, {"columns": columns, "seconds": time.perf_counter() - began}))
-        self._recorded[columns, draws]()
+        self._recorded[columns, drawing]()
 
-    def _recording(self, steps: Steps, order: Tensor, draws: bool) -> Callable[[], Any]:
+    def _recording(self, steps: Steps, order: Tensor, drawing: Drawing | None) -> Callable[[], Any]:
         state = steps.state()
         before = [tensor.clone() for tensor in state]
 
         def step() -> None:
             if self._compiled is None:
-                steps.step(order, False, draws)
+                steps.step(order, False, drawing)
             else:
-                self._compiled.run(steps, order, False, draws)
+                self._compiled.run(steps, order, False, drawing)
 
         def restore() -> None:
             for tensor, value in zip(state, before, strict=True):

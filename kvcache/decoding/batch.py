@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvcache.decoding.loop import Decoding
+from kvcache.decoding.loop import FAILED, Decoding, check_drawn
 from kvcache.decoding.sampler import Sampling
-from kvcache.errors import CapacityError, GeometryError
+from kvcache.errors import CapacityError, GeometryError, InputError
 from kvcache.hf import check_positions
 from kvcache.layers import KVLayer
 from kvcache.report import CacheReport
@@ -59,11 +59,13 @@ class Piece:
         job: whose.
         tokens: ``[n]``, on the host; none where all that came was an end that is not said.
         over: whether it has ended.
+        error: why it could not go on; what it said before is in `tokens`.
     """
 
     job: Job
     tokens: Tensor
     over: bool
+    error: InputError | None = None
 
 
 class Batch:
@@ -115,6 +117,7 @@ class Batch:
         Raises:
             CapacityError: if there is no place, or not enough room in one. What the prefill raises comes through. Nothing
                 has changed then.
+            InputError: if its first token cannot be drawn, as its logits are no numbers. It has left then.
         """
         if None not in self._jobs:
             raise CapacityError(f"all {self.places} places are taken; wait until one of the jobs has left")
@@ -140,6 +143,8 @@ class Batch:
         piece = self._piece(place, job, first.cpu(), job.ends if job.first_may_end else ())
         if piece.over:
             self.leave(job)
+        if piece.error is not None:
+            raise piece.error
         return piece
 
     def leave(self, job: Job) -> None:
@@ -166,6 +171,10 @@ class Batch:
     def _piece(self, place: int, job: Job, tokens: Tensor, ends: Sequence[int]) -> Piece:
         """What these tokens are of a job: up to its end, if that is among them."""
         self._made[place] += len(tokens)
+        try:
+            check_drawn(tokens[None])
+        except InputError as error:
+            return Piece(job, tokens[tokens != FAILED], True, error)
         stops = torch.isin(tokens, torch.tensor(ends, dtype=torch.long)).nonzero()
         if len(stops):
             return Piece(job, tokens[: int(stops[0]) + job.says_end], True)

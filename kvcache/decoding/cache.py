@@ -197,6 +197,16 @@ class StaticKV:
                     "or use a policy that evicts, such as SlidingWindow"
                 )
 
+    def room(self) -> int:
+        """How many more tokens `check` lets pass."""
+        room = _ENDLESS
+        for seen, policy in self._accounts():
+            if policy is not None and self.positions is not None:
+                room = min(room, self.positions - seen)
+            if policy is not None and not policy.evicts:
+                room = min(room, self.slots - seen)
+        return max(0, room)
+
     def advance(self, steps: int) -> None:
         """Count what so many steps have written."""
         for row in range(self.rows):

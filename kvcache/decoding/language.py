@@ -70,9 +70,16 @@ class LanguageDecoder:
         """
         with self._watch.running() as signature:
             logits, cache, seen, pads = prefill()
-        layers = kv_layers(cache)
-        policy = layers[0].policy
-        total = settings.new_tokens(seen[0].shape[0])
+        layers, copies = kv_layers(cache), settings.copies
+        if copies > 1:
+            for layer in layers:
+                layer.repeat(copies)
+            logits, seen = logits.repeat_interleave(copies, 0), [ids for ids in seen for _ in range(copies)]
+            pads = None if pads is None else pads.repeat_interleave(copies, 0)
+        if any(settings.unpenalized):
+            few = settings.unpenalized * (len(seen) // len(settings.unpenalized))  # one for each row, or one for all
+            seen = [ids[skip:] for ids, skip in zip(seen, few, strict=True)]
+        policy, total = layers[0].policy, settings.new_tokens
         needed = self.needed(policy, layers[0].stored, total)
         rows, vocabulary = logits.shape
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from kvcache.decoding.backends import BUCKET, Backend, BackendName, Eager, backend_for
 from kvcache.decoding.cache import StaticKV
-from kvcache.decoding.sampler import GREEDY, Sampler, Sampling
+from kvcache.decoding.sampler import GREEDY, Drawing, Sampler, Sampling
 from kvcache.decoding.wiring import DecodeInputs, kernel_reason
-from kvcache.errors import GeometryError, KVCacheError
+from kvcache.errors import GeometryError, InputError, KVCacheError
 from kvcache.events import Event, emit, heard
 from kvcache.layers import KVLayer
 from kvcache.report import CacheReport
@@ -27,6 +27,9 @@ from kvcache.report import CacheReport
 Forward = Callable[[Tensor, Tensor, dict[str, Any]], Tensor]
 """Runs a model on one token per request: token ids ``[requests]``; how many tokens each request has made so far,
 ``[requests]``; what else to hand to the model. Gives logits ``[rows, vocabulary]``."""
+
+FAILED = -1
+"""Stands for a token that could not be drawn, as its logits were no numbers, and for those after it."""
 
 _NOISE_BYTES = 64 * 2**20
 
@@ -42,7 +45,7 @@ class Decoding:
             ``"graph"`` records a step once and replays it (a CUDA graph; on a CPU a trace, which shows that a step can be
             captured and is no faster); ``"graph+compile"`` records the compiled step.
         kernel: read the cache with the Triton kernel where there is a GPU for it; False takes torch's own attention.
-        tf32: let a GPU round the inputs of fp32 products to TF32.
+        tf32: let a CUDA GPU round the inputs of fp32 products to TF32.
         ahead: the most steps between two looks at the host.
         bucket: slots that a captured graph reads, or a multiple of so many; the Triton kernel reads as many as there are
             tokens, whatever this is.
@@ -77,7 +80,7 @@ class Decoding:
         self.sampler = sampler
         self._forward = forward
         self._inputs = DecodeInputs(kv, kernel and kernel_reason(device) is None)
-        self._tf32 = tf32
+        self._tf32 = tf32 and device.type == "cuda"
         self.ahead = max(1, min(ahead, _NOISE_BYTES // (4 * requests * vocabulary)))
         with torch.inference_mode(False):
             self.token, self.made, self._begun = (
@@ -156,22 +159,25 @@ class Decoding:
             generators: of their draws; None takes torch's default one. Requests with the same share its draws, as the
                 rows of a batch do in `generate`.
             seen: the token ids that their repetition penalty is about from the start.
+
+        Returns:
+            The tokens, or `FAILED`, see `check_drawn`.
         """
         which = slice(first, first + len(sampling))
-        default = _default_generator(self.token.device)
+        default = default_generator(self.token.device)
         for i, request in enumerate(range(*which.indices(len(self._generators)))):
             self.sampler.set(request, sampling[i])
             self.sampler.begin(request, seen[i])
             self._generators[request] = generators[i] or default
         self._states = {}
-        draws = not all(one.greedy for one in sampling)
+        drawing = self.sampler.drawing_of(which)
         noise = self._noise[0, which]
-        if draws:
+        if drawing is not None:
             self._draw(noise, which)
-        token = self.sampler(logits, noise, draws, which)
+        token = self.sampler(logits, noise, drawing, which)
         self.token[which] = token
         self.made[which] = self._begun[which] = 1
-        return token
+        return token.masked_fill(self.sampler.failed[which], FAILED)
 
     def free(self, first: int, requests: int) -> None:
         """End these requests. Their rows are empty, draw nothing, and take part in steps for nothing."""
@@ -193,7 +199,7 @@ class Decoding:
 
     @torch.no_grad()
     def chunk(self, steps: int) -> Tensor:
-        """The next tokens of every request, ``[requests, steps]``.
+        """The next tokens of every request, ``[requests, steps]``; `FAILED` from where one could not be drawn.
 
         Args:
             steps: at most `ahead`.
@@ -205,9 +211,9 @@ class Decoding:
             raise GeometryError(f"a chunk of {steps} steps: give 1 to {self.ahead}")
         self.kv.check(steps)
         self.kv.settle()
-        draws = self.sampler.draws
-        if draws:
-            default = _default_generator(self.token.device)
+        drawing = self.sampler.drawing
+        if drawing is not None:
+            default = default_generator(self.token.device)
             self._states = {g: g.get_state() for g in self._generators if g is default}
             for noise in self._noise[:steps]:
                 self._draw(noise)
@@ -215,7 +221,7 @@ class Decoding:
         before = self.kv.evicted() if heard("evicted") else None
         with _tf32(self._tf32):
             for _ in range(steps):
-                self._step(draws)
+                self._step(drawing)
                 self.kv.advance(1)
         if before is not None:
             self.kv.tell_evicted(before)
@@ -234,15 +240,26 @@ class Decoding:
             ends: the tokens that end a request.
             pad: the token behind an end.
             first_may_end: whether a request may end with its first token.
+
+        Raises:
+            InputError: if a token cannot be drawn, as its logits are NaN or infinite. The chunks before have been given;
+                what was drawn before it in its own chunk has not.
+            CapacityError: where a row has no room for more, after all tokens that there was room for.
         """
         stops = torch.tensor(ends, dtype=torch.long, device=self.token.device)
         ended = torch.zeros_like(self.token, dtype=torch.bool)
-        held, made, over = self.token[:, None].clone(), 1, False
+        held, made, over = self.token.masked_fill(self.sampler.failed, FAILED)[:, None], 1, False
         if first_may_end:
             held, ended, over = self._ended(held, ended, stops, pad)
+        else:
+            check_drawn(held)
         while True:
             while not over and made < total and held.shape[1] < size:
-                steps = min(size - held.shape[1], total - made, self.ahead)
+                if (room := self.kv.room()) == 0:
+                    if held.shape[1]:
+                        yield held
+                    self.kv.check(1)
+                steps = min(size - held.shape[1], total - made, self.ahead, room)
                 new, ended, over = self._ended(self.chunk(steps), ended, stops, pad)
                 if new.shape[1] < steps:
                     self.rewind(new.shape[1])
@@ -275,15 +292,22 @@ class Decoding:
 
     @staticmethod
     def _ended(tokens: Tensor, ended: Tensor, stops: Tensor, pad: int) -> tuple[Tensor, Tensor, bool]:
-        """The tokens up to where the last request ends, padded behind each end; which have ended; whether all have."""
+        """The tokens up to where the last request ends, padded behind each end; which have ended; whether all have.
+
+        Raises:
+            InputError: if one of them could not be drawn.
+        """
         stopping = torch.isin(tokens, stops) & ~ended[:, None]
         after = (stopping.cumsum(1) - stopping.long() > 0) | ended[:, None]
         tokens = tokens.masked_fill(after, pad)
-        running = (~(after | stopping)).any(0).sum()  # columns after which some request still runs
-        needed = min(int(running) + 1, tokens.shape[1])  # the one look at the device
+        columns = (~(after | stopping)).any(0).sum()  # after which some request still runs
+        running, failed = torch.stack([columns, (tokens == FAILED).sum()]).tolist()  # the one look at the device
+        if failed:
+            check_drawn(tokens)
+        needed = min(running + 1, tokens.shape[1])
         tokens, stopping = tokens[:, :needed], stopping[:, :needed]
         ended = ended | stopping.any(1)
-        return tokens, ended, int(running) < needed
+        return tokens, ended, running < needed
 
     def rewind(self, steps: int) -> None:
         """Leave torch's default generator as if the last chunk had ended after so many steps."""
@@ -303,9 +327,9 @@ class Decoding:
             if generator is not None:
                 row.exponential_(generator=generator)
 
-    def _step(self, draws: bool) -> None:
+    def _step(self, drawing: Drawing | None) -> None:
         try:
-            self._backend(self, draws)
+            self._backend(self, drawing)
         except KVCacheError:
             raise
         except Exception as error:
@@ -315,15 +339,15 @@ class Decoding:
             reason = f"{self.fallback}; decoding goes on in eager mode"
             emit(Event("fell_back", f"{self._backend.name} to eager", reason=reason), logging.WARNING)
             self._backend = Eager()
-            self._backend(self, draws)
+            self._backend(self, drawing)
 
     # ------------------------------------------------------------------ what is captured
 
-    def step(self, order: Tensor, whole: bool, draws: bool) -> None:
+    def step(self, order: Tensor, whole: bool, drawing: Drawing | None) -> None:
         """One token for every request. `order` is ``arange(columns)``: so many slots are read."""
         logits = self._forward(self.token, self.made, self._inputs.of_step(order, whole))
-        token = self.sampler(logits, self._noise.index_select(0, self._column)[0], draws)
-        self._out.index_copy_(1, self._column, token[:, None])
+        token = self.sampler(logits, self._noise.index_select(0, self._column)[0], drawing)
+        self._out.index_copy_(1, self._column, token.masked_fill(self.sampler.failed, FAILED)[:, None])
         self.token.copy_(token)
         self._column.add_(1)
         self.made.add_(self._begun)
@@ -335,20 +359,36 @@ class Decoding:
 
     def state(self) -> list[Tensor]:
         """All that a step changes, but for keys and values, which it writes again to where it wrote them."""
-        return [self.token, self.made, self._column, self._out, self.kv.length, self.sampler.seen]
+        return [self.token, self.made, self._column, self._out, self.kv.length, self.sampler.seen, self.sampler.failed]
 
 
-def _default_generator(device: torch.device) -> torch.Generator:
-    if device.type == "cuda":
-        torch.cuda.init()  # type: ignore[no-untyped-call]
-        return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
-    return torch.default_generator
+def check_drawn(tokens: Tensor) -> None:
+    """Raise `InputError` if one of these tokens ``[requests, n]`` could not be drawn."""
+    if bool((tokens == FAILED).any()):
+        raise InputError(
+            "a token cannot be drawn: the logits of its step were NaN, infinite, or all of them -inf; look for NaN in the "
+            "model's weights and inputs, or run it in a wider dtype"
+        )
+
+
+def default_generator(device: torch.device) -> torch.Generator:
+    """What torch draws with on a device where it is given no generator."""
+    if device.type in ("cpu", "meta"):
+        return torch.default_generator
+    if device.type == "mps":
+        return torch.mps._get_default_mps_generator()
+    module = torch.get_device_module(device)
+    module.init()
+    return module.default_generators[module.current_device() if device.index is None else device.index]  # type: ignore[no-any-return]
 
 
 @contextmanager
 def _tf32(allowed: bool) -> Iterator[None]:
+    if not allowed:
+        yield
+        return
     before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = allowed or before
+    torch.backends.cuda.matmul.allow_tf32 = True
     try:
         yield
     finally:

@@ -1,14 +1,18 @@
 """From logits to the next token of each request, on the device, with every setting a tensor.
 
 The same arithmetic as transformers' logits processors, in whatever order they are wanted in, but without growing token ids
-and without a number from the host: what was drawn before is a mask, and the filters share one sort. A draw takes the most
-likely of the probabilities divided by exponential noise, which is what `torch.multinomial` does for one sample; so noise
-taken from a generator beforehand draws the very tokens that `multinomial` would draw from it.
+and without a number from the host: what was drawn before is a mask. A draw takes the most likely of the probabilities
+divided by exponential noise, which is what `torch.multinomial` does for one sample; so noise taken from a generator
+beforehand draws the very tokens that `multinomial` would draw from it.
+
+Each filter looks at what the one before it left, as the processors do, and the nucleus sorts by the same call on the same
+values: where tokens have the very same score, as they often have in bf16, that sort alone decides which of them stay.
 """
 
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +24,7 @@ TRANSFORMERS = ("penalty", "temperature", "top_k", "top_p", "min_p")
 
 _ALL = slice(None)
 _FILTERS = ("top_k", "top_p", "min_p")
+_CANDIDATES = (0, 64, 512, 4096)  # few bounds, as a step is recorded for each
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class Sampling:
 
     Attributes:
         temperature: above 0; 0 takes the most likely token.
-        top_p: nucleus of this probability (Holtzman et al., arXiv:1904.09751), in (0, 1].
+        top_p: nucleus of this probability (Holtzman et al., arXiv:1904.09751), in [0, 1]; 0 leaves the best token.
         min_p: least share of the best token's probability (Nguyen et al., arXiv:2407.01082), in [0, 1].
         top_k: how many of the best tokens stay; 0 for all.
         repetition_penalty: above 0; 1 is none (Keskar et al., arXiv:1909.05858).
@@ -45,7 +50,7 @@ class Sampling:
     def __post_init__(self) -> None:
         for name, fits, wanted in (
             ("temperature", self.temperature >= 0, "at least 0 (0 is greedy)"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("top_p", 0 <= self.top_p <= 1, "in [0, 1]"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
             ("top_k", isinstance(self.top_k, int) and self.top_k >= 0, "a whole number of at least 0 (0 is all)"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0 (1 is none)"),
@@ -64,6 +69,20 @@ GREEDY = Sampling(temperature=0, repetition_penalty=1)
 """The most likely token, whatever came before."""
 
 
+class Drawing(NamedTuple):
+    """What a step has to do beside taking the most likely token. It is known on the host: a sort takes most of the time.
+
+    Attributes:
+        candidates: a bound on every ``top_k`` that filters, or 0 if none does.
+        nucleus: whether some ``top_p`` filters.
+        floor: whether some ``min_p`` filters.
+    """
+
+    candidates: int
+    nucleus: bool
+    floor: bool
+
+
 class Sampler:
     """Draws one token for each of several requests.
 
@@ -76,6 +95,8 @@ class Sampler:
 
     Attributes:
         seen: which tokens a request's penalty is about, ``[requests, vocabulary]``.
+        failed: which requests have met logits that nothing can be drawn from (NaN, infinity, or all of them ``-inf``),
+            ``[requests]``.
     """
 
     def __init__(
@@ -94,24 +115,26 @@ class Sampler:
         self.vocabulary = vocabulary
         with torch.inference_mode(False):
             self.seen = torch.zeros(requests, vocabulary, dtype=torch.bool, device=device)
+            self.failed = torch.zeros(requests, dtype=torch.bool, device=device)
             # One setting a row, so that a new request is one copy to the device: all of them as fp32 ``[requests, 1]``.
             self._settings = torch.zeros(6, requests, 1, device=device)
             self._top_k = torch.full((requests, 1), vocabulary, dtype=torch.long, device=device)
-        self._greedy = [True] * requests
+        self._chosen = [GREEDY] * requests
         for request in range(requests):
             self.set(request, GREEDY)
 
     def front(self, requests: int) -> "Sampler":
         """The sampler of the first requests: the same settings and marks."""
         new = copy.copy(self)
-        new.seen, new._settings, new._top_k = self.seen[:requests], self._settings[:, :requests], self._top_k[:requests]
+        new.seen, new.failed = self.seen[:requests], self.failed[:requests]
+        new._settings, new._top_k = self._settings[:, :requests], self._top_k[:requests]
         return new
 
     def move(self, request: int, to: int) -> None:
         """Bring a request's settings and marks to another place."""
-        for held in (self.seen, self._settings[:, :, 0].t(), self._top_k):
+        for held in (self.seen, self.failed, self._settings[:, :, 0].t(), self._top_k):
             held[to] = held[request].clone()
-        self._greedy[to] = self._greedy[request]
+        self._chosen[to] = self._chosen[request]
 
     def set(self, request: int, sampling: Sampling) -> None:
         """Draw for a request by these settings from now on."""
@@ -127,46 +150,60 @@ class Sampler:
             0.0 if greedy else sampling.min_p,
             sampling.cfg_weight,
         ]
-        kept = self.vocabulary if greedy or not sampling.top_k else min(sampling.top_k, self.vocabulary)
         self._settings[:, request, 0] = torch.tensor(values, device=device)
-        self._top_k[request] = kept
-        self._greedy[request] = greedy
+        self._top_k[request] = self.vocabulary if greedy or not sampling.top_k else sampling.top_k
+        self.failed[request] = False
+        self._chosen[request] = sampling
 
     @property
-    def draws(self) -> bool:
-        """Whether any request draws at all. A step in which none does needs no sort."""
-        return not all(self._greedy[: len(self.seen)])
+    def drawing(self) -> Drawing | None:
+        """What a step has to do; None if every request takes its most likely token."""
+        return self.drawing_of(_ALL)
+
+    def drawing_of(self, which: slice) -> Drawing | None:
+        """The same for a step of these requests alone."""
+        chosen = [one for one in self._chosen[: len(self.seen)][which] if not one.greedy]
+        if not chosen:
+            return None
+        most = max((one.top_k for one in chosen if one.top_k < self.vocabulary), default=0)
+        candidates = next((few for few in _CANDIDATES if few >= most), self.vocabulary)
+        return Drawing(
+            min(candidates, self.vocabulary), any(one.top_p < 1 for one in chosen), any(one.min_p > 0 for one in chosen)
+        )
 
     def begin(self, request: int, seen: Tensor) -> None:
         """Forget what a request has drawn; its penalty is about these token ids, ``[tokens]``, and what it draws."""
         self.seen[request] = False
         self.seen[request, seen.to(self.seen.device)] = True
 
-    def __call__(self, logits: Tensor, noise: Tensor, draws: bool = True, which: slice = _ALL) -> Tensor:
+    def __call__(self, logits: Tensor, noise: Tensor, drawing: Drawing | None, which: slice = _ALL) -> Tensor:
         """The next tokens ``[requests]``, which count as seen from then on.
 
         Args:
             logits: ``[requests, vocabulary]``, or twice as many rows with guidance.
             noise: exponential, ``[requests, vocabulary]``.
-            draws: False where every request is greedy.
+            drawing: what `drawing_of` says of these requests.
             which: of the requests; all by default.
         """
-        scores = self.process(logits, draws, which)
+        scores = self.process(logits, drawing, which)
         tokens = scores.argmax(-1)
-        if draws:
-            drawn = (torch.softmax(scores, -1) / noise).argmax(-1)
-            tokens = torch.where(self._settings[0, which, 0] > 0, tokens, drawn)
+        if drawing is not None:
+            share = torch.softmax(scores, -1)
+            drawn = (share / noise).argmax(-1)
+            greedy = self._settings[0, which, 0] > 0
+            # `multinomial` refuses what is no distribution: softmax makes NaN of all of it, whatever was wrong.
+            self.failed[which].logical_or_(share.gather(1, drawn[:, None])[:, 0].isnan() & ~greedy)
+            tokens = torch.where(greedy, tokens, drawn)
         self.seen[which].scatter_(1, tokens[:, None], True)
         return tokens
 
-    def process(self, logits: Tensor, draws: bool = True, which: slice = _ALL) -> Tensor:
+    def process(self, logits: Tensor, drawing: Drawing | None, which: slice = _ALL) -> Tensor:
         """The scores ``[requests, vocabulary]`` that are drawn from; what is filtered out is ``-inf``."""
         _, penalty, temperature, drop, min_p, guidance = self._settings[:, which].unbind()
         scores = logits.float()
         if self.guided:
             conditional, unconditional = scores.view(-1, 2, scores.shape[1]).unbind(1)
             scores = conditional + guidance * (conditional - unconditional)
-        filtered = False
         for name in self.order:
             if name == "penalty":
                 scores = torch.where(
@@ -174,25 +211,28 @@ class Sampler:
                 )
             elif name == "temperature":
                 scores = scores / temperature
-            elif draws and not filtered:
-                filtered = True
-                scores = self._filter(scores, drop, min_p, self._top_k[which])
+            elif drawing is None:
+                continue
+            elif name == "top_k" and drawing.candidates:
+                scores = _best(scores, self._top_k[which], drawing.candidates)
+            elif name == "top_p" and drawing.nucleus:
+                scores = _nucleus(scores, drop)
+            elif name == "min_p" and drawing.floor:
+                share = torch.softmax(scores, -1)
+                scores = scores.masked_fill(share < min_p * share.amax(-1, keepdim=True), -torch.inf)
         return scores
 
-    def _filter(self, scores: Tensor, drop: Tensor, min_p: Tensor, top_k: Tensor) -> Tensor:
-        """What top-k, top-p and min-p leave. They drop from the bottom, so one ascending sort serves all three."""
-        ordered, index = scores.sort(descending=False)
-        for name in self.order:
-            if name == "top_k":
-                least = ordered.gather(1, self.vocabulary - top_k)
-                ordered = ordered.masked_fill(ordered < least, -torch.inf)
-            elif name == "top_p":
-                dropped = torch.softmax(ordered, -1).cumsum(-1) <= drop
-                dropped[:, -1] = False
-                ordered = ordered.masked_fill(dropped, -torch.inf)
-            elif name == "min_p":
-                share = torch.softmax(ordered, -1)
-                dropped = share < min_p * share.amax(-1, keepdim=True)
-                dropped[:, -1] = False
-                ordered = ordered.masked_fill(dropped, -torch.inf)
-        return torch.empty_like(scores).scatter(1, index, ordered)
+
+def _best(scores: Tensor, top_k: Tensor, candidates: int) -> Tensor:
+    """The `top_k` best, ``[requests, 1]``, of each request and those that are as good as the last of them."""
+    ordered = scores.topk(candidates).values
+    least = ordered.gather(1, top_k.clamp(max=candidates) - 1)
+    return scores.masked_fill((scores < least) & (top_k <= candidates), -torch.inf)
+
+
+def _nucleus(scores: Tensor, drop: Tensor) -> Tensor:
+    """What is left when the worst, up to a probability of `drop`, ``[requests, 1]``, have left; the best stays."""
+    ordered, index = torch.sort(scores, descending=False)
+    dropped = torch.softmax(ordered, -1).cumsum(-1) <= drop
+    dropped[:, -1] = False
+    return scores.masked_fill(dropped.scatter(1, index, dropped), -torch.inf)

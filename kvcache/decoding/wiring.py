@@ -13,8 +13,8 @@ from kvcache.decoding.cache import StaticKV
 from kvcache.decoding.kernel import available, decode_attention
 from kvcache.errors import GeometryError
 from kvcache.geometry import CacheGeometry
-from kvcache.hf import decoding_arguments, rope_by_length
-from kvcache.models import signature_of
+from kvcache.hf import decoding_arguments
+from kvcache.models import rope_by_length, signature_of
 from kvcache.modules import rebuilt
 
 _ATTENTION = "kvcache_decode"
@@ -154,4 +154,4 @@ def _attend(
 
 def kernel_reason(device: torch.device) -> str | None:
     """Why the Triton kernel is not used on a device; None if it is."""
-    return "it is for GPUs" if device.type in ("cpu", "meta") else available()
+    return available() if device.type == "cuda" else "it is for CUDA GPUs"

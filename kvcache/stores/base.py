@@ -58,6 +58,9 @@ class Store(AbstractContextManager["Store"], ABC):
         self.misses = 0
         self.refused = 0
 
+    def __repr__(self) -> str:  # no address: it may hold a password
+        return f"{type(self).__name__}({self.name}: {self.hits} hits, {self.misses} misses)"
+
     @abstractmethod
     def get(self, key: PrefixKey) -> PrefixSnapshot | None:
         """The longest beginning of `key` that this store can tell, or None."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from kvcache.errors import InputError
 from kvcache.stores.base import BlobStore, StoreEntry, check_address, is_address, leaving
 
 _SUFFIX = ".safetensors"
@@ -30,6 +31,9 @@ class DiskStore(BlobStore):
         folder: made when first written to; by default `default_folder`.
         max_bytes: of all files; the least recently used leave first.
         secret: see `BlobStore`.
+
+    Raises:
+        InputError: if there is a file in the place of the folder.
     """
 
     name = "disk"
@@ -42,6 +46,11 @@ class DiskStore(BlobStore):
     ) -> None:
         super().__init__(max_bytes, secret)
         self.folder = default_folder() if folder is None else Path(folder)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise InputError(f"folder={os.fspath(self.folder)!r} is a file; give a folder, which may be new")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({os.fspath(self.folder)!r}, max_bytes={self.max_bytes})"
 
     def _path(self, address: str, suffix: str = _SUFFIX) -> Path:
         return self.folder / (check_address(address) + suffix)

@@ -48,6 +48,11 @@ class MemoryStore(Store):
         self._nbytes = 0
         self._lock = RLock()
 
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(max_bytes={self.max_bytes}, {len(self._entries)} snapshots, nbytes={self._nbytes})"
+        )
+
     def get(self, key: PrefixKey) -> PrefixSnapshot | None:
         with self._lock:
             return self._counted(key, self._longest(key))

@@ -4,7 +4,7 @@ import re
 import time
 from typing import Any
 
-from kvcache.errors import InputError
+from kvcache.errors import InputError, MissingDependencyError
 from kvcache.stores.base import BlobStore, StoreEntry, check_address, check_room
 
 _NAMESPACE = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -88,7 +88,9 @@ class RedisStore(BlobStore):
         try:
             import redis
         except ImportError as error:
-            raise InputError("the package redis is not installed; run pip install 'kvcache[redis]'") from error
+            raise MissingDependencyError(
+                "RedisStore needs the package redis; run: pip install 'kvcache[redis]'"
+            ) from error
         self.ttl = ttl
         self._prefix = f"{{{namespace}}}:prefix:"  # in braces, so that a cluster keeps a namespace in one place
         self._books = [f"{{{namespace}}}:{name}" for name in ("used", "sizes", "pins")]

@@ -6,7 +6,7 @@ from datetime import datetime
 from threading import Lock, Thread
 from typing import Any, TypeVar
 
-from kvcache.errors import InputError
+from kvcache.errors import InputError, MissingDependencyError
 from kvcache.stores.base import BlobStore, StoreEntry, check_address, is_address, leaving
 
 _SUFFIX = ".safetensors"
@@ -48,10 +48,12 @@ class RemoteStore(BlobStore):
             from fsspec.core import url_to_fs
 
             self._files, self._folder = url_to_fs(url, **storage_options)
-        except (ImportError, ValueError) as error:
-            raise InputError(
-                f"cannot open {url!r}: {error}; run pip install 'kvcache[remote]' and the package of the protocol"
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"cannot open {url!r}: {error}; run: pip install 'kvcache[remote]' and the package of the protocol"
             ) from error
+        except ValueError as error:
+            raise InputError(f"cannot open {url!r}: {error}; give a URL of a protocol that fsspec knows") from error
         self.timeout = timeout
         self._lock = Lock()
 

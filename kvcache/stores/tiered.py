@@ -35,6 +35,9 @@ class TieredStore(Store):
         if isinstance(tiers[0], MemoryStore) and len(tiers) > 1:
             tiers[0].on_evict = self._demote
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(map(repr, self._tiers))})"
+
     def _start(self) -> None:
         self._process = os.getpid()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="kvcache-write") if self._write_behind else None

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from kvcache.archive import Beginning, beginning, beginning_length
-from kvcache.errors import CorruptError, InputError, SignatureError
+from kvcache.errors import CorruptError, InputError, SignatureError, said
 from kvcache.prefix import FORMAT
 from kvcache.stores.base import BlobStore, StoreEntry
 from kvcache.stores.disk import DiskStore, default_folder
@@ -122,7 +122,7 @@ def described(found: Beginning, *, inside: str = "") -> Described:
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, CorruptError):
             raise
-        raise CorruptError(f"the parts of a prefix do not fit together: {error!r}") from error
+        raise CorruptError(f"the parts of a prefix do not fit together: {said(error)}") from error
 
 
 def find(entries: Iterable[StoreEntry], begins: str) -> StoreEntry:

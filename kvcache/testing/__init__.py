@@ -8,7 +8,7 @@ The laws need hypothesis: ``pip install hypothesis``.
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from kvcache.errors import InputError
+from kvcache.errors import MissingDependencyError
 from kvcache.layers import KVLayer
 from kvcache.policies import SizePolicy
 from kvcache.testing.leaks import no_leaks
@@ -75,5 +75,7 @@ def _laws() -> Any:
     except ModuleNotFoundError as error:
         if error.name != "hypothesis":
             raise
-        raise InputError("the laws search for scenarios with hypothesis; run: pip install hypothesis") from error
+        raise MissingDependencyError(
+            "the laws search for scenarios with hypothesis; run: pip install hypothesis"
+        ) from error
     return checks

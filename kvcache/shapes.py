@@ -1,0 +1,232 @@
+"""What a cache of a model is made of, asked of the cache that the model itself fills: without weights, on the meta device.
+
+A config says it by as many names as there are models; the tensors that arrive in a cache say it alike for all of them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from transformers.modeling_outputs import BaseModelOutput
+
+from kvcache.errors import GeometryError
+from kvcache.meta import without_numbers
+from kvcache.modules import rebuilt
+from kvcache.past import handed
+
+Token = tuple[int, int, int, torch.dtype]
+"""KV heads, size of a key and of a value, and their dtype."""
+
+_FEW = 2  # tokens that a cache is looked at with
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What one layer of a cache holds of one row.
+
+    Attributes:
+        managed: whether it is kvcache's; else the model's own.
+        token: of its keys and values; None for a layer without, or one that reads another's.
+        window: the most tokens that the model's own layer holds; None for all.
+        fixed: bytes of states, whatever was seen.
+        more: bytes that each token takes besides its key and value.
+    """
+
+    managed: bool
+    token: Token | None = None
+    window: int | None = None
+    fixed: int = 0
+    more: int = 0
+
+    @property
+    def token_bytes(self) -> tuple[int, int]:
+        """Of a key and a value."""
+        return (0, 0) if self.token is None else bytes_of(self.token)
+
+    def own_bytes(self, tokens: int | None) -> int:
+        """Bytes of a row of the model's own layer after so many tokens; None: of the most that it may come to, where it
+        has an end."""
+        most = (tokens or 0) if self.window is None else self.window
+        kept = most if tokens is None else min(tokens, most)
+        return self.fixed + (sum(self.token_bytes) + self.more) * kept
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What a budget in bytes is divided among: one row of a whole cache.
+
+    Attributes:
+        tokens: of the managed layers, which share it.
+        beside: bytes that the others take at most.
+    """
+
+    tokens: tuple[Token, ...]
+    beside: int = 0
+
+    @property
+    def keys(self) -> int:
+        """Bytes of a token's keys in all managed layers."""
+        return sum(bytes_of(token)[0] for token in self.tokens)
+
+    @property
+    def values(self) -> int:
+        """The same of its values."""
+        return sum(bytes_of(token)[1] for token in self.tokens)
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What a whole cache holds of one row.
+
+    Attributes:
+        layers: of self-attention, or of what stands in its place.
+        cross: bytes of one position of an encoder, over all layers; 0 without an encoder.
+    """
+
+    layers: tuple[LayerShape, ...]
+    cross: int = 0
+
+    def whole(self, encoder_tokens: int = 0) -> Whole:
+        """For a budget in bytes, beside so many positions of an encoder."""
+        own = sum(layer.own_bytes(None) for layer in self.layers if not layer.managed)
+        return Whole(
+            tuple(layer.token for layer in self.layers if layer.managed and layer.token is not None),
+            own + self.cross * encoder_tokens,
+        )
+
+
+def bytes_of(token: Token) -> tuple[int, int]:
+    """Bytes of a key and of a value, over its heads."""
+    heads, key_dim, value_dim, dtype = token
+    return heads * key_dim * dtype.itemsize, heads * value_dim * dtype.itemsize
+
+
+def tensors_of(layer: Any) -> list[Tensor]:
+    """All tensors that a layer of a transformers cache holds: keys, values and states; no counters."""
+    held = {name: value for name, value in vars(layer).items() if isinstance(value, Tensor | dict | list | tuple)}
+    return [t for t in tree_leaves(held) if isinstance(t, Tensor) and t.dim() > 0]
+
+
+_known: "WeakKeyDictionary[nn.Module, tuple[Any, CacheShape]]" = WeakKeyDictionary()
+
+
+def cache_shape(model: Any, make: Callable[[], Any]) -> CacheShape:
+    """The shape of a model's cache, asked once for as long as its dtype and the kinds of its layers stay.
+
+    Args:
+        model: a transformers model.
+        make: makes an empty cache for it, whose layers keep everything.
+
+    Raises:
+        GeometryError: if the model cannot be run on one.
+    """
+    said = model.dtype, tuple((type(one).__name__, getattr(one, "sliding_window", None)) for one in _layers(make()))
+    known = _known.get(model)
+    if known is None or known[0] != said:
+        known = _known[model] = said, _asked(model, make)
+    return known[1]
+
+
+def _asked(model: Any, make: Callable[[], Any]) -> CacheShape:
+    try:
+        # A copy: some models keep what they saw for their next call.
+        blank = model if model.device.type == "meta" else rebuilt(model, lambda name, module: None).to("meta")
+        with without_numbers():
+            return _measured(blank, make(), "meta")
+    except Exception as error:
+        if model.device.type == "meta":
+            raise GeometryError(
+                f"{type(model).__name__} cannot be run without its weights, to see what its cache holds: {error}; load it, "
+                "and ask report() afterwards"
+            ) from error
+        with (
+            torch.no_grad()
+        ):  # weights that cannot be thought away, such as packed ones: a few tokens on the model itself
+            return _measured(model, make(), model.device)
+
+
+def _measured(model: Any, cache: Any, device: Any) -> CacheShape:
+    run_blank(model, cache, 1, _FEW, _FEW, device)
+    before = [_beside(layer) for layer in _layers(cache)]
+    run_blank(model, cache, 1, 1, _FEW, device)
+    layers = []
+    for layer, first in zip(_layers(cache), before, strict=True):
+        kv = getattr(layer, "kv", None)
+        if kv is not None:
+            layers.append(LayerShape(True, _token_of(kv.keys, kv.values)))
+            continue
+        token = _token_of(getattr(layer, "keys", None), getattr(layer, "values", None))
+        grown = _beside(layer) - first
+        window = getattr(layer, "sliding_window", None) if token is not None else None
+        layers.append(LayerShape(False, token, window, first - grown * _FEW, grown))
+    cross = getattr(cache, "cross_attention_cache", None)
+    held = 0 if cross is None else sum(t.numel() * t.element_size() for one in cross.layers for t in tensors_of(one))
+    return CacheShape(tuple(layers), held // _FEW)
+
+
+def run_blank(model: Any, cache: Any, rows: int, tokens: int, encoded: int, device: Any, **more: Any) -> Any:
+    """What a model returns for tokens that have no meaning, on a cache.
+
+    Args:
+        rows, tokens: how many.
+        encoded: positions of an encoder, where there is one, whose output is made up as well.
+        device: where; on the meta device within `without_numbers`.
+        **more: arguments of the model.
+    """
+    ids = torch.zeros(rows, tokens, dtype=torch.long, device=device)
+    given = {**handed(model, cache), "use_cache": True, **more}
+    if getattr(model.config, "is_encoder_decoder", False):
+        if "encoder_outputs" not in given:
+            width = model.get_encoder().config.hidden_size
+            states = torch.zeros(rows, encoded, width, dtype=model.dtype, device=device)
+            given["encoder_outputs"] = BaseModelOutput(last_hidden_state=states)
+        return model(decoder_input_ids=ids, **given)
+    # Some models look for pads among token ids, which have no numbers on the meta device.
+    if torch.device(device).type == "meta":
+        return model(inputs_embeds=model.get_input_embeddings()(ids), **given)
+    return model(input_ids=ids, **given)
+
+
+def reads_text(model: Any) -> bool:
+    """Whether an encoder-decoder's encoder reads tokens; else it hears or sees."""
+    return bool(model.main_input_name == "input_ids")
+
+
+def encoder_input(model: Any, rows: int, tokens: int, device: Any) -> dict[str, Tensor]:
+    """What an encoder-decoder is given for its encoder: so many tokens, or sound of the only length that it takes.
+
+    Raises:
+        GeometryError: if its input is of another kind.
+    """
+    config = model.config
+    if reads_text(model):
+        return {"input_ids": torch.zeros(rows, tokens, dtype=torch.long, device=device)}
+    mels, positions = getattr(config, "num_mel_bins", None), getattr(config, "max_source_positions", None)
+    if model.main_input_name != "input_features" or mels is None or positions is None:
+        raise GeometryError(
+            f"{type(model).__name__} reads {model.main_input_name}, of which kvcache knows no size; measure it with "
+            "report() instead"
+        )
+    # Its convolutions halve the frames (Whisper, arXiv:2212.04356).
+    return {"input_features": torch.zeros(rows, mels, 2 * positions, dtype=model.dtype, device=device)}
+
+
+def _layers(cache: Any) -> Sequence[Any]:
+    found: Sequence[Any] = getattr(cache, "self_attention_cache", cache).layers
+    return found
+
+
+def _beside(layer: Any) -> int:
+    """Bytes of what a layer of the model's own holds beside keys and values."""
+    pair = [id(getattr(layer, name, None)) for name in ("keys", "values")]
+    return sum(t.numel() * t.element_size() for t in tensors_of(layer) if id(t) not in pair)
+
+
+def _token_of(keys: Any, values: Any) -> Token | None:
+    if not isinstance(keys, Tensor) or not isinstance(values, Tensor) or keys.dim() != 4:
+        return None
+    return keys.shape[1], keys.shape[3], values.shape[3], keys.dtype
