@@ -119,7 +119,7 @@ def new_cache(
     ours: list[KVLayer] = []
     evictions = Evictions(ours)
     aged = [policy for policy in evicting if not chosen_by_head(policy)]
-    windows = Windows(facts_of(model), layers) if aged else None
+    windows = Windows(model, facts_of(model).seats, layers) if aged else None
     shape = shape_of(model) if any(budgeted(policies[i]) for i in managed) else None
     for layer in layers:
         if type(layer) is DynamicSlidingWindowLayer:

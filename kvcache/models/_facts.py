@@ -15,9 +15,20 @@ from transformers.cache_utils import DynamicCache
 
 from kvcache.errors import GeometryError, PositionsError
 from kvcache.geometry import WHY_NO_EVICTION, CacheGeometry, Positions, positions_of
-from kvcache.models._probe import TOKENS, Call, Notes, Probe, SpyLayer, layers_of, parameters, spying_cache, untouched
+from kvcache.models._probe import (
+    TOKENS,
+    Call,
+    Notes,
+    Probe,
+    SpyLayer,
+    cache_among,
+    layers_of,
+    parameters,
+    spying_cache,
+    untouched,
+)
 from kvcache.models._signature import signature_of
-from kvcache.past import handed, taken
+from kvcache.past import handed
 from kvcache.rope import KeyRotation
 
 _SHIFT = 7  # positions between the two runs that show how keys are turned
@@ -67,7 +78,8 @@ class _Layout:
     shapes: Mapping[int, LayerShape]
     seats: tuple[Seat, ...]
     why_no_seats: str | None
-    notes: Notes
+    one_way: bool
+    dtype: torch.dtype | None  # of keys
 
 
 class ModelFacts:
@@ -114,7 +126,9 @@ class ModelFacts:
         """
         if isinstance(self._layout, str) or "input_ids" not in self._probe.given(self._probe.ids[None, :1]):
             raise GeometryError(f"{self._name} could not be tried: {self.why_not_probed or 'it takes embeddings only'}")
-        return self._probe.ids[None, :TOKENS], self._layout.notes.output[:1]
+        with self._lock, untouched(self.model):
+            ids = self._probe.ids[None, :TOKENS]
+            return ids, self._probe.run(ids, spying_cache(self.model, _layers_told(self.model))).output
 
     # ------------------------------------------------------------------ shapes
 
@@ -131,10 +145,7 @@ class ModelFacts:
     @property
     def one_way(self) -> bool:
         """Whether a token of a prompt is not changed by those that follow it."""
-        if isinstance(self._layout, str):
-            return False
-        states = [*self._layout.notes.keys.values(), *self._layout.notes.values.values()]
-        return all(alike(s[0, :, :-1], s[1, :, :-1]) for s in states)
+        return not isinstance(self._layout, str) and self._layout.one_way
 
     @cached_property
     def geometry(self) -> CacheGeometry:
@@ -170,7 +181,7 @@ class ModelFacts:
             kv_heads=first.kv_heads,
             head_dim=first.head_dim,
             value_dim=first.value_dim,
-            dtype=next(iter(self._layout.notes.keys.values()), torch.empty(0, dtype=model.dtype)).dtype,
+            dtype=self._layout.dtype or model.dtype,
             device=model.device,
             shapes=() if len(set(each)) == 1 else each,
             positions=positions,
@@ -207,7 +218,10 @@ class ModelFacts:
                 shapes[i] = LayerShape(keys.shape[1], keys.shape[3], values.shape[3])
         if any(keys.shape[2] != TOKENS for keys in notes.keys.values()):
             return f"{TOKENS} tokens were given and {max(k.shape[2] for k in notes.keys.values())} cached"
-        return _Layout(shapes, *_seats(notes), notes)
+        states = [*notes.keys.values(), *notes.values.values()]
+        one_way = all(alike(each[0, :, :-1], each[1, :, :-1]) for each in states)
+        dtype = next((keys.dtype for keys in notes.keys.values()), None)
+        return _Layout(shapes, *_seats(notes), one_way, dtype)
 
     @cached_property
     def _probe(self) -> Probe:
@@ -498,7 +512,7 @@ def _seat(layer: int, call: Call) -> Seat | None:
     masks = [n for n, v in named.items() if "mask" in n and "head" not in n and (v is None or _is_mask(v))]
     masks.sort(key=lambda n: (named[n] is None, n != "attention_mask"))
     return (
-        Seat(layer, call.name, masks[0], hidden, False, taken(call.given) is not None)
+        Seat(layer, call.name, masks[0], hidden, False, cache_among(call.given) is not None)
         if masks and hidden and call.name
         else None
     )

@@ -152,6 +152,11 @@ def layers_of(cache: Any) -> list[Any]:
     return list(cache.self_attention_cache.layers if isinstance(cache, EncoderDecoderCache) else cache.layers)
 
 
+def cache_among(given: Mapping[str, Any]) -> Any:
+    """The cache among a module's arguments, under whichever name; None if there is none."""
+    return next((value for value in given.values() if isinstance(value, Cache | EncoderDecoderCache)), None)
+
+
 # ---------------------------------------------------------------------- what a run shows
 
 

@@ -8,6 +8,7 @@ gets the mask of its own layer. Its hook lives for one call of that module.
 
 import copy
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import EncoderDecoderCache
 
 from kvcache.errors import PolicyError
 from kvcache.layers import KVLayer
-from kvcache.models._facts import ModelFacts, Seat
-from kvcache.models._probe import layers_of, parameters, replaced
-from kvcache.past import taken
+from kvcache.models._facts import Seat
+from kvcache.models._probe import cache_among, layers_of, parameters, replaced
 from kvcache.policies import schedule
 
 _tokens: ContextVar[Tensor | None] = ContextVar("kvcache_tokens", default=None)
@@ -31,12 +32,14 @@ class Windows:
     """The masks of one cache.
 
     Args:
-        facts: of the model that it is for.
+        model: that the cache is for.
+        seats: its modules that attend, see `ModelFacts.seats`.
         layers: of the cache, ours and the model's own.
     """
 
-    def __init__(self, facts: ModelFacts, layers: Sequence[Any]) -> None:
-        self._facts = facts
+    def __init__(self, model: Any, seats: Sequence[Seat], layers: Sequence[Any]) -> None:
+        self._model = weakref.ref(model)
+        self._seats = seats
         self._layers = layers
         self._hooks: list[Any] = []
         self._masked: dict[int, int] = {}  # by layer: for how many tokens its module has been given a mask
@@ -44,18 +47,23 @@ class Windows:
         self._outside = False  # whether the forward that runs was announced by `exact_windows`
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Windows":
-        return Windows(self._facts, copy.deepcopy(self._layers, memo))
+        new = copy.copy(self)
+        memo[id(self)] = new  # its layers lead back to it
+        new._layers = copy.deepcopy(self._layers, memo)
+        new._hooks, new._masked, new._exact, new._outside = [], {}, {}, False
+        return new
 
     def begin(self, fresh: int) -> None:
         """A forward of so many tokens begins, says its cache: give the modules their masks, if nothing has done so."""
-        if self._outside or torch.compiler.is_compiling():
+        model = self._model()
+        if self._outside or model is None or torch.compiler.is_compiling():
             return
         self.end()
         held = self._held()
         if self._differ(held, fresh):
-            self._arm(self._facts.model, self._facts.seats, strict=True)
+            self._arm(model, self._seats, strict=True)
         elif any(map(_moved, held)):  # a mask that hides more than pads would meet other slots
-            self._arm(self._facts.model, self._facts.seats[:1], strict=True)
+            self._arm(model, self._seats[:1], strict=True)
 
     def announce(self, model: Any, fresh: int, tokens: Tensor | None) -> None:
         """The same, before the model begins.
@@ -69,7 +77,7 @@ class Windows:
         self._outside = True
         held = self._held()
         if tokens is not None or self._differ(held, fresh) or any(kv.holds_pads for kv in held):
-            self._arm(model, self._facts.seats, strict=False)
+            self._arm(model, self._seats, strict=False)
 
     def end(self) -> None:
         """Take away the hooks that have not been used."""
@@ -110,9 +118,9 @@ class Windows:
         )
 
     def _arm(self, model: Any, seats: Sequence[Seat], strict: bool) -> None:
-        own = self._facts.model
+        own = self._model()
         for seat in seats:
-            module = own.get_submodule(seat.module)
+            module = (model if own is None else own).get_submodule(seat.module)
             if model is not own and not any(module is part for part in model.modules()):
                 module = model.get_submodule(seat.module)
             used: list[Any] = []  # its own handle: a hook is for one call
@@ -126,7 +134,7 @@ class Windows:
             if kwargs is None:  # another thread's call, while it is being removed
                 return None
             given = {**dict(zip(parameters(module), args, strict=False)), **kwargs}
-            layer, cache = self._layers[seat.layer], taken(given)
+            layer, cache = self._layers[seat.layer], cache_among(given)
             if threading.get_ident() != mine or not _managed(layer) or layer.kv.by_head:
                 return args, kwargs
             # Those that share another's keys need not be given the cache.
@@ -171,11 +179,11 @@ def announced(model: nn.Module) -> Iterator[None]:
         if kwargs is None or threading.get_ident() != mine:
             return None
         given = {**dict(zip(parameters(module), args, strict=False)), **kwargs}
-        cache = taken(given)
-        windows = None if not hasattr(cache, "layers") else _windows_of(cache)
+        cache = cache_among(given)
+        windows = None if cache is None else _windows_of(cache)
         if windows is None:
             return None
-        mask = given.get(names[hasattr(cache, "self_attention_cache")])
+        mask = given.get(names[isinstance(cache, EncoderDecoderCache)])
         tokens = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 and _scattered(mask) else None
         token = _tokens.set(tokens)
         windows.announce(module, _fresh(given), tokens)
