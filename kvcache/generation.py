@@ -254,7 +254,8 @@ def _let_ask(module: Any, run: Run) -> None:
             others["streamer"] = run.streamer
         return kind._sample(self, *inputs, **others)
 
-    for name, method in zip(_ASKING, (prepare, prefill, sample), strict=True):
+    methods: tuple[Callable[..., Any], ...] = (prepare, prefill, sample)
+    for name, method in zip(_ASKING, methods, strict=True):
         module.__dict__[name] = types.MethodType(method, module)
 
 
@@ -271,7 +272,7 @@ class Emitter(BaseStreamer):
         beside: another streamer, which is given all that `generate` gives.
     """
 
-    def __init__(self, emit: Callable[[Tensor], None], run: Run, rows: int | None, beside: BaseStreamer | None) -> None:
+    def __init__(self, emit: Callable[[Tensor], None], run: Run, rows: int | None, beside: Any) -> None:
         self._emit = emit
         self._run = run
         self._rows = rows

@@ -524,12 +524,13 @@ class KVCacheManager:
         check_generate_arguments(self.model, kwargs)
         backend = self._backend if backend is None else backend_on(backend, self.geometry.device)
         self._check_stream(prefix, kwargs)
-        reason = None
+        reason: str | None = None
         if backend != "off":
-            settings, reason = self._settings(inputs, prefix, kwargs)
-            if settings is not None:
+            settings = self._settings(inputs, prefix, kwargs)
+            if isinstance(settings, GenerationSettings):
                 return self._decoded(settings, inputs, prefix, chunk_size, backend, kwargs)
-            emit(Event("fell_back", f"{backend} to generate", reason=reason or ""))
+            reason = settings
+            emit(Event("fell_back", f"{backend} to generate", reason=reason))
 
         def work(emit: Callable[[Tensor], None]) -> None:
             told = 0
@@ -749,18 +750,16 @@ class KVCacheManager:
                 "replaced; give one temperature, or use generate()"
             )
 
-    def _settings(
-        self, inputs: Tensor | None, prefix: str | None, kwargs: dict[str, Any]
-    ) -> tuple[GenerationSettings | None, str | None]:
-        """What the decode engine is to do; or None, and why it cannot."""
+    def _settings(self, inputs: Tensor | None, prefix: str | None, kwargs: dict[str, Any]) -> GenerationSettings | str:
+        """What the decode engine is to do, or why it cannot."""
         reason = self._why_not(inputs, prefix, kwargs)
         if reason is not None:
-            return None, reason
+            return reason
         if prefix is not None:
             inputs, kwargs = self._prefixed(prefix, inputs, kwargs)
         with running(self.model, self.geometry, lambda wanted: None) as run:
             settings = GenerationSettings.of(run.model, inputs, kwargs)
-        return (settings, None) if settings.why_not is None else (None, settings.why_not)
+        return settings if settings.why_not is None else settings.why_not
 
     def _why_not(self, inputs: Tensor | None, prefix: str | None, kwargs: dict[str, Any]) -> str | None:
         """Why the decode engine cannot do this, whatever its settings; None if it can."""

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers import GenerationConfig, RepetitionPenaltyLogitsProcessor
-from transformers.generation import (
-    EosTokenCriteria,
-    MaxLengthCriteria,
+from transformers import GenerationConfig
+from transformers.generation.logits_process import (
     MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from kvcache.decoding.sampler import Sampling
 from kvcache.errors import InputError
@@ -82,12 +82,12 @@ class GenerationSettings:
 
 
 def _prefill_of(config: GenerationConfig) -> GenerationConfig:
-    first = copy.deepcopy(config)
+    first: Any = copy.deepcopy(config)
     first.update(
         max_new_tokens=1, max_length=None, do_sample=False, temperature=1.0, top_k=50, top_p=1.0, min_p=None, repetition_penalty=1.0,
         num_return_sequences=1, cache_implementation=None, return_dict_in_generate=True, output_logits=True,
     )  # fmt: skip
-    return first
+    return first  # type: ignore[no-any-return]
 
 
 def _unknown(config: GenerationConfig, others: Mapping[str, Any]) -> list[str]:
