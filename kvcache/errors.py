@@ -29,8 +29,8 @@ class InputError(KVCacheError, ValueError):
     """A request that cannot be run as given, for example text tokens without their start and stop token."""
 
 
-class MissingDependencyError(InputError, ImportError):
-    """A package that this needs is not installed. The message says the command that installs it."""
+class MissingDependencyError(InputError, ModuleNotFoundError):
+    """A package that this needs is not installed: an `ImportError`, whose message says the command that installs it."""
 
 
 class BusyError(KVCacheError):

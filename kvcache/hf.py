@@ -101,10 +101,10 @@ def new_cache(
     rerotated = positions == "rerotated"
     if evicting or rerotated:
         _check_eviction(model, geometry, evicting, rerotated)
-    asked = {repr(policy): any(p.evicts for p in policies), repr(quantization): quantization is not None}
-    if not managed and (idle := [name for name, given in (asked | {"preallocate=True": preallocate}).items() if given]):
+    idle = policy if any(p.evicts for p in policies) else quantization
+    if not managed and idle is not None:
         raise PolicyError(
-            f"{idle[0]} has no layer to work on: each of the {len(layers)} layers is managed by the model in its own way "
+            f"{idle!r} has no layer to work on: each of the {len(layers)} layers is managed by the model in its own way "
             f"({type(layers[0]).__name__}); leave it out, or unset config.sliding_window where the model has one"
         )
     for one in (policies[i] for i in managed if preallocate):

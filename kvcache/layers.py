@@ -53,6 +53,8 @@ class KVLayer:
         rows: int | None = None,
         token_bytes: tuple[int, int] | None = None,
     ) -> None:
+        if max_length is not None and not isinstance(max_length, int):
+            raise PolicyError(f"max_length={max_length!r} must be a whole number of tokens, or left out")
         if max_length is not None and max_length < 1:
             raise PolicyError(f"max_length={max_length} must be at least 1; leave it out for a cache that grows")
         self._given = KeepAll() if policy is None else policy

@@ -117,8 +117,6 @@ class KVCacheManager:
         check_prefix_cache(speakers)
         check_kv_dtype(kv_dtype)
         check_quantization(quantization)
-        if max_cache_length is not None:
-            check_whole("max_cache_length", max_cache_length, 1)
         check_bucket(bucket)
         self.model = model
         self.policy: SizePolicy | Sequence[SizePolicy] = KeepAll() if policy is None else policy

@@ -66,8 +66,8 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"kv_dtype": "bf16"}, InputError, r"kv_dtype='bf16'.*torch\.bfloat16"),
     ({"kv_dtype": torch.int8}, InputError, r"kv_dtype=torch\.int8.*floating-point"),
     ({"speakers": "redis://localhost"}, InputError, r"speakers='redis://localhost'.*SpeakerCache\("),
-    ({"max_cache_length": 0}, InputError, "max_cache_length=0"),
-    ({"max_cache_length": 2.5}, InputError, r"max_cache_length=2\.5"),
+    ({"max_cache_length": 0}, PolicyError, "max_length=0 must be at least 1"),
+    ({"max_cache_length": 2.5}, PolicyError, r"max_length=2\.5"),
     ({"preallocate": True}, PolicyError, "preallocate=True.*max_cache_length"),
 ]
 
@@ -87,7 +87,7 @@ def test_d9_preallocation_takes_any_limit() -> None:
 
 @pytest.mark.parametrize(
     "given",
-    [{"quantization": Quantization(8)}, {"preallocate": True, "max_length": 64}, {"policy": SlidingWindow(4)}],
+    [{"quantization": Quantization(8)}, {"policy": SlidingWindow(4)}],
     ids=str,
 )
 def test_d9_what_has_no_layer_to_work_on_is_refused(given: dict[str, Any]) -> None:
