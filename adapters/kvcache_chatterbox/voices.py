@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvcache import CorruptError, InputError, PrefixSnapshot
 from kvcache.archive import pack, unpack
+from kvcache.errors import said
 from kvcache_chatterbox.reuse import VoiceReuse
 
 VERSION = 1  # of the file
@@ -80,7 +81,7 @@ def read_conds(t3: Any, path: str | os.PathLike[str]) -> Voice:
             "make it anew with prepare_conditionals() and conds.save()"
         ) from None
     except Exception as error:  # of missing parts
-        raise InputError(f"{path} is no conds.pt of Chatterbox's: {type(error).__name__}: {error}") from error
+        raise InputError(f"{path} is no conds.pt of Chatterbox's: {said(error)}; give one of a checkpoint") from error
     return Voice.of(t3, _Pair(given, gen))
 
 
