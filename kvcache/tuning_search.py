@@ -238,15 +238,15 @@ class Tuner:
             reasons = {trial.refused for trial in self.trials.values() if trial.refused}
             raise InputError(f"no setting can be run: {'; '.join(sorted(reasons)) or 'there was no time for any'}")
         compared: list[Setting] = []
-        while rivals := [one for one in self._close(best) if one not in compared]:
+        alike = [best]
+        while rivals := self._rivals(best, alike, compared):
             group = [*compared, *rivals]
             if len(group) > 1 and not self._compare(group):
                 break
             compared = group
             best = min(compared, key=self._cost)
-        best = min(compared, key=self._cost, default=best)
-        alike = [one for one in compared if self._alike(one, best)]
-        best = min(alike, key=lambda one: (self._departures(one), self._cost(one)), default=best)
+            alike = [one for one in compared if self._alike(one, best)]
+        best = min(alike, key=lambda one: (self._departures(one), self._cost(one)))
         self.tied = tuple(one for one in alike if one != best)
         self.uncompared = tuple(
             one for one in self._ranked() if one not in compared and self._cost(one) < self._cost(best)
@@ -258,17 +258,17 @@ class Tuner:
         self._say(f"best: {shown(best)}, {1e3 * self._cost(best):.2f} ms a token")
         return best
 
-    def _close(self, best: Setting) -> list[Setting]:
-        """What is faster than the best, or so close that it may be, and the next best if that is not clearly beaten; of what is
-        slower no more than a few."""
-        ranked = self._ranked()
-        ahead = sum(self._cost(one) < self._cost(best) for one in ranked)
+    def _rivals(self, best: Setting, alike: Sequence[Setting], compared: Sequence[Setting]) -> list[Setting]:
+        """What was not compared yet and may be the fastest: what is close to the best, or to what is like it; and the next best, if
+        that is not clearly beaten. Of what is slower no more than a few."""
+        ranked, slowest = self._ranked(), max(map(self._cost, alike))
+        ahead = sum(self._cost(one) <= slowest for one in ranked)
         near = [
             one
             for place, one in enumerate(ranked)
-            if self._cost(one) <= (_CLEARLY if place <= 1 else _CLOSE) * self._cost(best)
+            if self._cost(one) <= max(slowest, (_CLEARLY if place <= 1 else _CLOSE) * self._cost(best))
         ]
-        return near[: max(_FINALISTS, ahead + 1)]
+        return [one for one in near[: max(_FINALISTS, ahead)] if one not in compared]
 
     def _compare(self, group: Sequence[Setting]) -> bool:
         """Measure these again, longer and in turn; False if there was no time for all, and nothing of it counts."""
