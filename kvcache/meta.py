@@ -105,7 +105,7 @@ def _found(given: Tensor) -> Tensor:
 
 def _selected(given: Tensor, mask: Tensor) -> Tensor:
     """As if the mask hid nothing."""
-    return given.new_empty(torch.broadcast_tensors(given, mask)[0].numel())
+    return given.new_empty((given.expand_as(mask) if mask.numel() > given.numel() else given).numel())
 
 
 def _picked(given: Tensor, indices: Sequence[Tensor | None]) -> Tensor:

@@ -79,7 +79,7 @@ KINDS: dict[str, Kind] = {
             "activation_sparsity_pattern": [0.0] * 4, "altup_num_inputs": 2, "hidden_size_per_layer_input": 8,
             "vocab_size_per_layer_input": VOCABULARY, "pad_token_id": 0,
         },
-        config="Gemma3nTextConfig", evicts=False,
+        config="Gemma3nTextConfig", evicts=False, since=_STATES,  # what layers share is beside the cache before
     ),
     "gemma4": Kind(
         "Gemma4",
