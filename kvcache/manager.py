@@ -67,15 +67,18 @@ _KINDS_OF_TOKENS = (
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _of_one_model(method: F) -> F:
+def _of_one_model(runs: bool) -> Callable[[F], F]:
     """Whether the model has changed is asked once, at the begin; what it changes of itself while it runs is learned."""
 
-    @wraps(method)
-    def run(self: "KVCacheManager", *args: Any, **kwargs: Any) -> Any:
-        with self._from_model.watch.running():
-            return method(self, *args, **kwargs)
+    def decorate(method: F) -> F:
+        @wraps(method)
+        def run(self: "KVCacheManager", *args: Any, **kwargs: Any) -> Any:
+            with self._from_model.watch.running(runs):
+                return method(self, *args, **kwargs)
 
-    return cast(F, run)
+        return cast(F, run)
+
+    return decorate
 
 
 class KVCacheManager:
@@ -194,7 +197,7 @@ class KVCacheManager:
             hf.check_ranking(self.model, runner)
             return _FromModel(geometry, runner)
         signature = self._from_model.watch.signature()
-        if self._evicts and signature.compiled and signature.why_no_copy is None:
+        if signature.compiled and signature.why_no_copy is None and self._evicts:
             # Masks are put in by hooks, which compiled modules may not run.
             return _FromModel(geometry, rebuilt(self.model, lambda name, module: None))
         return _FromModel(geometry, self.model)
@@ -206,6 +209,7 @@ class KVCacheManager:
 
     # ------------------------------------------------------------------ caches
 
+    @_of_one_model(runs=False)
     def new_cache(self, batch_size: int = 1, attention_mask: Tensor | None = None, *, prefix: str | None = None) -> Any:
         """An empty cache, or one that begins with a prefix, to pass to the model as ``past_key_values``, or ``cache`` from transformers 5.24 on.
 
@@ -487,6 +491,7 @@ class KVCacheManager:
         check_generates(self.model)
         return self._generate(inputs, prefix, kwargs)
 
+    @_of_one_model(runs=False)
     def stream(
         self,
         inputs: Tensor | None = None,
@@ -598,7 +603,7 @@ class KVCacheManager:
     # ------------------------------------------------------------------ inside
 
     @torch.no_grad()
-    @_of_one_model
+    @_of_one_model(runs=True)
     def _generate(
         self,
         inputs: Tensor | None,

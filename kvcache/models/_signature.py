@@ -138,10 +138,11 @@ class Watch:
         return Walk(self._root(), self._past.state)
 
     @contextmanager
-    def running(self) -> Iterator[Signature]:
-        """A block that runs the model: one question at its begin, and the same answer throughout, in this thread.
+    def running(self, learns: bool = True) -> Iterator[Signature]:
+        """A block for which the model is one: one question at its begin, and the same answer throughout, in this thread.
 
-        What the model has changed of itself by its end is learned, see the module.
+        Args:
+            learns: whether the block runs the model. What that has changed of itself by the end is learned, see the module.
         """
         before = _running.get() or {}
         signature = self.signature()
@@ -154,7 +155,7 @@ class Watch:
         finally:
             _running.reset(token)
             with self._past.lock:
-                if self._past.to_look and signature is self._past.signature:
+                if learns and self._past.to_look and signature is self._past.signature:
                     self._past.to_look -= 1
                     self._learn()
 
