@@ -139,6 +139,7 @@ def _has_memory(tensor: Tensor) -> bool:
     if tensor.is_meta or tensor.layout != torch.strided or type(tensor).__name__ == "FakeTensor":
         return False
     try:
-        return tensor.untyped_storage().data_ptr() != 0 or tensor.numel() == 0
+        storage = tensor.untyped_storage()  # a fake tensor's has no memory, and is not to be asked for it
+        return storage.device.type != "meta" and (storage.data_ptr() != 0 or tensor.numel() == 0)
     except (NotImplementedError, RuntimeError):  # a tensor subclass without memory of its own
         return False
