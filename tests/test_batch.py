@@ -228,7 +228,7 @@ def assert_free(batch):
         policies = kv._policies[place * rows : (place + 1) * rows]
         assert [policy is None for policy in policies] == [job is None] * rows
         assert (batch._decoding._generators[place] is None) == (job is None)
-        assert batch._decoding.sampler._greedy[place] or job is not None
+        assert batch._decoding.sampler._chosen[place].greedy or job is not None
 
 
 def assert_empty(batch):
@@ -592,7 +592,7 @@ def test_the_sizes_are_those_that_are_worth_it():
 def whole_state(batch):
     decoding = batch._decoding
     tensors = [*decoding.state(), decoding.sampler._settings, decoding.sampler._top_k]
-    held = list(batch._jobs), list(batch._made), list(decoding._generators), list(decoding.sampler._greedy)
+    held = list(batch._jobs), list(batch._made), list(decoding._generators), list(decoding.sampler._chosen)
     return [t.clone() for t in tensors], held, state_of(decoding.kv)
 
 
