@@ -583,7 +583,8 @@ class KVCacheManager:
         Args:
             inputs, prefix, **kwargs: as in `generate`.
         """
-        return self._settings(inputs, prefix, kwargs)[1]
+        settings = self._settings(inputs, prefix, kwargs)
+        return settings if isinstance(settings, str) else None
 
     def release(self) -> None:
         """Let go of what waits for the next ``stream(backend=…)``: a cache, and what was captured or compiled for it."""

@@ -7,6 +7,7 @@ afterwards what it was: its random numbers, its training mode, its hooks and the
 
 import inspect
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from transformers.cache_utils import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
+from kvcache.models._forwards import trying
 from kvcache.past import handed
 
 _LOCK = threading.RLock()  # one probe at a time: it sets modules to evaluation and back
@@ -248,6 +250,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     modules = list(model.modules())
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with _LOCK, torch.no_grad(), torch.random.fork_rng(devices=devices):
+        before = trying.set(True)
         training = [module.training for module in modules]
         kept = [({**vars(module)}, {**module._buffers}) for module in modules]
         try:
@@ -262,6 +265,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 module._buffers.clear()
                 module._buffers.update(buffers)
                 module.training = mode
+            trying.reset(before)
 
 
 @contextmanager
@@ -326,7 +330,7 @@ class Probe:
     """
 
     def __init__(self, model: Any) -> None:
-        self.model = model
+        self._model = weakref.ref(model)  # facts live as long as their model, and must not keep it
         self.seq2seq = bool(model.config.is_encoder_decoder)
         generator = torch.Generator().manual_seed(0)
         table = model.get_input_embeddings()
@@ -344,6 +348,14 @@ class Probe:
                 self.ids = plain[torch.arange(TOKENS + 1) % len(plain)]
         self.ids = self.ids.to(model.device)
         self._generator = generator
+
+    @property
+    def model(self) -> Any:
+        """The model itself."""
+        model = self._model()
+        if model is None:
+            raise ReferenceError("the model of this probe is gone")
+        return model
 
     def given(self, ids: Tensor) -> dict[str, Any]:
         """These tokens ``[rows, n]``, as the model takes them."""

@@ -44,6 +44,7 @@ class Windows:
         self._hooks: list[Any] = []
         self._masked: dict[int, int] = {}  # by layer: for how many tokens its module has been given a mask
         self._exact: dict[int, Tensor | None] = {}  # the masks of this forward, by layer
+        self._waiting = 0  # modules that have not been given theirs yet
         self._outside = False  # whether the forward that runs was announced by `exact_windows`
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Windows":
@@ -126,6 +127,7 @@ class Windows:
             used: list[Any] = []  # its own handle: a hook is for one call
             used.append(module.register_forward_pre_hook(self._hook(seat, strict, used), with_kwargs=True))
             self._hooks.append(used[0])
+        self._waiting = len(self._hooks)
 
     def _hook(self, seat: Seat, strict: bool, used: list[Any]) -> Callable[..., Any]:
         mine = threading.get_ident()
@@ -144,6 +146,7 @@ class Windows:
             if not ours:
                 return args, kwargs
             used[0].remove()
+            self._waiting -= 1
             hidden: Tensor = given[seat.hidden]
             if seat.layer not in self._exact:  # the first to attend is the one that will store the new tokens
                 mask: Tensor | None = given.get(seat.mask)
@@ -151,7 +154,10 @@ class Windows:
                     _check_order(layer.kv, hidden.shape[1], mask)
                 self._exact[seat.layer] = exact_mask(layer.kv, mask, hidden, seat.additive)
                 self._masked[seat.layer] = hidden.shape[1]
-            if (exact := self._exact[seat.layer]) is None:
+            exact = self._exact[seat.layer]
+            if self._waiting == 0:  # masks can be as large as caches, and are of this forward alone
+                self._exact.clear()
+            if exact is None:
                 return args, kwargs
             # Where layers share keys, those behind may run the last tokens only.
             return replaced(module, args, kwargs, seat.mask, exact[:, :, -hidden.shape[1] :])
