@@ -5,6 +5,7 @@ followed from operation to operation until a module computes with it: that modul
 afterwards what it was: its random numbers, its training mode, its hooks and the attributes of its modules.
 """
 
+import copy
 import inspect
 import threading
 import weakref
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
@@ -126,8 +128,11 @@ class SpyLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     get_max_cache_shape = get_max_length  # its name up to 5.12
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
-        """Not asked for by a probe."""
-        raise NotImplementedError("a spying layer is not cropped")
+        """Negative: remove that many tokens; on a GPU `generate` takes back one that it ran too many. Positive: cut to that length."""
+        n = int(tokens_to_remove)
+        length = max(0, self.seen + n) if n < 0 else min(n, self.seen)
+        self.keep(range(self.kept - (self.seen - length)))
+        self.seen = length
 
 
 def spying_cache(model: Any, layers: int, seen: int = 0, sliding: bool = False) -> Any:
@@ -152,6 +157,13 @@ def spying_cache(model: Any, layers: int, seen: int = 0, sliding: bool = False) 
 def layers_of(cache: Any) -> list[Any]:
     """The self-attention layers of a cache."""
     return list(cache.self_attention_cache.layers if isinstance(cache, EncoderDecoderCache) else cache.layers)
+
+
+def copied(cache: Any) -> Any:
+    """A copy of a cache and of the tensors in its layers."""
+    held = (one for layer in layers_of(cache) for one in tree_leaves(vars(layer)))
+    # Subclasses of tensors know how they are cloned, but not all of them how they are copied.
+    return copy.deepcopy(cache, {id(one): one.clone() for one in held if isinstance(one, Tensor)})
 
 
 def cache_among(given: Mapping[str, Any]) -> Any:

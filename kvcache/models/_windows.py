@@ -38,7 +38,7 @@ class Windows:
     """
 
     def __init__(self, model: Any, seats: Sequence[Seat], layers: Sequence[Any]) -> None:
-        self._model = weakref.ref(model)
+        self._model: Callable[[], Any] = weakref.ref(model)
         self._seats = seats
         self._layers = layers
         self._hooks: list[Any] = []
@@ -51,8 +51,17 @@ class Windows:
         new = copy.copy(self)
         memo[id(self)] = new  # its layers lead back to it
         new._layers = copy.deepcopy(self._layers, memo)
-        new._hooks, new._masked, new._exact, new._outside = [], {}, {}, False
+        new._model = self._model
         return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Elsewhere there is no model: there `announced` says which one runs."""
+        return {"_seats": self._seats, "_layers": self._layers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._model = _nobody
+        self._hooks, self._masked, self._exact, self._waiting, self._outside = [], {}, {}, 0, False
 
     def begin(self, fresh: int) -> None:
         """A forward of so many tokens begins, says its cache: give the modules their masks, if nothing has done so."""
@@ -163,6 +172,10 @@ class Windows:
             return replaced(module, args, kwargs, seat.mask, exact[:, :, -hidden.shape[1] :])
 
         return hook
+
+
+def _nobody() -> None:
+    """In place of a model that is not here."""
 
 
 def _moved(kv: KVLayer) -> bool:
