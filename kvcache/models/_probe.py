@@ -261,7 +261,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Run the model in here, in evaluation mode and without gradients; afterwards all is as it was."""
     modules = list(model.modules())
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with _LOCK, torch.no_grad(), torch.random.fork_rng(devices=devices):
+    # Compiled parts run as they were written: hooks in them go unseen else, and shapes of a trial are worth no compiling.
+    eager = torch.compiler.set_stance("force_eager")
+    with _LOCK, eager, torch.no_grad(), torch.random.fork_rng(devices=devices):
         before = trying.set(True)
         training = [module.training for module in modules]
         kept = [({**vars(module)}, {**module._buffers}) for module in modules]
