@@ -189,8 +189,8 @@ class Windows:
 
 def _in_copy(model: nn.Module, name: str) -> nn.Module:
     """The module of a copy that has this name in the model, which may run it behind `torch.compile`."""
-    modules = dict(model.named_modules())
-    return modules.get(name) or modules[".".join(part for part in name.split(".") if part != "_orig_mod")]
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    return modules[name if name in modules else ".".join(part for part in name.split(".") if part != "_orig_mod")]
 
 
 def _nobody() -> None:
