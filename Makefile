@@ -24,6 +24,8 @@ FLOOR_READY := $(FLOOR)/.ready
 NOT_ALONE := carry common gpu preparing processes timetable quality_kvpress s3gen first_audio
 BENCHMARKS := $(filter-out $(NOT_ALONE:%=benchmarks/%.py),$(wildcard benchmarks/*.py))
 GPU_OPTIONS ?=
+# What has been compiled for the one run of tests serves the next.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow test-random test-fleet lint docs pages bench gpu gpu-wheels clean
@@ -41,9 +43,10 @@ test: $(READY) $(FLOOR_READY)  ## run the tests on the newest and on the lowest 
 	$(PY) -m pytest -n $(JOBS) -m "not slow"
 	PYTHONPATH=$(FLOOR) $(PY) -m pytest -n $(JOBS) -m "not slow and not one_release"
 
-test-slow: $(READY) $(FLOOR_READY)  ## run the tests that take minutes or gigabytes, and the whole grids; PART=1/3 runs a third
+test-slow: $(READY) $(FLOOR_READY)  ## run the tests that take minutes or gigabytes, whole grids and whole searches; PART=1/3 runs a third
 	$(PY) -m pytest -m slow $(SHARE)
 	PYTHONPATH=$(FLOOR) $(PY) -m pytest -m "slow and grid and not one_release" $(SHARE)
+	SEARCH=1 $(PY) -m pytest -m "search and not slow" $(SHARE)
 	PYTHONPATH=$(FLOOR) $(PY) -m pytest -m "not slow" $(SHARE) tests/test_docs.py
 
 test-random: $(READY)  ## run the fast tests ROUNDS times (8), each time in another order, to find what depends on it

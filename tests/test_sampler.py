@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.searching import search
 from transformers import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -23,10 +24,6 @@ CPU = torch.device("cpu")
 ORDERS = {"transformers": TRANSFORMERS, "chatterbox": order(False), "turbo": order(True)}
 CLOSE = 1e-6
 GREEDY = Sampling(temperature=0, repetition_penalty=1)
-
-
-def search(examples):
-    return settings(max_examples=examples)
 
 
 # ---------------------------------------------------------------------- cases

@@ -9,8 +9,9 @@ import types
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.searching import search
 from t3_models import UPSTREAMS_WARNINGS, fingerprint, tiny_t3
 from test_chatterbox import MODELS, model, upstream
 from test_chatterbox_audio import tts
@@ -308,7 +309,7 @@ VOICES = st.tuples(
 )
 
 
-@settings(max_examples=40)
+@search(40)
 @given(
     requests=st.lists(VOICES, min_size=2, max_size=10),
     budget=st.sampled_from(["200KB", "1MB", "64MB"]),
