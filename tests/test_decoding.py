@@ -431,6 +431,7 @@ def test_windows_say_what_the_manager_says(name, policy, prompt, backend):
     assert decoding.report().layers[0].stored == manager.report().layers[0].stored
 
 
+@pytest.mark.slow
 def test_a_compiled_window_says_what_the_manager_says():
     model, policy = tiny("llama"), SlidingWindow(12, sinks=3)
     manager = KVCacheManager(model, policy)

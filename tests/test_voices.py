@@ -80,6 +80,7 @@ def test_a_known_voice_draws_upstreams_tokens(kind, seed, reuse):
         assert torch.equal(tokens(made, words, 200, voice="sarah", seed=seed), expected)
 
 
+@pytest.mark.grid(1, any_of=("reuse",))
 @pytest.mark.parametrize("reuse", ["all", "conditioning"])
 def test_a_known_multilingual_voice_is_aligned_as_upstream_does(reuse):
     # Upstream leaves eager attention, hooks and an analyzer behind: it runs on a model of its own.
