@@ -28,16 +28,18 @@ GPU_OPTIONS ?=
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-random test-fleet lint docs pages bench gpu gpu-wheels clean
+.PHONY: help environments demo test test-slow test-random test-fleet lint docs pages bench gpu gpu-wheels clean
 
 help:  ## print the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 demo: $(READY)  ## stream speech tokens from Chatterbox, see known voices start sooner, a long text in segments, then text far past a window
 	$(PY) examples/chatterbox_stream.py --variant nano
 	$(PY) examples/voices.py
 	$(PY) examples/long_text.py
 	$(PY) examples/llm_stream.py
+
+environments: $(READY) $(FLOOR_READY) $(DOCS_READY)  ## install all that the checks need
 
 test: $(READY) $(FLOOR_READY)  ## run the tests on the newest and on the lowest transformers; the slow ones are left out
 	$(PY) -m pytest -n $(JOBS) -m "not slow"
