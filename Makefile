@@ -24,12 +24,14 @@ FLOOR_READY := $(FLOOR)/.ready
 NOT_ALONE := carry common gpu preparing processes timetable quality_kvpress s3gen first_audio
 BENCHMARKS := $(filter-out $(NOT_ALONE:%=benchmarks/%.py),$(wildcard benchmarks/*.py))
 GPU_OPTIONS ?=
+# What has been compiled for the one run of tests serves the next.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-random test-fleet lint docs pages bench gpu gpu-wheels clean
+.PHONY: help environments demo test test-slow test-random test-fleet lint docs pages bench gpu gpu-wheels clean
 
 help:  ## print the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 demo: $(READY)  ## stream speech tokens from Chatterbox, see known voices start sooner, a long text in segments, then text far past a window
 	$(PY) examples/chatterbox_stream.py --variant nano
@@ -37,13 +39,16 @@ demo: $(READY)  ## stream speech tokens from Chatterbox, see known voices start 
 	$(PY) examples/long_text.py
 	$(PY) examples/llm_stream.py
 
+environments: $(READY) $(FLOOR_READY) $(DOCS_READY)  ## install all that the checks need
+
 test: $(READY) $(FLOOR_READY)  ## run the tests on the newest and on the lowest transformers; the slow ones are left out
 	$(PY) -m pytest -n $(JOBS) -m "not slow"
 	PYTHONPATH=$(FLOOR) $(PY) -m pytest -n $(JOBS) -m "not slow and not one_release"
 
-test-slow: $(READY) $(FLOOR_READY)  ## run the tests that take minutes or gigabytes, and the whole grids; PART=1/3 runs a third
+test-slow: $(READY) $(FLOOR_READY)  ## run the tests that take minutes or gigabytes, whole grids and whole searches; PART=1/3 runs a third
 	$(PY) -m pytest -m slow $(SHARE)
 	PYTHONPATH=$(FLOOR) $(PY) -m pytest -m "slow and grid and not one_release" $(SHARE)
+	SEARCH=1 $(PY) -m pytest -m "search and not slow" $(SHARE)
 	PYTHONPATH=$(FLOOR) $(PY) -m pytest -m "not slow" $(SHARE) tests/test_docs.py
 
 test-random: $(READY)  ## run the fast tests ROUNDS times (8), each time in another order, to find what depends on it

@@ -4,6 +4,7 @@ Voices and prefixes go to a folder of this run's own, not to the user's cache. E
 """
 
 import atexit
+import gc
 import os
 import random
 import shutil
@@ -27,8 +28,21 @@ pytest_plugins = ["pytester"]
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # On the lowest release, which few changes touch alone, half of each sample.
-    mark_grids(items, 0.5 if transformers.__version__.startswith("5.2.") else 1)
+    for item in items:
+        if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+            item.add_marker("search")
+    # On the lowest release, which few changes touch alone, a smaller part of each sample.
+    mark_grids(items, 0.4 if transformers.__version__.startswith("5.2.") else 0.6)
+
+
+def pytest_collection_finish() -> None:
+    # What the imports and the collection made stays to the end: no search for garbage, of which tests make many, walks it.
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 @pytest.hookimpl(tryfirst=True)  # before the fixtures, which may draw too

@@ -10,6 +10,7 @@ import torch
 from families import VOCABULARY, build, tiny, token_ids
 from hypothesis import given
 from hypothesis import strategies as st
+from support.searching import search
 from test_decoding import (
     CPU,
     DRAWING,
@@ -23,7 +24,6 @@ from test_decoding import (
     decoding_of,
     guided_decoding,
     prefilled,
-    search,
     state_of,
     step,
 )

@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 import torch
+from support.searching import examples
 from t3_models import UPSTREAMS_WARNINGS, fingerprint, likely_end, tiny_t3
 
 from kvcache import CapacityError, InputError, MaxBytes, MaxTokens, PolicyError, SlidingWindow
@@ -88,7 +89,7 @@ def test_turbo_tokens_are_upstreams(seed, settings):
     assert torch.equal(ours(t3, text, 200, seed, chunk_size=[1, 7, 25, 64, 1000][seed], **settings), expected)
 
 
-@pytest.mark.grid(2, any_of=("seed",))
+@pytest.mark.grid(1, any_of=("seed",))
 @pytest.mark.parametrize("seed", SEEDS)
 def test_multilingual_tokens_are_upstreams_and_no_hook_stays(seed):
     # Upstream leaves eager attention, hooks and an analyzer behind: it runs on a model of its own.
@@ -285,6 +286,7 @@ def test_requests_in_threads_do_not_meet():
     assert all(torch.equal(found[seed], alone[seed]) for seed in alone)
 
 
+@pytest.mark.search
 def test_three_hundred_requests_leave_nothing_behind():
     t3 = model("gpt")
     engine = ChatterboxEngine(t3)
@@ -305,7 +307,7 @@ def test_three_hundred_requests_leave_nothing_behind():
 
     request(1)  # what waits for the next request is there from now on
     held, threads = tensors(), threading.active_count()
-    for i in range(300):
+    for i in range(examples(300)):
         request(i)
     assert tensors() <= held
     assert threading.active_count() == threads

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.searching import search
 from t3_models import tiny_t3
 
 from kvcache import InputError
@@ -26,7 +27,7 @@ def tone(tokens):
     return levels.repeat_interleave(SAMPLES_PER_TOKEN)
 
 
-@settings(max_examples=100)
+@search(100)
 @given(
     chunks=st.lists(st.integers(1, 12), min_size=1, max_size=8), context=st.integers(6, 30), fade=st.integers(0, 2000)
 )
@@ -179,7 +180,7 @@ def laid_out(speaker, voice, segments, pause, joined):
     return torch.cat(parts), torch.cat(made)
 
 
-@settings(max_examples=100)
+@search(100)
 @given(
     kind=st.sampled_from(["english", "gpt"]),
     cuts=st.lists(st.lists(st.integers(0, 9), max_size=4), max_size=5),

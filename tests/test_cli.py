@@ -293,25 +293,24 @@ def test_without_a_command_the_help_says_which_there_are(arguments, capsys):
             assert name.split()[len(arguments)] in said
 
 
-def test_as_a_process_of_its_own(places):
+@pytest.mark.grid(1, any_of=("arguments",))
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["voices", "export", "sarah", "{tmp}/new.safetensors", "--store", "{store}"],
+        ["plan", "{tmp}", "--length", "10"],
+        ["bench", "magic", "--quick"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_as_a_process_of_its_own(arguments, places):
     """The exit code and the streams as a shell has them."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "adapters")))}
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-m", "kvcache.cli", *(one.format(**places) for one in arguments)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for arguments in (
-            ["plan", "{tmp}", "--length", "10"],
-            ["voices", "export", "sarah", "{tmp}/new.safetensors", "--store", "{store}"],
-            ["bench", "magic", "--quick"],
-        )
-    ]  # fmt: skip
-    for process in running:
-        out, err = process.communicate(timeout=300)
-        assert (process.returncode, out) == (2, "")
-        [line] = err.splitlines()
-        assert line.startswith("kvcache: ") and NEXT_STEP.search(line)
+    command = [sys.executable, "-m", "kvcache.cli", *(one.format(**places) for one in arguments)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    [line] = ended.stderr.splitlines()
+    assert line.startswith("kvcache: ") and NEXT_STEP.search(line)
 
 
 # ---------------------------------------------------------------------- the page about it

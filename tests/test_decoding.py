@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 from families import FAMILIES, RELEASE, ROPE_BY_LENGTH, VOCABULARY, build, tiny, token_ids
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.searching import search
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
@@ -52,10 +53,6 @@ POLICIES = [
     Pinned(2, MaxTokens(7, low_water=2)),
     Pinned(3, KeepAll()),
 ]
-
-
-def search(examples):
-    return settings(max_examples=examples)
 
 
 # ---------------------------------------------------------------------- the arithmetic of slots
@@ -399,7 +396,7 @@ def generated(manager, ids, tokens, seed=0, **drawing):
 
 
 @pytest.mark.grid(4)
-@pytest.mark.parametrize("backend", ["eager", "graph", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", "graph", pytest.param("aot_eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "mistral", "gpt2"])
 def test_tokens_are_those_of_generate(name, backend):
     model = tiny(name)
@@ -434,6 +431,7 @@ def test_windows_say_what_the_manager_says(name, policy, prompt, backend):
     assert decoding.report().layers[0].stored == manager.report().layers[0].stored
 
 
+@pytest.mark.slow
 def test_a_compiled_window_says_what_the_manager_says():
     model, policy = tiny("llama"), SlidingWindow(12, sinks=3)
     manager = KVCacheManager(model, policy)

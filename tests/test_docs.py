@@ -64,7 +64,13 @@ def told():
 
 
 @pytest.mark.usefixtures("told")
-@pytest.mark.parametrize("page", PAGES, ids=name)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] * (page.stem == "tutorial")) for page in PAGES
+    ],  # see test_tutorial.py
+    ids=name,
+)
 def test_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("kvcache.events._listeners", ())  # a page may leave some behind

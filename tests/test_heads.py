@@ -13,7 +13,7 @@ import torch
 from families import build, logits, tiny, token_ids
 from hypothesis import given
 from hypothesis import strategies as st
-from test_laws import search
+from support.searching import search
 from test_ranking import CHUNKINGS, CLOSE, EXACT, KEY_DIM, RANKINGS, VALUE_DIM, Reference, forward, padded, places
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -454,6 +454,7 @@ def share_by_hand(lists, mean, floor):
             one.rows[b][0] = [token for token in one.rows[b][0] if token.position in kept]
 
 
+@pytest.mark.search
 @pytest.mark.parametrize("name", RANKINGS)
 def test_shares_are_those_of_a_sort_by_hand(name):
     @search(12)

@@ -11,8 +11,9 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.searching import search
 
 # Is read when triton is imported, which torch._dynamo does.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
@@ -144,7 +145,7 @@ def problems(draw):
     )
 
 
-@settings(max_examples=30)
+@search(30)
 @given(problems(), st.sampled_from([None, 1, 2, 3, 7, 64]), st.sampled_from([None, 0.05]), st.sampled_from([64, 4096]))
 def test_as_dense_attention_to_the_visible_slots(problem, splits, scale, tile):
     # A small tile makes several blocks of a few slots.

@@ -1,7 +1,7 @@
 """The laws of `kvcache.testing`, each held to by every policy in every variant, against the oracle of a plain list.
 
 Law 4 (save, load, fork) is in `test_prefix.py`; law 7 (a model's logits) is tested with the models. A new policy enters
-by one line in `POLICIES`. `LAW_SEARCH=20 pytest tests/test_laws.py` searches twenty times as long, each run elsewhere.
+by one line in `POLICIES`. `SEARCH=20 pytest tests/test_laws.py` searches twenty times as long, each run elsewhere.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, given
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -19,7 +19,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from support.searching import LONGER
+from support.searching import search
 
 from kvcache import (
     CapacityError,
@@ -56,11 +56,6 @@ from kvcache.testing.laws import (
 )
 
 pytestmark = pytest.mark.one_release
-
-
-def search(examples: int, **options) -> settings:
-    """So many examples, the same on every run; with LAW_SEARCH, so many times as many, new on every run."""
-    return settings(max_examples=examples * LONGER, **options)
 
 
 # ---------------------------------------------------------------------- what is tested: policy x variant
@@ -137,6 +132,7 @@ def buffers_grow():
         yield
 
 
+@pytest.mark.search
 @pytest.mark.grid(130)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
@@ -219,6 +215,7 @@ class Interleaved(RuleBasedStateMachine):
             self.pair.check()
 
 
+@pytest.mark.search
 def test_calls_in_any_order():
     run_state_machine_as_test(Interleaved, settings=search(150, stateful_step_count=12))
 
@@ -384,4 +381,4 @@ MUTANTS = [
 @pytest.mark.parametrize(("mutant", "law", "name", "variant"), MUTANTS, ids=lambda x: getattr(x, "__name__", x))
 def test_laws_catch(mutant, law, name, variant):
     with pytest.raises((AssertionError, RuntimeError)):  # wrong, or so wrong that the shapes no longer fit
-        hold(law, Kind(name, variant, mutant), max(20, LAWS[law]), phases=[Phase.generate])
+        hold(law, Kind(name, variant, mutant), max(20, LAWS[law]), whole=True, phases=[Phase.generate])

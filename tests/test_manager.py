@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, SEQ2SEQ, build, dynamic_cache, logits, tiny, token_ids
+from support.searching import examples
 from support.waiting import until
 from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
@@ -639,6 +640,7 @@ def left_behind(model: nn.Module) -> dict[str, Any]:
     }
 
 
+@pytest.mark.search
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are counted in /proc")
 def test_300_requests_leave_nothing_behind() -> None:
     model = smallest()
@@ -682,7 +684,7 @@ def test_300_requests_leave_nothing_behind() -> None:
     for i in range(35):  # each kind with each manager: caches of modules and of angles are filled once
         request(i)
     before = left_behind(model)
-    for i in range(300):
+    for i in range(examples(300)):
         request(i)
     assert left_behind(model) == before
 
@@ -692,6 +694,7 @@ def resident_bytes() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+@pytest.mark.slow
 @pytest.mark.parametrize("positions", ["absolute", "rerotated"])
 def test_20_000_tokens_through_a_window_of_1_024(positions: Any) -> None:
     model, tokens = smallest(), 20_000

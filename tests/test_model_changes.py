@@ -399,7 +399,7 @@ def outcome(ask: Callable[[], Tensor], expected: Tensor) -> str:
     return "="
 
 
-@pytest.mark.grid(60)
+@pytest.mark.grid(36)
 @pytest.mark.filterwarnings("ignore")  # of the wrappers that are tried
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize("when", ["before", "after"])

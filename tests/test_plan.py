@@ -4,9 +4,10 @@ import io
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from support.searching import search
 
 from kvcache import CapacityError, InputError
 from kvcache_chatterbox.plan import make_plan, predicted_tokens
@@ -14,7 +15,7 @@ from kvcache_chatterbox.segments import Segment, split
 
 pytestmark = pytest.mark.one_release
 
-SEARCH = settings(max_examples=100)
+SEARCH = search(100)
 
 TEXT = (
     "The lighthouse keeper climbed the stairs every evening at six, carrying oil for the lamp. From the top he could see "

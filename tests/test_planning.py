@@ -57,7 +57,7 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.grid(16)
+@pytest.mark.grid(9)
 @pytest.mark.parametrize("setting", SETTINGS, ids=repr)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_cache_is_planned_to_the_byte(folders, name, setting):
@@ -239,6 +239,7 @@ def test_held_counts_a_storage_once():
 # ---------------------------------------------------------------------- what fits
 
 
+@pytest.mark.grid(1, any_of=("backend",))
 @pytest.mark.parametrize("backend", ["off", "eager"])
 def test_what_fits_against_trying_all(folders, backend):
     model, setting = subject(str(folders["llama"])), Setting(backend)

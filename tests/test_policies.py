@@ -4,15 +4,16 @@ import re
 from dataclasses import FrozenInstanceError, dataclass
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.searching import search
 
 from kvcache import KeepAll, KVLayer, MaxBytes, MaxTokens, Pinned, PolicyError, SizePolicy, SlidingWindow
 from kvcache.policies import check_policy, parse_bytes, schedule
 
 pytestmark = pytest.mark.one_release
 
-SEARCH = settings(max_examples=100)
+SEARCH = search(100)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import gc
 import pytest
 import torch
 from families import build, tiny, token_ids
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.searching import search
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -81,7 +82,7 @@ def random(*shape, seed=0):
 
 
 @pytest.mark.parametrize("precision", NARROW)
-@settings(max_examples=30)
+@search(30)
 @given(
     kind=st.sampled_from(["linear", "conv1d"]),
     inputs=st.integers(1, 80),

@@ -22,7 +22,8 @@ from families import FAMILIES, ROPE_BY_LENGTH, SEQ2SEQ, build, cases, dynamic_ca
 from hypothesis import given
 from hypothesis import strategies as st
 from support.clocks import Clock
-from test_laws import KINDS, Kind, search
+from support.searching import search
+from test_laws import KINDS, Kind
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
@@ -218,6 +219,7 @@ def taken(chunks: Sequence[int], dtype: torch.dtype, row: int = 0) -> PrefixSnap
     return snapshot
 
 
+@pytest.mark.search
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.variant != "padded"], ids=str)
 def test_law_4_saved_loaded_and_forked_is_as_if_all_had_been_appended(kind: Kind) -> None:
     def law(life: dict[str, Any]) -> None:
@@ -1415,6 +1417,7 @@ REQUESTS = st.tuples(
 )
 
 
+@pytest.mark.search
 def test_what_is_served_is_what_this_model_computes_for_this_prefix() -> None:
     """Models and prompts as alike as can be share stores that are too small for them; some change between requests."""
     total: Counter[str] = Counter()

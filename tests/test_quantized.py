@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from support.searching import LONGER
+from support.searching import search
 
 from kvcache import (
     CacheGeometry,
@@ -46,10 +46,6 @@ POLICIES = {
     "bytes": MaxBytes(5000),
     "pinned-bytes": Pinned(2, MaxBytes(6000, low_water=0.5)),
 }
-
-
-def search(examples: int) -> settings:
-    return settings(max_examples=examples * LONGER)
 
 
 @dataclass(frozen=True)

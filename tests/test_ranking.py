@@ -20,7 +20,7 @@ import torch
 from families import FAMILIES, build, dynamic_cache, logits, tiny, token_ids
 from hypothesis import Phase, given
 from hypothesis import strategies as st
-from test_laws import search
+from support.searching import search
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -625,6 +625,7 @@ def short_ladder():
         yield
 
 
+@pytest.mark.search
 @pytest.mark.grid(72)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
@@ -829,7 +830,7 @@ MUTANTS = [
 @pytest.mark.parametrize(("mutant", "law", "name"), MUTANTS, ids=lambda x: getattr(x, "__name__", x))
 def test_laws_catch(mutant, law, name):
     with pytest.raises((AssertionError, RuntimeError)):  # wrong, or so wrong that the shapes no longer fit
-        hold(law, name, 60, mutant, phases=[Phase.generate])
+        hold(law, name, 60, mutant, whole=True, phases=[Phase.generate])
 
 
 # ---------------------------------------------------------------------- through models

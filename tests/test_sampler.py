@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.searching import search
 from transformers import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -22,10 +23,6 @@ from kvcache_chatterbox.sampling import order
 CPU = torch.device("cpu")
 ORDERS = {"transformers": TRANSFORMERS, "chatterbox": order(False), "turbo": order(True)}
 GREEDY = Sampling(temperature=0, repetition_penalty=1)
-
-
-def search(examples):
-    return settings(max_examples=examples)
 
 
 # ---------------------------------------------------------------------- cases

@@ -14,9 +14,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.clocks import Clock
+from support.searching import examples, search
 from support.waiting import until_async
 from test_batch import SYMBOLS, TABLE, Breaks, assert_empty, chain, link, linked
-from test_decoding import search
 
 from kvcache import BusyError, ClosedError, InputError
 from kvcache.decoding import Batch, Piece, Pool
@@ -859,6 +859,7 @@ def test_a_scheduler_with_nothing_to_do_holds_no_request():
     asyncio.run(main())
 
 
+@pytest.mark.search
 def test_two_hundred_requests_leave_nothing_behind():
     pool = Pool()
 
@@ -875,7 +876,7 @@ def test_two_hundred_requests_leave_nothing_behind():
         chosen = random.Random(8)
         async with Scheduler(opens, 4, max_waiting=200) as scheduler:
             held = tensors()
-            for _ in range(4):
+            for _ in range(examples(4)):
                 await asyncio.gather(*(one_of_many(scheduler, i, chosen, seen) for i in range(50)))
                 gc.collect()
                 await until_async(lambda: scheduler.metrics().busy == 0 and not scheduler._inboxes)
@@ -896,7 +897,7 @@ def test_two_hundred_requests_leave_nothing_behind():
 
     before = tensors()
     asyncio.run(main())
-    assert counts == [50, 100, 150, 200]
+    assert counts == [50 * i for i in range(1, 1 + examples(4))]
     assert len(seen) == 5 and min(seen.values()) > 10
     assert threads() == []
     pool.clear()

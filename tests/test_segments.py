@@ -6,15 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
+from support.searching import search
 
 from kvcache import InputError
 from kvcache_chatterbox.segments import Segment, primary_language, split
 
 pytestmark = pytest.mark.one_release
 
-SEARCH = settings(max_examples=150)
+SEARCH = search(150)
 
 # Three sentences each, ends where a reader would put them.
 SENTENCES = {

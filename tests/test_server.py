@@ -311,7 +311,7 @@ def test_the_page_shows_chunks_as_they_come(tmp_path):
 def test_eight_clients_for_some_requests(url, monkeypatch):
     # Seconds are looks at the clock, two or three a request: as many requests on any machine.
     monkeypatch.setattr(server_load, "time", SimpleNamespace(perf_counter=Ticking(0.1)))
-    found = asyncio.run(server_load.load(url, clients=8, seconds=5, again=6))
+    found = asyncio.run(server_load.load(url, clients=8, seconds=3, again=4))
     assert found["first errors"] == []
     assert found["complete"] > 0 and found["left midway"] > 0
     assert found["same length"] == found["asked again"] > 0

@@ -14,9 +14,10 @@ from random import Random
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from snapshots import BLOBS, KINDS, Stores, cold, exact, ids, running_redis, voice
+from support import searching
 from support.clocks import Clock
 from support.waiting import until
 
@@ -32,8 +33,7 @@ pytestmark = pytest.mark.one_release
 
 def search(examples):
     # Each example opens a place of its own in the test's folder.
-    unshared = [HealthCheck.function_scoped_fixture]
-    return settings(max_examples=examples, suppress_health_check=unshared)
+    return searching.search(examples, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="session")
@@ -204,6 +204,7 @@ ACTIONS = ("put",) * 6 + ("get",) * 5 + ("pin", "unpin", "delete")  # mostly wha
 actions = st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 4)), min_size=15, max_size=40)
 
 
+@pytest.mark.search
 @pytest.mark.parametrize("kind", ["memory", *BLOBS])
 def test_the_least_recently_used_leave_first_and_the_budget_holds(kind, stores, tmp_path):
     places = iter(range(10**6))
@@ -241,6 +242,7 @@ def test_the_least_recently_used_leave_first_and_the_budget_holds(kind, stores, 
     check()
 
 
+@pytest.mark.search
 @pytest.mark.parametrize("kind", ["memory+disk", "memory+disk+redis"])
 def test_tiers_keep_their_budgets_their_pins_and_their_word(kind, stores):
     places = iter(range(10**6))
@@ -478,6 +480,7 @@ def test_a_snapshot_at_the_address_of_another_is_refused_and_replaced(kind, stor
     assert cache.stats().built == 1
 
 
+@pytest.mark.search
 @pytest.mark.parametrize("hashes", ["addresses collide", "hashes collide too"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_collision_of_hashes_serves_another_voice(kind, hashes, stores, monkeypatch, caplog):

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from families import VOCABULARY, build
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.searching import search
 
 from kvcache import (
     CorruptError,
@@ -96,7 +97,7 @@ def of(table, setting, axis):
     return table.get((axis, value), 1.0)
 
 
-@settings(max_examples=200)
+@search(200)
 @given(table=factors, seed=st.integers(0, 2**16), additive=st.booleans())
 def test_the_best_is_found_where_axes_are_independent(table, seed, additive):
     """Whatever each value costs: factors or summands, measured with 1 % of noise."""

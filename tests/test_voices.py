@@ -9,8 +9,9 @@ import types
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.searching import search
 from t3_models import UPSTREAMS_WARNINGS, fingerprint, tiny_t3
 from test_chatterbox import MODELS, model, upstream
 from test_chatterbox_audio import tts
@@ -79,6 +80,7 @@ def test_a_known_voice_draws_upstreams_tokens(kind, seed, reuse):
         assert torch.equal(tokens(made, words, 200, voice="sarah", seed=seed), expected)
 
 
+@pytest.mark.grid(1, any_of=("reuse",))
 @pytest.mark.parametrize("reuse", ["all", "conditioning"])
 def test_a_known_multilingual_voice_is_aligned_as_upstream_does(reuse):
     # Upstream leaves eager attention, hooks and an analyzer behind: it runs on a model of its own.
@@ -308,7 +310,7 @@ VOICES = st.tuples(
 )
 
 
-@settings(max_examples=40)
+@search(40)
 @given(
     requests=st.lists(VOICES, min_size=2, max_size=10),
     budget=st.sampled_from(["200KB", "1MB", "64MB"]),

@@ -1,7 +1,8 @@
 """Grids of test cases: a sample in the fast set, the whole grid in the slow one.
 
-``@pytest.mark.grid(40)`` lets about 40 of a test's cases run with ``-m "not slow"``, and marks the others ``slow``. The
-sample is the same on every run, and every value of every parameter is in it, but for those named by ``any_of=("seed",)``.
+``@pytest.mark.grid(40)`` lets at most 40 of a test's cases run with ``-m "not slow"``, or a share of them, and marks the others
+``slow``. The sample is the same on every run, and every value of every parameter is in it, but for those named by
+``any_of=("seed",)``.
 """
 
 import hashlib

@@ -1,15 +1,32 @@
-"""How hypothesis searches: the same examples on every run, or with LAW_SEARCH more of them, new on every run."""
+"""How hypothesis searches: a part of a test's examples in the fast set, all of them, or more, by the variable SEARCH.
+
+`SEARCH=1 pytest` tries as many examples as a test says, `SEARCH=20` twenty times as many, new on every run. Without it, as the
+fast set runs, it is FAST of them, the same on every run.
+"""
 
 import os
 
-from hypothesis import Phase, settings
+import hypothesis
+from hypothesis import Phase
 
-LONGER = int(os.environ.get("LAW_SEARCH", "1"))
-"""So many times as many examples, where a test multiplies by it."""
+FAST = 0.25
+SHARE = float(os.environ.get("SEARCH", FAST))
 
 
 def register() -> None:
-    """Make this the profile of all tests, so that `settings` in a test says only what is its own."""
+    """Make this the profile of all tests, so that `search` in a test says only what is its own."""
     phases = (Phase.explicit, Phase.generate, Phase.shrink)  # explaining a failure takes longer than finding it
-    settings.register_profile("kvcache", derandomize=LONGER == 1, database=None, deadline=None, phases=phases)
-    settings.load_profile("kvcache")
+    hypothesis.settings.register_profile(
+        "kvcache", derandomize=SHARE <= 1, database=None, deadline=None, phases=phases, max_examples=examples(100)
+    )
+    hypothesis.settings.load_profile("kvcache")
+
+
+def examples(count: int) -> int:
+    """So many of this number of examples are tried now."""
+    return max(2, round(count * SHARE))
+
+
+def search(count: int, whole: bool = False, **options: object) -> hypothesis.settings:
+    """Settings of a search that tries `count` examples when all are tried; or always, where it has to find something."""
+    return hypothesis.settings(max_examples=count if whole else examples(count), **options)
