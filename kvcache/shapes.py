@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from kvcache.budget import Token, Whole, bytes_of
 from kvcache.errors import GeometryError
 from kvcache.meta import without_numbers
+from kvcache.models import embedding_table
 from kvcache.modules import rebuilt
 from kvcache.past import handed
 
@@ -154,9 +155,12 @@ def run_blank(model: Any, cache: Any, rows: int, tokens: int, encoded: int, devi
             states = torch.zeros(rows, encoded, width, dtype=model.dtype, device=device)
             given["encoder_outputs"] = BaseModelOutput(last_hidden_state=states)
         return model(decoder_input_ids=ids, **given)
+    if (table := embedding_table(model)) is None:
+        width = model.config.get_text_config(decoder=True).hidden_size
+        return model(inputs_embeds=torch.zeros(rows, tokens, width, dtype=model.dtype, device=device), **given)
     # Some models look for pads among token ids, which have no numbers on the meta device.
     if torch.device(device).type == "meta":
-        return model(inputs_embeds=model.get_input_embeddings()(ids), **given)
+        return model(inputs_embeds=table(ids), **given)
     return model(input_ids=ids, **given)
 
 

@@ -2,7 +2,7 @@
 
 from kvcache.models._facts import LayerShape, ModelFacts, Seat, alike, facts_of, rope_by_length, run_prefix
 from kvcache.models._forwards import looks_on, unwrapped
-from kvcache.models._probe import parameters, untouched
+from kvcache.models._probe import embedding_table, parameters, untouched
 from kvcache.models._signature import Following, Signature, Watch, signature_of, watch_of
 from kvcache.models._windows import Windows, announced, hides_more, shows_later, unattended
 
@@ -16,6 +16,7 @@ __all__ = [
     "Windows",
     "alike",
     "announced",
+    "embedding_table",
     "facts_of",
     "hides_more",
     "looks_on",

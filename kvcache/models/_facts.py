@@ -459,10 +459,12 @@ class ModelFacts:
 
     def _generated(self, ids: Tensor, cache: Any) -> tuple[Tensor, dict[int, Tensor]]:
         """The logits of the next token, or of a model without a head its last states, and all keys."""
-        model, given = self.model, self._probe.given(ids)
+        model, probe = self.model, self._probe
         if not hasattr(model, "generation_config"):
-            out = model(**_behind(given, int(cache.get_seq_length())), **handed(model, cache), use_cache=True)[0]
+            seen = int(cache.get_seq_length())  # a body alone is given what follows, where `generate` is given all
+            out = model(**_behind(probe.given(ids[:, seen:]), seen, model), **handed(model, cache), use_cache=True)[0]
             return out[:, -1], {i: layer.keys for i, layer in enumerate(layers_of(cache))}
+        given = probe.given(ids)
         settings = GenerationConfig(  # type: ignore[no-untyped-call]
             max_new_tokens=1, do_sample=False, use_cache=True, return_dict_in_generate=True
         )
@@ -611,8 +613,8 @@ def run_prefix(model: Any, given: Mapping[str, Tensor], cache: Any, start: int) 
     body(**_behind(given, start, body), **handed(body, cache), use_cache=True)
 
 
-def _behind(given: Mapping[str, Tensor], start: int, body: Any = None) -> dict[str, Tensor]:
+def _behind(given: Mapping[str, Tensor], start: int, body: Any) -> dict[str, Tensor]:
     states = next(iter(given.values()))
-    if body is None or "position_ids" not in parameters(body):
+    if "position_ids" not in parameters(body):
         return dict(given)
     return {**given, "position_ids": torch.arange(start, start + states.shape[1], device=states.device)[None]}

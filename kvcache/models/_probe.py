@@ -335,6 +335,14 @@ def replaced(
     return args, {**kwargs, name: value}
 
 
+def embedding_table(model: Any) -> nn.Module | None:
+    """What turns a model's token ids into states; None where it has none, and is given states."""
+    try:
+        return model.get_input_embeddings()  # type: ignore[no-any-return]
+    except (AttributeError, NotImplementedError):  # taken away, as from the GPT-2 within a larger model, or never there
+        return None
+
+
 class Probe:
     """How this model is run on a few tokens of its own vocabulary.
 
@@ -346,8 +354,7 @@ class Probe:
         self.model = model
         self.seq2seq = bool(model.config.is_encoder_decoder)
         generator = torch.Generator().manual_seed(0)
-        table = model.get_input_embeddings()
-        known = getattr(table, "num_embeddings", None)
+        known = getattr(embedding_table(model), "num_embeddings", None)
         self._embeds: Tensor | None = None
         if known is None or known < 8:  # a decoder that is given embeddings, and has none of its own
             width = model.config.get_text_config(decoder=True).hidden_size
