@@ -326,7 +326,7 @@ BAD = {
     "foreign tokens": (lambda t: torch.cat([t[:, :1], t[:, 1:-1] * 10, t[:, -1:]], 1), {}, "the model knows 0 to 703"),
     "endless text": (lambda t: torch.cat([t[:, :1], t[:, 1:2].expand(1, 3000), t[:, -1:]], 1), {}, "2050 positions"),
     "temperature": (lambda t: t, {"temperature": -1.0}, "temperature=-1.0"),
-    "top_p": (lambda t: t, {"top_p": 0.0}, "top_p=0.0"),
+    "top_p": (lambda t: t, {"top_p": 1.5}, "top_p=1.5"),
     "min_p": (lambda t: t, {"min_p": 2.0}, "min_p=2.0"),
     "penalty": (lambda t: t, {"repetition_penalty": 0.0}, "repetition_penalty"),
     "guidance": (lambda t: t, {"cfg_weight": -0.5}, "cfg_weight=-0.5"),

@@ -234,7 +234,7 @@ def test_a_folder_that_cannot_be_written_to_is_still_read(tmp_path, caplog):
         ]
 
 
-@pytest.mark.parametrize("through", ["file/store", "file", "loop/store", "x" * 300])
+@pytest.mark.parametrize("through", ["file/store", "loop/store", "x" * 300])
 def test_a_folder_that_cannot_be_costs_a_computation_each_time(through, tmp_path, caplog):
     (tmp_path / "file").write_bytes(b"something else")
     (tmp_path / "loop").symlink_to("loop")
@@ -521,10 +521,10 @@ def test_processes_that_share_a_folder_keep_to_its_budget_and_to_the_truth(times
 
 @pytest.mark.parametrize("what", ["entries", "peek", "intact", "add", "remove", "hold"])
 def test_who_looks_after_a_store_is_told_why_it_cannot_be(what, tmp_path):
-    key = voice(0)
+    key, disk = voice(0), DiskStore(tmp_path / "file")
     (tmp_path / "file").touch()
     with deserted() as port:
-        for store in (RedisStore(f"redis://127.0.0.1:{port}", timeout=1), DiskStore(tmp_path / "file")):
+        for store in (RedisStore(f"redis://127.0.0.1:{port}", timeout=1), disk):
             given = {"entries": (), "add": (cold(key).to_bytes(),)}.get(what, (key.address,))
             with pytest.raises(StoreError, match=rf"{store.name}: could not .+ \(.+\); check that it is up"):
                 getattr(store, what)(*given)

@@ -183,7 +183,7 @@ def make_plan(
     for name, value in (("max_rows", max_rows), ("max_new_tokens", max_new_tokens)):
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
-    memory_budget = None if memory_budget is None else parse_bytes(memory_budget)
+    memory_budget = parse_bytes(memory_budget) if isinstance(memory_budget, str) else memory_budget
     planned = []
     slots = 0
     for i, (segment, tokens) in enumerate(zip(segments, text_tokens, strict=True)):

@@ -210,6 +210,8 @@ class ModelFacts:
                 ids[1, -1] = probe.ids[TOKENS]
                 cache = spying_cache(model, _layers_told(model))
                 notes = probe.run(ids, cache, follow=True)
+            states = [*notes.keys.values(), *notes.values.values()]
+            one_way = all(alike(each[0, :, :-1], each[1, :, :-1]) for each in states)
         except Exception as error:  # code of any model; the reason is told where it is asked for
             return f"a short run failed with {type(error).__name__}: {str(error)[:200]}"
         shapes = {i: LayerShape(k.shape[1], k.shape[3], notes.values[i].shape[3]) for i, k in notes.keys.items()}
@@ -219,8 +221,6 @@ class ModelFacts:
                 shapes[i] = LayerShape(keys.shape[1], keys.shape[3], values.shape[3])
         if any(keys.shape[2] != TOKENS for keys in notes.keys.values()):
             return f"{TOKENS} tokens were given and {max(k.shape[2] for k in notes.keys.values())} cached"
-        states = [*notes.keys.values(), *notes.values.values()]
-        one_way = all(alike(each[0, :, :-1], each[1, :, :-1]) for each in states)
         dtype = next((keys.dtype for keys in notes.keys.values()), None)
         return _Layout(shapes, *_seats(notes), one_way, dtype)
 

@@ -46,7 +46,7 @@ class DiskStore(BlobStore):
     ) -> None:
         super().__init__(max_bytes, secret)
         self.folder = default_folder() if folder is None else Path(folder)
-        if self.folder.exists() and not self.folder.is_dir():
+        if os.path.exists(self.folder) and not os.path.isdir(self.folder):  # False for what no name can be, told in use
             raise InputError(f"folder={os.fspath(self.folder)!r} is a file; give a folder, which may be new")
 
     def __repr__(self) -> str:
