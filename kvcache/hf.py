@@ -100,7 +100,7 @@ def new_cache(
     evicting = [policies[i] for i in managed if policies[i].evicts]
     rerotated = positions == "rerotated"
     if evicting or rerotated:
-        _check_eviction(model, geometry, evicting, rerotated)
+        _check_eviction(model, geometry, [policies[i] for i in managed] if evicting else [], rerotated)
     idle = policy if any(p.evicts for p in policies) else quantization
     if not managed and idle is not None:
         raise PolicyError(
@@ -115,11 +115,10 @@ def new_cache(
             )
     if any(chosen_by_head(policies[i]) for i in managed):
         _check_latent(model, policy)
-    turn = _turn(model, geometry, [policies[i] for i in managed])
     ours: list[KVLayer] = []
     evictions = Evictions(ours)
-    aged = [policy for policy in evicting if not chosen_by_head(policy)]
-    windows = Windows(model, facts_of(model).seats, layers) if aged else None
+    masked = evicting and not all(chosen_by_head(policies[i]) for i in managed)
+    windows = Windows(model, facts_of(model).seats, layers) if masked else None
     counted = [i for i in managed if budgeted(policies[i]) and not chosen_by_head(policies[i])]
     shape = shape_of(model) if counted else None
     for i in managed:
@@ -138,7 +137,7 @@ def new_cache(
             kv: KVLayer = _quantized(policies[i], quantization, preallocate, own, given)
         else:
             given |= {"preallocate": preallocate, "token_bytes": own.layer_token_bytes}
-            kv = layer_for(policies[i], rotation, turn=turn, **given)
+            kv = layer_for(policies[i], rotation, turn=_turn(model, geometry, policies[i], i), **given)
         if kv.by_head and rerotated:
             raise PositionsError(
                 f"under {policies[i]!r} each head keeps tokens of its own, so there is no window to turn sinks towards; "
@@ -198,13 +197,12 @@ def _check_latent(model: Any, policy: Any) -> None:
         )
 
 
-def _turn(model: Any, geometry: CacheGeometry, policies: Sequence[SizePolicy]) -> KeyRotation | None:
-    """What turns the model's queries, where one of these policies does that and they carry a rotary embedding."""
-    policy = next(filter(turns, policies), None)
-    if policy is None or geometry.positions == "learned":
+def _turn(model: Any, geometry: CacheGeometry, policy: SizePolicy, layer: int) -> KeyRotation | None:
+    """What turns the queries of a layer, where its policy does that and they carry a rotary embedding."""
+    if not turns(policy) or geometry.positions == "learned":
         return None
     try:
-        return key_rotation(model)
+        return facts_of(model).rotation(layer)
     except PositionsError as error:
         reason = str(error).split(": ", 1)[-1].split(";")[0]
         raise PositionsError(

@@ -393,6 +393,13 @@ class QuantizedLayer(KVLayer):
         self._check_shapes(keys[:, :, :0], values[:, :, :0])
         if not (keys.is_floating_point() and keys.dtype == values.dtype):
             raise ValueError(f"its keys are {keys.dtype}, its values {values.dtype}")
+        for side, states in zip(self._sides or (), (keys, values), strict=False):
+            made = side.parts["tail"]
+            if (made.dtype, *made.shape[:2], made.shape[3]) != (states.dtype, *states.shape[:2], states.shape[3]):
+                raise ValueError(
+                    f"it is of {states.dtype} and {list(states.shape)}, and this layer was made for {made.dtype} and "
+                    f"{list(made.shape)}"
+                )
         policy = self._resolve(keys.shape[0], (keys.shape[1], keys.shape[3], values.shape[3], keys.dtype))
         most = policy.limit if policy.limit is not None else self.max_length
         # What an eviction left must still be there: at least the pinned tokens, and one.

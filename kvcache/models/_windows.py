@@ -81,10 +81,9 @@ class Windows:
         if self._outside or model is None or torch.compiler.is_compiling():
             return
         self.end()
-        held = self._held()
-        if self._differ(held, fresh):
+        if self._differ(fresh):
             self._arm(model, self._seats, strict=True)
-        elif any(map(_moved, held)):  # a mask that hides more than pads would meet other slots
+        elif any(map(_moved, self._by_age())):  # a mask that hides more than pads would meet other slots
             self._arm(model, self._seats[:1], strict=True)
 
     def announce(self, model: Any, fresh: int, tokens: Tensor | None) -> None:
@@ -97,8 +96,7 @@ class Windows:
         """
         self.end()
         self._outside = True
-        held = self._held()
-        if tokens is not None or self._differ(held, fresh) or any(kv.holds_pads for kv in held):
+        if tokens is not None or self._differ(fresh) or any(kv.holds_pads for kv in self._by_age()):
             self._arm(model, self._seats, strict=False)
 
     def end(self) -> None:
@@ -128,16 +126,15 @@ class Windows:
             "tokens at once"
         )
 
-    def _held(self) -> list[KVLayer]:
+    def _by_age(self) -> list[KVLayer]:
         return [layer.kv for layer in self._layers if _managed(layer) and not layer.kv.by_head]
 
-    @staticmethod
-    def _differ(held: Sequence[KVLayer], fresh: int) -> bool:
-        """Whether the mask that transformers makes for the first of these layers is not that of all of them."""
-        if len({kv.retained for kv in held}) > 1:
+    def _differ(self, fresh: int) -> bool:
+        """Whether the mask that transformers makes for the first of the layers is not that of all of them."""
+        if len({layer.kv.retained for layer in self._layers if _managed(layer)}) > 1:
             return True
-        return (
-            any(schedule(kv.policy, kv.stored, fresh)[-1] != kv.retained + fresh for kv in held) if fresh > 1 else False
+        return fresh > 1 and any(
+            schedule(kv.policy, kv.stored, fresh)[-1] != kv.retained + fresh for kv in self._by_age()
         )
 
     def _arm(self, model: Any, seats: Sequence[Seat], strict: bool) -> None:
