@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from families import logits, tiny, token_ids
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from support.searching import search
 from torch import Tensor
 
 from kvcache import Adaptive, KVCacheManager, PolicyError, RankingPolicy, Rehearsed, SnapKV, hf, pyramid
@@ -32,7 +33,7 @@ def test_d3_the_last_layer_keeps_one_more_than_what_is_protected() -> None:
     beta=st.sampled_from([1, 1.1, 1.3, 1.5, 1.7, 1.9, 2.0, 2.3, 4, 7.0, 20.0, 1e6]) | st.floats(1, 1e9),
     tokens=st.none() | st.integers(1, 6000),
 )
-@settings(max_examples=300, deadline=None)
+@search(300)
 def test_d3_budgets_are_a_line_around_the_mean_for_any_setting(
     limit: int, low: int | None, layers: int, beta: float, tokens: int | None
 ) -> None:
