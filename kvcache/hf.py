@@ -5,6 +5,7 @@ Two rules make a cache right while tokens leave it: its length is counted in tok
 """
 
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -392,8 +393,8 @@ def check_continues(cache: Any, ids: Tensor | None, given: int) -> None:
     if read is None or ids is None or ids.shape[0] != len(read):
         return
     known = min(len(read[0]), seen)
-    before = torch.stack([row[:known] for row in read])
-    same = (ids[:, :known].to(before.device) == before).all(0)
+    before = torch.tensor([row[:known].tolist() for row in read])
+    same = (ids[:, :known].cpu() == before).all(0)
     if not bool(same.all()):
         common = int(same.long().cumprod(0).sum())
         raise InputError(
@@ -407,7 +408,9 @@ def note_read(cache: Any, ids: Tensor | None) -> None:
     if isinstance(cache, ManagedCache):
         held = kv_layers(cache, some=False)
         known = ids is not None and held and held[0].rows == ids.shape[0]
-        cache.read = tuple(row[: held[0].seen].clone() for row in ids) if known and ids is not None else None
+        cache.read = (
+            tuple(array("q", row[: held[0].seen].tolist()) for row in ids) if known and ids is not None else None
+        )
 
 
 def tell_evicted(cache: Any) -> None:

@@ -4,6 +4,7 @@ What differs between releases is asked of transformers' own layers, not looked u
 """
 
 import copy
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -324,11 +325,11 @@ class ManagedCache(DynamicCache):
         layers: one for each of the model's, empty.
 
     Attributes:
-        read: the token ids that each row begins with, ``[tokens]``, where they are known.
+        read: the token ids that each row begins with, where they are known; on the host, and no tensors, which are the layers'.
     """
 
     layers: list[Any]
-    read: tuple[Tensor, ...] | None = None
+    read: "tuple[array[int], ...] | None" = None
 
     def __init__(self, layers: Sequence[Any]) -> None:
         super().__init__()
