@@ -83,8 +83,7 @@ def test_a_cache_that_is_kept_alive_is_found(keeper):
         keep_a_cache(keeper, manager)
     report = manager.report()
     begin = f"a KVLayer: SlidingWindow(window=6, sinks=0), 6 tokens, {report.layers[0].nbytes} bytes, held by "
-    *lines, read = sorted(left(found))
-    assert read.startswith("a Tensor [11] of torch.int64"), "the token ids that it has read"
+    lines = left(found)
     assert len(lines) == len(report.layers), "its layers, and not each of their tensors again"
     assert all(re.fullmatch(re.escape(begin) + r"a \w+(\.\w+|\[…\])+", line) for line in lines), lines
 
