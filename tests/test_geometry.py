@@ -13,7 +13,8 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from kvcache import CacheGeometry, GeometryError, PositionsError, SlidingWindow
-from kvcache.hf import new_cache
+from kvcache.hf import exact_windows, new_cache
+from kvcache.models import facts_of
 
 # Three layers, four heads of which two hold keys and values, and a width of 48: no two numbers may be mistaken.
 LLAMA = {"hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -145,9 +146,24 @@ def test_eviction_is_refused_where_it_would_be_silently_wrong(positions, rerotat
             geometry.check_eviction(rerotate=rerotate)
 
 
-def test_latent_keys_are_not_re_rotated():
-    """Multi-head latent attention caches keys whose rotary channels are not the first ones, or are no keys at all."""
+def test_latent_keys_are_turned_where_they_are_keys_and_refused_where_they_are_latents():
+    """Multi-head latent attention caches keys whose last channels are rotary, or, in newer releases, no keys at all."""
     model, _ = tiny("deepseek_v3")
     new_cache(model, SlidingWindow(4, sinks=2))
-    with pytest.raises(PositionsError, match=r"cannot be re-rotated.*positions='absolute'"):
-        new_cache(model, SlidingWindow(4, sinks=2), positions="rerotated")
+    if facts_of(model).why_no_rerotation is not None:
+        with pytest.raises(PositionsError, match=r"cannot be re-rotated.*positions='absolute'"):
+            new_cache(model, SlidingWindow(4, sinks=2), positions="rerotated")
+        return
+    cache = new_cache(model, SlidingWindow(4, sinks=2), positions="rerotated")
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad(), exact_windows(model):
+        for token in ids.split(1, 1):
+            model(input_ids=token, past_key_values=cache)
+        kept = DynamicCache(config=model.config)
+        model(  # sinks are turned towards the window
+            input_ids=ids[:, [0, 1, 8, 9, 10, 11]], position_ids=torch.arange(6, 12)[None], past_key_values=kept
+        )
+    layer = cache.layers[0].kv
+    ours = layer.keys[:, :, layer.positions()[0].argsort()]
+    # The first layer's keys depend on token and position alone; a turn and its inverse round twice.
+    torch.testing.assert_close(ours, kept.layers[0].keys, atol=1e-5, rtol=0)
