@@ -230,7 +230,7 @@ class Trial:
     def __init__(self, name: str, **settings: Any) -> None:
         self.name = name
         self.new = family_models.EXCEPTIONS.get(name, family_models.Case()).tokens
-        last = "nothing was tried"
+        said: list[str] = []
         for spread in SPREADS:
             self.model = family_models.build(name, spread, **settings)
             for kind, inputs in self._inputs():
@@ -239,11 +239,11 @@ class Trial:
                     try:
                         self.reference = self._checked()
                     except Exception as error:  # of any model's own code: the next is tried
-                        last = f"{kind}: {type(error).__name__}: {str(error)[:200]}"
+                        said.append(f"{kind}: {type(error).__name__}: {str(error)[:200]}")
                     else:
                         self.spread = spread
                         return
-        raise ValueError(f"its own generate gives nothing to compare with: {last}")
+        raise ValueError(f"its own generate gives nothing to compare with: {said[0]}")
 
     def _inputs(self) -> list[tuple[str, dict[str, Any]]]:
         found = []

@@ -141,8 +141,11 @@ def config_of(name: str, **settings: Any) -> Any:
     config = _small(_default(made, given), given, "")
     for one in {id(c): c for c in (config, config.get_text_config(decoder=True))}.values():
         for ending in ("eos_token_id", "forced_eos_token_id", "forced_bos_token_id"):
-            if getattr(one, ending, None) is not None:
+            if vars(one).get(ending) is not None and "None" in str(_annotations(type(one)).get(ending, "None")):
                 setattr(one, ending, None)
+    text = config.get_text_config(decoder=True)
+    if text is not config and "rope_type" in (vars(text).get("rope_parameters") or {}):
+        text.rope_parameters.setdefault("mrope_section", [4, 2, 2])  # of those that tell pictures from text so
     return config
 
 
@@ -152,7 +155,8 @@ def _small(default: Any, given: Mapping[str, Any], path: str) -> Any:
     settings = {key.removeprefix(path): value for key, value in given.items() if key.startswith(path)}
     settings = {key: value for key, value in settings.items() if "." not in key}
     known, fresh = _settings(made), _default(made, settings)
-    kept = {key: getattr(default, key) for key in known if getattr(default, key, None) != getattr(fresh, key, None)}
+    said, usual = _said(default), _said(fresh)
+    kept = {key: said[key] for key in known & set(said) if said[key] != usual.get(key)}
     parts = {key: value for key, value in vars(default).items() if isinstance(value, PreTrainedConfig)}
     small = {key: _small(part, given, f"{path}{key}.") for key, part in parts.items() if key not in settings}
     return _made(made, {**kept, **_shrunk(default, known), **small, **settings}, set(settings) | set(parts))
@@ -178,23 +182,37 @@ def _default(made: type, settings: Mapping[str, Any]) -> Any:
         return made(**{key: value for key, value in settings.items() if "." not in key})
 
 
+def _said(config: Any) -> dict[str, Any]:
+    """The settings of a config as they are kept, and under their other names; its parts are left out."""
+    said = {k: v for k, v in vars(config).items() if not isinstance(v, PreTrainedConfig) and k != "per_layer_config"}
+    return {**{other: said[name] for other, name in type(config).attribute_map.items() if name in said}, **said}
+
+
+def _annotations(made: type) -> dict[str, Any]:
+    """The fields of a config's class, but those that all configs have."""
+    found: dict[str, Any] = {}
+    for one in made.__mro__[: made.__mro__.index(PreTrainedConfig)]:
+        found = {**inspect.get_annotations(one), **found}
+    return found
+
+
 def _settings(made: type) -> set[str]:
     """The names that a config's class takes."""
-    found: set[str] = set()
-    for one in made.__mro__:
-        if one is PreTrainedConfig:
-            break
-        found |= set(getattr(one, "__annotations__", {})) | set(inspect.signature(one).parameters)
-    return found - {"kwargs", "self", *_OWN_KEYS}
+    found = set(_annotations(made))
+    for one in made.__mro__[: made.__mro__.index(PreTrainedConfig)]:
+        if "__init__" in vars(one):
+            found |= set(inspect.signature(one.__init__).parameters)
+    return found - {"kwargs", "self", *_OWN_KEYS, *vars(PreTrainedConfig())} | found & {"is_decoder", "use_cache"}
 
 
 def _shrunk(default: Any, known: set[str]) -> dict[str, Any]:
     """The settings that the rule changes."""
     layers = _pick(default)
     small: dict[str, Any] = {}
-    latent = getattr(default, "kv_lora_rank", None) is not None
-    for key in known:
-        value = getattr(default, key, None)
+    said = _said(default)
+    latent = said.get("kv_lora_rank") is not None
+    for key in sorted(known & set(said)):
+        value = said[key]
         if isinstance(value, int) and not isinstance(value, bool):
             size = _size(key, value)
             if size is not None and size != value:
@@ -206,13 +224,11 @@ def _shrunk(default: Any, known: set[str]) -> dict[str, Any]:
         elif isinstance(value, dict) and "mrope_section" in value:
             small[key] = {**value, "mrope_section": [4, 2, 2]}
     if len(layers.kept) != 2:
-        small |= {
-            key: len(layers.kept)
-            for key in known
-            if _COUNT.fullmatch(key) and getattr(default, key, None) == layers.before
-        }
+        small |= {key: len(layers.kept) for key in known if _COUNT.fullmatch(key) and said.get(key) == layers.before}
     if latent and "num_key_value_heads" in known:
         small["num_key_value_heads"] = 4
+    if "head_dim" in said and said["head_dim"] is None:
+        small["head_dim"] = 16
     return small
 
 
@@ -248,7 +264,7 @@ def _pick(default: Any) -> _Layers:
     before = next(
         (v for k, v in sorted(vars(default).items()) if _COUNT.fullmatch(k) and isinstance(v, int) and v > 0), 0
     )
-    kinds = getattr(default, "layer_types", None) or getattr(default, "layers_block_type", None)
+    kinds = vars(default).get("layer_types") or vars(default).get("layers_block_type")
     if not before or not isinstance(kinds, list | tuple) or len(kinds) != before:
         return _Layers(before, (0, min(1, max(before - 1, 0))))
     first = sorted({kind: i for i, kind in reversed(list(enumerate(kinds)))}.values())
@@ -276,7 +292,10 @@ def build(name: str, spread: float | None = None, **settings: Any) -> Any:
     if spread is not None:
         _spread(model, spread)
     model = model.float().eval().requires_grad_(False)
-    _plain(getattr(model, "generation_config", None))
+    settings = getattr(model, "generation_config", None)
+    _plain(settings)
+    if model.config.is_encoder_decoder and settings.decoder_start_token_id is None:
+        settings.decoder_start_token_id = 1
     return model
 
 
@@ -312,7 +331,7 @@ def special_tokens(config: Any) -> set[int]:
         for key, value in values.items():
             if isinstance(value, dict):
                 look(value)
-            elif re.fullmatch(r".*_(token|tokens)?_?(id|ids|index)", key):
+            elif re.fullmatch(r".*_(token|tokens)?_?(id|ids|index)", str(key)):
                 found.update(i for i in (value if isinstance(value, list | tuple) else [value]) if type(i) is int)
 
     look(config.to_dict())
@@ -401,8 +420,103 @@ NOT_TRIED = {
     "FastSpeech2ConformerModel": "makes no tokens",
     "FastSpeech2ConformerWithHifiGan": "makes no tokens",
     "VitsModel": "makes no tokens",
+    "PI0ForConditionalGeneration": "makes no tokens",
+    "DiffusionGemmaForBlockDiffusion": "diffuses blocks of tokens",
+    "Gemma4AssistantForCausalLM": "drafts for another model, whose keys it reads",
+    "Gemma4UnifiedAssistantForCausalLM": "drafts for another model, whose keys it reads",
 }
-EXCEPTIONS: dict[str, Case] = {}
+_JAMBA = {
+    "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
+    "expert_layer_offset": 1, "mamba_dt_rank": 4, "use_mamba_kernels": False,
+}  # fmt: skip
+_MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 8}
+_MIMI = {
+    "num_hidden_layers": 1, "hidden_size": 16, "num_quantizers": 3, "upsample_groups": 16, "num_filters": 2,
+    "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "codebook_dim": 8,
+    "codebook_size": 64, "vector_quantization_hidden_dimension": 8,
+}  # fmt: skip
+_QSA = {
+    "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio": 2,
+    "hc_lowrank": 8, "output_gate_type": "sigmoid",
+}  # fmt: skip
+_GEMMA4 = {
+    "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "head_dim": 16,
+    "global_head_dim": 32, "num_kv_shared_layers": 0, "vocab_size_per_layer_input": VOCABULARY, "per_layer_config": None,
+}  # fmt: skip
+_MOE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}
+
+
+def _within(part: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{part}.{key}": value for key, value in settings.items()}
+
+
+EXCEPTIONS: dict[str, Case] = {
+    "BambaForCausalLM": Case({**_MAMBA2, "attn_layer_indices": [1]}),
+    "ChameleonForConditionalGeneration": Case({"vocabulary_map": {"<image>": 90}}),
+    "CohereCompassForCausalLM": Case(
+        {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}}
+    ),
+    "CsmForConditionalGeneration": Case(
+        {**_within("codec_config", _MIMI), "depth_decoder_config.backbone_hidden_size": 64}
+    ),
+    "BltForCausalLM": Case({"encoder_hash_byte_group_vocab": 20}),
+    "CohereCompassForConditionalGeneration": Case(
+        {"text_config.rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}}
+    ),
+    "DeepseekOcr2ForConditionalGeneration": Case({"text_config.mlp_layer_types": ["dense", "sparse"]}),
+    "Dots3NoteForCausalLM": Case(
+        {
+            "swa_q_lora_rank": 16,
+            "swa_kv_lora_rank": 16,
+            "swa_head_dim": 24,
+            "swa_qk_nope_head_dim": 16,
+            "swa_v_head_dim": 16,
+        }
+    ),
+    "Granite4VisionForConditionalGeneration": Case({"deepstack_layer_map": []}),
+    "DbrxForCausalLM": Case({"attn_config.rope_theta": 1e4, "attn_config.kv_n_heads": 2}),
+    "Dots1ForCausalLM": Case(_MOE),
+    "Emu3ForConditionalGeneration": Case({"vocabulary_map": {"<image>": 90}}),
+    "Ernie4_5_VLMoeForConditionalGeneration": Case(
+        {"text_config.rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}}
+    ),
+    "Florence2ForConditionalGeneration": Case(
+        _within(
+            "vision_config", {"depths": [1] * 4, "embed_dim": [16] * 4, "num_heads": [2] * 4, "num_groups": [2] * 4}
+        )
+    ),
+    "FunAsrNanoForConditionalGeneration": Case({"adaptor_config.intermediate_size": 16}),
+    "Gemma4ForCausalLM": Case(_GEMMA4),
+    "Gemma4ForConditionalGeneration": Case(_within("text_config", _GEMMA4)),
+    "Gemma4UnifiedForCausalLM": Case(_GEMMA4),
+    "Gemma4UnifiedForConditionalGeneration": Case(_within("text_config", _GEMMA4)),
+    "GraniteMoeHybridForCausalLM": Case({**_MAMBA2, "layer_types": ["mamba", "attention"] * 2, "num_hidden_layers": 4}),
+    "JambaForCausalLM": Case(_JAMBA),
+    "JanusForConditionalGeneration": Case(
+        _within(
+            "vq_config", {"base_channels": 32, "channel_multiplier": [1, 1], "num_embeddings": 32, "num_patches": 4}
+        )
+    ),
+    "Molmo2ForConditionalGeneration": Case({"adapter_config.vision_feature_layer": [1, 0]}),
+    "KyutaiSpeechToTextForConditionalGeneration": Case(_within("codec_config", _MIMI)),
+    "LongcatFlashForCausalLM": Case({"zero_expert_num": 2, "num_key_value_heads": 4}),
+    "Lfm2MoeForCausalLM": Case({"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4}),
+    "NemotronForCausalLM": Case({"num_key_value_heads": 2}),
+    "Mamba2ForCausalLM": Case({"num_heads": 8, "head_dim": 16, "n_groups": 1, "state_size": 8}),
+    "MoonshineStreamingForConditionalGeneration": Case({"num_key_value_heads": 4}),
+    "Qwen4ExpForCausalLM": Case(_QSA),
+    "Qwen4ExpForConditionalGeneration": Case(_within("text_config", _QSA)),
+    "Qwen2_5OmniForConditionalGeneration": Case({"enable_audio_output": False}),
+    "Qwen3OmniMoeForConditionalGeneration": Case({"enable_audio_output": False}),
+    "ReformerModelWithLMHead": Case(
+        {
+            "is_decoder": True,
+            "axial_pos_embds_dim": [16, 48],
+            "axial_pos_shape": [16, 16],
+            "attn_layers": ["local", "lsh"],
+        }
+    ),
+}
 
 __all__ = [
     "EXCEPTIONS",
