@@ -12,6 +12,21 @@ from kvcache.errors import InputError
 from kvcache.quantized import Quantization
 from kvcache.speakers import SpeakerCache
 
+BESIDE_TEXT = frozenset(
+    (
+        "pixel_values", "pixel_values_images", "pixel_values_videos", "pixel_values_local", "high_res_pixel_values",
+        "pixel_attention_mask", "pixel_mask", "image_patches", "image_sizes", "image_sizes_videos", "image_grid_thw",
+        "image_position_ids", "image_merge_sizes", "images_per_sample", "batch_num_images", "num_local_patches",
+        "patches_grid", "spatial_shapes", "target_sizes", "target_sizes_videos", "video_grid_thw", "video_position_ids",
+        "video_merge_sizes", "video_compression_mask", "num_frames_per_video", "second_per_grid_ts",
+        "video_second_per_grid", "use_audio_in_video", "vision_feature_layer", "vision_feature_select_strategy",
+        "vision_aspect_ratio", "interpolate_pos_encoding", "input_features", "input_features_mask", "input_values",
+        "input_values_mask", "feature_attention_mask", "audio_feature_lengths", "mm_encoder_outputs",
+    )
+)  # fmt: skip
+"""What transformers' models call pictures, films and sounds: inputs that stand at tokens of their own, and change no others
+before these."""
+
 
 def check_whole(name: str, given: Any, least: int) -> None:
     """Raise `InputError` for what is no whole number of at least `least`."""
@@ -73,8 +88,11 @@ def check_generate_arguments(model: Any, given: Mapping[str, Any]) -> None:
         return
     own = inspect.signature(GenerationMixin.generate).parameters
     settings: Any = GenerationConfig
-    rest = settings().update(**{name: value for name, value in given.items() if name not in own})
     asked: Any = model
+    try:
+        rest = settings().update(**{name: value for name, value in given.items() if name not in own})
+    except (ValueError, TypeError) as error:
+        raise InputError(f"generate refuses these settings: {error}") from error
     try:
         asked._validate_model_kwargs(rest)
     except ValueError as error:

@@ -18,6 +18,7 @@ from kvcache.decoding.cache import StaticKV
 from kvcache.decoding.loop import Decoding
 from kvcache.decoding.sampler import Drawing
 from kvcache.layers import KVLayer
+from kvcache.managed import OwnWindow
 from kvcache.meta import Watch, without_numbers
 from kvcache.precision import PackedLinear
 from kvcache.shapes import encoder_input, reads_text, run_blank
@@ -155,7 +156,7 @@ class _Blank:
     def fill(self, count: int) -> None:
         """Let the cache see so many tokens more."""
         own = [layer for layer in hf.cache_layers(self.cache) if isinstance(layer, DynamicLayer)]
-        if any(not isinstance(layer, hf.OwnWindow) for layer in own):
+        if any(not isinstance(layer, OwnWindow) for layer in own):
             self.run(count)  # only the model knows what else belongs to a token
             return
         with without_numbers():

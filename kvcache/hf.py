@@ -120,7 +120,8 @@ def new_cache(
     evictions = Evictions(ours)
     aged = [policy for policy in evicting if not chosen_by_head(policy)]
     windows = Windows(model, facts_of(model).seats, layers) if aged else None
-    shape = shape_of(model) if any(budgeted(policies[i]) for i in managed) else None
+    counted = [i for i in managed if budgeted(policies[i]) and not chosen_by_head(policies[i])]
+    shape = shape_of(model) if counted else None
     for layer in layers:
         if type(layer) is DynamicSlidingWindowLayer:
             layer.__class__ = OwnWindow
@@ -132,7 +133,7 @@ def new_cache(
             raise PositionsError(
                 "re-rotated positions need rows without padding; run the rows apart, or keep positions='absolute'"
             )
-        if shape is not None and budgeted(policies[i]):
+        if shape is not None and i in counted:
             given["whole"] = shape.whole()
         if quantization is not None:
             if rerotated and evicting:

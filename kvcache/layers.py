@@ -14,10 +14,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from kvcache.budget import Whole
 from kvcache.errors import CapacityError, CorruptError, GeometryError, PolicyError, PositionsError, RollbackError
 from kvcache.policies import KeepAll, SizePolicy, check_policy, schedule
 from kvcache.rope import KeyRotation
-from kvcache.shapes import Whole
 from kvcache.slots import overwritten, slots_for, staying, take
 
 

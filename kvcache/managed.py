@@ -45,7 +45,7 @@ _CROP_ZERO_EMPTIES = _after_crop(0) == 0  # up to 5.13
 _CROP_TO_LENGTH = _after_crop(1) == 1  # up to 5.22
 
 
-class OwnWindow(DynamicSlidingWindowLayer):
+class OwnWindow(DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]
     """A model's own layer with a window, which lets go of what has left it: transformers' holds a whole prompt until the
     next token comes."""
 

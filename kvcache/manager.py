@@ -17,6 +17,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from kvcache import hf
 from kvcache.arguments import (
+    BESIDE_TEXT,
     check_generate_arguments,
     check_generates,
     check_kv_dtype,
@@ -50,19 +51,16 @@ from kvcache.speakers import SpeakerCache, default_store
 from kvcache.streaming import as_async, chunked, from_worker
 from kvcache.tuning_profile import TuningProfile
 
+# ``[rows, tokens]``: which are text, which stand for a picture.
+_KINDS_OF_TOKENS = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 # What can be given behind a prefix: inputs, and settings of `generate`. All else is for the model.
 _KNOWN_BEHIND_A_PREFIX = (
-    {"input_ids", "inputs_embeds", "attention_mask", "use_cache"}
+    {"input_ids", "inputs_embeds", "attention_mask", "use_cache", *_KINDS_OF_TOKENS, *BESIDE_TEXT}
     | set(vars(GenerationConfig()))  # type: ignore[no-untyped-call]
     | set(inspect.signature(GenerationMixin.generate).parameters)
 ) - {"kwargs"}
 
 Backends = BackendName | Literal["auto", "off"]
-
-_KINDS_OF_TOKENS = (
-    "token_type_ids",
-    "mm_token_type_ids",
-)  # ``[rows, tokens]``: which are text, which stand for a picture
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -583,7 +581,8 @@ class KVCacheManager:
         Args:
             inputs, prefix, **kwargs: as in `generate`.
         """
-        return self._settings(inputs, prefix, kwargs)[1]
+        settings = self._settings(inputs, prefix, kwargs)
+        return settings if isinstance(settings, str) else None
 
     def release(self) -> None:
         """Let go of what waits for the next ``stream(backend=…)``: a cache, and what was captured or compiled for it."""
@@ -659,7 +658,7 @@ class KVCacheManager:
                 raise
             finally:
                 if run.cache is not None:
-                    self._last = self.report(run.cache)
+                    self._last = hf.report_of(run.cache)
                     hf.tell_evicted(run.cache)
                 if self._running in mine:
                     self._running = None

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvcache.budget import Token, Whole
 from kvcache.errors import CorruptError, GeometryError, InputError, KVCacheError, PositionsError, RollbackError, said
 from kvcache.geometry import CacheGeometry
 from kvcache.layers import KVLayer
 from kvcache.policies import KeepAll, SizePolicy, check_policy, schedule
-from kvcache.shapes import Token, Whole
 
 
 @dataclass(frozen=True)

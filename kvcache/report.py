@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
+from kvcache.budget import Token, Whole, bytes_of
 from kvcache.errors import MissingDependencyError
 from kvcache.geometry import CacheGeometry
 from kvcache.policies import KeepAll, SizePolicy
 from kvcache.quantized import Quantization, quantized_bytes
-from kvcache.shapes import CacheShape, Token, Whole, bytes_of, tensors_of
+from kvcache.shapes import CacheShape, tensors_of
 from kvcache.slots import slots_for
 from kvcache.views import html_table
 

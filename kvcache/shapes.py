@@ -13,13 +13,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers.modeling_outputs import BaseModelOutput
 
+from kvcache.budget import Token, Whole, bytes_of
 from kvcache.errors import GeometryError
 from kvcache.meta import without_numbers
 from kvcache.modules import rebuilt
 from kvcache.past import handed
-
-Token = tuple[int, int, int, torch.dtype]
-"""KV heads, size of a key and of a value, and their dtype."""
 
 _FEW = 2  # tokens that a cache is looked at with
 
@@ -56,29 +54,6 @@ class LayerShape:
 
 
 @dataclass(frozen=True)
-class Whole:
-    """What a budget in bytes is divided among: one row of a whole cache.
-
-    Attributes:
-        tokens: of the managed layers, which share it.
-        beside: bytes that the others take at most.
-    """
-
-    tokens: tuple[Token, ...]
-    beside: int = 0
-
-    @property
-    def keys(self) -> int:
-        """Bytes of a token's keys in all managed layers."""
-        return sum(bytes_of(token)[0] for token in self.tokens)
-
-    @property
-    def values(self) -> int:
-        """The same of its values."""
-        return sum(bytes_of(token)[1] for token in self.tokens)
-
-
-@dataclass(frozen=True)
 class CacheShape:
     """What a whole cache holds of one row.
 
@@ -97,12 +72,6 @@ class CacheShape:
             tuple(layer.token for layer in self.layers if layer.managed and layer.token is not None),
             own + self.cross * encoder_tokens,
         )
-
-
-def bytes_of(token: Token) -> tuple[int, int]:
-    """Bytes of a key and of a value, over its heads."""
-    heads, key_dim, value_dim, dtype = token
-    return heads * key_dim * dtype.itemsize, heads * value_dim * dtype.itemsize
 
 
 def tensors_of(layer: Any) -> list[Tensor]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from kvcache.budget import bytes_of
 from kvcache.decoding.backends import BUCKET
 from kvcache.decoding.wiring import kernel_reason
 from kvcache.errors import InputError, KVCacheError
@@ -19,7 +20,6 @@ from kvcache.hf import shape_of
 from kvcache.precision import Precision, check_precision, has_half, with_precision
 from kvcache.quantized import Quantization, quantized_bytes
 from kvcache.setting import Backend, Setting
-from kvcache.shapes import bytes_of
 from kvcache.subjects import Prepared, Subject
 from kvcache.tuning_profile import Goal, Trial, TuningProfile, machine, versions
 from kvcache.tuning_search import Bench, Refusal, Space, Tuner, shown

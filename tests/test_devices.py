@@ -20,6 +20,7 @@ from kvcache.decoding import backend_on, check_backend
 from kvcache.decoding.backends import backend_for
 from kvcache.decoding.loop import default_generator
 from kvcache.decoding.wiring import kernel_reason
+from kvcache.models import looks_on
 from kvcache.rope import KeyRotation
 
 XPU = torch.device("xpu", 0)
@@ -134,11 +135,11 @@ def test_a_cache_is_saved_there_and_goes_on(model, mps):
 
 
 @pytest.mark.parametrize("name", ["graph", "graph+compile"])
-def test_graphs_are_refused_with_the_reason_before_anything_runs(model, mps, name, monkeypatch):
+def test_graphs_are_refused_with_the_reason_before_anything_runs(model, mps, name):
     why = f"backend='{name.replace('+', '.')}' records steps in a CUDA graph, and the model is on 'mps'"
     with pytest.raises(InputError, match=why):
         KVCacheManager(model, speakers=memory(), backend=name)
-    monkeypatch.setattr(model.model, "forward", lambda *args, **given: pytest.fail("nothing runs"))
+    model.model.register_forward_pre_hook(looks_on(lambda *given: pytest.fail("nothing runs")))
     manager = KVCacheManager(model, speakers=memory())
     with pytest.raises(InputError, match=why):
         manager.stream(token_ids().to(mps), backend=name, **GREEDY)

@@ -26,6 +26,7 @@ from kvcache import (
     hf,
 )
 from kvcache.managed import ManagedCache, chosen
+from kvcache.past import MADE_AS
 
 
 def filled(model: Any, ids: Tensor, **given: Any) -> tuple[Any, Any]:
@@ -340,7 +341,7 @@ def test_d1_a_copy_goes_on_by_itself(policy: Any, how: str) -> None:
 
 def exported(model: Any, cache: Any, shapes: Any = None, **given: Any) -> Any:
     return torch.export.export(
-        model, (), {**given, hf._CACHE: cache, "use_cache": True}, strict=False, dynamic_shapes=shapes
+        model, (), {**given, MADE_AS: cache, "use_cache": True}, strict=False, dynamic_shapes=shapes
     )
 
 
@@ -351,11 +352,11 @@ def test_d1_torch_export_takes_and_gives_it(name: str) -> None:
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with torch.no_grad():
         program = exported(model, hf.new_cache(model), **given)
-        result = program.module()(**given, **{hf._CACHE: hf.new_cache(model), "use_cache": True})
+        result = program.module()(**given, **{MADE_AS: hf.new_cache(model), "use_cache": True})
         theirs = DynamicCache(config=model.config)
         reference = model(**given, past_key_values=theirs, use_cache=True).logits
     torch.testing.assert_close(result.logits, reference, atol=1e-5, rtol=0)  # other kernels may be chosen
-    held = result[hf._CACHE]
+    held = result[MADE_AS]
     assert isinstance(held, ManagedCache)
     for mine, other in zip(held.layers, theirs.layers, strict=True):
         torch.testing.assert_close(mine.keys, other.keys, atol=1e-5, rtol=0)
@@ -374,8 +375,8 @@ def test_d1_an_exported_program_goes_on_at_any_length() -> None:
         run = exported(model, cache, shapes, input_ids=ids).module()
         theirs = filled(model, ids)[1]
         for _ in range(3):
-            result = run(input_ids=ids, **{hf._CACHE: cache, "use_cache": True})
-            cache = result[hf._CACHE]
+            result = run(input_ids=ids, **{MADE_AS: cache, "use_cache": True})
+            cache = result[MADE_AS]
             reference = model(ids, past_key_values=theirs, use_cache=True).logits
             torch.testing.assert_close(result.logits, reference, atol=1e-5, rtol=0)
     assert cache.get_seq_length() == 16
@@ -413,5 +414,5 @@ def test_d1_a_pipeline_runs_on_it() -> None:
     asked = {"max_new_tokens": 8, "do_sample": False, "return_full_text": False}
     text = "w5 w9 w31 w8"
     cache = hf.new_cache(model)
-    assert run(text, **asked, **{hf._CACHE: cache}) == run(text, **asked)
+    assert run(text, **asked, **{MADE_AS: cache}) == run(text, **asked)
     assert cache.get_seq_length() == 11

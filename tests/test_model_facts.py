@@ -1,6 +1,8 @@
 """What is known of a model is found by running it: each kind of family, and what follows from it, against references."""
 
-from functools import cache, wraps
+import inspect
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -212,10 +214,16 @@ def test_a_config_with_sizes_by_layer_is_read() -> None:
 # ---------------------------------------------------------------------- W4: prefixes
 
 
+def taking_what_llama_takes(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """With its arguments, which `generate` reads, and a name of its own."""
+    forward.__signature__ = inspect.signature(LlamaForCausalLM.forward)  # type: ignore[attr-defined]
+    return forward
+
+
 class Middling(LlamaForCausalLM):
     """Its prompt attends both ways: each token is given a part of the mean of all that come with it."""
 
-    @wraps(LlamaForCausalLM.forward)
+    @taking_what_llama_takes
     def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
         states = self.get_input_embeddings()(input_ids)
         return super().forward(inputs_embeds=states + states.mean(1, keepdim=True), **kwargs)
@@ -224,7 +232,7 @@ class Middling(LlamaForCausalLM):
 class Prompted(LlamaForCausalLM):
     """Puts virtual tokens before each text, as prompt tuning does."""
 
-    @wraps(LlamaForCausalLM.forward)
+    @taking_what_llama_takes
     def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
         states = self.get_input_embeddings()(input_ids)
         held = taken(kwargs)
@@ -238,7 +246,7 @@ class Remembering(LlamaForCausalLM):
 
     shift: Tensor | None = None
 
-    @wraps(LlamaForCausalLM.forward)
+    @taking_what_llama_takes
     def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
         held = taken(kwargs)
         seen = 0 if held is None else held.get_seq_length()

@@ -1,6 +1,5 @@
 """What is known of a model, and why a feature of a cache is not possible with it."""
 
-import copy
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from kvcache.models._probe import (
     Probe,
     SpyLayer,
     cache_among,
+    copied,
     layers_of,
     parameters,
     spying_cache,
@@ -332,7 +332,7 @@ class ModelFacts:
                 ids = probe.ids[None, :TOKENS]
                 cache = spying_cache(self.model, _layers_told(self.model))
                 probe.run(ids[:, :-1], cache)
-                other = copy.deepcopy(cache)
+                other = copied(cache)
                 for layer in _spies(other):
                     layer.keep([i for i in range(TOKENS - 1) if i not in gone])
                 masked = probe.run(ids[:, -1:], cache, masks=self._as_masks(masks, visible), wanted=names).outputs

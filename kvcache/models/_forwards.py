@@ -8,8 +8,9 @@ or somebody's own, which is bound anew to the copy, part by part, or cannot be.
 import sys
 import types
 from collections.abc import Callable
-from functools import partial
-from typing import Any, Literal, TypeVar
+from contextvars import ContextVar
+from functools import partial, update_wrapper
+from typing import Any, Literal, TypeVar, cast
 
 from torch import nn
 
@@ -108,21 +109,37 @@ def hooks_of(module: nn.Module) -> list[Any]:
 
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
+trying: ContextVar[bool] = ContextVar("kvcache_trying", default=False)
+"""Whether the model is run to find out about it, and not for somebody."""
+
+
+class _Onlooker:
+    """A hook that only looks, and at nothing but what is run for somebody."""
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self._hook = hook
+        update_wrapper(self, hook)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        if not trying.get():
+            self._hook(*args, **kwargs)
+
 
 def looks_on(hook: Hook) -> Hook:
-    """Mark a hook as one that only looks: it gives nothing back and changes nothing in place.
+    """Mark a hook as one that only looks: it gives nothing back and changes nothing in place. Register what this returns.
 
     Models with other hooks have no prefixes and save no caches, since what they compute has no name to be kept under. It
-    sees what runs on the model itself, not on the copies of it that rank tokens or decode in whole steps.
+    sees what runs on the model itself, not on the copies of it that rank tokens or decode in whole steps, nor the few
+    tokens that are run once to find out what the model does with a cache.
     """
     setattr(getattr(hook, "__func__", hook), _MARK, True)
-    return hook
+    return cast(Hook, _Onlooker(hook))
 
 
 def foreign(hook: Any) -> bool:
     """Whether a hook may change what its module is given or gives."""
     named = hook.func if isinstance(hook, partial) else hook
-    if getattr(named, _MARK, False):
+    if isinstance(named, _Onlooker) or getattr(named, _MARK, False):
         return False
     home = getattr(named, "__module__", None) or type(hook).__module__
     return not any(home == known or home.startswith(f"{known}.") for known in _ONLOOKERS)

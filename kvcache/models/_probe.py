@@ -5,8 +5,10 @@ followed from operation to operation until a module computes with it: that modul
 afterwards what it was: its random numbers, its training mode, its hooks and the attributes of its modules.
 """
 
+import copy
 import inspect
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
@@ -26,6 +29,7 @@ from transformers.cache_utils import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
+from kvcache.models._forwards import trying
 from kvcache.past import handed
 
 _LOCK = threading.RLock()  # one probe at a time: it sets modules to evaluation and back
@@ -124,8 +128,11 @@ class SpyLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     get_max_cache_shape = get_max_length  # its name up to 5.12
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
-        """Not asked for by a probe."""
-        raise NotImplementedError("a spying layer is not cropped")
+        """Negative: remove that many tokens; on a GPU `generate` takes back one that it ran too many. Positive: cut to that length."""
+        n = int(tokens_to_remove)
+        length = max(0, self.seen + n) if n < 0 else min(n, self.seen)
+        self.keep(range(self.kept - (self.seen - length)))
+        self.seen = length
 
 
 def spying_cache(model: Any, layers: int, seen: int = 0, sliding: bool = False) -> Any:
@@ -150,6 +157,13 @@ def spying_cache(model: Any, layers: int, seen: int = 0, sliding: bool = False) 
 def layers_of(cache: Any) -> list[Any]:
     """The self-attention layers of a cache."""
     return list(cache.self_attention_cache.layers if isinstance(cache, EncoderDecoderCache) else cache.layers)
+
+
+def copied(cache: Any) -> Any:
+    """A copy of a cache and of the tensors in its layers."""
+    held = (one for layer in layers_of(cache) for one in tree_leaves(vars(layer)))
+    # Subclasses of tensors know how they are cloned, but not all of them how they are copied.
+    return copy.deepcopy(cache, {id(one): one.clone() for one in held if isinstance(one, Tensor)})
 
 
 def cache_among(given: Mapping[str, Any]) -> Any:
@@ -248,6 +262,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     modules = list(model.modules())
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with _LOCK, torch.no_grad(), torch.random.fork_rng(devices=devices):
+        before = trying.set(True)
         training = [module.training for module in modules]
         kept = [({**vars(module)}, {**module._buffers}) for module in modules]
         try:
@@ -262,6 +277,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
                 module._buffers.clear()
                 module._buffers.update(buffers)
                 module.training = mode
+            trying.reset(before)
 
 
 @contextmanager
@@ -326,7 +342,7 @@ class Probe:
     """
 
     def __init__(self, model: Any) -> None:
-        self.model = model
+        self._model = weakref.ref(model)  # facts live as long as their model, and must not keep it
         self.seq2seq = bool(model.config.is_encoder_decoder)
         generator = torch.Generator().manual_seed(0)
         table = model.get_input_embeddings()
@@ -344,6 +360,14 @@ class Probe:
                 self.ids = plain[torch.arange(TOKENS + 1) % len(plain)]
         self.ids = self.ids.to(model.device)
         self._generator = generator
+
+    @property
+    def model(self) -> Any:
+        """The model itself."""
+        model = self._model()
+        if model is None:
+            raise ReferenceError("the model of this probe is gone")
+        return model
 
     def given(self, ids: Tensor) -> dict[str, Any]:
         """These tokens ``[rows, n]``, as the model takes them."""

@@ -38,20 +38,30 @@ class Windows:
     """
 
     def __init__(self, model: Any, seats: Sequence[Seat], layers: Sequence[Any]) -> None:
-        self._model = weakref.ref(model)
+        self._model: Callable[[], Any] = weakref.ref(model)
         self._seats = seats
         self._layers = layers
         self._hooks: list[Any] = []
         self._masked: dict[int, int] = {}  # by layer: for how many tokens its module has been given a mask
         self._exact: dict[int, Tensor | None] = {}  # the masks of this forward, by layer
+        self._waiting = 0  # modules that have not been given theirs yet
         self._outside = False  # whether the forward that runs was announced by `exact_windows`
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Windows":
         new = copy.copy(self)
         memo[id(self)] = new  # its layers lead back to it
         new._layers = copy.deepcopy(self._layers, memo)
-        new._hooks, new._masked, new._exact, new._outside = [], {}, {}, False
+        new._model = self._model
         return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Elsewhere there is no model: there `announced` says which one runs."""
+        return {"_seats": self._seats, "_layers": self._layers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._model = _nobody
+        self._hooks, self._masked, self._exact, self._waiting, self._outside = [], {}, {}, 0, False
 
     def begin(self, fresh: int) -> None:
         """A forward of so many tokens begins, says its cache: give the modules their masks, if nothing has done so."""
@@ -126,6 +136,7 @@ class Windows:
             used: list[Any] = []  # its own handle: a hook is for one call
             used.append(module.register_forward_pre_hook(self._hook(seat, strict, used), with_kwargs=True))
             self._hooks.append(used[0])
+        self._waiting = len(self._hooks)
 
     def _hook(self, seat: Seat, strict: bool, used: list[Any]) -> Callable[..., Any]:
         mine = threading.get_ident()
@@ -144,6 +155,7 @@ class Windows:
             if not ours:
                 return args, kwargs
             used[0].remove()
+            self._waiting -= 1
             hidden: Tensor = given[seat.hidden]
             if seat.layer not in self._exact:  # the first to attend is the one that will store the new tokens
                 mask: Tensor | None = given.get(seat.mask)
@@ -151,12 +163,19 @@ class Windows:
                     _check_order(layer.kv, hidden.shape[1], mask)
                 self._exact[seat.layer] = exact_mask(layer.kv, mask, hidden, seat.additive)
                 self._masked[seat.layer] = hidden.shape[1]
-            if (exact := self._exact[seat.layer]) is None:
+            exact = self._exact[seat.layer]
+            if self._waiting == 0:  # masks can be as large as caches, and are of this forward alone
+                self._exact.clear()
+            if exact is None:
                 return args, kwargs
             # Where layers share keys, those behind may run the last tokens only.
             return replaced(module, args, kwargs, seat.mask, exact[:, :, -hidden.shape[1] :])
 
         return hook
+
+
+def _nobody() -> None:
+    """In place of a model that is not here."""
 
 
 def _moved(kv: KVLayer) -> bool:
