@@ -371,8 +371,8 @@ def truncate(cache: Any, length: int) -> None:
                 layer.crop(-removed)
     for kv in kept:
         kv.truncate(length)
-    if isinstance(cache, ManagedCache) and cache.read is not None:
-        cache.read = cache.read[:, :length]
+    if isinstance(cache, ManagedCache):
+        cache.forget_read(length)
     count_anew(cache)
 
 
@@ -394,10 +394,11 @@ def check_continues(cache: Any, ids: Tensor | None, given: int) -> None:
             f"back with truncate(cache, {max(0, given - 1)}) first, or use a new cache"
         )
     read = cache.read if isinstance(cache, ManagedCache) else None
-    if read is None or ids is None or ids.shape[0] != read.shape[0]:
+    if read is None or ids is None or ids.shape[0] != len(read):
         return
-    known = min(read.shape[1], seen)
-    same = (ids[:, :known].to(read.device) == read[:, :known]).all(0)
+    known = min(len(read[0]), seen)
+    before = torch.stack([row[:known] for row in read])
+    same = (ids[:, :known].to(before.device) == before).all(0)
     if not bool(same.all()):
         common = int(same.long().cumprod(0).sum())
         raise InputError(
@@ -410,7 +411,8 @@ def note_read(cache: Any, ids: Tensor | None) -> None:
     """Remember which token ids ``[rows, tokens]`` a cache of ours has seen; None forgets them."""
     if isinstance(cache, ManagedCache):
         held = kv_layers(cache, some=False)
-        cache.read = None if ids is None or not held or held[0].rows != ids.shape[0] else ids[:, : held[0].seen].clone()
+        known = ids is not None and held and held[0].rows == ids.shape[0]
+        cache.read = tuple(row[: held[0].seen].clone() for row in ids) if known and ids is not None else None
 
 
 def tell_evicted(cache: Any) -> None:

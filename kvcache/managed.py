@@ -325,11 +325,11 @@ class ManagedCache(DynamicCache):
         layers: one for each of the model's, empty.
 
     Attributes:
-        read: the token ids ``[rows, tokens]`` that it begins with, where they are known.
+        read: the token ids that each row begins with, ``[tokens]``, where they are known.
     """
 
     layers: list[Any]
-    read: Tensor | None = None
+    read: tuple[Tensor, ...] | None = None
 
     def __init__(self, layers: Sequence[Any]) -> None:
         super().__init__()
@@ -366,7 +366,11 @@ class ManagedCache(DynamicCache):
         # The model's own first: they may still refuse, ours have said that they will not.
         for layer in sorted(self.layers, key=lambda layer: isinstance(layer, ManagedLayer)):
             layer.crop(tokens_to_remove)
-        self.read = None if self.read is None else self.read[:, : self.get_seq_length()]
+        self.forget_read(self.get_seq_length())
+
+    def forget_read(self, length: int) -> None:
+        """Know no more of what was read than its first tokens."""
+        self.read = None if self.read is None else tuple(ids[:length] for ids in self.read)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.read = None

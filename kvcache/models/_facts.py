@@ -322,8 +322,8 @@ class ModelFacts:
     def _eviction(self) -> str | None:
         """Two tokens hidden by a mask, and the same two gone: a token that follows must not tell the difference."""
         masks, told = self._masks, positions_of(self.model.config)
-        if isinstance(masks, str):
-            return WHY_NO_EVICTION.get(told)  # nothing to compare with
+        if isinstance(masks, str) or self.model.device.type == "meta":
+            return WHY_NO_EVICTION.get(told)  # nothing to compare with, or no numbers
         probe, names, gone = self._probe, [seat.module for seat in masks], (1, 2)
         visible = torch.ones(1, 1, 1, TOKENS, dtype=torch.bool)
         visible[..., list(gone)] = False

@@ -130,7 +130,7 @@ class SpyLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Negative: remove that many tokens; on a GPU `generate` takes back one that it ran too many. Positive: cut to that length."""
         n = int(tokens_to_remove)
-        length = max(0, self.seen + n) if n < 0 else min(n, self.seen)
+        length = min(n, self.seen) if n > 0 else max(0, self.seen + n)
         self.keep(range(self.kept - (self.seen - length)))
         self.seen = length
 
