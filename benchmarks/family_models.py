@@ -21,7 +21,7 @@ from kvcache.past import MADE_AS
 VOCABULARY = 99
 WINDOW = 6  # of layers that have one of their own
 PROMPT = 7  # tokens
-_LARGEST = 20_000_000  # numbers; a model with more is not tiny
+_LARGEST = 30_000_000  # numbers; a model with more is not tiny
 
 _MAPPINGS = (
     "MODEL_FOR_CAUSAL_LM",
@@ -317,7 +317,7 @@ def _plain(settings: Any) -> None:
         setattr(settings, ending, None)
     if settings.pad_token_id is None:
         settings.pad_token_id = 0
-    settings.do_sample, settings.use_cache = False, True
+    settings.do_sample, settings.use_cache, settings.num_beams = False, True, 1
 
 
 # ---------------------------------------------------------------------- inputs
@@ -357,7 +357,8 @@ def _noise(*shape: int) -> Tensor:
 
 def _encoded(model: Any) -> dict[str, Any]:
     config = model.config.get_text_config(encoder=True)
-    width = getattr(config, "d_model", None) or config.hidden_size
+    own = getattr(model.get_encoder(), "config", config)
+    width = getattr(own, "hidden_size", None) or config.hidden_size
     return {"encoder_outputs": BaseModelOutput(last_hidden_state=_noise(2, 5, width))}
 
 
@@ -463,7 +464,13 @@ EXCEPTIONS: dict[str, Case] = {
     "CohereCompassForConditionalGeneration": Case(
         {"text_config.rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}}
     ),
-    "DeepseekOcr2ForConditionalGeneration": Case({"text_config.mlp_layer_types": ["dense", "sparse"]}),
+    "DeepseekOcr2ForConditionalGeneration": Case(
+        _within(
+            "text_config",
+            {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+        )
+    ),
+    "DeepseekV2ForCausalLM": Case({"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}),
     "Dots3NoteForCausalLM": Case(
         {
             "swa_q_lora_rank": 16,
@@ -474,7 +481,7 @@ EXCEPTIONS: dict[str, Case] = {
         }
     ),
     "Granite4VisionForConditionalGeneration": Case({"deepstack_layer_map": []}),
-    "DbrxForCausalLM": Case({"attn_config.rope_theta": 1e4, "attn_config.kv_n_heads": 2}),
+    "DbrxForCausalLM": Case({"attn_config.rope_theta": 1e4, "attn_config.kv_n_heads": 2, "attn_config.clip_qkv": 8.0}),
     "Dots1ForCausalLM": Case(_MOE),
     "Emu3ForConditionalGeneration": Case({"vocabulary_map": {"<image>": 90}}),
     "Ernie4_5_VLMoeForConditionalGeneration": Case(

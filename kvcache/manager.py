@@ -840,7 +840,8 @@ class KVCacheManager:
         if mask is not None and told and prompt is not None:
             told = mask.dim() == 2 and mask.shape[1] == prompt.shape[1]
         one = self._setting("num_beams", kwargs) == 1 and not self.model.config.is_encoder_decoder
-        hf.note_read(cache, ids if told and one else None)
+        text = isinstance(ids, Tensor) and ids.dim() == 2  # and no sound, nor several numbers a token
+        hf.note_read(cache, ids if told and one and text else None)
 
     def _prompt(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
         """What the model is given to start from: token ids, embeddings, or an encoder's features or pictures."""

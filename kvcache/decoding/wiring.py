@@ -147,6 +147,8 @@ def _attend(
     else:
         # The query heads of one KV head are so many queries to it: keys and values need not be repeated.
         grouped = query.view(rows, keys.shape[1], -1, query.shape[3]).to(keys.dtype)
+        if attention_mask is not None and attention_mask.shape[1] > 1:  # one for each head
+            attention_mask = attention_mask.expand(rows, heads, -1, -1).reshape(*grouped.shape[:3], -1)
         out = nn.functional.scaled_dot_product_attention(grouped, keys, values, attention_mask, scale=scaling)
         out = out.reshape(rows, heads, 1, -1)
     return out.transpose(1, 2).to(query.dtype), None

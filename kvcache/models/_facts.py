@@ -160,11 +160,11 @@ class ModelFacts:
         try:
             told = CacheGeometry.from_config(model.config, dtype=model.dtype, device=model.device, latent=latent)
         except GeometryError:
-            if not shapes:
+            own = len(layers_of(spying_cache(model, 0)))
+            if self.why_not_probed is not None or not (own or shapes):
                 raise
-            told = CacheGeometry(
-                len(layers_of(spying_cache(model, 0))) or max(shapes) + 1, 1, 1, 1, positions=positions_of(model.config)
-            )
+            # One without attention has no heads either: all of its layers are its own.
+            told = CacheGeometry(own or max(shapes) + 1, 1, 1, 1, positions=positions_of(model.config))
         if not shapes or isinstance(self._layout, str):
             return told
         own = len(DynamicCache(config=model.config).layers)
@@ -465,7 +465,8 @@ class ModelFacts:
             max_new_tokens=1, do_sample=False, use_cache=True, return_dict_in_generate=True
         )
         settings.output_logits, settings.pad_token_id = True, 0
-        out = model.generate(**given, **handed(model, cache), generation_config=settings)
+        mask = torch.ones(ids.shape, dtype=torch.long, device=ids.device)  # as a request with a prefix has one
+        out = model.generate(**given, attention_mask=mask, **handed(model, cache), generation_config=settings)
         return out.logits[0], {i: layer.keys for i, layer in enumerate(layers_of(cache)) if layer.keys is not None}
 
 
