@@ -8,6 +8,7 @@ one after the other in each; one that dies or takes too long costs its own row.
 """
 
 import argparse
+import json
 import multiprocessing
 import os
 import time
@@ -15,6 +16,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 import common
@@ -130,6 +132,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--features", metavar="NAMES", help=f"some of {', '.join(family_checks.FEATURES)}")
     parser.add_argument("--part", metavar="I/N", help="the I-th of N shares of the classes, from 1 on")
+    parser.add_argument(
+        "--resume", type=Path, metavar="FILE", help="take what works from this file, and try the others"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time (default: 1)")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for one class, before its process is ended")
     return parser.parse_args()
@@ -157,18 +162,36 @@ def main() -> None:
     options = arguments()
     names = chosen(options)
     features = common.chosen(dict.fromkeys(family_checks.FEATURES), options.features)
-    found = []
+    found = kept(options.resume, names, list(features)) if options.resume else []
+    names = [name for name in names if name not in {row["class"] for row in found}]
     for row in tqdm(rows(names, list(features), options.jobs, options.seconds), total=len(names), desc="classes"):
         found.append(row)
-        if row["built"] is not None:
-            tqdm.write(f"{row['class']}: not tried: {row['built']}")
-        for feature, cell in row["cells"].items():
-            if cell["state"] in ("wrong", "crash"):
-                tqdm.write(f"{row['class']}: {feature}: {cell['state']}: {cell['why']}")
-    found.sort(key=lambda row: row["class"])
-    table = counted(found, list(features))
-    common.show(f"{sum(row['built'] is None for row in found)} classes of {len(found)}", table)
-    common.keep("families", found, {}, options, counts=table)
+        found.sort(key=lambda row: row["class"])
+        tell(row)
+        table = counted(found, list(features))
+        common.keep("families", found, {}, options, counts=table)  # so that a run that is ended can be resumed
+    common.show(f"{sum(row['built'] is None for row in found)} classes of {len(found)}", counted(found, list(features)))
+
+
+def kept(file: Path, names: Sequence[str], features: Sequence[str]) -> list[Row]:
+    """The rows of a file that need not be tried again: of these classes, with all features, none of which is at fault."""
+    found: list[Row] = json.loads(file.read_text())["rows"]
+    return [
+        row
+        for row in found
+        if row["class"] in names
+        and set(features) <= set(row["cells"])
+        and not {cell["state"] for cell in row["cells"].values()} & {"wrong", "crash"}
+    ]
+
+
+def tell(row: Row) -> None:
+    """Say what is at fault with a class."""
+    if row["built"] is not None:
+        tqdm.write(f"{row['class']}: not tried: {row['built']}")
+    for feature, cell in row["cells"].items():
+        if cell["state"] in ("wrong", "crash"):
+            tqdm.write(f"{row['class']}: {feature}: {cell['state']}: {cell['why']}")
 
 
 if __name__ == "__main__":

@@ -493,6 +493,9 @@ EXCEPTIONS: dict[str, Case] = {
         )
     ),
     "FunAsrNanoForConditionalGeneration": Case({"adaptor_config.intermediate_size": 16}),
+    "Glm4vMoeForConditionalGeneration": Case(
+        {"text_config.rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}}
+    ),
     "Gemma4ForCausalLM": Case(_GEMMA4),
     "Gemma4ForConditionalGeneration": Case(_within("text_config", _GEMMA4)),
     "Gemma4UnifiedForCausalLM": Case(_GEMMA4),

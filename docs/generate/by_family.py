@@ -21,7 +21,47 @@ COLUMNS = {
     "beams": "beams",
 }
 # The first pattern that a reason holds says it in short.
-SHORT: tuple[tuple[str, str], ...] = ()
+SHORT = (
+    (r"ALiBi biases", "ALiBi counts slots"),
+    (r"T5-style relative bias", "a relative bias counts slots"),
+    (r"positions count slots|which counts slots", "its positions count slots"),
+    (r"cannot tell how this model encodes positions", "unknown positions"),
+    (r"positions are learned", "learned positions"),
+    (r"positions are none", "no positions"),
+    (r"positions are unknown", "unknown positions"),
+    (r"positions are (\w+)", "other positions"),
+    (r"stores beside its keys carries positions", "latents carry positions"),
+    (r"in another way than by a rotation", "no plain rotation"),
+    (r"is another at other positions", "depends on absolute positions"),
+    (r"changes its frequencies with the length|positions that depend on the length", "RoPE by length"),
+    (r"turns the first keys by how many", "RoPE by length"),
+    (r"no layer to work on|has no layer that kvcache manages", "all layers are the model's own"),
+    (r"is an encoder-decoder", "encoder-decoder"),
+    (r"keeps no keys and values to reuse", "layers with a state"),
+    (r"keeps a part of its cache in its own way", "some layers are the model's own"),
+    (r"manages layers its own way", "some layers are the model's own"),
+    (r"has a generate of its own|generates in its own way|generate\(\) of its own", "its own generate"),
+    (r"brings its own attention|'eager' attention", "its own attention"),
+    (r"has attention of a kind of its own|attends in a way of its own", "attention of its own kind"),
+    (r"scales its attention by layer", "scales attention by layer"),
+    (r"caches latents", "latents (MLA)"),
+    (r"takes no cache of keys and values|makes? its cache itself", "no cache of keys and values"),
+    (r"holds a state of all of them", "layers with a state"),
+    (r"sliding layers have passed their window", "its own windows are full"),
+    (r"depend on those that follow", "its prompt attends both ways"),
+    (r"positions are others than in a whole prompt", "positions depend on the whole prompt"),
+    (r"not what it computes of a whole prompt", "depends on the whole prompt"),
+    (r"cannot be run on tokens alone|a short run failed|a short prefix failed", "cannot be run on text alone"),
+    (r"were given and \d+ cached", "caches more than its tokens"),
+    (r"attends to more than its mask", "ignores masks"),
+    (r"puts more into its mask", "a mask of its own making"),
+    (r"takes no other mask|is given a mask", "takes no other mask"),
+    (r"attends for more than one layer", "attention shared by layers"),
+    (r"computes with other keys", "changes keys behind the cache"),
+    (r"nothing attends to the keys", "layers without attention"),
+    (r"cannot be streamed", "no stream of tokens"),
+    (r"tells a streamer nothing", "tells no tokens"),
+)
 
 
 def counts(result: Result) -> str:

@@ -14,7 +14,7 @@ from kvcache.decoding.kernel import available, decode_attention
 from kvcache.errors import GeometryError
 from kvcache.geometry import CacheGeometry
 from kvcache.hf import decoding_arguments
-from kvcache.models import rope_by_length, signature_of
+from kvcache.models import facts_of, rope_by_length, signature_of
 from kvcache.modules import rebuilt
 
 _ATTENTION = "kvcache_decode"
@@ -42,6 +42,8 @@ def why_not(model: Any) -> str | None:
         return f"{name} has attention of a kind of its own"
     if getattr(text, "scale_attn_by_inverse_layer_idx", False):
         return f"{name} scales its attention by layer"
+    if (why := facts_of(model).why_no_positions) is not None:
+        return f"{name} cannot be told where its tokens stand: {why}"
     return signature_of(model).why_no_copy
 
 

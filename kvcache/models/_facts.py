@@ -321,6 +321,8 @@ class ModelFacts:
     @cached_property
     def _eviction(self) -> str | None:
         """Two tokens hidden by a mask, and the same two gone: a token that follows must not tell the difference."""
+        if (banded := _banded(self.model)) is not None:
+            return f"{banded} hides what is far back by a mask of its own, which counts slots"
         masks, told = self._masks, positions_of(self.model.config)
         if isinstance(masks, str) or self.model.device.type == "meta":
             return WHY_NO_EVICTION.get(told)  # nothing to compare with, or no numbers
@@ -345,6 +347,21 @@ class ModelFacts:
             if masked[name].dtype != torch.float32:
                 break  # deeper layers differ by rounding, and a mixture of experts by more
         return None
+
+    @cached_property
+    def why_no_positions(self) -> str | None:
+        """Why it cannot be told its positions from 0 on: untold, it counts them in another way."""
+        if self.why_not_probed is not None or "position_ids" not in parameters(self.model):
+            return None
+        probe, told = self._probe, torch.arange(TOKENS, device=self.model.device)[None]
+        with self._lock, untouched(self.model):
+            ids = probe.ids[None, :TOKENS]
+            outputs = [
+                probe.run(ids, spying_cache(self.model, _layers_told(self.model)), more=more).output
+                for more in ({}, {"position_ids": told})
+            ]
+        same = alike(*outputs, None if outputs[0].dtype == torch.float32 else 0.3)
+        return None if same else "it counts its positions in a way of its own"
 
     # ------------------------------------------------------------------ how keys are turned
 
@@ -487,6 +504,18 @@ def facts_of(model: Any) -> ModelFacts:
     if known is None or known[0] != signature:
         known = _KNOWN[model] = signature, ModelFacts(model)
     return known[1]
+
+
+def _banded(model: Any) -> str | None:
+    """A module with a table of which slot sees which, in which the last does not see the first (GPT-Neo); None without one."""
+    for name, module in model.named_modules():
+        for table in module._buffers.values():
+            square = table is not None and table.dtype == torch.bool and table.dim() >= 2
+            if square and 1 < table.shape[-1] == table.shape[-2] and table.device.type != "meta":
+                last = table[..., -1, :]
+                if bool(last[..., -1].all()) and not bool(last[..., 0].any()):
+                    return name
+    return None
 
 
 def _seats(notes: Notes) -> tuple[tuple[Seat, ...], str | None]:
