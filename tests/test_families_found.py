@@ -75,3 +75,16 @@ def test_a_model_that_needs_a_picture_is_not_estimated_and_says_so():
     config = BlipConfig(text_config=text, vision_config={**part, "image_size": 8, "patch_size": 4})
     with pytest.raises(GeometryError, match=r"cannot be run on tokens alone.*report"):
         KVCacheManager(BlipForConditionalGeneration(config).eval()).estimate(8)
+
+
+def test_a_model_that_counts_its_positions_in_its_own_way_is_left_to_generate():
+    kosmos = pytest.importorskip("transformers.models.kosmos2_5.modeling_kosmos2_5", reason="not in older releases")
+    config = kosmos.Kosmos2_5TextConfig(
+        vocab_size=VOCABULARY, embed_dim=32, ffn_dim=32, layers=2, attention_heads=4, max_position_embeddings=64
+    )
+    model = widened(kosmos.Kosmos2_5TextForCausalLM(config))
+    manager, ids = KVCacheManager(model), token_ids(2, 6)
+    out = torch.cat(list(manager.stream(ids, backend="eager", **_GREEDY)), 1)
+    assert torch.equal(out, model.generate(ids, **_GREEDY)[:, 6:])
+    assert manager.report().backend is None
+    assert "positions in a way of its own" in (manager.report().fallback or "")
