@@ -9,6 +9,7 @@ from torch import nn
 from transformers import GenerationConfig, GenerationMixin
 
 from kvcache.errors import InputError
+from kvcache.past import take
 from kvcache.quantized import Quantization
 from kvcache.speakers import SpeakerCache
 
@@ -89,6 +90,8 @@ def check_generate_arguments(model: Any, given: Mapping[str, Any]) -> None:
     own = inspect.signature(GenerationMixin.generate).parameters
     settings: Any = GenerationConfig
     asked: Any = model
+    given = dict(given)
+    take(given)  # a cache, under whichever of its names
     try:
         rest = settings().update(**{name: value for name, value in given.items() if name not in own})
     except (ValueError, TypeError) as error:

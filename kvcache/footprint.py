@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvcache import hf
 from kvcache.decoding.cache import StaticKV
 from kvcache.decoding.loop import Decoding
 from kvcache.decoding.sampler import Drawing
 from kvcache.layers import KVLayer
-from kvcache.managed import OwnWindow
 from kvcache.meta import Watch, without_numbers
 from kvcache.precision import PackedLinear
 from kvcache.shapes import encoder_input, reads_text, run_blank
@@ -155,16 +154,18 @@ class _Blank:
 
     def fill(self, count: int) -> None:
         """Let the cache see so many tokens more."""
-        own = [layer for layer in hf.cache_layers(self.cache) if isinstance(layer, DynamicLayer)]
-        if any(not isinstance(layer, OwnWindow) for layer in own):
+        layers = hf.cache_layers(self.cache)
+        own = [i for i, layer in enumerate(layers) if isinstance(layer, DynamicLayer)]
+        if any(type(layers[i]) is not DynamicSlidingWindowLayer for i in own):
             self.run(count)  # only the model knows what else belongs to a token
             return
         with without_numbers():
             fill([kv for kv in self.layers if kv.keys is not None], count)
-            for layer in own:
-                if layer.keys is not None and layer.values is not None:
-                    keys, values = ((*t.shape[:2], count, t.shape[3]) for t in (layer.keys, layer.values))
-                    layer.update(layer.keys.new_empty(keys), layer.values.new_empty(values))
+            cache = getattr(self.cache, "self_attention_cache", self.cache)
+            for i in own:
+                if (held := layers[i]).keys is not None:
+                    keys, values = (t.new_empty(*t.shape[:2], count, t.shape[3]) for t in (held.keys, held.values))
+                    cache.update(keys, values, i)
 
 
 @torch.inference_mode()

@@ -26,7 +26,7 @@ from kvcache.events import Evictions
 from kvcache.geometry import CacheGeometry
 from kvcache.heads import SplitLayer, chosen_by_head, layer_for, turns
 from kvcache.layers import KVLayer
-from kvcache.managed import Crossed, ManagedCache, ManagedEncoderDecoderCache, OwnWindow, check_rollback
+from kvcache.managed import Crossed, ManagedCache, ManagedEncoderDecoderCache, check_rollback
 from kvcache.managed import ManagedLayer as ManagedLayer
 from kvcache.managed import check_positions as check_positions
 from kvcache.models import ModelFacts, Windows, alike, announced, facts_of, parameters, rope_by_length, untouched
@@ -122,9 +122,6 @@ def new_cache(
     windows = Windows(model, facts_of(model).seats, layers) if aged else None
     counted = [i for i in managed if budgeted(policies[i]) and not chosen_by_head(policies[i])]
     shape = shape_of(model) if counted else None
-    for layer in layers:
-        if type(layer) is DynamicSlidingWindowLayer:
-            layer.__class__ = OwnWindow
     for i in managed:
         own = geometry.of(i)
         given: dict[str, Any] = {"max_length": max_length, "padding": padding, "layers": len(managed), "rows": rows}

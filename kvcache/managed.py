@@ -45,20 +45,19 @@ _CROP_ZERO_EMPTIES = _after_crop(0) == 0  # up to 5.13
 _CROP_TO_LENGTH = _after_crop(1) == 1  # up to 5.22
 
 
-class OwnWindow(DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]
-    """A model's own layer with a window, which lets go of what has left it: transformers' holds a whole prompt until the
-    next token comes."""
+def let_go(layer: DynamicSlidingWindowLayer, keys: Tensor, values: Tensor) -> None:
+    """Let a model's own layer with a window hold as much as after a single token, whatever came: so what is held depends on
+    how many came, and not on how. Transformers' holds a whole prompt until the next token comes.
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        attended = super().update(key_states, value_states, *args, **kwargs)
-        window = self.sliding_window
-        if 1 < window < attended[0].shape[2] and not getattr(self, "record_past", False):
-            # As much as after a single token: so what is held depends on how many came, and not on how.
-            self.keys, self.values = (states[:, :, -window:].clone()[:, :, 1:] for states in attended)
-        return attended
+    Args:
+        keys, values: what its `update` has returned.
+    """
+    window = layer.sliding_window
+    if 1 < window < keys.shape[2] and not getattr(layer, "record_past", False):
+        layer.keys, layer.values = (states[:, :, -window:].clone()[:, :, 1:] for states in (keys, values))
 
 
-PLAIN = (DynamicLayer, DynamicSlidingWindowLayer, OwnWindow)  # hold keys and values, and nothing else
+PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)  # hold keys and values, and nothing else
 
 
 class ManagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -341,6 +340,14 @@ class ManagedCache(DynamicCache):
     def is_compileable(self) -> bool:
         """Never: layers decide on the host what leaves, and `generate` would compile the user's model unasked."""
         return False
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        attended: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if type(layer := self.layers[layer_idx]) is DynamicSlidingWindowLayer:
+            let_go(layer, *attended)
+        return attended
 
     def reset(self) -> None:
         """Empty all layers; another batch size, dtype or device may come next."""

@@ -18,6 +18,7 @@ from kvcache.archive import pack, unpack
 from kvcache.errors import CapacityError, CorruptError, GeometryError, InputError, said
 from kvcache.fingerprint import tensor_bytes
 from kvcache.layers import KVLayer
+from kvcache.models import unattended
 
 FORMAT = 1  # of what is stored; another number is another key
 
@@ -191,8 +192,9 @@ class PrefixSnapshot:
             )
         for layer in cache.layers:
             _check_room(layer, len(self))
-        for i, (keys, values) in enumerate(self.layers):
-            cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), i)
+        with unattended():
+            for i, (keys, values) in enumerate(self.layers):
+                cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), i)
 
     # ------------------------------------------------------------------ as tensors and as a file
 

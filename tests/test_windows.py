@@ -550,9 +550,7 @@ def test_positions_that_count_slots_refuse_eviction(name: str, policy: SizePolic
     assert_unchanged(held, before)
 
 
-@pytest.mark.parametrize(
-    "name", ["gpt2", "opt", "whisper-decoder", "bart", "t5", "bloom", "mpt", "falcon-alibi", "gptj"]
-)
+@pytest.mark.parametrize("name", ["gpt2", "opt", "whisper-decoder", "bart", "t5", "bloom", "mpt", "falcon-alibi"])
 def test_keys_without_rotary_embeddings_refuse_rerotation(name: str) -> None:
     with pytest.raises(PositionsError):
         KVCacheManager(tiny(name), SlidingWindow(8, sinks=2), positions="rerotated")

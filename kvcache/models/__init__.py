@@ -4,7 +4,7 @@ from kvcache.models._facts import LayerShape, ModelFacts, Seat, alike, facts_of,
 from kvcache.models._forwards import looks_on, unwrapped
 from kvcache.models._probe import parameters, untouched
 from kvcache.models._signature import Following, Signature, Watch, signature_of, watch_of
-from kvcache.models._windows import Windows, announced, hides_more, shows_later
+from kvcache.models._windows import Windows, announced, hides_more, shows_later, unattended
 
 __all__ = [
     "Following",
@@ -24,6 +24,7 @@ __all__ = [
     "run_prefix",
     "shows_later",
     "signature_of",
+    "unattended",
     "untouched",
     "unwrapped",
     "watch_of",

@@ -127,8 +127,9 @@ class ModelFacts:
         if isinstance(self._layout, str) or "input_ids" not in self._probe.given(self._probe.ids[None, :1]):
             raise GeometryError(f"{self._name} could not be tried: {self.why_not_probed or 'it takes embeddings only'}")
         with self._lock, untouched(self.model):
-            ids = self._probe.ids[None, :TOKENS]
-            return ids, self._probe.run(ids, spying_cache(self.model, _layers_told(self.model))).output
+            probe = self._probe
+            ids = probe.ids[None, :TOKENS]
+            return ids, probe.run(ids, spying_cache(self.model, _layers_told(self.model))).output
 
     # ------------------------------------------------------------------ shapes
 
@@ -223,8 +224,9 @@ class ModelFacts:
         dtype = next((keys.dtype for keys in notes.keys.values()), None)
         return _Layout(shapes, *_seats(notes), one_way, dtype)
 
-    @cached_property
+    @property
     def _probe(self) -> Probe:
+        """Made anew each time, and always the same: nothing of it is held between the runs."""
         return Probe(self.model)
 
     # ------------------------------------------------------------------ masks

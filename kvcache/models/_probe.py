@@ -8,7 +8,6 @@ afterwards what it was: its random numbers, its training mode, its hooks and the
 import copy
 import inspect
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -261,7 +260,9 @@ def untouched(model: nn.Module) -> Iterator[None]:
     """Run the model in here, in evaluation mode and without gradients; afterwards all is as it was."""
     modules = list(model.modules())
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with _LOCK, torch.no_grad(), torch.random.fork_rng(devices=devices):
+    # Compiled parts run as they were written: hooks in them go unseen else, and shapes of a trial are worth no compiling.
+    eager = torch.compiler.set_stance("force_eager")
+    with _LOCK, eager, torch.no_grad(), torch.random.fork_rng(devices=devices):
         before = trying.set(True)
         training = [module.training for module in modules]
         kept = [({**vars(module)}, {**module._buffers}) for module in modules]
@@ -342,7 +343,7 @@ class Probe:
     """
 
     def __init__(self, model: Any) -> None:
-        self._model = weakref.ref(model)  # facts live as long as their model, and must not keep it
+        self.model = model
         self.seq2seq = bool(model.config.is_encoder_decoder)
         generator = torch.Generator().manual_seed(0)
         table = model.get_input_embeddings()
@@ -360,14 +361,6 @@ class Probe:
                 self.ids = plain[torch.arange(TOKENS + 1) % len(plain)]
         self.ids = self.ids.to(model.device)
         self._generator = generator
-
-    @property
-    def model(self) -> Any:
-        """The model itself."""
-        model = self._model()
-        if model is None:
-            raise ReferenceError("the model of this probe is gone")
-        return model
 
     def given(self, ids: Tensor) -> dict[str, Any]:
         """These tokens ``[rows, n]``, as the model takes them."""

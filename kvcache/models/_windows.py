@@ -27,6 +27,18 @@ from kvcache.policies import schedule
 _tokens: ContextVar[Tensor | None] = ContextVar("kvcache_tokens", default=None)
 """Which tokens are seen, ``[rows, tokens]``, in a forward of which not only pads on the left are hidden."""
 
+_unattended: ContextVar[bool] = ContextVar("kvcache_unattended", default=False)
+
+
+@contextmanager
+def unattended() -> Iterator[None]:
+    """Within this block tokens go into caches without a forward: nothing attends to them, and no mask is missed."""
+    before = _unattended.set(True)
+    try:
+        yield
+    finally:
+        _unattended.reset(before)
+
 
 class Windows:
     """The masks of one cache.
@@ -105,6 +117,7 @@ class Windows:
         if (
             fresh < 2
             or kv.by_head
+            or _unattended.get()
             or masked == fresh
             or schedule(kv.policy, kv.stored, fresh)[-1] == kv.retained + fresh
         ):
@@ -130,9 +143,9 @@ class Windows:
     def _arm(self, model: Any, seats: Sequence[Seat], strict: bool) -> None:
         own = self._model()
         for seat in seats:
-            module = (model if own is None else own).get_submodule(seat.module)
-            if model is not own and not any(module is part for part in model.modules()):
-                module = model.get_submodule(seat.module)
+            module = None if own is None else own.get_submodule(seat.module)
+            if module is None or (model is not own and not any(module is part for part in model.modules())):
+                module = _in_copy(model, seat.module)
             used: list[Any] = []  # its own handle: a hook is for one call
             used.append(module.register_forward_pre_hook(self._hook(seat, strict, used), with_kwargs=True))
             self._hooks.append(used[0])
@@ -172,6 +185,12 @@ class Windows:
             return replaced(module, args, kwargs, seat.mask, exact[:, :, -hidden.shape[1] :])
 
         return hook
+
+
+def _in_copy(model: nn.Module, name: str) -> nn.Module:
+    """The module of a copy that has this name in the model, which may run it behind `torch.compile`."""
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    return modules[name if name in modules else ".".join(part for part in name.split(".") if part != "_orig_mod")]
 
 
 def _nobody() -> None:
