@@ -220,8 +220,14 @@ class KVCacheManager:
         Raises:
             InputError: for an unknown prefix, or pads behind one under a policy that evicts.
             CapacityError: if the prefix does not fit.
+            GeometryError: for a model that takes no cache but one of its own.
         """
         check_whole("batch_size", batch_size, 1)
+        if isinstance(self.model, GenerationMixin) and not self.model._supports_default_dynamic_cache():
+            raise GeometryError(
+                f"{type(self.model).__name__} takes no cache but one of its own making; use generate() or stream(), which "
+                "leave that to it"
+            )
         snapshot = None if prefix is None else self._prompts.snapshot(prefix)
         if snapshot is not None and self._evicts and attention_mask is not None:
             self._refuse_pads(attention_mask)

@@ -88,3 +88,15 @@ def test_a_model_that_counts_its_positions_in_its_own_way_is_left_to_generate():
     assert torch.equal(out, model.generate(ids, **_GREEDY)[:, 6:])
     assert manager.report().backend is None
     assert "positions in a way of its own" in (manager.report().fallback or "")
+
+
+def test_a_model_that_takes_only_its_own_cache_is_given_none():
+    config = transformers.MiniMaxConfig(
+        **_SMALL, num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1, block_size=16,
+        layer_types=["linear_attention", "full_attention"],
+    )  # fmt: skip
+    model = widened(transformers.MiniMaxForCausalLM(config))
+    manager, ids = KVCacheManager(model), token_ids(2, 6)
+    assert torch.equal(manager.generate(ids, **_GREEDY), model.generate(ids, **_GREEDY))
+    with pytest.raises(GeometryError, match="of its own making"):
+        manager.new_cache(2)

@@ -45,6 +45,8 @@ SHORT = (
     (r"has attention of a kind of its own|attends in a way of its own", "attention of its own kind"),
     (r"scales its attention by layer", "scales attention by layer"),
     (r"caches latents", "latents (MLA)"),
+    (r"counts its positions in a way of its own", "positions of its own"),
+    (r"but one of its own making", "a cache of its own"),
     (r"takes no cache of keys and values|makes? its cache itself", "no cache of keys and values"),
     (r"holds a state of all of them", "layers with a state"),
     (r"sliding layers have passed their window", "its own windows are full"),
