@@ -30,7 +30,6 @@ from kvcache.attention import observed_copy
 from kvcache.decoding.backends import BUCKET, BackendName, backend_on, check_bucket
 from kvcache.decoding.language import LanguageDecoder
 from kvcache.decoding.settings import GenerationSettings
-from kvcache.decoding.wiring import why_not
 from kvcache.errors import GeometryError, InputError, PolicyError
 from kvcache.events import Event, emit
 from kvcache.fingerprint import check_named, model_fingerprint
@@ -39,7 +38,7 @@ from kvcache.geometry import CacheGeometry
 from kvcache.heads import AdaptiveLayer, share
 from kvcache.models import Following, facts_of
 from kvcache.modules import rebuilt
-from kvcache.past import handed, returned, take
+from kvcache.past import handed, returned, take, takes
 from kvcache.policies import KeepAll, Pinned, SizePolicy
 from kvcache.precision import with_precision
 from kvcache.prompts import Prompts
@@ -223,9 +222,10 @@ class KVCacheManager:
             GeometryError: for a model that takes no cache but one of its own.
         """
         check_whole("batch_size", batch_size, 1)
-        if isinstance(self.model, GenerationMixin) and not self.model._supports_default_dynamic_cache():
+        mine = self.model if isinstance(self.model, GenerationMixin) else None
+        if mine is not None and not (mine._supports_default_dynamic_cache() and takes(mine)):
             raise GeometryError(
-                f"{type(self.model).__name__} takes no cache but one of its own making; use generate() or stream(), which "
+                f"{type(self.model).__name__} takes no cache, or only one of its own making; use generate() or stream(), which "
                 "leave that to it"
             )
         snapshot = None if prefix is None else self._prompts.snapshot(prefix)
@@ -794,7 +794,7 @@ class KVCacheManager:
         module = speaker(self.model, self.geometry)
         if module is None:
             return f"{type(self.model).__name__} is no transformers model that generates"
-        return own_way(module) or why_not(self.model)
+        return own_way(module) or self._decoder.why_not()
 
     def _mask_of(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
         mask: Tensor | None = kwargs.get("attention_mask")

@@ -100,3 +100,18 @@ def test_a_model_that_takes_only_its_own_cache_is_given_none():
     assert torch.equal(manager.generate(ids, **_GREEDY), model.generate(ids, **_GREEDY))
     with pytest.raises(GeometryError, match="of its own making"):
         manager.new_cache(2)
+    tiny = transformers.OpenAIGPTConfig(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4)
+    with pytest.raises(GeometryError, match="of its own making"):
+        KVCacheManager(transformers.OpenAIGPTLMHeadModel(tiny).eval()).new_cache(2)
+
+
+def test_what_fails_in_a_trial_of_the_engine_is_left_to_generate():
+    settings = {name: value for name, value in _SMALL.items() if name != "num_hidden_layers"}
+    config = transformers.models.mllama.MllamaTextConfig(
+        **settings, num_hidden_layers=3, num_key_value_heads=2, cross_attention_layers=[1], max_position_embeddings=64
+    )
+    model = widened(transformers.MllamaForCausalLM(config))
+    manager, ids = KVCacheManager(model), token_ids(2, 6)
+    out = torch.cat(list(manager.stream(ids, backend="eager", **_GREEDY)), 1)
+    assert torch.equal(out, model.generate(ids, **_GREEDY)[:, 6:])
+    assert "trial" in (manager.report().fallback or "")

