@@ -222,7 +222,7 @@ class KVCacheManager:
             GeometryError: for a model that takes no cache but one of its own.
         """
         check_whole("batch_size", batch_size, 1)
-        mine = self.model if isinstance(self.model, GenerationMixin) else None
+        mine: Any = self.model if isinstance(self.model, GenerationMixin) else None
         if mine is not None and not (mine._supports_default_dynamic_cache() and takes(mine)):
             raise GeometryError(
                 f"{type(self.model).__name__} takes no cache, or only one of its own making; use generate() or stream(), which "

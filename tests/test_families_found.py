@@ -115,3 +115,12 @@ def test_what_fails_in_a_trial_of_the_engine_is_left_to_generate():
     out = torch.cat(list(manager.stream(ids, backend="eager", **_GREEDY)), 1)
     assert torch.equal(out, model.generate(ids, **_GREEDY)[:, 6:])
     assert "trial" in (manager.report().fallback or "")
+
+
+def test_a_model_that_makes_its_cross_attention_cache_anew_gets_one():
+    part = {**_SMALL, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8}
+    config = transformers.T5GemmaConfig(encoder=part, decoder=part, vocab_size=VOCABULARY)
+    model = widened(transformers.T5GemmaForConditionalGeneration(config))
+    model.generation_config.decoder_start_token_id = 1
+    ids = token_ids(2, 6)
+    assert torch.equal(KVCacheManager(model).generate(ids, **_GREEDY), model.generate(ids, **_GREEDY))

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache
 
@@ -358,11 +358,11 @@ class ModelFacts:
         probe, told = self._probe, torch.arange(TOKENS, device=self.model.device)[None]
         with self._lock, untouched(self.model):
             ids = probe.ids[None, :TOKENS]
-            outputs = [
+            untold, taught = (
                 probe.run(ids, spying_cache(self.model, _layers_told(self.model)), more=more).output
                 for more in ({}, {"position_ids": told})
-            ]
-        same = alike(*outputs, None if outputs[0].dtype == torch.float32 else 0.3)
+            )
+        same = alike(untold, taught, None if untold.dtype == torch.float32 else 0.3)
         return None if same else "it counts its positions in a way of its own"
 
     # ------------------------------------------------------------------ how keys are turned
@@ -508,15 +508,15 @@ def facts_of(model: Any) -> ModelFacts:
     return known[1]
 
 
-def _banded(model: Any) -> str | None:
+def _banded(model: nn.Module) -> str | None:
     """A module with a table of which slot sees which, in which the last does not see the first (GPT-Neo); None without one."""
     for name, module in model.named_modules():
         for table in module._buffers.values():
-            square = table is not None and table.dtype == torch.bool and table.dim() >= 2
+            square = isinstance(table, Tensor) and table.dtype == torch.bool and table.dim() >= 2
             if square and 1 < table.shape[-1] == table.shape[-2] and table.device.type != "meta":
                 last = table[..., -1, :]
                 if bool(last[..., -1].all()) and not bool(last[..., 0].any()):
-                    return name
+                    return str(name)
     return None
 
 
