@@ -21,7 +21,7 @@ READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.ready-docs
 FLOOR_READY := $(FLOOR)/.ready
 # Without what is no benchmark by itself, and those that need more than is installed here.
-NOT_ALONE := carry common gpu preparing processes timetable quality_kvpress s3gen first_audio
+NOT_ALONE := carry common family_checks family_models gpu preparing processes timetable quality_kvpress s3gen first_audio
 BENCHMARKS := $(filter-out $(NOT_ALONE:%=benchmarks/%.py),$(wildcard benchmarks/*.py))
 GPU_OPTIONS ?=
 # What has been compiled for the one run of tests serves the next.

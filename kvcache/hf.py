@@ -390,7 +390,7 @@ def check_continues(cache: Any, ids: Tensor | None, given: int) -> None:
             f"back with truncate(cache, {max(0, given - 1)}) first, or use a new cache"
         )
     read = cache.read if isinstance(cache, ManagedCache) else None
-    if read is None or ids is None or ids.shape[0] != len(read):
+    if read is None or ids is None or ids.dim() != 2 or ids.shape[0] != len(read):
         return
     known = min(len(read[0]), seen)
     before = torch.tensor([row[:known].tolist() for row in read])

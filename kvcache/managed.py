@@ -406,8 +406,17 @@ class Crossed(DynamicCache):
         shape: of the cache, where a budget is among them.
     """
 
-    def __init__(self, ours: Sequence[KVLayer], shape: CacheShape | None) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        ours: Sequence[KVLayer] = (),
+        shape: CacheShape | None = None,
+        *,
+        config: Any = None,
+        offloading: bool = False,
+        offload_only_non_sliding: bool = False,
+    ) -> None:
+        # T5Gemma makes this part of a cache anew, by its class, as it would make a `DynamicCache`.
+        super().__init__(config=config, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
         self._ours, self._shape = ours, shape
 
     def update(

@@ -30,7 +30,6 @@ from kvcache.attention import observed_copy
 from kvcache.decoding.backends import BUCKET, BackendName, backend_on, check_bucket
 from kvcache.decoding.language import LanguageDecoder
 from kvcache.decoding.settings import GenerationSettings
-from kvcache.decoding.wiring import why_not
 from kvcache.errors import GeometryError, InputError, PolicyError
 from kvcache.events import Event, emit
 from kvcache.fingerprint import check_named, model_fingerprint
@@ -39,7 +38,7 @@ from kvcache.geometry import CacheGeometry
 from kvcache.heads import AdaptiveLayer, share
 from kvcache.models import Following, facts_of
 from kvcache.modules import rebuilt
-from kvcache.past import handed, returned, take
+from kvcache.past import handed, returned, take, takes
 from kvcache.policies import KeepAll, Pinned, SizePolicy
 from kvcache.precision import with_precision
 from kvcache.prompts import Prompts
@@ -220,8 +219,15 @@ class KVCacheManager:
         Raises:
             InputError: for an unknown prefix, or pads behind one under a policy that evicts.
             CapacityError: if the prefix does not fit.
+            GeometryError: for a model that takes no cache but one of its own.
         """
         check_whole("batch_size", batch_size, 1)
+        mine: Any = self.model if isinstance(self.model, GenerationMixin) else None
+        if mine is not None and not (mine._supports_default_dynamic_cache() and takes(mine)):
+            raise GeometryError(
+                f"{type(self.model).__name__} takes no cache, or only one of its own making; use generate() or stream(), which "
+                "leave that to it"
+            )
         snapshot = None if prefix is None else self._prompts.snapshot(prefix)
         if snapshot is not None and self._evicts and attention_mask is not None:
             self._refuse_pads(attention_mask)
@@ -788,7 +794,7 @@ class KVCacheManager:
         module = speaker(self.model, self.geometry)
         if module is None:
             return f"{type(self.model).__name__} is no transformers model that generates"
-        return own_way(module) or why_not(self.model)
+        return own_way(module) or self._decoder.why_not()
 
     def _mask_of(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
         mask: Tensor | None = kwargs.get("attention_mask")
@@ -840,7 +846,8 @@ class KVCacheManager:
         if mask is not None and told and prompt is not None:
             told = mask.dim() == 2 and mask.shape[1] == prompt.shape[1]
         one = self._setting("num_beams", kwargs) == 1 and not self.model.config.is_encoder_decoder
-        hf.note_read(cache, ids if told and one else None)
+        text = isinstance(ids, Tensor) and ids.dim() == 2  # and no sound, nor several numbers a token
+        hf.note_read(cache, ids if told and one and text else None)
 
     def _prompt(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
         """What the model is given to start from: token ids, embeddings, or an encoder's features or pictures."""

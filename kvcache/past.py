@@ -20,6 +20,12 @@ def handed(model: Any, cache: Any) -> dict[str, Any]:
     return {_name(type(model).forward): cache}
 
 
+def takes(model: Any) -> bool:
+    """Whether a model's forward names a cache among its arguments."""
+    arguments = inspect.signature(type(model).forward).parameters
+    return any(name in arguments for name in _NAMES)
+
+
 def taken(given: Mapping[str, Any]) -> Any:
     """The cache among a model's keyword arguments, under whichever name; None if there is none."""
     return next((given[name] for name in _NAMES if given.get(name) is not None), None)

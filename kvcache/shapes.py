@@ -113,10 +113,16 @@ def _asked(model: Any, make: Callable[[], Any]) -> CacheShape:
                 f"{type(model).__name__} cannot be run without its weights, to see what its cache holds: {error}; load it, "
                 "and ask report() afterwards"
             ) from error
+    try:
         with (
             torch.no_grad()
         ):  # weights that cannot be thought away, such as packed ones: a few tokens on the model itself
             return _measured(model, make(), model.device)
+    except Exception as error:
+        raise GeometryError(
+            f"{type(model).__name__} cannot be run on tokens alone, to see what its cache holds ({type(error).__name__}: "
+            f"{error}); run it, and ask report() afterwards"
+        ) from error
 
 
 def _measured(model: Any, cache: Any, device: Any) -> CacheShape:
@@ -151,7 +157,8 @@ def run_blank(model: Any, cache: Any, rows: int, tokens: int, encoded: int, devi
     given = {**handed(model, cache), "use_cache": True, **more}
     if getattr(model.config, "is_encoder_decoder", False):
         if "encoder_outputs" not in given:
-            width = model.get_encoder().config.hidden_size
+            own = getattr(model.get_encoder(), "config", None)  # FSMT's has none
+            width = (model.config.get_text_config(encoder=True) if own is None else own).hidden_size
             states = torch.zeros(rows, encoded, width, dtype=model.dtype, device=device)
             given["encoder_outputs"] = BaseModelOutput(last_hidden_state=states)
         return model(decoder_input_ids=ids, **given)

@@ -16,6 +16,7 @@ from pathlib import Path
 import jinja2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import by_family
 import figures
 import measured
 import operating
@@ -72,6 +73,7 @@ def rendered(name: str, found: dict[str, Result]) -> str:
         smaller=smaller,
         operating=operating,
         figures=figures,
+        by_family=by_family,
     )
 
 

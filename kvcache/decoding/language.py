@@ -12,10 +12,12 @@ from kvcache.decoding.loop import Decoding
 from kvcache.decoding.pool import Pool
 from kvcache.decoding.sampler import GREEDY, TRANSFORMERS, Sampler
 from kvcache.decoding.settings import GenerationSettings
-from kvcache.decoding.wiring import decoder_copy
+from kvcache.decoding.wiring import decoder_copy, why_not
+from kvcache.errors import GeometryError
 from kvcache.geometry import CacheGeometry
-from kvcache.hf import kv_layers
-from kvcache.models import watch_of
+from kvcache.hf import kv_layers, new_cache
+from kvcache.models import ModelFacts, alike, facts_of, untouched, watch_of
+from kvcache.past import handed
 from kvcache.policies import SizePolicy
 from kvcache.report import CacheReport
 from kvcache.slots import slots_for
@@ -47,6 +49,10 @@ class LanguageDecoder:
         self._max_length = max_length
         self._bucket = bucket
         self._pool = Pool()
+
+    def why_not(self) -> str | None:
+        """Why the model cannot be decoded so; None if it can. Tried once on a few tokens: the answer must be its own."""
+        return why_not(self._model) or facts_of(self._model).once("engine", _why_not_tried)
 
     def release(self) -> None:
         """Let go of the memory that waits for the next request."""
@@ -124,3 +130,24 @@ class LanguageDecoder:
 
         sampler = Sampler(rows, vocabulary, TRANSFORMERS, geometry.device)
         return Decoding(step, kv, sampler, backend, bucket=self._bucket, why_eager=signature.why_no_capture)
+
+
+def _why_not_tried(facts: ModelFacts) -> str | None:
+    model = facts.model
+    if model.device.type == "meta":
+        return None  # nothing is computed
+    try:
+        ids, told = facts.trial()
+    except GeometryError:
+        return None  # it runs on more than text, which is known only with a request
+    half = ids.shape[1] // 2
+    try:
+        with untouched(model):
+            cache = new_cache(model)
+            model(ids[:, :half], **handed(model, cache), use_cache=True)
+            found = LanguageDecoder(model, None, None).told(told[:, half - 1], cache, ids[0, half:])
+    except Exception as error:  # code of any model; the reason is told where it is asked for
+        return f"a short trial of {type(model).__name__} failed with {type(error).__name__}: {str(error)[:200]}"
+    if alike(found, told[0, half:], None if told.dtype == torch.float32 else 0.3):
+        return None
+    return f"step by step on a static cache, {type(model).__name__} says something else"

@@ -14,7 +14,7 @@ from kvcache.decoding.kernel import available, decode_attention
 from kvcache.errors import GeometryError
 from kvcache.geometry import CacheGeometry
 from kvcache.hf import decoding_arguments
-from kvcache.models import rope_by_length, signature_of
+from kvcache.models import facts_of, rope_by_length, signature_of
 from kvcache.modules import rebuilt
 
 _ATTENTION = "kvcache_decode"
@@ -42,6 +42,8 @@ def why_not(model: Any) -> str | None:
         return f"{name} has attention of a kind of its own"
     if getattr(text, "scale_attn_by_inverse_layer_idx", False):
         return f"{name} scales its attention by layer"
+    if (why := facts_of(model).why_no_positions) is not None:
+        return f"{name} cannot be told where its tokens stand: {why}"
     return signature_of(model).why_no_copy
 
 
@@ -147,6 +149,8 @@ def _attend(
     else:
         # The query heads of one KV head are so many queries to it: keys and values need not be repeated.
         grouped = query.view(rows, keys.shape[1], -1, query.shape[3]).to(keys.dtype)
+        if attention_mask is not None and attention_mask.shape[1] > 1:  # one for each head
+            attention_mask = attention_mask.expand(rows, heads, -1, -1).reshape(*grouped.shape[:3], -1)
         out = nn.functional.scaled_dot_product_attention(grouped, keys, values, attention_mask, scale=scaling)
         out = out.reshape(rows, heads, 1, -1)
     return out.transpose(1, 2).to(query.dtype), None

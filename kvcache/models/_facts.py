@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache
 
@@ -161,11 +161,11 @@ class ModelFacts:
         try:
             told = CacheGeometry.from_config(model.config, dtype=model.dtype, device=model.device, latent=latent)
         except GeometryError:
-            if not shapes:
+            own = len(layers_of(spying_cache(model, 0)))
+            if self.why_not_probed is not None or not (own or shapes):
                 raise
-            told = CacheGeometry(
-                len(layers_of(spying_cache(model, 0))) or max(shapes) + 1, 1, 1, 1, positions=positions_of(model.config)
-            )
+            # One without attention has no heads either: all of its layers are its own.
+            told = CacheGeometry(own or max(shapes) + 1, 1, 1, 1, positions=positions_of(model.config))
         if not shapes or isinstance(self._layout, str):
             return told
         own = len(DynamicCache(config=model.config).layers)
@@ -323,6 +323,8 @@ class ModelFacts:
     @cached_property
     def _eviction(self) -> str | None:
         """Two tokens hidden by a mask, and the same two gone: a token that follows must not tell the difference."""
+        if (banded := _banded(self.model)) is not None:
+            return f"{banded} hides what is far back by a mask of its own, which counts slots"
         masks, told = self._masks, positions_of(self.model.config)
         if isinstance(masks, str) or self.model.device.type == "meta":
             return WHY_NO_EVICTION.get(told)  # nothing to compare with, or no numbers
@@ -347,6 +349,21 @@ class ModelFacts:
             if masked[name].dtype != torch.float32:
                 break  # deeper layers differ by rounding, and a mixture of experts by more
         return None
+
+    @cached_property
+    def why_no_positions(self) -> str | None:
+        """Why it cannot be told its positions from 0 on: untold, it counts them in another way."""
+        if self.why_not_probed is not None or "position_ids" not in parameters(self.model):
+            return None
+        probe, told = self._probe, torch.arange(TOKENS, device=self.model.device)[None]
+        with self._lock, untouched(self.model):
+            ids = probe.ids[None, :TOKENS]
+            untold, taught = (
+                probe.run(ids, spying_cache(self.model, _layers_told(self.model)), more=more).output
+                for more in ({}, {"position_ids": told})
+            )
+        same = alike(untold, taught, None if untold.dtype == torch.float32 else 0.3)
+        return None if same else "it counts its positions in a way of its own"
 
     # ------------------------------------------------------------------ how keys are turned
 
@@ -469,7 +486,8 @@ class ModelFacts:
             max_new_tokens=1, do_sample=False, use_cache=True, return_dict_in_generate=True
         )
         settings.output_logits, settings.pad_token_id = True, 0
-        out = model.generate(**given, **handed(model, cache), generation_config=settings)
+        mask = torch.ones(ids.shape, dtype=torch.long, device=ids.device)  # as a request with a prefix has one
+        out = model.generate(**given, attention_mask=mask, **handed(model, cache), generation_config=settings)
         return out.logits[0], {i: layer.keys for i, layer in enumerate(layers_of(cache)) if layer.keys is not None}
 
 
@@ -490,6 +508,18 @@ def facts_of(model: Any) -> ModelFacts:
     if known is None or known[0] != signature:
         known = _KNOWN[model] = signature, ModelFacts(model)
     return known[1]
+
+
+def _banded(model: nn.Module) -> str | None:
+    """A module with a table of which slot sees which, in which the last does not see the first (GPT-Neo); None without one."""
+    for name, module in model.named_modules():
+        for table in module._buffers.values():
+            square = isinstance(table, Tensor) and table.dtype == torch.bool and table.dim() >= 2
+            if square and 1 < table.shape[-1] == table.shape[-2] and table.device.type != "meta":
+                last = table[..., -1, :]
+                if bool(last[..., -1].all()) and not bool(last[..., 0].any()):
+                    return str(name)
+    return None
 
 
 def _seats(notes: Notes) -> tuple[tuple[Seat, ...], str | None]:

@@ -392,6 +392,7 @@ class Probe:
         *,
         edit: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
         masks: Mapping[str, tuple[str, Tensor]] | None = None,
+        more: Mapping[str, Any] | None = None,
         wanted: Sequence[str] = (),
         follow: bool = False,
     ) -> Notes:
@@ -402,6 +403,7 @@ class Probe:
             cache: see `spying_cache`.
             edit: what a layer returns instead of keys and values.
             masks: by name of a module, the name of its mask and another one.
+            more: arguments of the model.
             wanted: modules whose outputs are kept.
             follow: note what computes with which layer's keys.
         """
@@ -430,7 +432,7 @@ class Probe:
                 block.callback(handle.remove)
             if followed is not None:
                 block.enter_context(followed)
-            out = self.model(**self.given(ids), **handed(self.model, cache), use_cache=True)
+            out = self.model(**self.given(ids), **handed(self.model, cache), use_cache=True, **(more or {}))
         logits = getattr(out, "logits", None)
         notes.output = out[0] if logits is None else logits
         return notes

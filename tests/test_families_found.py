@@ -1,0 +1,126 @@
+"""Kinds of models that the family sweep found wrong, or crashing: each once, small."""
+
+import pytest
+import torch
+import transformers
+from families import RELEASE, VOCABULARY, token_ids, widened
+from transformers import (
+    BlipConfig,
+    BlipForConditionalGeneration,
+    DogeConfig,
+    DogeForCausalLM,
+    FSMTConfig,
+    FSMTForConditionalGeneration,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+)
+
+from kvcache import KVCacheManager, SlidingWindow
+from kvcache.errors import GeometryError, PositionsError
+
+_SMALL = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_GREEDY = {"max_new_tokens": 8, "do_sample": False}
+
+
+def test_a_mask_for_each_head_is_read_by_the_engine_where_heads_share_keys():
+    config = DogeConfig(**_SMALL, num_key_value_heads=2, head_dim=8)
+    model = widened(DogeForCausalLM(config))
+    manager, ids = KVCacheManager(model), token_ids(2, 6)
+    out = torch.cat(list(manager.stream(ids, backend="eager", **_GREEDY)), 1)
+    assert manager.report().backend is not None
+    assert torch.equal(out, model.generate(ids, **_GREEDY)[:, 6:])
+
+
+def test_a_table_of_slots_in_which_far_ones_are_hidden_refuses_eviction():
+    settings = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "window_size": 16}
+    local = GPTNeoConfig(**settings, max_position_embeddings=64, attention_types=[[["global", "local"], 1]])
+    with pytest.raises(PositionsError, match="counts slots"):
+        KVCacheManager(widened(GPTNeoForCausalLM(local)), SlidingWindow(8))
+    whole = GPTNeoConfig(**settings, max_position_embeddings=64, attention_types=[[["global"], 2]])
+    KVCacheManager(widened(GPTNeoForCausalLM(whole)), SlidingWindow(8))
+
+
+@pytest.mark.skipif(RELEASE < (5, 14), reason="in older releases models with states have caches of their own")
+def test_a_model_without_heads_generates_on_its_own_cache():
+    config = transformers.MambaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, state_size=4, time_step_rank=4, pad_token_id=0
+    )
+    model = widened(transformers.MambaForCausalLM(config))
+    manager, ids = KVCacheManager(model), token_ids(2, 6)
+    assert torch.equal(manager.generate(ids, **_GREEDY), model.generate(ids, **_GREEDY))
+    assert manager.estimate(13, 2) == manager.report().nbytes
+
+
+def test_an_encoder_without_a_config_is_planned():
+    sizes = dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4)
+    sizes |= dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim", "d_model"), 32)
+    config = FSMTConfig(
+        langs=["en", "de"], src_vocab_size=VOCABULARY, tgt_vocab_size=VOCABULARY, encoder_layers=1, decoder_layers=2,
+        num_beams=1, max_length=20, **sizes,
+    )  # fmt: skip
+    model = widened(FSMTForConditionalGeneration(config))
+    model.generation_config.decoder_start_token_id = 2
+    manager, ids = KVCacheManager(model), token_ids(2, 6)
+    manager.generate(ids, num_beams=1, **_GREEDY)
+    held = manager.report()
+    assert manager.estimate(held.seen, 2, encoder_tokens=6) == held.nbytes
+
+
+def test_a_model_that_needs_a_picture_is_not_estimated_and_says_so():
+    part = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text = {**part, "vocab_size": VOCABULARY, "bos_token_id": 1, "sep_token_id": 2, "encoder_hidden_size": 32}
+    config = BlipConfig(text_config=text, vision_config={**part, "image_size": 8, "patch_size": 4})
+    with pytest.raises(GeometryError, match=r"cannot be run on tokens alone.*report"):
+        KVCacheManager(BlipForConditionalGeneration(config).eval()).estimate(8)
+
+
+def test_a_model_that_counts_its_positions_in_its_own_way_is_left_to_generate():
+    kosmos = pytest.importorskip("transformers.models.kosmos2_5.modeling_kosmos2_5", reason="not in older releases")
+    config = kosmos.Kosmos2_5TextConfig(
+        vocab_size=VOCABULARY, embed_dim=32, ffn_dim=32, layers=2, attention_heads=4, max_position_embeddings=64
+    )
+    model = widened(kosmos.Kosmos2_5TextForCausalLM(config))
+    manager, ids = KVCacheManager(model), token_ids(2, 6)
+    out = torch.cat(list(manager.stream(ids, backend="eager", **_GREEDY)), 1)
+    assert torch.equal(out, model.generate(ids, **_GREEDY)[:, 6:])
+    assert manager.report().backend is None
+    assert "positions in a way of its own" in (manager.report().fallback or "")
+
+
+def test_a_model_that_takes_only_its_own_cache_is_given_none():
+    config = transformers.MiniMaxConfig(
+        **_SMALL, num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1, block_size=16,
+        layer_types=["linear_attention", "full_attention"],
+    )  # fmt: skip
+    model = widened(transformers.MiniMaxForCausalLM(config))
+    manager, ids = KVCacheManager(model), token_ids(2, 6)
+    assert torch.equal(manager.generate(ids, **_GREEDY), model.generate(ids, **_GREEDY))
+    with pytest.raises(GeometryError, match="of its own making"):
+        manager.new_cache(2)
+    tiny = transformers.OpenAIGPTConfig(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4)
+    with pytest.raises(GeometryError, match="of its own making"):
+        KVCacheManager(transformers.OpenAIGPTLMHeadModel(tiny).eval()).new_cache(2)
+
+
+def test_what_fails_in_a_trial_of_the_engine_is_left_to_generate():
+    settings = {name: value for name, value in _SMALL.items() if name != "num_hidden_layers"}
+    config = transformers.models.mllama.MllamaTextConfig(
+        **settings, num_hidden_layers=3, num_key_value_heads=2, cross_attention_layers=[1], max_position_embeddings=64
+    )
+    model = widened(transformers.MllamaForCausalLM(config))
+    manager, ids = KVCacheManager(model), token_ids(2, 6)
+    out = torch.cat(list(manager.stream(ids, backend="eager", **_GREEDY)), 1)
+    assert torch.equal(out, model.generate(ids, **_GREEDY)[:, 6:])
+    assert "trial" in (manager.report().fallback or "")
+
+
+def test_a_model_that_makes_its_cross_attention_cache_anew_gets_one():
+    part = {**_SMALL, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 8}
+    config = transformers.T5GemmaConfig(encoder=part, decoder=part, vocab_size=VOCABULARY)
+    model = widened(transformers.T5GemmaForConditionalGeneration(config))
+    model.generation_config.decoder_start_token_id = 1
+    ids = token_ids(2, 6)
+    assert torch.equal(KVCacheManager(model).generate(ids, **_GREEDY), model.generate(ids, **_GREEDY))
