@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from kvcache.budget import Token, Whole, bytes_of
 from kvcache.errors import GeometryError
 from kvcache.meta import without_numbers
-from kvcache.models import embedding_table
+from kvcache.models import embedding_table, facts_of, untouched
 from kvcache.modules import rebuilt
 from kvcache.past import handed
 
@@ -114,9 +114,10 @@ def _asked(model: Any, make: Callable[[], Any]) -> CacheShape:
                 "and ask report() afterwards"
             ) from error
     try:
-        with (
-            torch.no_grad()
-        ):  # weights that cannot be thought away, such as packed ones: a few tokens on the model itself
+        # Weights that cannot be thought away, such as packed ones, or what an earlier request left behind for its later tokens:
+        # a few tokens on the model itself, as a fresh request.
+        with untouched(model):
+            facts_of(model).clear_request_state()
             return _measured(model, make(), model.device)
     except Exception as error:
         raise GeometryError(

@@ -14,6 +14,7 @@ from transformers import (
     GPTNeoConfig,
     GPTNeoForCausalLM,
 )
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 from kvcache import KVCacheManager, SlidingWindow
 from kvcache.errors import GeometryError, PositionsError
@@ -30,7 +31,10 @@ def test_a_mask_for_each_head_is_read_by_the_engine_where_heads_share_keys():
     model = widened(DogeForCausalLM(config))
     manager, ids = KVCacheManager(model), token_ids(2, 6)
     out = torch.cat(list(manager.stream(ids, backend="eager", **_GREEDY)), 1)
-    assert manager.report().backend is not None
+    assert manager.report().backend is not None or RELEASE < (
+        5,
+        14,
+    )  # whose masks the engine does not read, and says so
     assert torch.equal(out, model.generate(ids, **_GREEDY)[:, 6:])
 
 
@@ -87,7 +91,9 @@ def test_a_model_that_counts_its_positions_in_its_own_way_is_left_to_generate():
     out = torch.cat(list(manager.stream(ids, backend="eager", **_GREEDY)), 1)
     assert torch.equal(out, model.generate(ids, **_GREEDY)[:, 6:])
     assert manager.report().backend is None
-    assert "positions in a way of its own" in (manager.report().fallback or "")
+    assert "positions" in (
+        manager.report().fallback or ""
+    )  # counted in a way of its own, or, in older releases, in none
 
 
 def test_a_model_that_takes_only_its_own_cache_is_given_none():
@@ -107,7 +113,7 @@ def test_a_model_that_takes_only_its_own_cache_is_given_none():
 
 def test_what_fails_in_a_trial_of_the_engine_is_left_to_generate():
     settings = {name: value for name, value in _SMALL.items() if name != "num_hidden_layers"}
-    config = transformers.models.mllama.MllamaTextConfig(
+    config = MllamaTextConfig(
         **settings, num_hidden_layers=3, num_key_value_heads=2, cross_attention_layers=[1], max_position_embeddings=64
     )
     model = widened(transformers.MllamaForCausalLM(config))
@@ -124,3 +130,21 @@ def test_a_model_that_makes_its_cross_attention_cache_anew_gets_one():
     model.generation_config.decoder_start_token_id = 1
     ids = token_ids(2, 6)
     assert torch.equal(KVCacheManager(model).generate(ids, **_GREEDY), model.generate(ids, **_GREEDY))
+
+
+def test_what_an_earlier_request_left_on_the_model_does_not_enter_its_estimate():
+    """Qwen2-VL keeps how far positions are from the tokens' order, for as many rows as the last request had."""
+    text = {
+        **_SMALL, "num_key_value_heads": 2, "max_position_embeddings": 64,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+    }  # fmt: skip
+    sight = {"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": 32, "mlp_ratio": 1}
+    model = widened(
+        transformers.Qwen2VLForConditionalGeneration(transformers.Qwen2VLConfig(text_config=text, vision_config=sight))
+    )
+    manager, ids = KVCacheManager(model), token_ids(2, 6)
+    out = manager.generate(ids, **_GREEDY)
+    left = model.model.rope_deltas
+    assert manager.estimate(13, 2) == manager.report().nbytes
+    assert model.model.rope_deltas is left
+    assert torch.equal(manager.generate(ids, **_GREEDY), out)
