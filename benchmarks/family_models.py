@@ -59,7 +59,8 @@ def names() -> list[str]:
         for name in ([value] if isinstance(value, str) else value)
     }
     found = [name for name in sorted(mapped | set(_BESIDE)) if name not in NOT_TRIED]
-    return [name for name in found if hasattr(transformers, name)]
+    there = set(dir(transformers))  # unlike hasattr, imports no model
+    return [name for name in found if name in there]
 
 
 # ---------------------------------------------------------------------- configs
