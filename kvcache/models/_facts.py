@@ -3,6 +3,7 @@
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -284,7 +285,7 @@ class ModelFacts:
 
         names = [seat.module for seat in seats]
         try:
-            with self._lock, untouched(self.model):
+            with self._as_fresh():
                 ids = probe.ids[None, :TOKENS].expand(4, -1)
                 cache = spying_cache(self.model, _layers_told(self.model))
                 out = probe.run(ids, cache, edit=edit, masks=self._as_masks(seats, visible), wanted=names).outputs
@@ -332,7 +333,7 @@ class ModelFacts:
         visible = torch.ones(1, 1, 1, TOKENS, dtype=torch.bool)
         visible[..., list(gone)] = False
         try:
-            with self._lock, untouched(self.model):
+            with self._as_fresh():
                 ids = probe.ids[None, :TOKENS]
                 cache = spying_cache(self.model, _layers_told(self.model))
                 probe.run(ids[:, :-1], cache)
@@ -356,7 +357,7 @@ class ModelFacts:
         if self.why_not_probed is not None or "position_ids" not in parameters(self.model):
             return None
         probe, told = self._probe, torch.arange(TOKENS, device=self.model.device)[None]
-        with self._lock, untouched(self.model):
+        with self._as_fresh():
             ids = probe.ids[None, :TOKENS]
             untold, taught = (
                 probe.run(ids, spying_cache(self.model, _layers_told(self.model)), more=more).output
@@ -393,7 +394,7 @@ class ModelFacts:
             return {0: self._layout}
         probe, layers = self._probe, _layers_told(self.model)
         try:
-            with self._lock, untouched(self.model):
+            with self._as_fresh():
                 ids = probe.ids[None, : TOKENS // 2]
                 notes = [probe.run(ids, spying_cache(self.model, layers, seen, sliding=True)) for seen in (0, _SHIFT)]
         except Exception as error:  # code of any model; the reason is told where it is asked for
@@ -425,6 +426,14 @@ class ModelFacts:
         if self.why_not_probed is None and not self.one_way:
             return "its tokens also depend on those that follow"
         return self._prefixes if isinstance(self._prefixes, str) else None
+
+    @contextmanager
+    def _as_fresh(self) -> Iterator[None]:
+        """Run the model in here as a fresh request would, whatever an earlier one left on it."""
+        with self._lock, untouched(self.model):
+            if any(isinstance(held, Tensor) for module in self.model.modules() for held in vars(module).values()):
+                self.clear_request_state()
+            yield
 
     def clear_request_state(self) -> None:
         """Forget what an earlier request has left on the model, as a fresh prompt would."""
