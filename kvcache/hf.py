@@ -447,6 +447,7 @@ def check_ranking(model: Any, runner: Any) -> None:
         cache = new_cache(model, SnapKV(1024))
         try:
             with untouched(runner):
+                facts.clear_request_state(runner)
                 parts = [runner(part, **handed(runner, cache), use_cache=True)[0] for part in (ids[:, :4], ids[:, 4:])]
         except PolicyError as error:
             return str(error).split(";")[0]

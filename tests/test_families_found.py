@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
-from kvcache import KVCacheManager, SlidingWindow
+from kvcache import KVCacheManager, SlidingWindow, SnapKV
 from kvcache.errors import GeometryError, PositionsError
 
 _SMALL = {
@@ -132,7 +132,7 @@ def test_a_model_that_makes_its_cross_attention_cache_anew_gets_one():
     assert torch.equal(KVCacheManager(model).generate(ids, **_GREEDY), model.generate(ids, **_GREEDY))
 
 
-def test_what_an_earlier_request_left_on_the_model_enters_no_estimate_and_no_window():
+def test_what_an_earlier_request_left_on_the_model_enters_no_estimate_and_no_policy():
     """Qwen2-VL keeps how far positions are from the tokens' order, for as many rows as the last request had."""
     text = {
         **_SMALL, "num_key_value_heads": 2, "max_position_embeddings": 64,
@@ -147,6 +147,6 @@ def test_what_an_earlier_request_left_on_the_model_enters_no_estimate_and_no_win
     left = model.model.rope_deltas
     assert manager.estimate(13, 2) == manager.report().nbytes
     assert model.model.rope_deltas is left
-    windowed = KVCacheManager(model, SlidingWindow(32))
-    assert torch.equal(windowed.generate(ids, **_GREEDY), out)
+    for policy in (SlidingWindow(32), SnapKV(80)):
+        assert torch.equal(KVCacheManager(model, policy).generate(ids, **_GREEDY), out)
     assert torch.equal(manager.generate(ids, **_GREEDY), out)

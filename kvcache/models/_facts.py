@@ -127,7 +127,7 @@ class ModelFacts:
         """
         if isinstance(self._layout, str) or "input_ids" not in self._probe.given(self._probe.ids[None, :1]):
             raise GeometryError(f"{self._name} could not be tried: {self.why_not_probed or 'it takes embeddings only'}")
-        with self._lock, untouched(self.model):
+        with self._as_fresh():
             probe = self._probe
             ids = probe.ids[None, :TOKENS]
             return ids, probe.run(ids, spying_cache(self.model, _layers_told(self.model))).output
@@ -431,14 +431,17 @@ class ModelFacts:
     def _as_fresh(self) -> Iterator[None]:
         """Run the model in here as a fresh request would, whatever an earlier one left on it."""
         with self._lock, untouched(self.model):
-            if any(isinstance(held, Tensor) for module in self.model.modules() for held in vars(module).values()):
-                self.clear_request_state()
+            self.clear_request_state()
             yield
 
-    def clear_request_state(self) -> None:
-        """Forget what an earlier request has left on the model, as a fresh prompt would."""
+    def clear_request_state(self, model: Any = None) -> None:
+        """Forget what an earlier request has left on the model, or on a copy of it, as a fresh prompt would."""
+        model = self.model if model is None else model
+        held = (value for module in model.modules() for value in vars(module).values())
+        if "_prefixes" not in vars(self) and not any(isinstance(value, Tensor) for value in held):
+            return  # nothing is there that could have been left
         for name, attribute in self.request_state:
-            setattr(self.model.get_submodule(name), attribute, None)
+            setattr(model.get_submodule(name), attribute, None)
 
     @cached_property
     def _prefixes(self) -> "tuple[tuple[str, str], ...] | str":
