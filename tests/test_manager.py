@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, SEQ2SEQ, build, dynamic_cache, logits, tiny, token_ids
+from support import holding
 from support.searching import examples
 from support.waiting import until
 from torch import Tensor, nn
@@ -42,7 +43,6 @@ from kvcache import (
     SnapKV,
     hf,
 )
-from kvcache.models import ModelFacts
 from kvcache.past import taken
 
 GREEDY: dict[str, Any] = {"do_sample": False}
@@ -74,27 +74,8 @@ def feed(model: Any, held: Any, tokens: int, rows: int, chunks: tuple[int, ...] 
 
 def bytes_found(held: Any) -> int:
     """Bytes of the storages of all keys and values found by walking everything that a cache refers to."""
-    storages: dict[int, int] = {}
-    visited: set[int] = set()
-
-    def visit(thing: Any) -> None:
-        if id(thing) in visited or isinstance(thing, type | nn.Module | ModelFacts):  # facts are the model's
-            return
-        visited.add(id(thing))
-        if isinstance(thing, Tensor):
-            if thing.dim() == 4:  # [batch, heads, tokens, head_dim]; not the few numbers of a rotation or of pads
-                storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
-        elif isinstance(thing, dict):
-            for value in thing.values():
-                visit(value)
-        elif isinstance(thing, list | tuple | set):
-            for value in thing:
-                visit(value)
-        elif hasattr(thing, "__dict__"):
-            visit(vars(thing))
-
-    visit(held)
-    return sum(storages.values())
+    # [batch, heads, tokens, head_dim]; not the few numbers of a rotation or of pads.
+    return holding.bytes_held(held, lambda tensor: tensor.dim() == 4)
 
 
 # ---------------------------------------------------------------------- bytes

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from plan_families import KINDS, NAMES, class_of, config_of, made
-from torch import Tensor, nn
+from support import holding
+from torch import Tensor
 
 from kvcache import InputError, KVCacheManager, MaxBytes, MaxTokens, Pinned, PolicyError, SizePolicy, SlidingWindow, hf
 from kvcache.footprint import language_footprint
-from kvcache.models import ModelFacts
 from kvcache.past import handed
 from kvcache.planning import plan
 from kvcache.quantized import Quantization
@@ -26,28 +26,8 @@ GREEDY: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_i
 
 
 def bytes_held(cache: Any) -> int:
-    """Bytes of the storages of all that a cache refers to, but for counters."""
-    storages: dict[int, int] = {}
-    visited: set[int] = set()
-
-    def visit(thing: Any) -> None:
-        if id(thing) in visited or isinstance(thing, type | nn.Module | ModelFacts):  # facts are the model's
-            return
-        visited.add(id(thing))
-        if isinstance(thing, Tensor):
-            if thing.dim() > 1:  # no counters, and no pads
-                storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
-        elif isinstance(thing, dict):
-            for value in thing.values():
-                visit(value)
-        elif isinstance(thing, list | tuple | set):
-            for value in thing:
-                visit(value)
-        elif hasattr(thing, "__dict__"):
-            visit(vars(thing))
-
-    visit(cache)
-    return sum(storages.values())
+    """Bytes of the storages of all that a cache refers to, but for counters and pads."""
+    return holding.bytes_held(cache, lambda tensor: tensor.dim() > 1)
 
 
 def inputs_of(name: str, rows: int, context: int) -> Tensor:
