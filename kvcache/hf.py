@@ -30,7 +30,7 @@ from kvcache.layers import KVLayer
 from kvcache.managed import Crossed, ManagedCache, ManagedEncoderDecoderCache, check_rollback
 from kvcache.managed import ManagedLayer as ManagedLayer
 from kvcache.managed import check_positions as check_positions
-from kvcache.models import ModelFacts, Windows, alike, announced, facts_of, parameters, rope_by_length, untouched
+from kvcache.models import ModelFacts, Windows, alike, announced, facts_of, parameters, rope_by_length
 from kvcache.past import MADE_AS, handed, taken
 from kvcache.policies import KeepAll, SizePolicy, budgeted, check_policy
 from kvcache.prefix import PrefixKey, PrefixSnapshot
@@ -446,8 +446,7 @@ def check_ranking(model: Any, runner: Any) -> None:
             return None  # attention itself refuses what it cannot honour
         cache = new_cache(model, SnapKV(1024))
         try:
-            with untouched(runner):
-                facts.clear_request_state(runner)
+            with facts.as_fresh(runner):
                 parts = [runner(part, **handed(runner, cache), use_cache=True)[0] for part in (ids[:, :4], ids[:, 4:])]
         except PolicyError as error:
             return str(error).split(";")[0]

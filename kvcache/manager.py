@@ -232,16 +232,8 @@ class KVCacheManager:
         if snapshot is not None and self._evicts and attention_mask is not None:
             self._refuse_pads(attention_mask)
             attention_mask = None
-        cache = hf.new_cache(
-            self.model,
-            self.policy if snapshot is None else self._pinned(len(snapshot)),
-            max_length=self.max_cache_length,
-            preallocate=self.preallocate,
-            positions=self.positions,
-            rows=batch_size,
-            padding=hf.left_padding(attention_mask) if self._evicts else None,
-            geometry=self.geometry,
-            quantization=self.quantization,
+        cache = self._empty_cache(
+            batch_size, attention_mask, self.policy if snapshot is None else self._pinned(len(snapshot))
         )
         if snapshot is not None:
             snapshot.fork(cache, batch_size)
@@ -351,16 +343,7 @@ class KVCacheManager:
 
     def _restored(self, data: bytes, model: str, secret: bytes | None) -> Any:
         tensors, header = read_saved(data, model, secret)
-        cache = hf.new_cache(
-            self.model,
-            self.policy,
-            max_length=self.max_cache_length,
-            preallocate=self.preallocate,
-            positions=self.positions,
-            rows=header["rows"],
-            geometry=self.geometry,
-            quantization=self.quantization,
-        )
+        cache = self._empty_cache(header["rows"])
         restore_layers(hf.kv_layers(cache), tensors, header, self.geometry.device)
         return cache
 
@@ -723,19 +706,29 @@ class KVCacheManager:
             )
         if prefix is not None:
             return self.new_cache(wanted.rows or 1, prefix=prefix)
-        cache = hf.new_cache(
+        cache = self._empty_cache(wanted.rows if self._evicts else None, wanted.mask, crossing=wanted.crossing)
+        return cache if hf.kv_layers(cache, some=False) else None
+
+    def _empty_cache(
+        self,
+        rows: int | None,
+        attention_mask: Tensor | None = None,
+        policy: SizePolicy | Sequence[SizePolicy] | None = None,
+        crossing: bool | None = None,
+    ) -> Any:
+        """A cache for so many rows, padded as the mask says, under this manager's policy or another."""
+        return hf.new_cache(
             self.model,
-            self.policy,
+            self.policy if policy is None else policy,
             max_length=self.max_cache_length,
             preallocate=self.preallocate,
             positions=self.positions,
-            rows=wanted.rows if self._evicts else None,
-            padding=hf.left_padding(wanted.mask) if self._evicts else None,
+            rows=rows,
+            padding=hf.left_padding(attention_mask) if self._evicts else None,
             geometry=self.geometry,
             quantization=self.quantization,
-            crossing=wanted.crossing,
+            crossing=crossing,
         )
-        return cache if hf.kv_layers(cache, some=False) else None
 
     def _check_stream(self, prefix: str | None, kwargs: dict[str, Any]) -> None:
         """Refuse what is no stream of tokens, before anything runs."""

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from kvcache.budget import Token, Whole, bytes_of
 from kvcache.errors import GeometryError
 from kvcache.meta import without_numbers
-from kvcache.models import embedding_table, facts_of, untouched
+from kvcache.models import embedding_table, facts_of
 from kvcache.modules import rebuilt
 from kvcache.past import handed
 
@@ -116,8 +116,7 @@ def _asked(model: Any, make: Callable[[], Any]) -> CacheShape:
     try:
         # Weights that cannot be thought away, such as packed ones, or what an earlier request left behind for its later tokens:
         # a few tokens on the model itself, as a fresh request.
-        with untouched(model):
-            facts_of(model).clear_request_state()
+        with facts_of(model).as_fresh():
             return _measured(model, make(), model.device)
     except Exception as error:
         raise GeometryError(

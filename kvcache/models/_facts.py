@@ -127,7 +127,7 @@ class ModelFacts:
         """
         if isinstance(self._layout, str) or "input_ids" not in self._probe.given(self._probe.ids[None, :1]):
             raise GeometryError(f"{self._name} could not be tried: {self.why_not_probed or 'it takes embeddings only'}")
-        with self._as_fresh():
+        with self.as_fresh():
             probe = self._probe
             ids = probe.ids[None, :TOKENS]
             return ids, probe.run(ids, spying_cache(self.model, _layers_told(self.model))).output
@@ -285,7 +285,7 @@ class ModelFacts:
 
         names = [seat.module for seat in seats]
         try:
-            with self._as_fresh():
+            with self.as_fresh():
                 ids = probe.ids[None, :TOKENS].expand(4, -1)
                 cache = spying_cache(self.model, _layers_told(self.model))
                 out = probe.run(ids, cache, edit=edit, masks=self._as_masks(seats, visible), wanted=names).outputs
@@ -333,7 +333,7 @@ class ModelFacts:
         visible = torch.ones(1, 1, 1, TOKENS, dtype=torch.bool)
         visible[..., list(gone)] = False
         try:
-            with self._as_fresh():
+            with self.as_fresh():
                 ids = probe.ids[None, :TOKENS]
                 cache = spying_cache(self.model, _layers_told(self.model))
                 probe.run(ids[:, :-1], cache)
@@ -357,7 +357,7 @@ class ModelFacts:
         if self.why_not_probed is not None or "position_ids" not in parameters(self.model):
             return None
         probe, told = self._probe, torch.arange(TOKENS, device=self.model.device)[None]
-        with self._as_fresh():
+        with self.as_fresh():
             ids = probe.ids[None, :TOKENS]
             untold, taught = (
                 probe.run(ids, spying_cache(self.model, _layers_told(self.model)), more=more).output
@@ -394,7 +394,7 @@ class ModelFacts:
             return {0: self._layout}
         probe, layers = self._probe, _layers_told(self.model)
         try:
-            with self._as_fresh():
+            with self.as_fresh():
                 ids = probe.ids[None, : TOKENS // 2]
                 notes = [probe.run(ids, spying_cache(self.model, layers, seen, sliding=True)) for seen in (0, _SHIFT)]
         except Exception as error:  # code of any model; the reason is told where it is asked for
@@ -428,10 +428,14 @@ class ModelFacts:
         return self._prefixes if isinstance(self._prefixes, str) else None
 
     @contextmanager
-    def _as_fresh(self) -> Iterator[None]:
-        """Run the model in here as a fresh request would, whatever an earlier one left on it."""
-        with self._lock, untouched(self.model):
-            self.clear_request_state()
+    def as_fresh(self, model: Any = None) -> Iterator[None]:
+        """Run the model, or a copy of it, in here as a fresh request would, whatever an earlier one left on it.
+
+        Afterwards it is what it was, see `untouched`.
+        """
+        model = self.model if model is None else model
+        with self._lock, untouched(model):
+            self.clear_request_state(model)
             yield
 
     def clear_request_state(self, model: Any = None) -> None:
