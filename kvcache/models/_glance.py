@@ -1,6 +1,6 @@
 """Is everything still what it was? Asked of thousands of values at once, in C."""
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
@@ -21,7 +21,8 @@ _expired = torch.UntypedStorage._expired
 class Glance:
     """What a walk found, as flat lists that are compared with what there is now.
 
-    Modules' attributes are one list, in the order of their dicts. Values that are not plain must be the same objects; the
+    Modules' attributes are one list. Only those that count are read: what a question costs is mostly memory that a step has
+    driven out of the processor's caches. Values that are not plain must be the same objects; the
     dicts of parameters, children and hooks may be others, and are looked into as they are. Parameters are told by their
     address, version and memory and not held, so that what a model lets go of is free at once.
 
@@ -35,25 +36,27 @@ class Glance:
         self._kinds = list(map(type, self._modules))
         self._classes = list(set(self._kinds))
         self._forwards = [getattr(kind, "forward", None) for kind in self._classes]
-        named = [(vars(module), state.get(name)) for name, module in walk.modules.items()]
-        dicts: list[dict[Any, Any]] = [one for one in walk.containers if isinstance(one, dict)]
-        self._dicts = [held for held, aside in named if aside is None] + dicts
+        named = [(vars(module), state.get(name, frozenset())) for name, module in walk.modules.items()]
+        self._whole = [held for held, left in named if not left]
+        self._parted = [(held, left) for held, left in named if left]
+        self._sizes = self._how_many()
+        of_keys: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
+        for held, left in named:
+            of_keys[tuple(key for key in held if key not in ASIDE and key not in left)].append(held)
+        self._groups = [(_getter(keys), dicts) for keys, dicts in of_keys.items()]
+        self._dicts: list[dict[Any, Any]] = [one for one in walk.containers if isinstance(one, dict)]
         self._dicts += [everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks]
-        self._parted = [(held, aside) for held, aside in named if aside is not None]
         self._lists = [one for one in walk.containers if isinstance(one, list | deque)]
         self._sets = [one for one in walk.containers if isinstance(one, set)]
         self._members = list(map(frozenset, self._sets))
-        keys = [(held, key) for held in self._dicts for key in held]
-        keys += [(held, key) for held, aside in self._parted for key in held if key not in aside]
-        own = {id(vars(module)) for module in self._modules}
+        keys = [key for keys, dicts in of_keys.items() for _ in dicts for key in keys]
         self._values = self._flat()
-        inner = [i for i, (held, key) in enumerate(keys) if key in OWN and id(held) in own]
+        inner = [i for i, key in enumerate(keys) if key in OWN]
         filled = [i for i in inner if self._values[i]]
         self._empty = _getter([i for i in inner if not self._values[i]])
-        self._tensors_in = _getter([i for i in filled if keys[i][1] in HELD])
-        self._others_in = _getter([i for i in filled if keys[i][1] not in HELD])
+        self._tensors_in = _getter([i for i in filled if keys[i] in HELD])
+        self._others_in = _getter([i for i in filled if keys[i] not in HELD])
         apart = {*inner, *(i for i, value in enumerate(self._values) if isinstance(value, PLAIN))}
-        apart.update(i for i, (held, key) in enumerate(keys) if key in ASIDE and id(held) in own)
         self._objects = _getter([i for i in range(len(self._values)) if i not in apart])
         self._same = self._objects(self._values)
         self._others = _inside(self._others_in(self._values))
@@ -77,8 +80,12 @@ class Glance:
         self._sample: Sample | None = None
 
     def _flat(self) -> list[Any]:
-        parts = [held[key] for held, aside in self._parted for key in held if key not in aside]
-        return list(chain(chain.from_iterable(map(dict.values, self._dicts)), parts, *self._lists))
+        own = (map(values, dicts) for values, dicts in self._groups)
+        return list(chain(*chain.from_iterable(own), *map(dict.values, self._dicts), *self._lists))
+
+    def _how_many(self) -> list[int]:
+        """Attributes of each module that are not state."""
+        return [*map(len, self._whole), *(sum(key not in left for key in held) for held, left in self._parted)]
 
     def _current(self) -> list[Any]:
         """The modules' parameters and buffers, None among them."""
@@ -92,6 +99,8 @@ class Glance:
             return False
 
     def _is_same(self) -> bool:
+        if self._how_many() != self._sizes:
+            return False
         values = self._flat()
         if len(values) != len(self._values) or not all(map(is_, self._objects(values), self._same)):
             return False
@@ -124,8 +133,8 @@ class Glance:
         return self._sample(sampled)
 
 
-def _getter(indices: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    """What gives the values at these places."""
+def _getter(indices: Sequence[Any]) -> Callable[[Any], tuple[Any, ...]]:
+    """What gives the values at these places of a sequence, or under these names of a dict."""
     if len(indices) > 1:
         return itemgetter(*indices)
     return lambda values: tuple(values[i] for i in indices)
