@@ -343,6 +343,18 @@ def embedding_table(model: Any) -> nn.Module | None:
         return None
 
 
+def _tells_apart(model: Any) -> int | None:
+    """Below which number it takes ids ``[rows, tokens]``; None if it takes none."""
+    known = int(getattr(model.config.get_text_config(decoder=True), "vocab_size", 0))
+    ids = torch.arange(min(known, 2), device=model.device)[None]
+    try:
+        with untouched(model):
+            model(input_ids=ids)
+    except Exception:  # code of any model: it wants its tokens in another shape
+        return None
+    return known
+
+
 class Probe:
     """How this model is run on a few tokens of its own vocabulary.
 
@@ -354,7 +366,10 @@ class Probe:
         self.model = model
         self.seq2seq = bool(model.config.is_encoder_decoder)
         generator = torch.Generator().manual_seed(0)
-        known = getattr(embedding_table(model), "num_embeddings", None)
+        table = embedding_table(model)
+        known = getattr(table, "num_embeddings", None)
+        if known is None and table is not None:  # of a kind of its own: it may take text as well as what it is for
+            known = _tells_apart(model)
         self._embeds: Tensor | None = None
         if known is None or known < 8:  # a decoder that is given embeddings, and has none of its own
             width = model.config.get_text_config(decoder=True).hidden_size
