@@ -164,7 +164,7 @@ def shape_of(model: Any) -> CacheShape:
     Raises:
         GeometryError: if it cannot be found out.
     """
-    return cache_shape(model, lambda: new_cache(model))
+    return cache_shape(model, new_cache)
 
 
 def _check_eviction(model: Any, geometry: CacheGeometry, policies: Sequence[SizePolicy], rerotated: bool) -> None:

@@ -9,9 +9,9 @@ from torch import Tensor
 from kvcache.budget import Token, Whole, bytes_of
 from kvcache.errors import MissingDependencyError
 from kvcache.geometry import CacheGeometry
-from kvcache.policies import KeepAll, SizePolicy
+from kvcache.policies import KeepAll, SizePolicy, budgeted
 from kvcache.quantized import Quantization, quantized_bytes
-from kvcache.shapes import CacheShape, tensors_of
+from kvcache.shapes import CacheShape, layer_bytes
 from kvcache.slots import slots_for
 from kvcache.views import html_table
 
@@ -89,7 +89,8 @@ def estimate_cache(
         encoder_tokens: positions that an encoder gave.
         quantization, max_length, preallocate, rerotate: as the cache will have them.
     """
-    whole = shape.whole(encoder_tokens)
+    counted = any(layer.managed and budgeted(policy) for layer, policy in zip(shape.layers, policies, strict=True))
+    whole = shape.whole(encoder_tokens) if counted else Whole(())
     total = rows * shape.cross * encoder_tokens
     for layer, policy in zip(shape.layers, policies, strict=True):
         if not layer.managed:
@@ -196,15 +197,6 @@ def _kind(layer: Any) -> str:
     return next(
         (c.__name__ for c in type(layer).__mro__ if c.__module__.startswith("transformers.")), type(layer).__name__
     )
-
-
-def layer_bytes(layer: Any) -> int:
-    """Bytes of what a layer holds, ours or the model's own."""
-    if (kv := getattr(layer, "kv", None)) is not None:
-        return int(kv.nbytes)
-    # The model's own layers may hold a slice of a larger tensor: what counts is the storage behind it.
-    held = [t.untyped_storage() for t in tensors_of(layer)]
-    return sum({storage._cdata: storage.nbytes() for storage in held}.values())
 
 
 # ---------------------------------------------------------------------- shown

@@ -4,9 +4,9 @@ A config says it by as many names as there are models; the tensors that arrive i
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
-from weakref import WeakKeyDictionary
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,9 @@ from kvcache.models import embedding_table, facts_of
 from kvcache.modules import rebuilt
 from kvcache.past import handed
 
+T = TypeVar("T")
 _FEW = 2  # tokens that a cache is looked at with
+_MANY = 16  # and more than a window of them, to see whether a layer of a model's own kind still follows what those said
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class LayerShape:
         window: the most tokens that the model's own layer holds; None for all.
         fixed: bytes of states, whatever was seen.
         more: bytes that each token takes besides its key and value.
+        asked: gives the bytes after so many tokens, where a layer of a model's own kind follows no such rule.
     """
 
     managed: bool
@@ -40,6 +43,7 @@ class LayerShape:
     window: int | None = None
     fixed: int = 0
     more: int = 0
+    asked: Callable[[int], int] | None = None
 
     @property
     def token_bytes(self) -> tuple[int, int]:
@@ -48,7 +52,17 @@ class LayerShape:
 
     def own_bytes(self, tokens: int | None) -> int:
         """Bytes of a row of the model's own layer after so many tokens; None: of the most that it may come to, where it
-        has an end."""
+        has an end.
+
+        Raises:
+            GeometryError: if that cannot be said, see `asked`.
+        """
+        if self.asked is not None:
+            if tokens is None:
+                raise GeometryError(
+                    "a layer of the model's own kind has no end that is known; give a limit in tokens instead"
+                )
+            return self.asked(tokens)
         most = (tokens or 0) if self.window is None else self.window
         kept = most if tokens is None else min(tokens, most)
         return self.fixed + (sum(self.token_bytes) + self.more) * kept
@@ -84,7 +98,16 @@ def tensors_of(layer: Any) -> list[Tensor]:
 _known: "WeakKeyDictionary[nn.Module, tuple[Any, CacheShape]]" = WeakKeyDictionary()
 
 
-def cache_shape(model: Any, make: Callable[[], Any]) -> CacheShape:
+def layer_bytes(layer: Any) -> int:
+    """Bytes of what a layer holds, ours or the model's own."""
+    if (kv := getattr(layer, "kv", None)) is not None:
+        return int(kv.nbytes)
+    # The model's own layers may hold a slice of a larger tensor: what counts is the storage behind it.
+    held = [t.untyped_storage() for t in tensors_of(layer)]
+    return sum({storage._cdata: storage.nbytes() for storage in held}.values())
+
+
+def cache_shape(model: Any, make: Callable[[Any], Any]) -> CacheShape:
     """The shape of a model's cache, asked once for as long as its dtype and the kinds of its layers stay.
 
     Args:
@@ -94,19 +117,28 @@ def cache_shape(model: Any, make: Callable[[], Any]) -> CacheShape:
     Raises:
         GeometryError: if the model cannot be run on one.
     """
-    said = model.dtype, tuple((type(one).__name__, getattr(one, "sliding_window", None)) for one in _layers(make()))
+    layers = _layers(make(model))
+    said = model.dtype, tuple((type(one).__name__, getattr(one, "sliding_window", None)) for one in layers)
     known = _known.get(model)
     if known is None or known[0] != said:
-        known = _known[model] = said, _asked(model, make)
+        found = _asked(model, lambda runs, device: _measured(runs, make(model), device))
+        if any(map(_unusual, layers)):
+            found = _Unruly(model, make).where_it_differs(found)
+        known = _known[model] = said, found
     return known[1]
 
 
-def _asked(model: Any, make: Callable[[], Any]) -> CacheShape:
+def _asked(model: Any, ask: Callable[[Any, Any], T]) -> T:
+    """What is found on the model without its weights, or else on the model itself.
+
+    Args:
+        ask: is given what to run, and the device of its input.
+    """
     try:
         # A copy: some models keep what they saw for their next call.
         blank = model if model.device.type == "meta" else rebuilt(model, lambda name, module: None).to("meta")
         with without_numbers():
-            return _measured(blank, make(), "meta")
+            return ask(blank, "meta")
     except Exception as error:
         if model.device.type == "meta":
             raise GeometryError(
@@ -117,7 +149,7 @@ def _asked(model: Any, make: Callable[[], Any]) -> CacheShape:
         # Weights that cannot be thought away, such as packed ones, or what an earlier request left behind for its later tokens:
         # a few tokens on the model itself, as a fresh request.
         with facts_of(model).as_fresh():
-            return _measured(model, make(), model.device)
+            return ask(model, model.device)
     except Exception as error:
         raise GeometryError(
             f"{type(model).__name__} cannot be run on tokens alone, to see what its cache holds ({type(error).__name__}: "
@@ -161,6 +193,7 @@ def run_blank(model: Any, cache: Any, rows: int, tokens: int, encoded: int, devi
             width = (model.config.get_text_config(encoder=True) if own is None else own).hidden_size
             states = torch.zeros(rows, encoded, width, dtype=model.dtype, device=device)
             given["encoder_outputs"] = BaseModelOutput(last_hidden_state=states)
+            given["encoder_outputs"]["pooler_output"] = states  # what an encoder of pictures hands on
         return model(decoder_input_ids=ids, **given)
     if (table := embedding_table(model)) is None:
         width = model.config.get_text_config(decoder=True).hidden_size
@@ -204,6 +237,69 @@ def _beside(layer: Any) -> int:
     """Bytes of what a layer of the model's own holds beside keys and values."""
     pair = [id(getattr(layer, name, None)) for name in ("keys", "values")]
     return sum(t.numel() * t.element_size() for t in tensors_of(layer) if id(t) not in pair)
+
+
+def _unusual(layer: Any) -> bool:
+    """Whether it is of a class that came with one model: what it holds may follow a rule of its own."""
+    return not type(layer).__module__.startswith(("transformers.cache_utils", "kvcache."))
+
+
+class _Unruly:
+    """Layers that have to be asked for each number of tokens.
+
+    Args:
+        model, make: see `cache_shape`. The model is not held.
+    """
+
+    def __init__(self, model: Any, make: Callable[[Any], Any]) -> None:
+        self._model = ref(model)
+        self._make = make
+        self._known: dict[int, list[int]] = {}
+        self._name = type(model).__name__
+
+    def where_it_differs(self, shape: CacheShape) -> CacheShape:
+        """The shape, whose layers are asked where many tokens show another rule than a few did."""
+        layers = list(shape.layers)
+        steps = _MANY + max((layer.window or 0 for layer in layers), default=0)
+        whole, parts = self._held((2 * steps - 1, 1)), self._held((steps, *[1] * steps))
+        for i, layer in enumerate(layers):
+            if layer.managed or whole[i] == parts[i] == layer.own_bytes(2 * steps):
+                continue
+            layers[i] = replace(layer, asked=self._asking(i) if whole[i] == parts[i] else self._refusing(i))
+        return replace(shape, layers=tuple(layers))
+
+    def _asking(self, index: int) -> Callable[[int], int]:
+        def asked(tokens: int) -> int:
+            if tokens == 0:
+                return 0
+            if tokens not in self._known:
+                # A step comes last: after a prompt a layer may hold more, until then.
+                self._known[tokens] = self._held([n for n in (tokens - 1, 1) if n])
+            return self._known[tokens][index]
+
+        return asked
+
+    def _refusing(self, index: int) -> Callable[[int], int]:
+        def asked(tokens: int) -> int:
+            raise GeometryError(
+                f"what layer {index} of {self._name} holds depends on how many of its tokens came at once, not only on how "
+                "many came; run it, and ask report() afterwards"
+            )
+
+        return asked
+
+    def _held(self, pieces: Sequence[int]) -> list[int]:
+        """Bytes of a row of each layer after so many tokens, piece by piece."""
+        model = self._model()
+        assert model is not None  # who asks has it
+
+        def run(runs: Any, device: Any) -> list[int]:
+            cache = self._make(model)
+            for tokens in pieces:
+                run_blank(runs, cache, 1, tokens, _FEW, device)
+            return [layer_bytes(layer) for layer in _layers(cache)]
+
+        return _asked(model, run)
 
 
 def _token_of(keys: Any, values: Any) -> Token | None:
