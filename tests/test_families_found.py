@@ -1,5 +1,8 @@
 """Kinds of models that the family sweep found wrong, or crashing: each once, small."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -16,8 +19,13 @@ from transformers import (
 )
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
-from kvcache import KVCacheManager, SlidingWindow, SnapKV
+from kvcache import KeepAll, KVCacheManager, MaxBytes, SlidingWindow, SnapKV
 from kvcache.errors import GeometryError, PositionsError
+from kvcache.report import estimate_cache
+from kvcache.shapes import CacheShape, LayerShape
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import family_models
 
 _SMALL = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -150,3 +158,44 @@ def test_what_an_earlier_request_left_on_the_model_enters_no_estimate_and_no_pol
     for policy in (SlidingWindow(32), SnapKV(80)):
         assert torch.equal(KVCacheManager(model, policy).generate(ids, **_GREEDY), out)
     assert torch.equal(manager.generate(ids, **_GREEDY), out)
+
+
+def built(name):
+    if name not in family_models.names():
+        pytest.skip(f"this release of transformers has no {name}")
+    return family_models.build(name, 0.2)
+
+
+def test_a_model_that_reads_text_beside_its_own_tokens_is_asked_with_text():
+    # CSM's embeddings are of codebooks; behind a cache that holds something it cannot go on with text, which is its own.
+    manager = KVCacheManager(built("CsmForConditionalGeneration"))
+    with pytest.raises(PositionsError, match="prefix"):
+        manager.add_prefix("beginning", torch.tensor([3, 4, 5]))
+
+
+@pytest.mark.parametrize("prompt", [3, 9])
+@pytest.mark.parametrize("new", [2, 30])
+def test_layers_of_a_models_own_kind_are_asked_what_they_hold(prompt, new):
+    # Compressed states, of every fourth token, beside a window.
+    manager = KVCacheManager(built("DeepseekV4ForCausalLM"))
+    manager.generate(token_ids(2, prompt), max_new_tokens=new, min_new_tokens=new, do_sample=False)
+    held = manager.report()
+    assert held.seen == prompt + new - 1
+    assert manager.estimate(held.seen, 2) == held.nbytes
+    assert manager.estimate(0) == 0
+
+
+def test_what_depends_on_how_tokens_came_is_not_estimated():
+    # The first tokens that come together stay; of those that come one by one some do.
+    manager = KVCacheManager(built("UnlimitedOcrForConditionalGeneration"))
+    with pytest.raises(GeometryError, match="came at once"):
+        manager.estimate(26, 2)
+
+
+def test_a_layer_without_a_known_end_takes_no_share_of_a_budget_in_bytes():
+    odd = LayerShape(False, asked=lambda tokens: tokens**2)
+    usual = LayerShape(True, (2, 8, 8, torch.float32))
+    shape = CacheShape((usual, odd))
+    assert estimate_cache(shape, 3, [KeepAll()] * 2) == estimate_cache(CacheShape((usual,)), 3, [KeepAll()]) + 9
+    with pytest.raises(GeometryError, match="no end that is known"):
+        estimate_cache(shape, 3, [MaxBytes("1MiB")] * 2)
