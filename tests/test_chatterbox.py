@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 import torch
-from support.searching import examples
+from support.searching import examples, steps
 from t3_models import UPSTREAMS_WARNINGS, fingerprint, likely_end, tiny_t3
 
 from kvcache import CapacityError, InputError, MaxBytes, MaxTokens, PolicyError, SlidingWindow
@@ -21,6 +21,7 @@ from kvcache_chatterbox.stepping import Stepper
 
 pytestmark = UPSTREAMS_WARNINGS
 TEXT = "The birch canoe slid on the smooth planks."
+LONG = steps(200)
 SEEDS = range(5)
 MODELS = {}
 
@@ -73,9 +74,9 @@ GPT = [
 def test_english_tokens_are_upstreams(seed, settings):
     t3 = model("english")
     text = byte_tokens(t3, TEXT)
-    expected = upstream(t3, text, 200, seed, **settings)
-    assert expected.shape == (1, 200)
-    assert torch.equal(ours(t3, text, 200, seed, chunk_size=[1, 7, 25, 64, 1000][seed], **settings), expected)
+    expected = upstream(t3, text, LONG, seed, **settings)
+    assert expected.shape == (1, LONG)
+    assert torch.equal(ours(t3, text, LONG, seed, chunk_size=[1, 7, 25, 64, 1000][seed], **settings), expected)
 
 
 @pytest.mark.grid(3, any_of=("seed",))
@@ -84,19 +85,19 @@ def test_english_tokens_are_upstreams(seed, settings):
 def test_turbo_tokens_are_upstreams(seed, settings):
     t3 = model("gpt")
     text = byte_tokens(t3, TEXT)
-    expected = upstream(t3, text, 200, seed, **settings)
-    assert expected.shape == (1, 200)
-    assert torch.equal(ours(t3, text, 200, seed, chunk_size=[1, 7, 25, 64, 1000][seed], **settings), expected)
+    expected = upstream(t3, text, LONG, seed, **settings)
+    assert expected.shape == (1, LONG)
+    assert torch.equal(ours(t3, text, LONG, seed, chunk_size=[1, 7, 25, 64, 1000][seed], **settings), expected)
 
 
 @pytest.mark.grid(1, any_of=("seed",))
 @pytest.mark.parametrize("seed", SEEDS)
 def test_multilingual_tokens_are_upstreams_and_no_hook_stays(seed):
     # Upstream leaves eager attention, hooks and an analyzer behind: it runs on a model of its own.
-    expected = upstream(tiny_t3("multilingual"), byte_tokens(model("multilingual"), TEXT), 200, seed)
+    expected = upstream(tiny_t3("multilingual"), byte_tokens(model("multilingual"), TEXT), LONG, seed)
     t3 = model("multilingual")
     before = fingerprint(t3)
-    assert torch.equal(ours(t3, byte_tokens(t3, TEXT), 200, seed, chunk_size=7 + seed), expected)
+    assert torch.equal(ours(t3, byte_tokens(t3, TEXT), LONG, seed, chunk_size=7 + seed), expected)
     assert fingerprint(t3) == before
 
 
@@ -208,16 +209,16 @@ def test_the_callers_voice_is_never_changed_and_never_stale():
 @pytest.mark.parametrize("policy", [SlidingWindow(16), MaxTokens(24, 12), MaxBytes("1MiB")], ids=str)
 @pytest.mark.parametrize("kind", ["english", "gpt"])
 def test_a_policy_keeps_the_prefix_and_bounds_the_speech(kind, policy):
-    t3 = model(kind)
+    t3, count = model(kind), steps(600)
     text = byte_tokens(t3, TEXT)
     engine = ChatterboxEngine(t3, policy)
     prefix = 22 + text.shape[1] + 2 if kind == "english" else 21 + text.shape[1] + 1
     tokens = list(
-        engine.inference_stream(t3_cond=voice(t3), text_tokens=text, max_new_tokens=600, seed=0, chunk_size=1)
+        engine.inference_stream(t3_cond=voice(t3), text_tokens=text, max_new_tokens=count, seed=0, chunk_size=1)
     )
-    assert len(tokens) == 600
+    assert len(tokens) == count
     report = engine.report()
-    assert report.seen == prefix + 599
+    assert report.seen == prefix + count - 1
     if isinstance(policy, MaxBytes):
         assert report.nbytes <= 2**20
     else:

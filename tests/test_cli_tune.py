@@ -9,6 +9,8 @@ from kvcache import KVCacheManager, TuningProfile
 from kvcache.cli import main
 from kvcache.subjects import LanguageSubject
 
+pytestmark = pytest.mark.one_release
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

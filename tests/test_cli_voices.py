@@ -19,6 +19,8 @@ from kvcache.cli import main
 from kvcache.stores import DiskStore
 from kvcache.stores.upkeep import open_store, shown_place
 
+pytestmark = pytest.mark.one_release
+
 DAY = 86400
 KEYS = [voice(1), voice(2, tokens=9, dtype=torch.long), voice(3, model="bf16"), voice(4, tokens=1)]
 

@@ -20,9 +20,10 @@ def test_a_sample_has_every_value_and_no_more_than_it_needs(sizes, size):
     assert min(size, len(cases)) <= len(chosen) <= max(size, sum(sizes))
 
 
-def test_cases_outside_the_sample_are_slow(pytester: pytest.Pytester):
+def test_cases_outside_the_sample_are_slow(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch):
     pytester.makeconftest(
         """
+        import os
         import pytest
         from support.grids import mark_grids
 
@@ -32,7 +33,7 @@ def test_cases_outside_the_sample_are_slow(pytester: pytest.Pytester):
 
         @pytest.hookimpl(tryfirst=True)
         def pytest_collection_modifyitems(items):
-            mark_grids(items)
+            mark_grids(items, 1 if "every" not in os.environ else 0.4, every="every" not in os.environ)
         """
     )
     pytester.makepyfile(
@@ -57,3 +58,6 @@ def test_cases_outside_the_sample_are_slow(pytester: pytest.Pytester):
     )
     pytester.runpytest_inprocess("-q", "-m", "not slow").assert_outcomes(passed=13, deselected=22)
     pytester.runpytest_inprocess("-q", "-m", "slow").assert_outcomes(passed=22, deselected=13)
+    monkeypatch.setenv("every", "no")
+    pytester.runpytest_inprocess("-q", "-m", "not slow").assert_outcomes(passed=5, deselected=30)
+    pytester.runpytest_inprocess("-q", "-m", "slow and grid").assert_outcomes(passed=30, deselected=5)

@@ -346,6 +346,7 @@ def test_a_cpu_needs_the_interpreter(monkeypatch):
         decode_attention(**cpu)
 
 
+@pytest.mark.slow  # a process of its own that imports all
 def test_without_triton_it_says_so():
     script = """
 import sys

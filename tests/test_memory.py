@@ -20,6 +20,8 @@ from kvcache.hf import cache_layers, new_cache
 from kvcache.report import account
 from kvcache.slots import slots_for
 
+pytestmark = pytest.mark.one_release
+
 TINY = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 

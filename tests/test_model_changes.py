@@ -399,11 +399,14 @@ def outcome(ask: Callable[[], Tensor], expected: Tensor) -> str:
     return "="
 
 
+SLOW = ("the model's forward compiled",)  # ten seconds each
+
+
 @pytest.mark.grid(36)
 @pytest.mark.filterwarnings("ignore")  # of the wrappers that are tried
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CHANGES])
 def test_every_feature_follows_the_model(name: str, when: str, feature: str) -> None:
     change, use = CHANGES[name], FEATURES[feature]
     bare = change.make()

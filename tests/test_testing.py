@@ -39,6 +39,8 @@ from kvcache.ranked import RankedLayer
 from kvcache.testing import check_layer, check_policy, no_leaks
 from kvcache.testing.checks import TRIED
 
+pytestmark = pytest.mark.one_release
+
 GREEDY = {"do_sample": False, "max_new_tokens": 3, "pad_token_id": 0}
 
 # ---------------------------------------------------------------------- leaks

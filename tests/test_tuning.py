@@ -27,6 +27,8 @@ from kvcache.tuning import Refusal, Setting, Space, SubjectBench, Trial, Tuner, 
 from kvcache.tuning_profile import machine, versions
 from kvcache.tuning_search import AXES
 
+pytestmark = pytest.mark.one_release
+
 FP32, BF16 = torch.float32, torch.bfloat16
 SPACE = Space(
     backend=("eager", "off", "compile"),

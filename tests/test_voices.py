@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.searching import search
+from support.searching import search, steps
 from t3_models import UPSTREAMS_WARNINGS, fingerprint, tiny_t3
 from test_chatterbox import MODELS, model, upstream
 from test_chatterbox_audio import tts
@@ -26,6 +26,7 @@ from kvcache_chatterbox.reuse import VoiceReuse
 
 pytestmark = UPSTREAMS_WARNINGS
 KINDS = ["english", "multilingual", "gpt"]
+LONG = steps(200)
 
 
 def memory():
@@ -74,10 +75,10 @@ def run_tokens(t3):
 def test_a_known_voice_draws_upstreams_tokens(kind, seed, reuse):
     made = engine(kind, reuse=reuse)
     words = text(kind, 30 + 20 * seed, seed)
-    expected = upstream(model(kind), words, 200, seed)
-    assert expected.shape == (1, 200)
+    expected = upstream(model(kind), words, LONG, seed)
+    assert expected.shape == (1, LONG)
     for _ in range(2):  # at first with a shorter text's, then with its own
-        assert torch.equal(tokens(made, words, 200, voice="sarah", seed=seed), expected)
+        assert torch.equal(tokens(made, words, LONG, voice="sarah", seed=seed), expected)
 
 
 @pytest.mark.grid(1, any_of=("reuse",))
@@ -85,9 +86,9 @@ def test_a_known_voice_draws_upstreams_tokens(kind, seed, reuse):
 def test_a_known_multilingual_voice_is_aligned_as_upstream_does(reuse):
     # Upstream leaves eager attention, hooks and an analyzer behind: it runs on a model of its own.
     words = text("multilingual")
-    expected = upstream(tiny_t3("multilingual"), words, 200, 3)
+    expected = upstream(tiny_t3("multilingual"), words, LONG, 3)
     made, before = engine("multilingual", reuse=reuse), fingerprint(model("multilingual"))
-    assert torch.equal(tokens(made, words, 200, voice="sarah", seed=3), expected)
+    assert torch.equal(tokens(made, words, LONG, voice="sarah", seed=3), expected)
     assert fingerprint(model("multilingual")) == before
 
 
@@ -100,7 +101,7 @@ def test_another_emotion_gives_what_it_gives_without_reuse(kind, options):
     if kind == "gpt":
         options = {name: value for name, value in options.items() if name != "cfg_weight"}
     made = engine(kind)
-    count = 60 if kind == "multilingual" else 200
+    count = 60 if kind == "multilingual" else LONG
     for length, exaggeration in ((20, 0.1), (70, None), (40, 0.9)):  # a longer text than any before, then a cut
         words = text(kind, length)
         ours = tokens(made, words, count, voice="sarah", exaggeration=exaggeration, **options)

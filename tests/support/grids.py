@@ -32,23 +32,32 @@ def sample(cases: Sequence[Mapping[str, int]], size: int, seed: str = "") -> lis
     return sorted(chosen)
 
 
-def mark_grids(items: Iterable[pytest.Item], share: float = 1) -> None:
-    """Mark the cases ``slow`` that are not in their test's sample, of which only a share may be wanted."""
-    grids: dict[str, list[pytest.Function]] = defaultdict(list)
+def mark_grids(items: Iterable[pytest.Item], share: float = 1, every: bool = True) -> None:
+    """Mark the cases ``slow`` that are not in their test's sample, of which only a share may be wanted.
+
+    Args:
+        items: what was collected.
+        share: of the sizes of samples.
+        every: whether each value is in a sample. If not, all tests with parameters are grids, of which a share of the cases
+            runs: for another run of the tests beside one that takes them all.
+    """
+    grids: dict[tuple[object, str], list[pytest.Function]] = defaultdict(list)
     for item in items:
-        if isinstance(item, pytest.Function) and item.get_closest_marker("grid") is not None:
-            grids[f"{item.path.name} {item.originalname}"].append(item)
-    for name, cases in grids.items():
+        if not isinstance(item, pytest.Function):
+            continue
+        sampled = hasattr(item, "callspec") and not every and item.get_closest_marker("slow") is None
+        if sampled or item.get_closest_marker("grid") is not None:
+            grids[item.parent, item.originalname].append(item)
+    for (_, name), cases in grids.items():
         marker = cases[0].get_closest_marker("grid")
-        assert marker is not None
-        kept = set(
-            sample(
-                [_values(case, marker.kwargs.get("any_of", ())) for case in cases], int(marker.args[0] * share), name
-            )
-        )
+        size = len(cases) if marker is None else min(len(cases), int(marker.args[0]))
+        but = () if marker is None else marker.kwargs.get("any_of", ())
+        values = [_values(case, but) if every else {} for case in cases]
+        kept = set(sample(values, max(1, round(size * share)), f"{cases[0].path.name} {name}"))
         for i, case in enumerate(cases):
             if i not in kept:
                 case.add_marker(pytest.mark.slow)
+                case.add_marker("grid")
 
 
 def _values(case: pytest.Function, but: Sequence[str]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""How hypothesis searches: a part of a test's examples in the fast set, all of them, or more, by the variable SEARCH.
+"""How long tests search: a part of a test's examples in the fast set, all of them, or more, by the variable SEARCH.
 
 `SEARCH=1 pytest` tries as many examples as a test says, `SEARCH=20` twenty times as many, new on every run. Without it, as the
 fast set runs, it is FAST of them, the same on every run.
@@ -30,3 +30,8 @@ def examples(count: int) -> int:
 def search(count: int, whole: bool = False, **options: object) -> hypothesis.settings:
     """Settings of a search that tries `count` examples when all are tried; or always, where it has to find something."""
     return hypothesis.settings(max_examples=count if whole else examples(count), **options)
+
+
+def steps(count: int) -> int:
+    """So many steps of a text are compared now: half of them, or all with the whole search."""
+    return count if SHARE >= 1 else count // 2
