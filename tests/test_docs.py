@@ -2,6 +2,8 @@
 have their files."""
 
 import ast
+import copy
+import functools
 import io
 import json
 import logging
@@ -10,6 +12,8 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
+
+from kvcache_chatterbox import load_t3
 
 pytestmark = pytest.mark.one_release
 
@@ -63,6 +67,16 @@ def told():
     log.setLevel(level)
 
 
+@functools.cache
+def _made(variant):
+    return load_t3(variant)
+
+
+def made_once(variant):
+    """As `load_t3` with random weights, which take seconds to draw: once for all pages, a copy for each."""
+    return copy.deepcopy(_made(variant))
+
+
 @pytest.mark.usefixtures("told")
 @pytest.mark.parametrize(
     "page",
@@ -74,6 +88,7 @@ def told():
 def test_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("kvcache.events._listeners", ())  # a page may leave some behind
+    monkeypatch.setattr("kvcache_chatterbox.load_t3", made_once)
     shared = {"__name__": "__main__"}
     for source, run, printed in blocks(page.read_text()):
         code = compile(source, str(page), "exec")  # padded, so that a traceback shows the page's line

@@ -316,17 +316,19 @@ def test_mistakes_of_layers_that_rank_are_caught(layer, says, monkeypatch):
 # ---------------------------------------------------------------------- layers: the house's own pass
 
 
+@pytest.mark.search
 def test_the_houses_layer_keeps_the_laws():
-    check_layer(KVLayer, variants=("plain", "padded", "rerotated"), examples=4)
+    check_layer(KVLayer, variants=("plain", "padded", "rerotated"), examples=examples(12))
 
 
 def quantized(policy, rotation=None, token_bytes=None, preallocate=False, **given):
     return QuantizedLayer(policy, Quantization(8, group=8), **given)
 
 
+@pytest.mark.search
 def test_the_houses_quantized_layer_keeps_the_laws():
     # Values of unit size in 8 bits are off by a half step of their spread / 255: some 0.02, and more in half precision.
-    check_layer(quantized, variants=("plain",), tolerance=0.1, examples=4)
+    check_layer(quantized, variants=("plain",), tolerance=0.1, examples=examples(12))
 
 
 # ---------------------------------------------------------------------- layers: planted mistakes

@@ -9,7 +9,7 @@ import os
 import hypothesis
 from hypothesis import Phase
 
-FAST = 0.25
+FAST = 0.2
 SHARE = float(os.environ.get("SEARCH", FAST))
 
 
