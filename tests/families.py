@@ -55,6 +55,8 @@ from transformers import (
     WhisperForCausalLM,
 )
 
+from kvcache.models import Watch, watch_of
+
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)
 
@@ -251,10 +253,15 @@ def widened(model: Any) -> Any:
     return model.requires_grad_(False)
 
 
+_WATCHES: list[Watch] = []
+
+
 @cache
 def tiny(name: str, attention: str | None = None) -> Any:
     """The model of a family, made once. Not to be changed."""
-    return build(name, attention)
+    model = build(name, attention)
+    _WATCHES.append(watch_of(model))  # as while somebody serves it: each test's managers need not walk it anew
+    return model
 
 
 def token_ids(rows: int = 2, tokens: int = 20, seed: int = 0) -> Tensor:
