@@ -15,7 +15,8 @@ from typing_extensions import Self
 
 from kvcache.errors import InputError
 from kvcache.hf import cache_layers
-from kvcache.report import CacheReport, layer_bytes
+from kvcache.report import CacheReport
+from kvcache.shapes import layer_bytes
 from kvcache.views import canvas, html_table, text_table
 
 _STATM = Path("/proc/self/statm")
