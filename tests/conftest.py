@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("search")
     # The lowest release runs beside the newest, on which each value is tried: there a part of all cases tells what differs.
     lowest = transformers.__version__.startswith("5.2.")
-    mark_grids(items, 0.35 if lowest else 0.45, every=not lowest)
+    mark_grids(items, 0.25 if lowest else 0.3, every=not lowest)
 
 
 def pytest_collection_finish() -> None:

@@ -23,6 +23,8 @@ from kvcache.archive import pack
 from kvcache.cli import application, main
 from kvcache.stores import DiskStore
 
+pytestmark = pytest.mark.one_release
+
 ROOT = Path(__file__).resolve().parent.parent
 NEXT_STEP = re.compile(r"\b(run|give|use|install|lower|raise|leave out|make|check|name|see|write|take)\b")
 

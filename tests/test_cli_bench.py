@@ -14,6 +14,8 @@ from kvcache.bench import benchmarks, benchmarks_folder
 from kvcache.cli import main
 from kvcache.errors import InputError
 
+pytestmark = pytest.mark.one_release
+
 ROOT = Path(__file__).resolve().parent.parent
 
 FAKE = '''"""What a fake one measures: v1.5 of nothing. And more."""

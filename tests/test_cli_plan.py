@@ -12,6 +12,8 @@ pytest.importorskip("rich")
 from kvcache.cli import main
 from kvcache.subjects import Setting, subject
 
+pytestmark = pytest.mark.one_release
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -9,6 +9,8 @@ from kvcache.cli import main
 from kvcache.profiling import MEMORY
 from kvcache.watching import PARTS
 
+pytestmark = pytest.mark.one_release
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

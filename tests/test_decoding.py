@@ -441,6 +441,7 @@ def test_a_compiled_window_says_what_the_manager_says():
     assert decoding.fallback is None
 
 
+@pytest.mark.one_release
 @pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # torch's own, at the compiler's import
 def test_inductors_tokens_are_those_of_generate():
     model = build("llama", num_hidden_layers=1)

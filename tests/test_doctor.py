@@ -20,6 +20,8 @@ from kvcache.cli import main
 from kvcache.errors import InputError
 from kvcache.stores import DiskStore
 
+pytestmark = pytest.mark.one_release
+
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):

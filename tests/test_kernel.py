@@ -145,7 +145,7 @@ def problems(draw):
     )
 
 
-@search(30)
+@search(20)
 @given(problems(), st.sampled_from([None, 1, 2, 3, 7, 64]), st.sampled_from([None, 0.05]), st.sampled_from([64, 4096]))
 def test_as_dense_attention_to_the_visible_slots(problem, splits, scale, tile):
     # A small tile makes several blocks of a few slots.

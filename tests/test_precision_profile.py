@@ -7,6 +7,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from kvcache import InputError
 from kvcache.precision import check_precision, sensitive, with_precision
 
+pytestmark = pytest.mark.one_release
+
 try:
     check_precision("int8", torch.device("cpu"))
 except InputError as error:

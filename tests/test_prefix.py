@@ -1477,7 +1477,7 @@ def test_what_is_served_is_what_this_model_computes_for_this_prefix() -> None:
             asked = {"max_new_tokens": 3, "do_sample": False}
             assert torch.equal(kv.generate(TEXT, prefix=name, **asked), model.generate(after(ids), **asked))
 
-    given(st.lists(REQUESTS, min_size=20, max_size=30), st.booleans())(search(20)(serve))()
+    given(st.lists(REQUESTS, min_size=20, max_size=30), st.booleans())(search(30)(serve))()
     # The search went where it was meant to: to all tiers, to beginnings, and to what had been evicted.
     assert total["refused"] == 0
     for way in ("hit memory", "hit disk", "extended", "built", "again"):

@@ -15,7 +15,7 @@ from kvcache_chatterbox import ChatterboxEngine, byte_tokens, random_conditional
 from kvcache_chatterbox.standin import stand_in
 from kvcache_chatterbox.subjects import LoadedSubject
 
-pytestmark = UPSTREAMS_WARNINGS
+pytestmark = [*UPSTREAMS_WARNINGS, pytest.mark.one_release]
 CONTEXT, TOKENS = 70, 20
 
 
