@@ -23,6 +23,7 @@ from kvcache.past import handed
 T = TypeVar("T")
 _FEW = 2  # tokens that a cache is looked at with
 _MANY = 16  # and more than a window of them, to see whether a layer of a model's own kind still follows what those said
+_REALLY = 1024  # tokens at most where they have numbers
 
 
 @dataclass(frozen=True)
@@ -294,6 +295,8 @@ class _Unruly:
         assert model is not None  # who asks has it
 
         def run(runs: Any, device: Any) -> list[int]:
+            if torch.device(device).type != "meta" and sum(pieces) > _REALLY:
+                raise GeometryError(f"{sum(pieces)} tokens are too many to be run only for that")
             cache = self._make(model)
             for tokens in pieces:
                 run_blank(runs, cache, 1, tokens, _FEW, device)
