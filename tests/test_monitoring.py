@@ -1,6 +1,7 @@
 """Views of a report, the memory timeline and the occupancy map, each against what is counted another way."""
 
 import json
+import mmap
 import re
 import threading
 from html.parser import HTMLParser
@@ -138,10 +139,10 @@ def test_a_timeline_sees_a_cache_grow():
 def test_a_timeline_sees_the_process_grow():
     if resident_bytes() is None:
         pytest.skip("this system has no /proc")
-    with MemoryTimeline(every=None) as timeline:
-        held = torch.ones(16 * 2**20)  # 64 MiB, each page written to
+    # New pages of the system's, each written to: what was freed before is used again, and is resident already.
+    with MemoryTimeline(every=None) as timeline, mmap.mmap(-1, 64 * 2**20) as held:
+        held[::4096] = bytes([1]) * len(range(0, len(held), 4096))
         timeline.sample()
-        del held
     before, with_it, _ = (sample.resident for sample in timeline.samples)
     # Other memory comes and goes meanwhile; 64 MiB of it do not.
     assert 48 * 2**20 < with_it - before < 96 * 2**20

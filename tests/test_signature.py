@@ -55,6 +55,30 @@ def test_a_change_is_another_signature(name: str) -> None:
     assert signature_of(model) is after
 
 
+@pytest.mark.filterwarnings("ignore")  # torch's own, at the compiler's import
+def test_what_a_compiler_notes_on_weights_is_no_change() -> None:
+    model = llama()
+    watch = watch_of(model)
+    before, named = watch.signature(), model_fingerprint(model)
+    torch.compile(model, backend="eager", dynamic=True)(WHOLE)
+    assert any("_dynamo_static_input_type" in vars(weight) for weight in model.parameters())
+    watch.forget()
+    assert model_fingerprint(model) == named
+    assert signature_of(model).why_no_copy is before.why_no_copy
+
+
+def test_what_a_tensor_holds_beside_its_numbers_counts() -> None:
+    model = llama()
+    weight = model.get_input_embeddings().weight
+    weight.scale = 1.0
+    watch = watch_of(model)
+    before, named = watch.signature(), model_fingerprint(model)
+    assert watch.signature() is before
+    weight.scale = 2.0
+    assert watch.signature() is not before
+    assert model_fingerprint(model) != named
+
+
 def test_what_is_as_before_is_no_change() -> None:
     model = llama()
     watch = watch_of(model)

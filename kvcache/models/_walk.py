@@ -45,6 +45,7 @@ PLAIN = (
 _NOTHING = (ReferenceType, RemovableHandle)  # what only leads to something
 _CALLABLE = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 _OF_TENSORS = ASIDE | {"persistent", "_is_buffer", "_is_param"}  # how torch marks parameters and buffers
+_COMPILERS = "_dynamo_"  # what torch.compile notes on the tensors that it has met
 _MANY = 2048  # entries of a container that are looked at; a larger one is told by its identity and size
 _DEEP = 8
 
@@ -144,7 +145,10 @@ class Walk:
 
     def _inside_tensor(self, place: Place, tensor: Tensor, depth: int) -> Iterator[Part]:
         """What a tensor holds beside its numbers: the state of a quantized one, the parts of a subclass."""
-        inner = {key: value for key, value in list(vars(tensor).items()) if key not in _OF_TENSORS}
+        held = vars(tensor)
+        inner = {key: held[key] for key in list(held) if key not in _OF_TENSORS and not key.startswith(_COMPILERS)}
+        if inner:
+            self.containers.append(held)
         if hasattr(tensor, "__tensor_flatten__"):
             names, context = tensor.__tensor_flatten__()
             inner |= {"context": context, **{name: getattr(tensor, name) for name in names}}
