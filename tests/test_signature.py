@@ -67,6 +67,16 @@ def test_what_a_compiler_notes_on_weights_is_no_change() -> None:
     assert signature_of(model).why_no_copy is before.why_no_copy
 
 
+def test_an_attribute_in_place_of_one_that_does_not_count_is_seen() -> None:
+    model = llama()
+    watch = watch_of(model)
+    model.warnings_issued = {}
+    before = watch.signature()
+    del model.warnings_issued
+    model.scale = 2.0
+    assert watch.signature() is not before
+
+
 def test_what_a_tensor_holds_beside_its_numbers_counts() -> None:
     model = llama()
     weight = model.get_input_embeddings().weight

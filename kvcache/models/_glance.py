@@ -83,9 +83,10 @@ class Glance:
         own = (map(values, dicts) for values, dicts in self._groups)
         return list(chain(*chain.from_iterable(own), *map(dict.values, self._dicts), *self._lists))
 
-    def _how_many(self) -> list[int]:
-        """Attributes of each module that are not state."""
-        return [*map(len, self._whole), *(sum(key not in left for key in held) for held, left in self._parted)]
+    def _how_many(self) -> list[Any]:
+        """Attributes of each module that are not state; and the last of each, as new ones come last."""
+        parted = (tuple(key for key in held if key not in left) for held, left in self._parted)
+        return [*map(len, self._whole), *map(next, map(reversed, self._whole)), *parted]
 
     def _current(self) -> list[Any]:
         """The modules' parameters and buffers, None among them."""
