@@ -165,15 +165,18 @@ def _small(default: Any, given: Mapping[str, Any], path: str) -> Any:
 
 def _made(made: type, kept: dict[str, Any], given: set[str]) -> Any:
     """The config; settings of the rule that it names in a complaint are left at their defaults, one after the other."""
+    parts = {key: value for key, value in kept.items() if isinstance(value, PreTrainedConfig)}
     while True:
         try:
-            return made(**kept)
+            config = made(**kept)
+            if parts.keys() <= vars(config).keys():
+                return config
+            blamed = []  # older releases take parts as dicts, and leave others out
         except Exception as error:  # whatever a config's own checks raise
             blamed = [key for key in kept if key not in given and re.search(rf"\b{key}\b", str(error))]
-            if not blamed:
-                parts = {k: v.to_dict() if isinstance(v, PreTrainedConfig) else v for k, v in kept.items()}
-                return made(**parts)
-            del kept[blamed[0]]
+        if not blamed:
+            return made(**{**kept, **{key: part.to_dict() for key, part in parts.items()}})
+        del kept[blamed[0]]
 
 
 def _default(made: type, settings: Mapping[str, Any]) -> Any:

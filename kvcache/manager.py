@@ -222,8 +222,7 @@ class KVCacheManager:
             GeometryError: for a model that takes no cache but one of its own.
         """
         check_whole("batch_size", batch_size, 1)
-        mine: Any = self.model if isinstance(self.model, GenerationMixin) else None
-        if mine is not None and not (mine._supports_default_dynamic_cache() and takes(mine)):
+        if self._own_cache:
             raise GeometryError(
                 f"{type(self.model).__name__} takes no cache, or only one of its own making; use generate() or stream(), which "
                 "leave that to it"
@@ -762,6 +761,12 @@ class KVCacheManager:
             settings = GenerationSettings.of(run.model, inputs, kwargs)
         return settings if settings.why_not is None else settings.why_not
 
+    @property
+    def _own_cache(self) -> bool:
+        """Whether the model generates without a cache, or on one of its own making."""
+        mine: Any = self.model if isinstance(self.model, GenerationMixin) else None
+        return mine is not None and not (mine._supports_default_dynamic_cache() and takes(mine))
+
     def _why_not(self, inputs: Tensor | None, prefix: str | None, kwargs: dict[str, Any]) -> str | None:
         """Why the decode engine cannot do this, whatever its settings; None if it can."""
         if not self.enabled:
@@ -787,6 +792,8 @@ class KVCacheManager:
         module = speaker(self.model, self.geometry)
         if module is None:
             return f"{type(self.model).__name__} is no transformers model that generates"
+        if self._own_cache:
+            return f"{type(self.model).__name__} generates on a cache of its own making"
         return own_way(module) or self._decoder.why_not()
 
     def _mask_of(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
