@@ -119,6 +119,16 @@ def test_a_model_that_takes_only_its_own_cache_is_given_none():
         KVCacheManager(transformers.OpenAIGPTLMHeadModel(tiny).eval()).new_cache(2)
 
 
+@pytest.mark.skipif(RELEASE >= (5, 14), reason="newer releases keep all states in one kind of cache")
+def test_a_model_that_generates_on_a_cache_without_layers_is_left_to_generate():
+    config = transformers.Lfm2Config(**_SMALL, num_key_value_heads=2, layer_types=["conv", "full_attention"])
+    model = widened(transformers.Lfm2ForCausalLM(config))
+    manager, ids = KVCacheManager(model), token_ids(2, 6)
+    out = torch.cat(list(manager.stream(ids, backend="eager", **_GREEDY)), 1)
+    assert "cache of its own making" in manager.report().fallback
+    assert torch.equal(out, model.generate(ids, **_GREEDY)[:, 6:])
+
+
 def test_what_fails_in_a_trial_of_the_engine_is_left_to_generate():
     settings = {name: value for name, value in _SMALL.items() if name != "num_hidden_layers"}
     config = MllamaTextConfig(
