@@ -48,9 +48,9 @@ test: $(READY) $(FLOOR_READY)  ## run the tests on the newest and on the lowest 
 	PYTHONPATH=$(FLOOR) $(PY) -m pytest -n $(JOBS) -m "not slow and not one_release"
 
 test-slow: $(READY) $(FLOOR_READY)  ## run the tests that take minutes or gigabytes, whole grids and whole searches; PART=1/3 runs a third
-	SEARCH=1 $(PY) -m pytest -m slow $(SHARE)
-	SEARCH=1 PYTHONPATH=$(FLOOR) $(PY) -m pytest -m "slow and grid and not one_release" $(SHARE)
-	SEARCH=1 $(PY) -m pytest -m "search and not slow" $(SHARE)
+	$(PY) -m pytest -n $(JOBS) -m slow $(SHARE)
+	PYTHONPATH=$(FLOOR) $(PY) -m pytest -n $(JOBS) -m "slow and grid and not one_release" $(SHARE)
+	SEARCH=1 $(PY) -m pytest -n $(JOBS) -m "search and not slow" $(SHARE)
 	PYTHONPATH=$(FLOOR) $(PY) -m pytest -m "not slow" $(SHARE) tests/test_docs.py
 
 test-random: $(READY)  ## run the fast tests ROUNDS times (8), each time in another order, to find what depends on it

@@ -71,6 +71,7 @@ GPT = [
 @pytest.mark.grid(3, any_of=("seed",))
 @pytest.mark.parametrize("settings", LLAMA, ids=str)
 @pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.search
 def test_english_tokens_are_upstreams(seed, settings):
     t3 = model("english")
     text = byte_tokens(t3, TEXT)
@@ -82,6 +83,7 @@ def test_english_tokens_are_upstreams(seed, settings):
 @pytest.mark.grid(3, any_of=("seed",))
 @pytest.mark.parametrize("settings", GPT, ids=str)
 @pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.search
 def test_turbo_tokens_are_upstreams(seed, settings):
     t3 = model("gpt")
     text = byte_tokens(t3, TEXT)
@@ -92,6 +94,7 @@ def test_turbo_tokens_are_upstreams(seed, settings):
 
 @pytest.mark.grid(1, any_of=("seed",))
 @pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.search
 def test_multilingual_tokens_are_upstreams_and_no_hook_stays(seed):
     # Upstream leaves eager attention, hooks and an analyzer behind: it runs on a model of its own.
     expected = upstream(tiny_t3("multilingual"), byte_tokens(model("multilingual"), TEXT), LONG, seed)
@@ -208,6 +211,7 @@ def test_the_callers_voice_is_never_changed_and_never_stale():
 @pytest.mark.grid(3)
 @pytest.mark.parametrize("policy", [SlidingWindow(16), MaxTokens(24, 12), MaxBytes("1MiB")], ids=str)
 @pytest.mark.parametrize("kind", ["english", "gpt"])
+@pytest.mark.search
 def test_a_policy_keeps_the_prefix_and_bounds_the_speech(kind, policy):
     t3, count = model(kind), steps(600)
     text = byte_tokens(t3, TEXT)

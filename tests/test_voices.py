@@ -72,6 +72,7 @@ def run_tokens(t3):
 @pytest.mark.parametrize("reuse", ["all", "conditioning"])
 @pytest.mark.parametrize("kind", ["english", "gpt"])
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.search
 def test_a_known_voice_draws_upstreams_tokens(kind, seed, reuse):
     made = engine(kind, reuse=reuse)
     words = text(kind, 30 + 20 * seed, seed)
@@ -83,6 +84,7 @@ def test_a_known_voice_draws_upstreams_tokens(kind, seed, reuse):
 
 @pytest.mark.grid(1, any_of=("reuse",))
 @pytest.mark.parametrize("reuse", ["all", "conditioning"])
+@pytest.mark.search
 def test_a_known_multilingual_voice_is_aligned_as_upstream_does(reuse):
     # Upstream leaves eager attention, hooks and an analyzer behind: it runs on a model of its own.
     words = text("multilingual")
@@ -97,6 +99,7 @@ def test_a_known_multilingual_voice_is_aligned_as_upstream_does(reuse):
     "options", [{"temperature": 0.0}, {"temperature": 0.0, "cfg_weight": 0.0}, {"seed": 5}], ids=str
 )
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.search
 def test_another_emotion_gives_what_it_gives_without_reuse(kind, options):
     if kind == "gpt":
         options = {name: value for name, value in options.items() if name != "cfg_weight"}
