@@ -22,9 +22,9 @@ class Glance:
     """What a walk found, as flat lists that are compared with what there is now.
 
     Modules' attributes are one list. Only those that count are read: what a question costs is mostly memory that a step has
-    driven out of the processor's caches. Values that are not plain must be the same objects; the
-    dicts of parameters, children and hooks may be others, and are looked into as they are. Parameters are told by their
-    address, version and memory and not held, so that what a model lets go of is free at once.
+    driven out of the processor's caches. Values that are not plain must be the same objects; the dicts of parameters, children
+    and hooks may be others, and are looked into as they are. Parameters are told by their address, version and memory and not
+    held, so that what a model lets go of is free at once.
 
     Args:
         walk: of the model.
@@ -39,7 +39,7 @@ class Glance:
         named = [(vars(module), state.get(name, frozenset())) for name, module in walk.modules.items()]
         self._whole = [held for held, left in named if not left]
         self._parted = [(held, left) for held, left in named if left]
-        self._sizes = self._how_many()
+        self._outlined = self._outline()
         of_keys: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
         for held, left in named:
             of_keys[tuple(key for key in held if key not in ASIDE and key not in left)].append(held)
@@ -83,8 +83,8 @@ class Glance:
         own = (map(values, dicts) for values, dicts in self._groups)
         return list(chain(*chain.from_iterable(own), *map(dict.values, self._dicts), *self._lists))
 
-    def _how_many(self) -> list[Any]:
-        """Attributes of each module that are not state; and the last of each, as new ones come last."""
+    def _outline(self) -> list[Any]:
+        """How many attributes each module has, and which is the last, as new ones come last; of one with state, all others."""
         parted = (tuple(key for key in held if key not in left) for held, left in self._parted)
         return [*map(len, self._whole), *map(next, map(reversed, self._whole)), *parted]
 
@@ -100,7 +100,7 @@ class Glance:
             return False
 
     def _is_same(self) -> bool:
-        if self._how_many() != self._sizes:
+        if self._outline() != self._outlined:
             return False
         values = self._flat()
         if len(values) != len(self._values) or not all(map(is_, self._objects(values), self._same)):

@@ -343,8 +343,8 @@ def embedding_table(model: Any) -> nn.Module | None:
         return None
 
 
-def _tells_apart(model: Any) -> int | None:
-    """Below which number it takes ids ``[rows, tokens]``; None if it takes none."""
+def _ids_below(model: Any) -> int | None:
+    """The number below which it takes ids ``[rows, tokens]``; None if it takes none of that shape."""
     known = int(getattr(model.config.get_text_config(decoder=True), "vocab_size", 0))
     ids = torch.arange(min(known, 2), device=model.device)[None]
     try:
@@ -369,7 +369,7 @@ class Probe:
         table = embedding_table(model)
         known = getattr(table, "num_embeddings", None)
         if known is None and table is not None:  # of a kind of its own: it may take text as well as what it is for
-            known = _tells_apart(model)
+            known = _ids_below(model)
         self._embeds: Tensor | None = None
         if known is None or known < 8:  # a decoder that is given embeddings, and has none of its own
             width = model.config.get_text_config(decoder=True).hidden_size
