@@ -7,7 +7,7 @@ from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as everywhere
 
@@ -16,15 +16,18 @@ from kvcache.models._walk import ASIDE, HELD, OWN, PLAIN, Walk
 
 _version = attrgetter("_version")
 _expired = torch.UntypedStorage._expired
+_UNREAD = ASIDE & vars(nn.Module()).keys()  # what every module has, and none lets go of
 
 
 class Glance:
     """What a walk found, as flat lists that are compared with what there is now.
 
-    Modules' attributes are one list. Only those that count are read: what a question costs is mostly memory that a step has
-    driven out of the processor's caches. Values that are not plain must be the same objects; the dicts of parameters, children
+    Modules' attributes are one list. Values that are not plain must be the same objects; the dicts of parameters, children
     and hooks may be others, and are looked into as they are. Parameters are told by their address, version and memory and not
     held, so that what a model lets go of is free at once.
+
+    What a question costs is mostly memory that a step has driven out of the processor's caches. So no more is read than
+    tells; and lists are copied before they are gone through, as a copy touches all objects side by side.
 
     Args:
         walk: of the model.
@@ -42,7 +45,7 @@ class Glance:
         self._outlined = self._outline()
         of_keys: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
         for held, left in named:
-            of_keys[tuple(key for key in held if key not in ASIDE and key not in left)].append(held)
+            of_keys[tuple(key for key in held if key not in _UNREAD and key not in left)].append(held)
         self._groups = [(_getter(keys), dicts) for keys, dicts in of_keys.items()]
         self._dicts: list[dict[Any, Any]] = [one for one in walk.containers if isinstance(one, dict)]
         self._dicts += [everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks]
@@ -56,8 +59,11 @@ class Glance:
         self._empty = _getter([i for i in inner if not self._values[i]])
         self._tensors_in = _getter([i for i in filled if keys[i] in HELD])
         self._others_in = _getter([i for i in filled if keys[i] not in HELD])
-        apart = {*inner, *(i for i, value in enumerate(self._values) if isinstance(value, PLAIN))}
-        self._objects = _getter([i for i in range(len(self._values)) if i not in apart])
+        apart = {*inner, *(i for i, key in enumerate(keys) if key in ASIDE)}
+        told = [i for i in range(len(self._values)) if i not in apart]
+        self._plain = _getter([i for i in told if isinstance(self._values[i], PLAIN)])
+        self._equal = self._plain(self._values)
+        self._objects = _getter([i for i in told if not isinstance(self._values[i], PLAIN)])
         self._same = self._objects(self._values)
         self._others = _inside(self._others_in(self._values))
         tensors = self._current()
@@ -84,9 +90,9 @@ class Glance:
         return list(chain(*chain.from_iterable(own), *map(dict.values, self._dicts), *self._lists))
 
     def _outline(self) -> list[Any]:
-        """How many attributes each module has, and which is the last, as new ones come last; of one with state, all others."""
+        """How many attributes each module has; of one with state, which others."""
         parted = (tuple(key for key in held if key not in left) for held, left in self._parted)
-        return [*map(len, self._whole), *map(next, map(reversed, self._whole)), *parted]
+        return [*map(len, self._whole), *parted]
 
     def _current(self) -> list[Any]:
         """The modules' parameters and buffers, None among them."""
@@ -100,6 +106,8 @@ class Glance:
             return False
 
     def _is_same(self) -> bool:
+        for many in (self._whole, self._values, self._modules):
+            many.copy()
         if self._outline() != self._outlined:
             return False
         values = self._flat()
@@ -115,7 +123,7 @@ class Glance:
             return False
         tensors += self._extra
         return (
-            values == self._values
+            self._plain(values) == self._equal
             and list(map(_version, self._counted(tensors))) == self._versions
             and list(map(Tensor.data_ptr, self._placed(tensors))) == self._places
             and not any(map(_expired, self._memories))
