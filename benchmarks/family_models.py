@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -123,6 +124,9 @@ class Case:
         config: settings, by their dotted path (``"text_config.rope_parameters"``).
         inputs: how it is called: names of `INPUTS`; by default what works first.
         tokens: generated, where 20 are too many.
+        generation: settings of its generation config.
+        beside: attributes that its config lacks, and its code reads.
+        call: what its `generate` needs beside inputs.
         made: the name of the config's class, where it is not the model's own.
     """
 
@@ -130,6 +134,9 @@ class Case:
     inputs: Sequence[str] = ()
     tokens: int = 20
     made: str = ""
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    beside: Mapping[str, Any] = field(default_factory=dict)
+    call: Mapping[str, Any] = field(default_factory=dict)
 
 
 def config_of(name: str, **settings: Any) -> Any:
@@ -300,6 +307,12 @@ def build(name: str, spread: float | None = None, **settings: Any) -> Any:
     _plain(settings)
     if model.config.is_encoder_decoder and settings.decoder_start_token_id is None:
         settings.decoder_start_token_id = 1
+    case = EXCEPTIONS.get(name, Case())
+    for key, value in case.generation.items():
+        setattr(settings, key, value)
+    for path, value in case.beside.items():
+        *parts, last = path.split(".")
+        setattr(attrgetter(".".join(parts))(model.config) if parts else model.config, last, value)
     return model
 
 
@@ -362,13 +375,14 @@ def _noise(*shape: int) -> Tensor:
 def _encoded(model: Any) -> dict[str, Any]:
     config = model.config.get_text_config(encoder=True)
     own = getattr(model.get_encoder(), "config", config)
-    width = getattr(own, "hidden_size", None) or config.hidden_size
+    width = getattr(own, "hidden_size", None) or getattr(config, "hidden_size", 64)
     return {"encoder_outputs": BaseModelOutput(last_hidden_state=_noise(2, 5, width))}
 
 
 def _features(model: Any) -> dict[str, Any]:
-    bins = next((getattr(c, "num_mel_bins", None) or getattr(c, "feature_size", None) for c in _all(model.config)), 16)
-    return {"input_features": _noise(2, bins or 16, 60)}
+    called = ("num_mel_bins", "feature_size", "feature_projection_input_dim")
+    bins = next((size for one in _all(model.config) for name in called if (size := getattr(one, name, None))), 16)
+    return {"input_features": _noise(2, bins, 60)}
 
 
 def _frames(model: Any) -> dict[str, Any]:
@@ -382,8 +396,35 @@ def _picture(model: Any) -> dict[str, Any]:
     return {"pixel_values": _noise(2, 3, height, width)}
 
 
+def _pictures(model: Any) -> dict[str, Any]:
+    text, pictures = _text(model), _picture(model)["pixel_values"][:, None]
+    return {**text, "pixel_values": pictures, "image_attention_mask": torch.ones(2, PROMPT, 1, dtype=torch.long)}
+
+
+def _asked(model: Any) -> dict[str, Any]:
+    return {**_picture(model), **_text(model), "qformer_input_ids": tokens(model.config, 2, 5, seed=1)}
+
+
+def _film(model: Any) -> dict[str, Any]:
+    return {**_asked(model), "pixel_values": _pictures(model)["pixel_values"].repeat(1, 2, 1, 1, 1)}
+
+
+def _boxed(model: Any) -> dict[str, Any]:
+    return {**_text(model), "bbox": torch.zeros(2, PROMPT, 4)}
+
+
+def _before_sound(model: Any) -> dict[str, Any]:
+    text = _text(model)
+    text["input_ids"][:, -1] = model.config.audio_bos_token_id
+    return text
+
+
 def _wave(model: Any) -> dict[str, Any]:
-    return {"input_values": _noise(2, 800)}
+    return {"input_values": _noise(2, 4000)}
+
+
+def _channel(model: Any) -> dict[str, Any]:
+    return {"input_values": _noise(2, 1, 4000)}
 
 
 def _all(config: Any) -> Iterator[Any]:
@@ -401,7 +442,14 @@ INPUTS = {
     "frames": _frames,
     "picture": _picture,
     "picture and text": lambda model: _picture(model) | _text(model),
+    "pictures and text": _pictures,
+    "picture, text and a question": _asked,
+    "film, text and a question": _film,
+    "text with boxes": _boxed,
+    "text that ends where sound begins": _before_sound,
+    "mel spectrogram": lambda model: {"input_features": _noise(2, 9, model.config.d_model)},
     "wave": _wave,
+    "wave of one channel": _channel,
 }
 """What a model can be called with, by name."""
 
@@ -416,7 +464,7 @@ def inputs_of(name: str, model: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     else:
         order = ("text", kind, "picture and text", "features", "frames", "wave")
     for one in dict.fromkeys(case.inputs or order):
-        yield one, INPUTS[one](model)
+        yield one, {**INPUTS[one](model), **case.call}
 
 
 # ---------------------------------------------------------------------- what the rule cannot know
@@ -455,7 +503,45 @@ def _within(part: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{part}.{key}": value for key, value in settings.items()}
 
 
+_SPOKEN = Case(
+    generation={
+        "text_decoder_lang_to_code_id": {"eng": 5}, "t2u_lang_code_to_id": {"eng": 5}, "vocoder_lang_code_to_id": {"eng": 0},
+        "id_to_text": {str(i): "a" for i in range(VOCABULARY)}, "char_to_id": {"a": 1},
+    },
+    call={"tgt_lang": "eng"},
+)  # fmt: skip
+_TRANSDUCED = {"n_groups": 1, "use_mamba_kernels": False}
+
 EXCEPTIONS: dict[str, Case] = {
+    "Blip2ForConditionalGeneration": Case({"image_token_index": 97}, inputs=["picture and text"]),
+    "IdeficsForVisionText2Text": Case(inputs=["pictures and text"]),
+    "InstructBlipForConditionalGeneration": Case({"image_token_index": 97}, inputs=["picture, text and a question"]),
+    "InstructBlipVideoForConditionalGeneration": Case({"video_token_index": 97}, inputs=["film, text and a question"]),
+    "GradiumPhononTTSForConditionalGeneration": Case(inputs=["text that ends where sound begins"]),
+    "MoonshineForConditionalGeneration": Case({"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4}),
+    "NemotronHForCausalLM": Case(_TRANSDUCED),
+    "NemotronH_Omni_Reasoning_V3": Case(_within("text_config", _TRANSDUCED)),
+    "Nemotron3_5TranscribeForConditionalGeneration": Case(_within("text_config", _TRANSDUCED)),
+    "PocketTTSForConditionalGeneration": Case(inputs=["text that ends where sound begins"]),
+    "Pop2PianoForConditionalGeneration": Case(
+        inputs=["mel spectrogram"],
+        generation={"composer_to_feature_token": {f"composer{i}": 4 + i for i in range(1, 22)}},
+    ),
+    "Qwen2_5OmniThinkerForConditionalGeneration": Case(beside={"vision_start_token_id": 90}),
+    "Qwen3OmniMoeThinkerForConditionalGeneration": Case(beside={"vision_start_token_id": 90}),
+    "RecurrentGemmaForCausalLM": Case({"num_hidden_layers": 3}),
+    "SeamlessM4TForSpeechToText": Case(inputs=["frames"]),
+    "SeamlessM4Tv2ForSpeechToText": Case(inputs=["frames"]),
+    "SeamlessM4TForTextToSpeech": _SPOKEN,
+    "SeamlessM4Tv2ForTextToSpeech": _SPOKEN,
+    "SeamlessM4TModel": _SPOKEN,
+    "Step3p7ForConditionalGeneration": Case({"text_config.sliding_window": WINDOW}),
+    "UdopForConditionalGeneration": Case(inputs=["text with boxes"]),
+    "XmodForCausalLM": Case({"default_language": "en_XX", "languages": ("en_XX",)}),
+    "ZambaForCausalLM": Case(
+        {"attention_hidden_size": 128, "attention_head_dim": 32, "num_key_value_heads": 4, "use_mamba_kernels": False}
+    ),
+    "xLSTMForCausalLM": Case({"qk_dim_factor": 1.0}),
     "BambaForCausalLM": Case({**_MAMBA2, "attn_layer_indices": [1]}),
     "ChameleonForConditionalGeneration": Case({"vocabulary_map": {"<image>": 90}}),
     "CohereCompassForCausalLM": Case(
@@ -484,10 +570,26 @@ EXCEPTIONS: dict[str, Case] = {
             "swa_v_head_dim": 16,
         }
     ),
-    "Granite4VisionForConditionalGeneration": Case({"deepstack_layer_map": []}),
+    "Granite4VisionForConditionalGeneration": Case({"deepstack_layer_map": [], "downsample_rate": "1/2"}),
     "DbrxForCausalLM": Case({"attn_config.rope_theta": 1e4, "attn_config.kv_n_heads": 2, "attn_config.clip_qkv": 8.0}),
     "Dots1ForCausalLM": Case(_MOE),
-    "Emu3ForConditionalGeneration": Case({"vocabulary_map": {"<image>": 90}}),
+    "Emu3ForConditionalGeneration": Case(
+        {
+            "vocabulary_map": {"<image>": 90},
+            **_within(
+                "vq_config",
+                {
+                    "base_channels": 32,
+                    "channel_multiplier": [1],
+                    "num_res_blocks": 1,
+                    "embed_dim": 16,
+                    "hidden_size": 16,
+                    "latent_channels": 16,
+                    "codebook_size": 64,
+                },
+            ),
+        }
+    ),
     "Ernie4_5_VLMoeForConditionalGeneration": Case(
         {"text_config.rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}}
     ),
@@ -498,7 +600,14 @@ EXCEPTIONS: dict[str, Case] = {
     ),
     "FunAsrNanoForConditionalGeneration": Case({"adaptor_config.intermediate_size": 16}),
     "Glm4vMoeForConditionalGeneration": Case(
-        {"text_config.rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}}
+        {
+            "text_config.rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [2, 1, 1],
+                "partial_rotary_factor": 0.5,
+            }
+        }
     ),
     "Gemma4ForCausalLM": Case(_GEMMA4),
     "Gemma4ForConditionalGeneration": Case(_within("text_config", _GEMMA4)),
@@ -512,8 +621,10 @@ EXCEPTIONS: dict[str, Case] = {
         )
     ),
     "Molmo2ForConditionalGeneration": Case({"adapter_config.vision_feature_layer": [1, 0]}),
-    "KyutaiSpeechToTextForConditionalGeneration": Case(_within("codec_config", _MIMI)),
-    "LongcatFlashForCausalLM": Case({"zero_expert_num": 2, "num_key_value_heads": 4}),
+    "KyutaiSpeechToTextForConditionalGeneration": Case(_within("codec_config", _MIMI), inputs=["wave of one channel"]),
+    "LongcatFlashForCausalLM": Case(
+        {"zero_expert_num": 2, "num_key_value_heads": 4, "head_dim": 16, "qk_head_dim": 32, "qk_rope_head_dim": 16}
+    ),
     "Lfm2MoeForCausalLM": Case({"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4}),
     "NemotronForCausalLM": Case({"num_key_value_heads": 2}),
     "Mamba2ForCausalLM": Case({"num_heads": 8, "head_dim": 16, "n_groups": 1, "state_size": 8}),
@@ -521,7 +632,11 @@ EXCEPTIONS: dict[str, Case] = {
     "Qwen4ExpForCausalLM": Case(_QSA),
     "Qwen4ExpForConditionalGeneration": Case(_within("text_config", _QSA)),
     "Qwen2_5OmniForConditionalGeneration": Case({"enable_audio_output": False}),
-    "Qwen3OmniMoeForConditionalGeneration": Case({"enable_audio_output": False}),
+    "Qwen3OmniMoeForConditionalGeneration": Case(
+        {"enable_audio_output": False},
+        beside={"thinker_config.vision_start_token_id": 90},
+        call={"return_audio": False, "thinker_max_new_tokens": 20},
+    ),
     "ReformerModelWithLMHead": Case(
         {
             "is_decoder": True,

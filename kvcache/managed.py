@@ -345,6 +345,12 @@ class ManagedCache(DynamicCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        if layer_idx >= len(self.layers):
+            raise GeometryError(
+                f"layer {layer_idx} was asked for, and the cache has {len(self.layers)} layers: it was made for another "
+                "model, or another part of this one; make it with the new_cache() of the model that runs on it, or let "
+                "generate() make its own"
+            )
         attended: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if type(layer := self.layers[layer_idx]) is DynamicSlidingWindowLayer:
             let_go(layer, *attended)

@@ -209,3 +209,11 @@ def test_a_layer_without_a_known_end_takes_no_share_of_a_budget_in_bytes():
     assert estimate_cache(shape, 3, [KeepAll()] * 2) == estimate_cache(CacheShape((usual,)), 3, [KeepAll()]) + 9
     with pytest.raises(GeometryError, match="no end that is known"):
         estimate_cache(shape, 3, [MaxBytes("1MiB")] * 2)
+
+
+def test_a_cache_has_the_layers_of_one_part_of_a_model():
+    # Its units' decoder runs on the cache that its text decoder was given.
+    manager = KVCacheManager(built("SeamlessM4TModel"))
+    case = family_models.EXCEPTIONS["SeamlessM4TModel"]
+    with pytest.raises(GeometryError, match="layer 2 was asked for, and the cache has 2 layers"):
+        manager.generate(token_ids(2, 7), max_new_tokens=4, past_key_values=manager.new_cache(2), **case.call)
