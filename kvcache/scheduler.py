@@ -228,7 +228,7 @@ class Scheduler:
         )
         return SchedulerMetrics(
             rows=self._rows,
-            busy=0 if turns is None else turns.batch.busy,
+            busy=0 if turns is None else turns.busy,
             waiting=waiting,
             running=len(running),
             tokens=self._tokens if turns is None else turns.tokens,

@@ -172,6 +172,11 @@ class Turns:
         """Whether a turn would do nothing: all requests wait for their consumers."""
         return self.batch.busy == 0 and not any(request.ready for request in self.requests)
 
+    @property
+    def busy(self) -> int:
+        """Jobs that decode, as any thread may ask."""
+        return sum(len(request.running) for request in list(self.requests))
+
     def add(self, request: Request) -> None:
         """Let a request wait for its first place."""
         self.requests.append(request)
@@ -268,7 +273,12 @@ class Turns:
         request.error = error
         if not isinstance(error, KVCacheError):  # which is about what was asked for
             self._broke = error
-        self._leave(request)
+        try:
+            self._leave(request)
+        except Exception as again:
+            if self._broke is error:  # which says why, where all that follows fails too
+                raise error from again
+            raise
 
     def _leave(self, request: Request) -> None:
         for job in list(request.running):
