@@ -18,7 +18,7 @@ from typing import Any
 
 import h11
 import uvicorn
-from server_errors import Problem
+from server_errors import Problem, shortened
 from server_guard import Gate, Limits
 from starlette.types import ASGIApp
 from uvicorn.config import Config
@@ -102,8 +102,7 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         self._watch_head()
         if len(self.connections) > self._limits.connections:
-            owing = [one for one in self.connections if isinstance(one, Connection) and one.owes]
-            min(owing, key=lambda one: one._since).transport.abort()  # this one is among them
+            self._make_room()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -143,6 +142,12 @@ class Connection(H11Protocol):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
+    def _make_room(self) -> None:
+        """Close the one that has owed a request for longest; it may be this one."""
+        held = [one for one in self.connections if isinstance(one, Connection) and not one.transport.is_closing()]
+        if len(held) > self._limits.connections:
+            min((one for one in held if one.owes), key=lambda one: one._since).transport.abort()
+
     def _watch_head(self) -> None:
         if not self._awaits_head:
             self._head = _stopped(self._head)
@@ -158,6 +163,16 @@ def _stopped(timer: asyncio.TimerHandle | None) -> None:
 
 
 # ---------------------------------------------------------------------- the server
+
+
+class Shortened(logging.Filter):
+    """Keeps a stranger's path from filling the log."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Let every record through, with its long words cut."""
+        if isinstance(record.args, tuple):
+            record.args = tuple(shortened(one, 200) if isinstance(one, str) else one for one in record.args)
+        return True
 
 
 class Server(uvicorn.Server):
@@ -186,6 +201,7 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=int(limits.grace_seconds) + 5,  # for what does not end when it is cut
             )
         )
+        logging.getLogger("uvicorn.access").addFilter(Shortened())
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._gate.shut()

@@ -38,7 +38,7 @@ class Problem(Exception):
 
     def body(self) -> dict[str, dict[str, str]]:
         """The error object."""
-        kind = "invalid_request_error" if self.status < 429 else "server_error"
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
         kind = "rate_limit_error" if self.status == 429 else kind
         return {"error": {"message": str(self), "type": kind, "code": self.code}}
 

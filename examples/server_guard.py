@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, TypeVar
 
 from server_errors import Problem, closing
@@ -115,6 +116,7 @@ class Guard:
             return
         headers = Headers(scope=scope)
         try:
+            self._check_head(scope)
             self._check_host(headers.get("host", ""))
             if "content-length" in headers or "transfer-encoding" in headers:
                 receive = _after(await self._body(headers, receive), receive)
@@ -124,6 +126,11 @@ class Guard:
             log.debug("a client left within its request")
         else:
             await self._app(scope, receive, partial(self._send, send))
+
+    def _check_head(self, scope: Scope) -> None:
+        most = self._limits.head_bytes
+        if len(scope["raw_path"]) + len(scope["query_string"]) + sum(map(len, chain(*scope["headers"]))) > most:
+            raise Problem(431, f"the request's head is longer than {most} bytes", "too_large", {"Connection": "close"})
 
     def _check_host(self, host: str) -> None:
         if not is_ours(host, self._hosts):
