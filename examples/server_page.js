@@ -107,6 +107,10 @@ function drawSoon() {
   asked = true;
   requestAnimationFrame(() => {
     asked = false;
+    if (run && run.listed < run.chunks) {
+      run.listed = run.chunks;
+      at("list").scrollTop = at("list").scrollHeight;
+    }
     draw();
     if (run && run.sounding()) drawSoon();
   });
@@ -124,6 +128,7 @@ class Run {
     this.wave = new Wave();
     this.samples = 0;
     this.chunks = 0;
+    this.listed = 0;     // of them in the list, which shows its end
     this.gaps = 0;
     this.context = null;
     this.sources = [];   // [when, seconds into the text, how long] of what is to be heard
@@ -184,7 +189,6 @@ class Run {
     for (const cell of [this.chunks, (sound.length / RATE).toFixed(2), since.toFixed(0)]) row.insertCell().textContent = cell;
     at("empty").hidden = true;
     at("list").hidden = false;
-    at("list").scrollTop = at("list").scrollHeight;
     drawSoon();
   }
 

@@ -9,8 +9,7 @@ import threading
 
 import pytest
 
-NEEDED = ("fastapi", "uvicorn", "prometheus_client", "httpx", "playwright")
-if any(importlib.util.find_spec(name) is None for name in NEEDED):
+if any(importlib.util.find_spec(name) is None for name in ("fastapi", "uvicorn", "prometheus_client", "playwright")):
     pytest.skip("the server's packages are not installed (pip install kvcache[server,test])", allow_module_level=True)
 
 import httpx
