@@ -326,12 +326,20 @@ def add_voices(engine: ChatterboxEngine, model: Any, given: list[tuple[str, Path
     elif model.conds is not None:
         engine.add_voice("default", conditionals=model.conds)
     for name, file in given:
-        if file.suffix == ".safetensors":
-            engine.voices.load(file, name)
-        elif file.suffix == ".pt":
-            engine.add_voice(name, conditionals=file)
-        else:
-            engine.add_voice(name, audio_prompt_path=file)
+        try:
+            add_voice(engine, name, file)
+        except (KVCacheError, OSError) as error:
+            raise InputError(f"--voice {name}={file}: {said(error)}") from error
+
+
+def add_voice(engine: ChatterboxEngine, name: str, file: Path) -> None:
+    """The voice of a file, by what its name ends in."""
+    if file.suffix == ".safetensors":
+        engine.voices.load(file, name)
+    elif file.suffix == ".pt":
+        engine.add_voice(name, conditionals=file)
+    else:
+        engine.add_voice(name, audio_prompt_path=file)
 
 
 def prepare(options: argparse.Namespace) -> FastAPI:

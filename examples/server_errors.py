@@ -107,15 +107,15 @@ def closing() -> Problem:
 
 
 def _misread(error: RequestValidationError, headers: Headers | None) -> Problem:
+    first = error.errors()[0]
     kind = "" if headers is None else headers.get("content-type", "")
-    if headers is not None and not _is_json(kind):
+    if headers is not None and first["loc"][:1] == ("body",) and not _is_json(kind):
         said = f"is {shortened(kind, 80)!r}" if kind else "is missing"
         return Problem(
             415,
             f"the header Content-Type {said}; send the body as JSON, with Content-Type: application/json",
             "unsupported_media_type",
         )
-    first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"] if isinstance(part, str) and part != "body") or "the body"
     return Problem(400, f"{shortened(where, 100)}: {first['msg']}", "invalid_request")
 

@@ -4,6 +4,7 @@ import asyncio
 import importlib.util
 import io
 import json
+import re
 import wave
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
@@ -18,6 +19,8 @@ from support.clocks import Ticking
 from support.serving import body, engine_of, server, server_load, serving
 from support.waiting import until_async
 from t3_models import tiny_t3
+
+from server_errors import for_clients  # isort: skip
 
 from kvcache_chatterbox import SpeechScheduler
 from kvcache_chatterbox.standin import ToneVocoder
@@ -220,3 +223,152 @@ def test_eight_clients_for_some_requests(url, monkeypatch):
     assert found["complete"] > 0 and found["left midway"] > 0
     assert found["same length"] == found["asked again"] > 0
     assert found["rows busy after"] == found["waiting after"] == 0
+
+
+# ---------------------------------------------------------------------- S8: small ones
+
+
+def observed(url, outcome):
+    """How many requests ended so, by the histogram."""
+    found = re.search(rf'kvcache_request_seconds_count{{outcome="{outcome}"}} (\d+)', httpx.get(f"{url}/metrics").text)
+    return int(found[1]) if found else 0
+
+
+def test_s8_failures_before_the_first_audio_are_counted_and_close_as_they_say(monkeypatch):
+    monkeypatch.setattr(ToneVocoder, "inference", failing)
+    engine = engine_of(server_load.tiny())
+    with serving(server.create_app(SpeechScheduler(engine), engine.voices)) as url, httpx.Client() as http:
+        for count in (1, 2):  # the connection closes, and the client knows it: the next request has another
+            answer = http.post(f"{url}/v1/audio/speech", json=body())
+            assert answer.status_code == 500 and answer.headers["connection"] == "close"
+            assert answer.json()["error"] == {
+                "message": "the server failed; its log says why", "type": "server_error", "code": "internal_error",
+            }  # fmt: skip
+            assert observed(url, "failed") == count
+        assert http.post(f"{url}/v1/audio/speech", json=body(" ")).status_code == 400
+        assert (observed(url, "refused"), observed(url, "finished")) == (1, 0)
+
+
+def failing(*args, **more):
+    raise RuntimeError("the vocoder is broken")
+
+
+@pytest.mark.parametrize("how", ["all at once", "in pieces"])
+def test_s8_a_body_that_is_too_large_is_told_in_the_same_form(url, how):
+    large = json.dumps(body("x" * 1_000_000)).encode()
+    pieces = large if how == "all at once" else (large[i : i + 50_000] for i in range(0, len(large), 50_000))
+    with httpx.Client() as http:
+        answer = http.post(f"{url}/v1/audio/speech", content=pieces, headers=JSON)
+        assert answer.status_code == 413
+        assert answer.json()["error"]["type"] == "invalid_request_error" and answer.json()["error"]["code"]
+        assert http.get(f"{url}/health").status_code == 200
+
+
+@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "x" * 5000])
+def test_s8_a_body_without_its_content_type_is_told_what_to_send(url, kind):
+    answer = httpx.post(
+        f"{url}/v1/audio/speech", content=json.dumps(body()), headers={"Content-Type": kind} if kind else {}
+    )
+    assert answer.status_code == 415
+    message = answer.json()["error"]["message"]
+    assert "Content-Type: application/json" in message and ("missing" in message) == (kind is None)
+    assert len(message) < 300
+
+
+def test_s8_a_voice_may_be_an_object(url):
+    assert say(url, voice={"id": "alba"}).content == say(url, voice="alba").content
+    for wrong in ({"id": 3}, {"id": "alba", "x": 1}, {}, [], 3, None):
+        answer = say(url, voice=wrong)
+        assert answer.status_code == 400 and answer.json()["error"]["message"].startswith("voice: ")
+
+
+def test_s8_models_are_listed_and_nothing_is_loaded_from_elsewhere(url):
+    (model,) = httpx.get(f"{url}/v1/models").json()["data"]
+    assert (model["id"], model["object"]) == ("chatterbox", "model") and isinstance(model["created"], int)
+    assert {httpx.get(f"{url}/{path}").status_code for path in ("docs", "redoc")} == {404}
+    page = httpx.get(url)
+    policy = dict(part.split(" ", 1) for part in page.headers["content-security-policy"].split("; "))
+    assert policy["default-src"] == policy["frame-ancestors"] == "'none'" and policy["script-src"] == "'self'"
+    assert "unsafe" not in page.headers["content-security-policy"]
+    assert page.headers["x-content-type-options"] == "nosniff"
+    assert not re.search(r"(?:src|href)=.(?:https?:)?//", page.text)
+    for part, kind in (("css", "text/css"), ("js", "javascript")):
+        assert kind in httpx.get(f"{url}/server_page.{part}").headers["content-type"]
+    assert httpx.get(f"{url}/server_page.py").status_code in (400, 404)
+
+
+LONG = "long " * 60_000
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {name: LONG}
+        for name in ("voice", "model", "language", "response_format", "stream_format", "seed", "speed", "exaggeration", LONG[:100_000])
+    ]
+    + [{"voice": {"id": LONG}}, {"voice": "🎉" * 200}, {"voice": {LONG: 1}}, {"seed": 10**4000}, {"input": LONG, LONG: LONG}],
+)  # fmt: skip
+def test_s8_nothing_long_is_sent_back(url, changed):
+    answer = httpx.post(
+        f"{url}/v1/audio/speech", content=json.dumps(body("Hello.") | changed), headers=JSON, timeout=60
+    )
+    if answer.status_code == 200:
+        assert not set(changed) & set(
+            server.SpeechRequest.model_fields
+        )  # a field that nobody knows is let be, as OpenAI's
+    else:
+        assert answer.status_code in (400, 404, 413)
+        assert len(answer.json()["error"]["message"]) <= 500 and len(answer.content) < 8_000
+        assert "long long" not in answer.text
+
+
+@pytest.mark.parametrize(
+    "said",
+    ['{"input": "Hi.", "voice": "sarah", "exaggeration": NaN}', '{"input": "Hi.", "voice": "sarah", "speed": Infinity}',
+     '{"input": "Hi.", "voice": "sarah", "seed": 1e400}', "[" * 50_000, '"text"', "null", "NaN", '{"input": "Hi.", "voice": "\\ud800"}',
+     '{"input": "Hi.", "voice": "sarah", "seed": ' + "9" * 5000 + "}", "\xff\xfe"],
+)  # fmt: skip
+def test_s8_what_is_no_sane_json_is_refused(url, said):
+    answer = httpx.post(f"{url}/v1/audio/speech", content=said.encode("latin-1"), headers=JSON)
+    assert answer.status_code == 400 and answer.json()["error"]["message"]
+
+
+ENDLESS = (
+    "9" * 3000, "1234567890 " * 1500, "3.14159265358979 " * 600, "é" * 5000, "字" * 5000, "a" * 19_000, "£1,234,567.89 " * 1000,
+)  # fmt: skip
+
+
+def test_s8_advice_can_be_followed_by_a_request():
+    """Figures and words without end are refused, if they are, in words of a request: no settings that only the server has."""
+    engine, refused = engine_of(tiny_t3("english")), []
+    with serving(server.create_app(SpeechScheduler(engine), engine.voices)) as url:
+        for text in ENDLESS:
+            with httpx.stream("POST", f"{url}/v1/audio/speech", json=body(text), timeout=60) as answer:
+                if answer.status_code != 200:
+                    answer.read()
+                    assert answer.status_code == 400
+                    refused.append(answer.json()["error"]["message"])
+    assert refused
+    for message in (*refused, *map(for_clients_of_speech, ADVICE)):
+        assert set(re.findall(r"\b[a-z]+(?:_[a-z]+)+\b", message)) <= set(server.SpeechRequest.model_fields), message
+
+
+# As the library says it to whoever has its settings at hand.
+ADVICE = (
+    "the request may need 3000 tokens (34 of voice and text, 2967 of speech), there are 2048; lower max_new_tokens, raise max_cache_length",
+    "segment 0 ('9') is predicted to take 4000 speech tokens, 2000 is the most; lower segment_characters, or give max_new_tokens",
+    "lower segment_characters",
+)
+
+
+def for_clients_of_speech(message):
+    return for_clients(message, server.SpeechRequest.model_fields)
+
+
+def test_s8_advice_that_can_be_followed_is_left():
+    one_word = "segment 0 ('aaa') takes too long, and one word cannot be divided; put spaces or punctuation into it"
+    assert for_clients_of_speech(one_word) == one_word
+    assert for_clients_of_speech("language_id='xx' is none; name the text's language").startswith("language='xx'")
+    assert for_clients_of_speech(ADVICE[1]).startswith(
+        "segment 0 ('9') is predicted to take 4000 speech tokens, 2000 is the most; use shorter"
+    )
