@@ -17,6 +17,7 @@ import time
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Annotated, Any, Literal
 
 import torch
@@ -27,6 +28,7 @@ from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, BeforeValidator, Field
 from rich.console import Console
+from safetensors import SafetensorError
 from server_connections import Server, allow_files, listener
 from server_errors import REFUSED, Problem, closing, problem_of, some
 from server_figures import Figures, Timing
@@ -36,6 +38,7 @@ from server_sound import pcm, wav_header
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
+from kvcache import InputError, KVCacheError
 from kvcache.errors import said
 from kvcache_chatterbox import ChatterboxEngine, SpeechScheduler, load_t3, stand_in
 from kvcache_chatterbox.audio import SAMPLE_RATE
@@ -44,6 +47,8 @@ PAGE = Path(__file__).parent
 LONGEST_TEXT = 20_000  # characters; about twenty minutes of speech
 MADE_UP_VOICES = ("alba", "finn", "sarah")
 TONES = "Tones, not speech"
+# What files raise that are not what they should be.
+UNREADABLE = (KVCacheError, OSError, RuntimeError, ValueError, LookupError, SafetensorError, UnpicklingError)
 # Of the page: what it may load and talk to is this server alone, and nobody may put it into a frame.
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
@@ -370,7 +375,7 @@ def main() -> None:
     with bound, suppress(KeyboardInterrupt):
         try:
             app = prepare(options)
-        except Exception as error:  # of files that are not what they should be: there is nothing to serve
+        except UNREADABLE as error:
             options.fail(f"cannot load {options.variant}: {type(error).__name__}: {said(error)[:500]}")
         host, port = bound.getsockname()[:2]
         Console().print(f"Listening on http://{f'[{host}]' if ':' in host else host}:{port}")
