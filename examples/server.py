@@ -29,11 +29,22 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, BeforeValidator, Field
 from rich.console import Console
 from safetensors import SafetensorError
-from server_connections import Server, allow_files, listener
+from server_connections import Server
 from server_errors import REFUSED, Problem, closing, problem_of, some
 from server_figures import Figures, Timing
 from server_guard import STANDARD, Gate, Guard, Limits, first_of
-from server_options import CLASSES, LONGEST_NAME, check_backend, check_model, count, parser_of, voice_file
+from server_options import (
+    CLASSES,
+    LONGEST_NAME,
+    allow_files,
+    check_address,
+    check_backend,
+    check_device,
+    check_model,
+    count,
+    parser_of,
+    voice_file,
+)
 from server_sound import pcm, wav_header
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
@@ -292,7 +303,8 @@ def parse() -> tuple[argparse.Namespace, socket.socket]:
     names = [name for name, _ in options.voice]
     if len(set(names)) < len(names):
         parser.error(f"--voice: {next(name for name in names if names.count(name) > 1)!r} is given twice")
-    check_model(parser, options.variant, options.checkpoint, options.device)
+    check_model(parser, options.variant, options.checkpoint)
+    check_device(parser, options.device)
     check_backend(parser, options.backend, options.device)
     needed = options.limits.descriptors
     if (allowed := allow_files(needed)) < needed:
@@ -300,10 +312,7 @@ def parse() -> tuple[argparse.Namespace, socket.socket]:
             f"--max-connections {options.max_connections} needs {needed} open files, and {allowed} are allowed; "
             "raise the limit (ulimit -n), or allow fewer connections"
         )
-    try:
-        return options, listener(options.host, options.port)
-    except (OSError, UnicodeError) as error:
-        parser.error(f"--host {options.host} --port {options.port}: {said(error)}; give another")
+    return options, check_address(parser, options.host, options.port)
 
 
 def load(options: argparse.Namespace) -> tuple[Any, str]:

@@ -11,7 +11,6 @@ A proxy in front does more: TLS, limits for each address, HTTP/2. See docs/servi
 import asyncio
 import json
 import logging
-import os
 import socket
 from functools import partial
 from typing import Any
@@ -26,46 +25,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
 log = logging.getLogger("uvicorn.error")
-
-
-def allow_files(needed: int) -> int:
-    """Let this process open so many files, if the system allows it.
-
-    Returns:
-        How many it may open; `needed` where the system counts none.
-    """
-    try:
-        import resource
-    except ModuleNotFoundError:  # Windows
-        return needed
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    unlimited = resource.RLIM_INFINITY
-    if soft != unlimited and soft < needed and (hard == unlimited or soft < hard):
-        soft = needed if hard == unlimited else min(needed, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return needed if soft == unlimited else soft
-
-
-def listener(host: str, port: int) -> socket.socket:
-    """A socket of this address, of which clients hear nothing before a server uses it.
-
-    Raises:
-        OSError: if there is no such address, or the port is taken.
-    """
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    family, kind, protocol, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)  # of both, as most expect
-    bound = socket.socket(family, kind, protocol)
-    try:
-        if os.name == "posix":  # elsewhere it would let two servers have one port
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-    except BaseException:
-        bound.close()
-        raise
-    return bound
-
-
-# ---------------------------------------------------------------------- connections
 
 
 class Connection(H11Protocol):

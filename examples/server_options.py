@@ -1,6 +1,8 @@
 """Options of the example servers, checked before anything is loaded: one clear line, and exit code 2."""
 
 import argparse
+import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -38,14 +40,13 @@ def parser_of(description: str | None) -> Parser:
     return parser
 
 
-def check_model(parser: Parser, variant: str, checkpoint: Path | None, device: str) -> None:
-    """End with a line if this model cannot be loaded there."""
+def check_model(parser: Parser, variant: str, checkpoint: Path | None) -> None:
+    """End with a line if this model cannot be loaded."""
     if variant == "multilingual":
         parser.error("--variant multilingual: it decodes one request at a time, and this serves many; take another")
     if checkpoint is not None and not any((checkpoint / name).is_file() for name in WEIGHTS[variant]):
         what = f"has no {' or '.join(WEIGHTS[variant])}" if checkpoint.is_dir() else "is no folder"
         parser.error(f"--checkpoint {checkpoint}: {what}; give the folder of the weights of {variant}")
-    check_device(parser, device)
     try:
         upstream_t3()
     except KVCacheError as error:
@@ -67,6 +68,28 @@ def check_backend(parser: Parser, name: str, device: str) -> None:
         backend_on(name, torch.device(device))
     except KVCacheError as error:
         parser.error(f"--backend {name}: {said(error)}")
+
+
+def check_address(parser: Parser, host: str, port: int) -> socket.socket:
+    """The socket to listen on; end with a line if there is none."""
+    try:
+        return listener(host, port)
+    except (OSError, UnicodeError) as error:
+        parser.error(f"--host {host} --port {port}: {said(error)}; give another")
+
+
+def check_fleet(parser: Parser, options: argparse.Namespace) -> None:
+    """End with a line if the fleet of ray_serve.py could not begin."""
+    check_model(parser, options.variant, options.checkpoint)
+    if not options.made_up and not options.voices.is_dir():
+        parser.error(f"--voices {options.voices}: is no folder; give one, or let --made-up write it")
+    if options.made_up and options.voices.exists() and not options.voices.is_dir():
+        parser.error(f"--voices {options.voices}: is a file; give a folder")
+    if options.redis is not None and not options.redis.startswith(("redis://", "rediss://", "unix://")):
+        parser.error("--redis: give a URL such as redis://localhost:6379/0")
+    if options.address is None:
+        check_device(parser, options.device)  # elsewhere it is the cluster's
+        check_address(parser, options.host, options.port).close()
 
 
 def port(text: str) -> int:
@@ -104,3 +127,43 @@ def _whole(text: str, least: int, most: int) -> int:
     if not least <= number <= most:
         raise argparse.ArgumentTypeError(f"{text[:50]!r} is no whole number from {least} to {most}")
     return number
+
+
+# ---------------------------------------------------------------------- what the system gives
+
+
+def allow_files(needed: int) -> int:
+    """Let this process open so many files, if the system allows it.
+
+    Returns:
+        How many it may open; `needed` where the system counts none.
+    """
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        return needed
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    if soft != unlimited and soft < needed and (hard == unlimited or soft < hard):
+        soft = needed if hard == unlimited else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return needed if soft == unlimited else soft
+
+
+def listener(host: str, port: int) -> socket.socket:
+    """A socket of this address, of which clients hear nothing before a server uses it.
+
+    Raises:
+        OSError: if there is no such address, or the port is taken.
+    """
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, kind, protocol, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)  # of both, as most expect
+    bound = socket.socket(family, kind, protocol)
+    try:
+        if os.name == "posix":  # elsewhere it would let two servers have one port
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except BaseException:
+        bound.close()
+        raise
+    return bound

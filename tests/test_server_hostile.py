@@ -26,7 +26,7 @@ from t3_models import tiny_t3
 
 from kvcache_chatterbox import SpeechScheduler
 
-import server_connections  # isort: skip
+import server_options  # isort: skip
 from server_errors import LONGEST_MESSAGE  # isort: skip
 from server_guard import Gate, Guard, Limits, is_ours  # isort: skip
 
@@ -211,12 +211,12 @@ def test_s6_room_is_below_the_limit_of_open_files(monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda which: (100, 900))
     asked = []
     monkeypatch.setattr(resource, "setrlimit", lambda which, limits: asked.append(limits))
-    assert server_connections.allow_files(500) == 500 and asked == [(500, 900)]
-    assert server_connections.allow_files(2000) == 900 and asked[1:] == [(900, 900)]
+    assert server_options.allow_files(500) == 500 and asked == [(500, 900)]
+    assert server_options.allow_files(2000) == 900 and asked[1:] == [(900, 900)]
     monkeypatch.setattr(resource, "getrlimit", lambda which: (1000, 1000))
-    assert server_connections.allow_files(2000) == 1000 and len(asked) == 2
+    assert server_options.allow_files(2000) == 1000 and len(asked) == 2
     monkeypatch.setitem(sys.modules, "resource", None)  # Windows has none
-    assert server_connections.allow_files(2000) == 2000
+    assert server_options.allow_files(2000) == 2000
 
 
 # ---------------------------------------------------------------------- S7: the end
