@@ -171,7 +171,8 @@ class Server(uvicorn.Server):
             cut.cancel()
 
     def _cut(self) -> None:
-        running = [one for one in self.server_state.connections if isinstance(one, Connection)]
+        held = [one for one in self.server_state.connections if isinstance(one, Connection)]
+        running = [one for one in held if one.cycle is not None and one.cycle.response_started]
         log.warning("%d streams still ran after %g s, and are cut", len(running), self._grace)
         for one in running:
             one.transport.abort()
