@@ -59,8 +59,9 @@ def tiny() -> Any:
 
 def serve(connection: Connection, variant: str, threads: int, rows: int, waiting: int) -> None:
     """Serve a variant, or a tiny model, until told to stop; sends the port first."""
-    import uvicorn
     from server import create_app, make_up_voices
+    from server_connections import Server
+    from server_guard import Limits
 
     from kvcache_chatterbox import ChatterboxEngine, SpeechScheduler, load_t3, stand_in
 
@@ -69,8 +70,9 @@ def serve(connection: Connection, variant: str, threads: int, rows: int, waiting
     t3 = tiny() if variant == "tiny" else load_t3(variant)  # type: ignore[arg-type]
     engine = ChatterboxEngine(stand_in(t3))
     make_up_voices(engine)
-    app = create_app(SpeechScheduler(engine, max_rows=rows, max_waiting=waiting), engine.voices)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10))
+    limits = Limits(grace_seconds=10)
+    app = create_app(SpeechScheduler(engine, max_rows=rows, max_waiting=waiting), engine.voices, limits=limits)
+    server = Server(app, app.state.gate, limits, log_level="warning")
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         connection.send(listener.getsockname()[1])
@@ -88,7 +90,7 @@ def served(*settings: Any) -> Iterator[str]:
     try:
         yield f"http://127.0.0.1:{ours.recv()}"
     finally:
-        process.terminate()  # SIGTERM, on which uvicorn ends in order
+        process.terminate()  # SIGTERM, on which it ends in order
         process.join(30)
 
 

@@ -14,26 +14,24 @@ import hashlib
 import importlib
 import math
 import re
-import struct
 import threading
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import ray
-from fastapi import FastAPI, HTTPException, Response
-from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi import Response
+from fleet_api import SpeechRequest, answer, new_api
 from ray import serve
 from ray.exceptions import ObjectLostError, RayActorError
 from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+from server_options import CLASSES, check_fleet, count, parser_of
 
 from kvcache import (
     BusyError,
@@ -49,10 +47,8 @@ from kvcache import (
     TieredStore,
 )
 from kvcache_chatterbox import ChatterboxEngine, SpeechScheduler, Voice, load_t3, stand_in
-from kvcache_chatterbox.loading import WEIGHTS, upstream_t3
+from kvcache_chatterbox.loading import upstream_t3
 
-SAMPLE_RATE = 24000
-LONGEST_TEXT = 20_000  # characters; about twenty minutes of speech
 MOST_VOICES = 256  # that a replica keeps loaded; their prefixes have a budget of their own
 MOST_REPLICAS_LOST = 3  # by one request: it may be what kills them
 LOST = (RayActorError, ObjectLostError, ClosedError)  # how a replica's death shows, its machine's, and its shutdown
@@ -199,44 +195,7 @@ class Replica:
 
 # ---------------------------------------------------------------------- the ingress
 
-api = FastAPI(title="A fleet of Chatterbox on kvcache")
-
-
-class SpeechRequest(BaseModel):
-    """The body of a request for speech, as OpenAI has it, and what Chatterbox can do beyond."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    input: str = Field(max_length=LONGEST_TEXT)
-    voice: str | None = Field(None, max_length=200)
-    model: str = "chatterbox"  # one is loaded, whatever it is called here
-    response_format: Literal["wav", "pcm"] = "wav"
-    seed: int | None = Field(None, ge=0, lt=2**63)
-    language_id: str | None = None
-    exaggeration: float | None = Field(None, ge=0, le=2)
-    max_new_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    top_k: int | None = None
-    repetition_penalty: float | None = None
-    cfg_weight: float | None = None
-
-    def options(self) -> dict[str, Any]:
-        """What goes to the scheduler beside text and voice."""
-        return self.model_dump(exclude={"input", "voice", "model", "response_format"}, exclude_none=True)
-
-
-def pcm(audio: np.ndarray) -> bytes:
-    """Samples from -1 to 1 as 16-bit little-endian ones."""
-    return (audio.clip(-1, 1) * 32767).round().astype("<i2").tobytes()
-
-
-def wav_header() -> bytes:
-    """Of a mono 16-bit file whose length is not known yet: the sizes are the largest, so that players read on."""
-    unknown = 0xFFFFFFFF
-    form = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, SAMPLE_RATE, 2 * SAMPLE_RATE, 2, 16)
-    return struct.pack("<4sI4s", b"RIFF", unknown, b"WAVE") + form + struct.pack("<4sI", b"data", unknown)
+api = new_api()
 
 
 @serve.ingress(api)  # which copies the routes right here: what they use is above
@@ -265,24 +224,7 @@ class Ingress:
     @api.post("/v1/audio/speech", response_class=Response)
     async def speech(self, asked: SpeechRequest) -> Response:
         """Speak a text; the audio comes while it is made."""
-        chunks = self._chunks(asked.input, asked.voice, asked.options())
-        first = await anext(chunks, None)  # so that an error still is a status
-        headers = {}
-        if first is not None and "status" in first:
-            retry = {"Retry-After": str(first.get("retry_after", 1))} if first["status"] in (429, 503) else None
-            raise HTTPException(first["status"], first["reason"], retry)
-        if first is not None:
-            headers = {f"X-{name}": str(first[name]) for name in ("replica", "prefix", "retried")}
-
-        async def body() -> AsyncIterator[bytes]:
-            if asked.response_format == "wav":
-                yield wav_header()
-            if first is not None:
-                yield pcm(first["audio"])
-            async for chunk in chunks:  # an error cuts the response short of its end, which a client notices
-                yield pcm(chunk["audio"])
-
-        return StreamingResponse(body(), media_type=f"audio/{asked.response_format}", headers=headers)
+        return await answer(asked, self._chunks(asked.input, asked.voice, asked.options()))
 
     async def _chunks(self, text: str, voice: str | None, options: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """What a replica answers. Once one was heard it is that one's answer to the end, or a `LostError`."""
@@ -344,27 +286,21 @@ def fleet(
 
 # ---------------------------------------------------------------------- from the command line
 
-CLASSES = {
-    "english": ("chatterbox.tts", "ChatterboxTTS"),
-    "multilingual": ("chatterbox.mtl_tts", "ChatterboxMultilingualTTS"),
-    "turbo": ("chatterbox.tts_turbo", "ChatterboxTurboTTS"),
-}
-
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variant", choices=sorted(WEIGHTS), default="nano")
-    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="a folder with the variant's weights")
+    """The options: what cannot work ends here, before anything is loaded."""
+    parser = parser_of(__doc__)
     parser.add_argument("--device", default="cpu", help="of each replica (default: cpu); cuda takes a GPU for each")
     parser.add_argument("--voices", type=Path, required=True, metavar="DIR", help="with a .safetensors file for each")
-    parser.add_argument("--made-up", type=int, default=0, metavar="N", help="write so many made-up voices there first")
+    parser.add_argument(
+        "--made-up", type=count(0), default=0, metavar="N", help="write so many made-up voices there first"
+    )
     parser.add_argument("--redis", metavar="URL", help="where what is computed of voices is shared (default: nowhere)")
     parser.add_argument("--address", help="of a Ray cluster (default: start one on this machine)")
-    parser.add_argument("--host", default="127.0.0.1", help="whom to listen to (default: this machine alone)")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--replicas", type=int, default=2)
-    parser.add_argument("--max-rows", type=int, default=8, help="segments that a replica decodes together (default: 8)")
-    return parser.parse_args()
+    parser.add_argument("--replicas", type=count(1), default=2)
+    options = parser.parse_args()
+    check_fleet(parser, options)
+    return options
 
 
 def load_model(variant: str, checkpoint: Path | None, device: str) -> Any:

@@ -244,7 +244,8 @@ def test_what_cannot_be_served_is_refused_and_who_leaves_makes_room(fleet, voice
         ({"input": " "}, 400, "empty"),
         ({"max_new_tokens": 0}, 400, "max_new_tokens"),
         ({"cfg_weight": 0.5}, 400, "no guidance"),
-        ({"speed": 2}, 422, "speed"),
+        ({"speed": 2}, 400, "speed"),
+        ({"temperature": float("nan")}, 400, "temperature"),
     ):
         refused = ask(**changed)
         assert (refused.status_code, words in refused.text) == (status, True), refused.text[:200]

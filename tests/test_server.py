@@ -1,16 +1,12 @@
-"""The example's HTTP server, on a real port: what it streams and refuses, clients that leave, its page, a short load."""
+"""The example's HTTP server, on a real port: what it streams and refuses, clients that leave, a short load."""
 
 import asyncio
 import importlib.util
 import io
 import json
-import shutil
-import socket
-import sys
-import threading
+import re
 import wave
-from contextlib import asynccontextmanager, contextmanager
-from pathlib import Path
+from contextlib import asynccontextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -19,46 +15,19 @@ if any(importlib.util.find_spec(name) is None for name in ("fastapi", "uvicorn",
     pytest.skip("the server's packages are not installed (pip install kvcache[server,test])", allow_module_level=True)
 
 import httpx
-import uvicorn
 from support.clocks import Ticking
-from support.waiting import until, until_async
+from support.serving import body, engine_of, server, server_load, serving
+from support.waiting import until_async
 from t3_models import tiny_t3
 
-from kvcache_chatterbox import ChatterboxEngine, SpeechScheduler, stand_in
-from kvcache_chatterbox.standin import ToneVocoder
+from server_errors import for_clients  # isort: skip
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-import server
-import server_load
+from kvcache_chatterbox import SpeechScheduler
+from kvcache_chatterbox.standin import ToneVocoder
 
 pytestmark = pytest.mark.one_release
 
-TEXT = "The birch canoe slid on the smooth planks. Glue the sheet to the dark blue background. Rice is served in bowls."
 JSON = {"Content-Type": "application/json"}
-
-
-@contextmanager
-def serving(app):
-    """The URL of an app, served by uvicorn in a thread."""
-    runner = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=5))
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        thread = threading.Thread(target=runner.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            until(lambda: runner.started or not thread.is_alive())
-            assert runner.started
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            runner.should_exit = True
-            thread.join()
-
-
-def engine_of(t3):
-    engine = ChatterboxEngine(stand_in(t3))
-    server.make_up_voices(engine)
-    return engine
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +47,6 @@ def full():
     engine = engine_of(tiny_t3("english"))
     with serving(server.create_app(SpeechScheduler(engine, max_rows=1, max_waiting=1), engine.voices)) as url:
         yield url
-
-
-def body(text=TEXT, **more):
-    return {"model": "chatterbox", "input": text, "voice": "sarah", "seed": 1, **more}
 
 
 def say(url, *args, **more):
@@ -127,7 +92,7 @@ def test_voices_and_seeds_are_heard(url):
         ({"input": "x" * 20_001}, 400, "input: String should have at most 20000 characters"),
         ({"input": None}, 400, "input"),
         ({"input": "\ud800"}, 400, "unicode"),
-        ({"voice": {"id": "sarah"}}, 400, "voice"),
+        ({"voice": {"name": "sarah"}}, 400, 'voice: Value error, give the name of a voice, or {"id": name}'),
         ({"input": "🎉🎉 !"}, 400, "no letter or digit"),
         ({"speed": 1.5}, 400, "only 1.0"),
         ({"response_format": "mp3"}, 400, "'wav' or 'pcm'"),
@@ -152,7 +117,6 @@ def test_every_error_is_an_error_object(url):
     ):
         assert answer.status_code in (400, 404, 405)
         assert answer.json()["error"]["message"]
-    assert say(url, "x" * 1_000_000).status_code == 413  # from below us, in its own words
 
 
 @asynccontextmanager
@@ -251,63 +215,6 @@ def test_it_ends_in_order_and_then_is_not_healthy():
     assert status("POST", "/v1/audio/speech", json=body()) == 503
 
 
-class OneByOne:
-    """An app whose audio leaves a piece at a time, each when the test lets it; then all that is left."""
-
-    def __init__(self, app):
-        self.app = app
-        self.allowed = threading.Semaphore(0)
-        self.all = False
-
-    async def __call__(self, scope, receive, send):
-        async def held(message):
-            if message.get("body") and scope["path"] == "/v1/audio/speech" and not self.all:
-                await asyncio.to_thread(self.allowed.acquire)
-            await send(message)
-
-        await self.app(scope, receive, held)
-
-
-def test_the_page_shows_chunks_as_they_come(tmp_path):
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("there is no chromium on this machine")
-    engine = engine_of(server_load.tiny())
-    app = OneByOne(server.create_app(SpeechScheduler(engine), engine.voices, model="tiny", note=server.TONES))
-    with serving(app) as url, playwright.sync_playwright() as run:
-        browser = run.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        page = browser.new_page()
-        wrong = []
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.goto(url)
-        page.wait_for_selector("#voice option >> nth=2", state="attached")
-        assert page.inner_text("#note") == server.TONES
-        page.select_option("#voice", "finn")
-        page.fill("#seed", "1")
-        page.fill("#text", " ".join([TEXT] * 12))
-        page.click("#speak")
-        for shown in (1, 2, 3):
-            app.allowed.release()
-            page.wait_for_function(f"document.getElementById('chunks').rows.length === {shown}", timeout=60_000)
-        app.all = True
-        app.allowed.release()
-        page.wait_for_function("document.getElementById('status').textContent === 'done'", timeout=60_000)
-        rows = [row.split("\t") for row in page.inner_text("#chunks").splitlines()]
-        assert len(rows) > 3
-        assert [int(row[0]) for row in rows] == list(range(1, len(rows) + 1))
-        heard = say(url, " ".join([TEXT] * 12), voice="finn", response_format="pcm").content
-        assert sum(float(row[1]) for row in rows) == pytest.approx(len(heard) / 48000, abs=0.005 * len(rows))
-        assert page.inner_text("#ttfa").endswith("ms") and float(page.inner_text("#rtf")) > 0
-        page.screenshot(path=tmp_path / "page.png", full_page=True)
-        page.fill("#text", " . ")
-        page.click("#speak")
-        page.wait_for_selector("#error:not([hidden])")
-        assert page.inner_text("#status") == "failed"
-        browser.close()
-    assert wrong == []
-
-
 def test_eight_clients_for_some_requests(url, monkeypatch):
     # Seconds are looks at the clock, two or three a request: as many requests on any machine.
     monkeypatch.setattr(server_load, "time", SimpleNamespace(perf_counter=Ticking(0.1)))
@@ -316,3 +223,152 @@ def test_eight_clients_for_some_requests(url, monkeypatch):
     assert found["complete"] > 0 and found["left midway"] > 0
     assert found["same length"] == found["asked again"] > 0
     assert found["rows busy after"] == found["waiting after"] == 0
+
+
+# ---------------------------------------------------------------------- S8: small ones
+
+
+def observed(url, outcome):
+    """How many requests ended so, by the histogram."""
+    found = re.search(rf'kvcache_request_seconds_count{{outcome="{outcome}"}} (\d+)', httpx.get(f"{url}/metrics").text)
+    return int(found[1]) if found else 0
+
+
+def test_s8_failures_before_the_first_audio_are_counted_and_close_as_they_say(monkeypatch):
+    monkeypatch.setattr(ToneVocoder, "inference", failing)
+    engine = engine_of(server_load.tiny())
+    with serving(server.create_app(SpeechScheduler(engine), engine.voices)) as url, httpx.Client() as http:
+        for count in (1, 2):  # the connection closes, and the client knows it: the next request has another
+            answer = http.post(f"{url}/v1/audio/speech", json=body())
+            assert answer.status_code == 500 and answer.headers["connection"] == "close"
+            assert answer.json()["error"] == {
+                "message": "the server failed; its log says why", "type": "server_error", "code": "internal_error",
+            }  # fmt: skip
+            assert observed(url, "failed") == count
+        assert http.post(f"{url}/v1/audio/speech", json=body(" ")).status_code == 400
+        assert (observed(url, "refused"), observed(url, "finished")) == (1, 0)
+
+
+def failing(*args, **more):
+    raise RuntimeError("the vocoder is broken")
+
+
+@pytest.mark.parametrize("how", ["all at once", "in pieces"])
+def test_s8_a_body_that_is_too_large_is_told_in_the_same_form(url, how):
+    large = json.dumps(body("x" * 1_000_000)).encode()
+    pieces = large if how == "all at once" else (large[i : i + 50_000] for i in range(0, len(large), 50_000))
+    with httpx.Client() as http:
+        answer = http.post(f"{url}/v1/audio/speech", content=pieces, headers=JSON)
+        assert answer.status_code == 413
+        assert answer.json()["error"]["type"] == "invalid_request_error" and answer.json()["error"]["code"]
+        assert http.get(f"{url}/health").status_code == 200
+
+
+@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "x" * 5000])
+def test_s8_a_body_without_its_content_type_is_told_what_to_send(url, kind):
+    answer = httpx.post(
+        f"{url}/v1/audio/speech", content=json.dumps(body()), headers={"Content-Type": kind} if kind else {}
+    )
+    assert answer.status_code == 415
+    message = answer.json()["error"]["message"]
+    assert "Content-Type: application/json" in message and ("missing" in message) == (kind is None)
+    assert len(message) < 300
+
+
+def test_s8_a_voice_may_be_an_object(url):
+    assert say(url, voice={"id": "alba"}).content == say(url, voice="alba").content
+    for wrong in ({"id": 3}, {"id": "alba", "x": 1}, {}, [], 3, None):
+        answer = say(url, voice=wrong)
+        assert answer.status_code == 400 and answer.json()["error"]["message"].startswith("voice: ")
+
+
+def test_s8_models_are_listed_and_nothing_is_loaded_from_elsewhere(url):
+    (model,) = httpx.get(f"{url}/v1/models").json()["data"]
+    assert (model["id"], model["object"]) == ("chatterbox", "model") and isinstance(model["created"], int)
+    assert {httpx.get(f"{url}/{path}").status_code for path in ("docs", "redoc")} == {404}
+    page = httpx.get(url)
+    policy = dict(part.split(" ", 1) for part in page.headers["content-security-policy"].split("; "))
+    assert policy["default-src"] == policy["frame-ancestors"] == "'none'" and policy["script-src"] == "'self'"
+    assert "unsafe" not in page.headers["content-security-policy"]
+    assert page.headers["x-content-type-options"] == "nosniff"
+    assert not re.search(r"(?:src|href)=.(?:https?:)?//", page.text)
+    for part, kind in (("css", "text/css"), ("js", "javascript")):
+        assert kind in httpx.get(f"{url}/server_page.{part}").headers["content-type"]
+    assert httpx.get(f"{url}/server_page.py").status_code in (400, 404)
+
+
+LONG = "long " * 60_000
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {name: LONG}
+        for name in ("voice", "model", "language", "response_format", "stream_format", "seed", "speed", "exaggeration", LONG[:100_000])
+    ]
+    + [{"voice": {"id": LONG}}, {"voice": "🎉" * 200}, {"voice": {LONG: 1}}, {"seed": 10**4000}, {"input": LONG, LONG: LONG}],
+)  # fmt: skip
+def test_s8_nothing_long_is_sent_back(url, changed):
+    answer = httpx.post(
+        f"{url}/v1/audio/speech", content=json.dumps(body("Hello.") | changed), headers=JSON, timeout=60
+    )
+    if answer.status_code == 200:
+        assert not set(changed) & set(
+            server.SpeechRequest.model_fields
+        )  # a field that nobody knows is let be, as OpenAI's
+    else:
+        assert answer.status_code in (400, 404, 413)
+        assert len(answer.json()["error"]["message"]) <= 500 and len(answer.content) < 8_000
+        assert "long long" not in answer.text
+
+
+@pytest.mark.parametrize(
+    "said",
+    ['{"input": "Hi.", "voice": "sarah", "exaggeration": NaN}', '{"input": "Hi.", "voice": "sarah", "speed": Infinity}',
+     '{"input": "Hi.", "voice": "sarah", "seed": 1e400}', "[" * 50_000, '"text"', "null", "NaN", '{"input": "Hi.", "voice": "\\ud800"}',
+     '{"input": "Hi.", "voice": "sarah", "seed": ' + "9" * 5000 + "}", "\xff\xfe"],
+)  # fmt: skip
+def test_s8_what_is_no_sane_json_is_refused(url, said):
+    answer = httpx.post(f"{url}/v1/audio/speech", content=said.encode("latin-1"), headers=JSON)
+    assert answer.status_code == 400 and answer.json()["error"]["message"]
+
+
+ENDLESS = (
+    "9" * 3000, "1234567890 " * 1500, "3.14159265358979 " * 600, "é" * 5000, "字" * 5000, "a" * 19_000, "£1,234,567.89 " * 1000,
+)  # fmt: skip
+
+
+def test_s8_advice_can_be_followed_by_a_request():
+    """Figures and words without end are refused, if they are, in words of a request: no settings that only the server has."""
+    engine, refused = engine_of(tiny_t3("english")), []
+    with serving(server.create_app(SpeechScheduler(engine), engine.voices)) as url:
+        for text in ENDLESS:
+            with httpx.stream("POST", f"{url}/v1/audio/speech", json=body(text), timeout=60) as answer:
+                if answer.status_code != 200:
+                    answer.read()
+                    assert answer.status_code == 400
+                    refused.append(answer.json()["error"]["message"])
+    assert refused
+    for message in (*refused, *map(for_clients_of_speech, ADVICE)):
+        assert set(re.findall(r"\b[a-z]+(?:_[a-z]+)+\b", message)) <= set(server.SpeechRequest.model_fields), message
+
+
+# As the library says it to whoever has its settings at hand.
+ADVICE = (
+    "the request may need 3000 tokens (34 of voice and text, 2967 of speech), there are 2048; lower max_new_tokens, raise max_cache_length",
+    "segment 0 ('9') is predicted to take 4000 speech tokens, 2000 is the most; lower segment_characters, or give max_new_tokens",
+    "lower segment_characters",
+)
+
+
+def for_clients_of_speech(message):
+    return for_clients(message, server.SpeechRequest.model_fields)
+
+
+def test_s8_advice_that_can_be_followed_is_left():
+    one_word = "segment 0 ('aaa') takes too long, and one word cannot be divided; put spaces or punctuation into it"
+    assert for_clients_of_speech(one_word) == one_word
+    assert for_clients_of_speech("language_id='xx' is none; name the text's language").startswith("language='xx'")
+    assert for_clients_of_speech(ADVICE[1]).startswith(
+        "segment 0 ('9') is predicted to take 4000 speech tokens, 2000 is the most; use shorter"
+    )
