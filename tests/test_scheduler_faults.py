@@ -263,16 +263,18 @@ class Slow(MemoryStore):
 
     def __init__(self):
         super().__init__()
-        self.opened, self.asked = threading.Event(), []
+        self.opened, self.asked, self.by = threading.Event(), [], set()
         self.opened.set()
 
     def get(self, key):
         self.asked.append("get")
+        self.by.add(threading.current_thread().name)
         assert self.opened.wait(60)
         return super().get(key)
 
     def put(self, snapshot):
         self.asked.append("put")
+        self.by.add(threading.current_thread().name)
         assert self.opened.wait(60)
         super().put(snapshot)
 
@@ -291,6 +293,8 @@ def test_s4_a_store_that_hangs_holds_up_no_stream(tiered):
         ours.speakers.evict(ours._reuse.key(one.t3))
     store.close()
 
+    slow.by.clear()
+
     async def main():
         async with SpeechScheduler(ours, max_rows=3) as scheduler:
             running = scheduler.submit(TEXT, voice="known", **few)
@@ -308,6 +312,7 @@ def test_s4_a_store_that_hangs_holds_up_no_stream(tiered):
         assert all(ours.speakers.get(ours._reuse.key(one.t3)) is not None for one in new)  # written at last
 
     asyncio.run(main())
+    assert slow.by <= {"kvcache-find", "kvcache-keep", "kvcache-write_0", threading.current_thread().name}
 
 
 def test_s4_writes_are_dropped_rather_than_waited_for_and_hanging_questions_are_not_repeated():
