@@ -134,6 +134,9 @@ class Shortened(logging.Filter):
         return True
 
 
+SHORT = Shortened()
+
+
 class Server(uvicorn.Server):
     """Uvicorn that tells the app at once when it is to end, and cuts what still runs after the grace.
 
@@ -160,7 +163,7 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=int(limits.grace_seconds) + 5,  # for what does not end when it is cut
             )
         )
-        logging.getLogger("uvicorn.access").addFilter(Shortened())
+        logging.getLogger("uvicorn.access").addFilter(SHORT)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._gate.shut()
