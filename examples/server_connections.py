@@ -105,7 +105,7 @@ class Connection(H11Protocol):
         """Close the one that has owed a request for longest; it may be this one."""
         held = [one for one in self.connections if isinstance(one, Connection) and not one.transport.is_closing()]
         if len(held) > self._limits.connections:
-            min((one for one in held if one.owes), key=lambda one: one._since).transport.abort()
+            min((one for one in held if one.owes), key=lambda one: one._since, default=self).transport.abort()
 
     def _watch_head(self) -> None:
         if not self._awaits_head:
