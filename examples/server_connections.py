@@ -105,7 +105,7 @@ class Connection(H11Protocol):
         """Close the one that has owed a request for longest; it may be this one."""
         held = [one for one in self.connections if isinstance(one, Connection) and not one.transport.is_closing()]
         if len(held) > self._limits.connections:
-            min((one for one in held if one.owes), key=lambda one: one._since).transport.abort()
+            min((one for one in held if one.owes), key=lambda one: one._since, default=self).transport.abort()
 
     def _watch_head(self) -> None:
         if not self._awaits_head:
@@ -134,6 +134,9 @@ class Shortened(logging.Filter):
         return True
 
 
+SHORT = Shortened()
+
+
 class Server(uvicorn.Server):
     """Uvicorn that tells the app at once when it is to end, and cuts what still runs after the grace.
 
@@ -160,7 +163,7 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=int(limits.grace_seconds) + 5,  # for what does not end when it is cut
             )
         )
-        logging.getLogger("uvicorn.access").addFilter(Shortened())
+        logging.getLogger("uvicorn.access").addFilter(SHORT)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._gate.shut()

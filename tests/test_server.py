@@ -276,7 +276,7 @@ def test_s8_a_body_without_its_content_type_is_told_what_to_send(url, kind):
 
 
 def test_s8_a_voice_may_be_an_object(url):
-    assert say(url, voice={"id": "alba"}).content == say(url, voice="alba").content
+    assert say(url, "Hello.", voice={"id": "alba"}).content == say(url, "Hello.", voice="alba").content
     for wrong in ({"id": 3}, {"id": "alba", "x": 1}, {}, [], 3, None):
         answer = say(url, voice=wrong)
         assert answer.status_code == 400 and answer.json()["error"]["message"].startswith("voice: ")
