@@ -123,8 +123,12 @@ class AsyncItems(AsyncIterator[T]):
     async def __anext__(self) -> T:
         if self._ended:
             raise StopAsyncIteration
+        making = _in_executor(self._make)
+        making.add_done_callback(
+            asyncio.Future.exception
+        )  # looked at, so that nothing is said of one that nobody waits for
         try:
-            made = await asyncio.shield(_in_executor(self._make))
+            made = await asyncio.shield(making)
         except BaseException:  # cancelled, or no item can be made
             await self.aclose()
             raise

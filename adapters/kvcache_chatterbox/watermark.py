@@ -14,7 +14,7 @@ from torch import Tensor
 from kvcache import InputError, KVCacheError
 
 HOPS = 100  # a second: a watermarker is given whole hops, as Perth drops what is behind the last whole one
-CONTEXT = 18  # hops that a sample's mark depends on at each side; with them Perth's differs by 1e-5 from that of the whole
+CONTEXT = 18  # hops around a sample that its mark depends on; with more Perth's comes no closer to that of the whole
 _FADE = 200  # of a second: 5 ms
 
 
