@@ -220,8 +220,7 @@ def test_a_watermarker_that_fails_ends_the_stream_and_nothing_is_handed_out_unma
     engine = ChatterboxEngine(model)
     heard = []
     with pytest.raises(RuntimeError if then is broken else WatermarkError, match=error):
-        for chunk in engine.generate_stream("Hello", max_new_tokens=60, seed=1, chunk_size=10):
-            heard.append(chunk)
+        heard.extend(engine.generate_stream("Hello", max_new_tokens=60, seed=1, chunk_size=10))
     assert len(heard) == works
     assert all(bool((chunk > 0.5).all()) for chunk in heard)
     with pytest.raises(RuntimeError, match=error):
