@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 FLOOR ?= .venv-floor
+PERTH ?= .venv-perth
 JOBS ?= 2
 ROUNDS ?= 8
 # Of the slow tests: PART=2/3 is the second of three shares.
@@ -22,6 +23,7 @@ INSTALL := $(PIP) install --quiet --no-compile
 READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.ready-docs
 FLOOR_READY := $(FLOOR)/.ready
+PERTH_READY := $(PERTH)/.ready
 # Without what is no benchmark by itself, and those that need more than is installed here.
 NOT_ALONE := carry common family_checks family_models gpu preparing processes timetable quality_kvpress s3gen first_audio
 BENCHMARKS := $(filter-out $(NOT_ALONE:%=benchmarks/%.py),$(wildcard benchmarks/*.py))
@@ -30,7 +32,7 @@ GPU_OPTIONS ?=
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help environments demo test test-slow test-random test-fleet lint docs pages bench gpu gpu-wheels clean
+.PHONY: help environments demo test test-slow test-random test-fleet test-watermark lint docs pages bench gpu gpu-wheels clean
 
 help:  ## print the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -61,6 +63,9 @@ test-fleet: $(READY)  ## run the tests of replicas on a local Ray, which it inst
 	$(INSTALL) --no-warn-conflicts "$(TORCH)" "$(NEWEST)" -e ".[test,ray]"
 	$(PY) -m pytest -m slow tests/test_ray.py
 
+test-watermark: $(PERTH_READY)  ## run the tests of streams with Perth, the real watermarker, which it installs beside the environment
+	PYTHONPATH=$(PERTH) $(PY) -m pytest -m slow tests/test_watermark_perth.py
+
 lint: $(READY)  ## check style, format and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -83,7 +88,7 @@ gpu-wheels:  ## collect in .wheels what a machine with a GPU and no network lack
 	$(PYTHON) benchmarks/carry.py collect .wheels
 
 clean:  ## remove what was built and all caches; the environment in .venv stays
-	rm -rf $(FLOOR) site dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(FLOOR) $(PERTH) site dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml
@@ -101,4 +106,10 @@ $(DOCS_READY): $(READY)
 $(FLOOR_READY): $(READY)
 	rm -rf $(FLOOR)
 	$(INSTALL) --no-warn-conflicts --target $(FLOOR) "$(LOWEST)"
+	touch $@
+
+# Another such folder. Perth reads its weights by way of pkg_resources, which setuptools has had until release 80.
+$(PERTH_READY): $(READY)
+	rm -rf $(PERTH)
+	$(INSTALL) --no-warn-conflicts --target $(PERTH) resemble-perth==1.0.1 librosa==0.11.0 "setuptools<81"
 	touch $@

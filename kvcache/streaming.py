@@ -1,6 +1,8 @@
 """Handing tokens out while they are made: chunks, a worker thread with back-pressure, and an async twin."""
 
 import asyncio
+import contextvars
+import itertools
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
@@ -8,10 +10,12 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from kvcache.errors import KVCacheError
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 class _Stopped(Exception):
@@ -95,13 +99,74 @@ def chunked(tokens: Iterator[Tensor], size: int) -> Iterator[Tensor]:
         yield torch.stack(held, 1)
 
 
-async def as_async(items: Iterator[T]) -> AsyncIterator[T]:
-    """The same items without blocking the event loop. Cancelling closes `items`."""
-    end = object()
-    try:
-        while (item := await asyncio.to_thread(next, items, end)) is not end:
-            yield item  # type: ignore[misc]
-    finally:
-        close = getattr(items, "close", None)
-        if close is not None:
-            await asyncio.shield(asyncio.to_thread(close))
+def as_async(items: Iterator[T]) -> "AsyncItems[T]":
+    """The same items without blocking the event loop; see `AsyncItems`."""
+    return AsyncItems(items)
+
+
+class AsyncItems(AsyncIterator[T]):
+    """The items of an iterator, each made in a thread, so that the event loop goes on meanwhile.
+
+    Cancelling who waits for an item, by `Task.cancel`, `asyncio.wait_for` or `asyncio.timeout`, ends the iterator. An item
+    that is being made cannot be interrupted: it is waited for and dropped, the iterator is closed, and the cancellation is
+    raised then. So nothing of the request is left when that is heard.
+    """
+
+    def __init__(self, items: Iterator[T]) -> None:
+        self._items = items
+        self._turn = threading.Lock()  # held by the thread that is in `items`
+        self._ended = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> T:
+        if self._ended:
+            raise StopAsyncIteration
+        making = _in_executor(self._make)
+        making.add_done_callback(
+            asyncio.Future.exception
+        )  # looked at, so that nothing is said of one that nobody waits for
+        try:
+            made = await asyncio.shield(making)
+        except BaseException:  # cancelled, or no item can be made
+            await self.aclose()
+            raise
+        if not made:
+            self._ended = True
+            raise StopAsyncIteration
+        return made[0]
+
+    async def aclose(self) -> None:
+        """End the iterator, after the item that is being made: who waits for that is given it. The second time is nothing."""
+        self._ended = True
+        await _outlasting(_in_executor(self._close))
+
+    def _make(self) -> tuple[T, ...]:
+        """The next item, or nothing."""
+        with self._turn:
+            return () if self._ended else tuple(itertools.islice(self._items, 1))
+
+    def _close(self) -> None:
+        with self._turn:
+            if isinstance(self._items, Generator):
+                self._items.close()
+
+
+def _in_executor(work: Callable[[], R]) -> "asyncio.Future[R]":
+    """Run it in a thread. Unlike a task, as `asyncio.to_thread` is, it is not cancelled with all tasks of a loop that ends."""
+    return asyncio.get_running_loop().run_in_executor(None, contextvars.copy_context().run, work)
+
+
+async def _outlasting(done: "asyncio.Future[R]") -> R:
+    """What a thread gives, waited for even when cancelled; that is raised afterwards."""
+    cancelled: asyncio.CancelledError | None = None
+    while not done.done():
+        try:
+            await asyncio.wait([done])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    given = done.result()
+    if cancelled is not None:
+        raise cancelled
+    return given

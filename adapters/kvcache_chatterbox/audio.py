@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kvcache import InputError
 from kvcache_chatterbox.voices import Voice
+from kvcache_chatterbox.watermark import StreamMarker, Watermarker, check_watermarker, marked
 
 SPEECH_TOKENS = 6561  # tokens from here on are start and stop, not speech
 SAMPLE_RATE = 24_000
@@ -85,7 +86,7 @@ class SegmentedAudio:
         pause: seconds of silence between two segments.
         joined: the segments continue one another: each is made together with the end of the one before. With ``pause=0``
             they are faded into one another, as chunks of one segment are.
-        mark: what the audio ``[samples]`` goes through before it is handed out, once.
+        marker: marks all audio before it is handed out, pauses too, as one signal; this stream's own.
 
     Raises:
         InputError: if `pause` is negative or not finite.
@@ -98,7 +99,7 @@ class SegmentedAudio:
         ending: Tensor | None = None,
         pause: float = 0.2,
         joined: bool = False,
-        mark: Callable[[Tensor], Tensor] | None = None,
+        marker: StreamMarker | None = None,
     ) -> None:
         if not 0 <= pause < math.inf:
             raise InputError(f"pause={pause} must be a number of seconds, 0 or more")
@@ -106,7 +107,7 @@ class SegmentedAudio:
         self._ending = ending
         self._silence = torch.zeros(round(pause * SAMPLE_RATE))
         self._joined = joined
-        self._mark = mark
+        self._marker = marker
         self._index: int | None = None  # of the segment last heard
 
     def push(self, index: int, tokens: Tensor) -> Tensor:
@@ -138,17 +139,15 @@ class SegmentedAudio:
     def finish(self) -> Tensor:
         """The audio ``[1, samples]`` that was held back for tokens that do not come."""
         heard, self._index = self._index is not None, None
-        return self._out(self._end()) if heard else torch.zeros(1, 0)
+        return self._out(self._end(), last=True) if heard else torch.zeros(1, 0)
 
     def _end(self) -> Tensor:
         ending = torch.zeros(0) if self._ending is None else self._stream.push(self._ending)
         return torch.cat([ending, self._stream.finish()])
 
-    def _out(self, *parts: Tensor) -> Tensor:
+    def _out(self, *parts: Tensor, last: bool = False) -> Tensor:
         audio = torch.cat(parts)
-        if audio.numel() and self._mark is not None:
-            audio = self._mark(audio)
-        return audio[None]
+        return (audio if self._marker is None else self._marker.push(audio, last))[None]
 
 
 class Speaker:
@@ -223,20 +222,22 @@ class Speaker:
 
         Args:
             voice: who speaks.
-            watermark: mark each stretch that is handed out with the model's watermarker, if it has one.
+            watermark: mark the audio, as one signal, with the model's watermarker if it has one; see `StreamMarker`.
             pause: seconds of silence between two segments.
             joined: the segments continue one another, see `SegmentedAudio`.
 
         Raises:
-            InputError: if `pause` is negative or not finite, or the vocoder knows nothing of the voice.
+            InputError: if `pause` is negative or not finite, the vocoder knows nothing of the voice, or the model's watermarker
+                is none.
         """
         _check_heard(voice)
+        watermarker = self._watermarker(watermark)
         return SegmentedAudio(
             lambda tokens: self._vocode(tokens, voice),
             ending=self._ending(),
             pause=pause,
             joined=joined,
-            mark=self._marked if watermark else None,
+            marker=None if watermarker is None else StreamMarker(watermarker, self._tts.sr),
         )
 
     def speak(
@@ -272,6 +273,7 @@ class Speaker:
             voice, watermark, pause, joined: see `segmented`.
         """
         _check_heard(voice)
+        watermarker = self._watermarker(watermark)
         audio = SegmentedAudio(lambda tokens: self._vocode(tokens, voice), pause=pause, joined=joined)
         segments: dict[int, list[Tensor]] = {}
         for index, tokens in pieces:
@@ -281,7 +283,9 @@ class Speaker:
             segments[index].append(self._ending())  # in the segment's own pass, as upstream has it
         parts = [audio.push(index, torch.cat(speech)) for index, speech in segments.items()]
         whole = torch.cat([*parts, audio.finish()], 1)
-        return self._marked(whole[0])[None] if watermark and whole.numel() else whole
+        if watermarker is None or whole.numel() == 0:
+            return whole
+        return marked(watermarker, whole[0], self._tts.sr)[None]
 
     def check_language(self, language_id: str | None) -> None:
         """Raise `InputError` if the multilingual model does not speak this language; others are not asked."""
@@ -303,10 +307,12 @@ class Speaker:
         )  # it writes into it
         return torch.as_tensor(audio).squeeze(0).detach().cpu()
 
-    def _marked(self, audio: Tensor) -> Tensor:
-        if getattr(self._tts, "watermarker", None) is None:
-            return audio
-        return torch.from_numpy(self._tts.watermarker.apply_watermark(audio.numpy(), sample_rate=self._tts.sr))
+    def _watermarker(self, wanted: bool) -> Watermarker | None:
+        """What marks the audio, if that is wanted and the model has something that does."""
+        watermarker = getattr(self._tts, "watermarker", None) if wanted else None
+        if watermarker is not None:
+            check_watermarker(watermarker)
+        return watermarker
 
 
 def heard(audio: SegmentedAudio, pieces: Iterable[tuple[int, Tensor]]) -> Iterator[Tensor]:
