@@ -226,10 +226,7 @@ class PrefixSnapshot:
         """Raise `CorruptError` if a key or value is not a finite number."""
         for i, layer in enumerate(self.layers):
             for states in layer:
-                if not states.is_floating_point():
-                    raise CorruptError(f"layer {i} holds {states.dtype}, no keys and values")
-                if states.numel() and not all(math.isfinite(end) for end in states.aminmax()):  # NaN is both ends
-                    raise CorruptError(f"layer {i} holds numbers that are not finite")
+                check_finite(states, f"layer {i}")
 
     def fork(self, cache: Any, rows: int = 1) -> None:
         """Begin an empty cache of any kind with this prefix, in all of its rows.
@@ -311,6 +308,14 @@ class PrefixSnapshot:
             CorruptError: if one byte of it has changed.
         """
         return cls.from_tensors(*unpack(data, secret))
+
+
+def check_finite(states: Tensor, where: str) -> None:
+    """Raise `CorruptError` unless all of these keys or values are finite numbers."""
+    if not states.is_floating_point():
+        raise CorruptError(f"{where} holds {states.dtype}, no keys and values")
+    if states.numel() and not all(math.isfinite(end) for end in states.aminmax()):  # NaN is both ends
+        raise CorruptError(f"{where} holds numbers that are not finite")
 
 
 def check_build_seconds(seconds: object) -> None:

@@ -540,8 +540,8 @@ def test_who_looks_after_a_store_is_told_why_it_cannot_be(what, tmp_path):
 
 
 def test_a_location_that_does_not_answer_is_told_in_time(tmp_path):
-    store, over = RemoteStore(f"file://{tmp_path}", timeout=0.01), threading.Event()
-    store._files = SimpleNamespace(ls=lambda *args, **kwargs: over.wait(10), cat_file=lambda *args: over.wait(10))
+    store, over = RemoteStore(f"memory://{tmp_path}", timeout=0.01), threading.Event()
+    store._files = SimpleNamespace(ls=lambda *args, **kwargs: over.wait(10), info=lambda *args: over.wait(10))
     for ask in (store.entries, lambda: store.peek(voice(0).address)):
         with pytest.raises(StoreError, match="Timeout"):
             ask()
