@@ -137,4 +137,6 @@ def _check(status: os.stat_result, largest: int) -> None:
         kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something")
         raise CorruptError(f"it is {kind}, not a file; it is not opened, remove it")
     if status.st_size > largest:
-        raise CorruptError(f"it has {status.st_size} bytes, more than the {largest} that may be; it is not read, remove it")
+        raise CorruptError(
+            f"it has {status.st_size} bytes, more than the {largest} that may be; it is not read, remove it"
+        )

@@ -46,8 +46,9 @@ Namespace = Annotated[str | None, typer.Option(metavar="NAME", help="Of a Redis 
 SecretFile = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE", help="Holds the secret that the store's files are signed with; line ends are cut off. By default "
-        "$KVCACHE_STORE_KEY, if it is set."
+        metavar="FILE",
+        help="Holds the secret that the store's files are signed with; line ends are cut off. By default "
+        "$KVCACHE_STORE_KEY, if it is set.",
     ),
 ]
 Address = Annotated[

@@ -193,7 +193,8 @@ class BlobStore(Store):
         try:
             data = self._read(key.address) if self._available() else None
         except CorruptError as error:
-            return self._refuse(key, error)
+            self._refuse(key, error)
+            return None
         except Exception as error:  # whatever lies below, down to the errors of a third party's driver
             self._failed("read", error)
             return None
@@ -205,7 +206,8 @@ class BlobStore(Store):
             if found.key != key:
                 raise CorruptError(f"it is {found.key!r}")
         except Exception as error:  # what a stranger may have written there has no end
-            return self._refuse(key, error)
+            self._refuse(key, error)
+            return None
         try:
             self._touch(key.address)
         except Exception as error:

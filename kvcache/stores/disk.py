@@ -25,8 +25,9 @@ from kvcache.files import (
     set_aside,
     write_private,
 )
+from kvcache.prefix import is_address
 from kvcache.redact import shown_url
-from kvcache.stores.base import BlobStore, StoreEntry, check_address, check_room, is_address
+from kvcache.stores.base import BlobStore, StoreEntry, check_address, check_room
 from kvcache.stores.index import Index, Row, discard
 
 _SUFFIX = ".safetensors"
@@ -235,9 +236,7 @@ class DiskStore(BlobStore):
                 if has_turn:
                     self._indexed(None, note, before)
 
-    def _indexed(
-        self, listed: dict[str, Row] | None, act: Callable[[Index], None], before: int | None = None
-    ) -> None:
+    def _indexed(self, listed: dict[str, Row] | None, act: Callable[[Index], None], before: int | None = None) -> None:
         """Do something with the index, which says what the folder says.
 
         Args:

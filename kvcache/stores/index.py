@@ -138,7 +138,9 @@ class Index:
 
     def row(self, address: str) -> Row | None:
         """What is known of one."""
-        found = self._db.execute("SELECT nbytes, used, pinned, parent FROM entries WHERE address = ?", (address,)).fetchone()
+        found = self._db.execute(
+            "SELECT nbytes, used, pinned, parent FROM entries WHERE address = ?", (address,)
+        ).fetchone()
         return None if found is None else Row(found[0], found[1], bool(found[2]), found[3])
 
     def next_to_leave(self, largest: int, but: Collection[str]) -> str | None:

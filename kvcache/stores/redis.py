@@ -7,8 +7,9 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from kvcache.errors import CorruptError, InputError, MissingDependencyError
+from kvcache.prefix import is_address
 from kvcache.redact import Redactor, shown_url
-from kvcache.stores.base import BlobStore, StoreEntry, check_address, check_room, in_time, is_address
+from kvcache.stores.base import BlobStore, StoreEntry, check_address, check_room, in_time
 
 _NAMESPACE = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _LARGEST = 512 * 2**20  # a Redis string
@@ -162,7 +163,9 @@ class RedisStore(BlobStore):
         key = self._key(address)
         if most is None:
             return self._got(lambda: self._client.get(key))
-        return self._got(lambda: self._client.getrange(key, 0, most - 1)) or None  # a range of what is not there is empty
+        return (
+            self._got(lambda: self._client.getrange(key, 0, most - 1)) or None
+        )  # a range of what is not there is empty
 
     def _got(self, ask: Callable[[], bytes | None]) -> bytes | None:
         try:

@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 
 from kvcache.errors import CorruptError, InputError, MissingDependencyError, StoreError
 from kvcache.files import make_private_folder, read_regular, write_private
+from kvcache.prefix import is_address
 from kvcache.redact import Redactor, shown_url
-from kvcache.stores.base import BlobStore, StoreEntry, check_address, in_time, is_address, leaving
+from kvcache.stores.base import BlobStore, StoreEntry, check_address, in_time, leaving
 
 _SUFFIX = ".safetensors"
 _PIN = ".pin"
@@ -90,7 +91,9 @@ class RemoteStore(BlobStore):
                 return read_regular(path, most, self._largest)
             about = self._files.info(path)
             if about.get("type", "file") != "file" or (about.get("size") or 0) > self._largest:
-                raise CorruptError(f"it is a {about.get('type')} of {about.get('size')} bytes; it is not read, remove it")
+                raise CorruptError(
+                    f"it is a {about.get('type')} of {about.get('size')} bytes; it is not read, remove it"
+                )
             return bytes(self._files.cat_file(path, **part))
 
         return self._in_time(ask)
