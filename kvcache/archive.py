@@ -20,7 +20,7 @@ from kvcache.errors import CorruptError, SignatureError
 _UNSET = "0" * 64
 _PLACE = f'"checksum":"{_UNSET}"'.encode()  # nowhere else: quotes within the header are escaped
 _LENGTH = 8  # a safetensors file begins with the length of its header, little-endian
-_LONGEST_HEADER = 16 * 2**20
+_LONGEST_HEADER = 4 * 2**20
 _CHUNK = 4 * 2**20
 
 

@@ -28,6 +28,7 @@ from kvcache.manager import KVCacheManager
 from kvcache.precision import Precision, check_precision
 from kvcache.prefix import PrefixKey, PrefixSnapshot
 from kvcache.stores import BlobStore, DiskStore
+from kvcache.stores.base import store_secret
 from kvcache.stores.upkeep import open_store, shown_place
 from kvcache.subjects import GROUP
 
@@ -448,7 +449,7 @@ def _round_trip(
     """Put a snapshot of one made-up token, read it back, remove it."""
     states = torch.zeros(1, 1, 1, 8)
     key = PrefixKey("kvcache doctor", torch.tensor([time.time_ns()]))
-    data = PrefixSnapshot(key, ((states, states.clone()),)).to_bytes(secret)
+    data = PrefixSnapshot(key, ((states, states.clone()),)).to_bytes(store_secret(secret))
     name, began = name or store.name, time.perf_counter()
     try:
         held = len(store.entries())

@@ -44,7 +44,7 @@ from kvcache.precision import with_precision
 from kvcache.prompts import Prompts
 from kvcache.quantized import Quantization
 from kvcache.report import CacheReport, estimate_cache
-from kvcache.saved import read_saved, restore_layers, save_layers
+from kvcache.saved import check_states, read_saved, restore_layers, save_layers
 from kvcache.scoring import Rehearsed
 from kvcache.speakers import SpeakerCache, default_store
 from kvcache.streaming import as_async, chunked, from_worker
@@ -335,22 +335,21 @@ class KVCacheManager:
         """The cache that `save` wrote, under the same model and policy; it goes on exactly where it stood.
 
         Raises:
-            CorruptError: if one byte has changed, or the parts do not fit together.
+            CorruptError: if one byte has changed, the parts do not fit together or the model, or are not finite.
             InputError: if it is of another model or policy.
         """
-        return self._restored(data, model_fingerprint(self.model), secret)
+        tensors, header = read_saved(data, model_fingerprint(self.model), secret)
+        check_states(tensors, self.geometry)  # whoever wrote it
+        return self._restored(tensors, header)
 
-    def _restored(self, data: bytes, model: str, secret: bytes | None) -> Any:
-        tensors, header = read_saved(data, model, secret)
+    def _restored(self, tensors: dict[str, Tensor], header: dict[str, Any]) -> Any:
         cache = self._empty_cache(header["rows"])
         restore_layers(hf.kv_layers(cache), tensors, header, self.geometry.device)
         return cache
 
     def fork(self, cache: Any) -> Any:
         """A copy of a cache, which goes on by itself."""
-        return self._restored(
-            self._saved(cache, "", None), "", None
-        )  # in this process the model is known to be the same
+        return self._restored(*read_saved(self._saved(cache, "", None), ""))  # in this process the model is the same
 
     @torch.no_grad()
     def compress(self, cache: Any, inputs: Tensor, max_tokens: int, *, instruction: Tensor | None = None) -> int:

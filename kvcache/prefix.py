@@ -6,6 +6,8 @@ fingerprint and the token ids or embeddings themselves, which are stored along a
 """
 
 import hashlib
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,10 +19,33 @@ from torch import Tensor
 from kvcache.archive import pack, unpack
 from kvcache.errors import CapacityError, CorruptError, GeometryError, InputError, said
 from kvcache.fingerprint import tensor_bytes
+from kvcache.geometry import CacheGeometry
 from kvcache.layers import KVLayer
 from kvcache.models import unattended
 
 FORMAT = 1  # of what is stored; another number is another key
+_ADDRESS = re.compile(r"[0-9a-f]{64}")
+_LONGEST_BUILD = 1e7  # seconds, four months: no prefix took longer to compute
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the keys and values of a model look like, so that what somebody else stored can be compared with it.
+
+    Attributes:
+        layers: KV heads, size of a key and size of a value of each layer that caches any.
+        dtype: of keys and values; None if that is not known.
+    """
+
+    layers: tuple[tuple[int, int, int], ...]
+    dtype: torch.dtype | None
+
+    @classmethod
+    def of(cls, geometry: CacheGeometry) -> "Layout":
+        """That of a model's cache, as it is computed now: autocast may choose another dtype."""
+        each = geometry.shapes or ((geometry.kv_heads, geometry.head_dim, geometry.value_dim),) * geometry.layers
+        cast = torch.is_autocast_enabled(geometry.device.type)
+        return cls(tuple(shape for shape in each if any(shape)), None if cast else geometry.dtype)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -32,10 +57,13 @@ class PrefixKey:
     Attributes:
         model: the model's fingerprint, see `kvcache.fingerprint`.
         content: token ids ``[tokens]``, or embeddings ``[tokens, dim]``; on the CPU, not to be changed.
+        layout: what the model caches of it, where that is known: a stored snapshot that looks otherwise is refused. It is
+            no part of what makes two keys equal.
     """
 
     model: str
     content: Tensor
+    layout: Layout | None = None
 
     def __post_init__(self) -> None:
         given = self.content
@@ -84,7 +112,7 @@ class PrefixKey:
 
     def first(self, tokens: int) -> "PrefixKey":
         """The key of the first `tokens` tokens."""
-        return self if tokens == len(self) else PrefixKey(self.model, self.content[:tokens])
+        return self if tokens == len(self) else PrefixKey(self.model, self.content[:tokens], self.layout)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -95,16 +123,22 @@ class PrefixSnapshot:
         key: of what.
         layers: keys and values of each layer, ``[1, heads, tokens, head_dim]``.
         build_seconds: what it took to compute.
+        parent: address of the beginning that it was computed from, which need not be stored; None if from nothing.
 
     Raises:
         GeometryError: if the layers do not hold as many tokens as the key, or not in one row.
+        InputError: for seconds that nothing can take, or a parent that is no address.
     """
 
     key: PrefixKey
     layers: tuple[tuple[Tensor, Tensor], ...]
     build_seconds: float = 0.0
+    parent: str | None = None
 
     def __post_init__(self) -> None:
+        check_build_seconds(self.build_seconds)
+        if self.parent is not None and not is_address(self.parent):
+            raise InputError(f"parent={self.parent!r} is no address of a prefix: 64 hex digits")
         for i, (keys, values) in enumerate(self.layers):
             for states in (keys, values):
                 if states.dim() != 4 or states.shape[0] != 1 or states.shape[2] != len(self.key):
@@ -157,18 +191,42 @@ class PrefixSnapshot:
         if tokens == len(self):
             return self
         layers = tuple((keys[:, :, :tokens], values[:, :, :tokens]) for keys, values in self.layers)
-        return PrefixSnapshot(self.key.first(tokens), layers, self.build_seconds * tokens / len(self))
+        return PrefixSnapshot(self.key.first(tokens), layers, self.build_seconds * tokens / len(self), self.parent)
 
     def to(self, device: torch.device | str) -> "PrefixSnapshot":
         """The same on another device."""
         layers = tuple((keys.to(device), values.to(device)) for keys, values in self.layers)
-        return PrefixSnapshot(self.key, layers, self.build_seconds)
+        return PrefixSnapshot(self.key, layers, self.build_seconds, self.parent)
 
     def compact(self) -> "PrefixSnapshot":
         """The same without the memory of what it was cut from."""
         with torch.inference_mode(False):
             layers = tuple((_own(keys), _own(values)) for keys, values in self.layers)
-        return PrefixSnapshot(self.key, layers, self.build_seconds)
+        return PrefixSnapshot(self.key, layers, self.build_seconds, self.parent)
+
+    def check(self, key: PrefixKey) -> None:
+        """Raise `CorruptError` unless this can be what was asked for: of this content, and of the model's shape.
+
+        Args:
+            key: that was asked for; the snapshot may be of a beginning of it.
+        """
+        if self.key.common(key) != len(self):
+            raise CorruptError(f"it is {self.key!r}")
+        if (layout := key.layout) is not None:
+            shapes = tuple((k.shape[1], k.shape[3], v.shape[3]) for k, v in self.layers if k.shape[1] == v.shape[1])
+            dtypes = {states.dtype for layer in self.layers for states in layer}
+            if shapes != layout.layers or (layout.dtype is not None and dtypes != {layout.dtype}):
+                raise CorruptError(
+                    f"its {len(self.layers)} layers of {sorted(set(shapes))[:3]} (heads, key, value) in "
+                    f"{', '.join(sorted(map(str, dtypes)))} are not the model's {len(layout.layers)} layers of "
+                    f"{sorted(set(layout.layers))[:3]} in {layout.dtype}"
+                )
+
+    def check_finite(self) -> None:
+        """Raise `CorruptError` if a key or value is not a finite number."""
+        for i, layer in enumerate(self.layers):
+            for states in layer:
+                check_finite(states, f"layer {i}")
 
     def fork(self, cache: Any, rows: int = 1) -> None:
         """Begin an empty cache of any kind with this prefix, in all of its rows.
@@ -213,6 +271,7 @@ class PrefixSnapshot:
             "model": self.key.model,
             "layers": len(self.layers),
             "build_seconds": self.build_seconds,
+            "parent": self.parent,
         }
 
     @classmethod
@@ -220,19 +279,22 @@ class PrefixSnapshot:
         """The inverse of `tensors` and `header`.
 
         Raises:
-            CorruptError: if they do not belong to a prefix of this version.
+            CorruptError: if they do not belong to a prefix of this version, or are not finite.
         """
         if (header.get("format"), header.get("version")) != ("kvcache-prefix", FORMAT):
             raise CorruptError(
                 f"a {header.get('format')!r} of version {header.get('version')!r}; this is version {FORMAT} of 'kvcache-prefix'"
             )
         try:
-            layers = tuple(
-                (tensors[f"keys.{i}"][None], tensors[f"values.{i}"][None]) for i in range(int(header["layers"]))
-            )
-            return cls(PrefixKey(str(header["model"]), tensors["content"]), layers, float(header["build_seconds"]))
+            model, count, seconds = header["model"], header["layers"], header["build_seconds"]
+            if type(model) is not str or type(count) is not int or len(tensors) != 1 + 2 * count:
+                raise ValueError(f"{count!r:.40} layers in {len(tensors)} tensors, of a model {model!r:.40}")
+            layers = tuple((tensors[f"keys.{i}"][None], tensors[f"values.{i}"][None]) for i in range(count))
+            found = cls(PrefixKey(model, tensors["content"]), layers, seconds, header.get("parent"))
         except (KeyError, TypeError, ValueError, IndexError, ArithmeticError) as error:
             raise CorruptError(f"the parts of a prefix do not fit together: {said(error)}") from error
+        found.check_finite()
+        return found
 
     def to_bytes(self, secret: bytes | None = None) -> bytes:
         """As a checked safetensors file; see `kvcache.archive`."""
@@ -246,6 +308,26 @@ class PrefixSnapshot:
             CorruptError: if one byte of it has changed.
         """
         return cls.from_tensors(*unpack(data, secret))
+
+
+def check_finite(states: Tensor, where: str) -> None:
+    """Raise `CorruptError` unless all of these keys or values are finite numbers."""
+    if not states.is_floating_point():
+        raise CorruptError(f"{where} holds {states.dtype}, no keys and values")
+    if states.numel() and not all(math.isfinite(end) for end in states.aminmax()):  # NaN is both ends
+        raise CorruptError(f"{where} holds numbers that are not finite")
+
+
+def check_build_seconds(seconds: object) -> None:
+    """Raise `InputError` for what is no time that computing can have taken."""
+    number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+    if not number or not 0 <= seconds <= _LONGEST_BUILD:  # type: ignore[operator]
+        raise InputError(f"build_seconds={seconds!r:.40} is no time that a prefix takes: 0 to {_LONGEST_BUILD:g} s")
+
+
+def is_address(name: object) -> bool:
+    """Whether this is 64 hex digits."""
+    return isinstance(name, str) and _ADDRESS.fullmatch(name) is not None
 
 
 def _check_room(layer: Any, tokens: int) -> None:

@@ -12,7 +12,7 @@ from kvcache.errors import CapacityError, InputError
 from kvcache.events import Event, emit
 from kvcache.fingerprint import model_fingerprint
 from kvcache.models import facts_of, run_prefix
-from kvcache.prefix import PrefixKey, PrefixSnapshot
+from kvcache.prefix import Layout, PrefixKey, PrefixSnapshot
 from kvcache.speakers import SpeakerCache
 
 _NEITHER = {torch.bool, torch.complex32, torch.complex64, torch.complex128}
@@ -130,7 +130,9 @@ class Prompts(Mapping[str, Tensor]):
 
     def _key(self, content: Tensor) -> PrefixKey:
         return PrefixKey(
-            model_fingerprint(self._model), content.to(self._model.dtype) if content.is_floating_point() else content
+            model_fingerprint(self._model),
+            content.to(self._model.dtype) if content.is_floating_point() else content,
+            Layout.of(facts_of(self._model).geometry),
         )
 
     def _compute(self, key: PrefixKey) -> PrefixSnapshot:

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from kvcache.archive import pack, unpack
 from kvcache.errors import CorruptError, InputError, KVCacheError, said
+from kvcache.geometry import CacheGeometry
 from kvcache.layers import KVLayer
+from kvcache.prefix import check_finite
 
 _FORMAT = "kvcache-cache"
 _VERSION = 1
@@ -49,6 +51,29 @@ def read_saved(data: bytes, model: str, secret: bytes | None = None) -> tuple[di
     if header.get("model") != model:
         raise InputError("this cache was saved with another model or other weights; its keys mean nothing to this one")
     return tensors, header
+
+
+def check_states(tensors: dict[str, Tensor], geometry: CacheGeometry) -> None:
+    """Raise `CorruptError` for keys and values that are not finite, or not of this model's shape.
+
+    Args:
+        tensors: of `read_saved`.
+        geometry: of the model that the cache is for.
+    """
+    for name, states in tensors.items():
+        number, _, part = name.partition(".")
+        if not part.startswith(("keys", "values", "pinned_keys")):
+            continue  # counts and positions, which their layer checks
+        if states.is_floating_point():
+            check_finite(states, name)
+        if part in ("keys", "values") and states.dim() == 4 and number.isdigit() and int(number) < geometry.layers:
+            layer = geometry.of(int(number))
+            expected = layer.kv_heads, layer.head_dim if part == "keys" else layer.value_dim
+            if (states.shape[1], states.shape[3]) != expected:
+                raise CorruptError(
+                    f"{name} has {states.shape[1]} heads of {states.shape[3]}, the model {expected[0]} of {expected[1]}; "
+                    "it will not be used, save it again"
+                )
 
 
 def restore_layers(

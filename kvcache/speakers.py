@@ -3,14 +3,15 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import Lock
 
 import torch
 
-from kvcache.errors import InputError
+from kvcache.errors import CorruptError, InputError
 from kvcache.events import Event, emit, heard
 from kvcache.prefix import PrefixKey, PrefixSnapshot
+from kvcache.redact import without_logins
 from kvcache.stores import DiskStore, MemoryStore, Store, TieredStore
 from kvcache.stores.base import log
 
@@ -51,7 +52,7 @@ class SpeakerCache:
     def __init__(self, store: Store | None = None) -> None:
         if store is not None and not isinstance(store, Store):
             raise InputError(
-                f"store={store!r} must be a Store; give for example MemoryStore('1GiB'), DiskStore(folder) or "
+                f"store={without_logins(repr(store))} must be a Store; give for example MemoryStore('1GiB'), DiskStore(folder) or "
                 "TieredStore(MemoryStore(), DiskStore())"
             )
         self.store = default_store() if store is None else store
@@ -109,6 +110,8 @@ class SpeakerCache:
         seconds = time.perf_counter() - began
         if built.key != key:
             raise InputError(f"asked for {key!r}, built {built.key!r}; build exactly what the key says")
+        if start is not None:
+            built = replace(built, parent=start.key.address)
         with self._lock:
             self._build_seconds += seconds
             self._extended += start is not None
@@ -174,12 +177,15 @@ class SpeakerCache:
     def _find(self, key: PrefixKey) -> PrefixSnapshot | None:
         """What the store has, if that is what was asked for: no store is trusted, whoever wrote it."""
         found = self.store.get(key)
-        if found is not None and found.key.common(key) != len(found):
-            log.warning("%s gave %r for %r; it will not be used", self.store.name, found.key, key)
-            with self._lock:
-                self._refused += 1
-            emit(Event("refused", repr(key), reason=f"{self.store.name} gave another one"))
-            return None
+        if found is not None:
+            try:
+                found.check(key)
+            except CorruptError as error:
+                log.warning("%s gave %r for %r (%s); it will not be used", self.store.name, found.key, key, error)
+                with self._lock:
+                    self._refused += 1
+                emit(Event("refused", repr(key), reason=f"{self.store.name} gave another one: {error}"))
+                return None
         return found
 
     @contextmanager

@@ -97,7 +97,7 @@ def test_a_file_that_has_rotted_is_computed_and_written_again(tmp_path, caplog):
     for i, broken in enumerate(list(damaged(data, 1500))[::20]):
         path.write_bytes(broken)
         assert served(cache, key)
-        assert len(caplog.records) == i + 1 and "is not that (not an intact file" in caplog.records[i].getMessage()
+        assert len(caplog.records) == i + 1 and "is not that (" in caplog.records[i].getMessage()
         assert PrefixSnapshot.from_bytes(path.read_bytes()).key == key
         assert cache.get(key) is not None
     assert cache.stats().built == i + 1
@@ -141,12 +141,12 @@ def test_a_writer_killed_at_any_moment_leaves_nothing_broken(tmp_path, children)
     for steps in Random(0).sample(range(200), examples(120)):
         assert children.submit(killed_after, steps, tmp_path, budget).result() == -signal.SIGKILL
         assert sum(size for _, size in held(tmp_path)) == DiskStore(tmp_path).nbytes <= budget
-        assert sum(path.stat().st_size for path in tmp_path.iterdir()) <= budget
+        assert sum(path.stat().st_size for path in tmp_path.rglob("*") if counts(path)) <= budget
     store, key = DiskStore(tmp_path, budget), voice(1000)
     store.put(cold(key))
     assert exact(store.get(key), key)
-    assert not list(tmp_path.glob("*.partial"))
-    assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors", ""}  # the lock has none
+    assert not list(tmp_path.rglob("*.partial"))
+    assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors", ""}  # the lock and our folder have none
 
 
 # ---------------------------------------------------------------------- disks fill up, or cannot be written to
@@ -176,7 +176,7 @@ def logged():
 def test_what_the_disk_has_no_room_for_is_computed_each_time(tmp_path, children):
     lines = children.submit(with_files_of_at_most, 20_000, tmp_path).result()
     assert len(lines) == 2 and all("could not write (OSError: [Errno 27] File too large" in line for line in lines)
-    assert len(list(held(tmp_path))) == 1 and not list(tmp_path.glob("*.partial"))
+    assert len(list(held(tmp_path))) == 1 and not list(tmp_path.rglob("*.partial"))
 
 
 @contextmanager
@@ -201,7 +201,7 @@ def test_a_full_disk_costs_what_does_not_fit(tmp_path, caplog):
         kept = len(list(held(tmp_path)))
         assert 2 <= kept < 8 and cache.stats().hits == {"disk": kept}
         assert len(caplog.records) == 16 - 2 * kept and "No space left on device" in caplog.text
-        assert not list(tmp_path.glob("*.partial"))
+        assert not list(tmp_path.rglob("*.partial"))
         cache.evict(keys[0])
         assert served(cache, keys[7]) and cache.get(keys[7])  # there is room again
 
@@ -255,7 +255,7 @@ def test_what_is_deleted_under_a_store_is_computed_again(deleted, tmp_path):
 
     def delete():
         for path in [folder] if deleted == "folder" else list(folder.glob("*")):
-            if path == folder:
+            if path.is_dir():
                 shutil.rmtree(folder, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
@@ -464,7 +464,7 @@ def test_a_process_forked_from_one_that_has_written_writes_too(tmp_path, childre
 
 
 def work(folder, budget, seed, times):
-    """Ask, pin and forget at random; how often something was found, and what was logged beside what did not fit."""
+    """Ask, pin and forget at random; how often something was found, and what was logged beside what did not fit or had no turn."""
     random, lines = Random(seed), logged()
     cache = SpeakerCache(DiskStore(folder, budget))
     keys = [voice(i, tokens=10 + 30 * i) for i in range(8)]
@@ -483,15 +483,24 @@ def work(folder, budget, seed, times):
                 cache.pin(keys[seed], False)
     stats = cache.stats()
     assert stats.hits["disk"] + stats.built == asked
-    return stats.hits["disk"], stats.built, [line for line in lines if "do not fit beside" not in line]
+    expected = ("do not fit beside", "another process holds the lock")  # four that do nothing but write meet often
+    return stats.hits["disk"], stats.built, [line for line in lines if not any(word in line for word in expected)]
+
+
+def counts(entry):
+    """Whether this is a snapshot, or is going to be one."""
+    return entry.name.endswith((".safetensors", ".partial"))
 
 
 def bytes_in(folder):
     """The folder's bytes at one moment, half-written files too: what two looks in a row agree on. Or None."""
 
     def look():
-        with os.scandir(folder) as entries:
-            return {(entry.name, entry.inode(), entry.stat().st_size) for entry in entries}
+        found = set()
+        for place in (folder, folder / ".kvcache"):
+            with os.scandir(place) as entries:
+                found |= {(entry.name, entry.inode(), entry.stat().st_size) for entry in entries if counts(entry)}
+        return found
 
     with suppress(FileNotFoundError):
         first = look()
@@ -531,8 +540,8 @@ def test_who_looks_after_a_store_is_told_why_it_cannot_be(what, tmp_path):
 
 
 def test_a_location_that_does_not_answer_is_told_in_time(tmp_path):
-    store, over = RemoteStore(f"file://{tmp_path}", timeout=0.01), threading.Event()
-    store._files = SimpleNamespace(ls=lambda *args, **kwargs: over.wait(10), cat_file=lambda *args: over.wait(10))
+    store, over = RemoteStore(f"memory://{tmp_path}", timeout=0.01), threading.Event()
+    store._files = SimpleNamespace(ls=lambda *args, **kwargs: over.wait(10), info=lambda *args: over.wait(10))
     for ask in (store.entries, lambda: store.peek(voice(0).address)):
         with pytest.raises(StoreError, match="Timeout"):
             ask()

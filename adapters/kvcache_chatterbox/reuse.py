@@ -22,6 +22,7 @@ from kvcache.fingerprint import tensor_bytes
 from kvcache.hf import extend_prefix, kv_layers, new_cache
 from kvcache.models import watch_of
 from kvcache.past import handed
+from kvcache.prefix import Layout
 from kvcache.stores.aside import Aside
 from kvcache_chatterbox.requests import Prefill, condition
 
@@ -112,7 +113,8 @@ class VoiceReuse:
         return self._known(self.key(t3_cond))
 
     def _key(self, conditioning: Tensor, unconditional: int = 0) -> PrefixKey:
-        return PrefixKey(model_fingerprint(self._t3), self._content(conditioning, unconditional))
+        layout = Layout.of(CacheGeometry.from_model(self._t3.tfmr))  # of the model as it is now
+        return PrefixKey(model_fingerprint(self._t3), self._content(conditioning, unconditional), layout)
 
     def _content(self, conditioning: Tensor, unconditional: int = 0) -> Tensor:
         """Of a conditioning ``[tokens, dim]``, and an unconditional text of at least so many tokens."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from kvcache import CorruptError, InputError, PrefixSnapshot
 from kvcache.archive import pack, unpack
 from kvcache.errors import said
+from kvcache.files import read_given, write_private
 from kvcache_chatterbox.reuse import VoiceReuse
 
 VERSION = 1  # of the file
@@ -182,7 +183,8 @@ class Voices(Mapping[str, Voice]):
         name = written if name is None else name
         self.add(name, voice)
         if self._reuse is not None and self._reuse.usable:
-            if snapshot is not None and snapshot.key == self._reuse.key(voice.t3):
+            if snapshot is not None and snapshot.key == (key := self._reuse.key(voice.t3)):
+                snapshot.check(key)
                 self._reuse.speakers.store.put(snapshot)
             self._reuse.prepare(voice.t3)
         return name
@@ -201,16 +203,11 @@ def _write(path: Path, name: str, voice: Voice, snapshot: PrefixSnapshot | None)
     }
     if snapshot is not None:
         tensors |= {f"prefix.{key}": value for key, value in snapshot.tensors().items()}
-    partial = path.with_name(path.name + f".{os.getpid()}.partial")
-    try:
-        partial.write_bytes(pack(tensors, header))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_private(path, pack(tensors, header))  # a voice is its speaker's
 
 
 def _read(t3: Any, path: Path) -> tuple[str, Voice, PrefixSnapshot | None]:
-    tensors, header = unpack(path.read_bytes())
+    tensors, header = unpack(read_given(path))
     if (header.get("format"), header.get("version")) != (_FORMAT, VERSION):
         raise CorruptError(
             f"{path} is a {header.get('format')!r} of version {header.get('version')!r}, this reads version {VERSION} "

@@ -14,7 +14,8 @@ from rich.progress import track
 from kvcache.archive import beginning, unpack
 from kvcache.cli.common import Json, Wanting, bytes_of, console, one_line, print_json, progress, shown_bytes, table
 from kvcache.errors import CorruptError, InputError, SignatureError, StoreError
-from kvcache.stores.base import BlobStore, StoreEntry
+from kvcache.files import read_given, write_private
+from kvcache.stores.base import BlobStore, StoreEntry, store_secret
 from kvcache.stores.disk import DiskStore
 from kvcache.stores.upkeep import (
     Described,
@@ -25,7 +26,6 @@ from kvcache.stores.upkeep import (
     prunable,
     shown_place,
     verify,
-    write_file,
 )
 
 app = typer.Typer(
@@ -46,7 +46,9 @@ Namespace = Annotated[str | None, typer.Option(metavar="NAME", help="Of a Redis 
 SecretFile = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE", help="Holds the secret that the store's files are signed with; line ends are cut off."
+        metavar="FILE",
+        help="Holds the secret that the store's files are signed with; line ends are cut off. By default "
+        "$KVCACHE_STORE_KEY, if it is set.",
     ),
 ]
 Address = Annotated[
@@ -168,7 +170,7 @@ def export(
     if data is None:
         raise Wanting(f"{found} left the store meanwhile; run kvcache voices list")
     try:
-        write_file(file, data)
+        write_private(file, data)
     except OSError as error:
         raise Wanting(f"{file} could not be written: {error}; give another place") from error
     _done(as_json, {"address": found, "file": str(file), "nbytes": len(data)}, f"{found} is in {file}")
@@ -302,7 +304,7 @@ def _opened(
     """The store; its being down, and a file in it that is not intact, end the command with exit code 1."""
     opened = open_store(where, secret=read_secret(secret_file), namespace=namespace)
     if where and isinstance(opened, DiskStore) and not new and not opened.folder.is_dir():
-        raise InputError(f"there is no folder {opened.folder}; give one that a store is in")
+        raise InputError(f"there is no folder {shown_place(where)}; give one that a store is in")
     with opened:
         try:
             yield opened
@@ -322,9 +324,9 @@ def read_secret(file: Path | None) -> bytes | None:
 
 def _read(file: Path) -> bytes:
     try:
-        return file.read_bytes()
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
+        return read_given(file)
+    except (OSError, CorruptError) as error:
+        reason = error.strerror or type(error).__name__ if isinstance(error, OSError) else str(error)
         raise InputError(f"{file} cannot be read: {reason}; give a file that can be") from error
 
 
@@ -361,7 +363,7 @@ def _file(file: Path, secret: bytes | None) -> dict[str, Any]:
     inside = "prefix." if isinstance(header.get("prefix"), dict) else ""
     problem = None
     try:
-        unpack(data, secret)
+        unpack(data, store_secret(secret))
         if inside or header.get("format") == "kvcache-prefix":
             said |= asdict(described(found, inside=inside))
     except CorruptError as error:

@@ -1,24 +1,30 @@
 """What a store of prefixes is, and what all stores of bytes share."""
 
 import logging
-import re
+import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Set
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Set
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from threading import Lock, Thread
 from types import TracebackType
 from typing import Any, TypeVar
 
 from kvcache.errors import CorruptError, InputError, KVCacheError, StoreError
 from kvcache.events import Event, emit
+from kvcache.files import LARGEST
 from kvcache.policies import parse_bytes
-from kvcache.prefix import PrefixKey, PrefixSnapshot
+from kvcache.prefix import PrefixKey, PrefixSnapshot, is_address
+from kvcache.redact import Redactor
 
 log = logging.getLogger("kvcache.stores")
 
-_ADDRESS = re.compile(r"[0-9a-f]{64}")
 _File = TypeVar("_File")
+_Answer = TypeVar("_Answer")
+STORE_KEY = "KVCACHE_STORE_KEY"  # the environment's secret
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ class Store(AbstractContextManager["Store"], ABC):
         self.hits = 0
         self.misses = 0
         self.refused = 0
+        self._counting = Lock()
 
     def __repr__(self) -> str:  # no address: it may hold a password
         return f"{type(self).__name__}({self.name}: {self.hits} hits, {self.misses} misses)"
@@ -108,35 +115,44 @@ class Store(AbstractContextManager["Store"], ABC):
         self.close()
 
     def _counted(self, key: PrefixKey, found: PrefixSnapshot | None) -> PrefixSnapshot | None:
-        if found is not None and len(found) == len(key):
-            self.hits += 1
-        else:
-            self.misses += 1
+        with self._counting:
+            if found is not None and len(found) == len(key):
+                self.hits += 1
+            else:
+                self.misses += 1
         return found
 
 
 class BlobStore(Store):
     """A store of bytes under addresses of 64 hex digits; a subclass says how to read, write and remove them.
 
-    What is read is untrusted: its checksum, its version and its content are compared with what was asked for. A failure
-    of what lies below is logged and taken for a miss; after one, the store is left alone for `retry_after` seconds, so
-    that a server that is down does not cost every request its time-out. What is stored being corrupt, or what is put too
-    large, is no such failure.
+    What is read is untrusted: its checksum, its version, its content and its shape are compared with what was asked for. A
+    failure of what lies below is logged and taken for a miss; after one, the store is left alone for `retry_after` seconds,
+    so that a server that is down does not cost every request its time-out. What is stored being corrupt, what is put too
+    large, or what a server does not allow, is no such failure.
 
     `entries`, `peek`, `intact`, `add`, `remove` and `hold` are for who looks after the store: by address, without a rest after a
     failure, and a failure is raised.
 
     Args:
         max_bytes: never hold more, such as ``"4GiB"``; the least recently used leave first. None sets no limit.
-        secret: sign what is written, and refuse what was not signed with it. For a store that others can write to.
+        secret: sign what is written, and refuse what was not signed with it. For a store that others can write to. By default
+            what the environment variable ``KVCACHE_STORE_KEY`` holds, if it is set.
+        redactor: knows what of this store's settings must not be said.
+
+    Raises:
+        InputError: for a secret that is empty.
     """
 
     retry_after = 0.0
 
-    def __init__(self, max_bytes: int | str | None, secret: bytes | str | None) -> None:
+    def __init__(
+        self, max_bytes: int | str | None, secret: bytes | str | None, redactor: Redactor | None = None
+    ) -> None:
         super().__init__()
         self.max_bytes = None if max_bytes is None else parse_bytes(max_bytes)
-        self._secret = secret.encode() if isinstance(secret, str) else secret
+        self._secret = store_secret(secret)
+        self._redact = redactor or Redactor()
         self._quiet_until = 0.0
 
     @abstractmethod
@@ -163,12 +179,22 @@ class BlobStore(Store):
     @abstractmethod
     def _entries(self) -> list[StoreEntry]: ...
 
+    def _touch(self, address: str) -> None:
+        """Note that this was used just now. Its failing costs nothing but the order in which they leave."""
+
+    def _is_down(self, error: Exception) -> bool:
+        """Whether this says that nobody answers, and not only that this one thing cannot be done."""
+        return not isinstance(error, ValueError)
+
     def get(self, key: PrefixKey) -> PrefixSnapshot | None:
         return self._counted(key, self._found(key))
 
     def _found(self, key: PrefixKey) -> PrefixSnapshot | None:
         try:
             data = self._read(key.address) if self._available() else None
+        except CorruptError as error:
+            self._refuse(key, error)
+            return None
         except Exception as error:  # whatever lies below, down to the errors of a third party's driver
             self._failed("read", error)
             return None
@@ -176,14 +202,24 @@ class BlobStore(Store):
             return None
         try:
             found = PrefixSnapshot.from_bytes(data, self._secret)
+            found.check(key)
             if found.key != key:
                 raise CorruptError(f"it is {found.key!r}")
         except Exception as error:  # what a stranger may have written there has no end
-            self.refused += 1
-            log.warning("%s: what is stored for %r is not that (%s); it will not be used", self.name, key, error)
-            emit(Event("refused", repr(key), reason=f"{self.name}: {error}"))
+            self._refuse(key, error)
             return None
+        try:
+            self._touch(key.address)
+        except Exception as error:
+            self._failed("note the use", error)
         return found
+
+    def _refuse(self, key: PrefixKey, error: Exception) -> None:
+        with self._counting:
+            self.refused += 1
+        why = self._redact.text(str(error))
+        log.warning("%s: what is stored for %r is not that (%s); it will not be used", self.name, key, why)
+        emit(Event("refused", repr(key), reason=f"{self.name}: {why}"))
 
     def has(self, key: PrefixKey) -> bool:
         try:
@@ -196,6 +232,7 @@ class BlobStore(Store):
         if not self._available():
             return
         try:
+            snapshot.check_finite()
             data = snapshot.to_bytes(self._secret)
             if self.max_bytes is not None and len(data) > self.max_bytes:
                 log.warning(
@@ -209,13 +246,13 @@ class BlobStore(Store):
 
     def delete(self, key: PrefixKey) -> None:
         try:
-            self._remove(key.address)
+            self._awake("remove", key, lambda: self._remove(key.address))
         except Exception as error:
             self._failed("remove", error)
 
     def pin(self, key: PrefixKey, pinned: bool = True) -> None:
         try:
-            self._pin(key.address, pinned)
+            self._awake("pin", key, lambda: self._pin(key.address, pinned))
         except Exception as error:
             self._failed("pin", error)
 
@@ -230,8 +267,7 @@ class BlobStore(Store):
     # ------------------------------------------------------------------ looked after
 
     def entries(self) -> list[StoreEntry]:
-        with self._asked("list what is there"):
-            return self._entries()
+        return self._asked("list what is there", self._entries)
 
     def peek(self, address: str, most: int | None = None) -> bytes | None:
         """The file at an address, or its first bytes, as it is there: nothing is checked, and it does not count as used.
@@ -243,10 +279,10 @@ class BlobStore(Store):
             None if there is none.
 
         Raises:
+            CorruptError: if what is there is no file.
             StoreError: if the store is down.
         """
-        with self._asked("read"):
-            return self._peek(check_address(address), most)
+        return self._asked("read", lambda: self._peek(check_address(address), most))
 
     def add(self, data: bytes) -> str:
         """Keep a file that `put` wrote in a store with the same secret, and return its address.
@@ -256,8 +292,7 @@ class BlobStore(Store):
             StoreError: if it does not fit, or the store is down.
         """
         address = PrefixSnapshot.from_bytes(data, self._secret).key.address
-        with self._asked("write"):
-            self._write(address, data)
+        self._asked("write", lambda: self._write(address, data))
         return address
 
     def intact(self, address: str) -> bytes | None:
@@ -279,8 +314,7 @@ class BlobStore(Store):
         Raises:
             StoreError: if the store is down, or does not allow it.
         """
-        with self._asked("remove"):
-            self._remove(check_address(address))
+        self._asked("remove", lambda: self._remove(check_address(address)))
 
     def hold(self, address: str, pinned: bool = True) -> None:
         """`pin` by address.
@@ -288,31 +322,76 @@ class BlobStore(Store):
         Raises:
             StoreError: if the store is down, or does not allow it.
         """
-        with self._asked("pin"):
-            self._pin(check_address(address), pinned)
+        self._asked("pin", lambda: self._pin(check_address(address), pinned))
 
-    @contextmanager
-    def _asked(self, what: str) -> Iterator[None]:
-        """Whatever goes wrong below is said in one line."""
+    def _asked(self, what: str, ask: Callable[[], _Answer]) -> _Answer:
+        """Whatever goes wrong below is said in one line, without the foreign error, which may tell a password."""
         try:
-            yield
+            return ask()
         except KVCacheError:
             raise
         except Exception as error:
-            said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-            raise StoreError(f"{self.name}: could not {what} ({said}); check that it is up and may be used") from error
+            why = self._redact.error(error)
+        raise StoreError(f"{self.name}: could not {what} ({why}); check that it is up and may be used")
 
     # ------------------------------------------------------------------ inside
+
+    @property
+    def _largest(self) -> int:
+        """Bytes of what may be a snapshot of this store's."""
+        return LARGEST if self.max_bytes is None else self.max_bytes
 
     def _available(self) -> bool:
         return time.monotonic() >= self._quiet_until
 
+    def _awake(self, what: str, key: PrefixKey, act: Callable[[], None]) -> None:
+        if self._available():
+            act()
+        else:
+            log.warning("%s: did not %s %r: it is left alone since it failed", self.name, what, key)
+
     def _failed(self, what: str, error: Exception) -> None:
-        down = self.retry_after and not isinstance(error, ValueError)  # which is about a snapshot, not about the store
+        down = self.retry_after and self._is_down(error)
         if down:
             self._quiet_until = time.monotonic() + self.retry_after
         wait = f"; left alone for {self.retry_after:g} s" if down else ""
-        log.warning("%s: could not %s (%s: %s)%s", self.name, what, type(error).__name__, error, wait)
+        log.warning("%s: could not %s (%s)%s", self.name, what, self._redact.error(error), wait)
+
+
+def store_secret(given: bytes | str | None) -> bytes | None:
+    """The secret that a store's files are signed with: the given one, else that of ``KVCACHE_STORE_KEY``, else None.
+
+    Raises:
+        InputError: if it is empty: whoever guesses that signs too.
+    """
+    secret = os.environ.get(STORE_KEY) if given is None else given
+    if secret is not None and len(secret) == 0:
+        where = f"${STORE_KEY}" if given is None else "secret"
+        raise InputError(f"{where} is empty, which would sign nothing; give a long random one, or leave it out")
+    return secret.encode(errors="surrogateescape") if isinstance(secret, str) else secret
+
+
+def in_time(ask: Callable[[], _Answer], seconds: float) -> _Answer:
+    """What `ask` answers within so many seconds, in a thread that is given up after them.
+
+    Raises:
+        TimeoutError: if it does not; whatever `ask` raises.
+    """
+    answer: Future[_Answer] = Future()
+
+    def wait() -> None:
+        try:
+            answer.set_result(ask())
+        except BaseException as error:  # raised again in the thread that asked
+            answer.set_exception(error)
+
+    Thread(target=wait, daemon=True, name="kvcache-store").start()  # one that hangs must not keep the program alive
+    try:
+        return answer.result(seconds)
+    except FutureTimeout:
+        if answer.done():  # its own
+            raise
+    raise TimeoutError(f"no answer within {seconds:g} s")
 
 
 def check_room(needed: int, pinned: int, max_bytes: int) -> None:
@@ -338,11 +417,6 @@ def leaving(files: Mapping[_File, tuple[int, Any]], pinned: Set[_File], needed: 
             return
         yield file
         total -= files[file][0]
-
-
-def is_address(name: str) -> bool:
-    """Whether this is 64 hex digits."""
-    return _ADDRESS.fullmatch(name) is not None
 
 
 def check_address(address: str) -> str:

@@ -2,69 +2,106 @@
 
 import re
 import time
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
 
-from kvcache.errors import InputError, MissingDependencyError
-from kvcache.stores.base import BlobStore, StoreEntry, check_address, check_room
+from kvcache.errors import CorruptError, InputError, MissingDependencyError
+from kvcache.prefix import is_address
+from kvcache.redact import Redactor, shown_url
+from kvcache.stores.base import BlobStore, StoreEntry, check_address, check_room, in_time
 
 _NAMESPACE = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _LARGEST = 512 * 2**20  # a Redis string
+_Answer = TypeVar("_Answer")
 
 # Makes room and writes in one step, so that the budget holds whoever writes at the same time. What has expired on the
-# server is struck from the books first.
+# server is struck from the books first, which keep the sum: how many there are does not matter. What the server itself
+# evicted stays in the books until its turn comes, which leaves room unused, and never uses more.
 _PUT = """
-local prefix, address, size, budget, ttl, now = ARGV[1], ARGV[2], tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), ARGV[7]
-local used, sizes, pins = KEYS[2], KEYS[3], KEYS[4]
-local total, pinned = 0, 0
-local all = redis.call('HGETALL', sizes)
-for i = 1, #all, 2 do
-  if all[i] ~= address then
-    if redis.call('EXISTS', prefix .. all[i]) == 0 then
-      redis.call('HDEL', sizes, all[i])
-      redis.call('ZREM', used, all[i])
+local prefix, address, size, budget = ARGV[1], ARGV[2], tonumber(ARGV[4]), tonumber(ARGV[5])
+local ttl, now = tonumber(ARGV[6]), ARGV[7]
+local used, sizes, pins, ends, total = KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
+local function size_of(one) return tonumber(redis.call('HGET', sizes, one) or '') or 0 end
+local function strike(one)
+  local held = size_of(one)
+  redis.call('HDEL', sizes, one)
+  redis.call('ZREM', used, one)
+  redis.call('ZREM', ends, one)
+  redis.call('DECRBY', total, held)
+  return held
+end
+local time = redis.call('TIME')
+local clock = time[1] * 1000 + math.floor(time[2] / 1000)
+for _, one in ipairs(redis.call('ZRANGEBYSCORE', ends, '-inf', clock, 'LIMIT', 0, 1000)) do
+  if redis.call('EXISTS', prefix .. one) == 0 then strike(one) end
+end
+local sum = tonumber(redis.call('GET', total) or '')
+if not sum or sum < 0 then
+  sum = 0
+  for _, one in ipairs(redis.call('HVALS', sizes)) do sum = sum + (tonumber(one) or 0) end
+  redis.call('SET', total, sum)
+end
+sum = sum - size_of(address)
+if budget > 0 then
+  local pinned = 0
+  for _, one in ipairs(redis.call('SMEMBERS', pins)) do
+    if one ~= address then pinned = pinned + size_of(one) end
+  end
+  if pinned + size > budget then return pinned end
+  local place = 0
+  while sum + size > budget do
+    local one = redis.call('ZRANGE', used, place, place)[1]
+    if not one then break end
+    if one == address or redis.call('SISMEMBER', pins, one) == 1 then
+      place = place + 1
     else
-      total = total + tonumber(all[i + 1])
-      if redis.call('SISMEMBER', pins, all[i]) == 1 then pinned = pinned + tonumber(all[i + 1]) end
+      sum = sum - strike(one)
+      redis.call('DEL', prefix .. one)
     end
   end
 end
-if budget > 0 and pinned + size > budget then return pinned end
-if budget > 0 and total + size > budget then
-  for _, old in ipairs(redis.call('ZRANGE', used, 0, -1)) do
-    if total + size <= budget then break end
-    if old ~= address and redis.call('SISMEMBER', pins, old) == 0 then
-      total = total - tonumber(redis.call('HGET', sizes, old) or '0')
-      redis.call('DEL', prefix .. old)
-      redis.call('HDEL', sizes, old)
-      redis.call('ZREM', used, old)
-    end
-  end
-end
+strike(address)
 if ttl > 0 and redis.call('SISMEMBER', pins, address) == 0 then
   redis.call('SET', KEYS[1], ARGV[3], 'PX', ttl)
+  redis.call('ZADD', ends, clock + ttl, address)
 else
   redis.call('SET', KEYS[1], ARGV[3])
 end
 redis.call('HSET', sizes, address, size)
 redis.call('ZADD', used, now, address)
+redis.call('INCRBY', total, size)
 return -1
+"""
+
+_REMOVE = """
+redis.call('DEL', KEYS[1])
+redis.call('DECRBY', KEYS[6], tonumber(redis.call('HGET', KEYS[3], ARGV[1]) or '') or 0)
+redis.call('HDEL', KEYS[3], ARGV[1])
+redis.call('ZREM', KEYS[2], ARGV[1])
+redis.call('SREM', KEYS[4], ARGV[1])
+redis.call('ZREM', KEYS[5], ARGV[1])
 """
 
 
 class RedisStore(BlobStore):
     """Snapshots as values of a Redis or Valkey server (extra ``redis``).
 
+    Rights to read are enough to be served. What may not be written is logged, and computed by whoever asks.
+
     Args:
         url: such as ``redis://host:6379/0``; ``rediss://user:password@host`` for TLS and a password, whose further
-            settings the URL carries too (``?ssl_ca_certs=…``).
+            settings the URL carries too (``?ssl_ca_certs=…``). Special characters in user and password are percent-encoded.
+            It is never said again, in no message and no error.
         namespace: what all of its keys begin with: letters, digits, dots, dashes and underscores.
         ttl: seconds after which a snapshot that is not pinned is forgotten.
         max_bytes: of all snapshots in this namespace; the least recently used leave first.
         secret: see `BlobStore`; a server that others can write to deserves one.
-        timeout: seconds to wait for the server, for a connection and for each answer.
+        timeout: seconds to wait for the server, for a connection and for each answer to begin or go on; five times as long
+            for a whole answer. Then it counts as down, see `retry_after`.
 
     Raises:
-        InputError: for another namespace or URL, or without the package redis.
+        InputError: for another namespace or URL, an empty secret, or without the package redis.
     """
 
     name = "redis"
@@ -78,9 +115,9 @@ class RedisStore(BlobStore):
         ttl: float | None = None,
         max_bytes: int | str | None = None,
         secret: bytes | str | None = None,
-        timeout: float = 2.0,
+        timeout: float = 1.0,
     ) -> None:
-        super().__init__(max_bytes, secret)
+        super().__init__(max_bytes, secret, Redactor(url))
         if _NAMESPACE.fullmatch(namespace) is None:
             raise InputError(
                 f"namespace={namespace!r} must be 1 to 64 letters, digits, dots, dashes or underscores; give such a one"
@@ -92,76 +129,133 @@ class RedisStore(BlobStore):
                 "RedisStore needs the package redis; run: pip install 'kvcache[redis]'"
             ) from error
         self.ttl = ttl
+        self.timeout = timeout
         self._prefix = f"{{{namespace}}}:prefix:"  # in braces, so that a cluster keeps a namespace in one place
-        self._books = [f"{{{namespace}}}:{name}" for name in ("used", "sizes", "pins")]
-        try:
-            self._client: Any = redis.Redis.from_url(url, socket_timeout=timeout, socket_connect_timeout=timeout)
-        except ValueError as error:
-            raise InputError(f"cannot use this URL for Redis: {error}") from error
+        self._books = [f"{{{namespace}}}:{name}" for name in ("used", "sizes", "pins", "ends", "total")]
+        self._answered: type[Exception] = redis.ResponseError  # the server is up, and says no
+        self._client = _client(redis, url, timeout)
 
     def _key(self, address: str) -> str:
         return self._prefix + check_address(address)
 
+    def _do(self, ask: Callable[[], _Answer]) -> _Answer:
+        """Ask the server, for a bounded time also if its answer drips."""
+        try:
+            return in_time(ask, 5 * self.timeout)
+        except TimeoutError:
+            self._client.connection_pool.disconnect()  # ends the thread that still waits
+            raise
+
+    def _is_down(self, error: Exception) -> bool:
+        return super()._is_down(error) and not isinstance(error, self._answered)
+
     def _has(self, address: str) -> bool:
-        return bool(self._client.exists(self._key(address)))
+        return bool(self._do(lambda: self._client.exists(self._key(address))))
 
     def _read(self, address: str) -> bytes | None:
-        data: bytes | None = self._client.get(self._key(address))
-        if data is not None:
-            self._client.zadd(self._books[0], {address: time.time()}, xx=True)
-        return data
+        return self._got(lambda: self._client.get(self._key(address)))
+
+    def _touch(self, address: str) -> None:
+        with suppress(self._answered):  # who may only read is served all the same; then the order is that of writing
+            self._do(lambda: self._client.zadd(self._books[0], {address: time.time()}, xx=True))
 
     def _peek(self, address: str, most: int | None) -> bytes | None:
         key = self._key(address)
-        data: bytes | None = self._client.get(key) if most is None else self._client.getrange(key, 0, most - 1)
-        return data or None  # a range of what is not there is empty
+        if most is None:
+            return self._got(lambda: self._client.get(key))
+        return (
+            self._got(lambda: self._client.getrange(key, 0, most - 1)) or None
+        )  # a range of what is not there is empty
+
+    def _got(self, ask: Callable[[], bytes | None]) -> bytes | None:
+        try:
+            return self._do(ask)
+        except self._answered as error:
+            if "WRONGTYPE" not in str(error):
+                raise
+        raise CorruptError("it is no string; remove it")
 
     def _write(self, address: str, data: bytes) -> None:
         if len(data) > _LARGEST:
             raise ValueError(f"{len(data)} bytes; a value of Redis' holds {_LARGEST}")
         ttl = 0 if self.ttl is None else max(1, round(1000 * self.ttl))
-        keys = [self._key(address), *self._books]
-        full = self._client.eval(
-            _PUT, len(keys), *keys, self._prefix, address, data, len(data), self.max_bytes or 0, ttl, time.time()
-        )
+        given = (self._prefix, address, data, len(data), self.max_bytes or 0, ttl, time.time())
+        full = self._script(_PUT, address, *given)
         if full >= 0:
             check_room(len(data), full, self.max_bytes or 0)
 
     def _remove(self, address: str) -> None:
-        used, sizes, pins = self._books
-        pipeline = self._client.pipeline()
-        pipeline.delete(self._key(address)).zrem(used, address).hdel(sizes, address).srem(pins, address).execute()
+        self._script(_REMOVE, address, address)
+
+    def _script(self, script: str, address: str, *given: Any) -> Any:
+        keys = [self._key(address), *self._books]
+        return self._do(lambda: self._client.eval(script, len(keys), *keys, *given))
 
     def _pin(self, address: str, pinned: bool) -> None:
+        _, _, pins, ends, _ = self._books
         pipeline = self._client.pipeline()
         if pinned:
-            pipeline.sadd(self._books[2], address).persist(self._key(address))
+            pipeline.sadd(pins, address).persist(self._key(address)).zrem(ends, address)
         else:
-            pipeline.srem(self._books[2], address)
+            pipeline.srem(pins, address)
             if self.ttl is not None:
-                pipeline.pexpire(self._key(address), max(1, round(1000 * self.ttl)))
-        pipeline.execute()
+                ttl = max(1, round(1000 * self.ttl))
+                pipeline.pexpire(self._key(address), ttl).zadd(ends, {address: int(1000 * time.time()) + ttl})
+        self._do(pipeline.execute)
 
     def _used(self) -> int:
-        return sum(self._sizes().values())
+        """The sum of the books, less what has expired on the server since somebody wrote."""
+        _, sizes, _, ends, total = self._books
+        gone = self._do(lambda: self._client.zrangebyscore(ends, "-inf", int(1000 * time.time())))
+        held = self._do(lambda: self._client.hmget(sizes, gone)) if gone else []
+        there = self._do(lambda: self._there([bytes(address) for address in gone]))
+        expired = sum(_number(size) for size, found in zip(held, there, strict=True) if not found)
+        return max(0, _number(self._do(lambda: self._client.get(total))) - expired)
 
-    def _sizes(self) -> dict[bytes, int]:
-        """Of what is there: what has expired on the server is in the books until the next is written."""
-        sizes: dict[bytes, bytes] = self._client.hgetall(self._books[1])
+    def _there(self, addresses: Sequence[bytes]) -> list[bool]:
         pipeline = self._client.pipeline()
-        for address in sizes:
-            pipeline.exists(self._prefix + address.decode())
-        there = pipeline.execute()
-        return {address: int(size) for (address, size), found in zip(sizes.items(), there, strict=True) if found}
+        for address in addresses:
+            pipeline.exists(self._prefix.encode() + address)
+        return [bool(found) for found in pipeline.execute()]
 
     def _entries(self) -> list[StoreEntry]:
-        used, _, pins = self._books
-        times: dict[bytes, float] = dict(self._client.zrange(used, 0, -1, withscores=True))
-        pinned: set[bytes] = set(self._client.smembers(pins))
+        used, sizes, pins, _, _ = self._books
+        held: dict[bytes, bytes] = self._do(lambda: self._client.hgetall(sizes))
+        times: dict[bytes, float] = dict(self._do(lambda: self._client.zrange(used, 0, -1, withscores=True)))
+        pinned: set[bytes] = set(self._do(lambda: self._client.smembers(pins)))
+        names = [name for name in held if is_address(name.decode(errors="replace"))]
+        there = self._do(lambda: self._there(names))  # what has expired is in the books until the next is written
         return [
-            StoreEntry(address.decode(), size, times.get(address), address in pinned)
-            for address, size in self._sizes().items()
+            StoreEntry(name.decode(), _number(held[name]), times.get(name), name in pinned)
+            for name, found in zip(names, there, strict=True)
+            if found
         ]
 
     def close(self) -> None:
         self._client.close()
+
+
+def _client(redis: Any, url: str, timeout: float) -> Any:
+    """A client that waits no longer than this, and asks a second time only where a connection had been closed.
+
+    Raises:
+        InputError: for a URL that redis cannot use; what redis says of it may tell the password, and is not said.
+    """
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+
+    again = Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,))
+    wait = {"socket_timeout": timeout, "socket_connect_timeout": timeout}
+    with suppress(ValueError, TypeError, AttributeError):
+        client = redis.Redis.from_url(url, **wait, retry=again)
+        client.connection_pool.connection_kwargs.update(**wait, decode_responses=False)  # whatever the URL says
+        return client
+    raise InputError(
+        f"cannot use the URL {shown_url(url)} for Redis; give redis://, rediss:// or unix://, as in "
+        "redis://user:password@host:6379/0, with special characters in user and password percent-encoded"
+    )
+
+
+def _number(given: bytes | None) -> int:
+    """What is in the books, or 0 for what nobody of ours wrote there."""
+    return int(given) if given is not None and given.isdigit() else 0

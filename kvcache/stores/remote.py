@@ -1,16 +1,20 @@
 """Snapshots anywhere that fsspec reaches: S3, GCS, Azure, SSH, a web server's folder."""
 
 from collections.abc import Callable
-from concurrent.futures import Future
 from datetime import datetime
-from threading import Lock, Thread
+from pathlib import Path
+from threading import Lock
 from typing import Any, TypeVar
 
-from kvcache.errors import InputError, MissingDependencyError
-from kvcache.stores.base import BlobStore, StoreEntry, check_address, is_address, leaving
+from kvcache.errors import CorruptError, InputError, MissingDependencyError, StoreError
+from kvcache.files import make_private_folder, read_regular, write_private
+from kvcache.prefix import is_address
+from kvcache.redact import Redactor, shown_url
+from kvcache.stores.base import BlobStore, StoreEntry, check_address, in_time, leaving
 
 _SUFFIX = ".safetensors"
 _PIN = ".pin"
+_SPEED = 2**20  # bytes a second: slower than that is no answer
 _Answer = TypeVar("_Answer")
 
 
@@ -21,14 +25,16 @@ class RemoteStore(BlobStore):
     A budget is kept by this process as well as it can: others that write at the same time may exceed it together.
 
     Args:
-        url: such as ``s3://bucket/voices``.
+        url: such as ``s3://bucket/voices``. A login or token in it is never said again, in no message and no error.
         max_bytes: of all files; those written longest ago leave first.
         secret: see `BlobStore`; a location that others can write to deserves one.
-        timeout: seconds to wait for an answer before it counts as a miss.
+        timeout: seconds to wait for an answer before it counts as a miss; to write, a second more for each MiB.
         **storage_options: of the file system, such as credentials.
 
     Raises:
-        InputError: without the package fsspec or that of the protocol.
+        InputError: without the package fsspec or that of the protocol, for a URL or options that it cannot use, or for an
+            empty secret.
+        StoreError: where the location is asked at once (SSH, FTP), and does not answer.
     """
 
     name = "remote"
@@ -43,97 +49,145 @@ class RemoteStore(BlobStore):
         timeout: float = 10.0,
         **storage_options: Any,
     ) -> None:
-        super().__init__(max_bytes, secret)
+        super().__init__(max_bytes, secret, Redactor(url, storage_options))
+        self.timeout = timeout
+        self._files, self._folder = self._opened(url, storage_options)
+        protocol = self._files.protocol
+        self._local = "file" in ((protocol,) if isinstance(protocol, str) else protocol)
+        self._lock = Lock()
+
+    def _opened(self, url: str, options: dict[str, Any]) -> tuple[Any, str]:
+        """The file system and the folder in it. What goes wrong is said without the foreign error, which may tell a login."""
+        wrong: type[InputError] | type[StoreError] = StoreError
         try:
             from fsspec.core import url_to_fs
 
-            self._files, self._folder = url_to_fs(url, **storage_options)
+            opened: tuple[Any, str] = in_time(lambda: url_to_fs(url, **options), self.timeout)
+            return opened
         except ImportError as error:
-            raise MissingDependencyError(
-                f"cannot open {url!r}: {error}; run: pip install 'kvcache[remote]' and the package of the protocol"
-            ) from error
-        except ValueError as error:
-            raise InputError(f"cannot open {url!r}: {error}; give a URL of a protocol that fsspec knows") from error
-        self.timeout = timeout
-        self._lock = Lock()
+            wrong, why = MissingDependencyError, self._redact.text(str(error))
+            todo = "run: pip install 'kvcache[remote]' and the package of the protocol"
+        except (ValueError, TypeError) as error:
+            wrong, why = InputError, self._redact.text(str(error))
+            todo = "give a URL of a protocol that fsspec knows"
+        except Exception as error:
+            why, todo = self._redact.error(error), "check that it is up and may be used"
+        raise wrong(f"cannot open {shown_url(url)!r}: {why}; {todo}")
 
     def _path(self, address: str, suffix: str = _SUFFIX) -> str:
         return f"{self._folder}/{check_address(address)}{suffix}"
 
     def _has(self, address: str) -> bool:
-        return bool(self._files.exists(self._path(address)))
+        return bool(self._in_time(lambda: self._files.exists(self._path(address))))
 
     def _read(self, address: str) -> bytes | None:
         return self._peek(address)
 
     def _peek(self, address: str, most: int | None = None) -> bytes | None:
         path, part = self._path(address), {} if most is None else {"start": 0, "end": most}
-        return self._in_time(lambda: bytes(self._files.cat_file(path, **part)))
+
+        def ask() -> bytes:
+            if self._local:
+                return read_regular(path, most, self._largest)
+            about = self._files.info(path)
+            if about.get("type", "file") != "file" or (about.get("size") or 0) > self._largest:
+                raise CorruptError(
+                    f"it is a {about.get('type')} of {about.get('size')} bytes; it is not read, remove it"
+                )
+            return bytes(self._files.cat_file(path, **part))
+
+        return self._in_time(ask)
 
     def _in_time(self, ask: Callable[[], _Answer]) -> _Answer | None:
-        """What the file system answers within `timeout`; None if there is no such file."""
-        answer: Future[_Answer | None] = Future()
-
-        def wait() -> None:
-            try:
-                answer.set_result(ask())
-            except FileNotFoundError:
-                answer.set_result(None)
-            except Exception as error:  # raised again in the thread that asked
-                answer.set_exception(error)
-
-        Thread(
-            target=wait, daemon=True, name="kvcache-remote"
-        ).start()  # one that hangs must not keep the program alive
-        return answer.result(self.timeout)
+        """What the file system answers in time; None if there is no such file."""
+        try:
+            return in_time(ask, self.timeout)
+        except FileNotFoundError:
+            return None
 
     def _write(self, address: str, data: bytes) -> None:
-        with self._lock:
+        self._alone(lambda: self._place(address, data), len(data))
+
+    def _alone(self, act: Callable[[], None], nbytes: int = 0) -> None:
+        """Do something that others of this process do not do at the same time; in time."""
+        if not self._lock.acquire(timeout=self.timeout):
+            raise TimeoutError(f"another thread has been writing for {self.timeout:g} s")
+        try:
+            in_time(act, self.timeout + nbytes / _SPEED)
+        finally:
+            self._lock.release()
+
+    def _place(self, address: str, data: bytes) -> None:
+        self._make_folder()
+        if self.max_bytes is not None:
+            self._make_room(len(data), self._path(address), self.max_bytes)
+        self._write_file(self._path(address), data)
+
+    def _make_folder(self) -> None:
+        if self._local:
+            make_private_folder(self._folder)
+        else:
             self._files.makedirs(self._folder, exist_ok=True)
-            if self.max_bytes is not None:
-                self._make_room(len(data), self._path(address), self.max_bytes)
-            self._files.pipe_file(self._path(address), data)
+
+    def _write_file(self, path: str, data: bytes) -> None:
+        if self._local:
+            write_private(Path(path), data)
+        else:
+            self._files.pipe_file(path, data)
 
     def _make_room(self, needed: int, replaced: str, max_bytes: int) -> None:
         listed = self._listing()
         files = {
-            name: (entry["size"], _written(entry) or 0.0)
+            name: (entry["size"], (entry["size"] <= max_bytes, _written(entry) or 0.0))  # what is too large is not ours
             for name, entry in listed.items()
             if _address(name) and name != replaced
         }
-        pinned = {name for name in files if name.removesuffix(_SUFFIX) + _PIN in listed}
+        pinned = {name for name, (size, _) in files.items() if size <= max_bytes and _pin_of(name) in listed}
         for name in leaving(files, pinned, needed, max_bytes):
             self._files.rm_file(name)
 
     def _listing(self) -> dict[str, dict[str, Any]]:
         try:
-            return {entry["name"]: entry for entry in self._files.ls(self._folder, detail=True, refresh=True)}
+            listed = self._files.ls(self._folder, detail=True, refresh=True)
         except FileNotFoundError:
             return {}
+        return {entry["name"]: entry for entry in listed if entry.get("type") == "file" and not entry.get("islink")}
 
     def _remove(self, address: str) -> None:
-        for suffix in (_PIN, _SUFFIX):
-            if self._files.exists(self._path(address, suffix)):
-                self._files.rm_file(self._path(address, suffix))
+        def remove() -> None:
+            for suffix in (_PIN, _SUFFIX):
+                if self._files.exists(self._path(address, suffix)):
+                    self._files.rm_file(self._path(address, suffix))
+
+        self._alone(remove)
 
     def _pin(self, address: str, pinned: bool) -> None:
         mark = self._path(address, _PIN)
-        if pinned:
-            self._files.makedirs(self._folder, exist_ok=True)
-            self._files.pipe_file(mark, b"")
-        elif self._files.exists(mark):
-            self._files.rm_file(mark)
+
+        def change() -> None:
+            if pinned:
+                self._make_folder()
+                self._write_file(mark, b"")
+            elif self._files.exists(mark):
+                self._files.rm_file(mark)
+
+        self._alone(change)
 
     def _used(self) -> int:
-        return sum(entry["size"] for name, entry in self._listing().items() if _address(name))
+        listed = self._in_time(self._listing) or {}
+        return sum(entry["size"] for name, entry in listed.items() if _address(name))
 
     def _entries(self) -> list[StoreEntry]:
         listed = self._in_time(self._listing) or {}
         return [
-            StoreEntry(address, entry["size"], _written(entry), name.removesuffix(_SUFFIX) + _PIN in listed)
+            StoreEntry(address, entry["size"], _written(entry), _pin_of(name) in listed)
             for name, entry in listed.items()
             if (address := _address(name)) is not None
         ]
+
+
+def _pin_of(name: str) -> str:
+    return name.removesuffix(_SUFFIX) + _PIN
 
 
 def _address(name: str) -> str | None:

@@ -1,7 +1,8 @@
 """Several stores as one: memory over disk over remote."""
 
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import suppress
 from threading import Lock
 
 from kvcache.errors import InputError
@@ -9,18 +10,22 @@ from kvcache.prefix import PrefixKey, PrefixSnapshot
 from kvcache.stores.base import Store, StoreEntry, log
 from kvcache.stores.memory import MemoryStore
 
-_MOST_PENDING = 16  # writes; beyond them a request waits, so that memory stays bounded
+_MOST_PENDING = 16  # writes; beyond them one is dropped, so that memory stays bounded and no request waits
 
 
 class TieredStore(Store):
     """Asks the fastest tier first, and moves what it finds further down up (promotion).
 
-    What is put goes to every tier: to the first at once, to the others by a thread in the background, in order. What the
-    memory tier evicts is written to the next one if it is not there (demotion).
+    What is put goes to every tier: to the first at once, to the others by a thread in the background, in order. Where that
+    cannot keep up, what it would have written is dropped, with a line in the log: it is computed again when it has left the
+    first tier. What the memory tier evicts is written to the next one if it is not there (demotion).
 
     Args:
         *tiers: the fastest first.
         write_behind: False writes to all tiers before `put` returns.
+
+    Attributes:
+        dropped: writes that were dropped so far.
     """
 
     name = "tiered"
@@ -31,6 +36,7 @@ class TieredStore(Store):
             raise InputError("TieredStore() has no tier; give at least one, such as MemoryStore()")
         self._tiers = tiers
         self._write_behind = write_behind
+        self.dropped = 0
         self._start()
         if isinstance(tiers[0], MemoryStore) and len(tiers) > 1:
             tiers[0].on_evict = self._demote
@@ -73,7 +79,12 @@ class TieredStore(Store):
         self._put(snapshot, self._tiers)
 
     def delete(self, key: PrefixKey) -> None:
-        self.flush()  # or a write that is still to come would bring it back
+        self._after_fork()
+        with self._lock:  # or a write that is still to come would bring it back
+            coming = [future for future, snapshot in self._pending.values() if snapshot.key == key]
+        for future in coming:
+            if not future.cancel():
+                future.result()  # the one that is being written now
         for tier in self._tiers:
             tier.delete(key)
 
@@ -94,7 +105,8 @@ class TieredStore(Store):
         with self._lock:
             futures = [future for future, _ in self._pending.values()]
         for future in futures:
-            future.result()
+            with suppress(CancelledError):  # what it would have written was deleted
+                future.result()
 
     def close(self) -> None:
         self.flush()
@@ -123,17 +135,19 @@ class TieredStore(Store):
             write()
             return
         with self._lock:
-            crowded = len(self._pending) >= _MOST_PENDING
+            if crowded := len(self._pending) >= _MOST_PENDING:
+                self.dropped += 1
+            else:
+                try:
+                    future = self._pool.submit(write)
+                except RuntimeError:  # the interpreter is on its way out
+                    log.warning("%s: %r is not written: the program is ending", self.name, snapshot)
+                    return
+                self._pending[id(future)] = future, snapshot
         if crowded:
-            self.flush()
-        try:
-            future = self._pool.submit(write)
-        except RuntimeError:  # the interpreter is on its way out
-            log.warning("%s: %r is not written: the program is ending", self.name, snapshot)
-            return
-        with self._lock:
-            self._pending[id(future)] = future, snapshot
-        future.add_done_callback(self._written)
+            log.warning("%s: %r is not written: %d others wait to be", self.name, snapshot, _MOST_PENDING)
+        else:
+            future.add_done_callback(self._written)
 
     def _written(self, future: "Future[None]") -> None:
         with self._lock:

@@ -3,18 +3,17 @@
 Unlike in a request, a store that is down is an error here, `StoreError`.
 """
 
-import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from kvcache.archive import Beginning, beginning, beginning_length
 from kvcache.errors import CorruptError, InputError, SignatureError, said
-from kvcache.prefix import FORMAT
+from kvcache.prefix import FORMAT, check_build_seconds
+from kvcache.redact import shown_url
 from kvcache.stores.base import BlobStore, StoreEntry
 from kvcache.stores.disk import DiskStore, default_folder
 from kvcache.stores.redis import RedisStore
@@ -31,7 +30,7 @@ def open_store(where: str | None = None, *, secret: bytes | None = None, namespa
     Args:
         where: a folder; ``redis://``, ``rediss://`` or ``unix://`` for a Redis server; any other URL goes to fsspec. None is
             the disk store in the user's cache, see `default_folder`.
-        secret: that its snapshots are signed with.
+        secret: that its snapshots are signed with; by default ``$KVCACHE_STORE_KEY``.
         namespace: of a Redis store.
 
     Raises:
@@ -48,17 +47,15 @@ def open_store(where: str | None = None, *, secret: bytes | None = None, namespa
         return RemoteStore(where, secret=secret)
     folder = default_folder() if where is None else Path(where).expanduser()
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; give the folder that the store is in")
+        raise InputError(f"{shown_url(str(folder))} is a file; give the folder that the store is in")
     return DiskStore(folder, None, secret)
 
 
 def shown_place(where: str | None) -> str:
-    """The place of a store as it may be printed: without a password."""
-    if not where or "://" not in where:
-        return str(default_folder() if not where else Path(where).expanduser())
-    parts = urlsplit(where)
-    hidden = parts.netloc if parts.password is None else f"{parts.username or ''}:…@{parts.netloc.rpartition('@')[2]}"
-    return f"{parts.scheme}://{hidden}{parts.path}"
+    """The place of a store as it may be printed: without a password, a token or a query."""
+    if not where:
+        return str(default_folder())
+    return shown_url(where) if "://" in where else shown_url(str(Path(where).expanduser()))
 
 
 @dataclass(frozen=True)
@@ -117,7 +114,8 @@ def described(found: Beginning, *, inside: str = "") -> Described:
             )
         content, (dtype, (heads, tokens, dim)) = found.tensors[f"{inside}content"], found.tensors[f"{inside}keys.0"]
         kind = "token ids" if len(content[1]) == 1 else "embeddings"
-        layers, seconds = int(header["layers"]), float(header["build_seconds"])
+        layers, seconds = int(header["layers"]), header["build_seconds"]
+        check_build_seconds(seconds)
         return Described(str(header["model"]), kind, tokens, layers, heads, dim, dtype, seconds, found.signed)
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, CorruptError):
@@ -240,13 +238,3 @@ def _of_model(store: BlobStore, entries: Iterable[StoreEntry], begins: str) -> s
         several = " and ".join(sorted(model[:16] for model in models)[:2])
         raise InputError(f"several models' fingerprints begin with {begins}, such as {several}; give more of it")
     return next(iter(models.values()), set())
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all; one that exists is replaced."""
-    partial = path.with_name(path.name + f".{os.getpid()}.partial")
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
