@@ -1,11 +1,9 @@
 """Will it fit: what a model takes while it serves, to the byte where bytes can be known, before anything is loaded."""
 
-import resource
 import sys
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from kvcache.cpu import few_rows
 from kvcache.errors import InputError
 from kvcache.footprint import Moment, Weights, weights_of
+from kvcache.memory import resident_bytes
 from kvcache.meta import meta_without_autocast
 from kvcache.precision import PackedLinear, Precision
 from kvcache.subjects import Setting, Subject
@@ -41,7 +40,7 @@ class MemoryPlan:
         weights: by what they are for.
         prefixes: what is known of voices.
         moments: what else is held, at the moments at which it may be most.
-        process: Python and its libraries; None where it is not part of the device's memory.
+        process: Python and its libraries; None where it is not part of the device's memory, or the system does not tell.
         fallback: why the requests are not decoded as asked; None if they are.
     """
 
@@ -113,8 +112,9 @@ class Room:
     longest: bool
 
 
-def process_bytes(precision: Precision | None = None) -> int:
-    """What this process holds of Python and its libraries, if it holds no model: its resident memory.
+def process_bytes(precision: Precision | None = None) -> int | None:
+    """What this process holds of Python and its libraries, if it holds no model: its resident memory; None where the system
+    does not tell.
 
     Each kind of kernel runs once before, as its code is read from disk, or made, at its first use, and stays from then on.
 
@@ -122,10 +122,7 @@ def process_bytes(precision: Precision | None = None) -> int:
         precision: of the linear layers that the kernels shall be those of.
     """
     _run_kernels(precision)
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        return int(statm.read_text().split()[1]) * resource.getpagesize()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # the most that it held so far
+    return resident_bytes()
 
 
 @torch.inference_mode()

@@ -237,7 +237,7 @@ def profile(
         raise InputError(
             f"context={context}: a request of {subject.name} has {subject.shortest} tokens or more; give as many"
         )
-    run, place, before = _Run(context, tokens, setting.requests), torch.device(device), resident_bytes()
+    run, place, before = _Run(context, tokens, setting.requests), torch.device(device), resident_bytes() or 0
     runs, prepared = setting, subject.prepared(setting, device)
     notes: list[str] = []
     if setting.backend != "off":
@@ -285,6 +285,9 @@ def profile(
         "activations": step_peak,
     }
     total = max(resident for _, resident in asked) if place.type == "cpu" else torch.cuda.memory_reserved(place)
+    if not total:
+        total = sum(held.values())
+        notes.append("This system does not tell what a process holds: the total is what is known by itself.")
     memory = Memory({**held, "rest": total - sum(held.values())}, total, prefill_peak, report.nbytes, before)
     return Profile(
         subject.name,
@@ -322,7 +325,7 @@ class _Run:
         for count in prepared.stream(self._context, self._tokens, self._chunk):
             came.append(time.perf_counter())
             made.append(made[-1] + count)
-            resident = max(resident, resident_bytes())
+            resident = max(resident, resident_bytes() or 0)
         # The first token of a request comes from its prefill.
         steps = range(made[1] // self._requests - 1, made[-2] // self._requests - 1)
         return (came[-2] - came[0]) / len(steps), steps, resident
