@@ -21,7 +21,9 @@ from kvcache.subjects import Setting, Subject
 Device = Literal["cpu", "cuda"]
 
 _WIDTH = 1024  # of the layer that kernels are tried on: large enough for the buffers that they keep
-_MOST_REQUESTS = 1024  # more do not decode together in one process
+MOST_REQUESTS = 1024
+"""More than so many are not planned together: a process that decodes them has long been bound by something else."""
+
 _UNBOUNDED = 2**20  # tokens to which a length is searched where the model names no limit
 
 
@@ -100,16 +102,20 @@ class Room:
     Attributes:
         memory: bytes.
         fits: whether what was planned fits.
-        requests: how many requests of this length would, of up to 1024; 0 if none does.
+        requests: how many requests of this length would; 0 if none does.
+        or_more: whether it may be more: so many are the most that is looked at, `MOST_REQUESTS`.
         length: how long each of so many requests may be; 0 if not even the shortest fits.
         longest: whether that is the most that the model can do anyway.
+        alone: where neither fits, how long a single request may be; 0 if not even the shortest.
     """
 
     memory: int
     fits: bool
     requests: int
+    or_more: bool
     length: int
     longest: bool
+    alone: int
 
 
 def process_bytes(precision: Precision | None = None) -> int | None:
@@ -171,6 +177,8 @@ def plan(
     """
     if setting.requests < 1:
         raise InputError(f"requests={setting.requests} must be at least 1")
+    if setting.requests > MOST_REQUESTS:
+        raise InputError(f"requests={setting.requests}: up to {MOST_REQUESTS} are planned together; give at most as many")
     least = subject.shortest + 1
     if length < least:
         raise InputError(
@@ -225,9 +233,15 @@ def room(
 
     one = again(1, made.length)
     # No more than as if each took nothing but the cache of one.
-    most = min(_MOST_REQUESTS, max(0, memory - one.total) // max(1, one.parts["KV cache"]) + 1)
+    most = min(MOST_REQUESTS, max(0, memory - one.total) // max(1, one.parts["KV cache"]) + 1)
     requests = bisect_right(range(1, most + 1), memory, key=lambda n: total(n, made.length))
     top = _UNBOUNDED if longest is None else longest
-    fitting = bisect_right(range(shortest, top + 1), memory, key=lambda n: total(made.requests, n))
-    length = shortest + fitting - 1 if fitting else 0
-    return Room(memory, made.total <= memory, requests, length, length == top)
+
+    def fitting(requests: int) -> int:
+        """The longest that each of so many can be."""
+        count = bisect_right(range(shortest, top + 1), memory, key=lambda n: total(requests, n))
+        return shortest + count - 1 if count else 0
+
+    length = fitting(made.requests)
+    alone = 0 if requests or length or made.requests == 1 else fitting(1)
+    return Room(memory, made.total <= memory, requests, requests == MOST_REQUESTS, length, length == top, alone)

@@ -172,8 +172,6 @@ class Profile:
             f"{self.best_speedup:.2f}×) and {self.cache_memory:.1%} of the memory: no setting of the KV cache can save more.",
             self._prefix(),
         ]
-        if self.step.parts["vocoder"] == 0:
-            said.append("There is no vocoder in this model.")
         said.append(
             f"The parts add up to {self.step.total / self.step.wall:.1%} of the time measured from outside; being watched "
             f"made a step {self.overhead:+.1%} longer."
@@ -277,6 +275,8 @@ def profile(
         )
     if report.fallback is not None:
         notes.append(f"Not as asked: {report.fallback}.")
+    if subject.speaks and step.parts["vocoder"] == 0:
+        notes.append("There is no vocoder in this model.")
     held = {
         **weight_bytes(module, subject.load(device)),
         "vocoder_weights": 0 if vocoder is None else sum(_storages(vocoder).values()),
