@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from kvcache.installed import watch_transformers
 
 if TYPE_CHECKING:
-    from kvcache._public import *
+    from kvcache._public import *  # noqa: F403
     from kvcache._public import __all__ as __all__
 
 __version__ = "0.1.0"

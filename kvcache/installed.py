@@ -1,4 +1,5 @@
-"""torchaudio where it does not load: found, said, and kept from taking transformers down with it.
+"""What audio needs beside kvcache, above all a torchaudio that loads: one that does not is found, said, and kept from taking
+transformers down with it.
 
 From PyPI torchaudio is a CUDA build on Linux, whatever torch it meets; and one of another release does not load either. From
 5.24 on transformers imports whatever torchaudio is installed, so nothing of transformers works then.
@@ -9,14 +10,20 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
-__all__ = ["MEND", "mend_torchaudio", "torchaudio_fault", "watch_transformers"]
+__all__ = ["APART", "MEND", "audio_fault", "mend_torchaudio", "torchaudio_fault", "watch_transformers"]
 
 MEND = "kvcache doctor --mend, or install the torchaudio that belongs to your torch (see pytorch.org)"
 """What to do about a torchaudio that does not load."""
 
+APART = "chatterbox-tts==0.1.7 torchaudio==2.11.0 s3tokenizer==0.3.0 diffusers==0.29.0 conformer==0.3.2"
+"""What is installed with --no-deps, since it pins or brings an old torch; what else these import is the extra ``audio``."""
+
+_APART = ("torchaudio", "s3tokenizer", "diffusers", "conformer")
+_EXTRA = ("librosa", "omegaconf", "onnx", "importlib_metadata", "perth", "PIL", "pyloudnorm", "einops")
 _COMPILED = (".so", ".pyd", ".dll", ".dylib")
 _fault: str | None = None  # what `watch_transformers` found
 
@@ -28,9 +35,34 @@ def torchaudio_fault() -> str | None:
     try:
         importlib.import_module("torchaudio")
     except Exception as error:  # OSError, ImportError, RuntimeError, AttributeError: by release of both
-        lines = str(error).strip().splitlines() or [""]
-        return f"{type(error).__name__}: {lines[0]}"
+        return _reason(error)
     return None
+
+
+def audio_fault() -> tuple[str, str] | None:
+    """Why the chatterbox-tts that is installed cannot make audio, and what to do; None if it can."""
+    if (fault := torchaudio_fault()) is not None:
+        return f"torchaudio does not load ({fault})", MEND
+    for modules, command in ((_EXTRA, 'pip install "kvcache[audio]"'), (_APART, f"pip install --no-deps {APART}")):
+        if lacking := [name for name in modules if find_spec(name) is None]:
+            return f"not installed of what audio needs: {', '.join(lacking)}", command
+    try:
+        for name in ("chatterbox.tts", "perth"):
+            importlib.import_module(name)
+    except Exception as error:  # of a dozen packages that pin each other otherwise
+        return f"it does not load: {_reason(error)}", f'pip install "kvcache[audio]"; pip install --no-deps {APART}'
+    if getattr(sys.modules["perth"], "PerthImplicitWatermarker", None) is None:
+        return "its watermarker does not load: it needs pkg_resources, which setuptools has up to 80", (
+            'pip install "setuptools<81"'
+        )
+    return None
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what is at the bottom of an error."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def watch_transformers() -> None:

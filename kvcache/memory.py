@@ -36,7 +36,7 @@ def _working_set() -> int | None:
     names = ("peak", "resident", "peak_paged", "paged", "peak_nonpaged", "nonpaged", "pagefile", "peak_pagefile")
 
     class Counters(ctypes.Structure):
-        _fields_ = [  # noqa: RUF012
+        _fields_ = [
             ("size", ctypes.c_uint32),
             ("faults", ctypes.c_uint32),
             *((name, ctypes.c_size_t) for name in names),

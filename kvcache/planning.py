@@ -178,7 +178,9 @@ def plan(
     if setting.requests < 1:
         raise InputError(f"requests={setting.requests} must be at least 1")
     if setting.requests > MOST_REQUESTS:
-        raise InputError(f"requests={setting.requests}: up to {MOST_REQUESTS} are planned together; give at most as many")
+        raise InputError(
+            f"requests={setting.requests}: up to {MOST_REQUESTS} are planned together; give at most as many"
+        )
     least = subject.shortest + 1
     if length < least:
         raise InputError(

@@ -201,7 +201,9 @@ class LanguageSubject(Subject):
         self.name = name
         path = Path(name)
         if not name.strip():
-            raise InputError("the model's name is empty; give a folder, a .gguf file, a hub id or a name such as chatterbox-nano")
+            raise InputError(
+                "the model's name is empty; give a folder, a .gguf file, a hub id or a name such as chatterbox-nano"
+            )
         self._options: dict[str, Any] = {}
         self._from = name
         if path.suffix == ".gguf" and path.is_file():
@@ -271,7 +273,9 @@ class LanguageSubject(Subject):
         try:
             with redirect_stderr(io.StringIO()):  # progress bars that cannot be switched off
                 return read()
-        except Exception as error:  # whatever transformers, torch and safetensors make of a file that is not as it should be
+        except (
+            Exception
+        ) as error:  # whatever transformers, torch and safetensors make of a file that is not as it should be
             lines = said(error).strip().splitlines() or [""]
             known = isinstance(error, (OSError, ValueError, KeyError))  # whose words are for users
             line = lines[0] if known and lines[0] else f"{type(error).__name__}: {lines[0]}"

@@ -143,11 +143,11 @@ def application(names: Iterable[str] = _COMMANDS) -> Any:
     """These commands, all by default, as a `typer.Typer`; only what they need is imported."""
     import typer
 
-    app = typer.Typer(
-        name="kvcache", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
-    )
+    app = typer.Typer(name="kvcache", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
-    @app.callback(help="Will it fit, where does it go, did it help: KV caches planned, profiled, tuned and looked after.")
+    @app.callback(
+        help="Will it fit, where does it go, did it help: KV caches planned, profiled, tuned and looked after."
+    )
     def group() -> None:
         """Of commands, however few there are."""
 

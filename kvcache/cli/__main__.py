@@ -14,7 +14,10 @@ def run() -> None:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except (OSError, ValueError):  # has been said; what is left in it would be tried again at exit, and end in a traceback
+        except (
+            OSError,
+            ValueError,
+        ):  # has been said; what is left in it would be tried again at exit, and end in a traceback
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)
 

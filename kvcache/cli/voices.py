@@ -79,7 +79,7 @@ def show_all(
             what = ("unreadable", "–", "–", "–", "–", "–")
         more = (shown_bytes(row["nbytes"]), _ago(row["used"]), "yes" if row["pinned"] else "")
         shown.add_row(row["address"][:16], *map(str, what), *more)
-    console().print(shown if rows else title)
+    show(shown if rows else title)
 
 
 @app.command()
