@@ -236,14 +236,21 @@ def room(
     one = again(1, made.length)
     # No more than as if each took nothing but the cache of one.
     most = min(MOST_REQUESTS, max(0, memory - one.total) // max(1, one.parts["KV cache"]) + 1)
-    requests = bisect_right(range(1, most + 1), memory, key=lambda n: total(n, made.length))
+    requests = _fitting(range(1, most + 1), memory, lambda n: total(n, made.length))
     top = _UNBOUNDED if longest is None else longest
 
     def fitting(requests: int) -> int:
         """The longest that each of so many can be."""
-        count = bisect_right(range(shortest, top + 1), memory, key=lambda n: total(requests, n))
+        count = _fitting(range(shortest, top + 1), memory, lambda n: total(requests, n))
         return shortest + count - 1 if count else 0
 
     length = fitting(made.requests)
     alone = 0 if requests or length or made.requests == 1 else fitting(1)
     return Room(memory, made.total <= memory, requests, requests == MOST_REQUESTS, length, length == top, alone)
+
+
+def _fitting(numbers: range, memory: int, total: Callable[[int], int]) -> int:
+    """How many of these numbers take no more than that, from the first on; where all do, that takes one look."""
+    if numbers and total(numbers[-1]) <= memory:
+        return len(numbers)
+    return bisect_right(numbers[:-1], memory, key=total)

@@ -31,7 +31,7 @@ def console(least: int = 0) -> Console:
     return Console(width=max(width, least))
 
 
-def show(*shown: Table | Text | str, style: str | None = None) -> None:
+def display(*shown: Table | Text | str, style: str | None = None) -> None:
     """Print tables and lines: figures are never cut, though a line may be wider than the terminal for it."""
     wide = Console(width=10_000)
     least = max((wide.measure(one).minimum for one in shown if isinstance(one, Table)), default=0)

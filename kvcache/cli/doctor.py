@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from kvcache.cli.common import Json, Wanting, print_json, progress, show, table
+from kvcache.cli.common import Json, Wanting, display, print_json, progress, table
 from kvcache.cli.voices import Namespace, SecretFile, Where, read_secret
 from kvcache.installed import mend_torchaudio
 
@@ -44,7 +44,7 @@ def command(
                 colour = _COLOURS[finding.state]
                 cells = [escape(text or "") for text in (finding.name, finding.said, finding.advice)]
                 shown.add_row(f"[{colour}]{finding.state}[/{colour}]", *cells)
-            show(shown)
+            display(shown)
     if not healthy(found):
         broken = ", ".join(finding.name for finding in found if finding.state == "broken")
         raise Wanting(f"broken: {broken}; what to do stands beside each")

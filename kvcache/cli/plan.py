@@ -14,9 +14,9 @@ from kvcache.cli.common import (
     bar,
     bytes_of,
     console,
+    display,
     print_json,
     progress,
-    show,
     shown_bytes,
     table,
 )
@@ -180,15 +180,15 @@ def _show(made: MemoryPlan, fit: Room | None, notes: list[str]) -> None:
         shown.add_row(Text(bar(1, 2), style=colour), name, shown_bytes(size), f"{size / made.total:.1%}")
     shown.add_section()
     shown.add_row("", "at most", shown_bytes(made.total), "100.0%")
-    show(shown)
+    display(shown)
     console().print(_drawn(parts, made.total if fit is None else max(made.total, fit.memory)))
-    show(
+    display(
         f"In the end the caches reserve {shown_bytes(made.kv)} ({made.kv:,} bytes), as their report says; a request begins with "
         f"{made.context} tokens"
     )
-    show(*notes, style="dim")
+    display(*notes, style="dim")
     if fit is not None:
-        show(_room(made, fit), style="green" if fit.fits else "red")
+        display(_room(made, fit), style="green" if fit.fits else "red")
 
 
 def _drawn(parts: list[tuple[str, int, str]], whole: int) -> Text:

@@ -8,7 +8,18 @@ import torch
 import typer
 from rich.table import Table
 
-from kvcache.cli.common import Json, at_least, bar, console, print_json, progress, show, shown_bytes, table, threads_of
+from kvcache.cli.common import (
+    Json,
+    at_least,
+    bar,
+    console,
+    display,
+    print_json,
+    progress,
+    shown_bytes,
+    table,
+    threads_of,
+)
 from kvcache.decoding.backends import BackendName
 from kvcache.errors import InputError
 from kvcache.precision import Precision
@@ -56,7 +67,7 @@ def command(
         print_json(result.to_dict())
         return
     wide = console().width >= _WIDE
-    show(_times(result, wide), _memory(result, wide), *(f"• {sentence}" for sentence in result.sentences()))
+    display(_times(result, wide), _memory(result, wide), *(f"• {sentence}" for sentence in result.sentences()))
 
 
 def _setting(backend: str, precision: str | None, requests: int) -> Setting:

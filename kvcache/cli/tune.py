@@ -12,10 +12,10 @@ from kvcache.cli.common import (
     Json,
     at_least,
     bytes_of,
+    display,
     one_line,
     print_json,
     progress,
-    show,
     shown_bytes,
     table,
     threads_of,
@@ -122,7 +122,7 @@ def _show(tuned: Tuned, out: Path, budget: int | None) -> None:
     limits = f"at most {profile.bound:g} nats a token from fp32"
     limits += "" if budget is None else f", {shown_bytes(budget)} of cache"
     untried = f", {tuned.untried} left out for lack of time" if tuned.untried else ""
-    show(
+    display(
         shows,
         *profile.explanation,
         f"{shown(profile.setting)}: {1 / tuned.best:.1f} tokens a second, {limits}. {len(profile.trials)} of {tuned.settings} "
