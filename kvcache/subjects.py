@@ -278,9 +278,12 @@ class LanguageSubject(Subject):
         ) as error:  # whatever transformers, torch and safetensors make of a file that is not as it should be
             lines = said(error).strip().splitlines() or [""]
             known = isinstance(error, (OSError, ValueError, KeyError))  # whose words are for users
-            line = lines[0] if known and lines[0] else f"{type(error).__name__}: {lines[0]}"
+            line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+            line = line if known and line else f"{type(error).__name__}: {line}"
             if isinstance(error, MemoryError):
                 line = "there is not enough memory for it"
+            elif "ignore_mismatched_sizes" in line:
+                line = "its weights are not of the sizes that its config.json says"
             raise InputError(
                 f"{self.name} cannot be loaded: {line.rstrip('.')}; check the name and the files, or give another folder"
             ) from error

@@ -35,14 +35,15 @@ def main(arguments: list[str] | None = None) -> int:
     with _readable(sys.stdout), _readable(sys.stderr):
         try:
             code = _ended(lambda: _run(given))
+            if sys.stdout is not None:
+                sys.stdout.flush()
         except KeyboardInterrupt:
-            code = _INTERRUPTED
-        if (failed := _flushed(sys.stdout)) is None:
-            return code
-        if isinstance(failed, BrokenPipeError) or failed.errno == errno.EINVAL:  # as Windows has it
-            return _PIPE_CLOSED
-        _say(f"standard output cannot be written: {failed.strerror or failed}; make room, or write elsewhere")
-        return 1
+            return _INTERRUPTED
+        except OSError as error:
+            if not _is_output(error):
+                raise
+            return _unwritten(error)
+        return code
 
 
 def _run(arguments: list[str]) -> Any:
@@ -73,12 +74,24 @@ def _ended(run: Callable[[], Any]) -> int:
             return _INTERRUPTED
         if (told := usage(error)) is not None:
             return _say(told, 2, plain=True)
-        if isinstance(error, OSError) and _flushed(sys.stdout) is not None:
-            return 1
-        if os.environ.get("KVCACHE_TRACEBACK"):
+        if os.environ.get("KVCACHE_TRACEBACK") or (isinstance(error, OSError) and _is_output(error)):
             raise
         return _say(_unexpected(error), 2)
+    except SystemExit:  # click's, when whoever read standard output has closed it
+        return _PIPE_CLOSED
     return found if isinstance(found, int) else 0
+
+
+def _is_output(error: OSError) -> bool:
+    """Whether it is of writing to what is open already: of no file by name, and for lack of room or of a reader."""
+    return error.filename is None and error.errno in (errno.ENOSPC, errno.EPIPE, errno.EIO, errno.EINVAL)
+
+
+def _unwritten(error: OSError) -> int:
+    """The exit code where standard output takes no more."""
+    if error.errno in (errno.EPIPE, errno.EINVAL):  # the latter on Windows
+        return _PIPE_CLOSED
+    return _say(f"standard output cannot be written: {error.strerror}; make room, or write elsewhere", 1)
 
 
 def _unexpected(error: Exception) -> str:
@@ -86,7 +99,8 @@ def _unexpected(error: Exception) -> str:
     if isinstance(error, MemoryError) or "alloc" in lines[0] or "out of memory" in lines[0]:
         return f"there is not enough memory for it ({lines[0]}); give less, and see kvcache plan"
     if isinstance(error, OSError):
-        return f"{error}; check that this may be read and written"
+        where = "" if error.filename is None else f"{str(error.filename)[:100]}: "
+        return f"{where}{error.strerror or error}; check that this may be read and written"
     return f"{type(error).__name__}: {lines[0]}; check what was given, or set KVCACHE_TRACEBACK=1 to see where that comes from"
 
 
@@ -96,17 +110,6 @@ def _say(line: object, code: int = 2, *, plain: bool = False) -> int:
     with suppress(OSError, ValueError):  # there is nowhere left to say it
         print(text, file=sys.stderr, flush=True)
     return code
-
-
-def _flushed(stream: Any) -> OSError | None:
-    """Why what was written to a stream cannot reach its end; None if it has."""
-    try:
-        stream.flush()
-    except OSError as error:
-        return error
-    except ValueError:  # closed
-        return None
-    return None
 
 
 @contextmanager

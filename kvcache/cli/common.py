@@ -5,7 +5,6 @@ import os
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -104,6 +103,8 @@ def threads_of(given: int | None) -> None:
         return
     if given > (most := os.cpu_count() or 1):
         raise InputError(f"--threads {given}: this machine has {most} CPUs; give at most as many")
+    import torch  # not where a command without a model is run
+
     torch.set_num_threads(given)
 
 
