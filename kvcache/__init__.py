@@ -1,111 +1,37 @@
 """KV-cache management for autoregressive models that you run yourself, straight from PyTorch and transformers."""
 
-from kvcache.errors import (
-    BusyError,
-    CapacityError,
-    ClosedError,
-    CorruptError,
-    GeometryError,
-    InputError,
-    KVCacheError,
-    MissingDependencyError,
-    PolicyError,
-    PositionsError,
-    RollbackError,
-)
-from kvcache.events import Event, subscribe
-from kvcache.fingerprint import model_fingerprint
-from kvcache.geometry import CacheGeometry
-from kvcache.head_profile import HeadProfile, measure_heads
-from kvcache.heads import Adaptive, PerHead
-from kvcache.layers import KVLayer
-from kvcache.manager import KVCacheManager
-from kvcache.occupancy_map import Occupancy, occupancy
-from kvcache.policies import KeepAll, MaxBytes, MaxTokens, Pinned, SizePolicy, SlidingWindow
-from kvcache.precision import with_precision
-from kvcache.prefix import PrefixKey, PrefixSnapshot
-from kvcache.quantized import Quantization
-from kvcache.report import CacheReport, LayerReport, estimate_bytes
-from kvcache.rope import KeyRotation
-from kvcache.scheduler import Scheduler, SchedulerMetrics
-from kvcache.scoring import (
-    TOVA,
-    ExpectedAttention,
-    FarLooks,
-    HeavyHitters,
-    KeyDiff,
-    KeyNorm,
-    RankingPolicy,
-    Rehearsed,
-    SnapKV,
-    pyramid,
-)
-from kvcache.speakers import SpeakerCache, SpeakerStats, default_store
-from kvcache.stores import DiskStore, MemoryStore, RedisStore, RemoteStore, TieredStore
-from kvcache.timeline import MemoryTimeline, Sample
-from kvcache.tuning_profile import TuningProfile
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from kvcache.installed import watch_transformers
+
+if TYPE_CHECKING:
+    from kvcache._public import *  # noqa: F403
+    from kvcache._public import __all__ as __all__
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "TOVA",
-    "Adaptive",
-    "BusyError",
-    "CacheGeometry",
-    "CacheReport",
-    "CapacityError",
-    "ClosedError",
-    "CorruptError",
-    "DiskStore",
-    "Event",
-    "ExpectedAttention",
-    "FarLooks",
-    "GeometryError",
-    "HeadProfile",
-    "HeavyHitters",
-    "InputError",
-    "KVCacheError",
-    "KVCacheManager",
-    "KVLayer",
-    "KeepAll",
-    "KeyDiff",
-    "KeyNorm",
-    "KeyRotation",
-    "LayerReport",
-    "MaxBytes",
-    "MaxTokens",
-    "MemoryStore",
-    "MemoryTimeline",
-    "MissingDependencyError",
-    "Occupancy",
-    "PerHead",
-    "Pinned",
-    "PolicyError",
-    "PositionsError",
-    "PrefixKey",
-    "PrefixSnapshot",
-    "Quantization",
-    "RankingPolicy",
-    "RedisStore",
-    "Rehearsed",
-    "RemoteStore",
-    "RollbackError",
-    "Sample",
-    "Scheduler",
-    "SchedulerMetrics",
-    "SizePolicy",
-    "SlidingWindow",
-    "SnapKV",
-    "SpeakerCache",
-    "SpeakerStats",
-    "TieredStore",
-    "TuningProfile",
-    "default_store",
-    "estimate_bytes",
-    "measure_heads",
-    "model_fingerprint",
-    "occupancy",
-    "pyramid",
-    "subscribe",
-    "with_precision",
-]
+watch_transformers()
+
+if not TYPE_CHECKING:  # or every name would be one that the package has
+
+    def __getattr__(name):
+        """The first name that is asked for brings all of them, and torch and transformers with them: a command that only
+        says what is wrong, or is interrupted, waits for neither."""
+        if name.startswith("__") and name != "__all__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        try:
+            return import_module(f"{__name__}.{name}")  # modules ask for each other before all of them are there
+        except ModuleNotFoundError as error:
+            if error.name != f"{__name__}.{name}":
+                raise
+        public = import_module(f"{__name__}._public")
+        if name == "__all__":
+            return public.__all__
+        if name not in public.__all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals().update({one: getattr(public, one) for one in public.__all__})
+        return globals()[name]
+
+    def __dir__():
+        return sorted({*globals(), *__getattr__("__all__")})

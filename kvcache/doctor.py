@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 import sysconfig
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -24,10 +25,11 @@ from kvcache.decoding.backends import BackendName, backend_for
 from kvcache.decoding.wiring import kernel_reason
 from kvcache.errors import InputError, KVCacheError
 from kvcache.hf import TESTED
+from kvcache.installed import APART, MEND, audio_fault, torchaudio_fault
 from kvcache.manager import KVCacheManager
 from kvcache.precision import Precision, check_precision
 from kvcache.prefix import PrefixKey, PrefixSnapshot
-from kvcache.stores import BlobStore, DiskStore
+from kvcache.stores import BlobStore, DiskStore, default_folder
 from kvcache.stores.base import store_secret
 from kvcache.stores.upkeep import open_store, shown_place
 from kvcache.subjects import GROUP
@@ -72,6 +74,7 @@ def diagnose(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = [
         *_packages(),
+        *_torchaudio(),
         *_chatterbox(),
         *_adapters(),
         *_devices(),
@@ -93,6 +96,7 @@ def healthy(findings: Iterable[Finding]) -> bool:
 # ---------------------------------------------------------------------- packages
 
 _FOR = {
+    "audio": "Chatterbox's audio",
     "bench": "the benchmarks of a checkout, and .gguf files",
     "chatterbox": "Chatterbox",
     "cli": "this command",
@@ -104,7 +108,6 @@ _FOR = {
     "server": "the HTTP server of the examples",
 }
 _FOR_WHO_WORKS_ON_IT = {"docs", "test"}
-_CHATTERBOX = "chatterbox-tts==0.1.7"
 
 
 def _installed(name: str) -> str | None:
@@ -181,11 +184,17 @@ def _pinned_by(name: str) -> str:
     return f" (chatterbox-tts pins {name}{pin.specifier}: install that one with --no-deps)"
 
 
+def _torchaudio() -> Iterator[Finding]:
+    if (fault := torchaudio_fault()) is not None:
+        said = f"{_installed('torchaudio')} is installed and does not load ({fault}); beside it transformers fails without kvcache"
+        yield Finding("packages", "torchaudio", "broken", said, MEND)
+
+
 def _chatterbox() -> Iterator[Finding]:
     own = _installed("chatterbox-tts")
     if own is None:
         said = "not installed: no Chatterbox models"
-        yield Finding("packages", "chatterbox-tts", "missing", said, f"pip install --no-deps {_CHATTERBOX}")
+        yield Finding("packages", "chatterbox-tts", "missing", said, f"pip install --no-deps {APART.split()[0]}")
         return
     pins = _pins().values()
     other = [
@@ -193,14 +202,16 @@ def _chatterbox() -> Iterator[Finding]:
         for pin in pins
         if _installed(pin.name) is not None and not _fits(pin)
     ]
-    absent = [pin.name for pin in pins if _installed(pin.name) is None]
     said, advice = own, None
     if other:
         said += f"; it pins {', '.join(other)}, which T3 does not need here"
         advice = "install and upgrade it with pip's --no-deps, or these are replaced"
-    if absent:
-        said += f"; not installed of what it asks for: {', '.join(absent)}: T3 runs without, audio may not"
     yield Finding("packages", "chatterbox-tts", "ok", said, advice)
+    if (fault := audio_fault()) is None:
+        yield Finding("packages", "Chatterbox's audio", "ok", "its vocoder and its watermarker load")
+    else:
+        state: State = "missing" if fault[0].startswith("not installed") else "broken"
+        yield Finding("packages", "Chatterbox's audio", state, f"{fault[0]}; speech tokens need none of it", fault[1])
 
 
 def _adapters() -> Iterator[Finding]:
@@ -423,20 +434,27 @@ def _no_compiler(device: torch.device) -> tuple[str, str] | None:
 # ---------------------------------------------------------------------- stores
 
 
+_ELSEWHERE = "set KVCACHE_HOME to a folder that may be written to"
+
+
 def _default_store() -> Finding:
-    """The folder of the default store: tried if it is there, else whether it can be made."""
-    store = DiskStore(max_bytes=None)
-    if store.folder.is_dir():
-        tried = _round_trip(
-            store, str(store.folder), None, "default", "set KVCACHE_HOME to a folder that may be written to"
-        )
-        return tried if tried.state == "broken" else _with_room(tried.said, shutil.disk_usage(store.folder).free)
-    parent = next(parent for parent in store.folder.absolute().parents if parent.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        said = f"{store.folder} cannot be made: {parent} may not be written to"
-        return Finding("stores", "default", "broken", said, "set KVCACHE_HOME to a folder that may be")
-    free = shutil.disk_usage(parent).free
-    return _with_room(f"{store.folder} is made when it is first used", free)
+    """The folder of the default store, tried: by a round trip if it is there, else by making a folder where it would be."""
+    folder = default_folder()
+    if str(folder).startswith("~"):
+        said = f"KVCACHE_HOME is {folder}, and no shell has put your home there: it is a folder of that name in {Path.cwd()}"
+        return Finding("stores", "default", "broken", said, f"set KVCACHE_HOME={folder.expanduser()}")
+    try:
+        if folder.is_dir():
+            tried = _round_trip(DiskStore(folder, None), str(folder), None, "default", _ELSEWHERE)
+            return tried if tried.state == "broken" else _with_room(tried.said, shutil.disk_usage(folder).free)
+        if folder.exists():
+            return Finding("stores", "default", "broken", f"{folder} is a file, and no folder", _ELSEWHERE)
+        parent = next(parent for parent in folder.absolute().parents if parent.exists())
+        os.rmdir(tempfile.mkdtemp(prefix="kvcache-doctor-", dir=parent))
+    except OSError as error:
+        said = f"{folder} cannot be made or read: {error.strerror or error}"
+        return Finding("stores", "default", "broken", said, _ELSEWHERE)
+    return _with_room(f"{folder} is made when it is first used", shutil.disk_usage(parent).free)
 
 
 def _round_trip(
@@ -458,7 +476,7 @@ def _round_trip(
             back = store.peek(address)
         finally:
             store.remove(address)
-    except KVCacheError as error:
+    except (KVCacheError, OSError) as error:
         return Finding("stores", name, "broken", f"{place}: {error}", advice)
     if back != data:
         return Finding("stores", name, "broken", f"{place}: what was written did not come back as it was", advice)

@@ -4,6 +4,7 @@ So the caches, the decode engine and the model's own forward pass say themselves
 it; there is no second account of them that could differ from what happens. See `kvcache.meta`.
 """
 
+import math
 import mmap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -82,13 +83,25 @@ def written_static(kv: StaticKV, tokens: int, rows: int, device: str) -> int:
     total = 0
     for buffer in (*kv.keys[:1], *kv.values[:1]):
         _, heads, slots, dim = buffer.shape
-        row = dim * buffer.element_size()
-        pages: set[int] = set()
-        for stretch in range(rows * heads):  # a head's tokens lie together, then come its slots that are free
-            first, last = stretch * slots * row, stretch * slots * row + min(tokens, slots) * row - 1
-            pages.update(range(first // mmap.PAGESIZE, last // mmap.PAGESIZE + 1))
-        total += len(pages) * mmap.PAGESIZE * len(kv.keys)
+        row = dim * buffer.element_size()  # a head's tokens lie together, then come its slots that are free
+        total += _pages(rows * heads, slots * row, min(tokens, slots) * row) * mmap.PAGESIZE * len(kv.keys)
     return total
+
+
+def _pages(count: int, stride: int, size: int) -> int:
+    """Pages that `count` stretches of `size` bytes touch, of which one begins every `stride` bytes from a page's start."""
+
+    def more(i: int) -> int:
+        """Those that the stretch touches beyond the stretch before."""
+        first, last = i * stride // mmap.PAGESIZE, (i * stride + size - 1) // mmap.PAGESIZE
+        return last - first + (i == 0 or first != ((i - 1) * stride + size - 1) // mmap.PAGESIZE)
+
+    if count == 0 or size == 0:
+        return 0
+    period = mmap.PAGESIZE // math.gcd(stride, mmap.PAGESIZE)  # after so many, one begins at a page's start again
+    rounds, rest = divmod(count - 1, period)
+    once = sum(map(more, range(1, period + 1))) if rounds else 0
+    return more(0) + rounds * once + sum(map(more, range(1, rest + 1)))
 
 
 def fill(layers: Sequence[KVLayer], tokens: int) -> None:

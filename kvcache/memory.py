@@ -10,19 +10,43 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+_STATM = Path("/proc/self/statm")
 
-def resident_bytes() -> int:
-    """Bytes of the machine's memory that this process has now; where the system does not tell, the most it ever had."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmRSS:"))
-        return int(line.split()[1]) * 1024
+
+def resident_bytes() -> int | None:
+    """Bytes of the machine's memory that this process holds now; where the system tells only the most that it ever held, as
+    macOS does, that; None where it tells nothing."""
     if sys.platform == "win32":
-        return 0
-    import resource
-
+        return _working_set()
+    if _STATM.exists():
+        return int(_STATM.read_text().split()[1]) * mmap.PAGESIZE
+    try:
+        import resource
+    except ImportError:
+        return None
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
+    return most if sys.platform == "darwin" else most * 1024  # macOS counts bytes, the others KiB
+
+
+def _working_set() -> int | None:
+    """What `resident_bytes` is on Windows, by its own call (psapi's PROCESS_MEMORY_COUNTERS)."""
+    if (kernel32 := getattr(ctypes, "windll", None)) is None:
+        return None
+    kernel32 = kernel32.kernel32
+    names = ("peak", "resident", "peak_paged", "paged", "peak_nonpaged", "nonpaged", "pagefile", "peak_pagefile")
+
+    class Counters(ctypes.Structure):
+        _fields_ = [
+            ("size", ctypes.c_uint32),
+            ("faults", ctypes.c_uint32),
+            *((name, ctypes.c_size_t) for name in names),
+        ]
+
+    found = Counters(size=ctypes.sizeof(Counters))
+    kernel32.GetCurrentProcess.restype = ctypes.c_void_p
+    kernel32.K32GetProcessMemoryInfo.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint32)
+    told = kernel32.K32GetProcessMemoryInfo(kernel32.GetCurrentProcess(), ctypes.byref(found), found.size)
+    return int(found.resident) if told else None
 
 
 def give_back() -> bool:

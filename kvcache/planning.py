@@ -1,11 +1,9 @@
 """Will it fit: what a model takes while it serves, to the byte where bytes can be known, before anything is loaded."""
 
-import resource
 import sys
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from kvcache.cpu import few_rows
 from kvcache.errors import InputError
 from kvcache.footprint import Moment, Weights, weights_of
+from kvcache.memory import resident_bytes
 from kvcache.meta import meta_without_autocast
 from kvcache.precision import PackedLinear, Precision
 from kvcache.subjects import Setting, Subject
@@ -22,7 +21,9 @@ from kvcache.subjects import Setting, Subject
 Device = Literal["cpu", "cuda"]
 
 _WIDTH = 1024  # of the layer that kernels are tried on: large enough for the buffers that they keep
-_MOST_REQUESTS = 1024  # more do not decode together in one process
+MOST_REQUESTS = 1024
+"""More than so many are not planned together: a process that decodes them has long been bound by something else."""
+
 _UNBOUNDED = 2**20  # tokens to which a length is searched where the model names no limit
 
 
@@ -41,7 +42,7 @@ class MemoryPlan:
         weights: by what they are for.
         prefixes: what is known of voices.
         moments: what else is held, at the moments at which it may be most.
-        process: Python and its libraries; None where it is not part of the device's memory.
+        process: Python and its libraries; None where it is not part of the device's memory, or the system does not tell.
         fallback: why the requests are not decoded as asked; None if they are.
     """
 
@@ -101,20 +102,25 @@ class Room:
     Attributes:
         memory: bytes.
         fits: whether what was planned fits.
-        requests: how many requests of this length would, of up to 1024; 0 if none does.
+        requests: how many requests of this length would; 0 if none does.
+        or_more: whether it may be more: so many are the most that is looked at, `MOST_REQUESTS`.
         length: how long each of so many requests may be; 0 if not even the shortest fits.
         longest: whether that is the most that the model can do anyway.
+        alone: where neither fits, how long a single request may be; 0 if not even the shortest.
     """
 
     memory: int
     fits: bool
     requests: int
+    or_more: bool
     length: int
     longest: bool
+    alone: int
 
 
-def process_bytes(precision: Precision | None = None) -> int:
-    """What this process holds of Python and its libraries, if it holds no model: its resident memory.
+def process_bytes(precision: Precision | None = None) -> int | None:
+    """What this process holds of Python and its libraries, if it holds no model: its resident memory; None where the system
+    does not tell.
 
     Each kind of kernel runs once before, as its code is read from disk, or made, at its first use, and stays from then on.
 
@@ -122,10 +128,7 @@ def process_bytes(precision: Precision | None = None) -> int:
         precision: of the linear layers that the kernels shall be those of.
     """
     _run_kernels(precision)
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        return int(statm.read_text().split()[1]) * resource.getpagesize()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # the most that it held so far
+    return resident_bytes()
 
 
 @torch.inference_mode()
@@ -174,6 +177,10 @@ def plan(
     """
     if setting.requests < 1:
         raise InputError(f"requests={setting.requests} must be at least 1")
+    if setting.requests > MOST_REQUESTS:
+        raise InputError(
+            f"requests={setting.requests}: up to {MOST_REQUESTS} are planned together; give at most as many"
+        )
     least = subject.shortest + 1
     if length < least:
         raise InputError(
@@ -228,9 +235,22 @@ def room(
 
     one = again(1, made.length)
     # No more than as if each took nothing but the cache of one.
-    most = min(_MOST_REQUESTS, max(0, memory - one.total) // max(1, one.parts["KV cache"]) + 1)
-    requests = bisect_right(range(1, most + 1), memory, key=lambda n: total(n, made.length))
+    most = min(MOST_REQUESTS, max(0, memory - one.total) // max(1, one.parts["KV cache"]) + 1)
+    requests = _fitting(range(1, most + 1), memory, lambda n: total(n, made.length))
     top = _UNBOUNDED if longest is None else longest
-    fitting = bisect_right(range(shortest, top + 1), memory, key=lambda n: total(made.requests, n))
-    length = shortest + fitting - 1 if fitting else 0
-    return Room(memory, made.total <= memory, requests, length, length == top)
+
+    def fitting(requests: int) -> int:
+        """The longest that each of so many can be."""
+        count = _fitting(range(shortest, top + 1), memory, lambda n: total(requests, n))
+        return shortest + count - 1 if count else 0
+
+    length = fitting(made.requests)
+    alone = 0 if requests or length or made.requests == 1 else fitting(1)
+    return Room(memory, made.total <= memory, requests, requests == MOST_REQUESTS, length, length == top, alone)
+
+
+def _fitting(numbers: range, memory: int, total: Callable[[int], int]) -> int:
+    """How many of these numbers take no more than that, from the first on; where all do, that takes one look."""
+    if numbers and total(numbers[-1]) <= memory:
+        return len(numbers)
+    return bisect_right(numbers[:-1], memory, key=total)

@@ -16,6 +16,7 @@ Policies are frozen dataclasses: their repr is their configuration, and equal po
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -137,11 +138,15 @@ class MaxTokens(SizePolicy):
         return count if count <= self.limit else self._low
 
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+# 2GB, 2G and 2g are 2 * 10**9; 2GiB, 2Gi and 2gib are 2 * 2**30.
+_UNITS = {"": 1, "B": 1}
+for _power, _letter in enumerate("KMGTP", 1):
+    _UNITS |= dict.fromkeys((_letter, f"{_letter}B"), 1000**_power)
+    _UNITS |= dict.fromkeys((f"{_letter}I", f"{_letter}IB"), 1024**_power)
 
 
 def parse_bytes(size: int | str) -> int:
-    """The number of bytes in ``"512MiB"``, ``"1.5 GB"`` or a plain number.
+    """The number of bytes in ``"512MiB"``, ``"1.5 GB"``, ``"2G"``, ``"2Gi"`` or a plain number; up to PiB.
 
     Raises:
         PolicyError: if it is not a size of at least one byte.
@@ -152,7 +157,7 @@ def parse_bytes(size: int | str) -> int:
             raise PolicyError(
                 f"cannot read {size!r} as a size; write for example '512MiB', '1.5GB' or a number of bytes"
             )
-        size = int(float(match[1]) * _UNITS[match[2].upper()])
+        size = int(Fraction(match[1]) * _UNITS[match[2].upper()])
     _at_least("bytes", size, 1)
     return size
 

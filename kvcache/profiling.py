@@ -172,8 +172,6 @@ class Profile:
             f"{self.best_speedup:.2f}×) and {self.cache_memory:.1%} of the memory: no setting of the KV cache can save more.",
             self._prefix(),
         ]
-        if self.step.parts["vocoder"] == 0:
-            said.append("There is no vocoder in this model.")
         said.append(
             f"The parts add up to {self.step.total / self.step.wall:.1%} of the time measured from outside; being watched "
             f"made a step {self.overhead:+.1%} longer."
@@ -237,7 +235,7 @@ def profile(
         raise InputError(
             f"context={context}: a request of {subject.name} has {subject.shortest} tokens or more; give as many"
         )
-    run, place, before = _Run(context, tokens, setting.requests), torch.device(device), resident_bytes()
+    run, place, before = _Run(context, tokens, setting.requests), torch.device(device), resident_bytes() or 0
     runs, prepared = setting, subject.prepared(setting, device)
     notes: list[str] = []
     if setting.backend != "off":
@@ -277,6 +275,8 @@ def profile(
         )
     if report.fallback is not None:
         notes.append(f"Not as asked: {report.fallback}.")
+    if subject.speaks and step.parts["vocoder"] == 0:
+        notes.append("There is no vocoder in this model.")
     held = {
         **weight_bytes(module, subject.load(device)),
         "vocoder_weights": 0 if vocoder is None else sum(_storages(vocoder).values()),
@@ -285,6 +285,9 @@ def profile(
         "activations": step_peak,
     }
     total = max(resident for _, resident in asked) if place.type == "cpu" else torch.cuda.memory_reserved(place)
+    if not total:
+        total = sum(held.values())
+        notes.append("This system does not tell what a process holds: the total is what is known by itself.")
     memory = Memory({**held, "rest": total - sum(held.values())}, total, prefill_peak, report.nbytes, before)
     return Profile(
         subject.name,
@@ -322,7 +325,7 @@ class _Run:
         for count in prepared.stream(self._context, self._tokens, self._chunk):
             came.append(time.perf_counter())
             made.append(made[-1] + count)
-            resident = max(resident, resident_bytes())
+            resident = max(resident, resident_bytes() or 0)
         # The first token of a request comes from its prefill.
         steps = range(made[1] // self._requests - 1, made[-2] // self._requests - 1)
         return (came[-2] - came[0]) / len(steps), steps, resident

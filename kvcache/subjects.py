@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr
 from functools import cached_property
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -82,6 +82,7 @@ class Subject(ABC):
         quantizes: whether its token loop can hold its cache in few bits.
         batches_off: whether several requests can decode together without the decode engine.
         random: whether its weights are made up, for their shapes and speed alone.
+        speaks: whether it is part of a model that speaks.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Subject(ABC):
     quantizes: bool = True
     batches_off: bool = True
     random: bool = False
+    speaks: bool = False
 
     @abstractmethod
     def skeleton(self) -> nn.Module:
@@ -150,14 +152,42 @@ Source = Callable[[str], Subject | None]
 def subject(name: str) -> Subject:
     """The model of that name.
 
+    Adapters whose entry point's name the model's name begins with are asked first; a folder and a ``.gguf`` file are no
+    adapter's; then all others are asked, but for those that lack a package.
+
     Raises:
         InputError: if there is none, with what there is.
+        MissingDependencyError: if the adapter that it belongs to lacks a package.
     """
-    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
-        source: Source = entry.load()
-        if (found := source(name)) is not None:
-            return found
+    found = sorted(entry_points(group=GROUP), key=lambda entry: entry.name)
+    own = [entry for entry in found if name.startswith(entry.name)]
+    for entry in own:
+        if (made := _source(entry, name)(name)) is not None:
+            return made
+    if not Path(name).exists():
+        for entry in found:
+            if entry in own:
+                continue
+            try:
+                source = _source(entry, name)
+            except MissingDependencyError:  # nothing says that the name is its own
+                continue
+            if (made := source(name)) is not None:
+                return made
     return LanguageSubject(name)
+
+
+def _source(entry: EntryPoint, name: str) -> Source:
+    try:
+        source: Source = entry.load()
+    except ImportError as error:
+        package = "kvcache" if entry.dist is None else entry.dist.name
+        extras = () if entry.dist is None else entry.dist.metadata.get_all("Provides-Extra") or ()
+        wanted = f"{package}[{entry.name}]" if entry.name in extras else error.name or package
+        raise MissingDependencyError(
+            f'{name} is a model of {entry.name}, which does not load: {said(error)}; run: pip install "{wanted}"'
+        ) from error
+    return source
 
 
 class LanguageSubject(Subject):
@@ -170,6 +200,10 @@ class LanguageSubject(Subject):
     def __init__(self, name: str) -> None:
         self.name = name
         path = Path(name)
+        if not name.strip():
+            raise InputError(
+                "the model's name is empty; give a folder, a .gguf file, a hub id or a name such as chatterbox-nano"
+            )
         self._options: dict[str, Any] = {}
         self._from = name
         if path.suffix == ".gguf" and path.is_file():
@@ -196,9 +230,13 @@ class LanguageSubject(Subject):
         return self._read(lambda: AutoConfig.from_pretrained(self._from, **self._options))
 
     def skeleton(self) -> nn.Module:
-        with torch.device("meta"):
-            model: nn.Module = self._auto.from_config(self._config, dtype=self._dtype)
-        return model.eval()
+        def made() -> nn.Module:
+            with torch.device("meta"):
+                model: nn.Module = self._auto.from_config(self._config, dtype=self._dtype)
+            return model.eval()
+
+        found: nn.Module = self._read(made)
+        return found
 
     @property
     def _auto(self) -> Any:
@@ -235,9 +273,20 @@ class LanguageSubject(Subject):
         try:
             with redirect_stderr(io.StringIO()):  # progress bars that cannot be switched off
                 return read()
-        except (OSError, ValueError, KeyError) as error:
-            lines = said(error).strip().splitlines() or [type(error).__name__]
-            raise InputError(f"{self.name} cannot be loaded: {lines[0]}; check the name, or give a folder") from error
+        except (
+            Exception
+        ) as error:  # whatever transformers, torch and safetensors make of a file that is not as it should be
+            lines = said(error).strip().splitlines() or [""]
+            known = isinstance(error, (OSError, ValueError, KeyError))  # whose words are for users
+            line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+            line = line if known and line else f"{type(error).__name__}: {line}"
+            if isinstance(error, MemoryError):
+                line = "there is not enough memory for it"
+            elif "ignore_mismatched_sizes" in line:
+                line = "its weights are not of the sizes that its config.json says"
+            raise InputError(
+                f"{self.name} cannot be loaded: {line.rstrip('.')}; check the name and the files, or give another folder"
+            ) from error
         finally:
             logging.getLogger("transformers").setLevel(level)
 

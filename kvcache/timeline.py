@@ -1,12 +1,10 @@
 """`MemoryTimeline`: what memory a run takes over time: the cache's bytes, the process's, the GPU's."""
 
-import mmap
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from os import PathLike
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,11 +13,10 @@ from typing_extensions import Self
 
 from kvcache.errors import InputError
 from kvcache.hf import cache_layers
+from kvcache.memory import resident_bytes
 from kvcache.report import CacheReport
 from kvcache.shapes import layer_bytes
 from kvcache.views import canvas, html_table, text_table
-
-_STATM = Path("/proc/self/statm")
 
 
 @runtime_checkable
@@ -37,7 +34,8 @@ class Sample:
     Attributes:
         seconds: since the timeline began.
         kv: bytes of the caches that are watched.
-        resident: bytes of this process in main memory; None where the system does not tell (it is read from ``/proc``).
+        resident: bytes of this process in main memory; None where the system does not tell; see
+            `kvcache.memory.resident_bytes`.
         allocated, reserved: bytes of tensors on the GPU, and of what torch holds there for them; None without one in use.
         label: what was happening, where `MemoryTimeline.sample` was told.
     """
@@ -208,11 +206,6 @@ class MemoryTimeline:
 def _above(values: Sequence[int]) -> float:
     """In MiB, a little more than the most of them."""
     return 1.1 * max(values, default=0) / 2**20 or 1.0
-
-
-def resident_bytes() -> int | None:
-    """What this process has in main memory; None where there is no ``/proc``."""
-    return int(_STATM.read_text().split()[1]) * mmap.PAGESIZE if _STATM.exists() else None
 
 
 def _source(watched: Any) -> Callable[[], int]:

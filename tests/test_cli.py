@@ -112,9 +112,9 @@ WRONG = {
     ],
     "profile": [
         *MODEL,
-        (["{model}", "--context", "0"], "context=0"),
+        (["{model}", "--context", "0"], "--context 0"),
         (["{model}", "--context", "many"], "--context"),
-        (["{model}", "--tokens", "-1"], "tokens=-1"),
+        (["{model}", "--tokens", "-1"], "--tokens -1"),
         (["{model}", "--requests", "0"], "--requests 0"),
         (["{model}", "--backend", "magic"], "--backend magic"),
         (["{model}", "--precision", "int2"], "--precision int2"),

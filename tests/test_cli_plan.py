@@ -50,7 +50,7 @@ def test_table_and_bar(folder, capsys):
     assert "MLP weights" in out
     assert "KV cache" in out
     assert "█" in out
-    assert "1.00 GiB has room for 1024 requests" in out
+    assert "1.00 GiB has room for 1024 requests or more" in out
     assert "300 tokens, all that the model goes up to" in " ".join(out.split())
 
 

@@ -143,11 +143,11 @@ def test_what_chatterbox_pins_is_told(home, light, monkeypatch):
     monkeypatch.setattr(
         doctor,
         "requires",
-        lambda name: ["torch==2.6.0", "resampler-x>=1"] if name == "chatterbox-tts" else ["torch>=2.6"],
+        lambda name: ["torch==2.6.0"] if name == "chatterbox-tts" else ["torch>=2.6"],
     )
     installed(monkeypatch, **{"chatterbox-tts": "0.1.7", "torch": "2.8.0"})
     found = named(doctor.diagnose(), "chatterbox-tts")
-    assert "torch==2.6.0 (2.8.0 is here)" in found.said and "resampler-x" in found.said
+    assert "torch==2.6.0 (2.8.0 is here)" in found.said
     assert found.state == "ok" and "--no-deps" in found.advice
     installed(monkeypatch, **{"chatterbox-tts": None})
     found = named(doctor.diagnose(), "chatterbox-tts")
@@ -261,10 +261,35 @@ def test_a_store_that_cannot_be_written_to(home, light, monkeypatch, capsys):
     assert err == "kvcache: broken: default; what to do stands beside each\n"
 
 
-def test_a_folder_that_cannot_be_made(home, light, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    found = named(doctor.diagnose(), "default")
-    assert found.state == "broken" and "may not be written to" in found.said and "KVCACHE_HOME" in found.advice
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        ("{file}", "is a file"),
+        ("{file}/below", "Not a directory"),
+        ("/proc/kvcache", "cannot be made"),
+        ("~/voices", "no shell has put your home there"),
+        ("{folder}/" + "x" * 300, "name too long"),
+        ("{read_only}", "could not write"),
+        ("{read_only}/below", "cannot be made"),
+    ],
+)
+def test_c7_the_default_store_is_tried(place, says, light, monkeypatch, tmp_path):
+    """By writing, and not by what a folder's mode says: root, and read-only file systems, have other rights than that."""
+    (tmp_path / "file").write_text("")
+    places = {"file": tmp_path / "file", "folder": tmp_path, "read_only": "/sys/kernel"}
+    if "/proc" in place or "read_only" in place:
+        if not os.path.isdir("/sys/kernel"):
+            pytest.skip("there is no such folder here that nobody can write to")
+    monkeypatch.setenv("KVCACHE_HOME", place.format(**places))
+    found = doctor._default_store()
+    assert found.state == "broken" and says.lower() in found.said.lower() and "KVCACHE_HOME" in found.advice
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_c7_a_store_that_can_be_made_is_not_made(light, monkeypatch, tmp_path):
+    monkeypatch.setenv("KVCACHE_HOME", str(tmp_path / "a" / "b"))
+    assert doctor._default_store().state == "ok"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_disk_that_is_nearly_full(home, light, monkeypatch):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from kvcache import CacheReport, InputError, MemoryStore, SpeakerCache
@@ -40,6 +41,10 @@ def subject(name: str) -> "ChatterboxSubject | None":
     variant, _, folder = name[len(_BEGINS) :].partition(":")
     if variant not in WEIGHTS:
         raise InputError(f"{name!r}: Chatterbox has no variant {variant!r}; give one of {', '.join(WEIGHTS)}")
+    if folder and not any((Path(folder) / file).is_file() for file in WEIGHTS[variant]):
+        raise InputError(
+            f"{name!r}: there is no {' or '.join(WEIGHTS[variant])} in {folder}; give the folder that holds it"
+        )
     return ChatterboxSubject(name, variant, folder or None)
 
 
@@ -47,6 +52,7 @@ class ChatterboxSubject(Subject):
     """A T3 with its weights from a folder, or random ones, which keep shapes, bytes and speed."""
 
     quantizes = batches_off = False
+    speaks = True
 
     def __init__(self, name: str, variant: str, folder: str | None) -> None:
         self.name, self.variant = name, variant
@@ -75,7 +81,11 @@ class ChatterboxSubject(Subject):
 
     @cached_property
     def _t3(self) -> Any:
-        return load_t3(self.variant, self._folder)  # type: ignore[arg-type]
+        try:
+            return load_t3(self.variant, self._folder)  # type: ignore[arg-type]
+        except (OSError, RuntimeError, SafetensorError) as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise InputError(f"{self.name} cannot be loaded: {lines[0]}; check the file of its weights") from error
 
     def load(self, device: str = "cpu") -> nn.Module:
         found: nn.Module = self._t3.to(device)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from kvcache.bench import benchmarks, benchmarks_folder, run_benchmark
-from kvcache.cli.common import Json, console, print_json, table
+from kvcache.cli.common import Json, display, print_json, table
 from kvcache.errors import InputError
 
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
@@ -37,7 +37,7 @@ def command(
             shown = table(str(place), "name", "what it measures", right=2)
             for one, said in found.items():
                 shown.add_row(one, said)
-            console().print(shown)
+            display(shown)
         return 0
     if as_json:
         raise InputError(f"--json before the name is for the list; give kvcache bench {name} --json FILE")

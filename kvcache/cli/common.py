@@ -1,12 +1,14 @@
 """What all commands share: how they print, what `--json` means, and how a wrong request is said."""
 
 import json
+import os
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from kvcache.errors import InputError
 from kvcache.policies import parse_bytes
@@ -21,10 +23,25 @@ class Wanting(Exception):
     """What was asked for was looked at, and is not as it should be: exit code 1."""
 
 
-def console() -> Console:
-    """For tables and bars, as wide as the terminal, and wide enough where there is none."""
+def console(least: int = 0) -> Console:
+    """For tables and bars, as wide as the terminal, and wide enough where there is none; `least` columns at least."""
     found = Console()
-    return found if found.is_terminal else Console(width=120)
+    width = found.width if found.is_terminal else 120
+    return Console(width=max(width, least))
+
+
+def display(*shown: Table | Text | str, style: str | None = None) -> None:
+    """Print tables and lines: figures are never cut, though a line may be wider than the terminal for it."""
+    wide = Console(width=10_000)
+    least = max((wide.measure(one).minimum for one in shown if isinstance(one, Table)), default=0)
+    screen = console(least)
+    for one in shown:
+        screen.print(one, style=style, highlight=False, markup=isinstance(one, Table), soft_wrap=isinstance(one, str))
+
+
+def bar(share: float, width: int, filled: str = "█") -> str:
+    """A bar of that share of a width, in characters that standard output can show."""
+    return ("#" if Console().options.ascii_only else filled) * round(width * share)
 
 
 def progress() -> Console:
@@ -38,10 +55,10 @@ def print_json(answer: Mapping[str, Any]) -> None:
 
 
 def table(title: str, *columns: str, right: int = 1) -> Table:
-    """An empty table; its columns are aligned to the right from number `right` on."""
+    """An empty table; its columns are aligned to the right from number `right` on, and hold figures, which are not divided."""
     made = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
-        made.add_column(column, justify="right" if i >= right else "left")
+        made.add_column(column, justify="right" if i >= right else "left", no_wrap=i >= right, overflow="fold")
     return made
 
 
@@ -65,7 +82,7 @@ def bytes_of(option: str, given: str | None) -> int | None:
         return parse_bytes(given)
     except ValueError as error:
         raise InputError(
-            f"{option} {given} is no size; give a number of bytes, or one such as 512MiB or 1.5GB"
+            f"{option} {given} is no size; give a number of bytes, or one such as 512MiB, 2G, 2Gi or 1.5GB"
         ) from error
 
 
@@ -73,6 +90,22 @@ def at_least(option: str, given: int | None, least: int) -> None:
     """Raise `InputError`, with the option's name, for a number that is too small."""
     if given is not None and given < least:
         raise InputError(f"{option} {given}: give at least {least}")
+
+
+def threads_of(given: int | None) -> None:
+    """Let torch run so many threads; None leaves it as it is.
+
+    Raises:
+        InputError: for fewer than one, or more than there are CPUs, which would only wait for each other.
+    """
+    at_least("--threads", given, 1)
+    if given is None:
+        return
+    if given > (most := os.cpu_count() or 1):
+        raise InputError(f"--threads {given}: this machine has {most} CPUs; give at most as many")
+    import torch  # not where a command without a model is run
+
+    torch.set_num_threads(given)
 
 
 def one_line(error: object) -> str:

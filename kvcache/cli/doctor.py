@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from kvcache.cli.common import Json, Wanting, console, print_json, progress, table
+from kvcache.cli.common import Json, Wanting, display, print_json, progress, table
 from kvcache.cli.voices import Namespace, SecretFile, Where, read_secret
+from kvcache.installed import mend_torchaudio
 
 _COLOURS = {"ok": "green", "note": "yellow", "missing": "dim", "broken": "red"}
 
@@ -19,12 +20,17 @@ def command(
     compiling: Annotated[
         bool, typer.Option("--compile", help="Also compile a decode step, which takes up to minutes.")
     ] = False,
+    mend: Annotated[
+        bool, typer.Option("--mend", help="Before, remove torchaudio's compiled part if it does not load.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """What works here and why something does not: packages, devices, precisions, back ends, stores.
 
     Exit code 1 if something that is needed is broken. What is merely missing is no failure.
     """
+    if mend:
+        _mend()
     from kvcache.doctor import diagnose, healthy  # not when another command's options are read: it imports a lot
 
     with progress().status("looking"):
@@ -38,7 +44,16 @@ def command(
                 colour = _COLOURS[finding.state]
                 cells = [escape(text or "") for text in (finding.name, finding.said, finding.advice)]
                 shown.add_row(f"[{colour}]{finding.state}[/{colour}]", *cells)
-            console().print(shown)
+            display(shown)
     if not healthy(found):
         broken = ", ".join(finding.name for finding in found if finding.state == "broken")
         raise Wanting(f"broken: {broken}; what to do stands beside each")
+
+
+def _mend() -> None:
+    try:
+        removed = mend_torchaudio()
+    except OSError as error:
+        raise Wanting(f"torchaudio could not be mended: {error}; reinstall it, see pytorch.org") from error
+    for file in removed:
+        progress().print(f"removed {file}", markup=False, highlight=False)

@@ -7,9 +7,21 @@ import torch
 import typer
 from rich.text import Text
 
-from kvcache.cli.common import Json, Wanting, at_least, bytes_of, console, print_json, progress, shown_bytes, table
+from kvcache.cli.common import (
+    Json,
+    Wanting,
+    at_least,
+    bar,
+    bytes_of,
+    console,
+    display,
+    print_json,
+    progress,
+    shown_bytes,
+    table,
+)
 from kvcache.errors import InputError
-from kvcache.planning import Device, MemoryPlan, Room, plan, room
+from kvcache.planning import MOST_REQUESTS, Device, MemoryPlan, Room, plan, room
 from kvcache.policies import MaxBytes, SizePolicy, SlidingWindow
 from kvcache.precision import Precision
 from kvcache.subjects import Setting, Subject, subject
@@ -57,6 +69,8 @@ def command(
     has = bytes_of("--memory", memory)
     for option, given, least in (("--requests", requests, 1), ("--window", window, 1), ("--sinks", sinks, 0)):
         at_least(option, given, least)
+    if requests > MOST_REQUESTS:
+        raise InputError(f"--requests {requests}: up to {MOST_REQUESTS} are planned together; give at most as many")
     setting = Setting(
         backend=_one_of("--backend", backend, ("off", "eager", "compile", "graph", "graph+compile")),
         precision=None if precision is None else _one_of("--precision", precision, get_args(Precision)),
@@ -125,6 +139,13 @@ def _notes(made: MemoryPlan, setting: Setting, found: Subject) -> list[str]:
     notes = []
     if made.fallback is not None:
         notes.append(f"decoded by the token loop: {made.fallback}")
+    if isinstance(setting.policy, SlidingWindow) and setting.policy.limit > made.length and made.fallback is None:
+        notes.append(
+            f"a request of {made.length} tokens never fills its window of {setting.policy.limit}, which is reserved all the "
+            "same: give a shorter --window, or leave it out"
+        )
+    if made.device == "cpu" and made.process is None:
+        notes.append("not in it: Python and its libraries: this system does not tell what a process holds")
     if made.device == "cuda":
         notes.append(
             "not in it: what the CUDA context, libraries' workspaces, captured graphs and the allocator's rounding take on the "
@@ -146,7 +167,6 @@ def _notes(made: MemoryPlan, setting: Setting, found: Subject) -> list[str]:
 
 
 def _show(made: MemoryPlan, fit: Room | None, notes: list[str]) -> None:
-    screen = console()
     shown = table(
         f"{made.model}: {_requests(made.requests)} of {made.length} tokens on {made.device}",
         "",
@@ -155,27 +175,29 @@ def _show(made: MemoryPlan, fit: Room | None, notes: list[str]) -> None:
         "share",
         right=2,
     )
-    bar = Text()
     parts = [(name, size, colour) for (name, size), colour in zip(made.parts.items(), _COLOURS, strict=True) if size]
     for name, size, colour in parts:
-        shown.add_row(Text("██", style=colour), name, shown_bytes(size), f"{size / made.total:.1%}")
+        shown.add_row(Text(bar(1, 2), style=colour), name, shown_bytes(size), f"{size / made.total:.1%}")
     shown.add_section()
     shown.add_row("", "at most", shown_bytes(made.total), "100.0%")
-    whole = made.total if fit is None else max(made.total, fit.memory)
-    begun = 0
+    display(shown)
+    console().print(_drawn(parts, made.total if fit is None else max(made.total, fit.memory)))
+    display(
+        f"In the end the caches reserve {shown_bytes(made.kv)} ({made.kv:,} bytes), as their report says; a request begins with "
+        f"{made.context} tokens"
+    )
+    display(*notes, style="dim")
+    if fit is not None:
+        display(_room(made, fit), style="green" if fit.fits else "red")
+
+
+def _drawn(parts: list[tuple[str, int, str]], whole: int) -> Text:
+    """The parts side by side, each as long as its share of the whole; what is free comes last."""
+    width, begun, drawn = min(_BAR, console().width), 0, Text()
     for _, size, colour in parts:
         begun += size
-        bar.append("█" * (round(_BAR * begun / whole) - len(bar)), style=colour)
-    bar.append("░" * (_BAR - len(bar)), style="grey30")
-    screen.print(shown)
-    screen.print(bar)
-    screen.print(
-        f"KV cache: {shown_bytes(made.kv)} held in the end, {made.kv:,} bytes; a request begins with {made.context} tokens"
-    )
-    for note in notes:
-        screen.print(note, style="dim")
-    if fit is not None:
-        screen.print(_room(made, fit), style="green" if fit.fits else "red")
+        drawn.append(bar((round(width * begun / whole) - len(drawn)) / width, width), style=colour)
+    return drawn.append(bar((width - len(drawn)) / width, width, "░").replace("#", "."), style="grey30")
 
 
 def _requests(count: int) -> str:
@@ -183,11 +205,14 @@ def _requests(count: int) -> str:
 
 
 def _room(made: MemoryPlan, fit: Room) -> str:
+    has, requests = shown_bytes(fit.memory), _requests(fit.requests) + (" or more" if fit.or_more else "")
     if not fit.requests and not fit.length:
-        return f"{shown_bytes(fit.memory)} is too little for any request"
+        if not fit.alone:
+            return f"{has} is too little for any request"
+        return f"{has} has room for no request of {made.length} tokens, but for 1 request of {fit.alone}"
     length = f"{fit.length} tokens" + (", all that the model goes up to" if fit.longest else "")
     return (
-        f"{shown_bytes(fit.memory)} has room for {_requests(fit.requests)} of {made.length} tokens, or for "
+        f"{has} has room for {requests} of {made.length} tokens, or for "
         f"{_requests(made.requests)} of {length if fit.length else 'no length'}"
     )
 
@@ -198,6 +223,8 @@ def _lacks(made: MemoryPlan, fit: Room) -> str:
         does.append(f"--requests {fit.requests}")
     if fit.length:
         does.append(f"--length {fit.length}")
+    if fit.alone:
+        does.append(f"--requests 1 --length {fit.alone}")
     if made.parts["weights as loaded"]:
         does.append("--drop-loaded")
     does.append(f"--memory {-(-made.total // 2**20)}MiB")

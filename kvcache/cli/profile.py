@@ -8,7 +8,18 @@ import torch
 import typer
 from rich.table import Table
 
-from kvcache.cli.common import Json, at_least, console, print_json, progress, shown_bytes, table
+from kvcache.cli.common import (
+    Json,
+    at_least,
+    bar,
+    console,
+    display,
+    print_json,
+    progress,
+    shown_bytes,
+    table,
+    threads_of,
+)
 from kvcache.decoding.backends import BackendName
 from kvcache.errors import InputError
 from kvcache.precision import Precision
@@ -16,7 +27,8 @@ from kvcache.profiling import MEMORY, Profile, check_plot, plot, profile, shown_
 from kvcache.subjects import Setting, subject
 from kvcache.watching import PARTS
 
-_BAR = 40  # characters for all of it
+_BAR, _SHORT = 40, 10  # characters for all of it
+_WIDE = 100  # columns of a terminal that has room for the long one
 
 
 def command(
@@ -41,12 +53,12 @@ def command(
         raise InputError(f"--device {device}: give cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no GPU here; leave the option out, or see kvcache doctor")
-    at_least("--threads", threads, 1)
+    at_least("--context", context, 1)
+    at_least("--tokens", tokens, 8)
     if plot_file is not None:
         check_plot(plot_file)
     found = subject(model)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    threads_of(threads)
     with progress().status(f"loading and running {model}"):
         result = profile(found, setting, context, tokens, device=device)
     if plot_file is not None:
@@ -54,11 +66,8 @@ def command(
     if as_json:
         print_json(result.to_dict())
         return
-    screen = console()
-    screen.print(_times(result))
-    screen.print(_memory(result))
-    for sentence in result.sentences():
-        screen.print(f"• {sentence}", highlight=False)
+    wide = console().width >= _WIDE
+    display(_times(result, wide), _memory(result, wide), *(f"• {sentence}" for sentence in result.sentences()))
 
 
 def _setting(backend: str, precision: str | None, requests: int) -> Setting:
@@ -71,7 +80,7 @@ def _setting(backend: str, precision: str | None, requests: int) -> Setting:
     return Setting(backend=backend, precision=precision, requests=requests)  # type: ignore[arg-type]
 
 
-def _times(result: Profile) -> Table:
+def _times(result: Profile, wide: bool) -> Table:
     setting = result.setting
     rows = "" if setting.requests == 1 else f", {setting.requests} requests together"
     shown = table(
@@ -91,7 +100,7 @@ def _times(result: Profile) -> Table:
                 name,
                 shown_seconds(result.step.parts[part]),
                 f"{result.step.share(part):.1%}",
-                _bar(result.step.share(part), part in ("attention_scores", "cache_update")),
+                _bar(result.step.share(part), part in ("attention_scores", "cache_update"), wide),
                 shown_seconds(result.prefill.parts[part]),
                 f"{result.prefill.share(part):.1%}",
             )
@@ -100,7 +109,7 @@ def _times(result: Profile) -> Table:
     return shown
 
 
-def _memory(result: Profile) -> Table:
+def _memory(result: Profile, wide: bool) -> Table:
     memory = result.memory
     kind = "the process holds" if result.device == "cpu" else "torch has reserved on the GPU"
     shown = table(f"memory that {kind}", "memory", "", "share", "")
@@ -108,7 +117,7 @@ def _memory(result: Profile) -> Table:
     parts: Mapping[str, int] = memory.parts
     for part, name in MEMORY.items():
         if parts[part]:
-            bar = _bar(memory.share(part), part in ("kv_cache", "prefixes"))
+            bar = _bar(memory.share(part), part in ("kv_cache", "prefixes"), wide)
             shown.add_row(name, shown_bytes(parts[part]), f"{memory.share(part):.1%}", bar)
     shown.add_section()
     shown.add_row("all", shown_bytes(memory.total), "", "")
@@ -117,6 +126,6 @@ def _memory(result: Profile) -> Table:
     return shown
 
 
-def _bar(share: float, saved: bool) -> str:
+def _bar(share: float, saved: bool, wide: bool) -> str:
     """A bar; orange is what a cache could save."""
-    return f"[{'dark_orange' if saved else 'blue'}]{'█' * round(_BAR * share)}[/]"
+    return f"[{'dark_orange' if saved else 'blue'}]{bar(share, _BAR if wide else _SHORT)}[/]"

@@ -8,7 +8,18 @@ from typing import Annotated
 import torch
 import typer
 
-from kvcache.cli.common import Json, at_least, bytes_of, console, one_line, print_json, progress, shown_bytes, table
+from kvcache.cli.common import (
+    Json,
+    at_least,
+    bytes_of,
+    display,
+    one_line,
+    print_json,
+    progress,
+    shown_bytes,
+    table,
+    threads_of,
+)
 from kvcache.errors import InputError
 from kvcache.subjects import subject
 from kvcache.tuning import Tuned, shown, tune
@@ -51,7 +62,6 @@ def command(
     budget = bytes_of("--memory", memory)
     if not out.parent.is_dir() or out.is_dir():
         raise InputError(f"--out {out}: there is no folder {out.parent} to write a file to, or that is a folder itself")
-    at_least("--threads", threads, 1)
     at_least("--max-requests", max_requests, 1)
     at_least("--context", context, 1)
     if time_limit is not None and not 0 < time_limit < math.inf:
@@ -64,8 +74,7 @@ def command(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {device} is not here: {one_line(error)}; use cpu") from error
-    if threads is not None:
-        torch.set_num_threads(threads)
+    threads_of(threads)
     told = progress()
     tuned = tune(
         found,
@@ -110,20 +119,14 @@ def _show(tuned: Tuned, out: Path, budget: int | None) -> None:
         divergence = "–" if trial.divergence is None else f"{trial.divergence:.1e}"
         mark = "chosen" if trial.setting == profile.setting else "refused" if trial.refused else ""
         shows.add_row(shown(trial.setting), time, divergence, mark)
-    to = console()
-    to.print(shows)
-    for line in profile.explanation:
-        to.print(line, markup=False, highlight=False)
     limits = f"at most {profile.bound:g} nats a token from fp32"
     limits += "" if budget is None else f", {shown_bytes(budget)} of cache"
-    to.print(
+    untried = f", {tuned.untried} left out for lack of time" if tuned.untried else ""
+    display(
+        shows,
+        *profile.explanation,
         f"{shown(profile.setting)}: {1 / tuned.best:.1f} tokens a second, {limits}. {len(profile.trials)} of {tuned.settings} "
-        f"settings looked at in {tuned.seconds:.0f} s"
-        + (f", {tuned.untried} left out for lack of time" if tuned.untried else "")
-        + ".",
-        markup=False,
-        highlight=False,
+        f"settings looked at in {tuned.seconds:.0f} s{untried}.",
+        *([f"Fidelity: {tuned.note}."] if tuned.note else []),
+        f"Saved as {out}; load it with from_profile().",
     )
-    if tuned.note:
-        to.print(f"Fidelity: {tuned.note}.", markup=False, highlight=False)
-    to.print(f"Saved as {out}; load it with from_profile().", markup=False, highlight=False)

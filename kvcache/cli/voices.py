@@ -12,7 +12,18 @@ import typer
 from rich.progress import track
 
 from kvcache.archive import beginning, unpack
-from kvcache.cli.common import Json, Wanting, bytes_of, console, one_line, print_json, progress, shown_bytes, table
+from kvcache.cli.common import (
+    Json,
+    Wanting,
+    bytes_of,
+    console,
+    display,
+    one_line,
+    print_json,
+    progress,
+    shown_bytes,
+    table,
+)
 from kvcache.errors import CorruptError, InputError, SignatureError, StoreError
 from kvcache.files import read_given, write_private
 from kvcache.stores.base import BlobStore, StoreEntry, store_secret
@@ -81,7 +92,7 @@ def show_all(
             what = ("unreadable", "–", "–", "–", "–", "–")
         more = (shown_bytes(row["nbytes"]), _ago(row["used"]), "yes" if row["pinned"] else "")
         shown.add_row(row["address"][:16], *map(str, what), *more)
-    console().print(shown if rows else title)
+    display(shown if rows else title)
 
 
 @app.command()
