@@ -188,8 +188,9 @@ class Scheduler:
             BusyError: if there is no room for it; its ``retry_after`` says when there may be.
             ClosedError: if the scheduler is closed, or has not begun, or was entered in another event loop.
         """
+        work = Work(jobs, make, through, sequence)
         inbox = self._accepted(size)
-        self._add(inbox, Work(jobs, make, through, sequence))
+        self._add(inbox, work)
         return Stream(self, inbox)
 
     def submit_prepared(self, prepare: Callable[[], Work[T]], *, size: int) -> "Stream[T]":

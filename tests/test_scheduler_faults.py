@@ -153,6 +153,17 @@ def test_s2_begun_and_waiting_requests_are_bounded_together():
     asyncio.run(main())
 
 
+def test_s2_what_is_no_request_is_not_held():
+    async def main():
+        async with Scheduler(Opened(1), 1) as scheduler:
+            for lengths, size in (([], 3), ([5], 0)):
+                with pytest.raises(InputError, match="at least 1"):
+                    ask(scheduler, lengths, size=size)
+            assert scheduler.metrics().waiting == 0 and not scheduler._inboxes
+
+    asyncio.run(main())
+
+
 def test_s2_a_refusal_says_when_to_come_again(monkeypatch):
     clock = Clock()
     monkeypatch.setattr("kvcache.scheduler.time", clock)

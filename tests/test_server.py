@@ -144,7 +144,7 @@ def test_too_many_are_refused_and_who_leaves_makes_room(full):
 
                 await until_async(waiting)
                 refused = await http.post("/v1/audio/speech", json=body())
-                assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
+                assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
                 assert refused.json()["error"]["code"] == "busy" and "wait" in refused.json()["error"]["message"]
                 waits.cancel()  # one that leaves before its first audio
                 await until_async(none_waiting)
