@@ -18,7 +18,7 @@ _SECRET_NAMES = re.compile(r"pass|pwd|secret|token|key|auth|cred|sig|sas|code|co
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/{1,3}")
 # Bounded, so that no text takes long to search.
 _WITH_LOGIN = re.compile(r"(?<![A-Za-z0-9+.-])([A-Za-z][A-Za-z0-9+.-]{0,30}:/{1,3})[^\s'\"<>]{0,2000}@")
-_PLAIN_USER = re.compile(r"[A-Za-z0-9._-]{0,16}")  # as a person or service is called; a token is longer
+_PLAIN_USER = re.compile(r"[A-Za-z._-]{0,16}")  # as a person or service is called; a token is longer, and has digits
 
 
 def shown_url(url: str) -> str:
