@@ -260,7 +260,15 @@ def test_the_books_keep_their_sum(redis_url):
 
 
 @pytest.mark.parametrize(
-    "url", ["http://user:hunter2@host", "redis://:hunter2@host:port", "redis://:hun/ter2@host:6379", "nothing", "", "redis://[::1"]
+    "url",
+    [
+        "http://user:hunter2@host",
+        "redis://:hunter2@host:port",
+        "redis://:hun/ter2@host:6379",
+        "nothing",
+        "",
+        "redis://[::1",
+    ],
 )
 def test_a_url_that_cannot_be_used_is_refused_without_its_password(url):
     pytest.importorskip("redis")
