@@ -11,7 +11,7 @@ from transformers import GenerationConfig, GenerationMixin
 from kvcache.errors import InputError
 from kvcache.past import take
 from kvcache.quantized import Quantization
-from kvcache.redact import without_logins
+from kvcache.redact import shown_value
 from kvcache.speakers import SpeakerCache
 
 BESIDE_TEXT = frozenset(
@@ -62,7 +62,7 @@ def check_prefix_cache(speakers: Any) -> None:
     """Raise `InputError` for what is no `SpeakerCache`."""
     if speakers is not None and not isinstance(speakers, SpeakerCache):
         raise InputError(
-            f"speakers={without_logins(repr(speakers))} must be a SpeakerCache; give for example SpeakerCache(MemoryStore('1GiB')), or "
+            f"speakers={shown_value(speakers)} must be a SpeakerCache; give for example SpeakerCache(MemoryStore('1GiB')), or "
             "SpeakerCache(RedisStore('redis://…'))"
         )
 

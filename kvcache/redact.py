@@ -13,12 +13,14 @@ from kvcache.errors import said
 
 HIDDEN = "…"
 _LONGEST = 400  # characters of a foreign message
+_SEARCHED = 4000  # of them, in which logins are searched for
 _SHORTEST = 3  # characters of what is searched for in messages
 _SECRET_NAMES = re.compile(r"pass|pwd|secret|token|key|auth|cred|sig|sas|code|connection|user|login|account", re.I)
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/{1,3}")
 # Bounded, so that no text takes long to search.
 _WITH_LOGIN = re.compile(r"(?<![A-Za-z0-9+.-])([A-Za-z][A-Za-z0-9+.-]{0,30}:/{1,3})[^\s'\"<>]{0,2000}@")
-_PLAIN_USER = re.compile(r"[A-Za-z0-9._-]{0,16}")  # as a person or service is called; a token is longer
+_CUT_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,30}:/\S*\Z")
+_PLAIN_USER = re.compile(r"[A-Za-z._-]{0,16}")  # as a person or service is called; a token is longer, and has digits
 
 
 def shown_url(url: str) -> str:
@@ -26,10 +28,10 @@ def shown_url(url: str) -> str:
     links = url.split("::")  # fsspec chains URLs so; a password may hold colons too
     if len(links) > 1 and all(map(_URL.match, links[1:])):
         return "::".join(map(shown_url, links))
-    begin = _URL.match(url)
+    begin = _URL.search(url)
     if begin is None:
         return url
-    scheme, rest = begin[0], url[begin.end() :]
+    scheme, rest = url[: begin.end()], url[begin.end() :]
     login, at, place = rest.rpartition("@")
     if "?" in login or "#" in login:  # a password with these characters, or a query with an @: who can tell
         return f"{scheme}{HIDDEN}"
@@ -44,6 +46,11 @@ def shown_url(url: str) -> str:
 def without_logins(text: str) -> str:
     """A text in which the logins of all URLs are hidden."""
     return _WITH_LOGIN.sub(rf"\1{HIDDEN}@", text)
+
+
+def shown_value(value: object) -> str:
+    """What somebody gave where something else was wanted, as it may be printed: it may be the URL of a store."""
+    return repr(shown_url(value)) if isinstance(value, str) else without_logins(repr(value))
 
 
 class Redactor:
@@ -67,7 +74,10 @@ class Redactor:
         """The text without them, in one line of bounded length."""
         if self._secrets is not None:
             text = self._secrets.sub(HIDDEN, text)
-        text = " ".join(without_logins(text).split())
+        text = " ".join(text.split())
+        if len(text) > _SEARCHED:
+            text = _CUT_URL.sub(HIDDEN, text[:_SEARCHED])
+        text = without_logins(text)
         return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}{HIDDEN}"
 
     def error(self, error: BaseException) -> str:
@@ -78,9 +88,11 @@ class Redactor:
 
 def _of_url(url: str) -> Iterable[str]:
     for link in {url, *url.split("::")}:
-        begin = _URL.match(link)
+        begin = _URL.search(link)
         rest = link[begin.end() :] if begin else ""
         login, at, place = rest.rpartition("@")
+        if re.search(r"[?#]", login):  # the @ may be one of the query's
+            yield from (rest, place)
         if at:
             user, _, password = login.partition(":")
             yield from (login, user, password)

@@ -11,7 +11,7 @@ import torch
 from kvcache.errors import CorruptError, InputError
 from kvcache.events import Event, emit, heard
 from kvcache.prefix import PrefixKey, PrefixSnapshot
-from kvcache.redact import without_logins
+from kvcache.redact import shown_value
 from kvcache.stores import DiskStore, MemoryStore, Store, TieredStore
 from kvcache.stores.base import log
 
@@ -52,7 +52,7 @@ class SpeakerCache:
     def __init__(self, store: Store | None = None) -> None:
         if store is not None and not isinstance(store, Store):
             raise InputError(
-                f"store={without_logins(repr(store))} must be a Store; give for example MemoryStore('1GiB'), DiskStore(folder) or "
+                f"store={shown_value(store)} must be a Store; give for example MemoryStore('1GiB'), DiskStore(folder) or "
                 "TieredStore(MemoryStore(), DiskStore())"
             )
         self.store = default_store() if store is None else store

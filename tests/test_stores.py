@@ -766,17 +766,20 @@ def test_what_is_deleted_before_it_was_written_stays_deleted(tmp_path, monkeypat
         assert store.get(voice(1)) is None
 
 
-def test_writes_that_wait_are_bounded(tmp_path, monkeypatch):
+def test_s4_writes_that_wait_are_bounded_and_nobody_waits_for_them(tmp_path, caplog, monkeypatch):
     store, disk = small_over_gated(tmp_path)
-    crowded = threading.Event()
-    when_waited_for(monkeypatch, crowded.set)
-    with store, ThreadPoolExecutor(1) as pool:
-        done = pool.submit(lambda: [store.put(cold(voice(i))) for i in range(40)])
-        until(lambda: crowded.is_set() or done.done())
-        assert not done.done() and len(store._pending) <= 16
-        disk.gate.set()
-        done.result()
-    assert all(disk.has(voice(i)) for i in range(40))
+    when_waited_for(monkeypatch, lambda: pytest.fail("a request waits for a write"))
+    for i in range(40):
+        store.put(cold(voice(i)))  # the disk is not let write: each of them returns at once
+        assert len(store._pending) <= 16
+    assert store.dropped >= 24 and len(caplog.messages) == 1 and "16 others wait" in caplog.text
+    store.delete(voice(15))
+    assert store.get(voice(15)) is None
+    monkeypatch.undo()
+    disk.gate.set()
+    store.flush()
+    assert [disk.has(voice(i)) for i in range(40)] == [i < 15 for i in range(40)]
+    store.close()
 
 
 def test_closing_writes_what_waits_and_later_puts_are_logged(tmp_path, caplog, monkeypatch):

@@ -16,8 +16,9 @@ _LARGEST = 512 * 2**20  # a Redis string
 _Answer = TypeVar("_Answer")
 
 # Makes room and writes in one step, so that the budget holds whoever writes at the same time. What has expired on the
-# server is struck from the books first, which keep the sum: how many there are does not matter. What the server itself
-# evicted stays in the books until its turn comes, which leaves room unused, and never uses more.
+# server is struck from the books first, which keep the sum: how many there are does not matter. The value comes last, as a
+# script that fails half-way is not taken back: what is in the books and not there (also what the server itself evicted)
+# leaves room unused until its turn comes; what would be there and not in the books would be too much.
 _PUT = """
 local prefix, address, size, budget = ARGV[1], ARGV[2], tonumber(ARGV[4]), tonumber(ARGV[5])
 local ttl, now = tonumber(ARGV[6]), ARGV[7]
@@ -62,15 +63,16 @@ if budget > 0 then
   end
 end
 strike(address)
-if ttl > 0 and redis.call('SISMEMBER', pins, address) == 0 then
+local mortal = ttl > 0 and redis.call('SISMEMBER', pins, address) == 0
+if mortal then redis.call('ZADD', ends, clock + ttl, address) end
+redis.call('ZADD', used, now, address)
+redis.call('INCRBY', total, size)
+redis.call('HSET', sizes, address, size)
+if mortal then
   redis.call('SET', KEYS[1], ARGV[3], 'PX', ttl)
-  redis.call('ZADD', ends, clock + ttl, address)
 else
   redis.call('SET', KEYS[1], ARGV[3])
 end
-redis.call('HSET', sizes, address, size)
-redis.call('ZADD', used, now, address)
-redis.call('INCRBY', total, size)
 return -1
 """
 

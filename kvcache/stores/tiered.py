@@ -48,6 +48,7 @@ class TieredStore(Store):
         self._process = os.getpid()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="kvcache-write") if self._write_behind else None
         self._pending: dict[int, tuple[Future[None], PrefixSnapshot]] = {}
+        self._crowded = False
         self._lock = Lock()
 
     def _after_fork(self) -> None:
@@ -120,7 +121,8 @@ class TieredStore(Store):
         self._later(snapshot, tiers[1:])
 
     def _demote(self, snapshot: PrefixSnapshot) -> None:
-        self._later(snapshot, self._tiers[1:2], unless_there=True)
+        if self._being_written(snapshot.key) is None:
+            self._later(snapshot, self._tiers[1:2], unless_there=True)
 
     def _later(self, snapshot: PrefixSnapshot, tiers: tuple[Store, ...], unless_there: bool = False) -> None:
         def write() -> None:
@@ -135,19 +137,20 @@ class TieredStore(Store):
             write()
             return
         with self._lock:
-            if crowded := len(self._pending) >= _MOST_PENDING:
+            if len(self._pending) >= _MOST_PENDING:
                 self.dropped += 1
-            else:
-                try:
-                    future = self._pool.submit(write)
-                except RuntimeError:  # the interpreter is on its way out
-                    log.warning("%s: %r is not written: the program is ending", self.name, snapshot)
-                    return
-                self._pending[id(future)] = future, snapshot
-        if crowded:
-            log.warning("%s: %r is not written: %d others wait to be", self.name, snapshot, _MOST_PENDING)
-        else:
-            future.add_done_callback(self._written)
+                if not self._crowded:  # once, however many follow
+                    log.warning("%s: %r is not written: %d others wait to be", self.name, snapshot, _MOST_PENDING)
+                self._crowded = True
+                return
+            self._crowded = False
+            try:
+                future = self._pool.submit(write)
+            except RuntimeError:  # the interpreter is on its way out
+                log.warning("%s: %r is not written: the program is ending", self.name, snapshot)
+                return
+            self._pending[id(future)] = future, snapshot
+        future.add_done_callback(self._written)
 
     def _written(self, future: "Future[None]") -> None:
         with self._lock:

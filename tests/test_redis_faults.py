@@ -1,0 +1,282 @@
+"""Redis servers that refuse, lie, hang or hold other things: hits are served where they can be, and no request fails."""
+
+import threading
+from contextlib import contextmanager, suppress
+
+import pytest
+import torch
+from snapshots import cold, exact, running_redis, voice
+from support.ports import deserted, held
+
+from kvcache import InputError, SpeakerCache
+from kvcache.errors import KVCacheError, StoreError
+from kvcache.stores import RedisStore
+from kvcache.stores.base import in_time
+
+pytestmark = pytest.mark.one_release
+
+KEY, OTHER, NEW = voice(0), voice(1), voice(2)
+
+
+@pytest.fixture(scope="module")
+def redis_url(tmp_path_factory):
+    with running_redis(tmp_path_factory.mktemp("redis")) as server:
+        yield server.url
+
+
+def address_of(store, key):
+    return store._key(key.address)
+
+
+def as_user(url, name, *rights):
+    """The URL of a user of the server with these rights."""
+    with RedisStore(url, timeout=20) as admin:
+        admin._client.execute_command("ACL", "SETUSER", name, "reset", "on", ">pw", "~*", *rights)
+    return url.replace("redis://", f"redis://{name}:pw@")
+
+
+def book(number):
+    def spoil(store):
+        store._client.delete(store._books[number])
+        store._client.lpush(store._books[number], "not a book of ours")
+
+    return spoil
+
+
+def garbage(store):
+    used, sizes, pins, ends, total = store._books
+    store._client.hset(sizes, mapping={b"\xff\xfe": "much", "../../x": "12", KEY.address: "much"})
+    store._client.zadd(used, {b"\xff\xfe": 1, "": 0})
+    store._client.sadd(pins, b"\xff\xfe")
+    store._client.zadd(ends, {"x": 0})
+    store._client.set(total, "much")
+
+
+def too_little(store):
+    store._client.set(store._books[4], -(10**9))
+
+
+def a_list_at_the_address(store):
+    store._client.delete(address_of(store, KEY))
+    store._client.lpush(address_of(store, KEY), "x")
+
+
+def full(store):
+    store._client.config_set("maxmemory", "100kb")  # less than the server itself takes
+    store._client.config_set("maxmemory-policy", "noeviction")
+
+
+def a_replica(store):
+    store._client.replicaof("127.0.0.1", "1")
+
+
+# What is wrong: what is done to the server, and whether what is stored is served, what is new is kept.
+FAULTS = {
+    "a user who may only read": (lambda store: None, ("-@all", "+@read", "+@connection"), True, False),
+    "a user who may not note the use": (lambda store: None, ("+@all", "-zadd"), True, False),
+    "a user who may not run scripts": (lambda store: None, ("+@all", "-@scripting"), True, False),
+    "a user who may not read": (lambda store: None, ("+@all", "-get"), False, False),
+    "a user of other keys": (lambda store: None, ("+@all", "resetkeys", "~other:*"), False, False),
+    "a list at the address": (a_list_at_the_address, (), False, True),
+    "the times are a list": (book(0), (), True, False),
+    "the sizes are a list": (book(1), (), True, False),
+    "the pins are a list": (book(2), (), True, False),
+    "the ends are a list": (book(3), (), True, False),
+    "the sum is a list": (book(4), (), True, False),
+    "books full of garbage": (garbage, (), True, True),
+    "a sum that is too small": (too_little, (), True, True),
+    "a server without memory": (full, (), True, None),
+    "a replica that may not be written to": (a_replica, (), True, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_crashes_stores_redis_that_refuses_still_serves(fault, tmp_path, redis_url, caplog):
+    spoil, rights, serves, keeps = FAULTS[fault]
+    name = fault.replace(" ", "-")
+    with running_redis(tmp_path) as own:
+        url = as_user(own.url, "user", *rights) if rights else own.url
+        with RedisStore(own.url, namespace=name, max_bytes="100kB", timeout=20) as writer:
+            for key in (KEY, OTHER):
+                writer.put(cold(key))
+            spoil(writer)
+        with RedisStore(url, namespace=name, max_bytes="100kB", timeout=20) as store:
+            cache = SpeakerCache(store)
+            for _ in range(3):  # a refusal does not silence what follows
+                for key in (NEW, KEY, OTHER):
+                    assert exact(cache.get_or_build(key, lambda key=key: cold(key)), key)
+            assert exact(store.get(OTHER), OTHER) == (serves or fault == "a list at the address")
+            assert (store.hits > 0) == bool(serves or keeps)
+            assert keeps is None or exact(store.get(NEW), NEW) == keeps  # None: as the server's version has it
+            assert store._available()  # it answers: it is not down
+            store.pin(KEY)
+            store.delete(OTHER)
+            assert store.nbytes >= 0
+            for look in (store.entries, lambda: store.peek(KEY.address)):
+                with suppress(StoreError):  # by its own name, and nothing else
+                    look()
+    assert "left alone" not in caplog.text
+
+
+def silent(connection, over):
+    over.wait()
+
+
+def dripping(connection, over):
+    connection.sendall(b"$100000000\r\n")
+    while not over.wait(0.01):
+        connection.sendall(b"x")
+
+
+def closing(connection, over):
+    pass
+
+
+def says(answer):
+    def say(connection, over):
+        while connection.recv(2**16):
+            connection.sendall(answer)
+
+    return say
+
+
+def never_ends(connection, over):
+    while not over.is_set():
+        connection.sendall(b"x" * 4096)
+
+
+SERVERS = {
+    "says nothing": silent,
+    "drips": dripping,
+    "closes": closing,
+    "never ends a line": never_ends,
+    "speaks HTTP": says(b"HTTP/1.1 400 Bad Request\r\n\r\n"),
+    "speaks in zeros": says(bytes(64)),
+    "says ever the same": says(b"+OK\r\n"),
+    "answers with a number": says(b":7\r\n"),
+    "is loading": says(b"-LOADING Redis is loading the dataset in memory\r\n"),
+    "is busy": says(b"-BUSY Redis is busy running a script\r\n"),
+    "has no master": says(b"-MASTERDOWN Link with MASTER is down\r\n"),
+    "wants a login": says(b"-NOAUTH Authentication required.\r\n"),
+    "has moved": says(b"-MOVED 866 127.0.0.1:1\r\n"),
+    "promises 2^60 bytes": says(b"$1152921504606846976\r\nx"),
+    "promises 2^60 answers": says(b"*1152921504606846976\r\n$1\r\nx\r\n"),
+    "promises less than nothing": says(b"$-7\r\n"),
+}  # fmt: skip
+
+
+@contextmanager
+def server_that(behave):
+    """A server that is none of Redis'; its URL."""
+    over = threading.Event()
+    with held() as port:
+        port.listen()
+
+        def serve():
+            while True:
+                try:
+                    connection, _ = port.accept()
+                except OSError:
+                    return
+                threading.Thread(target=answer, args=(connection,), daemon=True).start()
+
+        def answer(connection):
+            with connection:
+                try:
+                    behave(connection, over)
+                except OSError:  # nobody listens any more
+                    return
+
+        threading.Thread(target=serve, daemon=True).start()
+        try:
+            yield f"redis://user:hunter2@127.0.0.1:{port.getsockname()[1]}/0"
+        finally:
+            over.set()
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_crashes_stores_a_server_that_is_no_redis_costs_a_computation(kind, caplog):
+    pytest.importorskip("redis")
+    with server_that(SERVERS[kind]) as url, RedisStore(url, timeout=0.05) as store:
+        store.retry_after = 1000.0
+        cache = SpeakerCache(store)
+
+        def ask():
+            for key in (KEY, OTHER, KEY):
+                assert exact(cache.get_or_build(key, lambda key=key: cold(key)), key)
+            cache.pin(KEY)
+            cache.evict(KEY)
+            return store.nbytes
+
+        assert in_time(ask, 60) >= 0
+        assert cache.stats().built == 3
+        with suppress(KVCacheError):
+            assert in_time(lambda: store.intact(KEY.address), 60) is None
+    assert caplog.records and "hunter2" not in caplog.text
+
+
+def test_crashes_stores_a_server_that_is_not_there_is_asked_once():
+    pytest.importorskip("redis")
+    with deserted() as port, RedisStore(f"redis://127.0.0.1:{port}", timeout=1) as store:
+        store.retry_after = 1000.0
+        assert store.get(KEY) is None and not store._available()
+        asked = []
+        store._do = asked.append
+        store.pin(KEY)
+        store.delete(KEY)
+        store.put(cold(KEY))
+        assert store.get(KEY) is None and store.nbytes == 0 and asked == []
+
+
+def test_what_the_url_says_cannot_make_it_wait(redis_url):
+    """`?socket_timeout=1000` and `?decode_responses=1` are settings that this store needs for itself."""
+    with RedisStore(f"{redis_url}?socket_timeout=1000&decode_responses=True", namespace="url", timeout=7) as store:
+        assert store._client.connection_pool.connection_kwargs["socket_timeout"] == 7
+        store.put(cold(KEY))
+        assert exact(store.get(KEY), KEY)
+
+
+def test_the_books_keep_their_sum(redis_url):
+    size = len(cold(KEY).to_bytes())
+    with RedisStore(redis_url, namespace="sum", max_bytes=4 * size, timeout=20) as store:
+        for _ in range(2):
+            for seed in range(9):
+                store.put(cold(voice(seed)))
+                store.put(cold(voice(seed)))
+        store.delete(voice(8))
+        held_there = sum(store._client.strlen(key) for key in store._client.keys(f"{store._prefix}*"))
+        assert store.nbytes == held_there == 3 * size == sum(entry.nbytes for entry in store.entries())
+        store._client.delete(store._books[4])  # lost: it is summed up again
+        store.put(cold(voice(20)))
+        assert store.nbytes == 4 * size
+        store._client.delete(store._key(voice(20).address))  # evicted by the server: room that stays unused for a while
+        for seed in range(30, 34):
+            store.put(cold(voice(seed)))
+        assert store.nbytes == 4 * size
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://user:hunter2@host",
+        "redis://:hunter2@host:port",
+        "redis://:hun/ter2@host:6379",
+        "nothing",
+        "",
+        "redis://[::1",
+    ],
+)
+def test_a_url_that_cannot_be_used_is_refused_without_its_password(url):
+    pytest.importorskip("redis")
+    with pytest.raises(InputError, match="cannot use the URL") as caught:
+        RedisStore(url)
+    assert "hun" not in str(caught.value) and "ter2" not in str(caught.value)
+    assert caught.value.__cause__ is None and caught.value.__context__ is None
+
+
+def test_a_snapshot_that_is_no_floating_point_is_refused(redis_url):
+    with RedisStore(redis_url, namespace="ints", timeout=20) as store:
+        snapshot = cold(KEY)
+        ints = tuple((k.to(torch.int32), v) for k, v in snapshot.layers)
+        store.put(type(snapshot)(KEY, ints))
+        assert not store.has(KEY)
