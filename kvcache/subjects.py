@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from kvcache.decoding import BUCKET
-from kvcache.errors import InputError, MissingDependencyError, said
+from kvcache.errors import InputError, KVCacheError, MissingDependencyError, said
 from kvcache.footprint import Footprint, language_footprint
 from kvcache.geometry import CacheGeometry
 from kvcache.manager import KVCacheManager
@@ -273,9 +273,9 @@ class LanguageSubject(Subject):
         try:
             with redirect_stderr(io.StringIO()):  # progress bars that cannot be switched off
                 return read()
-        except (
-            Exception
-        ) as error:  # whatever transformers, torch and safetensors make of a file that is not as it should be
+        except KVCacheError:
+            raise
+        except Exception as error:  # whatever transformers, torch and safetensors make of such a file
             lines = said(error).strip().splitlines() or [""]
             known = isinstance(error, (OSError, ValueError, KeyError))  # whose words are for users
             line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

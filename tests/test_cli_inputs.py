@@ -2,10 +2,15 @@
 
 import json
 import shutil
+from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.searching import search
 from test_cli import COMMANDS, NEEDED, WRONG, places, refused  # noqa: F401
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -13,6 +18,8 @@ from kvcache import InputError, MissingDependencyError, subjects
 from kvcache.bench import benchmarks
 from kvcache.cli import main
 from kvcache.cli.common import bytes_of
+from kvcache.cli.plan import _room
+from kvcache.planning import Room, room
 from kvcache.subjects import LanguageSubject, subject
 
 pytestmark = pytest.mark.one_release
@@ -187,19 +194,47 @@ def light(monkeypatch):
     monkeypatch.setattr("kvcache.planning.process_bytes", lambda precision: 400 * 2**20)
 
 
+@pytest.mark.slow
 def test_c5_a_shorter_request_that_fits_is_named(whole, light, capsys):
-    """Neither one of this length nor eight of any: but one shorter one does."""
-    one = room_of(whole, capsys, "--length", "100")[1]["total"]
-    code, said, err = room_of(whole, capsys, "--length", "300", "--requests", "16", "--memory", str(one))
-    room = said["room"]
-    assert (code, room["fits"], room["requests"], room["length"]) == (1, False, 0, 0)
-    assert 100 <= room["alone"] < 300 and f"--requests 1 --length {room['alone']}" in err
+    """Neither one of this length nor sixteen of any: but one shorter one does."""
+    one = room_of(whole, capsys, "--length", "40")[1]["total"]
+    assert main(["plan", str(whole), "--length", "60", "--requests", "16", "--memory", str(one), "--json"]) == 1
+    out, err = capsys.readouterr()
+    room = json.loads(out)["room"]
+    assert (room["fits"], room["requests"], room["length"]) == (False, 0, 0)
+    assert 40 <= room["alone"] < 60 and f"--requests 1 --length {room['alone']}" in err
     assert room_of(whole, capsys, "--length", str(room["alone"]))[1]["total"] <= one
-    assert main(["plan", str(whole), "--length", "300", "--requests", "16", "--memory", str(one)]) == 1
-    out = capsys.readouterr().out
-    assert f"but for 1 request of {room['alone']}" in " ".join(out.split()) and "too little" not in out
-    assert main(["plan", str(whole), "--length", "300", "--memory", "1MiB"]) == 1
-    assert "too little for any request" in capsys.readouterr().out
+    made = SimpleNamespace(length=60, requests=16)
+    fit = Room(2**20, False, 0, False, 0, False, 50)
+    assert _room(made, fit) == "1.0 MiB has room for no request of 60 tokens, but for 1 request of 50"
+    assert _room(made, replace(fit, alone=0)) == "1.0 MiB is too little for any request"
+
+
+@search(100)
+@given(
+    st.integers(1, 20),
+    st.integers(2, 50),
+    st.integers(0, 4000),
+    st.integers(0, 20),
+    st.integers(1, 20),
+    st.integers(0, 50),
+)
+def test_c5_room_is_what_trying_all_of_them_finds(requests, length, memory, base, a_request, a_token):
+    """Of plans that grow with either number."""
+
+    def total(requests, length):
+        return base + requests * (a_request + a_token * length)
+
+    def again(requests, length):
+        parts = {"KV cache": requests * a_token * length}
+        return SimpleNamespace(requests=requests, length=length, total=total(requests, length), parts=parts)
+
+    found = room(again(requests, length), memory, again, 2, 50)
+    assert found.fits == (total(requests, length) <= memory)
+    assert found.requests == max((n for n in range(1, 1025) if total(n, length) <= memory), default=0)
+    assert found.length == max((n for n in range(2, 51) if total(requests, n) <= memory), default=0)
+    if not found.requests and not found.length:
+        assert found.alone == max((n for n in range(2, 51) if total(1, n) <= memory), default=0)
 
 
 def test_c5_more_requests_than_are_looked_at_are_said(whole, light, capsys, one_line):

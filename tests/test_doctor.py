@@ -277,9 +277,8 @@ def test_c7_the_default_store_is_tried(place, says, light, monkeypatch, tmp_path
     """By writing, and not by what a folder's mode says: root, and read-only file systems, have other rights than that."""
     (tmp_path / "file").write_text("")
     places = {"file": tmp_path / "file", "folder": tmp_path, "read_only": "/sys/kernel"}
-    if "/proc" in place or "read_only" in place:
-        if not os.path.isdir("/sys/kernel"):
-            pytest.skip("there is no such folder here that nobody can write to")
+    if ("/proc" in place or "read_only" in place) and not os.path.isdir("/sys/kernel"):
+        pytest.skip("there is no such folder here that nobody can write to")
     monkeypatch.setenv("KVCACHE_HOME", place.format(**places))
     found = doctor._default_store()
     assert found.state == "broken" and says.lower() in found.said.lower() and "KVCACHE_HOME" in found.advice
