@@ -181,13 +181,19 @@ def _source(entry: EntryPoint, name: str) -> Source:
     try:
         source: Source = entry.load()
     except ImportError as error:
-        package = "kvcache" if entry.dist is None else entry.dist.name
-        extras = () if entry.dist is None else entry.dist.metadata.get_all("Provides-Extra") or ()
-        wanted = f"{package}[{entry.name}]" if entry.name in extras else error.name or package
         raise MissingDependencyError(
-            f'{name} is a model of {entry.name}, which does not load: {said(error)}; run: pip install "{wanted}"'
+            f"{name} is a model of {entry.name}, which does not load: {said(error)}; run: pip install "
+            f'"{lacking(entry, error)}"'
         ) from error
     return source
+
+
+def lacking(entry: EntryPoint, error: ImportError) -> str:
+    """What to install for an adapter that does not load: its package's extra of the same name, or the module that is missing."""
+    extras = () if entry.dist is None else entry.dist.metadata.get_all("Provides-Extra") or ()
+    if entry.dist is not None and entry.name in extras:
+        return f"{entry.dist.name}[{entry.name}]"
+    return error.name or entry.name
 
 
 class LanguageSubject(Subject):
