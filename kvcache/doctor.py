@@ -32,7 +32,7 @@ from kvcache.prefix import PrefixKey, PrefixSnapshot
 from kvcache.stores import BlobStore, DiskStore, default_folder
 from kvcache.stores.base import store_secret
 from kvcache.stores.upkeep import open_store, shown_place
-from kvcache.subjects import GROUP
+from kvcache.subjects import GROUP, lacking
 
 State = Literal["ok", "note", "missing", "broken"]
 
@@ -219,6 +219,11 @@ def _adapters() -> Iterator[Finding]:
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
         try:
             entry.load()
+        except ModuleNotFoundError as error:
+            said = f"{entry.value} needs a package that is not installed: {error.name}"
+            yield Finding(
+                "packages", f"models of {entry.name}", "missing", said, f'pip install "{lacking(entry, error)}"'
+            )
         except Exception as error:  # whatever an adapter's import raises
             said = f"{entry.value} does not load: {type(error).__name__}: {error}"
             yield Finding("packages", f"models of {entry.name}", "broken", said, "install what it needs, or remove it")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from kvcache.decoding import BUCKET
-from kvcache.errors import InputError, MissingDependencyError, said
+from kvcache.errors import InputError, KVCacheError, MissingDependencyError, said
 from kvcache.footprint import Footprint, language_footprint
 from kvcache.geometry import CacheGeometry
 from kvcache.manager import KVCacheManager
@@ -181,13 +181,19 @@ def _source(entry: EntryPoint, name: str) -> Source:
     try:
         source: Source = entry.load()
     except ImportError as error:
-        package = "kvcache" if entry.dist is None else entry.dist.name
-        extras = () if entry.dist is None else entry.dist.metadata.get_all("Provides-Extra") or ()
-        wanted = f"{package}[{entry.name}]" if entry.name in extras else error.name or package
         raise MissingDependencyError(
-            f'{name} is a model of {entry.name}, which does not load: {said(error)}; run: pip install "{wanted}"'
+            f"{name} is a model of {entry.name}, which does not load: {said(error)}; run: pip install "
+            f'"{lacking(entry, error)}"'
         ) from error
     return source
+
+
+def lacking(entry: EntryPoint, error: ImportError) -> str:
+    """What to install for an adapter that does not load: its package's extra of the same name, or the module that is missing."""
+    extras = () if entry.dist is None else entry.dist.metadata.get_all("Provides-Extra") or ()
+    if entry.dist is not None and entry.name in extras:
+        return f"{entry.dist.name}[{entry.name}]"
+    return error.name or entry.name
 
 
 class LanguageSubject(Subject):
@@ -273,9 +279,9 @@ class LanguageSubject(Subject):
         try:
             with redirect_stderr(io.StringIO()):  # progress bars that cannot be switched off
                 return read()
-        except (
-            Exception
-        ) as error:  # whatever transformers, torch and safetensors make of a file that is not as it should be
+        except KVCacheError:
+            raise
+        except Exception as error:  # whatever transformers, torch and safetensors make of such a file
             lines = said(error).strip().splitlines() or [""]
             known = isinstance(error, (OSError, ValueError, KeyError))  # whose words are for users
             line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

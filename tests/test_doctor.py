@@ -164,6 +164,16 @@ def test_an_adapter_that_does_not_load(home, light, monkeypatch):
     assert found.state == "broken" and "einops" in found.said and found.advice
 
 
+def test_an_adapter_whose_package_is_not_installed_is_missing_and_not_broken(home, light, monkeypatch):
+    def load():
+        raise ModuleNotFoundError("No module named 'einops'", name="einops")
+
+    entry = SimpleNamespace(name="parrot", value="parrot.subjects:subject", load=load, dist=None)
+    monkeypatch.setattr(doctor, "entry_points", lambda group: [entry])
+    found = named(doctor.diagnose(), "models of parrot")
+    assert found.state == "missing" and "einops" in found.said and found.advice == 'pip install "einops"'
+
+
 def test_back_ends_that_decode_wrongly_fail_or_fall_back(monkeypatch):
     device = torch.device("cpu")
     wrong = {"off": "gave [[1]], and generate without it [[2]]", "eager": None}
@@ -277,9 +287,8 @@ def test_c7_the_default_store_is_tried(place, says, light, monkeypatch, tmp_path
     """By writing, and not by what a folder's mode says: root, and read-only file systems, have other rights than that."""
     (tmp_path / "file").write_text("")
     places = {"file": tmp_path / "file", "folder": tmp_path, "read_only": "/sys/kernel"}
-    if "/proc" in place or "read_only" in place:
-        if not os.path.isdir("/sys/kernel"):
-            pytest.skip("there is no such folder here that nobody can write to")
+    if ("/proc" in place or "read_only" in place) and not os.path.isdir("/sys/kernel"):
+        pytest.skip("there is no such folder here that nobody can write to")
     monkeypatch.setenv("KVCACHE_HOME", place.format(**places))
     found = doctor._default_store()
     assert found.state == "broken" and says.lower() in found.said.lower() and "KVCACHE_HOME" in found.advice

@@ -21,6 +21,7 @@ _COMMANDS = {  # name of the command: where its function is, and whether it is a
     "voices": "kvcache.cli.voices",
 }
 _INTERRUPTED = 128 + signal.SIGINT  # as a shell has it
+_LONGEST = 900  # characters of a line
 _PIPE_CLOSED = 128 + 13  # SIGPIPE, which Windows has not
 
 
@@ -107,6 +108,8 @@ def _unexpected(error: Exception) -> str:
 def _say(line: object, code: int = 2, *, plain: bool = False) -> int:
     """One line on standard error, as far as that can be written; the code."""
     text = str(line) if plain else "kvcache: " + " ".join(str(line).split())
+    if len(text) > _LONGEST and "\n" not in text:  # what was given is in it
+        text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 3 :]}"
     with suppress(OSError, ValueError):  # there is nowhere left to say it
         print(text, file=sys.stderr, flush=True)
     return code

@@ -1,0 +1,121 @@
+"""Each extra alone, from the built wheel, in an environment that has nothing else but what kvcache itself needs.
+
+torch, transformers and what they need are linked from the environment that runs the tests, so that each takes seconds and not
+gigabytes; the extra's own packages come from pip.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from transformers import LlamaConfig
+
+pytestmark = [pytest.mark.one_release, pytest.mark.skipif(sys.platform != "linux", reason="links folders")]
+
+ROOT = Path(__file__).resolve().parent.parent
+CORE = ("torch", "transformers", "safetensors", "typing-extensions", "filelock", "packaging")
+EXTRAS = ["chatterbox", "metrics", "plot", "redis", "remote", "server", "bench", "audio", "ray"]
+
+# What each of the extras is for, in a line; the commands come after it.
+CHECK = """
+import json, sys
+from kvcache.doctor import diagnose, healthy
+from kvcache.planning import plan
+from kvcache.subjects import Setting, subject
+extra, folder = sys.argv[1:]
+found = diagnose()
+states = {finding.name: finding.state for finding in found}
+print(json.dumps({"healthy": healthy(found), "extra": states[f"[{extra}]"], "kv": plan(subject(folder), Setting(), 20).kv,
+                  "others": [name for name, state in states.items() if name.startswith("[") and state == "ok"]}))
+"""
+
+
+def needed(names):
+    """These distributions and all that they need, without extras."""
+    found, left = {}, [canonicalize_name(name) for name in names]
+    while left:
+        if (name := left.pop()) in found:
+            continue
+        try:
+            found[name] = distribution(name)
+        except PackageNotFoundError:  # for another platform, or part of another package here
+            continue
+        asked = [Requirement(line) for line in found[name].requires or []]
+        left += [canonicalize_name(r.name) for r in asked if r.marker is None or r.marker.evaluate({"extra": ""})]
+    return found
+
+
+@pytest.fixture(scope="module")
+def core(tmp_path_factory):
+    """A folder with links to what kvcache itself needs."""
+    folder = tmp_path_factory.mktemp("core")
+    for found in needed(CORE).values():
+        site = Path(found.locate_file(""))
+        for top in {file.parts[0] for file in found.files or () if file.parts[0] not in ("..", "__pycache__")}:
+            if not (folder / top).exists():
+                (folder / top).symlink_to(site / top)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT))
+    [found] = folder.glob("kvcache-*.whl")
+    return found
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=300, architectures=["LlamaForCausalLM"],
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def run(*command, code=0, **more):
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "KVCACHE_STORE")}
+    ended = subprocess.run(command, env=environment | more, capture_output=True, text=True, timeout=550)
+    assert ended.returncode == code and "Traceback" not in ended.stderr, (command, ended.stdout, ended.stderr)
+    return ended.stdout
+
+
+def environment_with(extra, core, wheel, folder):
+    """A new environment with this extra alone; its Python, and its command."""
+    run(sys.executable, "-m", "venv", "--without-pip", str(folder))
+    [site] = folder.glob("lib/python*/site-packages")
+    (site / "core.pth").write_text(f"{core}\n")
+    python = str(folder / "bin" / "python")
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-compile", f"{wheel}[{extra}]")
+    return python, str(folder / "bin" / "kvcache")
+
+
+def test_the_commands_alone(core, wheel, model, tmp_path):
+    """What `kvcache plan MODEL` was installed for, with no adapter's packages at hand."""
+    python, command = environment_with("cli", core, wheel, tmp_path / "cli")
+    home = {"KVCACHE_HOME": str(tmp_path / "home")}
+    said = json.loads(run(command, "doctor", "--json", **home))
+    states = {finding["name"]: finding["state"] for finding in said["findings"]}
+    assert said["healthy"] and states["[cli]"] == "ok" and states["[chatterbox]"] == "missing"
+    assert json.loads(run(command, "plan", str(model), "--length", "20", "--json", **home))["kv"] > 0
+    run(command, "plan", "chatterbox-nano", code=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_each_extra_alone(extra, core, wheel, model, tmp_path):
+    python, command = environment_with(extra, core, wheel, tmp_path / extra)
+    home = {"KVCACHE_HOME": str(tmp_path / "home")}
+    said = json.loads(run(python, "-W", "ignore", "-c", CHECK, extra, str(model), **home).splitlines()[-1])
+    assert said["healthy"] and said["extra"] == "ok" and said["kv"] > 0
+    has = subprocess.run([python, "-c", "import typer, rich"], capture_output=True).returncode == 0
+    run(command, "doctor", code=0 if has else 2, **home)
+    run(command, "plan", str(model), "--length", "20", code=0 if has else 2, **home)

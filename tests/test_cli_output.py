@@ -1,0 +1,174 @@
+"""Where a command's words go: encodings, full devices, closed pipes, interrupts, narrow terminals."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+
+from kvcache import cli
+from kvcache.cli import main
+from kvcache.cli.common import shown_bytes
+
+pytestmark = pytest.mark.one_release
+
+ROOT = Path(__file__).resolve().parent.parent
+full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("llama")
+    LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=300, architectures=["LlamaForCausalLM"],
+    ).save_pretrained(path)  # fmt: skip
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def places(monkeypatch, tmp_path):
+    monkeypatch.setenv("KVCACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("KVCACHE_STORE", raising=False)
+    monkeypatch.setattr("kvcache.planning.process_bytes", lambda precision: 400 * 2**20)
+
+
+def told(monkeypatch, arguments, encoding):
+    """The exit code, and what standard output and standard error get in an encoding."""
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", streams[0])
+        patched.setattr(sys, "stderr", streams[1])
+        code = main(arguments)
+    for stream in streams:
+        assert stream.errors == "strict"  # as it was
+        stream.flush()
+    return code, *(stream.buffer.getvalue().decode(encoding) for stream in streams)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1", "cp437", "shift_jis", "utf-16"])
+def test_c8_an_encoding_that_has_not_every_character(encoding, folder, monkeypatch):
+    code, out, err = told(monkeypatch, ["plan", folder, "--length", "20"], encoding)
+    assert (code, err) == (0, "") and "KV cache" in out and "at most" in out
+    code, out, err = told(monkeypatch, ["plan", "modèle-█-\udcff"], encoding)
+    assert (code, out) == (2, "") and len(err.splitlines()) == 1 and err.startswith("kvcache: ")
+    if encoding in ("ascii", "latin-1"):
+        assert told(monkeypatch, ["plan", folder], encoding)[1].count("#") > 50  # bars are bars, and no question marks
+
+
+@full
+@pytest.mark.parametrize(
+    "arguments", [["voices", "list"], ["plan", "FOLDER", "--json"], ["--help"], ["bench"]], ids=str
+)
+def test_c8_a_full_device(arguments, folder, monkeypatch, capsys):
+    with open("/dev/full", "w") as device:
+        monkeypatch.setattr(sys, "stdout", device)
+        assert main([folder if one == "FOLDER" else one for one in arguments]) == 1
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), device.fileno())
+    [line] = capsys.readouterr().err.splitlines()
+    assert line == "kvcache: standard output cannot be written: No space left on device; make room, or write elsewhere"
+
+
+def test_c8_a_pipe_that_was_closed(folder, monkeypatch, capsys):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as pipe:
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "stdout", pipe)
+            assert main(["plan", folder, "--length", "20"]) == 141
+        os.dup2(os.open(os.devnull, os.O_WRONLY), pipe.fileno())
+    assert capsys.readouterr().err == ""
+
+
+@full
+def test_c8_nothing_can_be_said_at_all(monkeypatch):
+    with open("/dev/full", "w") as device, monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", device)
+        assert main(["nope"]) == 2
+        os.dup2(os.open(os.devnull, os.O_WRONLY), device.fileno())
+
+
+def test_c8_an_interrupt_in_a_command(folder, monkeypatch, capsys):
+    def interrupted(*given, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kvcache.cli.plan.plan", interrupted)
+    assert main(["plan", folder]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+    monkeypatch.setattr(cli, "application", interrupted)
+    assert main(["plan", folder]) == 130
+
+
+# Where a process ends as a shell sees it: while it imports, and what is left to write when it exits.
+PROCESS = (
+    "import os, signal, sys\nfrom kvcache import cli\nfrom kvcache.cli.__main__ import run\nsys.argv[0] = 'kvcache'\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("set_up", "output", "code", "says"),
+    [
+        (
+            "def stop(names):\n    os.kill(os.getpid(), signal.SIGINT)\n    return 1 / 0\ncli.application = stop\n",
+            None,
+            130,
+            "",
+        ),
+        pytest.param("", "/dev/full", 1, "cannot be written", marks=full),
+        ("os.close(1)\nsys.stdout = None\n", None, 0, ""),
+    ],
+    ids=["interrupted while it imports", "full", "closed"],
+)
+def test_c8_as_a_process(set_up, output, code, says):
+    """Of a command that imports little: the list of benchmarks."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "adapters")))}
+    with open(output or os.devnull, "w") as to:
+        command = [sys.executable, "-c", f"{PROCESS}{set_up}run()", "bench"]
+        ended = subprocess.run(command, env=environment, stdout=to, stderr=subprocess.PIPE, text=True, timeout=100)
+    assert ended.returncode == code and says in ended.stderr
+    assert len(ended.stderr.splitlines()) == bool(says)
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="no such signals here")
+def test_c8_the_handler_of_interrupts_is_as_it_was(capsys):
+    before = signal.getsignal(signal.SIGINT)
+    main(["nope"])
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("columns", ["20", "40", "79"])
+def test_c8_figures_are_whole_in_a_narrow_terminal(columns, folder, monkeypatch, capsys):
+    given = ["plan", folder, "--length", "20"]
+    assert main([*given, "--json"]) == 0
+    parts = json.loads(capsys.readouterr().out)["parts"]
+    for name, value in {"COLUMNS": columns, "FORCE_COLOR": "1", "TERM": "xterm"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(given) == 0
+    out = capsys.readouterr().out
+    assert "…" not in out
+    for size in parts.values():
+        if size:
+            assert f" {shown_bytes(size)} " in out
+    assert main(["voices", "list"]) == 0 and main(["bench"]) == 0
+    assert "…" not in capsys.readouterr().out
+
+
+def test_only_what_a_command_needs_is_imported():
+    """The library itself is lazy: what only says what is wrong, or is interrupted, waits for no torch."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "adapters")))}
+    program = (
+        "import sys; from kvcache.cli import main; code = main(['bench', 'nope']); print(code, 'torch' in sys.modules)"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert ended.stdout == "2 False\n", ended.stderr
