@@ -36,11 +36,13 @@ class Chunk:
         index: which job.
         tokens: ``[n]``, on the host.
         last: whether the job ends with them.
+        cut_off: whether it ends because it came to its most tokens, and not with one that ends it.
     """
 
     index: int
     tokens: Tensor
     last: bool
+    cut_off: bool = False
 
 
 class Request:
@@ -78,6 +80,7 @@ class Request:
         self.error: BaseException | None = None
         self._said: dict[int, Tensor] = {}  # of each job that has begun and is not all delivered
         self._ended: set[int] = set()
+        self._cut_off: set[int] = set()
         self._next = 0  # whose tokens are delivered
         self._before: Tensor | None = None
         self._spoken = False
@@ -121,6 +124,8 @@ class Request:
         if piece.over:
             del self.running[piece.job]
             self._ended.add(index)
+            if piece.cut_off:
+                self._cut_off.add(index)
         self._watch(index, len(piece.tokens), piece.over)
         self._due()
 
@@ -133,7 +138,7 @@ class Request:
             self._said[index] = said
             if not ended:
                 return
-            self._hand(Chunk(index, said, True))
+            self._hand(Chunk(index, said, True, index in self._cut_off))
             del self._said[index]
             self._next += 1
 
@@ -474,7 +479,11 @@ class _Inbox:
 
 
 class Stream(AsyncIterator[T], Generic[T]):
-    """What one request gives. Closing it, cancelling who waits for it or forgetting it ends the request."""
+    """What one request gives. Closing it, cancelling who waits for it or forgetting it ends the request.
+
+    Attributes:
+        cut_off: which of the request's jobs, of those given so far, came to their most tokens without an end.
+    """
 
     def __init__(
         self, scheduler: Scheduler, request: Request, inbox: _Inbox, through: Callable[[Chunk], Iterable[T]]
@@ -483,6 +492,7 @@ class Stream(AsyncIterator[T], Generic[T]):
         self._items: deque[T] = deque()
         self._since = time.perf_counter()
         self._given = self._ended = False
+        self.cut_off: list[int] = []
 
     def __aiter__(self) -> Self:
         return self
@@ -499,6 +509,8 @@ class Stream(AsyncIterator[T], Generic[T]):
                         raise item.error
                 else:
                     self._inbox.taken += 1
+                    if item.cut_off:
+                        self.cut_off.append(item.index)
                     self._items.extend(await asyncio.to_thread(self._made, item))
         except StopAsyncIteration:
             raise

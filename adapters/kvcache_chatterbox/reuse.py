@@ -20,7 +20,7 @@ from kvcache.fingerprint import tensor_bytes
 from kvcache.hf import extend_prefix, kv_layers, new_cache
 from kvcache.models import watch_of
 from kvcache.past import handed
-from kvcache_chatterbox.requests import Prefill, condition
+from kvcache_chatterbox.requests import Prefill, condition, without_autocast
 
 Reuse = Literal["all", "conditioning", "none"]
 
@@ -67,6 +67,10 @@ class VoiceReuse:
     @torch.inference_mode()
     def start(self, request: Prefill, cache: Any) -> FirstPass:
         """Prefill `request` into the empty `cache`."""
+        with without_autocast(self._t3):
+            return self._started(request, cache)
+
+    def _started(self, request: Prefill, cache: Any) -> FirstPass:
         rows, conditioning = request.embeds.shape[0], request.text[0]
         if rows == 2 and self._unconditional:
             return self._start_guided(request, cache)
@@ -80,7 +84,8 @@ class VoiceReuse:
         """As `requests.condition`; the last few are remembered, by content."""
         parts = [getattr(t3_cond, field.name) for field in dataclasses.fields(t3_cond)]
         content = [(p.dtype, p.shape, bytes(tensor_bytes(p))) if isinstance(p, Tensor) else p for p in parts]
-        key = (model_fingerprint(self._t3), *content)
+        with without_autocast(self._t3):
+            key = (model_fingerprint(self._t3), *content)
         known = self._conditionings.get(key)
         if known is None:
             known = self._conditionings[key] = condition(self._t3, t3_cond)
@@ -92,12 +97,15 @@ class VoiceReuse:
     def key(self, t3_cond: Any) -> PrefixKey:
         """The prefix that the requests of a voice share; with guidance, those whose text is not long."""
         conditioning = self.condition(t3_cond)[0]
-        return self._key(conditioning, 0 if self._t3.is_gpt or not self._unconditional else 1)
+        with without_autocast(self._t3):
+            return self._key(conditioning, 0 if self._t3.is_gpt or not self._unconditional else 1)
 
     @torch.inference_mode()
     def prepare(self, t3_cond: Any) -> PrefixSnapshot:
         """What the requests of a voice share, computed now unless it is known."""
-        return self._known(self.key(t3_cond))
+        key = self.key(t3_cond)
+        with without_autocast(self._t3):
+            return self._known(key)
 
     def _key(self, conditioning: Tensor, unconditional: int = 0) -> PrefixKey:
         return PrefixKey(model_fingerprint(self._t3), self._content(conditioning, unconditional))

@@ -9,9 +9,15 @@ from kvcache.models import Signature
 
 
 class Pool:
-    """Lends a `Decoding` to one request at a time, and keeps one of a kind for the next."""
+    """Lends a `Decoding` to one request at a time, and keeps one of a kind for the next.
 
-    def __init__(self) -> None:
+    Args:
+        most: kinds that one request and those that wait may come to; None: any number. Where memory is planned, one: then
+            what waits is what the last request held, and it is gone before another kind is made.
+    """
+
+    def __init__(self, most: int | None = None) -> None:
+        self._most = most
         self._idle: dict[Hashable, Decoding] = {}
         self._of: Signature | None = None  # the model that those are for
         self._lock = Lock()
@@ -40,6 +46,7 @@ class Pool:
                 self._idle.clear()
                 self._of = signature
             decoding = self._idle.pop(kind, None)
+            self._let_go(1)
         if decoding is None or decoding.kv.slots < slots or (exactly and decoding.kv.slots != slots):
             decoding = None  # its memory first
             decoding = make(slots)
@@ -51,7 +58,14 @@ class Pool:
                 waiting = self._idle.get(kind)
                 fits = waiting is None or exactly or waiting.kv.slots < decoding.kv.slots
                 if fits and self._of is signature:
+                    self._idle.pop(kind, None)
                     self._idle[kind] = decoding
+                    self._let_go(0)
+
+    def _let_go(self, lent: int) -> None:
+        """Of those that have waited longest, where with so many that are lent there are too many kinds."""
+        while self._most is not None and len(self._idle) + lent > self._most:
+            del self._idle[next(iter(self._idle))]
 
     def clear(self) -> None:
         """Let go of what waits, and of its memory."""
