@@ -1,5 +1,6 @@
 """Decodings that wait for their next request: what was captured or compiled serves again."""
 
+import gc
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from threading import Lock
@@ -46,9 +47,12 @@ class Pool:
                 self._idle.clear()
                 self._of = signature
             decoding = self._idle.pop(kind, None)
-            self._let_go(1)
+            captured = self._let_go(1)
         if decoding is None or decoding.kv.slots < slots or (exactly and decoding.kv.slots != slots):
+            captured |= decoding is not None and decoding.backend != "eager"
             decoding = None  # its memory first
+            if captured and self._most is not None:
+                gc.collect()  # what was captured refers to its decoding, and that to it
             decoding = make(slots)
         try:
             yield decoding
@@ -62,10 +66,13 @@ class Pool:
                     self._idle[kind] = decoding
                     self._let_go(0)
 
-    def _let_go(self, lent: int) -> None:
-        """Of those that have waited longest, where with so many that are lent there are too many kinds."""
+    def _let_go(self, lent: int) -> bool:
+        """Of those that have waited longest, where with so many that are lent there are too many kinds. Whether there was
+        anything captured or compiled among them."""
+        captured = False
         while self._most is not None and len(self._idle) + lent > self._most:
-            del self._idle[next(iter(self._idle))]
+            captured |= self._idle.pop(next(iter(self._idle))).backend != "eager"
+        return captured
 
     def clear(self) -> None:
         """Let go of what waits, and of its memory."""
