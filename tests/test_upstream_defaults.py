@@ -118,7 +118,10 @@ def test_w14_the_defaults_follow_the_class_of_the_model():
 
 @pytest.mark.parametrize(
     ("kind", "expected"),
-    [("english", {"top_p": 1.0, "repetition_penalty": 1.2}), ("multilingual", {"top_p": 1.0, "repetition_penalty": 2.0})],
+    [
+        ("english", {"top_p": 1.0, "repetition_penalty": 1.2}),
+        ("multilingual", {"top_p": 1.0, "repetition_penalty": 2.0}),
+    ],
 )
 def test_w14_bare_tokens_are_drawn_as_by_t3(kind, expected):
     """`inference_stream` is T3's own `inference`, whose defaults differ from those of `generate`."""

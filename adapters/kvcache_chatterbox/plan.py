@@ -269,7 +269,7 @@ def _taken(
     Raises:
         CapacityError: if one needs more slots than a row may have.
     """
-    slots = beside = 0
+    slots = nbytes = 0
     for i, segment in enumerate(planned):
         before = prefix + segment.text_tokens + overhead
         needed = layout.slots(before, segment.most)
@@ -279,8 +279,9 @@ def _taken(
                 f"{segment.text_tokens} of text, {overhead + segment.most} of speech), there are {max_length}; lower "
                 "segment_characters or max_new_tokens, or raise max_cache_length"
             )
-        slots, beside = max(slots, needed), max(beside, layout.beside(before))
-    return slots, layout.rows * slots * layout.token_bytes + beside
+        slots = max(slots, needed)
+        nbytes = max(nbytes, layout.rows * needed * layout.token_bytes + layout.beside(before))
+    return slots, nbytes
 
 
 def _name(i: int, text: str) -> str:

@@ -14,6 +14,7 @@ from transformers import (
 )
 from typing_extensions import TypedDict
 
+from kvcache.arguments import check_whole
 from kvcache.decoding import Sampling
 from kvcache_chatterbox.requests import check_number
 
@@ -38,7 +39,9 @@ def sampling_of(is_gpt: bool, options: SamplingOptions) -> Sampling:
         InputError: for what is no finite number, or out of its range.
     """
     for name, value in options.items():
-        if name != "top_k" and name in OPTIONS:  # `Sampling` says that it must be a whole number
+        if name == "top_k":
+            check_whole(name, value, 0)
+        elif name in OPTIONS:
             check_number(name, value)
     upstream = Sampling(top_k=1000) if is_gpt else Sampling(min_p=0.05, cfg_weight=0.5)
     return replace(upstream, **options)
