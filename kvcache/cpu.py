@@ -50,5 +50,6 @@ def _suits(states: Tensor, weight: Tensor) -> bool:
         and states.device.type == "cpu"
         and weight.is_contiguous()
         and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")  # which would have it in half precision
         and FEWEST <= states.numel() // max(1, states.shape[-1]) <= _MOST
     )

@@ -15,7 +15,9 @@ from typing_extensions import Self
 
 from kvcache.errors import InputError
 
-Kind = Literal["evicted", "trimmed", "captured", "fell_back", "hit", "built", "extended", "replaced", "refused"]
+Kind = Literal[
+    "evicted", "trimmed", "captured", "fell_back", "cut_off", "hit", "built", "extended", "replaced", "refused"
+]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 log = logging.getLogger("kvcache.events")
@@ -32,13 +34,14 @@ class Event:
             ``"trimmed"``: they left because somebody asked for it.
             ``"captured"``: the decode engine recorded a step to replay.
             ``"fell_back"``: something else runs than was asked for.
+            ``"cut_off"``: speech has come to its most tokens without an end: what is heard of it may stop in a word.
             ``"hit"``, ``"extended"``, ``"built"``: a prefix was found whole, in part, or not at all and computed.
             ``"replaced"``: the name of a prefix stands for another content from now on.
             ``"refused"``: a snapshot was found and not used: it is corrupt, or of another content.
         about: the policy, backend or prefix that it concerns.
         numbers: how much, by name: ``tokens`` (summed over layers and rows), ``layers``, ``rows``, ``seen``, ``columns``,
-            ``nbytes``, ``seconds`` (that it took, or that a hit saved), ``known`` (tokens that an extension began with); each
-            where it is known.
+            ``nbytes``, ``seconds`` (that it took, or that a hit saved), ``known`` (tokens that an extension began with),
+            ``segment`` (which of a text); each where it is known.
         reason: why, where something did not go as asked.
         time: when, as `time.time` tells it.
     """

@@ -128,12 +128,14 @@ class CacheReport:
         enabled: False where everything is recomputed, and there is no cache.
         backend: what runs the decode steps, where that is the decode engine.
         fallback: why it is not what was asked for; None if it is.
+        cut_off: of speech: which segments of the text have come to their most tokens without an end (``max_new_tokens``).
     """
 
     layers: tuple[LayerReport, ...]
     enabled: bool = True
     backend: str | None = None
     fallback: str | None = None
+    cut_off: tuple[int, ...] = ()
     cross: tuple[LayerReport, ...] = field(default=(), repr=False)
 
     @property
@@ -234,7 +236,8 @@ def _headline(report: CacheReport) -> str:
 
 def _footers(report: CacheReport) -> list[str]:
     """What is to be said below the table."""
-    said = [("decoded by", report.backend), ("not as asked", report.fallback)]
+    cut_off = ", ".join(map(str, report.cut_off)) or None
+    said = [("decoded by", report.backend), ("not as asked", report.fallback), ("cut off, segments", cut_off)]
     return [f"{name}: {text}" for name, text in said if text is not None]
 
 
@@ -283,5 +286,6 @@ def _dict(report: CacheReport) -> dict[str, Any]:
         "enabled": report.enabled,
         "backend": report.backend,
         "fallback": report.fallback,
+        "cut_off": list(report.cut_off),
     }
     return {**totals, **about, "layers": layers, "cross": cross}

@@ -492,13 +492,18 @@ class _Inbox:
 
 
 class Stream(AsyncIterator[T], Generic[T]):
-    """What one request gives. Closing it, cancelling who waits for it or forgetting it ends the request."""
+    """What one request gives. Closing it, cancelling who waits for it or forgetting it ends the request.
+
+    Attributes:
+        cut_off: which of the request's jobs, of those given so far, came to their most tokens without an end.
+    """
 
     def __init__(self, scheduler: Scheduler, inbox: _Inbox) -> None:
         self._scheduler, self._inbox = scheduler, inbox
         self._items: deque[T] = deque()
         self._since = time.perf_counter()
         self._given = self._ended = False
+        self.cut_off: list[int] = []
 
     def __aiter__(self) -> Self:
         return self
@@ -518,6 +523,8 @@ class Stream(AsyncIterator[T], Generic[T]):
                     self._scheduler._count(self._inbox, "finished")
                 else:
                     self._scheduler._took(self._inbox)
+                    if item.cut_off:
+                        self.cut_off.append(item.index)
                     self._items.extend(await asyncio.to_thread(self._made, item))
         except StopAsyncIteration:
             raise

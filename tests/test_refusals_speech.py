@@ -1,5 +1,7 @@
 """What `ChatterboxEngine` cannot do is refused where it is asked for."""
 
+import asyncio
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import torch
 from t3_models import tiny_t3
 
 from kvcache import InputError, MemoryStore, PolicyError, SlidingWindow, SnapKV, SpeakerCache
-from kvcache_chatterbox import ChatterboxEngine
+from kvcache_chatterbox import ChatterboxEngine, SpeechScheduler, byte_tokens, random_conditionals, stand_in
 
 REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"policy": [SlidingWindow(3)] * 4}, PolicyError, r"all layers; give one SizePolicy, such as SlidingWindow\(500\)"),
@@ -55,3 +57,91 @@ def test_d11_a_bad_file_of_conditionals_hands_on_no_advice_to_run_it(t3: Any, tm
             engine.add_voice("a", conditionals=tmp_path / name)
         assert "weights_only" not in str(raised.value)
         assert name != "more.pt" or raised.value.__suppress_context__
+
+
+NAN, INF = math.nan, math.inf
+NO_NUMBERS: list[tuple[str, list[Any]]] = [
+    ("exaggeration", [NAN, INF, -INF, "high", True, 1e39]),
+    ("cfg_weight", [NAN, INF, "0.5", False, -0.1]),
+    ("temperature", [NAN, INF, None, "hot", True, -1.0]),
+    ("top_p", [NAN, INF, None, 1.5, -0.1, True]),
+    ("min_p", [NAN, INF, None, 1.5, -0.1]),
+    ("repetition_penalty", [NAN, INF, None, 0.0, -1.0]),
+    ("top_k", [NAN, 5.0, None, -1, True]),
+    ("seed", [1.0, "1", True, 2**64, -(2**63) - 1, NAN]),
+    ("max_new_tokens", [0, -1, 2.5, True, NAN, "5"]),
+    ("chunk_size", [0, 2.5, True, NAN, None]),
+]
+OF_TEXTS: list[tuple[str, list[Any]]] = [
+    ("pause", [NAN, INF, -0.1, "long", True, 1e9]),
+    ("segment_characters", [19, 0, 200.5, True, NAN, "200"]),
+    ("max_rows", [0, -1, 2.5, True, None]),
+    ("memory_budget", [NAN, 1.5, True]),
+    ("carry", ["head", True]),
+]
+
+
+def each(*lists: list[tuple[str, list[Any]]]) -> list[tuple[str, Any]]:
+    return [(name, value) for some in lists for name, values in some for value in values]
+
+
+@pytest.fixture(scope="module")
+def speaking(t3: Any) -> Any:
+    engine = ChatterboxEngine(stand_in(t3), speakers=SpeakerCache(MemoryStore("1MiB")))
+    engine.add_voice("v", conditionals=random_conditionals(t3))
+    return engine
+
+
+@pytest.fixture
+def still(speaking: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The engine, whose model may not run."""
+
+    def run(*args: Any, **given: Any) -> None:
+        raise AssertionError("the model has run")
+
+    monkeypatch.setattr(speaking.t3.tfmr, "forward", run)
+    monkeypatch.setattr(speaking.t3, "prepare_conditioning", run)
+    return speaking
+
+
+@pytest.mark.parametrize(("name", "value"), each(NO_NUMBERS))
+def test_what_is_no_number_is_refused_before_tokens_are_made(still: Any, name: str, value: Any) -> None:
+    given = {"text_tokens": byte_tokens(still.t3, "Hi."), "voice": "v", name: value}
+    with pytest.raises(InputError, match=rf"{name}\b.*"):
+        still.inference_stream(**given)
+
+
+@pytest.mark.parametrize(("name", "value"), each(NO_NUMBERS, OF_TEXTS))
+def test_what_is_no_number_is_refused_before_a_text_is_spoken(still: Any, name: str, value: Any) -> None:
+    named = "target" if name == "segment_characters" else name
+    with pytest.raises(InputError, match=rf"{named}\b.*"):
+        still.generate_stream("Hello.", **{"voice": "v", name: value})
+    if name != "chunk_size":
+        with pytest.raises(InputError, match=rf"{named}\b.*"):
+            still.generate("Hello.", **{"voice": "v", name: value})
+
+
+def test_what_is_no_number_is_refused_where_it_is_submitted(speaking: Any) -> None:
+    async def submit() -> None:
+        async with SpeechScheduler(speaking, max_rows=1) as scheduler:
+            for name, value in each(NO_NUMBERS, OF_TEXTS):
+                if name in ("max_rows", "memory_budget"):
+                    continue
+                with pytest.raises(InputError, match="target" if name == "segment_characters" else name):
+                    await anext(scheduler.submit("Hello.", **{"voice": "v", name: value}))
+
+    asyncio.run(submit())
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS[0][1])
+def test_an_emotion_that_is_no_number_is_refused_with_its_voice(still: Any, value: Any, tmp_path: Path) -> None:
+    voice = still.voices["v"]
+    with pytest.raises(InputError, match="exaggeration"):
+        voice.with_emotion(value)
+    for clip in ({"conditionals": voice}, {"audio_prompt_path": tmp_path / "none.wav"}):
+        with pytest.raises(InputError, match="exaggeration"):
+            still.add_voice("w", exaggeration=value, **clip)
+    bad = random_conditionals(still.t3)
+    bad.emotion_adv = NAN * torch.ones(1, 1, 1)
+    with pytest.raises(InputError, match="emotion_adv is not finite"):
+        still.inference_stream(text_tokens=byte_tokens(still.t3, "Hi."), t3_cond=bad)

@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+import re
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from support.searching import search
 
 from kvcache import InputError
+from kvcache_chatterbox.plan import predicted_tokens
 from kvcache_chatterbox.segments import Segment, primary_language, split
 
 pytestmark = pytest.mark.one_release
@@ -241,3 +243,77 @@ def test_what_cannot_be_split_is_refused(text, arguments, message):
 def test_language_codes(given_code, code):
     assert primary_language(given_code) == code
     assert split("One. Two.", given_code)
+
+
+# ---------------------------------------------------------------------- how long segments are to hear
+
+LONG = {
+    "en": "The lighthouse keeper climbed the stairs every evening at six, carrying oil for the lamp. ",
+    "zh": "我叫张三，今年三十岁，住在北京的一条小街上，天天读书。",
+    "ja": "私は毎朝六時に起きて、海まで散歩をして、それから仕事に行きます。",
+    "ko": "나는 매일 아침 여섯 시에 일어나서 바다까지 산책을 하고 일하러 갑니다. ",
+    "am": "እኔ በየቀኑ ጠዋት እነሳለሁ፣ ከዚያም ወደ ሥራ እሄዳለሁ። ",
+}
+TAGS = ["[clear throat]", "[laugh]", "[sigh, deeply]", "[Dr. Who. A pause.]", "[笑。 又笑，]", "[a]b [c d]e"]
+
+
+def heard(segment, language):
+    return predicted_tokens(segment.text, language) / 25
+
+
+@pytest.mark.parametrize("language", LONG)
+def test_told_badly_segments_are_as_long_to_hear_in_every_script(language):
+    """200 characters of Chinese, Japanese or Korean were 27 to 34 s of speech; 200 of English are 13."""
+    for asked in (language, None):
+        segments = split(LONG[language] * 12, asked)
+        lengths = [heard(segment, asked) for segment in segments]
+        assert sum(lengths) / len(lengths) > 8
+        assert max(lengths) <= 200 / 15 + 1
+    assert len(split(LONG[language] * 12, language, 800)) < len(segments)
+    assert len(split(LONG[language] * 12, language, None)) == 1
+
+
+@pytest.mark.parametrize("target", [20, 100, 200, 500])
+def test_told_badly_digits_that_can_be_divided_are(target):
+    text = " ".join(f"{n * 7919:05d} {n}" for n in range(200)) + ". And 1,000 more words."
+    segments = split(text, "en", target)
+    check(text, segments)
+    assert max(heard(segment, "en") for segment in segments) <= max(1.5 * target, 5 * 25) / 15 + 1
+    assert [word for segment in segments for word in segment.text.split()] == text.split()
+
+
+@SEARCH
+@given(
+    st.lists(st.tuples(plain_word | st.sampled_from(TAGS), st.sampled_from(["", ".", ",", "。"]), spaces), min_size=1),
+    st.sampled_from(["en", "zh"]),
+    st.sampled_from([20, 60]),
+)
+def test_told_badly_a_tag_is_never_divided(parts, language, target):
+    text = "".join(itertools.chain.from_iterable(parts))
+    segments = split(text, language, target)
+    check(text, segments)
+    whole = [tag for word, *_ in parts for tag in re.findall(r"\[[^\]]*\]", word)]
+    assert [tag for segment in segments for tag in re.findall(r"\[[^\]]*\]", segment.text)] == whole
+
+
+mixed = st.lists(
+    st.sampled_from(
+        [*"我叫张三，今年。", "hello", "2024", "한국어", "カタカナ", "[clear throat]", "12345678901234", "well."]
+    ),
+    min_size=1,
+)
+
+
+@SEARCH
+@given(
+    mixed, st.sampled_from([" ", "", "\n\n"]), st.sampled_from(["en", "zh", "ja", None]), st.sampled_from([20, 60, 200])
+)
+def test_told_badly_mixed_scripts_keep_every_character_and_the_length(parts, space, language, target):
+    text = space.join(parts)
+    if not said(text):
+        return
+    segments = split(text, language, target)
+    check(text, segments)
+    for segment in segments:
+        if len(re.split(r"\s+|[，。]", segment.text.replace("[clear throat]", "x").rstrip("，。"))) > 1:
+            assert heard(segment, language) <= max(1.5 * target, 5 * 25) / 15 + 1

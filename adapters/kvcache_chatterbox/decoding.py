@@ -12,7 +12,7 @@ from kvcache.cpu import few_rows
 from kvcache.decoding import Sampling
 from kvcache.past import handed
 from kvcache_chatterbox.alignment import AlignmentCheck
-from kvcache_chatterbox.requests import Prefill, embed_speech
+from kvcache_chatterbox.requests import Prefill, embed_speech, without_autocast
 from kvcache_chatterbox.reuse import FirstPass
 from kvcache_chatterbox.sampling import draw, processors
 
@@ -61,7 +61,8 @@ class Decoder:
         token: a model that begins with it goes on.
         """
         for made in range(self._ids.shape[1] - 1):
-            token = self._step(made)
+            with without_autocast(self._t3):
+                token = self._step(made)
             stop = int(token) == self._t3.hp.stop_speech_token and not (self._t3.is_gpt and made == 0)
             if not (stop and self._t3.is_gpt):
                 yield token.reshape(1)
@@ -85,7 +86,8 @@ class Decoder:
     @torch.inference_mode()
     def prefill(self) -> Tensor:
         """Run what the request starts from. The logits of the last position, ``[rows, vocabulary]``."""
-        return torch.as_tensor(self._t3.speech_head(self._run(0).hidden))
+        with without_autocast(self._t3):
+            return torch.as_tensor(self._t3.speech_head(self._run(0).hidden))
 
     def _run(self, made: int) -> FirstPass:
         reading = nullcontext() if self._alignment is None else self._alignment.reader.reading()

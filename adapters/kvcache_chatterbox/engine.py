@@ -1,9 +1,10 @@
 """`ChatterboxEngine`: a loaded Chatterbox model, streaming on managed caches."""
 
+import logging
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -20,16 +21,18 @@ from kvcache.precision import Precision
 from kvcache.streaming import as_async, in_thread
 from kvcache.tuning_profile import TuningProfile
 from kvcache_chatterbox.audio import SegmentedAudio, Speaker, heard
+from kvcache_chatterbox.defaults import generate_defaults, most_tokens
 from kvcache_chatterbox.long_text import Carry, LongText, Watch, check_carry, seeds, unwatched
-from kvcache_chatterbox.plan import LongTextPlan, make_plan
-from kvcache_chatterbox.requests import check_count
+from kvcache_chatterbox.plan import LongTextPlan, check_plan, make_plan
+from kvcache_chatterbox.requests import check_count, check_number, check_pause, check_seed
 from kvcache_chatterbox.reuse import Reuse
-from kvcache_chatterbox.sampling import SamplingOptions, sampling_of
+from kvcache_chatterbox.sampling import OPTIONS, SamplingOptions, sampling_of
 from kvcache_chatterbox.segments import split
+from kvcache_chatterbox.utterance import rows_alone
 from kvcache_chatterbox.utterances import UtteranceDecoder
 from kvcache_chatterbox.voices import Voice, Voices, read_conds
 
-_UPSTREAMS_MOST = 1000  # speech tokens
+log = logging.getLogger("kvcache_chatterbox")
 
 
 class ChatterboxEngine(UtteranceDecoder):
@@ -104,6 +107,7 @@ class ChatterboxEngine(UtteranceDecoder):
         )
         self.voices = Voices(self.t3, self._reuse)
         self._speaker = Speaker(model) if hasattr(model, "s3gen") else None
+        self._defaults = {} if self._speaker is None else generate_defaults(model)
 
     @classmethod
     def from_profile(cls, model: Any, path: str | os.PathLike[str], **overrides: Any) -> "ChatterboxEngine":
@@ -148,6 +152,8 @@ class ChatterboxEngine(UtteranceDecoder):
         Raises:
             InputError: for a name that cannot be one, or a voice that does not fit the model.
         """
+        if exaggeration is not None:
+            check_number("exaggeration", exaggeration)
         if (audio_prompt_path is None) == (conditionals is None):
             raise InputError(f"voice {name!r} needs either audio_prompt_path or conditionals")
         if audio_prompt_path is not None:
@@ -306,6 +312,8 @@ class ChatterboxEngine(UtteranceDecoder):
         max_rows: int = 8,
         memory_budget: int | str | None = None,
         segment_characters: int | None = 200,
+        carry: Carry | None = None,
+        **sampling: Unpack[SamplingOptions],
     ) -> LongTextPlan:
         """What `generate_stream` will do with a text, and what that takes; see there for the arguments.
 
@@ -320,6 +328,8 @@ class ChatterboxEngine(UtteranceDecoder):
             max_rows=max_rows,
             memory_budget=memory_budget,
             segment_characters=segment_characters,
+            carry=carry,
+            **sampling,
         ).plan
 
     def generate_stream(
@@ -374,6 +384,8 @@ class ChatterboxEngine(UtteranceDecoder):
             InputError: if the model is a bare T3, there is nothing to say, or no voice to say it.
             CapacityError: if a segment does not fit the cache, or no segment the budget.
         """
+        check_pause(pause)
+        check_count("chunk_size", chunk_size)
         who = self.voice_of(voice, audio_prompt_path)
         long = self.long_text(
             text,
@@ -388,7 +400,6 @@ class ChatterboxEngine(UtteranceDecoder):
             carry=carry,
             **sampling,
         )
-        check_count("chunk_size", chunk_size)
         audio = self.audio(who, watermark, pause=pause, joined=carry is not None)
         pieces = self._in_order(long.utterances, long.plan.rows, chunk_size, carry, long.plan.slots, watch)
         if overlap or (overlap is None and self.t3.device.type != "cpu"):
@@ -415,6 +426,7 @@ class ChatterboxEngine(UtteranceDecoder):
     ) -> Tensor:
         """The audio of a text ``[1, samples]``: all tokens, then one vocoder pass for each segment, as upstream's `generate`
         does for its one. The arguments are those of `generate_stream`, whose chunks are together as long."""
+        check_pause(pause)
         who = self.voice_of(voice, audio_prompt_path)
         long = self.long_text(
             text,
@@ -455,34 +467,57 @@ class ChatterboxEngine(UtteranceDecoder):
         """
         speaker = self._with_vocoder()
         speaker.check_language(language_id)
-        parts = split(text, language_id, len(text) + 20 if segment_characters is None else segment_characters)
+        check_carry(carry)
+        check_plan(max_rows, max_new_tokens, memory_budget)
+        check_seed(seed)
+        options = self._options(sampling, exaggeration)
+        guided = sampling_of(self.t3.is_gpt, options)
+        who = voice if exaggeration is None else voice.with_emotion(exaggeration)
+        parts = split(text, language_id, segment_characters)
+        check_seed(seed, len(parts))
         tokens = [speaker.tokenize(part.text, language_id) for part in parts]
         if len(parts) == 1 and max_new_tokens is None:
-            max_new_tokens = _UPSTREAMS_MOST
-        options = sampling_of(self.t3.is_gpt, sampling)
-        guided = not self.t3.is_gpt and (self.batches or options.cfg_weight > 0)
-        who = voice if exaggeration is None else voice.with_emotion(exaggeration)
+            max_new_tokens = most_tokens(self.t3)
         positions = self.t3.speech_pos_emb
+        slots_of = self._slots_taken if slots is None else self._slots_needed
+        together = self._layout(self._rows_together, slots_of)
         plan = make_plan(
             parts,
             [one.shape[1] for one in tokens],
             language=language_id,
             prefix=self._conditioning(who, True).shape[1],
             overhead=self._overhead,
-            token_bytes=self._token_bytes,
-            guided=guided,
-            max_rows=1 if carry is not None else max_rows,
+            token_bytes=together.token_bytes,
+            guided=together.rows == 2,
+            slots_of=together.slots,
+            alone=self._layout(rows_alone(guided), slots_of),
+            max_rows=max_rows if carry is None and self.batches else 1,
             memory_budget=memory_budget,
             max_new_tokens=max_new_tokens,
             longest=None if positions is None else positions.emb.num_embeddings - 1,
             max_length=self._manager.max_cache_length if slots is None else slots,
-            slots_of=self._slots_taken if slots is None else self._slots_needed,
         )
         utterances = [
-            self.utterance(who, text_tokens, max_new_tokens=segment.most, seed=one, **sampling)
+            self.utterance(who, text_tokens, max_new_tokens=segment.most, seed=one, **options)
             for text_tokens, segment, one in zip(tokens, plan.segments, seeds(seed, len(parts)), strict=True)
         ]
         return LongText(plan, utterances, carry)
+
+    def _options(self, sampling: SamplingOptions, exaggeration: float | None) -> SamplingOptions:
+        """What `generate` of the model's own class would draw with: its defaults, where nothing is given.
+
+        Upstream's Turbo takes `min_p` and `exaggeration`, says that it ignores them, and ignores them; so does this.
+        """
+        given: dict[str, Any] = {name: self._defaults[name] for name in OPTIONS if name in self._defaults} | dict(
+            sampling
+        )
+        if self.t3.is_gpt:
+            sampling_of(True, sampling)  # says what is wrong with what is not used, too
+            unused = [name for name in ("min_p",) if given.get(name)] + ["exaggeration"] * bool(exaggeration)
+            if unused:
+                log.warning("%s: the GPT-2 variants know nothing of it; ignored, as upstream does", ", ".join(unused))
+            given["min_p"] = 0.0
+        return cast(SamplingOptions, given)
 
     def audio(
         self, voice: str | Voice | None, watermark: bool = True, *, pause: float = 0.2, joined: bool = False
@@ -493,6 +528,7 @@ class ChatterboxEngine(UtteranceDecoder):
             voice: who speaks.
             watermark, pause, joined: see `SegmentedAudio`.
         """
+        check_pause(pause)
         return self._with_vocoder().segmented(self.voice_of(voice), watermark, pause=pause, joined=joined)
 
     def voice_of(self, voice: str | Voice | None, audio_prompt_path: str | os.PathLike[str] | None = None) -> Voice:
@@ -508,7 +544,11 @@ class ChatterboxEngine(UtteranceDecoder):
         if voice is not None:
             return self.voices[voice]
         speaker = self._with_vocoder()
-        return speaker.builtin() if audio_prompt_path is None else speaker.encode(audio_prompt_path)
+        found = speaker.builtin() if audio_prompt_path is None else speaker.encode(audio_prompt_path)
+        emotion = self._defaults.get("exaggeration") if self.t3.hp.emotion_adv else None
+        if emotion is None or found.emotion == emotion:
+            return found
+        return found.with_emotion(emotion)  # as upstream's `generate` does where it is given none
 
     def _with_vocoder(self) -> Speaker:
         if self._speaker is None:

@@ -135,13 +135,8 @@ def speech_footprint(engine: ChatterboxEngine, requests: int, context: int, toke
         )
         return Footprint(token_loop, buffers(layers), prefix, (t3,), engine._why_not)
 
-    stepper, policy = engine._stepper, layers[0].policy
     with Watch() as watch:
-        if requests == 1:
-            needed = layers[0].stored + tokens - 1 if policy.limit is None else policy.limit
-            decoding = stepper.alone(rows, needed)
-        else:
-            decoding = stepper.decoding(requests, rows, engine.slots(utterance))
+        decoding = engine._stepper.decoding(requests, rows, engine.slots(utterance))
     static, fixed = decoding.kv, watch.live - decoding.kv.nbytes  # noise, marks, counters
     head = _own_weights(decoding)
     fixed -= head

@@ -2,13 +2,13 @@
 
 import dataclasses
 import math
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvcache import CapacityError, InputError
 from kvcache.policies import parse_bytes
+from kvcache_chatterbox.pace import CHARACTERS_PER_SECOND, seconds
 from kvcache_chatterbox.segments import Segment, primary_language
 
 if TYPE_CHECKING:
@@ -19,30 +19,21 @@ TOKENS_PER_SECOND = 25
 _MOST = 1000
 _QUOTED = 40  # characters of a segment that a message or a table repeats
 
-# Written characters, spaces among them, that are spoken in a second: about 150 words a minute of about 6 characters.
-_CHARACTERS_PER_SECOND = 15.0
-# Where a character stands for a syllable or more. Syllables a second: F. Pellegrino, C. Coupé and E. Marsico, "A
-# cross-language perspective on speech information rate", Language 87(3), 2011: Mandarin 5.18, Japanese 7.84. A Japanese
-# character, kana and kanji mixed, is taken as one and a half. Korean is not in that study and taken as English's 6.19.
-_OTHER_RATES = {"zh": 5.18, "ja": 7.84 / 1.5, "ko": 6.19}
-_DIGITS_PER_SECOND = 3.0  # a digit is read as a word or so, whatever the script
-
 
 def predicted_tokens(text: str, language: str | None) -> int:
     """Speech tokens that a text will probably take, at the pace at which people read aloud.
 
-    Letters, digits and the spaces between words count; punctuation and emoji do not.
+    Letters, digits and the spaces between words count; punctuation and emoji do not. See `kvcache_chatterbox.pace`.
 
     Args:
         text: what is said.
-        language: two-letter code, as for `split`; all but Chinese, Japanese and Korean are taken as fast as English.
+        language: two-letter code, as for `split`.
     """
-    rate = _OTHER_RATES.get(primary_language(language), _CHARACTERS_PER_SECOND)
-    digits = sum(character.isnumeric() and not character.isalpha() for character in text)
-    letters = sum(character.isalpha() or unicodedata.category(character)[0] == "M" for character in text)
-    spaces = max(len(text.split()) - 1, 0)
-    tokens = TOKENS_PER_SECOND * (letters + spaces) / rate + TOKENS_PER_SECOND * digits / _DIGITS_PER_SECOND
-    return max(1, math.ceil(tokens))
+    language = primary_language(language)
+    words = text.split()
+    spaces = max(len(words) - 1, 0) / CHARACTERS_PER_SECOND
+    said = sum(seconds(character, language) for word in words for character in word)
+    return max(1, math.ceil(round(TOKENS_PER_SECOND * (said + spaces), 6)))
 
 
 @dataclass(frozen=True)
@@ -73,7 +64,8 @@ class LongTextPlan:
         rows: segments that decode together.
         cache_rows: rows of the cache: two for each segment with guidance, else one.
         slots: tokens that each cache row has room for: the voice, the longest segment's text, and its most speech.
-        kv_bytes: what a static cache of `cache_rows` rows and `slots` slots holds, exactly.
+        kv_bytes: what the cache of `cache_rows` rows and `slots` slots holds while it speaks, exactly, and all that the engine
+            keeps of it afterwards for the next text.
         row_bytes: of it, what one segment takes.
         prefix: tokens of the voice, before the text.
         attention: score matrices of all segments against those of the whole text as one segment, 0 to 1: the sum of n²
@@ -83,7 +75,7 @@ class LongTextPlan:
         kv_share: tokens that one row of the longest segment caches against those of the whole text as one segment, voice
             included and with the predicted speech, 0 to 1.
         memory_budget: bytes that the cache may take; None: no limit.
-        rows_allowed: segments that the budget has room for at once; None without one.
+        rows_allowed: how often the budget holds what one segment takes; None without one.
     """
 
     segments: tuple[SegmentPlan, ...]
@@ -137,6 +129,24 @@ class LongTextPlan:
         yield f"against one segment: {self.attention:.0%} of the attention scores, {self.kv_share:.0%} of a row's KV cache"
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How one segment lies in the cache that decodes it.
+
+    Attributes:
+        rows: of the cache: 2 where guidance has a row of its own.
+        token_bytes: of one token in one row, over all layers; 0 where everything is recomputed and nothing is held.
+        slots: of a row, for so many tokens before the speech and so many of it. By default one for each but the last, which
+            is never run.
+        beside: bytes that the cache takes beside its slots, for so many tokens before the speech.
+    """
+
+    rows: int
+    token_bytes: int
+    slots: Callable[[int, int], int] = lambda before, most: before + most - 1
+    beside: Callable[[int], int] = lambda before: 0
+
+
 def make_plan(
     segments: Sequence[Segment],
     text_tokens: Sequence[int],
@@ -151,7 +161,8 @@ def make_plan(
     max_new_tokens: int | None,
     longest: int | None,
     max_length: int | None,
-    slots_of: Callable[[int, int], int] = lambda before, most: before + most - 1,
+    slots_of: Callable[[int, int], int] | None = None,
+    alone: Layout | None = None,
 ) -> LongTextPlan:
     """Plan the segments of a text: what each takes, and how many decode together.
 
@@ -161,16 +172,14 @@ def make_plan(
         language: of the text, as for `split`.
         prefix: voice tokens before the text.
         overhead: start-of-speech tokens behind the text, 1 or 2.
-        token_bytes: that one token takes in one cache row, all layers together.
-        guided: whether each segment runs two rows, for guidance.
+        token_bytes, guided, slots_of: of segments that decode together, see `Layout`; with guidance each runs two rows.
         max_rows: segments at once at most.
         memory_budget: bytes that the cache may take, or ``"200MiB"``; None: no limit.
         max_new_tokens: speech tokens of each segment at most; None: three times the predicted and two seconds more,
             at most 1000 and at most `longest`.
         longest: speech tokens that the model has positions for; None: any number.
         max_length: tokens that a cache row may hold; None: any number.
-        slots_of: slots of a cache row for so many tokens before the speech, and so many of it. By default one for each but
-            the last, which is never run.
+        alone: of a segment that decodes by itself; by default as together.
 
     Raises:
         InputError: if a number cannot be used, or a segment is predicted to take more speech than the model can make.
@@ -180,53 +189,103 @@ def make_plan(
         raise InputError(
             f"{len(segments)} segments with {len(text_tokens)} numbers of text tokens; give one for each of at least one"
         )
-    for name, value in (("max_rows", max_rows), ("max_new_tokens", max_new_tokens)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} must be at least 1, got {value}")
-    memory_budget = parse_bytes(memory_budget) if isinstance(memory_budget, str) else memory_budget
-    planned = []
-    slots = 0
-    for i, (segment, tokens) in enumerate(zip(segments, text_tokens, strict=True)):
-        name = f"segment {i} ({_shortened(segment.text)!r})"
-        predicted = predicted_tokens(segment.text, language)
-        _check_speech(name, segment.text, predicted, max_new_tokens, longest)
-        # Nobody reads three times as slowly: what is not done by then is a model that does not find its end. It is stopped
-        # there, for until then its rows of the cache are taken and its batch waits.
-        bound = _MOST if longest is None else min(_MOST, longest)
-        most = min(3 * predicted + 50, bound) if max_new_tokens is None else max_new_tokens
-        needed = slots_of(prefix + tokens + overhead, most)
-        if max_length is not None and needed > max_length:
-            raise CapacityError(
-                f"{name} may need {needed} slots of cache (for {prefix} tokens of voice, {tokens} of text, {overhead + most} of "
-                f"speech), there are {max_length}; lower segment_characters or max_new_tokens, or raise max_cache_length"
-            )
-        slots = max(slots, needed)
-        planned.append(SegmentPlan(segment.text, len(segment.text), tokens, predicted, most))
-
-    rows_each = 2 if guided else 1
-    row_bytes = rows_each * slots * token_bytes
-    allowed = None if memory_budget is None else memory_budget // row_bytes
-    if memory_budget is not None and memory_budget < row_bytes:
+    budget = check_plan(max_rows, max_new_tokens, memory_budget)
+    together = Layout(2 if guided else 1, token_bytes)
+    together = together if slots_of is None else dataclasses.replace(together, slots=slots_of)
+    planned = [
+        _planned(i, segment, tokens, language, max_new_tokens, longest)
+        for i, (segment, tokens) in enumerate(zip(segments, text_tokens, strict=True))
+    ]
+    rows, layout = min(len(segments), max_rows), together
+    if rows > 1 and budget is not None:
+        rows = min(rows, budget // max(1, _taken(planned, together, prefix, overhead, max_length)[1]))
+    if rows <= 1:
+        rows, layout = 1, together if alone is None else alone
+    slots, row_bytes = _taken(planned, layout, prefix, overhead, max_length)
+    if budget is not None and budget < row_bytes:
         raise CapacityError(
-            f"one segment takes {_mib(row_bytes)} of KV cache ({rows_each} x {slots} slots), memory_budget is "
-            f"{_mib(memory_budget)}; raise memory_budget, or lower segment_characters or max_new_tokens"
+            f"one segment takes {_mib(row_bytes)} of KV cache ({layout.rows} x {slots} slots), memory_budget is "
+            f"{_mib(budget)}; raise memory_budget, or lower segment_characters or max_new_tokens"
         )
-    rows = min(len(segments), max_rows, len(segments) if allowed is None else allowed)
     spans = [segment.text_tokens + segment.predicted for segment in planned]
     fixed = prefix + overhead - 1
     return LongTextPlan(
         segments=tuple(planned),
         rows=rows,
-        cache_rows=rows * rows_each,
+        cache_rows=rows * layout.rows,
         slots=slots,
         kv_bytes=rows * row_bytes,
         row_bytes=row_bytes,
         prefix=prefix,
         attention=sum(span**2 for span in spans) / sum(spans) ** 2,
         kv_share=(fixed + max(spans)) / (fixed + sum(spans)),
-        memory_budget=memory_budget,
-        rows_allowed=allowed,
+        memory_budget=budget,
+        rows_allowed=None if budget is None else budget // row_bytes if row_bytes else len(segments),
     )
+
+
+def check_plan(max_rows: int, max_new_tokens: int | None, memory_budget: int | str | None) -> int | None:
+    """The budget in bytes; None without one.
+
+    Raises:
+        InputError: for a number that cannot be used.
+    """
+    for name, value in (("max_rows", max_rows), ("max_new_tokens", max_new_tokens)):
+        if value is None and name == "max_new_tokens":
+            continue
+        if type(value) is not int:
+            raise InputError(f"{name}={value!r} must be a whole number of at least 1")
+        if value < 1:
+            raise InputError(f"{name} must be at least 1, got {value}")
+    if isinstance(memory_budget, str):
+        return parse_bytes(memory_budget)
+    if memory_budget is not None and type(memory_budget) is not int:
+        raise InputError(f"memory_budget={memory_budget!r} must be a number of bytes, or a size such as '200MiB'")
+    return memory_budget
+
+
+def _planned(
+    i: int, segment: Segment, tokens: int, language: str | None, max_new_tokens: int | None, longest: int | None
+) -> SegmentPlan:
+    """What one segment says.
+
+    Raises:
+        InputError: if it is predicted to take more speech than the model can make.
+    """
+    predicted = predicted_tokens(segment.text, language)
+    _check_speech(_name(i, segment.text), segment.text, predicted, max_new_tokens, longest)
+    # Nobody reads three times as slowly: what is not done by then is a model that does not find its end. It is stopped
+    # there, for until then its rows of the cache are taken and its batch waits.
+    bound = _MOST if longest is None else min(_MOST, longest)
+    most = min(3 * predicted + 50, bound) if max_new_tokens is None else max_new_tokens
+    return SegmentPlan(segment.text, len(segment.text), tokens, predicted, most)
+
+
+def _taken(
+    planned: Sequence[SegmentPlan], layout: Layout, prefix: int, overhead: int, max_length: int | None
+) -> tuple[int, int]:
+    """Slots of a cache row, and bytes of all rows of one segment, where any of them fits.
+
+    Raises:
+        CapacityError: if one needs more slots than a row may have.
+    """
+    slots = nbytes = 0
+    for i, segment in enumerate(planned):
+        before = prefix + segment.text_tokens + overhead
+        needed = layout.slots(before, segment.most)
+        if max_length is not None and needed > max_length:
+            raise CapacityError(
+                f"{_name(i, segment.text)} may need {needed} slots of cache (for {prefix} tokens of voice, "
+                f"{segment.text_tokens} of text, {overhead + segment.most} of speech), there are {max_length}; lower "
+                "segment_characters or max_new_tokens, or raise max_cache_length"
+            )
+        slots = max(slots, needed)
+        nbytes = max(nbytes, layout.rows * needed * layout.token_bytes + layout.beside(before))
+    return slots, nbytes
+
+
+def _name(i: int, text: str) -> str:
+    return f"segment {i} ({_shortened(text)!r})"
 
 
 def _check_speech(name: str, text: str, predicted: int, max_new_tokens: int | None, longest: int | None) -> None:

@@ -1,13 +1,22 @@
 """What a T3 request needs before its first token: checked text, copied conditionals, prefill embeddings."""
 
 import dataclasses
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from numbers import Real
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from kvcache import InputError
+from kvcache.arguments import check_whole
+
+_T = TypeVar("_T")
+_OVER = object()
+_LONGEST_PAUSE = 600  # seconds: the silence is made as samples
+_LARGEST = 3e38  # about the largest number of fp32
 
 
 @dataclass(frozen=True)
@@ -23,10 +32,61 @@ class Prefill:
     text: tuple[int, int]
 
 
-def check_count(name: str, value: int) -> None:
+def check_count(name: str, value: Any) -> None:
     """Raise `InputError` if `value` counts nothing."""
-    if not isinstance(value, int) or value < 1:
-        raise InputError(f"{name}={value} must be a whole number of at least 1")
+    check_whole(name, value, 1)
+
+
+def check_number(name: str, value: Any, least: float = -_LARGEST, most: float = _LARGEST, unit: str = "") -> None:
+    """Raise `InputError` for what is no finite number from `least` to `most`; truth values are none."""
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if number and least <= value <= most:
+        return
+    bounds = (
+        "" if least == -_LARGEST else f" of at least {least:g}" if most == _LARGEST else f" from {least:g} to {most:g}"
+    )
+    raise InputError(f"{name}={value!r} must be a finite number{unit}{bounds}")
+
+
+def check_pause(pause: Any) -> None:
+    """Raise `InputError` for what is no silence between two segments."""
+    check_number("pause", pause, 0, _LONGEST_PAUSE, " of seconds")
+
+
+def check_seed(seed: Any, count: int = 1) -> None:
+    """Raise `InputError` for what a generator of torch cannot be seeded with, or the `count` numbers from it on cannot."""
+    if seed is None or (type(seed) is int and seed >= -(2**63) and seed + count <= 2**64):
+        return
+    raise InputError(f"seed={seed!r} must be a whole number up to {2**64 - count}, or None for torch's own generator")
+
+
+def without_autocast(t3: Any) -> AbstractContextManager[Any]:
+    """Within this block no autocast is in force on the model's device.
+
+    What is computed of a voice is kept for later requests, and a cache has one dtype: neither may depend on which blocks a
+    caller has entered or left in between.
+    """
+    kind = t3.device.type
+    return torch.autocast(kind, enabled=False) if autocast_on(t3) else nullcontext()
+
+
+def autocast_on(t3: Any) -> bool:
+    """Whether the caller's thread is in an autocast of the model's device."""
+    kind = t3.device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
+def each_without_autocast(t3: Any, items: Generator[_T, None, None]) -> Iterator[_T]:
+    """The items, each made without autocast; the caller's block is in force again wherever it has one of them."""
+    try:
+        while True:
+            with without_autocast(t3):
+                item = next(items, _OVER)
+            if item is _OVER:
+                return
+            yield cast(_T, item)
+    finally:
+        items.close()
 
 
 def check_text(t3: Any, text_tokens: Tensor, guided: bool) -> Tensor:
@@ -81,6 +141,8 @@ def copy_conditionals(t3: Any, t3_cond: Any) -> Any:
     emotion = t3_cond.emotion_adv
     if t3.hp.emotion_adv and emotion is None:
         raise InputError("t3_cond.emotion_adv is None, and this model needs an emotion; give a number such as 0.5")
+    if emotion is not None and not bool(torch.isfinite(torch.as_tensor(emotion)).all()):
+        raise InputError("t3_cond.emotion_adv is not finite; give a number such as 0.5")
     parts = {f.name: getattr(t3_cond, f.name) for f in dataclasses.fields(t3_cond)}
     parts["cond_prompt_speech_emb"] = None
     if emotion is not None:
@@ -95,7 +157,8 @@ def copy_conditionals(t3: Any, t3_cond: Any) -> Any:
 @torch.inference_mode()
 def condition(t3: Any, t3_cond: Any) -> Tensor:
     """The voice as the beginning of the backbone's input, ``[1, tokens, dim]``."""
-    return torch.as_tensor(t3.prepare_conditioning(copy_conditionals(t3, t3_cond)))
+    with without_autocast(t3):
+        return torch.as_tensor(t3.prepare_conditioning(copy_conditionals(t3, t3_cond)))
 
 
 @torch.inference_mode()

@@ -24,7 +24,7 @@ from kvcache.models import watch_of
 from kvcache.past import handed
 from kvcache.prefix import Layout
 from kvcache.stores.aside import Aside
-from kvcache_chatterbox.requests import Prefill, condition
+from kvcache_chatterbox.requests import Prefill, condition, without_autocast
 
 Reuse = Literal["all", "conditioning", "none"]
 
@@ -79,7 +79,10 @@ class VoiceReuse:
         Args:
             known: gives the prefix of a key; by default the store does, or it is computed and stored.
         """
-        known = self._known if known is None else known
+        with without_autocast(self._t3):
+            return self._started(request, cache, self._known if known is None else known)
+
+    def _started(self, request: Prefill, cache: Any, known: Callable[[PrefixKey], PrefixSnapshot]) -> FirstPass:
         rows, conditioning = request.embeds.shape[0], request.text[0]
         if rows == 2 and self._unconditional:
             return self._start_guided(request, cache, known)
@@ -93,7 +96,8 @@ class VoiceReuse:
         """As `requests.condition`; the last few are remembered, by content."""
         parts = [getattr(t3_cond, field.name) for field in dataclasses.fields(t3_cond)]
         content = [(p.dtype, p.shape, bytes(tensor_bytes(p))) if isinstance(p, Tensor) else p for p in parts]
-        key = (model_fingerprint(self._t3), *content)
+        with without_autocast(self._t3):
+            key = (model_fingerprint(self._t3), *content)
         known = self._conditionings.get(key)
         if known is None:
             known = self._conditionings[key] = condition(self._t3, t3_cond)
@@ -105,12 +109,15 @@ class VoiceReuse:
     def key(self, t3_cond: Any, text: int = 1) -> PrefixKey:
         """The prefix that the requests of a voice share; with guidance, those whose text has about so many tokens."""
         conditioning = self.condition(t3_cond)[0]
-        return self._key(conditioning, 0 if self._t3.is_gpt or not self._unconditional else text)
+        with without_autocast(self._t3):
+            return self._key(conditioning, 0 if self._t3.is_gpt or not self._unconditional else text)
 
     @torch.inference_mode()
     def prepare(self, t3_cond: Any) -> PrefixSnapshot:
         """What the requests of a voice share, computed now unless it is known."""
-        return self._known(self.key(t3_cond))
+        key = self.key(t3_cond)
+        with without_autocast(self._t3):
+            return self._known(key)
 
     def _key(self, conditioning: Tensor, unconditional: int = 0) -> PrefixKey:
         layout = Layout.of(CacheGeometry.from_model(self._t3.tfmr))  # of the model as it is now

@@ -1,6 +1,6 @@
 """From logits to the next speech token, with the processors and the order of upstream's two loops."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,11 @@ from transformers import (
 )
 from typing_extensions import TypedDict
 
+from kvcache.arguments import check_whole
 from kvcache.decoding import Sampling
+from kvcache_chatterbox.requests import check_number
+
+OPTIONS = tuple(field.name for field in fields(Sampling))
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -29,7 +33,16 @@ class SamplingOptions(TypedDict, total=False):
 
 
 def sampling_of(is_gpt: bool, options: SamplingOptions) -> Sampling:
-    """Upstream's defaults for a variant, with `options` in their place where given."""
+    """The defaults of upstream's `T3.inference` or `inference_turbo`, with `options` in their place where given.
+
+    Raises:
+        InputError: for what is no finite number, or out of its range.
+    """
+    for name, value in options.items():
+        if name == "top_k":
+            check_whole(name, value, 0)
+        elif name in OPTIONS:
+            check_number(name, value)
     upstream = Sampling(top_k=1000) if is_gpt else Sampling(min_p=0.05, cfg_weight=0.5)
     return replace(upstream, **options)
 

@@ -18,6 +18,7 @@ from kvcache_chatterbox.engine import ChatterboxEngine
 from kvcache_chatterbox.long_text import Carry, LongText
 from kvcache_chatterbox.requests import check_count
 from kvcache_chatterbox.sampling import SamplingOptions
+from kvcache_chatterbox.utterance import tell_cut_off
 from kvcache_chatterbox.voices import Voice
 
 _LAST_WRITES = 2.0  # seconds
@@ -163,6 +164,8 @@ class SpeechScheduler:
             return self._engine.job(long.utterance(index, before))
 
         def heard(chunk: Chunk) -> Iterator[Tensor]:
+            if chunk.cut_off:
+                tell_cut_off(chunk.index, long.utterances[chunk.index].max_new_tokens)
             parts = [audio.push(chunk.index, chunk.tokens)]
             if chunk.last and chunk.index == last:
                 parts.append(audio.finish())

@@ -1,15 +1,19 @@
 """A long text in segments that can be spoken by themselves: whole sentences, packed evenly."""
 
+import math
 import re
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 import sentencex  # type: ignore[import-untyped]
 
 from kvcache import InputError
+from kvcache_chatterbox.pace import CHARACTERS_PER_SECOND, length, seconds
 
 _SHORTEST_TARGET = 20  # characters; below it, segments are scraps without an intonation of their own
+_FEW = 25  # characters that are not too many for any target from there on, however long they take to say
 _QUOTED = 40  # characters of the text that a message repeats
 
 # ISO 639-1. sentencex takes any string for a language and splits what it does not know as English, without a word.
@@ -31,6 +35,9 @@ _BREAK = re.compile("[\n\r\u2028\u2029]")
 _QUOTES = re.compile('["“”„«»‹›「」『』()（）]')
 # Chinese and Japanese write on without a space; a comma between digits is part of a number.
 _UNSPACED_CLAUSE = re.compile(r"[，、；：。！？](?!(?<=\d.)\d)[)）」』】》〉”’]*")
+# A sound that a model knows by name, such as "[clear throat]", and what it is in: a word, whatever spaces it has.
+_TAG = re.compile("\\[[^\\[\\]\n\r\u2028\u2029]{1,40}\\]")
+_WORDS = re.compile(rf"(?:{_TAG.pattern}|\S)+")
 _INITIAL = re.compile(r"\W*([^\W\d_])\.$")
 _NUMBERING = re.compile(r"\W*([^\W\d_]|\d{1,3})[.)]$")
 
@@ -56,34 +63,66 @@ class _Piece:
     gap: int  # what kind of place its end is
 
 
-def split(text: str, language: str | None = "en", target: int = 200) -> list[Segment]:
+class _Ruler:
+    """How long the parts of a text are, in characters of the Latin script that take as long to say.
+
+    A digit is one, as on paper; but many of them make a part longer, so that none takes more than half as long again.
+
+    Args:
+        text: all of it.
+        language: two-letter code.
+        target: how long a part may be; None: without end.
+    """
+
+    def __init__(self, text: str, language: str, target: int | None) -> None:
+        self._written = [0.0, *accumulate(length(character, language) for character in text)]
+        self._spoken = [0.0, *accumulate(seconds(character, language) for character in text)]
+        self._target = math.inf if target is None else target
+
+    def length(self, start: int, end: int) -> float:
+        written, spoken = (ends[end] - ends[start] for ends in (self._written, self._spoken))
+        return round(max(written, CHARACTERS_PER_SECOND * spoken / 1.5), 6)
+
+    def fits(self, start: int, end: int) -> bool:
+        return self.length(start, end) <= self._target or end - start <= min(self._target, _FEW)
+
+
+def split(text: str, language: str | None = "en", target: int | None = 200) -> list[Segment]:
     """Divide a text into segments of at most `target` characters, between sentences where that is possible.
+
+    Characters are those of a script like Latin. What takes longer to say counts as more: a Chinese, Japanese or Korean
+    character as about three, many digits as three each; see `kvcache_chatterbox.pace`. So segments are about as long to
+    hear, whatever they are written in.
 
     Neighbouring sentences are packed into the fewest segments, and among those packings the most even one is taken:
     segments decode together in one batch, and the longest decides how long that takes.
 
     A sentence longer than `target` is divided behind clause punctuation, and a clause longer than that at whitespace.
-    Words are never divided, so a single word longer than `target` is a segment of its own. In Chinese, Japanese or Thai
-    without spaces, clause punctuation is where a sentence may be divided, and what has none stays whole. What has no
-    letter or digit (a dash, an emoji) stays with its neighbour and may make a segment longer than `target`: by itself
-    there would be nothing to say. The words of all segments, in order, are the words of the text.
+    Words are never divided, so a single word longer than `target` is a segment of its own; what stands in brackets, as
+    "[clear throat]", is one word up to 40 characters. In Chinese, Japanese or Thai without spaces, clause punctuation is
+    where a sentence may be divided, and what has none stays whole. What has no letter or digit (a dash, an emoji) stays
+    with its neighbour and may make a segment longer than `target`: by itself there would be nothing to say. The words of
+    all segments, in order, are the words of the text.
 
     Args:
         text: what to say. Blank lines end sentences, too; single line breaks do not.
         language: two-letter code (ISO 639-1), also with a region ("pt-BR"); None means English.
-        target: characters of a segment at most, at least 20.
+        target: characters of a segment at most, at least 20; None never divides.
 
     Raises:
         InputError: if there is nothing to say, or the language or target cannot be used.
     """
     language = primary_language(language)
-    if target < _SHORTEST_TARGET:
+    if target is not None and type(target) is not int:
+        raise InputError(f"target={target!r} must be a whole number of characters, or None never to divide")
+    if target is not None and target < _SHORTEST_TARGET:
         raise InputError(f"target={target} characters is below {_SHORTEST_TARGET}; give about 200")
     _check_text(text)
+    ruler = _Ruler(text, language, target)
     pieces: list[_Piece] = []
     for sentence in _runs(_kept_together(text, _pieces(text, language)), _SENTENCE):
-        pieces += _divided(sentence, target)
-    return [Segment(text[piece.start : piece.end], piece.start, piece.end) for piece in _packed(pieces, target)]
+        pieces += _divided(sentence, ruler)
+    return [Segment(text[piece.start : piece.end], piece.start, piece.end) for piece in _packed(pieces, ruler)]
 
 
 def primary_language(language: str | None) -> str:
@@ -137,7 +176,8 @@ def _pieces(text: str, language: str) -> list[_Piece]:
         begin = len(text) if blank is None else blank.end()
 
     pieces = []
-    for word in re.finditer(r"\S+", text):
+    in_tags = {at for tag in _TAG.finditer(text) for at in range(tag.start() + 1, tag.end())}
+    for word in _WORDS.finditer(text):
         start, end = word.span()
         cuts = {cut.end(): _CLAUSE for cut in _UNSPACED_CLAUSE.finditer(text, start, end)}
         cuts[end] = _CLAUSE if _pauses(text[start:end]) else _WORD
@@ -145,8 +185,9 @@ def _pieces(text: str, language: str) -> list[_Piece]:
             if at in gaps and (cut := _cut(text, word.start(), at, end)) is not None:
                 cuts[cut] = max(gaps[at], cuts.get(cut, _WORD))
         for cut, gap in sorted(cuts.items()):
-            pieces.append(_Piece(start, cut, gap))
-            start = cut
+            if cut not in in_tags:
+                pieces.append(_Piece(start, cut, gap))
+                start = cut
     return pieces
 
 
@@ -226,34 +267,36 @@ def _runs(pieces: list[_Piece], gap: int) -> Iterator[list[_Piece]]:
         yield run
 
 
-def _divided(sentence: list[_Piece], target: int) -> Iterator[_Piece]:
+def _divided(sentence: list[_Piece], ruler: _Ruler) -> Iterator[_Piece]:
     """The sentence in one piece if it is short enough, else its clauses, and of a long clause even parts."""
-    if (whole := _whole(sentence)).end - whole.start <= target:
+    whole = _whole(sentence)
+    if ruler.fits(whole.start, whole.end):
         yield whole
         return
     for clause in _runs(sentence, _CLAUSE):
-        if (whole := _whole(clause)).end - whole.start <= target:
+        whole = _whole(clause)
+        if ruler.fits(whole.start, whole.end):
             yield whole
         else:
-            yield from _packed(clause, target)
+            yield from _packed(clause, ruler)
 
 
 def _whole(pieces: list[_Piece]) -> _Piece:
     return _Piece(pieces[0].start, pieces[-1].end, pieces[-1].gap)
 
 
-def _packed(pieces: list[_Piece], target: int) -> list[_Piece]:
-    """Neighbours put together into the fewest pieces of at most `target`, with the least sum of squared lengths."""
-    costs = [(0, 0)]  # of the first n pieces: how many they become, and the squares
+def _packed(pieces: list[_Piece], ruler: _Ruler) -> list[_Piece]:
+    """Neighbours put together into the fewest pieces that fit, with the least sum of squared lengths."""
+    costs = [(0, 0.0)]  # of the first n pieces: how many they become, and the squares
     begins: list[int] = []
     for last, piece in enumerate(pieces):
         choices = []
         for first in range(last, -1, -1):
-            length = piece.end - pieces[first].start
-            if length > target and first < last:
+            start = pieces[first].start
+            if first < last and not ruler.fits(start, piece.end):
                 break
             count, squares = costs[first]
-            choices.append((count + 1, squares + length**2, first))
+            choices.append((count + 1, squares + ruler.length(start, piece.end) ** 2, first))
         count, squares, first = min(choices)
         costs.append((count, squares))
         begins.append(first)

@@ -1,6 +1,6 @@
 """T3 on the decode engine: its step, and the decodings that wait between requests."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvcache import CacheGeometry, CacheReport, SizePolicy
+from kvcache import CacheGeometry, CacheReport
 from kvcache.cpu import FEWEST, few_rows
 from kvcache.decoding import BackendName, Batch, Decoding, Job, Pool, Sampler, Sampling, StaticKV, decoder_copy
 from kvcache.decoding.sampler import GREEDY
@@ -17,7 +17,6 @@ from kvcache.hf import kv_layers
 from kvcache.models import Following
 from kvcache.modules import rebuilt
 from kvcache.precision import PackedLinear, Precision, has_half, is_plain, with_precision
-from kvcache.slots import slots_for
 from kvcache_chatterbox.alignment import AlignmentCheck
 from kvcache_chatterbox.sampling import order
 
@@ -76,9 +75,6 @@ class Stepper:
         backend, tf32: see `Decoding`.
         kv_dtype: of the cache; by default the model's.
         precision: what `t3` computes in, see `at_precision`.
-        policy: of the speech tokens.
-        max_length: the most tokens a request may hold. A cache that keeps all of them is made as long at once, so that
-            what was captured serves every request.
         onednn: see `T3Step`.
         bucket: see `Decoding`.
     """
@@ -90,8 +86,6 @@ class Stepper:
         kv_dtype: torch.dtype | None,
         tf32: bool,
         precision: Precision | None,
-        policy: SizePolicy,
-        max_length: int | None,
         onednn: bool,
         bucket: int,
     ) -> None:
@@ -100,8 +94,7 @@ class Stepper:
         self._onednn, self._bucket = onednn, bucket
         self._backend: BackendName = backend
         self._kv_dtype, self._tf32, self._precision = kv_dtype, tf32, precision
-        self._policy, self._max_length = policy, max_length
-        self._pool = Pool()
+        self._pool = Pool(most=1)  # what a plan said is held, and nothing of an earlier text beside it
 
     @property
     def why_not(self) -> str | None:
@@ -184,14 +177,6 @@ class Stepper:
         decoding.start(0, logits, [GREEDY], [None], [ids[:0]])
         return decoding.told(ids)[:, 0]
 
-    def alone(self, rows: int, slots: int) -> Decoding:
-        """What decodes one request of so many rows, with at least so many slots in each."""
-        if not self._policy.evicts:
-            room = slots_for(slots, self._max_length, preallocate=True)
-        else:  # a budget in bytes is kept to the byte; prefixes of other lengths shall fit what counts tokens
-            room = slots if self._policy.limit is None else slots_for(slots, None)
-        return self.decoding(1, rows, room)
-
     def chunks(
         self,
         logits: Tensor,
@@ -200,7 +185,9 @@ class Stepper:
         total: int,
         size: int,
         generator: torch.Generator | None,
-    ) -> Iterator[tuple[Tensor, CacheReport]]:
+        slots: int,
+        exactly: bool,
+    ) -> Generator[tuple[Tensor, CacheReport], None, None]:
         """A request's speech tokens ``[1, n]`` as upstream's loop returns them, and the account of its cache.
 
         Args:
@@ -209,14 +196,17 @@ class Stepper:
             sampling, generator: how tokens are drawn.
             total: the most tokens.
             size: tokens in a chunk.
+            slots: of the static cache: as many as the request needs, or more.
+            exactly: so many; False also takes what waits from an earlier request and has more.
         """
         layers = kv_layers(cache)
-        policy, stored = layers[0].policy, layers[0].stored
-        needed = stored + total - 1 if policy.limit is None else policy.limit
         t3, rows = self._t3, logits.shape[0]
 
+        def make(slots: int) -> Decoding:
+            return self.decoding(1, rows, slots)
+
         signature = self._from_model.watch.signature()
-        with self._pool.lent(rows, needed, lambda slots: self.alone(rows, slots), signature=signature) as decoding:
+        with self._pool.lent(rows, slots, make, exactly, signature) as decoding:
             decoding.load(0, layers)
             begin = torch.tensor([t3.hp.start_speech_token], device=logits.device)
             first = decoding.start(0, logits, [sampling], [generator], [begin])

@@ -2,13 +2,14 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from kvcache import PrefixKey, PrefixSnapshot
 from kvcache.decoding import Sampling
+from kvcache.events import Event, emit
 from kvcache_chatterbox.audio import SPEECH_TOKENS
 from kvcache_chatterbox.voices import Voice
 
@@ -56,3 +57,33 @@ class Utterance:
         t3 = copy.copy(self.voice.t3)
         t3.cond_prompt_speech_tokens = torch.cat([prompt[:, : prompt.shape[1] - len(tail)], tail[None]], 1)
         return replace(self, voice=Voice(t3, self.voice.gen), reused=False)
+
+
+@dataclass
+class CutOff:
+    """Which segments of a text have come to their most tokens without an end, told as it happens.
+
+    Attributes:
+        segment: which one decodes.
+        found: those that were cut off.
+    """
+
+    segment: int = 0
+    found: list[int] = field(default_factory=list)
+
+    def tell(self, tokens: int, segment: int | None = None) -> None:
+        """A segment, by default the one that decodes, has said so many tokens, all that it may."""
+        segment = self.segment if segment is None else segment
+        self.found.append(segment)
+        tell_cut_off(segment, tokens)
+
+
+def tell_cut_off(segment: int, tokens: int) -> None:
+    """Emit the event that a segment has said so many tokens, all that it may, and has not come to its end."""
+    reason = "no stop token came within max_new_tokens: give more, or shorter segments, or look at the text"
+    emit(Event("cut_off", f"segment {segment}", {"segment": segment, "tokens": tokens}, reason))
+
+
+def rows_alone(sampling: Sampling) -> int:
+    """Rows that an utterance runs by itself: with guidance one without the text besides."""
+    return 2 if sampling.cfg_weight > 0 else 1

@@ -1,7 +1,7 @@
 """Speech tokens of utterances on managed caches: one by one, or several together in a batch."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Literal
@@ -33,11 +33,20 @@ from kvcache.stores.aside import Aside
 from kvcache.streaming import chunked
 from kvcache_chatterbox.decoding import Decoder
 from kvcache_chatterbox.long_text import Carry, Watch, in_batch, unwatched
-from kvcache_chatterbox.requests import check_count, check_text, condition, prefill
+from kvcache_chatterbox.plan import Layout
+from kvcache_chatterbox.requests import (
+    autocast_on,
+    check_count,
+    check_seed,
+    check_text,
+    condition,
+    each_without_autocast,
+    prefill,
+)
 from kvcache_chatterbox.reuse import Prepared, Reuse, VoiceReuse
 from kvcache_chatterbox.sampling import SamplingOptions, sampling_of
 from kvcache_chatterbox.stepping import Stepper, at_precision
-from kvcache_chatterbox.utterance import Utterance
+from kvcache_chatterbox.utterance import CutOff, Utterance, rows_alone
 from kvcache_chatterbox.voices import Voice
 
 
@@ -106,9 +115,7 @@ class UtteranceDecoder:
             kv_dtype = torch.bfloat16
         self._engine: Stepper | None = None
         if backend != "off":
-            self._engine = Stepper(
-                self.t3, backend, kv_dtype, tf32, precision, self.policy, max_cache_length, onednn, bucket
-            )
+            self._engine = Stepper(self.t3, backend, kv_dtype, tf32, precision, onednn, bucket)
             if (reason := self._why_not) is not None:
                 emit(Event("fell_back", f"{backend} to the token loop", reason=reason))
 
@@ -178,6 +185,7 @@ class UtteranceDecoder:
         if self.t3.is_gpt and options.cfg_weight > 0:
             raise InputError(f"cfg_weight={options.cfg_weight}: the GPT-2 variants have no guidance; leave it out")
         check_count("max_new_tokens", max_new_tokens)
+        check_seed(seed)
         text = check_text(self.t3, text_tokens, guided=options.cfg_weight > 0)
         positions = self.t3.speech_pos_emb
         if positions is not None and max_new_tokens >= (longest := positions.emb.num_embeddings):
@@ -186,6 +194,9 @@ class UtteranceDecoder:
             )
         if exaggeration is not None:
             voice = voice.with_emotion(exaggeration)
+        if autocast_on(self.t3):
+            reason = "an engine computes in its model's precision or the one it was given; give precision='bf16' for that speed"
+            emit(Event("fell_back", "autocast to the engine's own precision", reason=reason))
         return Utterance(voice, text[:1], options, max_new_tokens, seed, reused)
 
     def job(self, utterance: Utterance) -> Job:
@@ -233,10 +244,7 @@ class UtteranceDecoder:
 
     def slots(self, utterance: Utterance) -> int:
         """Slots of cache that an utterance needs in each of its rows in a batch."""
-        prefix = (
-            self._conditioning(utterance.voice, utterance.reused).shape[1] + utterance.text.shape[1] + self._overhead
-        )
-        return self._slots_taken(prefix, utterance.max_new_tokens)
+        return self._slots_taken(self._before(utterance), utterance.max_new_tokens, self._rows_together)
 
     def room(self, max_rows: int, slots: int | None = None, memory_budget: int | str | None = None) -> tuple[int, int]:
         """Slots and places of a batch that any utterance fits, within a budget.
@@ -255,7 +263,7 @@ class UtteranceDecoder:
         slots = self._manager.max_cache_length if slots is None else slots
         assert slots is not None
         check_count("slots", slots)
-        one = slots * self._token_bytes * (1 if self.t3.is_gpt else 2)
+        one = slots * self._token_bytes * self._rows_together
         memory_budget = None if memory_budget is None else parse_bytes(memory_budget)
         if memory_budget is not None and memory_budget < one:
             raise CapacityError(
@@ -279,26 +287,54 @@ class UtteranceDecoder:
 
     # ------------------------------------------------------------------ inside
 
-    def _tokens(self, utterance: Utterance, chunk_size: int, use_kv_cache: bool = True) -> Iterator[Tensor]:
-        """The speech tokens of one utterance, in chunks ``[1, n]``."""
+    def _tokens(
+        self,
+        utterance: Utterance,
+        chunk_size: int,
+        use_kv_cache: bool = True,
+        slots: int | None = None,
+        cut_off: CutOff | None = None,
+    ) -> Iterator[Tensor]:
+        """The speech tokens of one utterance, in chunks ``[1, n]``, each reported before it is given.
+
+        Args:
+            slots: of its cache, where they were planned; by default as many as it needs, or as a token loop comes to.
+            cut_off: of the text that it belongs to.
+        """
         check_count("chunk_size", chunk_size)
-        rows = 2 if utterance.sampling.cfg_weight > 0 else 1
+        rows, caching = rows_alone(utterance.sampling), self.enabled and use_kv_cache
         generator = utterance.generator()
-        decoder, cache = self._decoder(utterance, rows, generator, self.enabled and use_kv_cache)
+        decoder, cache = self._decoder(utterance, rows, generator, caching, slots)
         stepper = self._stepper
         if stepper is None or cache is None:
-            return self._reported(chunked(decoder.tokens(), chunk_size), cache)
-        return self._stepped(stepper, decoder, cache, utterance, chunk_size, generator)
+            chunks = self._reported(chunked(decoder.tokens(), chunk_size), cache)
+        else:
+            exactly = slots is not None
+            if slots is None:
+                slots = self._slots_taken(self._before(utterance), utterance.max_new_tokens, rows)
+            chunks = self._stepped(stepper, decoder, cache, utterance, chunk_size, generator, slots, exactly)
+        watched = self._watched(chunks, utterance, CutOff() if cut_off is None else cut_off)
+        return each_without_autocast(self.t3, watched)
 
     def _decoder(
-        self, utterance: Utterance, rows: int, generator: torch.Generator | None, caching: bool
+        self,
+        utterance: Utterance,
+        rows: int,
+        generator: torch.Generator | None,
+        caching: bool,
+        slots: int | None = None,
     ) -> tuple[Decoder, Any]:
-        """What prefills an utterance, and the cache for it, both new."""
+        """What prefills an utterance, and the cache for it, both new.
+
+        Args:
+            slots: of a cache that the token loop goes on with, all at once; by default it grows.
+        """
         reuse = self._reuse_now(utterance.reused)
         text = utterance.text.expand(rows, -1)
         request = prefill(self.t3, self._conditioning(utterance.voice, utterance.reused), text, self.double_bos)
         total = utterance.max_new_tokens
-        cache = self._new_cache(request.embeds, total) if caching else None
+        slots = slots if self._stepper is None else None
+        cache = self._new_cache(request.embeds, total, slots) if caching else None
         start = None
         if cache is not None and reuse is not None:
             known = utterance.known or (None if utterance.voice.kept else reuse.passing)
@@ -319,22 +355,50 @@ class UtteranceDecoder:
         return 2 if self.double_bos and not self.t3.is_gpt else 1
 
     @property
+    def _rows_together(self) -> int:
+        """Cache rows of an utterance in a batch: two where the model can be guided, whatever its weight."""
+        return 1 if self.t3.is_gpt else 2
+
+    @property
     def _token_bytes(self) -> int:
         """Of one token in one cache row, over all layers."""
         stepper = self._stepper
         return self._manager.geometry.token_bytes if stepper is None else stepper.token_bytes
 
-    def _slots_needed(self, before: int, total: int) -> int:
+    def _before(self, utterance: Utterance) -> int:
+        """Tokens before an utterance's speech."""
+        conditioning = self._conditioning(utterance.voice, utterance.reused).shape[1]
+        return int(conditioning + utterance.text.shape[1] + self._overhead)
+
+    def _layout(self, rows: int, slots_of: Callable[[int, int, int], int]) -> Layout:
+        """How a segment lies in so many rows of a cache."""
+        return Layout(
+            rows,
+            self._token_bytes if self.enabled else 0,
+            lambda before, most: slots_of(before, most, rows),
+            lambda before: self._pinned_twice(before, rows) if self.enabled else 0,
+        )
+
+    def _pinned_twice(self, before: int, rows: int) -> int:
+        """Bytes of the keys that re-rotated positions keep besides, as they were before they were turned."""
+        if self._manager.positions != "rerotated" or not self.policy.evicts:
+            return 0
+        geometry = self._manager.geometry
+        keys = sum(geometry.of(layer).layer_token_bytes[0] for layer in range(geometry.layers))
+        return rows * keys * Pinned(before, self.policy).pinned
+
+    def _slots_needed(self, before: int, total: int, rows: int) -> int:
         """Slots of a row with so many tokens before the speech and so many of it, or what the policy keeps of them."""
-        token = self._manager.geometry.token_bytes * (1 if self.t3.is_gpt else 2)
-        policy = Pinned(before, self.policy).resolve(token, 0, self._manager.max_cache_length)
+        token, twice = self._manager.geometry.token_bytes * rows, self._pinned_twice(before, rows)
+        policy = Pinned(before, self.policy).resolve(token, twice, self._manager.max_cache_length)
         return before + total - 1 if policy.limit is None else policy.limit  # the last token drawn is never run
 
-    def _slots_taken(self, before: int, total: int) -> int:
+    def _slots_taken(self, before: int, total: int, rows: int) -> int:
         """The same; in steps where steps of the decode are captured or compiled, which then serve other texts, too."""
-        needed = self._slots_needed(before, total)
+        needed = self._slots_needed(before, total, rows)
         most = self._manager.max_cache_length
-        if not self._captures or self.policy.evicts or most is None or needed > most:
+        captures = self._captures and self._stepper is not None
+        if not captures or self.policy.evicts or most is None or needed > most:
             return needed
         return min(-(-needed // self._bucket) * self._bucket, most)
 
@@ -349,17 +413,17 @@ class UtteranceDecoder:
     ) -> Iterator[tuple[int, Tensor]]:
         """The speech tokens of utterances, decoded together if that can be, one after another else."""
         if rows == 1 or carry is not None or not self.batches:
-            return self._one_by_one(utterances, chunk_size, carry, watch)
+            return self._one_by_one(utterances, chunk_size, carry, watch, slots)
         slots = max(map(self.slots, utterances)) if slots is None else slots
-        return self._together(utterances, rows, chunk_size, slots, watch)
+        return each_without_autocast(self.t3, self._together(utterances, rows, chunk_size, slots, watch))
 
     def _one_by_one(
-        self, utterances: Sequence[Utterance], chunk_size: int, carry: Carry | None, watch: Watch
+        self, utterances: Sequence[Utterance], chunk_size: int, carry: Carry | None, watch: Watch, slots: int | None
     ) -> Iterator[tuple[int, Tensor]]:
-        before = None
-        for index, utterance in enumerate(utterances):
-            said = []
-            for chunk in self._tokens(utterance.after(before), chunk_size):
+        before, cut_off = None, CutOff()
+        for cut_off.segment, utterance in enumerate(utterances):
+            index, said = cut_off.segment, []
+            for chunk in self._tokens(utterance.after(before), chunk_size, slots=slots, cut_off=cut_off):
                 said.append(chunk[0])
                 watch(index, chunk.shape[1], False)
                 yield index, chunk
@@ -368,14 +432,17 @@ class UtteranceDecoder:
 
     def _together(
         self, utterances: Sequence[Utterance], rows: int, chunk_size: int, slots: int, watch: Watch
-    ) -> Iterator[tuple[int, Tensor]]:
+    ) -> Generator[tuple[int, Tensor], None, None]:
+        cut_off = CutOff()
         with self.batch(rows, slots) as batch:
             for chunk in in_batch(batch, [self.job(utterance) for utterance in utterances], chunk_size, watch):
-                self._last = batch.report()
+                if chunk.cut_off:
+                    cut_off.tell(utterances[chunk.index].max_new_tokens, chunk.index)
+                self._last = dataclasses.replace(batch.report(), cut_off=tuple(cut_off.found))
                 if chunk.tokens.numel():
                     yield chunk.index, chunk.tokens[None].to(self.t3.device)
 
-    def _new_cache(self, embeds: Tensor, max_new_tokens: int) -> Any:
+    def _new_cache(self, embeds: Tensor, max_new_tokens: int, slots: int | None = None) -> Any:
         rows, prefix = embeds.shape[:2]
         longest = self._manager.max_cache_length
         # The last token drawn is never run, and so takes no slot.
@@ -388,13 +455,14 @@ class UtteranceDecoder:
         return new_cache(
             self.t3.tfmr,
             policy,
-            max_length=longest,
+            max_length=longest if slots is None or self.policy.evicts else slots,
+            preallocate=slots is not None,
             positions=self._manager.positions,
             rows=rows,
             geometry=self._manager.geometry,
         )
 
-    def _reported(self, chunks: Iterator[Tensor], cache: Any) -> Iterator[Tensor]:
+    def _reported(self, chunks: Iterator[Tensor], cache: Any) -> Generator[Tensor, None, None]:
         reason = self._why_not
         for chunk in chunks:
             report = CacheReport((), enabled=False) if cache is None else self._manager.report(cache)
@@ -409,10 +477,25 @@ class UtteranceDecoder:
         utterance: Utterance,
         size: int,
         generator: torch.Generator | None,
-    ) -> Iterator[Tensor]:
-        total = utterance.max_new_tokens
-        chunks = stepper.chunks(decoder.prefill(), cache, utterance.sampling, total, size, generator)
+        slots: int,
+        exactly: bool,
+    ) -> Generator[Tensor, None, None]:
+        sampling, total = utterance.sampling, utterance.max_new_tokens
+        chunks = stepper.chunks(decoder.prefill(), cache, sampling, total, size, generator, slots, exactly)
         del decoder, cache  # what was prefilled is copied, and would take its memory twice while this decodes
         for chunk, report in chunks:
             self._last = report
+            yield chunk
+
+    def _watched(
+        self, chunks: Iterator[Tensor], utterance: Utterance, cut_off: CutOff
+    ) -> Generator[Tensor, None, None]:
+        """The chunks; where they come to the utterance's most tokens without an end, that is told and reported."""
+        said, total, stop = 0, utterance.max_new_tokens, self.t3.hp.stop_speech_token
+        for chunk in chunks:
+            said += chunk.shape[1]
+            # The GPT-2 loop keeps its stop token to itself: what has said all that it may has not ended.
+            if said == total and (self.t3.is_gpt or int(chunk[0, -1]) != stop):
+                cut_off.tell(total)
+            self._last = dataclasses.replace(self._last, cut_off=tuple(cut_off.found))
             yield chunk

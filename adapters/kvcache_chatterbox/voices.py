@@ -17,6 +17,7 @@ from kvcache import CorruptError, InputError, PrefixSnapshot
 from kvcache.archive import pack, unpack
 from kvcache.errors import said
 from kvcache.files import read_given, write_private
+from kvcache_chatterbox.requests import check_number
 from kvcache_chatterbox.reuse import VoiceReuse
 
 VERSION = 1  # of the file
@@ -58,8 +59,19 @@ class Voice:
         _check(t3, parts)
         return cls(kinds(**parts), {name: _kept(value) for name, value in gen.items()})
 
+    @property
+    def emotion(self) -> float | None:
+        """How the voice speaks unless a request says otherwise; None for a model that knows no emotion."""
+        given = self.t3.emotion_adv
+        return None if given is None else float(torch.as_tensor(given).reshape(-1)[0])
+
     def with_emotion(self, exaggeration: float) -> "Voice":
-        """The same speaker with another emotion; not `kept` until it is added under a name."""
+        """The same speaker with another emotion; not `kept` until it is added under a name.
+
+        Raises:
+            InputError: if that is no finite number.
+        """
+        check_number("exaggeration", exaggeration)
         t3 = copy.copy(self.t3)
         t3.emotion_adv = exaggeration * torch.ones(1, 1, 1)
         return Voice(t3, self.gen, kept=False)

@@ -60,12 +60,14 @@ class Piece:
         tokens: ``[n]``, on the host; none where all that came was an end that is not said.
         over: whether it has ended.
         error: why it could not go on; what it said before is in `tokens`.
+        cut_off: whether it has ended at its most tokens, and not with one that ends it.
     """
 
     job: Job
     tokens: Tensor
     over: bool
     error: InputError | None = None
+    cut_off: bool = False
 
 
 class Batch:
@@ -178,7 +180,8 @@ class Batch:
         stops = torch.isin(tokens, torch.tensor(ends, dtype=torch.long)).nonzero()
         if len(stops):
             return Piece(job, tokens[: int(stops[0]) + job.says_end], True)
-        return Piece(job, tokens, self._made[place] == job.total)
+        over = self._made[place] == job.total
+        return Piece(job, tokens, over, cut_off=over)
 
     def _gather(self) -> int:
         """Move jobs to lower places as far as steps get cheaper by it. How many places the next step runs."""

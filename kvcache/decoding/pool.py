@@ -1,5 +1,6 @@
 """Decodings that wait for their next request: what was captured or compiled serves again."""
 
+import gc
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from threading import Lock
@@ -9,9 +10,15 @@ from kvcache.models import Signature
 
 
 class Pool:
-    """Lends a `Decoding` to one request at a time, and keeps one of a kind for the next."""
+    """Lends a `Decoding` to one request at a time, and keeps one of a kind for the next.
 
-    def __init__(self) -> None:
+    Args:
+        most: kinds that one request and those that wait may come to; None: any number. Where memory is planned, one: then
+            what waits is what the last request held, and it is gone before another kind is made.
+    """
+
+    def __init__(self, most: int | None = None) -> None:
+        self._most = most
         self._idle: dict[Hashable, Decoding] = {}
         self._of: Signature | None = None  # the model that those are for
         self._lock = Lock()
@@ -40,8 +47,12 @@ class Pool:
                 self._idle.clear()
                 self._of = signature
             decoding = self._idle.pop(kind, None)
+            captured = self._let_go(1)
         if decoding is None or decoding.kv.slots < slots or (exactly and decoding.kv.slots != slots):
+            captured |= decoding is not None and decoding.backend != "eager"
             decoding = None  # its memory first
+            if captured and self._most is not None:
+                gc.collect()  # what was captured refers to its decoding, and that to it
             decoding = make(slots)
         try:
             yield decoding
@@ -51,7 +62,17 @@ class Pool:
                 waiting = self._idle.get(kind)
                 fits = waiting is None or exactly or waiting.kv.slots < decoding.kv.slots
                 if fits and self._of is signature:
+                    self._idle.pop(kind, None)
                     self._idle[kind] = decoding
+                    self._let_go(0)
+
+    def _let_go(self, lent: int) -> bool:
+        """Of those that have waited longest, where with so many that are lent there are too many kinds. Whether there was
+        anything captured or compiled among them."""
+        captured = False
+        while self._most is not None and len(self._idle) + lent > self._most:
+            captured |= self._idle.pop(next(iter(self._idle))).backend != "eager"
+        return captured
 
     def clear(self) -> None:
         """Let go of what waits, and of its memory."""

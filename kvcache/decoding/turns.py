@@ -31,11 +31,13 @@ class Chunk:
         index: which job.
         tokens: ``[n]``, on the host.
         last: whether the job ends with them.
+        cut_off: whether it ends because it came to its most tokens, and not with one that ends it.
     """
 
     index: int
     tokens: Tensor
     last: bool
+    cut_off: bool = False
 
 
 class Request:
@@ -73,6 +75,7 @@ class Request:
         self.error: BaseException | None = None
         self._said: dict[int, Tensor] = {}  # of each job that has begun and is not all delivered
         self._ended: set[int] = set()
+        self._cut_off: set[int] = set()
         self._next = 0  # whose tokens are delivered
         self._before: Tensor | None = None
         self._spoken = False
@@ -114,6 +117,8 @@ class Request:
         if piece.over:
             del self.running[piece.job]
             self._ended.add(index)
+            if piece.cut_off:
+                self._cut_off.add(index)
         self._watch(index, len(piece.tokens), piece.over)
         self._due()
 
@@ -126,7 +131,7 @@ class Request:
             self._said[index] = said
             if not ended:
                 return
-            self._hand(Chunk(index, said, True))
+            self._hand(Chunk(index, said, True, index in self._cut_off))
             del self._said[index]
             self._next += 1
 
