@@ -238,6 +238,8 @@ def telling(
         """Whether a request would be heard."""
         status = "closed" if gate.state == "ready" and scheduler.closed else gate.state
         found = {"status": status, **about, "languages": sorted(about["languages"])}
+        if scheduler.error is not None:  # its kind alone: what it says may hold what nobody outside should read
+            found["reason"] = type(scheduler.error).__name__
         return JSONResponse(found, 200 if status == "ready" else 503)
 
     @router.get("/metrics", response_class=Response)

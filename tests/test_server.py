@@ -17,11 +17,12 @@ if any(importlib.util.find_spec(name) is None for name in ("fastapi", "uvicorn",
 import httpx
 from support.clocks import Ticking
 from support.serving import body, engine_of, server, server_load, serving
-from support.waiting import until_async
+from support.waiting import until, until_async
 from t3_models import tiny_t3
 
 from server_errors import for_clients  # isort: skip
 
+from kvcache.decoding import Batch
 from kvcache_chatterbox import SpeechScheduler
 from kvcache_chatterbox.standin import ToneVocoder
 
@@ -213,6 +214,25 @@ def test_it_ends_in_order_and_then_is_not_healthy():
         assert httpx.get(f"{url}/health").status_code == 200
     assert status("GET", "/health") == 503
     assert status("POST", "/v1/audio/speech", json=body()) == 503
+
+
+def test_s10_health_says_by_what_kind_of_error_it_was_ended(monkeypatch):
+    engine = engine_of(server_load.tiny())
+
+    def breaks(*given):
+        raise RuntimeError("a secret of the device")
+
+    with serving(server.create_app(SpeechScheduler(engine), engine.voices)) as url:
+        say(url)
+        monkeypatch.setattr(Batch, "turn", breaks)
+        monkeypatch.setattr(Batch, "leave", breaks)
+        assert httpx.post(f"{url}/v1/audio/speech", json=body()).status_code == 500
+        until(lambda: httpx.get(f"{url}/health").status_code == 503)
+        found = httpx.get(f"{url}/health")
+        assert (found.json()["status"], found.json()["reason"]) == ("closed", "RuntimeError")
+        assert "secret" not in found.text
+        refused = httpx.post(f"{url}/v1/audio/speech", json=body())
+        assert refused.status_code == 503 and "secret" not in refused.text
 
 
 def test_eight_clients_for_some_requests(url, monkeypatch):
