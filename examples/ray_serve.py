@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import hashlib
 import importlib
+import math
 import re
 import struct
 import threading
@@ -151,6 +152,7 @@ class Replica:
         try:
             speaker, prefix = (None, None) if voice is None else await self._prepare(voice)
             stream = self._scheduler.submit(text, voice=speaker, **options)
+            audio = await anext(stream, None)  # an error of the request comes in place of its first audio
         except FileNotFoundError as error:
             yield {"status": 404, "reason": str(error)}
             return
@@ -158,11 +160,12 @@ class Replica:
             yield {"status": 400, "reason": str(error)}
             return
         except BusyError as error:
-            yield {"status": 429, "reason": str(error)}
+            yield {"status": 429, "reason": str(error), "retry_after": math.ceil(error.retry_after or 1)}
             return
         try:
-            async for audio in stream:
+            while audio is not None:
                 yield {"audio": audio[0].cpu().numpy(), "replica": self._id, "prefix": prefix}
+                audio = await anext(stream, None)
         finally:
             await stream.aclose()
 
@@ -266,7 +269,7 @@ class Ingress:
         first = await anext(chunks, None)  # so that an error still is a status
         headers = {}
         if first is not None and "status" in first:
-            retry = {"Retry-After": "1"} if first["status"] in (429, 503) else None
+            retry = {"Retry-After": str(first.get("retry_after", 1))} if first["status"] in (429, 503) else None
             raise HTTPException(first["status"], first["reason"], retry)
         if first is not None:
             headers = {f"X-{name}": str(first[name]) for name in ("replica", "prefix", "retried")}

@@ -12,6 +12,7 @@ the model, stream and end is then real, the sound is not speech.
 import argparse
 import asyncio
 import importlib
+import math
 import random
 import struct
 import time
@@ -92,7 +93,7 @@ def problem_of(error: Exception) -> Problem:
     if isinstance(error, InputError | CapacityError):
         return Problem(400, str(error), "invalid_request")
     if isinstance(error, BusyError):
-        return Problem(429, str(error), "busy", {"Retry-After": "1"})
+        return Problem(429, str(error), "busy", {"Retry-After": str(math.ceil(error.retry_after or 1))})
     if isinstance(error, ClosedError):
         return Problem(503, str(error), "closing", {"Retry-After": "5"})
     if isinstance(error, Problem):

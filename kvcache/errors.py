@@ -34,7 +34,15 @@ class MissingDependencyError(InputError, ModuleNotFoundError):
 
 
 class BusyError(KVCacheError):
-    """More requests than may wait. Nothing is wrong with this one; it may come again later."""
+    """More requests than may wait. Nothing is wrong with this one; it may come again later.
+
+    Attributes:
+        retry_after: seconds after which to come again, as far as can be told; None if it cannot.
+    """
+
+    def __init__(self, message: str = "", retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class ClosedError(KVCacheError):

@@ -1,213 +1,55 @@
-"""Many requests on one `Batch`: who decodes next, what is delivered in which order, and an async front.
+"""An async front for many requests on one `Batch`, which a thread of its own decodes.
 
-A request is one or more jobs, such as the segments of a long text, which decode together and are delivered one after the
-other. Its first job decodes before its others enter, so that the first chunk does not wait for them. A free place goes to
-the request that has fewest jobs decoding, and among equals to the one that came first: no request waits for another's end
-while there are places, and none is passed over for ever.
+Whose turn it is, and how long anybody waits for it at most, is said in `kvcache.decoding.turns`.
 """
 
 import asyncio
+import logging
 import statistics
 import threading
 import time
+import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from functools import partial
+from typing import Any, Generic, TypeVar
 
-import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from kvcache.decoding.batch import Batch, Job, Piece
-from kvcache.errors import BusyError, ClosedError, InputError
+from kvcache.decoding.batch import Batch, Job
+from kvcache.decoding.turns import Chunk, Request, Turns
+from kvcache.errors import BusyError, ClosedError, InputError, KVCacheError
+
+__all__ = ["Chunk", "Request", "Scheduler", "SchedulerMetrics", "Stream", "Turns", "Work"]
 
 T = TypeVar("T")
 
+log = logging.getLogger("kvcache.scheduler")
+
 _LATEST = 1000  # requests that percentiles are over
+_LAST = 32  # requests whose length says how soon another may come
 
 
 @dataclass(frozen=True, eq=False)
-class Chunk:
-    """Tokens of one job of a request.
+class Work(Generic[T]):
+    """What a request consists of.
 
     Attributes:
-        index: which job.
-        tokens: ``[n]``, on the host.
-        last: whether the job ends with them.
+        jobs, make, sequence: see `Request`.
+        through: makes of a chunk what the consumer is given, in a thread of its own.
     """
 
-    index: int
-    tokens: Tensor
-    last: bool
+    jobs: int
+    make: Callable[[int, Tensor | None], Job]
+    through: Callable[[Chunk], Iterable[T]]
+    sequence: bool = False
 
-
-class Request:
-    """Jobs that are delivered in order.
-
-    Args:
-        jobs: how many.
-        make: gives the job of an index, when there is a place for it. In sequence, it is also given the tokens of the
-            job before, ``[n]``.
-        size: tokens in a chunk; the last of a job may be shorter.
-        sequence: a job begins when the one before has ended.
-        deliver: takes the chunks.
-        blocked: says that the consumer is behind, and no further job should begin; those that have begun go on.
-        watch: is told what is decoded as it is, whatever its turn in the order: which job, how many new tokens, whether it
-            has ended.
-    """
-
-    def __init__(
-        self,
-        jobs: int,
-        make: Callable[[int, Tensor | None], Job],
-        *,
-        size: int,
-        sequence: bool = False,
-        deliver: Callable[[Chunk], None] = lambda chunk: None,
-        blocked: Callable[[], bool] = lambda: False,
-        watch: Callable[[int, int, bool], None] = lambda index, tokens, over: None,
-    ) -> None:
-        if jobs < 1 or size < 1:
-            raise InputError(f"a request of {jobs} jobs in chunks of {size} tokens: give at least 1 of each")
-        self.jobs, self.deliver, self.blocked, self._watch = jobs, deliver, blocked, watch
-        self._make, self._size, self._sequence = make, size, sequence
-        self.running: dict[Job, int] = {}
-        self.entered = 0
-        self.error: BaseException | None = None
-        self._said: dict[int, Tensor] = {}  # of each job that has begun and is not all delivered
-        self._ended: set[int] = set()
-        self._next = 0  # whose tokens are delivered
-        self._before: Tensor | None = None
-        self._spoken = False
-
-    @property
-    def over(self) -> bool:
-        """Whether all has been delivered, or it has failed."""
-        return self._next == self.jobs or self.error is not None
-
-    @property
-    def ready(self) -> bool:
-        """Whether a further job may enter."""
-        if self.over or self.entered == self.jobs:
-            return False
-        if self.entered == 0:
-            return True
-        return self._spoken and not (self._sequence and self.running) and not self.blocked()
-
-    def enter(self, batch: Batch) -> None:
-        """Bring the next job into a free place."""
-        index = self.entered
-        job = self._make(index, self._before)
-        self.entered, self._before = index + 1, None
-        self.running[job] = index
-        try:
-            self.take(batch.enter(job))
-        except BaseException:
-            self.running.pop(job, None)
-            batch.leave(job)
-            raise
-
-    def take(self, piece: Piece) -> None:
-        """Take what one of the jobs has said, and deliver what is due; raise what kept it from going on."""
-        if piece.error is not None:
-            raise piece.error
-        index = self.running[piece.job]
-        held = self._said.get(index)
-        self._said[index] = piece.tokens if held is None else torch.cat([held, piece.tokens])
-        if self._sequence:
-            self._before = piece.tokens if self._before is None else torch.cat([self._before, piece.tokens])
-        if piece.over:
-            del self.running[piece.job]
-            self._ended.add(index)
-        self._watch(index, len(piece.tokens), piece.over)
-        self._due()
-
-    def _due(self) -> None:
-        while self._next in self._said:
-            index, said, ended = self._next, self._said[self._next], self._next in self._ended
-            while len(said) > self._size or (len(said) == self._size and not ended):
-                self._hand(Chunk(index, said[: self._size], False))
-                said = said[self._size :]
-            self._said[index] = said
-            if not ended:
-                return
-            self._hand(Chunk(index, said, True))
-            del self._said[index]
-            self._next += 1
-
-    def _hand(self, chunk: Chunk) -> None:
-        self._spoken = True
-        self.deliver(chunk)
-
-
-class Turns:
-    """Requests that share a batch, one turn after the other. Not safe for threads: one drives it.
-
-    Args:
-        batch: with nothing in it.
-        prefills: how many jobs may enter in one turn, while those that decode wait.
-        reserved: places that are kept for the first jobs of requests.
-    """
-
-    def __init__(self, batch: Batch, prefills: int = 8, reserved: int = 0) -> None:
-        self.batch = batch
-        self.requests: list[Request] = []
-        self.tokens = 0
-        self._prefills, self._reserved = prefills, reserved
-
-    def add(self, request: Request) -> None:
-        """Let a request wait for its first place."""
-        self.requests.append(request)
-
-    def drop(self, request: Request) -> None:
-        """End a request; its places are free."""
-        if request in self.requests:
-            self.requests.remove(request)
-            for job in request.running:
-                self.batch.leave(job)
-            request.running.clear()
-
-    def turn(self) -> list[Request]:
-        """Let jobs enter as places allow, then decode some steps. The requests that are over, failed ones among them."""
-        for _ in range(self._prefills):
-            free = self.batch.places - self.batch.busy
-            ready = [r for r in self.requests if r.ready and free > (self._reserved if r.entered else 0)]
-            if not ready:
-                break
-            request = min(ready, key=lambda request: len(request.running))  # the first of equals came first
-            try:
-                request.enter(self.batch)
-                self.tokens += 1
-            except Exception as error:  # its own, and nobody else's
-                self._fail(request, error)
-        try:
-            pieces = self.batch.turn()
-        except Exception as error:  # no telling whose
-            for request in self.requests:
-                if request.running:
-                    self._fail(request, error)
-            pieces = []
-        owners = {job: request for request in self.requests for job in request.running}
-        for piece in pieces:
-            self.tokens += len(piece.tokens)
-            owner = owners[piece.job]
-            try:
-                if owner.error is None:
-                    owner.take(piece)
-            except Exception as error:  # of whom it is delivered to
-                self._fail(owner, error)
-        over = [request for request in self.requests if request.over]
-        for request in over:
-            self.drop(request)
-        return over
-
-    def _fail(self, request: Request, error: BaseException) -> None:
-        request.error = error
-        for job in request.running:
-            self.batch.leave(job)
-        request.running.clear()
+    def __post_init__(self) -> None:
+        if self.jobs < 1:
+            raise InputError(f"a request of {self.jobs} jobs: give at least 1")
 
 
 @dataclass(frozen=True)
@@ -219,7 +61,10 @@ class SchedulerMetrics:
         busy: jobs that do.
         waiting: requests none of whose jobs has begun.
         running: requests that have begun.
-        finished, cancelled, failed, refused: requests since the start, by how they ended.
+        finished: requests whose consumers were given all of it.
+        cancelled: that were closed, cancelled or forgotten before that.
+        failed: that ended by an error once they could begin, in decoding or in what is made of its chunks.
+        refused: of which nothing has run: there was no room, or they cannot be run as given.
         tokens: decoded since the start.
         ttfa: seconds from `submit` to the first item at the consumer, of the last 1000 requests: ``p50``, ``p90``,
             ``p99``; nothing before there are any.
@@ -241,12 +86,14 @@ class Scheduler:
     """An async front for many requests on one batch, which a thread of its own decodes.
 
     ``async with Scheduler(...) as scheduler`` starts and ends the thread. All methods are for the event loop it was
-    entered in.
+    entered in, but for `metrics`, `close` and the properties.
 
     Args:
         batch: opens the batch, in the thread.
         rows: its places.
         max_waiting: requests that may wait for their first place; one more is refused.
+        max_running: requests of several jobs that may have begun, see ``begun`` of `Turns`; by default twice the rows. No more
+            than ``max_waiting + max_running + rows`` requests are ever held.
         ahead: chunks that may lie undelivered before no further job of that request begins.
         prefills, reserved: see `Turns`; by default a place of several is reserved, so that a newcomer does not wait
             behind all the segments of a long text.
@@ -258,47 +105,57 @@ class Scheduler:
         rows: int,
         *,
         max_waiting: int = 64,
+        max_running: int | None = None,
         ahead: int = 32,
         prefills: int = 8,
         reserved: int | None = None,
     ) -> None:
-        for name, value in (("rows", rows), ("max_waiting", max_waiting), ("ahead", ahead), ("prefills", prefills)):
+        max_running = 2 * rows if max_running is None else max_running
+        limits = {
+            "rows": rows, "max_waiting": max_waiting, "max_running": max_running, "ahead": ahead, "prefills": prefills,
+        }  # fmt: skip
+        for name, value in limits.items():
             if value < 1:
                 raise InputError(f"{name}={value} must be at least 1")
         reserved = min(1, rows - 1) if reserved is None else reserved
         if not 0 <= reserved < rows:
             raise InputError(f"reserved={reserved} must be at least 0 and leave one of the {rows} rows")
         self._open_batch = batch
-        self._rows, self._max_waiting, self._ahead = rows, max_waiting, ahead
-        self._order = prefills, reserved
+        self._rows, self._max_waiting, self._max_running, self._ahead = rows, max_waiting, max_running, ahead
+        self._order = prefills, reserved, max_running
         self._changed = threading.Condition()
+        self._unprepared: deque[tuple[_Inbox, Callable[[], Work[Any]]]] = deque()
         self._added: list[Request] = []
         self._dropped: list[Request] = []
-        self._inboxes: dict[Request, _Inbox] = {}
-        self._thread: threading.Thread | None = None
+        self._inboxes: dict[_Inbox, None] = {}  # of requests that are accepted and not over
+        self._threads: list[threading.Thread] = []
+        self._started: asyncio.Future[None] | None = None
+        self._loop: weakref.ref[asyncio.AbstractEventLoop] | None = None  # the thread would keep it alive
         self._closing = False
+        self._error: BaseException | None = None
         self._turns: Turns | None = None
         self._tokens = 0  # of batches that are closed
         self._counts = dict.fromkeys(("finished", "cancelled", "failed", "refused"), 0)
         self._firsts: deque[float] = deque(maxlen=_LATEST)
+        self._lengths: deque[float] = deque(maxlen=_LAST)  # seconds from a request's begin to its end
 
     def __repr__(self) -> str:
-        state = "closed" if self._closing else "not started" if self._thread is None else "running"
+        state = "closed" if self._closing else "not started" if not self._threads else "running"
         return f"{type(self).__name__}(rows={self._rows}, {state}, {len(self._inboxes)} requests)"
 
     async def __aenter__(self) -> Self:
-        if self._thread is not None:
+        if self._threads:
             raise InputError("a scheduler starts once; make another")
-        self._loop = asyncio.get_running_loop()
-        started: asyncio.Future[None] = self._loop.create_future()
-        self._thread = threading.Thread(target=self._run, args=(started,), name="kvcache-scheduler", daemon=True)
-        self._thread.start()
+        loop = asyncio.get_running_loop()
+        self._loop = weakref.ref(loop)
+        self._abandoned = weakref.finalize(loop, self._stop)  # by who never closes the scheduler
+        self._abandoned.atexit = False
+        started = self._started = loop.create_future()
+        self._start(self._run, "kvcache-scheduler")
         try:
             await started
         except BaseException:
-            with self._changed:
-                self._closing = True
-                self._changed.notify()
+            self._stop()
             raise
         return self
 
@@ -306,12 +163,12 @@ class Scheduler:
         await self.close()
 
     async def close(self) -> None:
-        """End all requests, whose consumers are told, and the thread."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
-        if self._thread is not None:
-            await asyncio.to_thread(self._thread.join)
+        """End all requests, whose consumers are told, and the threads. Any event loop may do that."""
+        self._stop()
+        for thread in self._threads:
+            await asyncio.to_thread(thread.join)
+        if self._loop is not None:
+            self._abandoned.detach()
 
     def submit(
         self,
@@ -328,38 +185,40 @@ class Scheduler:
             through: makes of a chunk what the consumer is given, in a thread of its own.
 
         Raises:
-            BusyError: if too many wait.
-            ClosedError: if the scheduler is closed, or has not begun.
+            BusyError: if there is no room for it; its ``retry_after`` says when there may be.
+            ClosedError: if the scheduler is closed, or has not begun, or was entered in another event loop.
         """
-        if self.closed:
-            raise ClosedError("the scheduler is closed; use it within `async with`")
-        if (waiting := self.metrics().waiting) >= self._max_waiting:
-            self._counts["refused"] += 1
-            raise BusyError(f"{waiting} requests wait already, max_waiting is {self._max_waiting}; come again later")
-        inbox = _Inbox()
-        request = Request(
-            jobs,
-            make,
-            size=size,
-            sequence=sequence,
-            deliver=lambda chunk: self._tell(inbox, chunk),
-            blocked=lambda: inbox.told - inbox.taken >= self._ahead,
-        )
-        self._inboxes[request] = inbox
+        inbox = self._accepted(size)
+        self._add(inbox, Work(jobs, make, through, sequence))
+        return Stream(self, inbox)
+
+    def submit_prepared(self, prepare: Callable[[], Work[T]], *, size: int) -> "Stream[T]":
+        """`submit` what takes a while to prepare: `prepare` runs in a thread, once there is room, and one at a time.
+
+        What it raises, the stream raises instead of its first item; then nothing of the request has run.
+        """
+        inbox = self._accepted(size)
         with self._changed:
-            self._added.append(request)
-            self._changed.notify()
-        return Stream(self, request, inbox, through)
+            self._unprepared.append((inbox, prepare))
+            if len(self._threads) == 1:
+                self._start(self._prepare, "kvcache-prepare")
+            self._changed.notify_all()
+        return Stream(self, inbox)
 
     @property
     def closed(self) -> bool:
-        """Whether it takes no requests: not yet begun, closed, or ended by an error."""
-        return self._thread is None or self._closing
+        """Whether it takes no requests: not yet begun, closed, ended by an error, or its event loop is closed."""
+        loop = None if self._loop is None else self._loop()
+        return not self._threads or self._closing or loop is None or loop.is_closed()
+
+    @property
+    def error(self) -> BaseException | None:
+        """What ended it, or came up when it was closed; None while all is well."""
+        return self._error
 
     def metrics(self) -> SchedulerMetrics:
         """What it does and has done."""
-        requests = list(self._inboxes)
-        waiting = sum(request.entered == 0 for request in requests)
+        waiting, running = self._held()
         turns = self._turns
         firsts = list(self._firsts)
         cuts = (
@@ -369,9 +228,9 @@ class Scheduler:
         )
         return SchedulerMetrics(
             rows=self._rows,
-            busy=0 if turns is None else turns.batch.busy,
+            busy=0 if turns is None else turns.busy,
             waiting=waiting,
-            running=len(requests) - waiting,
+            running=len(running),
             tokens=self._tokens if turns is None else turns.tokens,
             ttfa={f"p{p}": cuts[p - 1] for p in (50, 90, 99)} if cuts else {},
             **self._counts,
@@ -379,47 +238,183 @@ class Scheduler:
 
     # ------------------------------------------------------------------ in the event loop
 
+    def _held(self) -> "tuple[int, Sequence[_Inbox]]":
+        """How many requests wait for their first place, and those that have begun."""
+        inboxes = list(self._inboxes)
+        running = [inbox for inbox in inboxes if inbox.request is not None and inbox.request.entered]
+        return len(inboxes) - len(running), running
+
+    def _accepted(self, size: int) -> "_Inbox":
+        self._check_open()
+        if size < 1:
+            raise InputError(f"size={size}: a chunk has at least 1 token")
+        waiting, running = self._held()
+        most = self._max_waiting + self._max_running + self._rows
+        if waiting >= self._max_waiting or waiting + len(running) >= most:
+            self._counts["refused"] += 1
+            seconds = self._until_room(waiting, running)
+            full = f"{waiting} requests wait already, max_waiting is {self._max_waiting}"
+            if waiting < self._max_waiting:
+                full = f"{waiting + len(running)} requests are held already, which is the most"
+            raise BusyError(f"{full}; come again in about {seconds:.0f} s", seconds)
+        inbox = _Inbox(size)
+        self._inboxes[inbox] = None
+        return inbox
+
+    def _check_open(self) -> None:
+        if self._error is not None:
+            raise ClosedError(
+                f"the scheduler was ended by an error ({_told(self._error)}); start another"
+            ) from self._error
+        self._check_loop()
+        if self.closed:
+            raise ClosedError("the scheduler is closed; use it within `async with`")
+
+    def _is_here(self) -> bool:
+        """Whether this runs in the event loop that the scheduler was entered in."""
+        try:
+            return self._loop is not None and asyncio.get_running_loop() is self._loop()
+        except RuntimeError:  # in no event loop
+            return False
+
+    def _check_loop(self) -> None:
+        """Raise `ClosedError` in another event loop than the one that the scheduler was entered in."""
+        if self._loop is not None and not self._is_here():
+            mine = self._loop()
+            raise ClosedError(
+                "the scheduler belongs to the event loop that it was entered in, "
+                f"{'one that is gone' if mine is None else mine!r}, and is used outside of it; use it where it was entered"
+            )
+
+    def _until_room(self, waiting: int, running: "Sequence[_Inbox]") -> float:
+        """Seconds in which those who wait will have begun, if requests go on to take as long as the last ones."""
+        now = time.perf_counter()
+        ages = [now - inbox.began for inbox in running]
+        means = [sum(one) / len(one) for one in (ages, list(self._lengths)) if one]
+        return max(1.0, waiting * max(means, default=0.0) / max(1, len(running)))
+
     def _first(self, seconds: float) -> None:
         self._firsts.append(seconds)
 
-    def _drop(self, request: Request, counts: str = "cancelled") -> None:
-        if self._inboxes.pop(request, None) is not None:
-            self._counts[counts] += 1
+    def _count(self, inbox: "_Inbox", outcome: str) -> None:
+        """How a request has ended, the first time that this is said."""
+        if not inbox.counted:
+            inbox.counted = True
+            self._counts[outcome] += 1
+
+    def _drop(self, inbox: "_Inbox", outcome: str = "cancelled") -> None:
+        self._count(inbox, outcome)
+        if inbox in self._inboxes:
+            self._forget(inbox)
             with self._changed:
-                self._dropped.append(request)
-                self._changed.notify()
+                inbox.dropped = True
+                if inbox.request is not None:
+                    self._dropped.append(inbox.request)
+                self._changed.notify_all()
 
-    def _over(self, request: Request) -> None:
-        inbox = self._inboxes.pop(request, None)
-        if inbox is not None:
-            self._counts["finished" if request.error is None else "failed"] += 1
-            inbox.queue.put_nowait(_End(request.error))
+    def _over(self, inbox: "_Inbox", error: BaseException | None, outcome: str = "failed") -> None:
+        if inbox in self._inboxes:
+            self._forget(inbox)
+            if error is not None:  # else its consumer has still to be given it
+                self._count(inbox, outcome)
+            inbox.queue.put_nowait(_End(error))
 
-    # ------------------------------------------------------------------ in the thread
+    def _forget(self, inbox: "_Inbox") -> None:
+        del self._inboxes[inbox]
+        if inbox.request is not None and inbox.request.entered:
+            self._lengths.append(time.perf_counter() - inbox.began)
 
-    def _run(self, started: "asyncio.Future[None]") -> None:
+    # ------------------------------------------------------------------ in threads
+
+    def _start(self, target: Callable[[], None], name: str) -> None:
+        thread = threading.Thread(target=target, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _stop(self) -> None:
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+
+    def _prepare(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._closing or self._unprepared):
+                    self._changed.wait()
+                if self._closing:
+                    return
+                inbox, prepare = self._unprepared.popleft()
+            if inbox.dropped:
+                continue
+            try:
+                self._add(inbox, prepare())
+            except BaseException as error:  # handed to whoever waits for the first item
+                self._call(self._over, inbox, error, "refused" if isinstance(error, KVCacheError) else "failed")
+            del inbox, prepare
+
+    def _add(self, inbox: "_Inbox", work: Work[Any]) -> None:
+        def make(index: int, before: Tensor | None) -> Job:
+            if index == 0:
+                inbox.began = time.perf_counter()
+            return work.make(index, before)
+
+        inbox.through = work.through
+        request = Request(
+            work.jobs,
+            make,
+            size=inbox.size,
+            sequence=work.sequence,
+            deliver=lambda chunk: self._tell(inbox, chunk),
+            blocked=lambda: inbox.told - inbox.taken >= self._ahead,
+        )
+        with self._changed:
+            if not inbox.dropped:
+                inbox.request = request
+                self._added.append(request)
+                self._changed.notify_all()
+
+    def _run(self) -> None:
+        error: BaseException | None = None
+        opened: AbstractContextManager[Batch] | None = None
+        turns: Turns | None = None
         try:
-            opened = self._open_batch()
-            batch = opened.__enter__()
-        except BaseException as error:  # handed to whoever started it
-            self._call(_refuse, started, error)
-            return
-        try:
+            opening = self._open_batch()
+            batch = opening.__enter__()
+            opened = opening
             turns = self._turns = Turns(batch, *self._order)
-            self._call(_begin, started)
+            self._call(self._begin, None)
             while not self._closing:
                 self._turn(turns)
-        finally:
-            self._closing = True
+        except BaseException as caught:
+            error = caught
+        # First those who wait are told: whatever cleaning up comes to, and however long it takes.
+        self._error = error
+        self._stop()
+        self._call(self._end_all, error)
+        self._clean(opened, turns, error)
+
+    def _clean(
+        self, opened: AbstractContextManager[Batch] | None, turns: Turns | None, error: BaseException | None
+    ) -> None:
+        """End what decodes, and the batch. What goes wrong in that is in the log, and in `error`."""
+        ending: list[Callable[[], object]] = []
+        if turns is not None:
             self._turns, self._tokens = None, turns.tokens
-            for request in list(turns.requests):
-                turns.drop(request)
-            opened.__exit__(None, None, None)
-            self._call(self._end_all)
+            ending += [partial(turns.drop, request) for request in list(turns.requests)]
+        if opened is not None:
+            said = (None, None, None) if error is None else (type(error), error, error.__traceback__)
+            ending.append(partial(opened.__exit__, *said))
+        for one in ending:
+            try:
+                one()
+            except BaseException as again:
+                if again is not error:
+                    log.error("the scheduler could not clean up: %s", _told(again), exc_info=again)
+                    self._error = self._error or again
 
     def _turn(self, turns: Turns) -> None:
         with self._changed:
-            while not (self._closing or self._added or self._dropped or turns.requests):
+            while not (self._closing or self._added or self._dropped) and turns.idle:
                 self._changed.wait()
             added, self._added = self._added, []
             dropped, self._dropped = self._dropped, []
@@ -427,37 +422,54 @@ class Scheduler:
             turns.add(request)
         for request in dropped:
             turns.drop(request)
-        over = turns.turn()
-        for request in over:
-            self._call(self._over, request)
-        if not over and turns.requests and turns.batch.busy == 0:  # all that is left waits for its consumer
-            with self._changed:
-                self._changed.wait(0.02)
+        for request in turns.turn():
+            self._call(self._request_over, request)
 
-    def _end_all(self) -> None:
-        for request in list(self._inboxes):
-            request.error = ClosedError("the scheduler was closed before this request had ended; send it again")
-            self._over(request)
+    def _request_over(self, request: Request) -> None:
+        inbox = next((inbox for inbox in self._inboxes if inbox.request is request), None)
+        if inbox is not None:  # else it was dropped meanwhile
+            self._over(inbox, request.error)
+
+    def _end_all(self, error: BaseException | None) -> None:
+        self._begin(error)
+        for inbox in list(self._inboxes):
+            own = inbox.request.error if inbox.request is not None else None
+            self._over(
+                inbox,
+                own or error or ClosedError("the scheduler was closed before this request had ended; send it again"),
+            )
+
+    def _begin(self, error: BaseException | None) -> None:
+        started, self._started = self._started, None
+        if started is not None and not started.done():
+            if error is None:
+                started.set_result(None)
+            else:
+                started.set_exception(error)
 
     def _tell(self, inbox: "_Inbox", chunk: Chunk) -> None:
         inbox.told += 1
         self._call(inbox.queue.put_nowait, chunk)
 
+    def _took(self, inbox: "_Inbox") -> None:
+        """A consumer has taken a chunk; the next job of its request may begin."""
+        with self._changed:
+            inbox.taken += 1
+            self._changed.notify_all()
+
     def _call(self, function: Callable[..., None], *arguments: object) -> None:
+        loop = None if self._loop is None else self._loop()
         try:
-            self._loop.call_soon_threadsafe(function, *arguments)
-        except RuntimeError:  # the loop has ended without closing the scheduler: nobody is left to be told
-            self._closing = True
+            if loop is not None:
+                loop.call_soon_threadsafe(function, *arguments)
+                return
+        except RuntimeError:  # it is closed
+            log.debug("the event loop has ended without closing the scheduler")
+        self._stop()  # nobody is left to be told
 
 
-def _begin(started: "asyncio.Future[None]") -> None:
-    if not started.done():
-        started.set_result(None)
-
-
-def _refuse(started: "asyncio.Future[None]", error: BaseException) -> None:
-    if not started.done():
-        started.set_exception(error)
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 @dataclass(frozen=True)
@@ -466,20 +478,23 @@ class _End:
 
 
 class _Inbox:
-    """What has been decoded for a consumer, who may have forgotten it."""
+    """A request that was accepted: what has been decoded for its consumer, who may have forgotten it."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
+        self.size = size
         self.queue: asyncio.Queue[Chunk | _End] = asyncio.Queue()
         self.told = self.taken = 0  # chunks; one thread writes the one, another the other
+        self.request: Request | None = None  # until it is prepared
+        self.through: Callable[[Chunk], Iterable[Any]]
+        self.began = 0.0  # when its first job did
+        self.dropped = self.counted = False
 
 
 class Stream(AsyncIterator[T], Generic[T]):
     """What one request gives. Closing it, cancelling who waits for it or forgetting it ends the request."""
 
-    def __init__(
-        self, scheduler: Scheduler, request: Request, inbox: _Inbox, through: Callable[[Chunk], Iterable[T]]
-    ) -> None:
-        self._scheduler, self._request, self._inbox, self._through = scheduler, request, inbox, through
+    def __init__(self, scheduler: Scheduler, inbox: _Inbox) -> None:
+        self._scheduler, self._inbox = scheduler, inbox
         self._items: deque[T] = deque()
         self._since = time.perf_counter()
         self._given = self._ended = False
@@ -488,6 +503,8 @@ class Stream(AsyncIterator[T], Generic[T]):
         return self
 
     async def __anext__(self) -> T:
+        if not self._ended:
+            self._scheduler._check_loop()
         try:
             while not self._items:
                 if self._ended:
@@ -497,8 +514,9 @@ class Stream(AsyncIterator[T], Generic[T]):
                     self._ended = True
                     if item.error is not None:
                         raise item.error
+                    self._scheduler._count(self._inbox, "finished")
                 else:
-                    self._inbox.taken += 1
+                    self._scheduler._took(self._inbox)
                     self._items.extend(await asyncio.to_thread(self._made, item))
         except StopAsyncIteration:
             raise
@@ -511,17 +529,21 @@ class Stream(AsyncIterator[T], Generic[T]):
         return self._items.popleft()
 
     def _made(self, chunk: Chunk) -> list[T]:
-        return list(self._through(chunk))
+        return list(self._inbox.through(chunk))
 
     async def aclose(self) -> None:
         """End the request. Nothing happens if it has ended."""
-        self._end("cancelled")
+        if not self._ended:
+            self._end("cancelled")
 
-    def _end(self, counts: str) -> None:
+    def _end(self, outcome: str) -> None:
         self._ended = True
         self._items.clear()
-        self._scheduler._drop(self._request, counts)
+        if self._scheduler._is_here():
+            self._scheduler._drop(self._inbox, outcome)
+        else:
+            self._scheduler._call(self._scheduler._drop, self._inbox, outcome)
 
     def __del__(self) -> None:
         if not self._ended:
-            self._scheduler._call(self._scheduler._drop, self._request)
+            self._scheduler._call(self._scheduler._drop, self._inbox)

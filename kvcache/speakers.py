@@ -86,6 +86,43 @@ class SpeakerCache:
         """As `get_or_build`, but `extend` is given the longest known beginning of `key`, or None, to go on from."""
         return self._get(key, extend)
 
+    def find(self, key: PrefixKey) -> PrefixSnapshot | None:
+        """The longest beginning of `key` that is stored, which may be all of it."""
+        found = self._find(key)
+        with self._lock:
+            self._seconds_saved += 0.0 if found is None else found.build_seconds
+        return self._hit(found) if found is not None and len(found) == len(key) else found
+
+    def compute(
+        self,
+        key: PrefixKey,
+        start: PrefixSnapshot | None,
+        extend: Callable[[PrefixSnapshot | None], PrefixSnapshot],
+    ) -> PrefixSnapshot:
+        """What `extend` makes of `start`, None for nothing, counted and told. It is not stored, and no store is asked.
+
+        Raises:
+            InputError: if `extend` returns the snapshot of something else.
+        """
+        began = time.perf_counter()
+        built = extend(start)
+        seconds = time.perf_counter() - began
+        if built.key != key:
+            raise InputError(f"asked for {key!r}, built {built.key!r}; build exactly what the key says")
+        with self._lock:
+            self._build_seconds += seconds
+            self._extended += start is not None
+            self._built += start is None
+        numbers = {"tokens": len(key), "nbytes": built.nbytes, "seconds": seconds}
+        if start is not None:
+            numbers["known"] = len(start)
+        emit(Event("built" if start is None else "extended", repr(key), numbers))
+        return built
+
+    def keep(self, snapshot: PrefixSnapshot) -> None:
+        """Store what `compute` gave."""
+        self.store.put(snapshot)
+
     def pin(self, key: PrefixKey, pinned: bool = True) -> None:
         """Never evict this one from any tier; it need not be there yet."""
         self.store.pin(key, pinned)
@@ -123,7 +160,9 @@ class SpeakerCache:
                 self._seconds_saved += 0.0 if found is None else found.build_seconds
             if found is not None and len(found) == len(key):
                 return self._hit(found) if extending else found
-            return self._build(key, found, extend)
+            built = self.compute(key, found, extend)
+            self.keep(built)
+            return built
 
     @staticmethod
     def _hit(found: PrefixSnapshot) -> PrefixSnapshot:
@@ -142,25 +181,6 @@ class SpeakerCache:
             emit(Event("refused", repr(key), reason=f"{self.store.name} gave another one"))
             return None
         return found
-
-    def _build(
-        self, key: PrefixKey, start: PrefixSnapshot | None, extend: Callable[[PrefixSnapshot | None], PrefixSnapshot]
-    ) -> PrefixSnapshot:
-        began = time.perf_counter()
-        built = extend(start)
-        seconds = time.perf_counter() - began
-        if built.key != key:
-            raise InputError(f"asked for {key!r}, built {built.key!r}; build exactly what the key says")
-        self.store.put(built)
-        with self._lock:
-            self._build_seconds += seconds
-            self._extended += start is not None
-            self._built += start is None
-        numbers = {"tokens": len(key), "nbytes": built.nbytes, "seconds": seconds}
-        if start is not None:
-            numbers["known"] = len(start)
-        emit(Event("built" if start is None else "extended", repr(key), numbers))
-        return built
 
     @contextmanager
     def _alone_with(self, key: PrefixKey) -> Iterator[None]:

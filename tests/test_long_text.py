@@ -198,7 +198,8 @@ def test_bad_requests_are_refused_before_anything_runs(text, options, message):
     async def submit():
         async with SpeechScheduler(ours) as scheduler:
             with pytest.raises(InputError, match=message):
-                scheduler.submit(text, **options)
+                await anext(scheduler.submit(text, **options))
+            assert (scheduler.metrics().refused, scheduler.metrics().failed) == ("chunk_size" not in options, 0)
 
     asyncio.run(submit())
 
@@ -252,7 +253,7 @@ def test_limits_have_clear_refusals():
             with pytest.raises(InputError, match="max_characters is 500"):
                 scheduler.submit(TEXT * 5, **SHORT)
             with pytest.raises(CapacityError, match="slots of cache"):
-                scheduler.submit(TEXT, max_new_tokens=3000)
+                await anext(scheduler.submit(TEXT, max_new_tokens=3000))
             running = scheduler.submit(TEXT, **SHORT)
             await anext(running)
             waiting = scheduler.submit(TEXT, **SHORT)
@@ -267,4 +268,4 @@ def test_limits_have_clear_refusals():
         return scheduler.metrics()
 
     metrics = asyncio.run(run())
-    assert (metrics.refused, metrics.cancelled, metrics.finished, metrics.busy) == (1, 1, 0, 0)
+    assert (metrics.refused, metrics.cancelled, metrics.finished, metrics.busy) == (2, 1, 0, 0)

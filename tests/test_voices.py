@@ -180,7 +180,10 @@ def test_a_request_runs_only_what_its_voice_has_not():
         assert seen == [length + 2 + 2]  # the text and both starts of speech; the other row's starts of speech
         del seen[:]
         next(made.inference_stream(text_tokens=words, voice="sarah", exaggeration=0.9, chunk_size=1, max_new_tokens=2))
-        assert seen == [1 + 64, length + 4]  # the emotion and the unconditional text once for all
+        assert seen == [1 + 64, length + 4]  # the emotion and the unconditional text
+        del seen[:]
+        next(made.inference_stream(text_tokens=words, voice="sarah", exaggeration=0.9, chunk_size=1, max_new_tokens=2))
+        assert seen == [length + 4]  # the last two emotions are remembered
         del seen[:]
         next(made.inference_stream(text_tokens=text("english", 100), voice="sarah", chunk_size=1, max_new_tokens=2))
         assert seen == [64, 102 + 4]  # the next 64 tokens of unconditional text

@@ -6,6 +6,7 @@ import os
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from threading import RLock
 from typing import Any
@@ -197,7 +198,7 @@ class Speaker:
         before = self._tts.conds
         try:
             self._tts.prepare_conditionals(os.fspath(audio_prompt_path))
-            return Voice.of(self._tts.t3, self._tts.conds)
+            return replace(Voice.of(self._tts.t3, self._tts.conds), kept=False)
         finally:
             self._tts.conds = before
 

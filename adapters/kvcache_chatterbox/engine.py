@@ -159,6 +159,7 @@ class ChatterboxEngine(UtteranceDecoder):
         if exaggeration is not None:
             voice = voice.with_emotion(exaggeration)
         self.voices.add(name, voice)
+        voice = self.voices[name]
         if self._reuse is not None and self._reuse.usable:
             shared = self._reuse.prepare(voice.t3)
             if pin:

@@ -8,8 +8,10 @@ another emotion shares all before it.
 """
 
 import dataclasses
-from collections import OrderedDict
+from collections import OrderedDict, deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -20,11 +22,13 @@ from kvcache.fingerprint import tensor_bytes
 from kvcache.hf import extend_prefix, kv_layers, new_cache
 from kvcache.models import watch_of
 from kvcache.past import handed
+from kvcache.stores.aside import Aside
 from kvcache_chatterbox.requests import Prefill, condition
 
 Reuse = Literal["all", "conditioning", "none"]
 
 _CONDITIONINGS = 64
+_PASSING = 2  # prefixes of what is no named voice; the same number is asked for again, or the next is another one
 _STEP = 64  # unconditional texts are kept in multiples of so many tokens, so that processes agree on what to look for
 
 
@@ -57,6 +61,7 @@ class VoiceReuse:
         self._watch = watch_of(t3)  # held, so that whether the model has changed is cheap to ask
         self._conditionings: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
         self._unconditional = mode == "all"
+        self._passing: deque[PrefixSnapshot] = deque(maxlen=_PASSING)
 
     @property
     def usable(self) -> bool:
@@ -65,12 +70,19 @@ class VoiceReuse:
         return self._watch.signature().why_no_name is None
 
     @torch.inference_mode()
-    def start(self, request: Prefill, cache: Any) -> FirstPass:
-        """Prefill `request` into the empty `cache`."""
+    def start(
+        self, request: Prefill, cache: Any, known: Callable[[PrefixKey], PrefixSnapshot] | None = None
+    ) -> FirstPass:
+        """Prefill `request` into the empty `cache`.
+
+        Args:
+            known: gives the prefix of a key; by default the store does, or it is computed and stored.
+        """
+        known = self._known if known is None else known
         rows, conditioning = request.embeds.shape[0], request.text[0]
         if rows == 2 and self._unconditional:
-            return self._start_guided(request, cache)
-        self._known(self._key(request.embeds[0, :conditioning])).to(self._t3.device).fork(cache, rows)
+            return self._start_guided(request, cache, known)
+        known(self._key(request.embeds[0, :conditioning])).to(self._t3.device).fork(cache, rows)
         out = self._t3.tfmr(
             inputs_embeds=request.embeds[:, conditioning:], **handed(self._t3.tfmr, cache), use_cache=True
         )
@@ -89,10 +101,10 @@ class VoiceReuse:
         return known
 
     @torch.inference_mode()
-    def key(self, t3_cond: Any) -> PrefixKey:
-        """The prefix that the requests of a voice share; with guidance, those whose text is not long."""
+    def key(self, t3_cond: Any, text: int = 1) -> PrefixKey:
+        """The prefix that the requests of a voice share; with guidance, those whose text has about so many tokens."""
         conditioning = self.condition(t3_cond)[0]
-        return self._key(conditioning, 0 if self._t3.is_gpt or not self._unconditional else 1)
+        return self._key(conditioning, 0 if self._t3.is_gpt or not self._unconditional else text)
 
     @torch.inference_mode()
     def prepare(self, t3_cond: Any) -> PrefixSnapshot:
@@ -111,7 +123,31 @@ class VoiceReuse:
         return conditioning
 
     def _known(self, key: PrefixKey) -> PrefixSnapshot:
-        return self.speakers.get_or_extend(key, lambda start: self._extend(key, start))
+        return self.speakers.get_or_extend(key, partial(self._extend, key))
+
+    def passing(self, key: PrefixKey) -> PrefixSnapshot:
+        """The prefix of what is no named voice, such as a number that a request gives: it is not stored, but for the last
+        two, which are remembered here."""
+        if (known := self._remembered(key)) is not None:
+            return known
+        found = self.speakers.find(key)
+        return found if found is not None and len(found) == len(key) else self.compute(key, found)
+
+    def compute(self, key: PrefixKey, start: PrefixSnapshot | None, keep: Aside | None = None) -> PrefixSnapshot:
+        """Compute a prefix from a known beginning of it, without asking a store.
+
+        Args:
+            keep: what stores it; by default it is only remembered here.
+        """
+        made = self.speakers.compute(key, start, partial(self._extend, key))
+        if keep is None:
+            self._passing.append(made)
+        else:
+            keep.put(made)
+        return made
+
+    def _remembered(self, key: PrefixKey) -> PrefixSnapshot | None:
+        return next((one.first(len(key)) for one in list(self._passing) if one.key.common(key) == len(key)), None)
 
     @torch.inference_mode()
     def _extend(self, key: PrefixKey, start: PrefixSnapshot | None) -> PrefixSnapshot:
@@ -122,7 +158,7 @@ class VoiceReuse:
 
         return extend_prefix(run, key, start, cache, self._t3.device)
 
-    def _start_guided(self, request: Prefill, cache: Any) -> FirstPass:
+    def _start_guided(self, request: Prefill, cache: Any, known: Callable[[PrefixKey], PrefixSnapshot]) -> FirstPass:
         """Both rows in one pass over one row, side by side, each seeing its own: what they share is there once.
 
         ====================  ============  ==================  ===============  ===================
@@ -137,7 +173,7 @@ class VoiceReuse:
         own, new = length - conditioning, length - conditioning + speech
         beside = self._cache(end + new)
         key = self._key(embeds[1, :conditioning], end - conditioning)
-        self._known(key).first(end).to(device).fork(beside)
+        known(key).first(end).to(device).fork(beside)
 
         sees = torch.zeros(new, end + new, dtype=torch.bool, device=device)
         sees[:, :conditioning] = True
@@ -164,6 +200,38 @@ class VoiceReuse:
     def _cache(self, tokens: int) -> Any:
         """For one row of so many tokens."""
         return new_cache(self._t3.tfmr, max_length=tokens, preallocate=True, rows=1, geometry=self._geometry)
+
+
+class Prepared:
+    """What is known of the voice of a request's utterances, for a thread that decodes and must not wait for a store.
+
+    Args:
+        reuse: of the model.
+        key: what the longest of the utterances needs, see `VoiceReuse.key`.
+        aside: of the store. It is asked here, once.
+        kept: whether what is computed is stored.
+    """
+
+    def __init__(self, reuse: VoiceReuse, key: PrefixKey, aside: Aside, kept: bool) -> None:
+        self._reuse, self._key, self._aside, self._kept = reuse, key, aside, kept
+        self._known = reuse._remembered(key) or aside.find(key)
+
+    def __call__(self, key: PrefixKey) -> PrefixSnapshot:
+        """The prefix of one of the utterances, computed for all of them if it is not known."""
+        wanted = self._key if self._key.common(key) == len(key) else key  # of the model as it is now
+        start, common = self._known, self._common(self._known, key)
+        if common < len(key):
+            for other in (self._aside.pending(wanted), self._reuse._remembered(wanted)):  # others may have computed it
+                if self._common(other, wanted) > common:
+                    start, common = other, self._common(other, wanted)
+        if start is None or common < len(key):
+            start = None if start is None or common == 0 else start.first(common)
+            start = self._known = self._reuse.compute(wanted, start, self._aside if self._kept else None)
+        return start.first(len(key))
+
+    @staticmethod
+    def _common(known: PrefixSnapshot | None, key: PrefixKey) -> int:
+        return 0 if known is None else known.key.common(key)
 
 
 def _causal(tokens: int, device: torch.device) -> Tensor:

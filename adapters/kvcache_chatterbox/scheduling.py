@@ -1,8 +1,9 @@
 """Many texts at once, for an event loop: audio of each as its segments are decoded beside everybody else's."""
 
+import asyncio
 import os
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,12 +11,16 @@ from typing_extensions import Self, Unpack
 
 from kvcache import InputError
 from kvcache.decoding import Job
-from kvcache.scheduler import Chunk, Scheduler, SchedulerMetrics, Stream
+from kvcache.scheduler import Chunk, Scheduler, SchedulerMetrics, Stream, Work
+from kvcache.stores.aside import Aside
+from kvcache_chatterbox.audio import SegmentedAudio
 from kvcache_chatterbox.engine import ChatterboxEngine
-from kvcache_chatterbox.long_text import Carry
+from kvcache_chatterbox.long_text import Carry, LongText
 from kvcache_chatterbox.requests import check_count
 from kvcache_chatterbox.sampling import SamplingOptions
 from kvcache_chatterbox.voices import Voice
+
+_LAST_WRITES = 2.0  # seconds
 
 
 class SpeechScheduler:
@@ -28,6 +33,8 @@ class SpeechScheduler:
         max_rows: segments that decode together at most; with guidance each takes two rows of the cache.
         memory_budget: bytes that their cache may take, or ``"200MiB"``; fewer rows where not all fit.
         max_waiting: clients that may wait for their first row; one more is refused.
+        max_running: texts of several segments that may have begun, by default twice the rows; see
+            `kvcache.scheduler.Scheduler`.
         max_characters: of a text.
         slots: tokens that a segment may come to, voice, text and speech; by default the engine's `max_cache_length`.
         ahead, prefills, reserved: see `kvcache.scheduler.Scheduler`.
@@ -44,6 +51,7 @@ class SpeechScheduler:
         max_rows: int = 8,
         memory_budget: int | str | None = None,
         max_waiting: int = 64,
+        max_running: int | None = None,
         max_characters: int = 20_000,
         slots: int | None = None,
         ahead: int = 32,
@@ -53,10 +61,12 @@ class SpeechScheduler:
         self._engine = engine
         self._slots, self.rows = engine.room(max_rows, slots, memory_budget)
         self._max_characters = max_characters
+        self._aside = Aside(engine.speakers)
         self._scheduler = Scheduler(
             lambda: engine.batch(self.rows, self._slots),
             self.rows,
             max_waiting=max_waiting,
+            max_running=max_running,
             ahead=ahead,
             prefills=prefills,
             reserved=reserved,
@@ -70,13 +80,20 @@ class SpeechScheduler:
         await self.close()
 
     async def close(self) -> None:
-        """End all requests, whose clients are told, and the thread."""
+        """End all requests, whose clients are told, and the threads. What was computed of voices and is still to be stored
+        is waited for, 2 seconds at most."""
         await self._scheduler.close()
+        await asyncio.to_thread(self._aside.flush, _LAST_WRITES)
 
     @property
     def closed(self) -> bool:
         """Whether it takes no requests: not yet begun, closed, or ended by an error."""
         return self._scheduler.closed
+
+    @property
+    def error(self) -> BaseException | None:
+        """What ended it, or came up when it was closed; None while all is well."""
+        return self._scheduler.error
 
     def metrics(self) -> SchedulerMetrics:
         """What it does and has done; ``ttfa`` is to the first audio."""
@@ -101,45 +118,54 @@ class SpeechScheduler:
     ) -> Stream[Tensor]:
         """One text's audio in chunks ``[1, samples]``. See `ChatterboxEngine.generate_stream` for the arguments.
 
-        Closing the stream, cancelling who waits for it, or forgetting it frees its rows.
+        There is room for it when this returns; it is divided, tokenized, planned and looked up in another thread. Closing the
+        stream, cancelling who waits for it, or forgetting it frees its rows.
 
         Raises:
-            InputError, CapacityError: if it cannot be spoken.
-            BusyError: if too many wait.
-            ClosedError: outside ``async with``.
+            InputError: if the text has more than `max_characters`, or `chunk_size` is no number.
+            BusyError: if there is no room; its ``retry_after`` says in how many seconds there may be.
+            ClosedError: outside ``async with``, in another event loop, or after an error that stayed (see `error`).
+
+        What else cannot be spoken, the stream says in place of its first audio, as `InputError` or `CapacityError`.
         """
-        if len(text) > self._max_characters:
+        if isinstance(text, str) and len(text) > self._max_characters:
             raise InputError(
                 f"the text has {len(text)} characters, max_characters is {self._max_characters}; send it in parts"
             )
         check_count("chunk_size", chunk_size)
-        engine = self._engine
-        who = engine.voice_of(voice, audio_prompt_path)
-        long = engine.long_text(
-            text,
-            who,
-            exaggeration=exaggeration,
-            language_id=language_id,
-            max_new_tokens=max_new_tokens,
-            seed=int(torch.randint(2**31, ())) if seed is None else seed,
-            carry=carry,
-            segment_characters=segment_characters,
-            max_rows=self.rows,
-            slots=self._slots,
-            **sampling,
-        )
-        audio = engine.audio(who, watermark, pause=pause, joined=carry is not None)
+        seed = int(torch.randint(2**31, ())) if seed is None else seed
+
+        def prepare() -> Work[Tensor]:
+            who = self._engine.voice_of(voice, audio_prompt_path)
+            long = self._engine.long_text(
+                text,
+                who,
+                exaggeration=exaggeration,
+                language_id=language_id,
+                max_new_tokens=max_new_tokens,
+                seed=seed,
+                carry=carry,
+                segment_characters=segment_characters,
+                max_rows=self.rows,
+                slots=self._slots,
+                **sampling,
+            )
+            audio = self._engine.audio(who, watermark, pause=pause, joined=carry is not None)
+            return self._work(long, audio)
+
+        return self._scheduler.submit_prepared(prepare, size=chunk_size)
+
+    def _work(self, long: LongText, audio: SegmentedAudio) -> Work[Tensor]:
+        long = replace(long, utterances=self._engine.prepared(long.utterances, self._aside))
         last = len(long.utterances) - 1
 
         def job(index: int, before: Tensor | None) -> Job:
-            return engine.job(long.utterance(index, before))
+            return self._engine.job(long.utterance(index, before))
 
-        def heard(chunk: Chunk) -> Iterator[Any]:
+        def heard(chunk: Chunk) -> Iterator[Tensor]:
             parts = [audio.push(chunk.index, chunk.tokens)]
             if chunk.last and chunk.index == last:
                 parts.append(audio.finish())
             return (part for part in parts if part.numel())
 
-        return self._scheduler.submit(
-            len(long.utterances), job, size=chunk_size, sequence=carry is not None, through=heard
-        )
+        return Work(len(long.utterances), job, heard, sequence=long.carry is not None)

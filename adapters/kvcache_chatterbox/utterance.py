@@ -1,11 +1,13 @@
 """One text in one voice, decoded as one: what a request comes down to, and a segment of a long text."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from kvcache import PrefixKey, PrefixSnapshot
 from kvcache.decoding import Sampling
 from kvcache_chatterbox.audio import SPEECH_TOKENS
 from kvcache_chatterbox.voices import Voice
@@ -24,6 +26,7 @@ class Utterance:
         max_new_tokens: how many at most.
         seed: of the draws; None takes torch's global generator.
         reused: whether what is known of the voice is used.
+        known: gives what is known of it, in place of the store.
     """
 
     voice: Voice
@@ -32,6 +35,7 @@ class Utterance:
     max_new_tokens: int
     seed: int | None
     reused: bool
+    known: Callable[[PrefixKey], PrefixSnapshot] | None = None
 
     def generator(self) -> torch.Generator | None:
         """A new one for its draws; None for torch's global one."""

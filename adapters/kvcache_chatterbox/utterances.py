@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -28,11 +29,12 @@ from kvcache.heads import chosen_by_head
 from kvcache.hf import PositionMode, new_cache
 from kvcache.policies import parse_bytes
 from kvcache.precision import Precision, reads_half_caches
+from kvcache.stores.aside import Aside
 from kvcache.streaming import chunked
 from kvcache_chatterbox.decoding import Decoder
 from kvcache_chatterbox.long_text import Carry, Watch, in_batch, unwatched
 from kvcache_chatterbox.requests import check_count, check_text, condition, prefill
-from kvcache_chatterbox.reuse import Reuse, VoiceReuse
+from kvcache_chatterbox.reuse import Prepared, Reuse, VoiceReuse
 from kvcache_chatterbox.sampling import SamplingOptions, sampling_of
 from kvcache_chatterbox.stepping import Stepper, at_precision
 from kvcache_chatterbox.utterance import Utterance
@@ -202,6 +204,20 @@ class UtteranceDecoder:
 
         return self._batched().job(run, utterance.sampling, utterance.max_new_tokens, generator)
 
+    def prepared(self, utterances: Sequence[Utterance], aside: Aside) -> list[Utterance]:
+        """Utterances of one voice that ask no store once they decode: what is known of the voice is looked up now.
+
+        Args:
+            aside: of `speakers`.
+        """
+        first = utterances[0]
+        reuse = self._reuse_now(first.reused)
+        if reuse is None:
+            return list(utterances)
+        key = reuse.key(first.voice.t3, max(utterance.text.shape[1] for utterance in utterances))
+        known = Prepared(reuse, key, aside, first.voice.kept)
+        return [dataclasses.replace(utterance, known=known) for utterance in utterances]
+
     def batch(self, places: int, slots: int, *, compact: bool = True) -> AbstractContextManager[Batch]:
         """A batch of so many utterances that decode together, each with so many slots of cache.
 
@@ -283,7 +299,10 @@ class UtteranceDecoder:
         request = prefill(self.t3, self._conditioning(utterance.voice, utterance.reused), text, self.double_bos)
         total = utterance.max_new_tokens
         cache = self._new_cache(request.embeds, total) if caching else None
-        start = None if cache is None or reuse is None else reuse.start
+        start = None
+        if cache is not None and reuse is not None:
+            known = utterance.known or (None if utterance.voice.kept else reuse.passing)
+            start = partial(reuse.start, known=known)
         return Decoder(self.t3, request, utterance.sampling, total, cache, generator, start, self.onednn), cache
 
     def _reuse_now(self, reused: bool) -> VoiceReuse | None:

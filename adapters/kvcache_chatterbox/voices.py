@@ -30,10 +30,13 @@ class Voice:
     Attributes:
         t3: upstream's `T3Cond`: speaker embedding, prompt tokens, emotion.
         gen: S3Gen's reference, upstream's `ref_dict`; empty if there is no vocoder.
+        kept: whether what T3 computes of it is stored for other requests. Not so of what a single request brings, an emotion
+            or a clip: there are any number of those, and they would push all others out.
     """
 
     t3: Any
     gen: Mapping[str, Any]
+    kept: bool = True
 
     @classmethod
     def of(cls, t3: Any, conditionals: Any) -> "Voice":
@@ -55,10 +58,10 @@ class Voice:
         return cls(kinds(**parts), {name: _kept(value) for name, value in gen.items()})
 
     def with_emotion(self, exaggeration: float) -> "Voice":
-        """The same speaker with another emotion."""
+        """The same speaker with another emotion; not `kept` until it is added under a name."""
         t3 = copy.copy(self.t3)
         t3.emotion_adv = exaggeration * torch.ones(1, 1, 1)
-        return Voice(t3, self.gen)
+        return Voice(t3, self.gen, kept=False)
 
 
 def read_conds(t3: Any, path: str | os.PathLike[str]) -> Voice:
@@ -134,7 +137,7 @@ class Voices(Mapping[str, Voice]):
         """
         if not isinstance(name, str) or not name.strip() or len(name) > _LONGEST_NAME or not name.isprintable():
             raise InputError(f"name={name!r} must be 1 to {_LONGEST_NAME} printable characters")
-        self._voices[name] = voice
+        self._voices[name] = voice if voice.kept else dataclasses.replace(voice, kept=True)
 
     def remove(self, name: str) -> None:
         """Forget a voice.
