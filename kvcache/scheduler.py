@@ -312,6 +312,7 @@ class Scheduler:
                 if inbox.request is not None:
                     self._dropped.append(inbox.request)
                 self._changed.notify_all()
+            inbox.queue.put_nowait(_End(None))  # for who waits for the next chunk in another task
 
     def _over(self, inbox: "_Inbox", error: BaseException | None, outcome: str = "failed") -> None:
         if inbox in self._inboxes:

@@ -341,10 +341,7 @@ def test_200_random_cancels_of_the_scheduler_leave_nothing_behind():
 
             expected = torch.cat(await whole(scheduler.submit("Hello.", **given)), 1)
             for i in range(examples(200)):
-                way = WAYS[i % len(WAYS)]
-                if way == "aclose elsewhere":
-                    way = "task"
-                ended.append(await cancelled(make, way, chance, 0.06))
+                ended.append(await cancelled(make, WAYS[i % len(WAYS)], chance, 0.06))
                 if i % 20 == 19:
                     again = torch.cat(await whole(scheduler.submit("Hello.", **given)), 1)
                     torch.testing.assert_close(again, expected, atol=1e-6, rtol=0)
