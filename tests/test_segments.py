@@ -315,5 +315,6 @@ def test_told_badly_mixed_scripts_keep_every_character_and_the_length(parts, spa
     segments = split(text, language, target)
     check(text, segments)
     for segment in segments:
-        if len(re.split(r"\s+|[，。]", segment.text.replace("[clear throat]", "x").rstrip("，。"))) > 1:
+        parts = re.split(r"\s+|[，。]", segment.text.replace("[clear throat]", "x"))
+        if sum(map(said, parts)) > 1:  # one word alone may be longer
             assert heard(segment, language) <= max(1.5 * target, 5 * 25) / 15 + 1
