@@ -100,7 +100,7 @@ def environment_with(extra, core, wheel, folder):
 
 def test_the_commands_alone(core, wheel, model, tmp_path):
     """What `kvcache plan MODEL` was installed for, with no adapter's packages at hand."""
-    python, command = environment_with("cli", core, wheel, tmp_path / "cli")
+    _, command = environment_with("cli", core, wheel, tmp_path / "cli")
     home = {"KVCACHE_HOME": str(tmp_path / "home")}
     said = json.loads(run(command, "doctor", "--json", **home))
     states = {finding["name"]: finding["state"] for finding in said["findings"]}
