@@ -119,6 +119,7 @@ def mend_torchaudio() -> list[Path]:
     """
     import subprocess
 
+    global _fault
     folder = _torchaudio()
     if folder is None or torchaudio_fault() is None:
         return []
@@ -128,4 +129,7 @@ def mend_torchaudio() -> list[Path]:
     tried = subprocess.run([sys.executable, "-c", "import torchaudio"], capture_output=True, text=True, timeout=300)
     if tried.returncode:
         raise OSError((tried.stderr.strip().splitlines() or ["it cannot be imported"])[-1])
+    _fault = None
+    if sys.modules.get("torchaudio", sys) is None:  # no longer set aside
+        del sys.modules["torchaudio"]
     return compiled

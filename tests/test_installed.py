@@ -80,6 +80,14 @@ def test_mending_removes_the_compiled_part_alone(broken, monkeypatch, tmp_path):
     assert installed.torchaudio_fault() is None and installed.mend_torchaudio() == []
 
 
+def test_what_was_set_aside_is_there_again_once_it_is_mended(broken, monkeypatch, tmp_path):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.warns(RuntimeWarning, match="torchaudio"):
+        installed._set_aside()
+    assert len(installed.mend_torchaudio()) == 2
+    assert installed.torchaudio_fault() is None and find_spec("torchaudio") is not None
+
+
 def test_what_cannot_be_mended_is_said(broken, monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     (broken / "__init__.py").write_text("raise ImportError('of another kind')")
