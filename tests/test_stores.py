@@ -7,6 +7,7 @@ import re
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from random import Random
@@ -1056,3 +1057,14 @@ def test_the_beginning_of_a_file_says_what_it_is():
 )
 def test_times_of_file_systems(entry, seconds):
     assert _written(entry) == seconds
+
+
+def test_what_continues_another_prefix_leaves_like_any(tmp_path):
+    # Its row in the index knows the parent, which a look at the file does not tell.
+    parent, other = ids(1, 2), ids(7, 8, 9)
+    child = replace(cold(ids(1, 2, 3)), parent=parent.address)
+    size = len(child.to_bytes())
+    store = DiskStore(tmp_path, max_bytes=size + size // 2)
+    store.put(child)
+    store.put(cold(other))
+    assert [entry.address for entry in store.entries()] == [other.address]

@@ -6,6 +6,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 
@@ -189,8 +190,9 @@ class DiskStore(BlobStore):
             leaving = address if known and address not in stuck else index.next_to_leave(self.max_bytes, stuck)
             if leaving is None:
                 raise ValueError(f"{needed} bytes do not fit beside what cannot be removed into {self.max_bytes}")
-            row = self._row(leaving)
-            if row is not None and leaving != address and row != index.row(leaving) and row.nbytes <= self.max_bytes:
+            row, noted = self._row(leaving), index.row(leaving)
+            newer = row is not None and (noted is None or row != replace(noted, parent=row.parent))
+            if row is not None and newer and leaving != address and row.nbytes <= self.max_bytes:
                 index.note(leaving, row)  # used, pinned or replaced since it was noted: it is not yet its turn
                 continue
             try:
