@@ -505,6 +505,7 @@ def test_fewer_bits_are_close_and_keep_requests_apart(kind, precision, tiles, mo
         for row in range(len(ours)):
             assert torch.corrcoef(torch.stack([ours[row], exact[row]]))[0, 1] > 0.99
     wide = ChatterboxEngine(t3)
+    engine.release()  # what waits from a longer text has more slots
     for one in (engine, wide):
         spoken(one, texts[0], 5, 0)
     # In bf16 where the CPU reads that as fast.

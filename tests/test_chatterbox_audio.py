@@ -69,7 +69,8 @@ def tts(kind):
 def test_streamed_audio_is_the_whole_audio(kind):
     model = tts(kind)
     engine = ChatterboxEngine(model)
-    request = {"max_new_tokens": 40, "seed": 1, "language_id": "fr" if kind == "multilingual" else None}
+    drawn = {"max_new_tokens": 40, "seed": 1, "top_p": 0.9, "repetition_penalty": 1.2}  # `inference` has other defaults
+    request = drawn | {"language_id": "fr" if kind == "multilingual" else None}
     whole = engine.generate("Hello there", watermark=False, **request)
     chunks = list(engine.generate_stream("Hello there", watermark=False, chunk_size=7, **request))
     assert len(chunks) > 3
@@ -78,9 +79,7 @@ def test_streamed_audio_is_the_whole_audio(kind):
     text = byte_tokens(model.t3, "Hello there.") if kind == "gpt" else torch.nn.functional.pad(text, (1, 1))
     if kind != "gpt":
         text[0, 0] = 255
-    tokens = torch.cat(
-        list(engine.inference_stream(t3_cond=model.conds.t3, text_tokens=text, max_new_tokens=40, seed=1)), 1
-    )
+    tokens = torch.cat(list(engine.inference_stream(t3_cond=model.conds.t3, text_tokens=text, **drawn)), 1)
     silent = 3 if kind == "gpt" else 0
     assert whole.shape == (1, (int((tokens < 6561).sum()) + silent) * SAMPLES_PER_TOKEN)
 

@@ -118,7 +118,7 @@ PROCESS = (
     ("set_up", "output", "code", "says"),
     [
         (
-            "def stop(names):\n    os.kill(os.getpid(), signal.SIGINT)\n    return 1 / 0\ncli.application = stop\n",
+            "def stop(names):\n    signal.raise_signal(signal.SIGINT)\n    return 1 / 0\ncli.application = stop\n",
             None,
             130,
             "",

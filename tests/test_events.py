@@ -117,7 +117,7 @@ def test_what_a_store_should_not_have_given_is_told(seen):
     manager.add_prefix("one", token_ids(1, 9))
     manager.add_prefix("other", token_ids(1, 9, seed=5))
     assert [event.kind for event in seen] == ["built", "refused", "built"]
-    assert seen[1].reason == "memory gave another one"
+    assert seen[1].reason == f"memory gave another one: it is {seen[0].about}"
 
 
 def test_falling_back_says_why(seen, monkeypatch, caplog):

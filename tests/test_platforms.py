@@ -69,7 +69,7 @@ def test_w16_where_nothing_is_told_it_is_none(monkeypatch, tmp_path):
 
 # What Windows lacks is taken away once torch and transformers are there, which would look for their own parts of it.
 PLAYED = """
-import io, os, sys, torch, transformers, filelock, rich.console
+import io, os, sys, torch, transformers, filelock, rich.console, typer.main
 from transformers import LlamaConfig, LlamaForCausalLM
 folder, platform = sys.argv[1:]
 LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
