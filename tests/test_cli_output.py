@@ -118,6 +118,7 @@ PROCESS = (
     ("set_up", "output", "code", "says"),
     [
         (
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job ignores it
             "def stop(names):\n    signal.raise_signal(signal.SIGINT)\n    return 1 / 0\ncli.application = stop\n",
             None,
             130,
