@@ -926,4 +926,4 @@ def test_two_hundred_requests_leave_nothing_behind():
     assert threads() == []
     pool.clear()
     assert tensors() <= before
-    assert requests() == others
+    assert requests() <= others
