@@ -49,6 +49,7 @@ class Decoder:
         self._cache = cache
         self._generator = generator
         self._pending = request.embeds  # what the next forward pass runs
+        self.prefix = request.embeds.shape[1]  # tokens before the speech
         self._start = None if start is None else partial(start, request, cache)
         self._onednn = onednn and not t3.is_gpt  # whose layers are no `linear`
         self._alignment = AlignmentCheck(t3, request.text) if AlignmentCheck.wanted(t3) else None

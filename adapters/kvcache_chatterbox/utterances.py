@@ -244,7 +244,9 @@ class UtteranceDecoder:
 
     def slots(self, utterance: Utterance) -> int:
         """Slots of cache that an utterance needs in each of its rows in a batch."""
-        return self._slots_taken(self._before(utterance), utterance.max_new_tokens, self._rows_together)
+        conditioning = self._conditioning(utterance.voice, utterance.reused).shape[1]
+        before = int(conditioning + utterance.text.shape[1] + self._overhead)
+        return self._slots_taken(before, utterance.max_new_tokens, self._rows_together)
 
     def room(self, max_rows: int, slots: int | None = None, memory_budget: int | str | None = None) -> tuple[int, int]:
         """Slots and places of a batch that any utterance fits, within a budget.
@@ -311,7 +313,7 @@ class UtteranceDecoder:
         else:
             exactly = slots is not None
             if slots is None:
-                slots = self._slots_taken(self._before(utterance), utterance.max_new_tokens, rows)
+                slots = self._slots_taken(decoder.prefix, utterance.max_new_tokens, rows)
             chunks = self._stepped(stepper, decoder, cache, utterance, chunk_size, generator, slots, exactly)
         watched = self._watched(chunks, utterance, CutOff() if cut_off is None else cut_off)
         return each_without_autocast(self.t3, watched)
@@ -364,11 +366,6 @@ class UtteranceDecoder:
         """Of one token in one cache row, over all layers."""
         stepper = self._stepper
         return self._manager.geometry.token_bytes if stepper is None else stepper.token_bytes
-
-    def _before(self, utterance: Utterance) -> int:
-        """Tokens before an utterance's speech."""
-        conditioning = self._conditioning(utterance.voice, utterance.reused).shape[1]
-        return int(conditioning + utterance.text.shape[1] + self._overhead)
 
     def _layout(self, rows: int, slots_of: Callable[[int, int, int], int]) -> Layout:
         """How a segment lies in so many rows of a cache."""
