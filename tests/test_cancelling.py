@@ -76,6 +76,16 @@ async def inside(made):
     await until_async(made.inside.is_set)
 
 
+async def closed_inside(made):
+    """The items, who waits for the one that is being made, and who closes them meanwhile."""
+    items = as_async(made.items())
+    task = asyncio.create_task(anext(items))
+    await inside(made)
+    closing = asyncio.create_task(items.aclose())
+    await asyncio.sleep(0)
+    return items, task, closing
+
+
 def test_cancelled_while_an_item_is_made_is_cancelled_once_that_has_ended():
     made = Made()
 
@@ -122,11 +132,7 @@ def test_closed_while_an_item_is_made_hands_it_out_and_ends():
     made = Made()
 
     async def main():
-        items = as_async(made.items())
-        task = asyncio.create_task(anext(items))
-        await inside(made)
-        closing = asyncio.create_task(items.aclose())
-        await asyncio.sleep(0)
+        items, task, closing = await closed_inside(made)
         made.may_go_on.set()
         assert await task == 0
         await closing
@@ -141,11 +147,7 @@ def test_cancelled_while_it_is_closed_is_cancelled_once_it_is():
     made = Made()
 
     async def main():
-        items = as_async(made.items())
-        task = asyncio.create_task(anext(items))
-        await inside(made)
-        closing = asyncio.create_task(items.aclose())
-        await asyncio.sleep(0)
+        _, task, closing = await closed_inside(made)
         closing.cancel()
         await asyncio.sleep(0)
         made.may_go_on.set()

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from transformers import LlamaConfig
+from support.folders import weightless_llama
 
 pytestmark = [pytest.mark.one_release, pytest.mark.skipif(sys.platform != "linux", reason="links folders")]
 
@@ -73,12 +73,7 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    LlamaConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=300, architectures=["LlamaForCausalLM"],
-    ).save_pretrained(folder)  # fmt: skip
-    return folder
+    return weightless_llama(tmp_path_factory.mktemp("model"))
 
 
 def pip(*arguments):

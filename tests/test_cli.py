@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from snapshots import cold, ids, voice
-from transformers import LlamaConfig
+from support.folders import weightless_llama
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
@@ -196,11 +196,7 @@ def places(tmp_path_factory):
     folder = tmp_path_factory.mktemp("places")
     empty = folder / "elsewhere"
     empty.mkdir()
-    model = folder / "model"
-    LlamaConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=300, architectures=["LlamaForCausalLM"],
-    ).save_pretrained(model)  # fmt: skip
+    model = weightless_llama(folder / "model")
     store = DiskStore(folder / "store")
     keys = [voice(seed, dtype=torch.long) for seed in range(17)]  # more than there are hex digits: two begin alike
     for key in keys:

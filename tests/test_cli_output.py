@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import LlamaConfig
+from support.folders import weightless_llama
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
@@ -26,12 +26,7 @@ full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no de
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("llama")
-    LlamaConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=300, architectures=["LlamaForCausalLM"],
-    ).save_pretrained(path)  # fmt: skip
-    return str(path)
+    return str(weightless_llama(tmp_path_factory.mktemp("llama")))
 
 
 @pytest.fixture(autouse=True)
