@@ -136,8 +136,8 @@ class Layout:
     Attributes:
         rows: of the cache: 2 where guidance has a row of its own.
         token_bytes: of one token in one row, over all layers; 0 where everything is recomputed and nothing is held.
-        slots: of a row, for so many tokens before the speech and so many of it. By default one for each but the last, which
-            is never run.
+        slots: gives the slots of a row from two counts: tokens before the speech, and tokens of speech. By default one for each
+            token but the last, which is never run.
         beside: bytes that the cache takes beside its slots, for so many tokens before the speech.
     """
 
