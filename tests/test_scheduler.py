@@ -392,11 +392,18 @@ class Gate:
     """Lets so many steps through, or all of them; a step that is told to fails."""
 
     def __init__(self):
-        self.open, self.fails = threading.Event(), []
-        self.open.set()
+        self.changed, self.left, self.fails = threading.Condition(), float("inf"), []
+
+    def let(self, steps=float("inf")):
+        """From now on so many steps pass, and then none: a batch that is stopped in the middle, not when the clock says."""
+        with self.changed:
+            self.left = steps
+            self.changed.notify_all()
 
     def __call__(self, tokens, made, given):
-        assert self.open.wait(60)
+        with self.changed:
+            assert self.changed.wait_for(lambda: self.left, 60)
+            self.left -= 1
         if self.fails:
             raise self.fails.pop()
         return TABLE[tokens]
@@ -499,7 +506,7 @@ def test_closing_cancelling_and_forgetting_each_end_a_request():
             await closed.aclose()
             assert scheduler.metrics().cancelled == 1
 
-            opened.gate.open.clear()
+            opened.gate.let(0)
             task = asyncio.create_task(read(cancelled, []))
             await asyncio.sleep(0)  # it begins, and waits for its first item
             task.cancel()
@@ -510,7 +517,7 @@ def test_closing_cancelling_and_forgetting_each_end_a_request():
             del forgotten
             gc.collect()
             await until_async(lambda: scheduler.metrics().cancelled == 3)
-            opened.gate.open.set()
+            opened.gate.let()
             assert [item async for item in kept] == due([60])[1:]
             await until_async(lambda: scheduler.metrics().busy == 0)
             assert counted(scheduler.metrics()) == (1, 3, 0, 0)
@@ -538,7 +545,7 @@ def test_more_than_may_wait_are_refused_and_may_come_again():
     async def main():
         opened = Opened(1)
         async with Scheduler(opened, 1, max_waiting=2) as scheduler:
-            opened.gate.open.clear()
+            opened.gate.let(0)
             first = ask(scheduler, [20])
             await until_async(lambda: scheduler.metrics().running == 1)
             waiting = [ask(scheduler, [5]), ask(scheduler, [5])]
@@ -550,7 +557,7 @@ def test_more_than_may_wait_are_refused_and_may_come_again():
             with pytest.raises(BusyError):
                 ask(scheduler, [5])
             assert counted(scheduler.metrics()) == (0, 1, 0, 2)
-            opened.gate.open.set()
+            opened.gate.let()
             for stream, lengths in ((first, [20]), (waiting[0], [5]), (waiting[1], [7])):
                 assert [item async for item in stream] == due(lengths)
             assert counted(scheduler.metrics()) == (3, 1, 0, 2)
@@ -569,14 +576,14 @@ def test_what_is_closed_takes_and_gives_nothing():
         async with scheduler:
             done = ask(scheduler, [5])
             assert [item async for item in done] == due([5])
-            opened.gate.open.clear()
+            opened.gate.let(0)
             running, waiting = ask(scheduler, [60]), ask(scheduler, [5])
             said = [], []
             reading = [asyncio.create_task(read(*one)) for one in zip((running, waiting), said, strict=True)]
             await until_async(lambda: scheduler.metrics().running == 1)
             closing = asyncio.create_task(scheduler.close())
             await until_async(lambda: scheduler.closed)
-            opened.gate.open.set()
+            opened.gate.let()
             await closing
             for task in reading:
                 with pytest.raises(ClosedError, match="closed before this request had ended"):
@@ -676,12 +683,13 @@ def test_one_that_cannot_begin_fails_alone_and_a_step_that_fails_fails_all_that_
             assert [item async for item in good] == due([30])
             assert counted(scheduler.metrics()) == (1, 0, 2, 0)
 
-            opened.gate.open.clear()
+            opened.gate.let(0)
             running = [ask(scheduler, [30]), ask(scheduler, [30, 30])]
+            opened.gate.let(8)  # the turn in which the first may be alone
             await until_async(lambda: scheduler.metrics().busy == 2)
             waiting = ask(scheduler, [12])
             opened.gate.fails.append(Breaks("no memory"))
-            opened.gate.open.set()
+            opened.gate.let()
             for stream in running:
                 with pytest.raises(Breaks, match="no memory"):
                     [item async for item in stream]
@@ -781,11 +789,11 @@ def test_the_time_to_the_first_item_is_told_in_percentiles(monkeypatch):
         opened = Opened(1)
         async with Scheduler(opened, 1) as scheduler:
             assert scheduler.metrics().ttfa == {}
-            opened.gate.open.clear()
+            opened.gate.let(0)
             stream = ask(scheduler, [9])
             reading = asyncio.create_task(anext(stream))
             clock.now += 0.25
-            opened.gate.open.set()
+            opened.gate.let()
             await reading
             one = scheduler.metrics().ttfa
             assert 0.25 == one["p50"] == one["p90"] == one["p99"]

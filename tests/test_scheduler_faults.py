@@ -178,20 +178,22 @@ def test_s2_a_refusal_says_when_to_come_again(monkeypatch):
                 return caught.value.retry_after
 
             for _ in range(3):  # two requests at a time, each takes 3 seconds
-                opened.gate.open.clear()
+                opened.gate.let(0)
                 running = [ask(scheduler, [20]), ask(scheduler, [20])]
+                opened.gate.let(8)  # the turn in which the first may be alone
                 await until_async(lambda: scheduler.metrics().running == 2)
                 clock.now += 3
-                opened.gate.open.set()
+                opened.gate.let()
                 assert [item async for item in running[0]] and [item async for item in running[1]]
-            opened.gate.open.clear()
+            opened.gate.let(0)
             running = [ask(scheduler, [20]), ask(scheduler, [20])]
+            opened.gate.let(8)
             await until_async(lambda: scheduler.metrics().running == 2)
             waiting = [ask(scheduler, [20]) for _ in range(4)]
             assert await refused() == pytest.approx(4 * 3 / 2)  # four wait, and two begin every 3 seconds
             clock.now += 20  # these take longer than any before
             assert await refused() == pytest.approx(4 * 20 / 2)
-            opened.gate.open.set()
+            opened.gate.let()
             for stream in running + waiting:
                 await read(stream, [])
 
@@ -436,9 +438,10 @@ def test_s10_every_consumer_is_told_of_an_error(call, lasting):
             faulty = Faulty(batch, call, lasting, opened)
             scheduler = Scheduler(faulty.opened, 2, reserved=0)
             async with scheduler:
+                opened.gate.let(0)
                 running = [ask(scheduler, [60]), ask(scheduler, [60, 9])]
+                opened.gate.let(16)  # two turns (one may be alone in the first): both are heard, neither ends
                 await asyncio.gather(*map(anext, running))
-                opened.gate.open.clear()
                 waiting = [ask(scheduler, [9]) for _ in range(9)]
                 faulty.armed = True
                 if call in ("leave", "enter"):
@@ -446,7 +449,7 @@ def test_s10_every_consumer_is_told_of_an_error(call, lasting):
                 if call == "exit":
                     closing = asyncio.ensure_future(scheduler.close())
                     await until_async(lambda: scheduler.closed)
-                opened.gate.open.set()
+                opened.gate.let()
                 told = await asyncio.wait_for(
                     asyncio.gather(*(read(s, []) for s in running + waiting), return_exceptions=True), 30
                 )
@@ -643,11 +646,11 @@ def test_a_timeout_around_an_item_ends_the_request():
     async def main():
         opened = Opened(1)
         async with Scheduler(opened, 1) as scheduler:
-            opened.gate.open.clear()
+            opened.gate.let(0)
             stream = ask(scheduler, [30])
             with pytest.raises(asyncio.TimeoutError):
                 await asyncio.wait_for(anext(stream), 0.01)
-            opened.gate.open.set()
+            opened.gate.let()
             assert [item async for item in ask(scheduler, [9], through=both)] == due([9])
             assert counted(scheduler.metrics()) == (1, 1, 0, 0)
 
