@@ -130,7 +130,7 @@ class LongTextPlan:
 
 
 @dataclass(frozen=True)
-class Layout:
+class RowLayout:
     """How one segment lies in the cache that decodes it.
 
     Attributes:
@@ -162,7 +162,7 @@ def make_plan(
     longest: int | None,
     max_length: int | None,
     slots_of: Callable[[int, int], int] | None = None,
-    alone: Layout | None = None,
+    alone: RowLayout | None = None,
 ) -> LongTextPlan:
     """Plan the segments of a text: what each takes, and how many decode together.
 
@@ -172,7 +172,7 @@ def make_plan(
         language: of the text, as for `split`.
         prefix: voice tokens before the text.
         overhead: start-of-speech tokens behind the text, 1 or 2.
-        token_bytes, guided, slots_of: of segments that decode together, see `Layout`; with guidance each runs two rows.
+        token_bytes, guided, slots_of: of segments that decode together, see `RowLayout`; with guidance each runs two rows.
         max_rows: segments at once at most.
         memory_budget: bytes that the cache may take, or ``"200MiB"``; None: no limit.
         max_new_tokens: speech tokens of each segment at most; None: three times the predicted and two seconds more,
@@ -190,7 +190,7 @@ def make_plan(
             f"{len(segments)} segments with {len(text_tokens)} numbers of text tokens; give one for each of at least one"
         )
     budget = check_plan(max_rows, max_new_tokens, memory_budget)
-    together = Layout(2 if guided else 1, token_bytes)
+    together = RowLayout(2 if guided else 1, token_bytes)
     together = together if slots_of is None else dataclasses.replace(together, slots=slots_of)
     planned = [
         _planned(i, segment, tokens, language, max_new_tokens, longest)
@@ -262,7 +262,7 @@ def _planned(
 
 
 def _taken(
-    planned: Sequence[SegmentPlan], layout: Layout, prefix: int, overhead: int, max_length: int | None
+    planned: Sequence[SegmentPlan], layout: RowLayout, prefix: int, overhead: int, max_length: int | None
 ) -> tuple[int, int]:
     """Slots of a cache row, and bytes of all rows of one segment, where any of them fits.
 

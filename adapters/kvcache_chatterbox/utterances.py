@@ -33,7 +33,7 @@ from kvcache.stores.aside import Aside
 from kvcache.streaming import chunked
 from kvcache_chatterbox.decoding import Decoder
 from kvcache_chatterbox.long_text import Carry, Watch, in_batch, unwatched
-from kvcache_chatterbox.plan import Layout
+from kvcache_chatterbox.plan import RowLayout
 from kvcache_chatterbox.requests import (
     autocast_on,
     check_count,
@@ -367,9 +367,9 @@ class UtteranceDecoder:
         stepper = self._stepper
         return self._manager.geometry.token_bytes if stepper is None else stepper.token_bytes
 
-    def _layout(self, rows: int, slots_of: Callable[[int, int, int], int]) -> Layout:
+    def _layout(self, rows: int, slots_of: Callable[[int, int, int], int]) -> RowLayout:
         """How a segment lies in so many rows of a cache."""
-        return Layout(
+        return RowLayout(
             rows,
             self._token_bytes if self.enabled else 0,
             lambda before, most: slots_of(before, most, rows),
