@@ -53,6 +53,7 @@ from kvcache import InputError, KVCacheError
 from kvcache.errors import said
 from kvcache_chatterbox import ChatterboxEngine, SpeechScheduler, load_t3, stand_in
 from kvcache_chatterbox.audio import SAMPLE_RATE
+from kvcache_chatterbox.upstream import beside
 
 PAGE = Path(__file__).parent
 LONGEST_TEXT = 20_000  # characters; about twenty minutes of speech
@@ -369,7 +370,7 @@ def prepare(options: argparse.Namespace) -> FastAPI:
     console.print(f"[bold]Chatterbox {options.variant}[/bold] on {options.device}; voices: {some(engine.voices)}.")
     if note:
         console.print(f"[bold yellow]{note}[/bold yellow]")
-    languages = getattr(importlib.import_module(type(model).__module__), "SUPPORTED_LANGUAGES", {})
+    languages = beside(model, "SUPPORTED_LANGUAGES", {})
     return create_app(
         scheduler,
         engine.voices,

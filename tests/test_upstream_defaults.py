@@ -93,7 +93,11 @@ class Newer(StandIn):
         raise NotImplementedError
 
 
-Newer.__module__ = StandIn.__module__  # where `punc_norm` and the languages are, as beside upstream's classes
+class Wrapped(Newer):
+    """A user's own, which hands on what it does not know."""
+
+    def generate(self, text, *, temperature=0.45, **options):
+        return super().generate(text, temperature=temperature, **options)
 
 
 def asked(engine, **given):
@@ -114,6 +118,13 @@ def test_w14_the_defaults_follow_the_class_of_the_model():
     assert emotion == pytest.approx(0.4)
     engine.add_voice("calm", conditionals=random_conditionals(engine.t3), exaggeration=0.2)
     assert engine.voice_of("calm").emotion == pytest.approx(0.2)  # a voice of one's own is as it was added
+
+
+def test_w14_a_class_that_derives_from_it_has_its_defaults_but_where_it_says_others():
+    engine = ChatterboxEngine(Wrapped(tiny_t3("english"), 0), speakers=SpeakerCache(MemoryStore("8MiB")))
+    sampling, emotion = asked(engine)
+    assert (sampling.temperature, sampling.top_p, sampling.min_p) == (0.45, 0.6, 0.11)
+    assert emotion == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from kvcache.past import taken
+from kvcache_chatterbox.upstream import beside, needed_beside
 
+_ANALYZER = "AlignmentStreamAnalyzer"
 _reading: ContextVar["HeadReader | None"] = ContextVar("kvcache_chatterbox_reading", default=None)
 
 
@@ -69,7 +71,7 @@ def _project(module: Any, projection: nn.Linear, head: int, hidden: Tensor, cos:
     rows = slice(head * module.head_dim, (head + 1) * module.head_dim)
     bias = None if projection.bias is None else projection.bias[rows]
     states = nn.functional.linear(hidden, projection.weight[rows], bias)[:, None]
-    rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb
+    rotate = needed_beside(module, "apply_rotary_pos_emb")
     return torch.as_tensor(rotate(states, states, cos, sin)[0])[0, 0]
 
 
@@ -96,7 +98,7 @@ class AlignmentCheck:
     """
 
     def __init__(self, t3: Any, text: tuple[int, int]) -> None:
-        upstream = sys.modules[type(t3).__module__].AlignmentStreamAnalyzer
+        upstream = needed_beside(t3, _ANALYZER)
         without_hooks = type("Analyzer", (upstream,), {"_add_attention_spy": lambda *_: None})
         self._heads: list[tuple[int, int]] = list(sys.modules[upstream.__module__].LLAMA_ALIGNED_HEADS)
         self._analyzer = without_hooks(t3.tfmr, None, text_tokens_slice=text, eos_idx=t3.hp.stop_speech_token)
@@ -105,12 +107,12 @@ class AlignmentCheck:
     @staticmethod
     def wanted(t3: Any) -> bool:
         """Whether this T3 is checked: the multilingual one, up to the release that dropped the analyzer."""
-        return bool(t3.hp.is_multilingual) and hasattr(sys.modules[type(t3).__module__], "AlignmentStreamAnalyzer")
+        return bool(t3.hp.is_multilingual) and beside(t3, _ANALYZER) is not None
 
     @staticmethod
     def layers(t3: Any) -> list[int]:
         """The decoder layers whose heads are read."""
-        upstream = sys.modules[type(t3).__module__].AlignmentStreamAnalyzer
+        upstream = needed_beside(t3, _ANALYZER)
         return sorted({layer for layer, _ in sys.modules[upstream.__module__].LLAMA_ALIGNED_HEADS})
 
     def step(self, logits: Tensor, last_token: int, own: tuple[int, Tensor] | None = None) -> Tensor:

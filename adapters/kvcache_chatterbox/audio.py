@@ -3,7 +3,6 @@
 import hashlib
 import math
 import os
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -15,6 +14,8 @@ import torch
 from torch import Tensor
 
 from kvcache import InputError
+from kvcache_chatterbox.requests import without_autocast
+from kvcache_chatterbox.upstream import beside, needed_beside
 from kvcache_chatterbox.voices import Voice
 from kvcache_chatterbox.watermark import StreamMarker, Watermarker, check_watermarker, marked
 
@@ -159,7 +160,6 @@ class Speaker:
 
     def __init__(self, tts: Any) -> None:
         self._tts = tts
-        self._upstream = sys.modules[type(tts).__module__]
         self._clips: OrderedDict[bytes, Voice] = OrderedDict()
         self._encoding = RLock()
 
@@ -197,7 +197,8 @@ class Speaker:
     def _encode(self, audio_prompt_path: str | os.PathLike[str]) -> Voice:
         before = self._tts.conds
         try:
-            self._tts.prepare_conditionals(os.fspath(audio_prompt_path))
+            with without_autocast(self._tts.t3):
+                self._tts.prepare_conditionals(os.fspath(audio_prompt_path))
             return replace(Voice.of(self._tts.t3, self._tts.conds), kept=False)
         finally:
             self._tts.conds = before
@@ -205,7 +206,7 @@ class Speaker:
     def tokenize(self, text: str, language_id: str | None) -> Tensor:
         """The text, its punctuation normalized as upstream does it, as T3's text tokens ``[1, n]``."""
         self.check_language(language_id)
-        text = self._upstream.punc_norm(text)
+        text = needed_beside(self._tts, "punc_norm")(text)
         tokenizer, hp = self._tts.tokenizer, self._tts.t3.hp
         if self._tts.t3.is_gpt:
             return torch.as_tensor(tokenizer(text, return_tensors="pt", padding=True, truncation=True).input_ids)
@@ -289,7 +290,7 @@ class Speaker:
 
     def check_language(self, language_id: str | None) -> None:
         """Raise `InputError` if the multilingual model does not speak this language; others are not asked."""
-        languages = getattr(self._upstream, "SUPPORTED_LANGUAGES", {})
+        languages = beside(self._tts, "SUPPORTED_LANGUAGES", {})
         if self._tts.t3.hp.is_multilingual and (language_id is None or language_id.lower() not in languages):
             raise InputError(
                 f"language_id={language_id!r} is not one of {', '.join(languages)}; name the text's language"
@@ -297,14 +298,14 @@ class Speaker:
 
     def _ending(self) -> Tensor:
         """What upstream puts behind the tokens: Turbo's three of silence."""
-        silence = getattr(self._upstream, "S3GEN_SIL", None) if self._tts.t3.is_gpt else None
+        silence = beside(self._tts, "S3GEN_SIL") if self._tts.t3.is_gpt else None
         return torch.full((0 if silence is None else 3,), silence or 0, device=self._tts.t3.device)
 
     def _vocode(self, tokens: Tensor, voice: Voice) -> Tensor:
         steps = {"n_cfm_timesteps": 2} if getattr(self._tts.s3gen, "meanflow", False) else {}
-        audio, _ = self._tts.s3gen.inference(
-            speech_tokens=tokens, ref_dict=dict(voice.gen), **steps
-        )  # it writes into it
+        reference = dict(voice.gen)  # it writes into it
+        with without_autocast(self._tts.t3):
+            audio, _ = self._tts.s3gen.inference(speech_tokens=tokens, ref_dict=reference, **steps)
         return torch.as_tensor(audio).squeeze(0).detach().cpu()
 
     def _watermarker(self, wanted: bool) -> Watermarker | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from kvcache import InputError
 from kvcache_chatterbox.sampling import OPTIONS
+from kvcache_chatterbox.upstream import needed_beside
 
 _SOURCES = {"gpt": "tts_turbo.py", "multilingual": "mtl_tts.py", "english": "tts.py"}
 _READ = (*OPTIONS, "exaggeration")
@@ -26,8 +27,11 @@ def generate_defaults(tts: Any) -> Mapping[str, float]:
     Args:
         tts: a `ChatterboxTTS` of any variant, or what stands in for one.
     """
-    generate = getattr(type(tts), "generate", None)
-    given = _in_source(tts.t3) if generate is None else _in_signature(generate)
+    own = [vars(kind)["generate"] for kind in reversed(type(tts).__mro__) if "generate" in vars(kind)]
+    given: dict[str, Any] = {}
+    for generate in own:  # one that hands ``**options`` on to the class it derives from has that one's defaults
+        given |= {name: value for name, value in _in_signature(generate).items() if isinstance(value, int | float)}
+    given = given or dict(_in_source(tts.t3))
     return {name: value for name, value in given.items() if name in _READ and isinstance(value, int | float)}
 
 
@@ -44,8 +48,7 @@ def _in_signature(generate: Any) -> Mapping[str, Any]:
 
 def _in_source(t3: Any) -> Mapping[str, Any]:
     kind = "gpt" if t3.is_gpt else "multilingual" if t3.hp.is_multilingual else "english"
-    module = next(one.__module__ for one in type(t3).__mro__ if one.__name__ == "T3")
-    package = sys.modules[module.partition(".")[0]]
+    package = sys.modules[needed_beside(t3, "T3Cond").__module__.partition(".")[0]]
     return _of_file(Path(next(iter(package.__path__))) / _SOURCES[kind])
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kvcache import InputError, MissingDependencyError
+from kvcache_chatterbox.upstream import needed_beside
 
 Variant = Literal["english", "multilingual", "turbo", "nano"]
 
@@ -104,7 +105,7 @@ def _read_weights(variant: str, folder: Path) -> dict[str, Tensor]:
 
 def random_conditionals(t3: Any, seed: int = 0) -> Any:
     """A `T3Cond` of the right shapes with a made-up voice, for models with random weights."""
-    conditionals = importlib.import_module(f"{type(t3).__module__.rsplit('.', 1)[0]}.modules.cond_enc").T3Cond
+    conditionals = needed_beside(t3, "T3Cond")
     generator = torch.Generator().manual_seed(seed)
     return conditionals(
         speaker_emb=torch.randn(1, t3.hp.speaker_embed_size, generator=generator),

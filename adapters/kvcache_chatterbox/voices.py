@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import os
 import pickle
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from kvcache.errors import said
 from kvcache.files import read_given, write_private
 from kvcache_chatterbox.requests import check_number
 from kvcache_chatterbox.reuse import VoiceReuse
+from kvcache_chatterbox.upstream import needed_beside
 
 VERSION = 1  # of the file
 _FORMAT = "kvcache-voice"
@@ -241,7 +241,7 @@ def _read(t3: Any, path: Path) -> tuple[str, Voice, PrefixSnapshot | None]:
 
 def _cond_class(t3: Any) -> Any:
     """Upstream's `T3Cond`, of the package that the model comes from."""
-    return next(vars(sys.modules[kind.__module__])["T3Cond"] for kind in type(t3).__mro__ if kind.__name__ == "T3")
+    return needed_beside(t3, "T3Cond")
 
 
 def _kept(value: Any) -> Any:
