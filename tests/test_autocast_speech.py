@@ -67,3 +67,31 @@ def test_autocast_around_segments_changes_nothing_and_is_told(kind):
         said = torch.cat(list(ours.generate_stream("Hello there. It is a fine day.", **given)), 1)
     torch.testing.assert_close(said, expected, atol=1e-5, rtol=0)  # one vocoder pass, or several that are faded
     assert "precision='bf16'" in told[0].reason
+
+
+class Marks:
+    def apply_watermark(self, wav, sample_rate):
+        return wav
+
+
+def test_autocast_reaches_neither_clips_nor_the_vocoder_nor_the_watermark(tmp_path, monkeypatch):
+    model, inside = stand_in(MODELS["english"]), []
+
+    def spied(part):
+        def spy(*args, **given):
+            inside.append(torch.is_autocast_enabled("cpu"))
+            return part(*args, **given)
+
+        return spy
+
+    monkeypatch.setattr(model.s3gen, "inference", spied(model.s3gen.inference))
+    monkeypatch.setattr(model, "prepare_conditionals", spied(model.prepare_conditionals))
+    model.watermarker = Marks()
+    model.watermarker.apply_watermark = spied(model.watermarker.apply_watermark)
+    (tmp_path / "clip.wav").write_bytes(bytes(range(100)))  # the stand-in makes a voice of any bytes
+    ours = ChatterboxEngine(model, speakers=SpeakerCache(MemoryStore("32MiB")))
+    with torch.autocast(**HALF):
+        ours.generate("Hello there.", max_new_tokens=6, audio_prompt_path=tmp_path / "clip.wav")
+        for _ in ours.generate_stream("Hello there.", max_new_tokens=6):
+            assert torch.is_autocast_enabled("cpu")
+    assert len(inside) > 2 and not any(inside)

@@ -66,13 +66,20 @@ def without_autocast(t3: Any) -> AbstractContextManager[Any]:
     What is computed of a voice is kept for later requests, and a cache has one dtype: neither may depend on which blocks a
     caller has entered or left in between.
     """
-    kind = t3.device.type
-    return torch.autocast(kind, enabled=False) if autocast_on(t3) else nullcontext()
+    return no_autocast(t3.device.type)
+
+
+def no_autocast(kind: str) -> AbstractContextManager[Any]:
+    """Within this block no autocast is in force on devices of this kind, ``"cpu"``."""
+    return torch.autocast(kind, enabled=False) if _autocasts(kind) else nullcontext()
 
 
 def autocast_on(t3: Any) -> bool:
     """Whether the caller's thread is in an autocast of the model's device."""
-    kind = t3.device.type
+    return _autocasts(t3.device.type)
+
+
+def _autocasts(kind: str) -> bool:
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
