@@ -9,6 +9,7 @@ import hmac
 import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,10 +129,18 @@ def _checksum(data: bytes, at: int, secret: bytes | None) -> str:
     view = memoryview(data)
     after = at + len(_UNSET)
     chunks = [view[:at], *(view[i : i + _CHUNK] for i in range(after, len(data), _CHUNK))]
-    if len(chunks) == 2:
-        digests = [hashlib.sha256(chunk).digest() for chunk in chunks]
-    else:
-        with ThreadPoolExecutor() as pool:
-            digests = list(pool.map(lambda chunk: hashlib.sha256(chunk).digest(), chunks))
-    total = f"{len(data)} {at} ".encode() + b"".join(digests)
+    total = f"{len(data)} {at} ".encode() + b"".join(_digests(chunks))
     return (hashlib.sha256(total) if secret is None else hmac.new(secret, total, hashlib.sha256)).hexdigest()
+
+
+def _digests(chunks: list[memoryview]) -> list[bytes]:
+    def digest(chunk: memoryview) -> bytes:
+        return hashlib.sha256(chunk).digest()
+
+    if len(chunks) > 2:
+        with (
+            suppress(RuntimeError),
+            ThreadPoolExecutor() as pool,
+        ):  # no thread starts when the program ends, or has too many
+            return list(pool.map(digest, chunks))
+    return list(map(digest, chunks))

@@ -182,7 +182,11 @@ AT_THE_ADDRESS = {
     "a megabyte less one, that begins well": lambda path: sparse(path, GOOD, BUDGET - 1),
 }
 
+COUNTING = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT count(*) AS count FROM c"
+ENDLESS = f"AFTER INSERT ON entries BEGIN UPDATE totals SET count = ({COUNTING}); END"
 BESIDE = {
+    "a file of after 2262": lambda folder: os.utime(folder / f"{OTHER.address}.safetensors", ns=(10**19, 10**19)),
+    "a file of before 1677": lambda folder: os.utime(folder / f"{OTHER.address}.safetensors", ns=(-(10**19), -(10**19))),
     "x.partial that is a folder": lambda folder: full_folder(folder / f"{'0' * 64}.partial"),
     "x.partial that is a link to itself": lambda folder: (folder / "x.partial").symlink_to("x.partial"),
     "a link to itself as a snapshot": lambda folder: (folder / f"{'a' * 64}.safetensors").symlink_to("x" * 9),
@@ -216,6 +220,17 @@ BESIDE = {
     "an index without sums": lambda folder: told(folder, "DELETE FROM totals"),
     "an index without tables": lambda folder: told(folder, "DROP TABLE entries"),
     "an index with sums that are words": lambda folder: told(folder, "UPDATE totals SET nbytes = 'much'"),
+    "an index with sums that are too large": lambda folder: told(folder, "UPDATE totals SET nbytes = 1000000000000"),
+    "an index with sums that are too small": lambda folder: told(folder, "UPDATE totals SET nbytes = 1, pinned = 0"),
+    "an index with sums below zero": lambda folder: told(folder, "UPDATE totals SET nbytes = -1000000000000"),
+    "an index with a count below zero": lambda folder: told(folder, "UPDATE totals SET count = -5"),
+    "an index with a size that is endless": lambda folder: told(folder, "UPDATE entries SET nbytes = 9e999, pinned = 7"),
+    "an index with a trigger that never ends": lambda folder: told(folder, f"CREATE TRIGGER more {ENDLESS}"),
+    "an index with a trigger of ours that never ends": lambda folder: (told(folder, "DROP TRIGGER added"),
+                                                                      told(folder, f"CREATE TRIGGER added {ENDLESS}")),
+    "an index with a view that never ends": lambda folder: (told(folder, "DROP TABLE totals"),
+                                                            told(folder, f"CREATE VIEW totals AS {COUNTING}")),
+    "an index with a table of somebody's": lambda folder: told(folder, "CREATE TABLE theirs (x)"),
     "an index that lists a path": lambda folder: told(folder, "INSERT INTO entries VALUES ('../../x', 1, 1, 0, NULL)"),
     "an index that lists nothing": lambda folder: told(folder, "DELETE FROM entries"),
     "a partial that is a folder": lambda folder: full_folder(folder / ".kvcache" / "x.partial"),
@@ -313,14 +328,22 @@ def test_crashes_stores_one_bad_entry_stops_nothing(kind, tmp_path):
 
 
 @posix
-@pytest.mark.parametrize("kind", ["an index of zeros", "an index that is torn", "an index that lists nothing"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "an index of zeros",
+        "an index that is torn",
+        "an index that lists nothing",
+        *(kind for kind in BESIDE if kind.startswith("an index with ")),
+    ],
+)
 def test_a_broken_index_does_not_cost_the_budget(kind, tmp_path):
     budget = 3 * len(GOOD) + 100
     store = DiskStore(tmp_path, budget)
     for seed in range(3):
         store.put(cold(known(seed)))
     BESIDE[kind](tmp_path)
-    store.put(cold(known(3)))
+    in_time(lambda: store.put(cold(known(3))), 60)
     assert [store.has(known(seed)) for seed in range(4)] == [False, True, True, True]
     assert store.nbytes <= budget
 

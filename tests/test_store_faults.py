@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import thread as pools
 from contextlib import contextmanager, nullcontext, suppress
 from itertools import count
 from pathlib import Path
@@ -17,6 +18,7 @@ from random import Random
 from types import SimpleNamespace
 
 import pytest
+import torch
 from snapshots import PROCESSES, cold, exact, running_redis, voice
 from support.clocks import Clock
 from support.ports import deserted
@@ -524,6 +526,38 @@ def test_processes_that_share_a_folder_keep_to_its_budget_and_to_the_truth(times
         assert hits > 0 and built > 0 and lines == []
     assert max(sizes) > 0
     assert sum(size for _, size in held(tmp_path)) <= budget
+
+
+# ---------------------------------------------------------------------- programs end
+
+
+class Last(DiskStore):
+    """Writes when no thread can be started any more."""
+
+    def put(self, snapshot):
+        until(lambda: pools._shutdown)
+        super().put(snapshot)
+
+
+def put_and_end(folder, key):
+    TieredStore(MemoryStore(), Last(folder)).put(large(key))
+
+
+def large(key):
+    """A snapshot whose file has several chunks to hash."""
+    states = torch.full((1, 8, len(key), 2**16), 0.5)
+    return PrefixSnapshot(key, ((states, states.clone()),))
+
+
+def test_a_large_prefix_of_a_program_that_ends_at_once_is_stored(tmp_path):
+    key = voice(0)
+    process = PROCESSES.Process(target=put_and_end, args=(tmp_path, key))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    ((_, size),) = ((path, path.stat().st_size) for path in tmp_path.glob("*.safetensors"))
+    found = DiskStore(tmp_path).get(key)
+    assert size > 2 * 4 * 2**20 and torch.equal(found.layers[0][0], large(key).layers[0][0])
 
 
 # ---------------------------------------------------------------------- looked after while down

@@ -29,7 +29,7 @@ from kvcache.files import (
 from kvcache.prefix import is_address
 from kvcache.redact import shown_url
 from kvcache.stores.base import BlobStore, StoreEntry, check_address, check_room
-from kvcache.stores.index import Index, Row, discard
+from kvcache.stores.index import Index, Row, discard, nanoseconds
 
 _SUFFIX = ".safetensors"
 _PIN = ".pin"
@@ -150,7 +150,7 @@ class DiskStore(BlobStore):
         except FileNotFoundError:
             return {}
         return {
-            address: Row(status.st_size, status.st_mtime_ns, address in pins)
+            address: Row(status.st_size, nanoseconds(status.st_mtime_ns), address in pins)
             for address, status in found.items()
             if stat.S_ISREG(status.st_mode) and status.st_size <= LARGEST
         }
@@ -261,7 +261,7 @@ class DiskStore(BlobStore):
 
     def _changed(self) -> int:
         """When a file last came to the folder or left it, in nanoseconds since 1970."""
-        return os.stat(self.folder).st_mtime_ns
+        return nanoseconds(os.stat(self.folder).st_mtime_ns)
 
     def _row(self, address: str, parent: str | None = None) -> Row | None:
         """What the file at an address says of itself; None if there is none."""
@@ -270,7 +270,7 @@ class DiskStore(BlobStore):
         except FileNotFoundError:
             return None
         pinned = os.path.lexists(self._path(address, _PIN))
-        return Row(status.st_size, status.st_mtime_ns, pinned, parent)
+        return Row(status.st_size, nanoseconds(status.st_mtime_ns), pinned, parent)
 
     def _clear(self) -> None:
         """Remove what a writer left that was killed: whoever writes has the turn."""

@@ -35,6 +35,11 @@ _TABLES = (
     "CREATE TRIGGER changed AFTER UPDATE ON entries BEGIN UPDATE totals SET nbytes = nbytes + new.nbytes - old.nbytes, "
     "pinned = pinned + new.nbytes * new.pinned - old.nbytes * old.pinned; END",
 )
+_SCHEMA = sorted(statement for statement in _TABLES if statement.startswith("CREATE"))
+_SUMS = "UPDATE totals SET (count, nbytes, pinned) = (SELECT count(*), {}, {} FROM entries)".format(
+    "coalesce(sum(nbytes), 0)", "coalesce(sum(nbytes * pinned), 0)"
+)
+_LAST = 2**63 - 1  # what SQLite can hold
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Row:
 
     Attributes:
         nbytes: of it.
-        used: when it was last used, in nanoseconds since 1970.
+        used: when it was last used, in nanoseconds since 1970, as `nanoseconds` gives them.
         pinned: whether it stays.
         parent: address of the prefix that it continues, where that is known.
     """
@@ -106,6 +111,9 @@ class Index:
     def _check_version(self) -> None:
         if (version := self._version()) != _VERSION:
             raise sqlite3.DatabaseError(f"an index of version {version}; this is {_VERSION}")
+        made = self._db.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
+        if sorted(sql for (sql,) in made) != _SCHEMA:  # a trigger of somebody else's may do anything, or never end
+            raise sqlite3.DatabaseError("an index with other tables or triggers than ours")
 
     # ------------------------------------------------------------------ what it says
 
@@ -116,18 +124,18 @@ class Index:
 
     @property
     def count(self) -> int:
-        return self._total("count") or 0
+        return _whole(self._total("count"))
 
     @property
     def nbytes(self) -> int:
-        return self._total("nbytes") or 0
+        return _whole(self._total("nbytes"))
 
     def pinned(self, but: str, largest: int) -> int:
         """Bytes that stay, but for one address and for what is too large to belong here."""
         others = "SELECT coalesce(sum(nbytes), 0) FROM entries WHERE pinned AND"
         mine = self._db.execute(f"{others} address = ? AND nbytes <= ?", (but, largest)).fetchone()[0]
         strange = self._db.execute(f"{others} nbytes > ?", (largest,)).fetchone()[0]
-        return (self._total("pinned") or 0) - int(mine) - int(strange)
+        return _whole(self._total("pinned")) - _whole(mine) - _whole(strange)
 
     def _total(self, name: str) -> int | None:
         found = self._db.execute(f"SELECT {name} FROM totals").fetchall()
@@ -178,12 +186,25 @@ class Index:
     def match(self, found: Mapping[str, Row]) -> None:
         """Say what a listing of the folder says, and nothing else."""
         rows = self._db.execute("SELECT address, nbytes, used, pinned FROM entries").fetchall()
-        known = {address: (nbytes, used, bool(pinned)) for address, nbytes, used, pinned in rows}
+        known = {address: (nbytes, used, pinned) for address, nbytes, used, pinned in rows}
         for address in known.keys() - found.keys():
             self.forget(address)
         for address, row in found.items():
-            if known.get(address) != (row.nbytes, row.used, row.pinned):
+            if known.get(address) != (row.nbytes, row.used, int(row.pinned)):
                 self.note(address, row)
+        self._db.execute(_SUMS)  # whatever they were before
+
+
+def nanoseconds(time: int) -> int:
+    """A file's time as the index can hold it: a file system may give any."""
+    return max(-_LAST, min(time, _LAST))
+
+
+def _whole(given: object) -> int:
+    """What the index says of sizes, if it is one."""
+    if not isinstance(given, int) or given < 0:
+        raise sqlite3.DatabaseError("what the index says of sizes is no number of bytes")
+    return given
 
 
 def discard(folder: Path, error: Exception) -> None:
