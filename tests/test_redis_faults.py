@@ -56,6 +56,52 @@ def too_little(store):
     store._client.set(store._books[4], -(10**9))
 
 
+def sum_of(value):
+    return lambda store: store._client.set(store._books[4], value)
+
+
+def size_of(value):
+    return lambda store: store._client.hset(store._books[1], KEY.address, value)
+
+
+NO_SUMS = ("nan", "inf", "-inf", "1e3", "1.5", "0x10", "9223372036854775807", "9" * 5000, "1", "0", "-7", " 1", "")
+NO_SIZES = ("nan", "inf", "1e3", "1.5", "0x10", "-1000000", "9" * 5000, "")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        *(pytest.param(sum_of(value), id=f"a sum of {value[:20]!r}") for value in NO_SUMS),
+        *(pytest.param(size_of(value), id=f"a size of {value[:20]!r}") for value in NO_SIZES),
+    ],
+)
+def test_crashes_stores_redis_books_that_lie_cost_neither_budget_nor_writes(spoil, redis_url):
+    size = len(cold(KEY).to_bytes())
+    with RedisStore(redis_url, namespace="lies", max_bytes=4 * size, timeout=20) as store:
+        store._client.delete(*store._client.keys("{lies}*"), "x")
+        for key in (KEY, OTHER):
+            store.put(cold(key))
+        spoil(store)
+        store.put(cold(NEW))
+        assert all(store.has(key) for key in (KEY, OTHER, NEW)) and len(store.entries()) == 3
+        for seed in range(10, 16):
+            store.put(cold(voice(seed)))
+            assert store.has(voice(seed))
+        spoil(store)
+        store.delete(voice(15))
+        store.put(cold(voice(15)))
+        there = sum(store._client.strlen(name) for name in store._client.keys(f"{store._prefix}*"))
+        assert there <= 4 * size and store.has(voice(15))
+
+
+@pytest.mark.parametrize("time", [float("inf"), float("-inf"), 1e300, -5.0])
+def test_crashes_stores_a_time_on_a_server_that_is_none_is_not_told(time, redis_url):
+    with RedisStore(redis_url, namespace="times", timeout=20) as store:
+        store.put(cold(KEY))
+        store._client.zadd(store._books[0], {KEY.address: time})
+        assert [entry.used for entry in store.entries()] == [None]
+
+
 def a_list_at_the_address(store):
     store._client.delete(address_of(store, KEY))
     store._client.lpush(address_of(store, KEY), "x")

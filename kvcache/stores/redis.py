@@ -13,51 +13,64 @@ from kvcache.stores.base import BlobStore, StoreEntry, check_address, check_room
 
 _NAMESPACE = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _LARGEST = 512 * 2**20  # a Redis string
+_LAST = 2**33  # seconds since 1970: the year 2242
 _Answer = TypeVar("_Answer")
 
+# What the books hold that is no size of ours is none: a number of another kind would be kept as the sum, and believed.
+_WHOLE = """
+local function whole(text)
+  if text and #text <= 15 and string.find(text, '^%d+$') then return tonumber(text) end
+end
+"""
+
 # Makes room and writes in one step, so that the budget holds whoever writes at the same time. What has expired on the
-# server is struck from the books first, which keep the sum: how many there are does not matter. The value comes last, as a
-# script that fails half-way is not taken back: what is in the books and not there (also what the server itself evicted)
-# leaves room unused until its turn comes; what would be there and not in the books would be too much.
-_PUT = """
+# server is struck from the books first, which keep the sum: beyond a thousand, how many there are does not matter. The value
+# comes last, as a script that fails half-way is not taken back: what is in the books and not there (also what the server
+# itself evicted) leaves room unused until its turn comes; what would be there and not in the books would be too much.
+_PUT = f"""{_WHOLE}
 local prefix, address, size, budget = ARGV[1], ARGV[2], tonumber(ARGV[4]), tonumber(ARGV[5])
 local ttl, now = tonumber(ARGV[6]), ARGV[7]
 local used, sizes, pins, ends, total = KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
-local function size_of(one) return tonumber(redis.call('HGET', sizes, one) or '') or 0 end
+local sum
+local function size_of(one) return whole(redis.call('HGET', sizes, one)) or 0 end
+local function note(held)
+  sum = held
+  redis.call('SET', total, string.format('%.0f', sum))
+end
+local function add_up()
+  local held = 0
+  for _, one in ipairs(redis.call('HVALS', sizes)) do held = held + (whole(one) or 0) end
+  note(held)
+end
 local function strike(one)
   local held = size_of(one)
   redis.call('HDEL', sizes, one)
   redis.call('ZREM', used, one)
   redis.call('ZREM', ends, one)
-  redis.call('DECRBY', total, held)
-  return held
+  if sum < held then add_up() else note(sum - held) end
 end
+sum = whole(redis.call('GET', total))
+if not sum or redis.call('HLEN', sizes) <= 1000 then add_up() end
 local time = redis.call('TIME')
 local clock = time[1] * 1000 + math.floor(time[2] / 1000)
 for _, one in ipairs(redis.call('ZRANGEBYSCORE', ends, '-inf', clock, 'LIMIT', 0, 1000)) do
   if redis.call('EXISTS', prefix .. one) == 0 then strike(one) end
 end
-local sum = tonumber(redis.call('GET', total) or '')
-if not sum or sum < 0 then
-  sum = 0
-  for _, one in ipairs(redis.call('HVALS', sizes)) do sum = sum + (tonumber(one) or 0) end
-  redis.call('SET', total, sum)
-end
-sum = sum - size_of(address)
 if budget > 0 then
-  local pinned = 0
+  local old, pinned = size_of(address), 0
   for _, one in ipairs(redis.call('SMEMBERS', pins)) do
     if one ~= address then pinned = pinned + size_of(one) end
   end
   if pinned + size > budget then return pinned end
+  if sum < pinned + old then add_up() end
   local place = 0
-  while sum + size > budget do
+  while sum - old + size > budget do
     local one = redis.call('ZRANGE', used, place, place)[1]
     if not one then break end
     if one == address or redis.call('SISMEMBER', pins, one) == 1 then
       place = place + 1
     else
-      sum = sum - strike(one)
+      strike(one)
       redis.call('DEL', prefix .. one)
     end
   end
@@ -66,7 +79,7 @@ strike(address)
 local mortal = ttl > 0 and redis.call('SISMEMBER', pins, address) == 0
 if mortal then redis.call('ZADD', ends, clock + ttl, address) end
 redis.call('ZADD', used, now, address)
-redis.call('INCRBY', total, size)
+note(sum + size)
 redis.call('HSET', sizes, address, size)
 if mortal then
   redis.call('SET', KEYS[1], ARGV[3], 'PX', ttl)
@@ -76,9 +89,10 @@ end
 return -1
 """
 
-_REMOVE = """
+_REMOVE = f"""{_WHOLE}
 redis.call('DEL', KEYS[1])
-redis.call('DECRBY', KEYS[6], tonumber(redis.call('HGET', KEYS[3], ARGV[1]) or '') or 0)
+local held = whole(redis.call('HGET', KEYS[3], ARGV[1]))
+if held and whole(redis.call('GET', KEYS[6])) then redis.call('DECRBY', KEYS[6], held) end
 redis.call('HDEL', KEYS[3], ARGV[1])
 redis.call('ZREM', KEYS[2], ARGV[1])
 redis.call('SREM', KEYS[4], ARGV[1])
@@ -228,7 +242,7 @@ class RedisStore(BlobStore):
         names = [name for name in held if is_address(name.decode(errors="replace"))]
         there = self._do(lambda: self._there(names))  # what has expired is in the books until the next is written
         return [
-            StoreEntry(name.decode(), _number(held[name]), times.get(name), name in pinned)
+            StoreEntry(name.decode(), _number(held[name]), _time(times.get(name)), name in pinned)
             for name, found in zip(names, there, strict=True)
             if found
         ]
@@ -260,4 +274,9 @@ def _client(redis: Any, url: str, timeout: float) -> Any:
 
 def _number(given: bytes | None) -> int:
     """What is in the books, or 0 for what nobody of ours wrote there."""
-    return int(given) if given is not None and given.isdigit() else 0
+    return int(given) if given is not None and len(given) <= 15 and given.isdigit() else 0
+
+
+def _time(given: float | None) -> float | None:
+    """When something was used, in seconds since 1970; None for what is no time of ours."""
+    return given if given is not None and 0 <= given < _LAST else None
