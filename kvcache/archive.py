@@ -102,6 +102,11 @@ def beginning_length(data: bytes) -> int:
     return _LENGTH + min(_LONGEST_HEADER, int.from_bytes(data[:_LENGTH], "little"))
 
 
+def longest_beginning() -> int:
+    """Bytes that `beginning_length` says at most."""
+    return _LENGTH + _LONGEST_HEADER
+
+
 def _beginning(data: bytes) -> tuple[bytes, dict[str, Any], dict[str, Any]]:
     """The safetensors header of a file as it stands there, what of it is ours, and its tensors."""
     length = int.from_bytes(data[:_LENGTH], "little")

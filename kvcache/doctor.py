@@ -444,7 +444,10 @@ _ELSEWHERE = "set KVCACHE_HOME to a folder that may be written to"
 
 def _default_store() -> Finding:
     """The folder of the default store, tried: by a round trip if it is there, else by making a folder where it would be."""
-    folder = default_folder()
+    try:
+        folder = default_folder()
+    except InputError as error:
+        return Finding("stores", "default", "broken", str(error), _ELSEWHERE)
     if str(folder).startswith("~"):
         said = f"KVCACHE_HOME is {folder}, and no shell has put your home there: it is a folder of that name in {Path.cwd()}"
         return Finding("stores", "default", "broken", said, f"set KVCACHE_HOME={folder.expanduser()}")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcache.archive import pack, unpack
+from kvcache.archive import longest_beginning, pack, unpack
 from kvcache.errors import CapacityError, CorruptError, GeometryError, InputError, said
 from kvcache.fingerprint import tensor_bytes
 from kvcache.geometry import CacheGeometry
@@ -25,6 +25,7 @@ from kvcache.models import unattended
 
 FORMAT = 1  # of what is stored; another number is another key
 _ADDRESS = re.compile(r"[0-9a-f]{64}")
+_MOST_OF_A_TOKEN = 2**24  # bytes of its keys and values in all layers: no model's take so much
 _LONGEST_BUILD = 1e7  # seconds, four months: no prefix took longer to compute
 
 
@@ -72,6 +73,12 @@ class PrefixKey:
             raise InputError(
                 f"a prefix is token ids [tokens] or embeddings [tokens, dim], at least one; got {given.dtype} {list(given.shape)}"
             )
+        try:
+            self.model.encode()
+        except (UnicodeEncodeError, AttributeError) as error:
+            raise InputError(
+                f"model={self.model!r:.80} must be text that UTF-8 can write; give a fingerprint"
+            ) from error
         own = given.detach().to("cpu", None if given.is_floating_point() else torch.long, copy=True).contiguous()
         object.__setattr__(self, "content", own)
 
@@ -99,6 +106,15 @@ class PrefixKey:
     def family(self) -> tuple[str, torch.dtype, bytes]:
         """The same for all keys that have at least their first token in common."""
         return self.model, self.content.dtype, bytes(tensor_bytes(self.content[0]))
+
+    @property
+    def most_bytes(self) -> int:
+        """A file of this prefix has no more, whoever wrote it: what the model caches, or where that is not known, could."""
+        states = _MOST_OF_A_TOKEN
+        if self.layout is not None:
+            size = 8 if self.layout.dtype is None else self.layout.dtype.itemsize
+            states = size * sum(heads * (key + value) for heads, key, value in self.layout.layers)
+        return longest_beginning() + self.content.nbytes + len(self) * states
 
     def common(self, other: "PrefixKey") -> int:
         """How many of the first tokens are the same, byte for byte; 0 with another model."""
@@ -314,7 +330,13 @@ def check_finite(states: Tensor, where: str) -> None:
     """Raise `CorruptError` unless all of these keys or values are finite numbers."""
     if not states.is_floating_point():
         raise CorruptError(f"{where} holds {states.dtype}, no keys and values")
-    if states.numel() and not all(math.isfinite(end) for end in states.aminmax()):  # NaN is both ends
+    if not states.numel():
+        return
+    try:
+        ends = (states.float() if states.dtype.itemsize == 1 else states).aminmax()  # of which float8 has none
+    except RuntimeError as error:  # a kind of number that torch can hold, and not read
+        raise CorruptError(f"{where} holds {states.dtype}, which cannot be read") from error
+    if not all(math.isfinite(end) for end in ends):  # NaN is both ends
         raise CorruptError(f"{where} holds numbers that are not finite")
 
 

@@ -13,21 +13,30 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
-from snapshots import PROCESSES, cold, exact, voice
+from fsspec.implementations.memory import MemoryFileSystem
+from snapshots import PROCESSES, cold, exact, running_redis, voice
 
 from kvcache import CorruptError, InputError, PrefixSnapshot, SpeakerCache
 from kvcache.archive import _checksum, pack
 from kvcache.events import subscribe
+from kvcache.memory import resident_bytes
 from kvcache.prefix import Layout
-from kvcache.stores import DiskStore, MemoryStore, RemoteStore, TieredStore
+from kvcache.stores import DiskStore, MemoryStore, RedisStore, RemoteStore, TieredStore
 from kvcache.stores.base import in_time
 from kvcache.stores.index import Index
+from kvcache.stores.upkeep import describe, prunable, verify
 
 pytestmark = pytest.mark.one_release
 
 LAYOUT = Layout(((2, 8, 8), (2, 8, 8)), torch.float32)
 BUDGET = 2**20
 posix = pytest.mark.skipif(os.name != "posix", reason="FIFOs, modes and umasks are POSIX's")
+
+
+@pytest.fixture(scope="module")
+def redis_url(tmp_path_factory):
+    with running_redis(tmp_path_factory.mktemp("redis")) as server:
+        yield server.url
 
 
 def known(seed):
@@ -106,6 +115,10 @@ CONTENTS = {
     "10^12 layers": forged(layers=10**12),
     "layers in words": forged(layers="2"),
     "layers that are true": forged(layers=True),
+    "endless layers": forged(layers=float("inf")),
+    "a model that UTF-8 cannot write": forged(model="\ud800"),
+    "float8": forged(states(dtype=torch.float8_e4m3fn)),
+    "float8 that is not finite": forged(states(float("nan"), dtype=torch.float8_e5m2)),
     "another tensor": forged({"extra": torch.zeros(3)}),
     "no content": forged(drop=("content",)),
     "another content": forged({"content": voice(5).content}),
@@ -415,6 +428,142 @@ def test_the_index_knows_what_a_prefix_continues(tmp_path):
         assert index.row(whole.address).parent == whole.first(4).address
         assert index.row(whole.first(4).address).parent is None
     assert PrefixSnapshot.from_bytes(store.peek(whole.address)).parent == whole.first(4).address
+
+
+# ---------------------------------------------------------------------- larger than can be
+
+
+def crafted(path, size):
+    """A file that says what it is, and is nothing: it takes a block of the disk."""
+    count = size // 4
+    metadata = {"header": "{}", "checksum": "0" * 64}
+    content = {"dtype": "F32", "shape": [count], "data_offsets": [0, 4 * count]}
+    raw = json.dumps({"__metadata__": metadata, "content": content}).encode()
+    sparse(path, len(raw).to_bytes(8, "little") + raw, 8 + len(raw) + 4 * count)
+
+
+class Location(MemoryFileSystem):
+    """Tells no size of what it holds, and counts what is read of it."""
+
+    protocol = "untold"
+    served = 0
+
+    def info(self, path, **how):
+        return super().info(path, **how) | {"size": None}
+
+    def ls(self, path, detail=True, **how):
+        return [entry | {"size": None} for entry in super().ls(path, detail=True, **how)]
+
+    def cat_file(self, path, start=None, end=None, **how):
+        raise AssertionError("a range may be answered with the whole")
+
+    def open(self, path, mode="rb", **how):
+        file = super().open(path, mode, **how)
+        return file if mode != "rb" else CountedReads(self, file)
+
+
+class CountedReads:
+    def __init__(self, location, file):
+        self._location, self._file = location, file
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._file.seek(0)
+
+    def read(self, count):
+        data = self._file.read(min(count, 1000))  # a stream gives what it has just now
+        self._location.served += len(data)
+        return data
+
+
+@posix
+@pytest.mark.parametrize("key", [KEY, voice(0)], ids=["of a known layout", "of any layout"])
+def test_a_file_larger_than_its_key_can_be_is_not_read(key, tmp_path, monkeypatch, caplog):
+    store = DiskStore(tmp_path, None)
+    store.put(cold(OTHER))
+    crafted(tmp_path / f"{key.address}.safetensors", 40 * 2**30)
+    for one in (store, RemoteStore(f"file://{tmp_path}")):
+        before = resident_bytes()
+        assert one.get(key) is None and one.refused == 1 and exact(one.get(OTHER), OTHER)
+        assert resident_bytes() - before < 2**28
+        assert "more than the" in caplog.text
+        caplog.clear()
+    assert key.most_bytes < 2**28
+    lives_on(store, [key, OTHER])
+
+
+def test_a_location_that_tells_no_sizes_is_read_within_bounds(tmp_path):
+    store = RemoteStore(f"memory://{tmp_path}")
+    store._files = Location()
+    store.put(cold(KEY))
+    assert exact(store.get(KEY), KEY) and exact(PrefixSnapshot.from_bytes(store.peek(KEY.address)), KEY)
+    assert store.peek(KEY.address, 1500) == GOOD[:1500]
+    assert [entry.nbytes for entry in store.entries()] == [store.nbytes] == [0]
+    store._files.pipe_file(store._path(KEY.address), GOOD + bytes(KEY.most_bytes))
+    store._files.served = 0
+    assert store.get(KEY) is None and store.refused == 1
+    assert store._files.served == KEY.most_bytes + 1
+
+
+def test_a_value_larger_than_its_key_can_be_is_not_read_from_a_server(redis_url):
+    with RedisStore(redis_url, namespace="large", timeout=20) as store:
+        store.put(cold(KEY))
+        assert exact(store.get(KEY), KEY)
+        store._client.setrange(store._key(KEY.address), KEY.most_bytes + 10, b"x")
+        assert store.get(KEY) is None and store.refused == 1
+
+
+# ---------------------------------------------------------------------- one bad entry among good ones
+
+
+@posix
+@pytest.mark.parametrize(
+    "kind", ["endless layers", "a model that UTF-8 cannot write", "float8 that is not finite", "unreadable", "too much"]
+)
+def test_one_bad_entry_ends_neither_listing_nor_checking_of_the_others(kind, tmp_path, monkeypatch):
+    store, bad = DiskStore(tmp_path, None), tmp_path / f"{'ab' * 32}.safetensors"
+    store.put(cold(KEY))
+    store.put(cold(OTHER))
+    bad.write_bytes(CONTENTS.get(kind, GOOD))
+    if kind in ("unreadable", "too much"):
+        wrong = PermissionError(13, "Permission denied", str(bad)) if kind == "unreadable" else MemoryError()
+        real = os.open
+
+        def opened(path, *how):
+            if str(path) == str(bad):
+                raise wrong
+            return real(path, *how)
+
+        monkeypatch.setattr(os, "open", opened)
+    entries = store.entries()
+    problems = {checked.entry.address: checked.problem for checked in verify(store, entries)}
+    assert problems[KEY.address] is problems[OTHER.address] is None and problems["ab" * 32] is not None
+    assert {entry.address for entry in prunable(store, entries, model="m")} >= {KEY.address, OTHER.address}
+    for entry in entries:
+        with suppress(CorruptError):
+            described = describe(store, entry.address)
+            assert described.layers == 2 and described.model.encode() == b"m"
+    with pytest.raises(CorruptError):
+        store.intact("ab" * 32)
+
+
+def test_keys_and_values_of_float8_are_kept_and_checked(tmp_path):
+    snapshot = cold(KEY)
+    small = PrefixSnapshot(
+        voice(0), tuple(tuple(t.to(torch.float8_e4m3fn) for t in layer) for layer in snapshot.layers)
+    )
+    store = DiskStore(tmp_path)
+    store.put(small)
+    found = store.get(small.key)
+    assert found is not None and torch.equal(found.layers[1][0].view(torch.uint8), small.layers[1][0].view(torch.uint8))
+
+
+def test_a_key_of_a_model_that_utf8_cannot_write_is_refused():
+    for model in ("\ud800", 5):
+        with pytest.raises(InputError, match="give a fingerprint"):
+            replace(KEY, model=model)
 
 
 # ---------------------------------------------------------------------- many

@@ -1,5 +1,6 @@
 """What a store of prefixes is, and what all stores of bytes share."""
 
+import errno
 import logging
 import os
 import time
@@ -18,13 +19,16 @@ from kvcache.events import Event, emit
 from kvcache.files import LARGEST
 from kvcache.policies import parse_bytes
 from kvcache.prefix import PrefixKey, PrefixSnapshot, is_address
-from kvcache.redact import Redactor
+from kvcache.redact import Redactor, shown_value
 
 log = logging.getLogger("kvcache.stores")
 
 _File = TypeVar("_File")
 _Answer = TypeVar("_Answer")
 STORE_KEY = "KVCACHE_STORE_KEY"  # the environment's secret
+LONGEST_WAIT = 86400.0  # seconds, a day: to wait for an answer
+LONGEST_LIFE = 1e9  # seconds, 31 years: to keep a snapshot
+_ITS_OWN = (errno.EACCES, errno.EPERM, errno.EIO)  # errors of one file, while others may be sound
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,7 @@ class BlobStore(Store):
         redactor: knows what of this store's settings must not be said.
 
     Raises:
-        InputError: for a secret that is empty.
+        InputError: for a secret that is empty, or is none.
     """
 
     retry_after = 0.0
@@ -159,7 +163,8 @@ class BlobStore(Store):
     def _has(self, address: str) -> bool: ...
 
     @abstractmethod
-    def _read(self, address: str) -> bytes | None: ...
+    def _read(self, address: str, most: int) -> bytes | None:
+        """All of it. `CorruptError` for more than `most` bytes, before they are read."""
 
     @abstractmethod
     def _write(self, address: str, data: bytes) -> None: ...
@@ -191,7 +196,8 @@ class BlobStore(Store):
 
     def _found(self, key: PrefixKey) -> PrefixSnapshot | None:
         try:
-            data = self._read(key.address) if self._available() else None
+            most = min(self._largest, key.most_bytes)
+            data = self._read(key.address, most) if self._available() else None
         except CorruptError as error:
             self._refuse(key, error)
             return None
@@ -279,10 +285,24 @@ class BlobStore(Store):
             None if there is none.
 
         Raises:
-            CorruptError: if what is there is no file.
+            CorruptError: if what is there is no file, or cannot be read while others may be.
             StoreError: if the store is down.
         """
-        return self._asked("read", lambda: self._peek(check_address(address), most))
+
+        def peek() -> bytes | None:
+            try:
+                return self._peek(check_address(address), most)
+            except (OSError, MemoryError) as error:
+                if (
+                    isinstance(error, OSError)
+                    and error.errno not in _ITS_OWN
+                    and not isinstance(error, PermissionError)
+                ):
+                    raise
+                why = self._redact.error(error)
+            raise CorruptError(f"it cannot be read ({why}); see to its rights and the machine's memory, or remove it")
+
+        return self._asked("read", peek)
 
     def add(self, data: bytes) -> str:
         """Keep a file that `put` wrote in a store with the same secret, and return its address.
@@ -362,17 +382,60 @@ def store_secret(given: bytes | str | None) -> bytes | None:
     """The secret that a store's files are signed with: the given one, else that of ``KVCACHE_STORE_KEY``, else None.
 
     Raises:
-        InputError: if it is empty: whoever guesses that signs too.
+        InputError: if it is empty: whoever guesses that signs too; if it is neither text nor bytes.
     """
     secret = os.environ.get(STORE_KEY) if given is None else given
+    if secret is not None and not isinstance(secret, (str, bytes)):  # which is not said: it may be one all the same
+        raise InputError(f"secret is of {type(secret).__name__}, and must be text or bytes; give a long random one")
     if secret is not None and len(secret) == 0:
         where = f"${STORE_KEY}" if given is None else "secret"
         raise InputError(f"{where} is empty, which would sign nothing; give a long random one, or leave it out")
     return secret.encode(errors="surrogateescape") if isinstance(secret, str) else secret
 
 
-def in_time(ask: Callable[[], _Answer], seconds: float) -> _Answer:
-    """What `ask` answers within so many seconds, in a thread that is given up after them.
+def check_seconds(name: str, given: object, most: float, *, or_none: bool = False) -> None:
+    """Raise `InputError` for what is no time to wait for: a number above 0, up to `most`."""
+    if given is None and or_none:
+        return
+    number = isinstance(given, (int, float)) and not isinstance(given, bool)
+    if not number or not 0 < given <= most:  # type: ignore[operator]
+        none = ", or None for no end" if or_none else ""
+        raise InputError(
+            f"{name}={shown_value(given)} must be a number of seconds above 0, at most {most:,.0f}{none}; give for example 60"
+        )
+
+
+def check_url(given: object) -> None:
+    """Raise `InputError` for a URL that is no text."""
+    if not isinstance(given, str):
+        raise InputError(
+            f"url={shown_value(given)} must be text; give for example 'redis://host:6379/0' or 's3://bucket/voices'"
+        )
+
+
+class Patience:
+    """Asks in threads that are given up after a time. Nothing is asked while one that was given up still runs: where nobody
+    answers, each would leave one more."""
+
+    def __init__(self) -> None:
+        self._given_up: list[Thread] = []
+        self._lock = Lock()
+
+    def in_time(self, ask: Callable[[], _Answer], seconds: float) -> _Answer:
+        """As the function `in_time`, which see; TimeoutError at once while a thread that was given up still runs."""
+        with self._lock:
+            self._given_up = [thread for thread in self._given_up if thread.is_alive()]
+            if self._given_up:
+                raise TimeoutError("an earlier question has still not been answered")
+        return in_time(ask, seconds, self._give_up)
+
+    def _give_up(self, thread: Thread) -> None:
+        with self._lock:
+            self._given_up.append(thread)
+
+
+def in_time(ask: Callable[[], _Answer], seconds: float, given_up: Callable[[Thread], None] | None = None) -> _Answer:
+    """What `ask` answers within so many seconds, in a thread that is given up after them, of which `given_up` is told.
 
     Raises:
         TimeoutError: if it does not; whatever `ask` raises.
@@ -385,12 +448,15 @@ def in_time(ask: Callable[[], _Answer], seconds: float) -> _Answer:
         except BaseException as error:  # raised again in the thread that asked
             answer.set_exception(error)
 
-    Thread(target=wait, daemon=True, name="kvcache-store").start()  # one that hangs must not keep the program alive
+    thread = Thread(target=wait, daemon=True, name="kvcache-store")  # one that hangs must not keep the program alive
+    thread.start()
     try:
         return answer.result(seconds)
     except FutureTimeout:
         if answer.done():  # its own
             raise
+        if given_up is not None:
+            given_up(thread)
     raise TimeoutError(f"no answer within {seconds:g} s")
 
 

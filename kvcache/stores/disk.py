@@ -27,7 +27,7 @@ from kvcache.files import (
     write_private,
 )
 from kvcache.prefix import is_address
-from kvcache.redact import shown_url
+from kvcache.redact import shown_url, shown_value
 from kvcache.stores.base import BlobStore, StoreEntry, check_address, check_room
 from kvcache.stores.index import Index, Row, discard, nanoseconds
 
@@ -42,9 +42,21 @@ _FIRST_READ = 2**15  # bytes: the headers of most snapshots in one go
 
 
 def default_folder() -> Path:
-    """``$KVCACHE_HOME``, or ``kvcache`` in the user's cache folder."""
-    own = os.environ.get("KVCACHE_HOME")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvcache"
+    """``$KVCACHE_HOME``, or ``kvcache`` in the user's cache folder.
+
+    Raises:
+        InputError: if neither is set, and the user has no home.
+    """
+    if own := os.environ.get("KVCACHE_HOME"):
+        return Path(own)
+    if caches := os.environ.get("XDG_CACHE_HOME"):
+        return Path(caches) / "kvcache"
+    try:
+        return Path.home() / ".cache" / "kvcache"
+    except RuntimeError as error:
+        raise InputError(
+            "this user has no home folder to keep prefixes in; set KVCACHE_HOME to a folder that may be written to"
+        ) from error
 
 
 class DiskStore(BlobStore):
@@ -65,7 +77,7 @@ class DiskStore(BlobStore):
         secret: see `BlobStore`.
 
     Raises:
-        InputError: if there is a file in the place of the folder, or the secret is empty.
+        InputError: if there is a file in the place of the folder, or it is no path, or the secret is empty.
     """
 
     name = "disk"
@@ -77,6 +89,10 @@ class DiskStore(BlobStore):
         secret: bytes | str | None = None,
     ) -> None:
         super().__init__(max_bytes, secret)
+        if folder is not None and (not isinstance(folder, (str, os.PathLike)) or folder == ""):
+            raise InputError(
+                f"folder={shown_value(folder)} must be the path of a folder; give one, or None for the user's cache"
+            )
         self.folder = default_folder() if folder is None else Path(folder)
         if os.path.exists(self.folder) and not os.path.isdir(self.folder):  # False for what no name can be, told in use
             raise InputError(f"folder={shown_url(os.fspath(self.folder))!r} is a file; give a folder, which may be new")
@@ -94,9 +110,9 @@ class DiskStore(BlobStore):
     def _has(self, address: str) -> bool:
         return is_regular(self._path(address))
 
-    def _read(self, address: str) -> bytes | None:
+    def _read(self, address: str, most: int) -> bytes | None:
         try:
-            with opened_regular(self._path(address), self._largest) as (file, size):
+            with opened_regular(self._path(address), most) as (file, size):
                 first = file.read(_FIRST_READ)
                 if (needed := beginning_length(first)) > len(first) == _FIRST_READ:
                     first += file.read(needed - len(first))
@@ -112,6 +128,8 @@ class DiskStore(BlobStore):
             os.utime(self._path(address), ns=(now, now))
 
     def _peek(self, address: str, most: int | None = None) -> bytes | None:
+        if most is None:
+            return self._read(address, LARGEST)
         try:
             return read_regular(self._path(address), most)
         except FileNotFoundError:

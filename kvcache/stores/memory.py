@@ -10,7 +10,7 @@ import torch
 
 from kvcache.policies import parse_bytes
 from kvcache.prefix import PrefixKey, PrefixSnapshot
-from kvcache.stores.base import Store, StoreEntry, log
+from kvcache.stores.base import LONGEST_LIFE, Store, StoreEntry, check_seconds, log
 
 
 @dataclass
@@ -38,6 +38,7 @@ class MemoryStore(Store):
         self, max_bytes: int | str = "1GiB", ttl: float | None = None, device: torch.device | str | None = None
     ) -> None:
         super().__init__()
+        check_seconds("ttl", ttl, LONGEST_LIFE, or_none=True)
         self.max_bytes = parse_bytes(max_bytes)
         self.ttl = ttl
         self.device = device

@@ -8,8 +8,18 @@ from typing import Any, TypeVar
 
 from kvcache.errors import CorruptError, InputError, MissingDependencyError
 from kvcache.prefix import is_address
-from kvcache.redact import Redactor, shown_url
-from kvcache.stores.base import BlobStore, StoreEntry, check_address, check_room, in_time
+from kvcache.redact import Redactor, shown_url, shown_value
+from kvcache.stores.base import (
+    LONGEST_LIFE,
+    LONGEST_WAIT,
+    BlobStore,
+    Patience,
+    StoreEntry,
+    check_address,
+    check_room,
+    check_seconds,
+    check_url,
+)
 
 _NAMESPACE = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _LARGEST = 512 * 2**20  # a Redis string
@@ -117,7 +127,7 @@ class RedisStore(BlobStore):
             for a whole answer. Then it counts as down, see `retry_after`.
 
     Raises:
-        InputError: for another namespace or URL, an empty secret, or without the package redis.
+        InputError: for another namespace or URL, times that are none, an empty secret, or without the package redis.
     """
 
     name = "redis"
@@ -133,10 +143,13 @@ class RedisStore(BlobStore):
         secret: bytes | str | None = None,
         timeout: float = 1.0,
     ) -> None:
+        check_url(url)
+        check_seconds("ttl", ttl, LONGEST_LIFE, or_none=True)
+        check_seconds("timeout", timeout, LONGEST_WAIT)
         super().__init__(max_bytes, secret, Redactor(url))
-        if _NAMESPACE.fullmatch(namespace) is None:
+        if not isinstance(namespace, str) or _NAMESPACE.fullmatch(namespace) is None:
             raise InputError(
-                f"namespace={namespace!r} must be 1 to 64 letters, digits, dots, dashes or underscores; give such a one"
+                f"namespace={shown_value(namespace)} must be 1 to 64 letters, digits, dots, dashes or underscores; give such a one"
             )
         try:
             import redis
@@ -146,6 +159,7 @@ class RedisStore(BlobStore):
             ) from error
         self.ttl = ttl
         self.timeout = timeout
+        self._patience = Patience()
         self._prefix = f"{{{namespace}}}:prefix:"  # in braces, so that a cluster keeps a namespace in one place
         self._books = [f"{{{namespace}}}:{name}" for name in ("used", "sizes", "pins", "ends", "total")]
         self._answered: type[Exception] = redis.ResponseError  # the server is up, and says no
@@ -157,7 +171,7 @@ class RedisStore(BlobStore):
     def _do(self, ask: Callable[[], _Answer]) -> _Answer:
         """Ask the server, for a bounded time also if its answer drips."""
         try:
-            return in_time(ask, 5 * self.timeout)
+            return self._patience.in_time(ask, 5 * self.timeout)
         except TimeoutError:
             self._client.connection_pool.disconnect()  # ends the thread that still waits
             raise
@@ -168,8 +182,11 @@ class RedisStore(BlobStore):
     def _has(self, address: str) -> bool:
         return bool(self._do(lambda: self._client.exists(self._key(address))))
 
-    def _read(self, address: str) -> bytes | None:
-        return self._got(lambda: self._client.get(self._key(address)))
+    def _read(self, address: str, most: int) -> bytes | None:
+        data = self._peek(address, most + 1)
+        if data is not None and len(data) > most:
+            raise CorruptError(f"it has more than the {most} bytes that may be; it is not read, remove it")
+        return data
 
     def _touch(self, address: str) -> None:
         with suppress(self._answered):  # who may only read is served all the same; then the order is that of writing

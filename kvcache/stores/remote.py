@@ -10,7 +10,16 @@ from kvcache.errors import CorruptError, InputError, MissingDependencyError, Sto
 from kvcache.files import make_private_folder, read_regular, write_private
 from kvcache.prefix import is_address
 from kvcache.redact import Redactor, shown_url
-from kvcache.stores.base import BlobStore, StoreEntry, check_address, in_time, leaving
+from kvcache.stores.base import (
+    LONGEST_WAIT,
+    BlobStore,
+    Patience,
+    StoreEntry,
+    check_address,
+    check_seconds,
+    check_url,
+    leaving,
+)
 
 _SUFFIX = ".safetensors"
 _PIN = ".pin"
@@ -32,8 +41,8 @@ class RemoteStore(BlobStore):
         **storage_options: of the file system, such as credentials.
 
     Raises:
-        InputError: without the package fsspec or that of the protocol, for a URL or options that it cannot use, or for an
-            empty secret.
+        InputError: without the package fsspec or that of the protocol, for a URL or options that it cannot use, for a
+            time-out that is none, or for an empty secret.
         StoreError: where the location is asked at once (SSH, FTP), and does not answer.
     """
 
@@ -49,8 +58,11 @@ class RemoteStore(BlobStore):
         timeout: float = 10.0,
         **storage_options: Any,
     ) -> None:
+        check_url(url)
+        check_seconds("timeout", timeout, LONGEST_WAIT)
         super().__init__(max_bytes, secret, Redactor(url, storage_options))
         self.timeout = timeout
+        self._patience = Patience()
         self._files, self._folder = self._opened(url, storage_options)
         protocol = self._files.protocol
         self._local = "file" in ((protocol,) if isinstance(protocol, str) else protocol)
@@ -62,7 +74,7 @@ class RemoteStore(BlobStore):
         try:
             from fsspec.core import url_to_fs
 
-            opened: tuple[Any, str] = in_time(lambda: url_to_fs(url, **options), self.timeout)
+            opened: tuple[Any, str] = self._patience.in_time(lambda: url_to_fs(url, **options), self.timeout)
             return opened
         except ImportError as error:
             wrong, why = MissingDependencyError, self._redact.text(str(error))
@@ -80,28 +92,41 @@ class RemoteStore(BlobStore):
     def _has(self, address: str) -> bool:
         return bool(self._in_time(lambda: self._files.exists(self._path(address))))
 
-    def _read(self, address: str) -> bytes | None:
-        return self._peek(address)
+    def _read(self, address: str, most: int) -> bytes | None:
+        return self._in_time(lambda: self._bytes(self._path(address), None, most))
 
     def _peek(self, address: str, most: int | None = None) -> bytes | None:
-        path, part = self._path(address), {} if most is None else {"start": 0, "end": most}
+        return self._in_time(lambda: self._bytes(self._path(address), most, self._largest))
 
-        def ask() -> bytes:
-            if self._local:
-                return read_regular(path, most, self._largest)
-            about = self._files.info(path)
-            if about.get("type", "file") != "file" or (about.get("size") or 0) > self._largest:
-                raise CorruptError(
-                    f"it is a {about.get('type')} of {about.get('size')} bytes; it is not read, remove it"
-                )
-            return bytes(self._files.cat_file(path, **part))
+    def _bytes(self, path: str, most: int | None, largest: int) -> bytes:
+        """All of a file that has no more than the `largest` number of bytes, or its first `most`."""
+        if self._local:
+            return read_regular(path, most, largest)
+        about = self._files.info(path)
+        size = about.get("size")
+        if about.get("type", "file") != "file" or (size or 0) > largest:
+            raise CorruptError(f"it is a {about.get('type')} of {size} bytes; it is not read, remove it")
+        if size is None:
+            data = self._streamed(path, largest + 1 if most is None else most)
+        else:
+            data = bytes(self._files.cat_file(path, **({} if most is None else {"start": 0, "end": most})))
+        if most is None and len(data) > largest:
+            raise CorruptError(f"it has more than the {largest} bytes that may be; it is not read, remove it")
+        return data
 
-        return self._in_time(ask)
+    def _streamed(self, path: str, most: int) -> bytes:
+        """The first bytes of a file whose size nobody tells: a range of it might be answered with the whole."""
+        parts: list[bytes] = []
+        with self._files.open(path, "rb") as file:
+            while most > 0 and (part := file.read(min(most, _SPEED))):
+                parts.append(bytes(part[:most]))
+                most -= len(parts[-1])
+        return b"".join(parts)
 
     def _in_time(self, ask: Callable[[], _Answer]) -> _Answer | None:
         """What the file system answers in time; None if there is no such file."""
         try:
-            return in_time(ask, self.timeout)
+            return self._patience.in_time(ask, self.timeout)
         except FileNotFoundError:
             return None
 
@@ -113,7 +138,7 @@ class RemoteStore(BlobStore):
         if not self._lock.acquire(timeout=self.timeout):
             raise TimeoutError(f"another thread has been writing for {self.timeout:g} s")
         try:
-            in_time(act, self.timeout + nbytes / _SPEED)
+            self._patience.in_time(act, self.timeout + nbytes / _SPEED)
         finally:
             self._lock.release()
 
@@ -138,7 +163,7 @@ class RemoteStore(BlobStore):
     def _make_room(self, needed: int, replaced: str, max_bytes: int) -> None:
         listed = self._listing()
         files = {
-            name: (entry["size"], (entry["size"] <= max_bytes, _written(entry) or 0.0))  # what is too large is not ours
+            name: (_size(entry), (_size(entry) <= max_bytes, _written(entry) or 0.0))  # what is too large is not ours
             for name, entry in listed.items()
             if _address(name) and name != replaced
         }
@@ -175,12 +200,12 @@ class RemoteStore(BlobStore):
 
     def _used(self) -> int:
         listed = self._in_time(self._listing) or {}
-        return sum(entry["size"] for name, entry in listed.items() if _address(name))
+        return sum(_size(entry) for name, entry in listed.items() if _address(name))
 
     def _entries(self) -> list[StoreEntry]:
         listed = self._in_time(self._listing) or {}
         return [
-            StoreEntry(address, entry["size"], _written(entry), _pin_of(name) in listed)
+            StoreEntry(address, _size(entry), _written(entry), _pin_of(name) in listed)
             for name, entry in listed.items()
             if (address := _address(name)) is not None
         ]
@@ -194,6 +219,11 @@ def _address(name: str) -> str | None:
     """Of the snapshot in a file of this name; None for someone's own file, which is neither counted nor evicted."""
     stem = name.rpartition("/")[2].removesuffix(_SUFFIX)
     return stem if name.endswith(_SUFFIX) and is_address(stem) else None
+
+
+def _size(entry: dict[str, Any]) -> int:
+    """Of a file, in bytes; 0 where the location does not tell."""
+    return int(entry.get("size") or 0)
 
 
 def _written(entry: dict[str, Any]) -> float | None:

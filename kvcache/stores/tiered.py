@@ -7,6 +7,7 @@ from threading import Lock
 
 from kvcache.errors import InputError
 from kvcache.prefix import PrefixKey, PrefixSnapshot
+from kvcache.redact import shown_value
 from kvcache.stores.base import Store, StoreEntry, log
 from kvcache.stores.memory import MemoryStore
 
@@ -24,6 +25,9 @@ class TieredStore(Store):
         *tiers: the fastest first.
         write_behind: False writes to all tiers before `put` returns.
 
+    Raises:
+        InputError: without a tier, or for one that is no store.
+
     Attributes:
         dropped: writes that were dropped so far.
     """
@@ -34,6 +38,12 @@ class TieredStore(Store):
         super().__init__()
         if not tiers:
             raise InputError("TieredStore() has no tier; give at least one, such as MemoryStore()")
+        for tier in tiers:
+            if not isinstance(tier, Store):
+                raise InputError(
+                    f"TieredStore() was given {shown_value(tier)}, which is no Store; give for example MemoryStore('1GiB'), "
+                    "DiskStore(folder) or RedisStore('redis://…')"
+                )
         self._tiers = tiers
         self._write_behind = write_behind
         self.dropped = 0

@@ -45,7 +45,7 @@ def open_store(where: str | None = None, *, secret: bytes | None = None, namespa
         raise InputError(f"a namespace is Redis' ({namespace!r} was given); leave it out, or give a redis:// store")
     if where is not None and "://" in where:
         return RemoteStore(where, secret=secret)
-    folder = default_folder() if where is None else Path(where).expanduser()
+    folder = default_folder() if where is None else _expanded(where)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{shown_url(str(folder))} is a file; give the folder that the store is in")
     return DiskStore(folder, None, secret)
@@ -55,7 +55,16 @@ def shown_place(where: str | None) -> str:
     """The place of a store as it may be printed: without a password, a token or a query."""
     if not where:
         return str(default_folder())
-    return shown_url(where) if "://" in where else shown_url(str(Path(where).expanduser()))
+    return shown_url(where) if "://" in where else shown_url(str(_expanded(where)))
+
+
+def _expanded(where: str) -> Path:
+    try:
+        return Path(where).expanduser()
+    except RuntimeError as error:
+        raise InputError(
+            f"{shown_url(where)!r} begins with the home of a user who has none; give a whole path"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -114,10 +123,13 @@ def described(found: Beginning, *, inside: str = "") -> Described:
             )
         content, (dtype, (heads, tokens, dim)) = found.tensors[f"{inside}content"], found.tensors[f"{inside}keys.0"]
         kind = "token ids" if len(content[1]) == 1 else "embeddings"
-        layers, seconds = int(header["layers"]), header["build_seconds"]
+        layers, seconds, model = header["layers"], header["build_seconds"], header["model"]
         check_build_seconds(seconds)
-        return Described(str(header["model"]), kind, tokens, layers, heads, dim, dtype, seconds, found.signed)
-    except (KeyError, TypeError, ValueError) as error:
+        if type(layers) is not int or type(model) is not str:
+            raise ValueError(f"{layers!r:.40} layers of a model {model!r:.40}")
+        model.encode()  # what UTF-8 cannot write is no fingerprint
+        return Described(model, kind, tokens, layers, heads, dim, dtype, seconds, found.signed)
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         if isinstance(error, CorruptError):
             raise
         raise CorruptError(f"the parts of a prefix do not fit together: {said(error)}") from error
