@@ -528,6 +528,44 @@ def test_processes_that_share_a_folder_keep_to_its_budget_and_to_the_truth(times
     assert sum(size for _, size in held(tmp_path)) <= budget
 
 
+# ---------------------------------------------------------------------- locations hang
+
+
+def test_a_location_that_hangs_is_not_asked_again_before_it_answers(tmp_path):
+    key, over, asked = voice(0), threading.Event(), count()
+    store = RemoteStore(f"memory://{tmp_path}", timeout=0.02)
+    store.retry_after, files = 0.0, store._files
+
+    def hang(*args, **kwargs):
+        next(asked)
+        over.wait(60)
+
+    store._files = SimpleNamespace(info=hang, exists=hang, makedirs=hang, ls=hang)
+    before = threading.active_count()
+    for _ in range(20):
+        assert store.get(key) is None and not store.has(key) and store.nbytes == 0
+        store.put(cold(key))
+        store.pin(key)
+    assert next(asked) == 1 and threading.active_count() <= before + 1
+    over.set()
+    until(lambda: threading.active_count() == before)
+    store._files, store.timeout = files, 20
+    store.put(cold(key))
+    assert exact(store.get(key), key)
+
+
+def test_a_server_that_hangs_costs_one_thread():
+    pytest.importorskip("redis")
+    over = threading.Event()
+    with RedisStore("redis://127.0.0.1:1", timeout=0.01) as store:
+        before = threading.active_count()
+        for _ in range(5):
+            with pytest.raises(TimeoutError):
+                store._do(lambda: over.wait(60))
+        assert threading.active_count() <= before + 1
+        over.set()
+
+
 # ---------------------------------------------------------------------- programs end
 
 

@@ -28,6 +28,7 @@ from kvcache.errors import SignatureError
 from kvcache.stores import DiskStore, MemoryStore, RedisStore, RemoteStore, TieredStore, default_folder
 from kvcache.stores.base import check_address
 from kvcache.stores.remote import _written
+from kvcache.stores.upkeep import open_store
 
 pytestmark = pytest.mark.one_release
 
@@ -472,7 +473,7 @@ def test_what_is_no_intact_snapshot_is_refused_and_replaced(kind, junk, stores, 
 def test_a_snapshot_at_the_address_of_another_is_refused_and_replaced(kind, stores, caplog):
     store, mine, other = stores(kind), voice(0), voice(1)
     store.put(cold(mine))
-    store._write(other.address, store._read(mine.address))
+    store._write(other.address, store.peek(mine.address))
     assert store.has(other) and store.get(other) is None
     assert "it will not be used" in caplog.text
     cache = SpeakerCache(store)
@@ -620,6 +621,50 @@ def test_what_cannot_be_opened_is_refused():
         TieredStore()
     with pytest.raises(InputError, match=r"cannot open 'nowhere://x'.*give a URL of a protocol that fsspec knows"):
         RemoteStore("nowhere://x")
+
+
+NO_TIMES = (float("nan"), float("inf"), -5, 0, "1h", True, 1e12)
+SETTINGS = [
+    *((lambda ttl=ttl: MemoryStore(ttl=ttl), f"ttl={ttl!r} must be a number of seconds above 0") for ttl in NO_TIMES),
+    *((lambda ttl=ttl: RedisStore(ttl=ttl), f"ttl={ttl!r} must be a number of seconds above 0") for ttl in NO_TIMES),
+    *((lambda wait=wait: RedisStore(timeout=wait), f"timeout={wait!r} must be") for wait in (None, *NO_TIMES)),
+    *(
+        (lambda wait=wait: RemoteStore("memory://x", timeout=wait), f"timeout={wait!r} must")
+        for wait in (None, *NO_TIMES)
+    ),
+    *((lambda folder=folder: DiskStore(folder), f"folder={folder!r} must be the path") for folder in ("", 5, b"x")),
+    *((lambda kind=kind: kind(5), "url=5 must be text; give") for kind in (RedisStore, RemoteStore)),
+    (lambda: RedisStore(namespace=5), "namespace=5 must be 1 to 64 letters"),
+    (lambda: DiskStore(secret=4711), "secret is of int, and must be text or bytes; give"),
+    (lambda: TieredStore("redis://u:hunter2@h"), "was given 'redis://u:…@h', which is no Store; give for example"),
+    (lambda: TieredStore(MemoryStore(), MemoryStore), "which is no Store; give for example"),
+    (lambda: TieredStore(MemoryStore(), None), "was given None, which is no Store; give for example"),
+]
+
+
+@pytest.mark.parametrize("n", range(len(SETTINGS)))
+def test_settings_that_are_none_are_refused_before_anything_happens(n, tmp_path, monkeypatch):
+    monkeypatch.setenv("KVCACHE_HOME", str(tmp_path / "home"))
+    make, said = SETTINGS[n]
+    with pytest.raises(InputError, match=re.escape(said)) as caught:
+        make()
+    assert "hunter2" not in str(caught.value) and "4711" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_home_folder_the_setting_that_helps_is_named(monkeypatch):
+    for name in ("KVCACHE_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    for make in (DiskStore, SpeakerCache, open_store):
+        with pytest.raises(InputError, match=r"no home folder.*set KVCACHE_HOME"):
+            make()
+    with pytest.raises(InputError, match="give a whole path"):
+        open_store("~nobody-of-this-name/x")
 
 
 def test_the_default_folder_is_the_users_own(monkeypatch, tmp_path):

@@ -183,9 +183,9 @@ class RedisStore(BlobStore):
         return bool(self._do(lambda: self._client.exists(self._key(address))))
 
     def _read(self, address: str, most: int) -> bytes | None:
-        data = self._peek(address, most + 1)
+        data = self._peek(address, None)  # a server holds no value larger than it was set to, 512 MiB by default
         if data is not None and len(data) > most:
-            raise CorruptError(f"it has more than the {most} bytes that may be; it is not read, remove it")
+            raise CorruptError(f"it has {len(data)} bytes, more than the {most} that may be; remove it")
         return data
 
     def _touch(self, address: str) -> None:
