@@ -19,6 +19,9 @@ _SECRET_NAMES = re.compile(r"pass|pwd|secret|token|key|auth|cred|sig|sas|code|co
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/{1,3}")
 # Bounded, so that no text takes long to search.
 _WITH_LOGIN = re.compile(r"(?<![A-Za-z0-9+.-])([A-Za-z][A-Za-z0-9+.-]{0,30}:/{1,3})[^\s'\"<>]{0,2000}@")
+_WITH_QUERY = re.compile(
+    r"(?<![A-Za-z0-9+.-])([A-Za-z][A-Za-z0-9+.-]{0,30}:/{1,3}[^\s'\"<>?#]{0,2000})\?[^\s'\"<>]{0,2000}"
+)
 _CUT_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,30}:/\S*\Z")
 _PLAIN_USER = re.compile(r"[A-Za-z._-]{0,16}")  # as a person or service is called; a token is longer, and has digits
 
@@ -44,8 +47,8 @@ def shown_url(url: str) -> str:
 
 
 def without_logins(text: str) -> str:
-    """A text in which the logins of all URLs are hidden."""
-    return _WITH_LOGIN.sub(rf"\1{HIDDEN}@", text)
+    """A text in which the logins and the queries of all URLs are hidden."""
+    return _WITH_QUERY.sub(rf"\1?{HIDDEN}", _WITH_LOGIN.sub(rf"\1{HIDDEN}@", text))
 
 
 def shown_value(value: object) -> str:
