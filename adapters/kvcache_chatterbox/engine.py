@@ -441,7 +441,7 @@ class ChatterboxEngine(UtteranceDecoder):
             carry=carry,
             **sampling,
         )
-        pieces = self._in_order(long.utterances, long.plan.rows, 1000, carry, long.plan.slots)
+        pieces = self._in_order(long.utterances, long.plan.rows, 1, carry, long.plan.slots)  # the others wait for one
         return self._with_vocoder().say(pieces, who, watermark, pause=pause, joined=carry is not None)
 
     def long_text(
