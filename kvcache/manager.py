@@ -635,7 +635,7 @@ class KVCacheManager:
                 mine.append(self._running)
                 kwargs |= handed(model, given)
             try:
-                with self._exactly(), hf.kept(run.model, lambda: run.cache):
+                with self._exactly():
                     # Said aloud: where a config turns caches off, `generate` would ignore the one it is given.
                     out = run.model.generate(*first, **_caching(True, kwargs))
                 if run.cache is not None:
