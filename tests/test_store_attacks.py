@@ -22,9 +22,11 @@ from kvcache.events import subscribe
 from kvcache.files import check_given, make_private_folder, set_aside, write_given, write_private
 from kvcache.head_profile import HeadProfile
 from kvcache.prefix import Layout
+from kvcache.setting import Setting
 from kvcache.stores import DiskStore, MemoryStore, RemoteStore, TieredStore
 from kvcache.stores.base import in_time
 from kvcache.stores.index import Index
+from kvcache.tuning_profile import TuningProfile
 
 pytestmark = pytest.mark.one_release
 
@@ -582,6 +584,7 @@ def test_what_is_no_file_is_never_replaced_by_one_that_somebody_names(kind, tmp_
         lambda: write_given(path, b"x"),
         lambda: check_given(path),
         lambda: HeadProfile("m", 1, 2, 3, ((0.5,),)).save(path),
+        lambda: TuningProfile("m", "", "latency", 1, 0.1, {}, {}, Setting(), (), ()).save(path),
     )
     for write in writers:
         with pytest.raises(InputError, match=r"Documents is a \w+, not a file; it is left as it is"):
