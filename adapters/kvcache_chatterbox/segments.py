@@ -13,6 +13,8 @@ from kvcache_chatterbox.pace import CHARACTERS_PER_SECOND, UNSPACED, length, sec
 
 _SHORTEST_TARGET = 20  # characters; below it, segments are scraps without an intonation of their own
 _FEW = 25  # characters that are not too many for any target from there on, however long they take to say
+_PAGE = 1000  # characters without a space that sentencex is given at most, if a mark follows
+_ABBREVIATED = 5  # characters of a word that may be an abbreviation, its dot among them
 _QUOTED = 40  # characters of the text that a message repeats
 
 # ISO 639-1. sentencex takes any string for a language and splits what it does not know as English, without a word.
@@ -46,6 +48,7 @@ _UNSPACED_CLAUSE = re.compile(
     ) [{_VARIANT}]* [)）」』】》〉”’]*""",
     re.VERBOSE,
 )
+_UNSPACED_SENTENCE = re.compile(r"[.!?؟۔।॥።។༎။。！？．｡]+[)）」』】》〉”’]*")
 _ZERO_WIDTH_SPACE = "\u200b"  # between words of a script without spaces
 _JOINERS = "\u2060\ufeff"  # no break on either side
 _NO_BREAK = re.compile(r"[\xa0\u2007\u202f]+(?=\S)")
@@ -104,7 +107,7 @@ class _Ruler:
 
 
 def split(text: str, language: str | None = "en", target: int | None = 200) -> list[Segment]:
-    """Divide a text into segments of at most `target` characters, between sentences where that is possible.
+    r"""Divide a text into segments of at most `target` characters, between sentences where that is possible.
 
     Characters are those of a script like Latin. What takes longer to say counts as more: a Chinese, Japanese or Korean
     character as about three, many digits as three each; see `kvcache_chatterbox.pace`. So segments are about as long to
@@ -115,10 +118,11 @@ def split(text: str, language: str | None = "en", target: int | None = 200) -> l
 
     A sentence longer than `target` is divided behind clause punctuation, and a clause longer than that at whitespace.
     Words are never divided, so a single word longer than `target` is a segment of its own; what stands in brackets, as
-    "[clear throat]", is one word up to 40 characters. In Chinese, Japanese or Thai without spaces, clause punctuation is
-    where a sentence may be divided, and what has none stays whole. What has no letter or digit (a dash, an emoji) stays
+    "[clear throat]", is one word up to 40 characters. In Chinese, Japanese, Thai and others without spaces, punctuation, also
+    that of other scripts, is where a sentence may be divided, and what has none stays whole. What has no letter or digit (a dash, an emoji) stays
     with its neighbour and may make a segment longer than `target`: by itself there would be nothing to say. The words of
-    all segments, in order, are the words of the text.
+    all segments, in order, are the words of the text. What a no-break space joins ("10\u202f000", "M.\xa0Dupont") is divided
+    only if it is longer than `target`.
 
     Args:
         text: what to say. Blank lines end sentences, too; single line breaks do not.
@@ -209,8 +213,8 @@ def _pieces(text: str, language: str) -> list[_Piece]:
                 if cut is not None:
                     cuts[cut] = max(gaps[at], cuts.get(cut, _WORD))
         for cut, gap in sorted(cuts.items()):
-            if cut not in in_tags and (cut == end or not _joined(text, cut)):
-                pieces.append(_Piece(start, cut, gap))
+            if cut not in in_tags:
+                pieces.append(_Piece(start, cut, _HELD if cut < end and _joined(text, cut) else gap))
                 start = cut
     return pieces
 
@@ -237,10 +241,20 @@ def _sentence_ends(text: str, language: str) -> Iterator[int]:
     # sentencex 1.0.32 panics, which no `except Exception` catches, on a wide space behind an initial ("I\xa0.").
     plain = re.sub(r"[^\S\n]", " ", text)
     begin = 0
-    for sentence in sentencex.segment(language, plain):
-        if sentence.strip():
-            yield begin + len(sentence.rstrip())
-        begin += len(sentence)
+    for end in (*_pages(plain), len(plain)):
+        for sentence in sentencex.segment(language, plain[begin:end]):
+            if sentence.strip():
+                yield begin + len(sentence.rstrip())
+            begin += len(sentence)
+
+
+def _pages(text: str) -> Iterator[int]:
+    """Where to interrupt what has no space: the time that sentencex takes grows with the square of its length."""
+    for run in re.finditer(r"\S+", text):
+        at = run.start()
+        while mark := _UNSPACED_SENTENCE.search(text, at + _PAGE, run.end()):
+            at = mark.end()
+            yield at
 
 
 def _cut(text: str, start: int, at: int, unspaced: bool) -> int | None:
@@ -267,9 +281,10 @@ def _kept_together(text: str, pieces: list[_Piece]) -> list[_Piece]:
         before = joined[-1] if joined else _Piece(0, 0, _PARAGRAPH)
         said, last = text[piece.start : piece.end], i + 1 == len(pieces)
         if _says_something(text, piece.start, piece.end):
-            begins = piece.gap == _SENTENCE and _only_begins(said, before.gap >= _SENTENCE)
+            space = _between(text, piece.end)
+            begins = piece.gap == _SENTENCE and _only_begins(said, before.gap >= _SENTENCE, space == _HELD)
             start = piece.start if waiting is None else waiting
-            joined.append(_Piece(start, piece.end, _between(text, piece.end) if begins else piece.gap))
+            joined.append(_Piece(start, piece.end, space if begins else piece.gap))
             waiting = None
         elif not last and (waiting is not None or not joined or _opens(text, said, before.end, piece.start)):
             waiting = piece.start if waiting is None else waiting
@@ -284,8 +299,15 @@ def _opens(text: str, said: str, before: int, start: int) -> bool:
     return brackets or _BREAK.search(text, before, start) is not None
 
 
-def _only_begins(word: str, alone: bool) -> bool:
-    """Whether a word of which sentencex says that it ends a sentence begins something: "M. Dupont", "2. Stir"."""
+def _only_begins(word: str, alone: bool, held: bool) -> bool:
+    """Whether a word of which sentencex says that it ends a sentence begins something: "M. Dupont", "2. Stir".
+
+    Args:
+        alone: nothing of its sentence is before it.
+        held: no line may be broken behind it.
+    """
+    if held and word[-1] == "." and word[0].isupper() and len(word) <= _ABBREVIATED:
+        return True
     initial = _INITIAL.match(word)
     return (initial is not None and initial[1].isupper()) or (alone and _NUMBERING.match(word) is not None)
 
@@ -341,7 +363,7 @@ def _packed(pieces: list[_Piece], ruler: _Ruler) -> list[_Piece]:
             stop += 1
         w, s = ruler.written[piece.end], ruler.spoken[piece.end]
         choices = [
-            before + max(w - x, s - y) ** 2
+            before + (d * d if (d := w - x) > (e := s - y) else e * e)
             for before, x, y in zip(squares[low:stop], written[low:stop], spoken[low:stop], strict=True)
         ]
         least = min(choices)
