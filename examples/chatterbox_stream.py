@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -154,9 +155,9 @@ def main() -> None:
         engine.disable_kv_cache()
     millions = sum(p.numel() for p in t3.parameters()) / 1e6
     console.print(
-        f"[bold]Chatterbox {options.variant}[/bold], T3 of {millions:.0f} M parameters on {options.device}. {sentence}"
+        f"[bold]Chatterbox {options.variant}[/bold], T3 of {millions:.0f} M parameters on {options.device}. {escape(sentence)}"
     )
-    console.print(f"“{options.text}”")
+    console.print(f"“{options.text}”", markup=False)
 
     shared: dict[str, Any] = {
         "max_new_tokens": options.max_new_tokens,
@@ -209,11 +210,11 @@ def main() -> None:
     }
     table = Table(title="Summary", show_header=False)
     for name, value in summary.items():
-        table.add_row(name, str(value))
+        table.add_row(name, escape(str(value)))
     console.print(table)
     if model is not t3:
         write_wav(options.wav, torch.cat(parts, 1)[0], model.sr)
-        console.print(f"audio in {options.wav}")
+        console.print(f"audio in {options.wav}", markup=False)
     if options.json is not None:
         options.json.write_text(json.dumps(summary, indent=1) + "\n")
 

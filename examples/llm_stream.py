@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
@@ -208,8 +209,10 @@ def main() -> None:
 
     manager = KVCacheManager(model, SlidingWindow(options.window, sinks=options.sinks), positions=options.positions)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    console.print(f"[bold]{source}[/bold], {millions:.0f} M parameters in {model.dtype} on {model.device}")
-    console.print(f"{manager.policy!r}, positions {manager.positions}; a prompt of {prompt.shape[1]} tokens:")
+    console.print(f"[bold]{escape(source)}[/bold], {millions:.0f} M parameters in {model.dtype} on {model.device}")
+    console.print(
+        f"{manager.policy!r}, positions {manager.positions}; a prompt of {prompt.shape[1]} tokens:", markup=False
+    )
     console.print(f"“{options.prompt}”\n", style="bold", markup=False)
     runs = {"window": write(manager, manager.new_cache(), prompt, tokenizer, Page(console), options)}
     if runs["window"]["cache when the first token left, MiB"] is not None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kvcache import KVCacheError
@@ -134,7 +135,7 @@ def main() -> None:
         "max_rows": options.rows,
         "memory_budget": None if options.budget is None else int(options.budget * 2**20),
     }
-    console.print(f"[bold]Chatterbox {options.variant}[/bold] on {options.device}. {sentence}")
+    console.print(f"[bold]Chatterbox {options.variant}[/bold] on {options.device}. {escape(sentence)}")
     try:
         plan = engine.plan(text, **shared)
     except KVCacheError as error:
@@ -165,7 +166,7 @@ def main() -> None:
             }
         for name, value in list(summary.items())[1:]:
             console.print(f"{name:>38}  {value}")
-        console.print(f"audio in {options.wav}")
+        console.print(f"audio in {options.wav}", markup=False)
     if options.json is not None:
         options.json.write_text(json.dumps(summary, indent=1) + "\n")
 

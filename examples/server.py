@@ -28,6 +28,7 @@ from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, BeforeValidator, Field
 from rich.console import Console
+from rich.markup import escape
 from safetensors import SafetensorError
 from server_connections import Server
 from server_errors import REFUSED, Problem, closing, problem_of, some
@@ -367,9 +368,11 @@ def prepare(options: argparse.Namespace) -> FastAPI:
         engine = ChatterboxEngine(model, backend=options.backend, precision=options.precision)
         add_voices(engine, model, options.voice, made_up=bool(note))
         scheduler = SpeechScheduler(engine, max_rows=options.max_rows, max_waiting=options.max_waiting)
-    console.print(f"[bold]Chatterbox {options.variant}[/bold] on {options.device}; voices: {some(engine.voices)}.")
+    console.print(
+        f"[bold]Chatterbox {options.variant}[/bold] on {options.device}; voices: {escape(some(engine.voices))}."
+    )
     if note:
-        console.print(f"[bold yellow]{note}[/bold yellow]")
+        console.print(note, style="bold yellow", markup=False)
     languages = beside(model, "SUPPORTED_LANGUAGES", {})
     return create_app(
         scheduler,

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
@@ -107,7 +108,7 @@ def main() -> None:
         voices = {file.stem: reader.add_voice(file.stem, conditionals=file).t3 for file in options.conds}
     console.print(
         f"[bold]Chatterbox {options.variant}[/bold] on {options.device}, {len(voices)} voices, {text.shape[1]} text tokens, "
-        f"weights {'random' if options.checkpoint is None else f'from {options.checkpoint}'}"
+        f"weights {'random' if options.checkpoint is None else escape(f'from {options.checkpoint}')}"
     )
     with tempfile.TemporaryDirectory() as folder, redis_server() as own:
         url = options.redis or own
@@ -145,7 +146,7 @@ def main() -> None:
         for i, (name, voice) in enumerate(voices.items()):
             engine.voices.add(name, Voice.of(t3, voice))
             engine.voices.export(name, options.export / f"{i}.safetensors")
-        console.print(f"{len(voices)} voices written to {options.export}")
+        console.print(f"{len(voices)} voices written to {options.export}", markup=False)
     if options.json is not None:
         options.json.write_text(json.dumps({"variant": options.variant, "rows": rows}, indent=1) + "\n")
 

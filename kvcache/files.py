@@ -3,15 +3,17 @@
 import os
 import secrets
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from kvcache.errors import CorruptError
+from kvcache.errors import CorruptError, InputError
 
 LARGEST = 64 * 2**30  # bytes of one file: more than any prefix takes
 PARTIAL = ".partial"  # how the name of a file ends that is being written
+_LONGEST_NAME = 100  # bytes that are kept of a name which gets more to it; most file systems take 255
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -66,18 +68,22 @@ def make_private_folder(path: str | os.PathLike[str]) -> None:
     """Make a folder, and those above it that are missing, for their owner alone (0700, whatever the umask)."""
     path = Path(path)
     try:
-        os.mkdir(path, 0o700)
-    except FileExistsError:
-        if not path.is_dir():
-            raise
-        return
+        _make_folder(path)
     except FileNotFoundError:
         if path == path.parent:
             raise
         make_private_folder(path.parent)
-        make_private_folder(path)
-        return
-    os.chmod(path, 0o700)  # the umask may have taken even these rights
+        _make_folder(path)  # not again: below /proc none can be made, whatever lies above
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        if not path.is_dir():
+            raise
+    else:
+        os.chmod(path, 0o700)  # the umask may have taken even these rights
 
 
 def make_private_file(path: str | os.PathLike[str], data: bytes = b"") -> None:
@@ -92,27 +98,69 @@ def make_private_file(path: str | os.PathLike[str], data: bytes = b"") -> None:
 
 
 def write_private(path: str | os.PathLike[str], data: bytes, beside: Path | None = None) -> None:
-    """Write a file whole or not at all, for its owner alone; what is there is replaced.
+    """Write a file of a store's own whole or not at all, for its owner alone. What is there is replaced, a folder set aside.
 
     Args:
-        path: of the file.
+        path: of the file. One that somebody named is for `write_given`.
         data: what it will hold.
         beside: the folder to write it in before it is moved to its place, on the same disk; by default the file's own.
     """
     path = Path(path)
-    partial = (path.parent if beside is None else beside) / f"{path.name[:100]}.{secrets.token_hex(8)}{PARTIAL}"
-    try:
+    with _partial(path, path.parent if beside is None else beside) as partial:
         make_private_file(partial, data)
         if is_folder(path):  # which no file can replace
             set_aside(path)
         os.replace(partial, path)
+
+
+def write_given(path: str | os.PathLike[str], data: bytes, *, private: bool = True) -> None:
+    """Write a file that somebody named, whole or not at all; see `check_given` for what is replaced.
+
+    Args:
+        path: of the file. A symbolic link stays one: what it leads to is written.
+        data: what it will hold.
+        private: whether for its owner alone (0600), or as the umask has it.
+
+    Raises:
+        InputError: before anything is written, if something else than a file is there.
+    """
+    check_given(path)
+    path = Path(os.path.realpath(path))
+    with _partial(path, path.parent) as partial:
+        if private:
+            make_private_file(partial, data)
+        else:
+            with open(partial, "xb") as file:
+                file.write(data)
+        os.replace(partial, path)
+
+
+def check_given(path: str | os.PathLike[str]) -> None:
+    """Raise `InputError` unless a file can be written there: nothing is there, or a file, or a link to either."""
+    mode = _mode(Path(os.path.realpath(path)))
+    if mode and not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "something else")
+        raise InputError(f"{os.fspath(path)} is {kind}, not a file; it is left as it is, give the name of a file")
+
+
+@contextmanager
+def _partial(path: Path, folder: Path) -> Iterator[Path]:
+    """The name in a folder under which a file is written before it gets its own; what is left there is removed."""
+    partial = folder / f"{_begin(path.name)}.{secrets.token_hex(8)}{PARTIAL}"
+    try:
+        yield partial
     finally:
         partial.unlink(missing_ok=True)
 
 
 def set_aside(path: Path) -> None:
-    """Give what lies at a path another name, so that the path is free. Nothing is lost."""
-    path.rename(path.with_name(f"{path.name[:100]}.aside-{secrets.token_hex(8)}"))
+    """Give what lies at a path of a store's own another name, so that the path is free. Nothing is lost."""
+    path.rename(path.with_name(f"{_begin(path.name)}.aside-{secrets.token_hex(8)}"))
+
+
+def _begin(name: str) -> str:
+    """The beginning of a file's name, which leaves room for more: file systems count bytes, of which a character has up to 4."""
+    return os.fsencode(name)[:_LONGEST_NAME].decode(sys.getfilesystemencoding(), "ignore")
 
 
 def is_folder(path: Path) -> bool:

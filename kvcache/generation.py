@@ -5,6 +5,7 @@ does. So it is not handed one cache: for the time of a call, a stand-in for the 
 its own. The stand-in is a shallow copy, with which the call ends; the model itself is not changed.
 """
 
+import functools
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from kvcache.errors import GeometryError, InputError
 from kvcache.geometry import CacheGeometry
-from kvcache.past import MADE_AS
+from kvcache.models import rope_by_length
+from kvcache.past import MADE_AS, handed, taken
 
 STEPWISE = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 """The modes that say one token a row at a time."""
@@ -178,7 +180,7 @@ def mode_of(module: Any, given: Mapping[str, Any]) -> GenerationMode:
 
 # ---------------------------------------------------------------------- the stand-in
 
-_ASKING = ("_prepare_cache_for_generation", "_prefill", "_sample")
+_ASKING = ("_prepare_cache_for_generation", "_prefill", "_sample", "prepare_inputs_for_generation")
 
 
 def _generating(model: Any, geometry: CacheGeometry) -> list[Any]:
@@ -254,8 +256,19 @@ def _let_ask(module: Any, run: Run) -> None:
             others["streamer"] = run.streamer
         return kind._sample(self, *inputs, **others)
 
-    methods: tuple[Callable[..., Any], ...] = (prepare, prefill, sample)
-    for name, method in zip(_ASKING, methods, strict=True):
+    @functools.wraps(kind.prepare_inputs_for_generation)  # `generate` reads there what it may be given
+    def next_inputs(self: Any, *inputs: Any, **others: Any) -> Any:
+        result = kind.prepare_inputs_for_generation(self, *inputs, **others)
+        if self is module and run.cache is not None and taken(others) is run.cache and taken(result) is None:
+            run.cache.reset()  # all tokens are computed anew, on the same cache
+            result = {**result, **handed(module, run.cache)}
+        return result
+
+    methods: list[Callable[..., Any]] = [prepare, prefill, sample]
+    if rope_by_length(module) == "longrope":
+        # One that changes at a length (Phi-3) drops its cache there, and would go on with one of transformers'.
+        methods.append(next_inputs)
+    for name, method in zip(_ASKING, methods, strict=False):
         module.__dict__[name] = types.MethodType(method, module)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from kvcache import hf
 from kvcache.attention import observed_copy
 from kvcache.errors import CorruptError, InputError, said
+from kvcache.files import write_given
 from kvcache.fingerprint import model_fingerprint
 from kvcache.heads import PerHead
 from kvcache.past import handed
@@ -84,9 +85,13 @@ class HeadProfile:
         return policies
 
     def save(self, path: Path | str) -> None:
-        """Write it as JSON."""
+        """Write it as JSON; a file that is there is replaced at once or not at all.
+
+        Raises:
+            InputError: if a folder, a device or the like is there.
+        """
         content = {"format": _FORMAT, "version": 1, **self.__dict__}
-        Path(path).write_text(json.dumps(content, indent=1) + "\n")
+        write_given(path, f"{json.dumps(content, indent=1)}\n".encode(), private=False)
 
     @classmethod
     def load(cls, path: Path | str, model: str | None = None) -> "HeadProfile":

@@ -31,7 +31,7 @@ from kvcache.managed import Crossed, ManagedCache, ManagedEncoderDecoderCache, c
 from kvcache.managed import ManagedLayer as ManagedLayer
 from kvcache.managed import check_positions as check_positions
 from kvcache.models import ModelFacts, Windows, alike, announced, facts_of, parameters, rope_by_length
-from kvcache.past import MADE_AS, handed, taken
+from kvcache.past import MADE_AS, handed
 from kvcache.policies import KeepAll, SizePolicy, budgeted, check_policy
 from kvcache.prefix import PrefixKey, PrefixSnapshot
 from kvcache.quantized import Quantization, QuantizedLayer
@@ -521,31 +521,6 @@ def exact_windows(model: nn.Module) -> Iterator[None]:
         )
     with announced(model):
         yield
-
-
-@contextmanager
-def kept(model: nn.Module, cache: Callable[[], Any]) -> Iterator[None]:
-    """Within this block, a model that drops its cache to compute all tokens anew does so on the same cache.
-
-    A model whose long RoPE changes at a length (Phi-3) is given no cache by its own `generate` when a text gets there, and
-    would go on with one of transformers'.
-    """
-    if rope_by_length(model) != "longrope":
-        yield
-        return
-
-    def again(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        held = cache()
-        if held is not None and taken(kwargs) is None and kwargs.get("use_cache", True):
-            held.reset()
-            return args, {**kwargs, **handed(model, held)}
-        return args, kwargs
-
-    handle = model.register_forward_pre_hook(again, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def is_attention(module: nn.Module) -> bool:

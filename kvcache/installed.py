@@ -83,7 +83,8 @@ class _Watch:
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if name == "transformers" and self in sys.meta_path:
-            sys.meta_path.remove(self)
+            # Another list: whoever looks for transformers goes through the old one, and would pass the next finder over.
+            sys.meta_path = [finder for finder in sys.meta_path if finder is not self]
             _set_aside()
         return None
 

@@ -318,6 +318,23 @@ def check_positions(table: int | None, seen: int, fresh: int) -> None:
 # ---------------------------------------------------------------------- caches
 
 
+class MadeFor:
+    """The model that a cache was made for, as it was then. A copy of the cache has it too; one in another process has not.
+
+    Args:
+        signature: of the model; None if it is not known.
+    """
+
+    def __init__(self, signature: object = None) -> None:
+        self.signature = signature
+
+    def __deepcopy__(self, memo: object) -> "MadeFor":
+        return self
+
+    def __reduce__(self) -> tuple[type["MadeFor"], tuple[()]]:
+        return MadeFor, ()
+
+
 class ManagedCache(DynamicCache):
     """The layers of a model, ours and its own, as a `DynamicCache`, for which code of transformers and of others asks.
 
@@ -326,9 +343,11 @@ class ManagedCache(DynamicCache):
 
     Attributes:
         read: the token ids that each row begins with, where they are known; on the host, and no tensors, which are the layers'.
+        made_for: the model.
     """
 
     layers: list[Any]
+    made_for = MadeFor()
     read: "tuple[array[int], ...] | None" = None
 
     def __init__(self, layers: Sequence[Any]) -> None:

@@ -36,6 +36,7 @@ from kvcache.fingerprint import check_named, model_fingerprint
 from kvcache.generation import STEPWISE, Emitter, Wanted, asks, mode_of, own_way, running, speaker
 from kvcache.geometry import CacheGeometry
 from kvcache.heads import AdaptiveLayer, share
+from kvcache.managed import MadeFor, ManagedCache
 from kvcache.models import Following, facts_of
 from kvcache.modules import rebuilt
 from kvcache.past import handed, returned, take, takes
@@ -319,8 +320,15 @@ class KVCacheManager:
 
         Raises:
             GeometryError: if the model manages some of its layers itself, or rows have pads.
-            InputError: if the model cannot be told from others, see `model_fingerprint`.
+            InputError: if the model cannot be told from others, see `model_fingerprint`, or has changed since the cache was
+                made.
         """
+        made_for = cache.made_for.signature if isinstance(cache, ManagedCache) else None
+        if made_for is not None and made_for is not self._from_model.watch.signature():
+            raise InputError(
+                "the model has changed since this cache was made, and what it holds is of the model as it was; save a cache "
+                "before its model changes, or fill a new one"
+            )
         return self._saved(cache, model_fingerprint(self.model), secret)
 
     def _saved(self, cache: Any, model: str, secret: bytes | None) -> bytes:
@@ -349,7 +357,9 @@ class KVCacheManager:
 
     def fork(self, cache: Any) -> Any:
         """A copy of a cache, which goes on by itself."""
-        return self._restored(*read_saved(self._saved(cache, "", None), ""))  # in this process the model is the same
+        copied = self._restored(*read_saved(self._saved(cache, "", None), ""))
+        copied.made_for = cache.made_for
+        return copied
 
     @torch.no_grad()
     def compress(self, cache: Any, inputs: Tensor, max_tokens: int, *, instruction: Tensor | None = None) -> int:
@@ -635,7 +645,7 @@ class KVCacheManager:
                 mine.append(self._running)
                 kwargs |= handed(model, given)
             try:
-                with self._exactly(), hf.kept(run.model, lambda: run.cache):
+                with self._exactly():
                     # Said aloud: where a config turns caches off, `generate` would ignore the one it is given.
                     out = run.model.generate(*first, **_caching(True, kwargs))
                 if run.cache is not None:
@@ -715,7 +725,7 @@ class KVCacheManager:
         crossing: bool | None = None,
     ) -> Any:
         """A cache for so many rows, padded as the mask says, under this manager's policy or another."""
-        return hf.new_cache(
+        cache = hf.new_cache(
             self.model,
             self.policy if policy is None else policy,
             max_length=self.max_cache_length,
@@ -727,6 +737,8 @@ class KVCacheManager:
             quantization=self.quantization,
             crossing=crossing,
         )
+        cache.made_for = MadeFor(self._from_model.watch.signature())
+        return cache
 
     def _check_stream(self, prefix: str | None, kwargs: dict[str, Any]) -> None:
         """Refuse what is no stream of tokens, before anything runs."""

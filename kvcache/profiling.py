@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as trace_of
 
 from kvcache.errors import InputError, MissingDependencyError
+from kvcache.files import check_given
 from kvcache.memory import resident_bytes
 from kvcache.precision import PackedLinear
 from kvcache.report import CacheReport
@@ -559,6 +560,7 @@ def check_plot(file: str | Path) -> Any:
     path = Path(file)
     if path.suffix not in (".png", ".pdf", ".svg") or not path.absolute().parent.is_dir():
         raise InputError(f"cannot write {file}: name a .png, .pdf or .svg in a folder that exists")
+    check_given(path)
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -1,4 +1,5 @@
-"""The one place that hides passwords: whatever kvcache says of a place or of an error goes through here.
+"""The one place that hides passwords, and what steers a terminal: whatever kvcache says of a place or of an error goes
+through here.
 
 A password may hold any character, also those that divide a URL, so that nobody can say for sure where it ends. What is
 hidden is rather too much than too little.
@@ -19,8 +20,20 @@ _SECRET_NAMES = re.compile(r"pass|pwd|secret|token|key|auth|cred|sig|sas|code|co
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/{1,3}")
 # Bounded, so that no text takes long to search.
 _WITH_LOGIN = re.compile(r"(?<![A-Za-z0-9+.-])([A-Za-z][A-Za-z0-9+.-]{0,30}:/{1,3})[^\s'\"<>]{0,2000}@")
+_WITH_QUERY = re.compile(
+    r"(?<![A-Za-z0-9+.-])([A-Za-z][A-Za-z0-9+.-]{0,30}:/{1,3}[^\s'\"<>?#]{0,2000})\?[^\s'\"<>]{0,2000}"
+)
 _CUT_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,30}:/\S*\Z")
 _PLAIN_USER = re.compile(r"[A-Za-z._-]{0,16}")  # as a person or service is called; a token is longer, and has digits
+
+
+# C0, C1, line and paragraph separators, marks that turn the direction of what follows, and halves of characters.
+_STEERING = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """A text in one line, in which nothing steers a terminal: line breaks are spaces, other such characters ``�``."""
+    return _STEERING.sub(lambda found: " " if found[0].isspace() else "�", text)
 
 
 def shown_url(url: str) -> str:
@@ -44,8 +57,8 @@ def shown_url(url: str) -> str:
 
 
 def without_logins(text: str) -> str:
-    """A text in which the logins of all URLs are hidden."""
-    return _WITH_LOGIN.sub(rf"\1{HIDDEN}@", text)
+    """A text in which the logins and the queries of all URLs are hidden."""
+    return _WITH_QUERY.sub(rf"\1?{HIDDEN}", _WITH_LOGIN.sub(rf"\1{HIDDEN}@", text))
 
 
 def shown_value(value: object) -> str:
@@ -74,7 +87,7 @@ class Redactor:
         """The text without them, in one line of bounded length."""
         if self._secrets is not None:
             text = self._secrets.sub(HIDDEN, text)
-        text = " ".join(text.split())
+        text = printable(" ".join(text.split()))
         if len(text) > _SEARCHED:
             text = _CUT_URL.sub(HIDDEN, text[:_SEARCHED])
         text = without_logins(text)

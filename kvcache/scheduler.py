@@ -19,6 +19,7 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 from typing_extensions import Self
 
+from kvcache.arguments import check_whole
 from kvcache.decoding.batch import Batch, Job
 from kvcache.decoding.turns import Chunk, Request, Turns
 from kvcache.errors import BusyError, ClosedError, InputError, KVCacheError
@@ -48,8 +49,7 @@ class Work(Generic[T]):
     sequence: bool = False
 
     def __post_init__(self) -> None:
-        if self.jobs < 1:
-            raise InputError(f"a request of {self.jobs} jobs: give at least 1")
+        check_whole("jobs", self.jobs, 1)
 
 
 @dataclass(frozen=True)
@@ -110,15 +110,14 @@ class Scheduler:
         prefills: int = 8,
         reserved: int | None = None,
     ) -> None:
+        check_whole("rows", rows, 1)
         max_running = 2 * rows if max_running is None else max_running
-        limits = {
-            "rows": rows, "max_waiting": max_waiting, "max_running": max_running, "ahead": ahead, "prefills": prefills,
-        }  # fmt: skip
+        limits = {"max_waiting": max_waiting, "max_running": max_running, "ahead": ahead, "prefills": prefills}
         for name, value in limits.items():
-            if value < 1:
-                raise InputError(f"{name}={value} must be at least 1")
+            check_whole(name, value, 1)
         reserved = min(1, rows - 1) if reserved is None else reserved
-        if not 0 <= reserved < rows:
+        check_whole("reserved", reserved, 0)
+        if reserved >= rows:
             raise InputError(f"reserved={reserved} must be at least 0 and leave one of the {rows} rows")
         self._open_batch = batch
         self._rows, self._max_waiting, self._max_running, self._ahead = rows, max_waiting, max_running, ahead
@@ -151,8 +150,9 @@ class Scheduler:
         self._abandoned = weakref.finalize(loop, self._stop)  # by who never closes the scheduler
         self._abandoned.atexit = False
         started = self._started = loop.create_future()
-        self._start(self._run, "kvcache-scheduler")
         try:
+            self._start(self._run, "kvcache-scheduler")
+            self._start(self._prepare, "kvcache-prepare")
             await started
         except BaseException:
             self._stop()
@@ -201,8 +201,6 @@ class Scheduler:
         inbox = self._accepted(size)
         with self._changed:
             self._unprepared.append((inbox, prepare))
-            if len(self._threads) == 1:
-                self._start(self._prepare, "kvcache-prepare")
             self._changed.notify_all()
         return Stream(self, inbox)
 
@@ -247,8 +245,7 @@ class Scheduler:
 
     def _accepted(self, size: int) -> "_Inbox":
         self._check_open()
-        if size < 1:
-            raise InputError(f"size={size}: a chunk has at least 1 token")
+        check_whole("size", size, 1)
         waiting, running = self._held()
         most = self._max_waiting + self._max_running + self._rows
         if waiting >= self._max_waiting or waiting + len(running) >= most:
@@ -311,6 +308,8 @@ class Scheduler:
                 inbox.dropped = True
                 if inbox.request is not None:
                     self._dropped.append(inbox.request)
+                # What was to be prepared goes at once, however long another's preparing takes.
+                self._unprepared = deque(one for one in self._unprepared if one[0] is not inbox)
                 self._changed.notify_all()
             inbox.queue.put_nowait(_End(None))  # for who waits for the next chunk in another task
 
@@ -330,8 +329,8 @@ class Scheduler:
 
     def _start(self, target: Callable[[], None], name: str) -> None:
         thread = threading.Thread(target=target, name=name, daemon=True)
+        thread.start()  # which may fail, where there are too many
         self._threads.append(thread)
-        thread.start()
 
     def _stop(self) -> None:
         with self._changed:
@@ -474,6 +473,15 @@ def _told(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
+def _handed_on(error: BaseException) -> Exception:
+    """An error as the task is told that waits: what would end an iteration or the event loop there is told as an error."""
+    if isinstance(error, Exception) and not isinstance(error, StopIteration | StopAsyncIteration):
+        return error
+    told = RuntimeError(f"the request was ended by {_told(error)}")
+    told.__cause__ = error
+    return told
+
+
 @dataclass(frozen=True)
 class _End:
     error: BaseException | None
@@ -520,13 +528,15 @@ class Stream(AsyncIterator[T], Generic[T]):
                 if isinstance(item, _End):
                     self._ended = True
                     if item.error is not None:
-                        raise item.error
+                        raise _handed_on(item.error)
                     self._scheduler._count(self._inbox, "finished")
                 else:
                     self._scheduler._took(self._inbox)
                     if item.cut_off:
                         self.cut_off.append(item.index)
-                    self._items.extend(await asyncio.to_thread(self._made, item))
+                    made = await asyncio.to_thread(self._made, item)
+                    if not self._ended:  # closed by another task meanwhile
+                        self._items.extend(made)
         except StopAsyncIteration:
             raise
         except BaseException as error:  # cancelled, or it cannot be made into what was wanted
@@ -538,7 +548,11 @@ class Stream(AsyncIterator[T], Generic[T]):
         return self._items.popleft()
 
     def _made(self, chunk: Chunk) -> list[T]:
-        return list(self._inbox.through(chunk))
+        try:
+            return list(self._inbox.through(chunk))
+        except BaseException as error:
+            told = _handed_on(error)
+            raise told from told.__cause__
 
     async def aclose(self) -> None:
         """End the request. Nothing happens if it has ended."""

@@ -16,6 +16,7 @@ from torch import nn
 
 from kvcache.decoding.backends import BackendName, check_bucket
 from kvcache.errors import CorruptError, InputError, said
+from kvcache.files import write_given
 from kvcache.fingerprint import model_fingerprint, model_outline
 from kvcache.precision import Precision
 from kvcache.quantized import Quantization
@@ -81,11 +82,12 @@ class TuningProfile:
     random: bool = False
 
     def save(self, path: Path | str) -> None:
-        """Write it as JSON; a file that is there is replaced at once or not at all."""
-        path = Path(path)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        beside.write_text(json.dumps(self.as_dict(), indent=1) + "\n")
-        beside.replace(path)
+        """Write it as JSON; a file that is there is replaced at once or not at all.
+
+        Raises:
+            InputError: if a folder, a device or the like is there.
+        """
+        write_given(path, f"{json.dumps(self.as_dict(), indent=1)}\n".encode(), private=False)
 
     def as_dict(self) -> dict[str, Any]:
         """The profile as plain values, as its file has them."""

@@ -16,7 +16,8 @@ from t3_models import UPSTREAMS_WARNINGS, fingerprint, likely_end, tiny_t3
 from kvcache import CapacityError, InputError, MaxBytes, MaxTokens, PolicyError, SlidingWindow
 from kvcache.decoding import backends
 from kvcache.precision import check_precision
-from kvcache_chatterbox import ChatterboxEngine, byte_tokens, load_t3, random_conditionals
+from kvcache_chatterbox import ChatterboxEngine, byte_tokens, load_t3, random_conditionals, stand_in
+from kvcache_chatterbox.standin import punc_norm
 from kvcache_chatterbox.stepping import Stepper
 
 pytestmark = UPSTREAMS_WARNINGS
@@ -556,3 +557,15 @@ def test_full_size_tokens_are_upstreams(variant):
     text = byte_tokens(t3, TEXT)
     mine = ours(t3, text, 60, 0)
     assert torch.equal(mine, upstream(t3, text, 60, 0))
+
+
+@pytest.mark.parametrize("text", [" hello there", "\nhello there", "hello ", "hello", "  a b. " * 40])
+def test_white_space_before_a_text_is_normalized_as_upstream_does(text):
+    """Upstream capitalises the first character, be it white space; the first segment is what a text begins with."""
+    t3 = tiny_t3("english")
+    model = stand_in(t3)
+    engine = ChatterboxEngine(model)
+    first, *_ = engine.long_text(text, engine.voice_of(None)).utterances
+    spoken = bytes(first.text[0, 1:-1].tolist()).decode()
+    assert punc_norm(text).startswith(spoken.rstrip("."))
+    assert len(text) > 200 or spoken == punc_norm(text)

@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -128,6 +129,16 @@ def test_c6_weights_of_another_size(whole, one_line, tmp_path):
 def test_c6_a_name_that_no_model_has(name, one_line, tmp_path):
     for command in (["plan"], ["profile"], ["tune", "--out", str(tmp_path / "t.json")]):
         one_line([command[0], "--", name] if len(command) == 1 else [*command, "--", name])
+
+
+@pytest.mark.skipif(not Path("/dev/null").exists(), reason="there is no device by name")
+def test_what_cannot_be_written_is_told_before_anything_is_measured(whole, one_line, tmp_path):
+    assert "/dev/null is a device, not a file" in one_line(["tune", str(whole), "--out", "/dev/null"])
+    assert Path("/dev/null").is_char_device()
+    pytest.importorskip("matplotlib")
+    (tmp_path / "plot.png").mkdir()
+    plot = ["--plot", str(tmp_path / "plot.png")]
+    assert "plot.png is a folder, not a file" in one_line(["profile", str(whole), *plot])
 
 
 def test_c6_numbers_are_refused_by_the_name_of_their_option(whole, one_line):

@@ -14,9 +14,15 @@ from support.folders import weightless_llama
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 
+from snapshots import cold, voice
+
 from kvcache import cli
+from kvcache.archive import pack
 from kvcache.cli import main
-from kvcache.cli.common import shown_bytes
+from kvcache.cli.common import print_json, shown_bytes
+from kvcache.doctor import Finding
+from kvcache.redact import Redactor, printable
+from kvcache.stores import DiskStore
 
 pytestmark = pytest.mark.one_release
 
@@ -168,3 +174,68 @@ def test_only_what_a_command_needs_is_imported():
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=100
     )
     assert ended.stdout == "2 False\n", ended.stderr
+
+
+# ---------------------------------------------------------------------- what strangers wrote
+
+STEERING = "\x1b]0;owned\x07\x1b[2J\x9b1A\r\n\x7f\u202e\u2066\ud800"
+
+
+def stranger(folder, address="ab" * 32, **fields):
+    """A file of a prefix whose header somebody else wrote, in a store with an intact one."""
+    store = DiskStore(folder)
+    store.put(cold(voice(1)))
+    snapshot = cold(voice(2))
+    file = folder / f"{address}.safetensors"
+    file.write_bytes(pack(snapshot.tensors(), {**snapshot.header(), **fields}))
+    return file
+
+
+def steers(text):
+    return {character for character in text if printable(character) != character} - {"\n"}
+
+
+def test_text_that_steers_a_terminal_is_shown_as_text(tmp_path, capsys):
+    file = stranger(tmp_path / f"a{STEERING[:6]}", model=STEERING, name=STEERING)
+    store = ["--store", str(file.parent)]
+    said = []
+    for arguments, code in (
+        (["list", *store], 0),
+        (["show", str(file)], 0),
+        (["show", "ab", *store], 0),
+        (["verify", *store], None),  # what is found wrong with it is not the point
+        (["show", f"no file{STEERING}"], 2),
+        ([f"--{STEERING}"], 2),
+        ([STEERING], 2),
+    ):
+        assert main(["voices", *arguments]) in ({0, 1, 2} if code is None else {code})
+        said += capsys.readouterr()
+    assert not steers("".join(said))
+    assert said[4].count("�") >= 5 and "model" in said[4]  # shown, and in one line
+    assert len(said[4].splitlines()) == 14
+    assert printable("a\tb\r\nc é 声 👩‍🚀") == "a b  c é 声 👩‍🚀"
+    assert not steers(Redactor().error(ValueError(STEERING)))
+
+
+@pytest.mark.parametrize("name", ["[/x]", "[prod]", ":cat:", "[link=x]"])
+def test_names_are_no_markup(name, tmp_path, capsys, folder, monkeypatch):
+    file = stranger(tmp_path / name, model=name)
+    assert main(["voices", "list", "--store", str(file.parent)]) == 0
+    out = capsys.readouterr().out
+    assert f"{file.parent}: 2 prefixes" in out.replace("\n", "")
+    assert f"│ {name[:8]} " in out
+    assert main(["voices", "show", "abab", "--store", str(file.parent)]) == 0
+    assert f" {name}\n" in capsys.readouterr().out
+    model = tmp_path / "models" / name
+    model.parent.mkdir(parents=True)
+    model.symlink_to(folder)
+    assert main(["plan", str(model), "--length", "20"]) == 0
+    assert name in capsys.readouterr().out
+    monkeypatch.setattr("kvcache.doctor.diagnose", lambda *given, **named: [Finding(name, name, "ok", name, name)])
+    assert main(["doctor"]) == 0
+    assert capsys.readouterr().out.count(name) == 4
+
+
+def test_numbers_that_json_does_not_have_are_null(capsys):
+    print_json({"a": [float("inf"), {"b": float("nan")}, (1.5, -float("inf"))], "c": True, "d": None})
+    assert json.loads(capsys.readouterr().out) == {"a": [None, {"b": None}, [1.5, None]], "c": True, "d": None}

@@ -261,6 +261,66 @@ def test_what_cannot_be_read_is_listed_as_that(place, voices):
     assert "not a file of kvcache's" in voices(here, "show", voice(9).address, code=1).err
 
 
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "Permission denied"), MemoryError(), OverflowError("too large")], ids=repr
+)
+def test_one_that_cannot_be_read_stops_no_other(error, place, voices, monkeypatch):
+    here = filled(place("disk"))
+    bad, real = KEYS[1].address, DiskStore._peek
+
+    def peek(self, address, most=None):
+        if address == bad:
+            raise error
+        return real(self, address, most)
+
+    monkeypatch.setattr(DiskStore, "_peek", peek)
+    rows = {row["address"]: row["problem"] for row in voices(here, "list", "--json").json["prefixes"]}
+    assert type(error).__name__ in rows.pop(bad) and list(rows.values()) == [None] * 3
+    out = voices(here, "list").out
+    assert sorted(row[1] == "unreadable" for row in cells(out)) == [False] * 3 + [True]
+    assert f"{bad}: disk: could not read ({type(error).__name__}" in out
+    assert type(error).__name__ in voices(here, "show", bad, code=1).err
+
+
+@pytest.mark.parametrize(
+    "error", [OverflowError("infinity"), NotImplementedError("aminmax"), RecursionError()], ids=repr
+)
+def test_a_file_of_which_no_sense_can_be_made_is_said_to_be_that(error, place, voices, tmp_path, monkeypatch):
+    here, file = filled(place("disk"), KEYS[:2]), tmp_path / "file"
+    file.write_bytes(cold(KEYS[0]).to_bytes())
+
+    def raising(*given, **named):
+        raise error
+
+    monkeypatch.setattr("kvcache.cli.voices.describe", raising)
+    monkeypatch.setattr("kvcache.cli.voices.unpack", raising)
+    problems = [row["problem"] for row in voices(here, "list", "--json").json["prefixes"]]
+    assert [type(error).__name__ in problem for problem in problems] == [True, True]
+    assert type(error).__name__ in voices(here, "show", str(file), code=1).err
+
+
+def test_one_that_cannot_be_removed_stops_no_other(place, voices, monkeypatch):
+    here, real = filled(place("disk")), DiskStore._remove
+    stuck = min(held(here).values(), key=lambda entry: entry.used).address
+
+    def remove(self, address):
+        if address == stuck:
+            raise PermissionError(13, "Permission denied")
+        real(self, address)
+
+    monkeypatch.setattr(DiskStore, "_remove", remove)
+    said = voices(here, "prune", "--max-bytes", "1", "--json", code=1)
+    assert [row["address"] for row in said.json["failed"]] == [stuck] and list(held(here)) == [stuck]
+    assert stuck not in {row["address"] for row in said.json["removed"]} and len(said.json["removed"]) == 3
+    assert said.json["nbytes"] == held(here)[stuck].nbytes and "1 prefix could not be removed" in said.err
+    assert f"{stuck}: disk: could not remove" in voices(here, "prune", "--max-bytes", "1", code=1).out
+    here.store._write(KEYS[3].address, b"junk")
+    here.store._write(stuck, b"junk")
+    bad = voices(here, "verify", "--remove", "--json", code=1).json["bad"]
+    assert {row["address"]: row["removed"] for row in bad} == {stuck: False, KEYS[3].address: KEYS[3].address != stuck}
+    assert any("could not remove" in row["problem"] for row in bad)
+
+
 # ---------------------------------------------------------------------- export and import
 
 
@@ -279,6 +339,15 @@ def test_what_is_exported_is_taken_in_elsewhere_bit_for_bit(kind, place, voices,
     voices(here, "export", KEYS[0].address, str(file), "--force")
     assert exact(PrefixSnapshot.from_bytes(file.read_bytes()), KEYS[0])
     assert [path.name for path in tmp_path.glob("voice*")] == ["voice.safetensors"]
+
+
+def test_export_replaces_nothing_but_a_file(place, voices, tmp_path):
+    here, documents = filled(place("disk")), tmp_path / "Documents"
+    documents.mkdir()
+    (documents / "thesis.txt").write_text("x")
+    said = voices(here, "export", KEYS[0].address, str(documents), "--force", code=2)
+    assert "Documents is a folder, not a file" in said.err
+    assert [path.name for path in tmp_path.glob("Doc*")] == ["Documents"] and (documents / "thesis.txt").exists()
 
 
 def test_import_makes_the_folder_of_a_store(place, voices, tmp_path):

@@ -72,6 +72,20 @@ def test_it_is_looked_at_when_transformers_is_looked_for(monkeypatch):
     assert looked == [1] and watch not in sys.meta_path
 
 
+def test_the_finder_behind_it_is_asked_too(monkeypatch):
+    asked = []
+
+    class Tracer:
+        def find_spec(self, name, path=None, target=None):
+            asked.append(name)
+
+    monkeypatch.setattr(installed, "_set_aside", lambda: None)
+    monkeypatch.setattr(sys, "meta_path", [installed._Watch(), Tracer(), *sys.meta_path])
+    monkeypatch.delitem(sys.modules, "transformers")
+    assert find_spec("transformers") is not None
+    assert asked == ["transformers"]
+
+
 def test_mending_removes_the_compiled_part_alone(broken, monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     removed = installed.mend_torchaudio()

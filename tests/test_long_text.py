@@ -7,6 +7,7 @@ import torch
 from t3_models import likely_end, tiny_t3
 
 from kvcache import BusyError, CapacityError, ClosedError, InputError, SlidingWindow
+from kvcache.decoding import Batch
 from kvcache_chatterbox import ChatterboxEngine, SpeechScheduler, byte_tokens, random_conditionals, stand_in
 from kvcache_chatterbox.audio import SAMPLES_PER_TOKEN
 
@@ -269,3 +270,13 @@ def test_limits_have_clear_refusals():
 
     metrics = asyncio.run(run())
     assert (metrics.refused, metrics.cancelled, metrics.finished, metrics.busy) == (2, 1, 0, 0)
+
+
+def test_what_is_wanted_whole_decodes_together_from_the_first_token_on(monkeypatch):
+    ours, busy = ChatterboxEngine(stand_in(tiny_t3("gpt"))), []
+    turn = Batch.turn
+    monkeypatch.setattr(Batch, "turn", lambda batch: (busy.append(batch.busy), turn(batch))[1])
+    given = {"segment_characters": 30, "max_new_tokens": 40}
+    assert ours.plan(TEXT, **given).rows >= 4
+    ours.generate(TEXT, **given)
+    assert busy[0] == max(busy) >= 4

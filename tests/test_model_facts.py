@@ -572,3 +572,18 @@ def test_past_its_original_length_a_long_rope_goes_on_with_our_cache(policy: Any
     theirs = model.generate(ids, return_dict_in_generate=True, **given)
     assert torch.equal(kv.generate(ids, past_key_values=held, **given), theirs.sequences)
     assert kv.report(held).seen == kv.report().seen == returned(theirs).get_seq_length()
+
+
+def test_a_run_past_it_takes_no_other_call_of_the_model_for_its_own() -> None:
+    model = build("phi3", max_position_embeddings=64, original_max_position_embeddings=16, rope_parameters=LONGROPE)
+    kv, ids, other = KVCacheManager(model), token_ids(1, 12), token_ids(1, 7, seed=3)
+    given: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
+    expected, logits = model.generate(ids, **given), model(other).logits
+    chunks = kv.stream(ids, chunk_size=1, **given)
+    said = [next(chunks)]
+    assert torch.equal(model(other).logits, logits)  # by who uses the same model meanwhile
+    said += list(chunks)
+    assert torch.equal(torch.cat([ids, *said], 1), expected)
+    assert torch.equal(model(other).logits, logits)
+    given["guidance_scale"] = 1.5  # whose processor runs the model without a cache at first
+    assert torch.equal(kv.generate(ids, **given), model.generate(ids, **given))

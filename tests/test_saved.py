@@ -1,5 +1,7 @@
 """Whole caches, saved and loaded under every kind of policy: they go on bit for bit, share nothing, and are checked."""
 
+import copy
+
 import pytest
 import torch
 from families import build, tiny, token_ids
@@ -166,3 +168,23 @@ def test_pads_and_layers_of_the_models_own_are_refused():
     hybrid = KVCacheManager(tiny("gemma3"))
     with pytest.raises(GeometryError, match="own way"):
         hybrid.save(hybrid.new_cache())
+
+
+@pytest.mark.parametrize("copied", [None, "fork", "deepcopy"])
+def test_what_the_model_was_before_it_changed_is_not_saved_as_what_it_is(copied):
+    model = build("llama")
+    manager = KVCacheManager(model)
+    cache = manager.new_cache()
+    run(manager, cache, token_ids(1, 20), 20)
+    held = {None: lambda: cache, "fork": lambda: manager.fork(cache), "deepcopy": lambda: copy.deepcopy(cache)}[
+        copied
+    ]()
+    assert manager.save(held)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight.neg_()
+    with pytest.raises(InputError, match="changed since this cache was made"):
+        manager.save(held)
+    assert manager.report(manager.fork(held)).seen == 20  # in this process it may go on
+    again = manager.new_cache()
+    run(manager, again, token_ids(1, 20), 20)
+    assert manager.report(manager.load(manager.save(again))).seen == 20

@@ -2,7 +2,9 @@
 
 import asyncio
 import gc
+import math
 import random
+import re
 import threading
 import weakref
 from contextlib import contextmanager
@@ -380,9 +382,28 @@ def test_an_end_that_is_not_said_still_ends_its_job():
 
 
 def test_requests_of_nothing_are_refused():
-    for jobs, size in ((0, 5), (1, 0)):
-        with pytest.raises(InputError, match="give at least 1 of each"):
+    for jobs, size, name in ((0, 5, "jobs"), (1.5, 5, "jobs"), (1, 0, "size"), (1, math.nan, "size"), (1, 2.5, "size")):
+        with pytest.raises(InputError, match=f"{name}=.* must be a whole number of at least 1"):
             Request(jobs, lambda index, before: None, size=size)
+    for total in (0, -3, 2.5):
+        with pytest.raises(InputError, match=f"total={total} must be a whole number"):
+            link(0, total)
+
+
+def test_errors_of_what_a_request_makes_are_no_sign_of_a_broken_batch():
+    def fails(index, before):
+        raise KeyError("a voice's field")
+
+    turns, others = Turns(Batch(chain(1))), []
+    for _ in range(20):
+        bad = Request(1, fails, size=1, deliver=others.append)
+        turns.add(bad)
+        assert turns.turn() == [bad] and isinstance(bad.error, KeyError)
+    good, chunks = quietly([5])
+    turns.add(good)
+    while turns.requests:
+        turns.turn()
+    assert_said(chunks, [5])
 
 
 # ---------------------------------------------------------------------- the async front
@@ -816,11 +837,16 @@ def test_the_time_to_the_first_item_is_told_in_percentiles(monkeypatch):
 
 
 def test_what_makes_no_scheduler_is_refused():
-    for options in ({"rows": 0}, {"max_waiting": 0}, {"max_running": 0}, {"ahead": 0}, {"prefills": 0}):
-        with pytest.raises(InputError, match=f"{next(iter(options))}=0 must be at least 1"):
-            Scheduler(Opened(), **{"rows": 2, **options})
-    for reserved in (-1, 2):
-        with pytest.raises(InputError, match=f"reserved={reserved} must be at least 0 and leave one of the 2 rows"):
+    for name in ("rows", "max_waiting", "max_running", "ahead", "prefills"):
+        for wrong in (0, 1.5, True, math.nan, math.inf, "2"):
+            with pytest.raises(InputError, match=re.escape(f"{name}={wrong!r} must be a whole number of at least 1")):
+                Scheduler(Opened(), **{"rows": 2, name: wrong})
+    for reserved, told in (
+        (-1, "must be a whole number of at least 0"),
+        (0.5, "whole number"),
+        (2, "one of the 2 rows"),
+    ):
+        with pytest.raises(InputError, match=f"reserved={reserved} .*{told}"):
             Scheduler(Opened(), 2, reserved=reserved)
     assert Scheduler(Opened(), 2)._order == (8, 1, 4)
     assert Scheduler(Opened(), 1)._order == (8, 0, 2)

@@ -2,9 +2,12 @@
 
 import asyncio
 import gc
+import os
 import random
 import threading
+import weakref
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -349,6 +352,80 @@ def test_s4_writes_are_dropped_rather_than_waited_for_and_hanging_questions_are_
     assert aside.find(snapshots[2].key) is not None
 
 
+class Panics(BaseException):
+    """What no store should raise."""
+
+
+class Raises(MemoryStore):
+    """A store whose every answer is this error, while there is one."""
+
+    error = None
+
+    def get(self, key):
+        if self.error is not None:
+            raise self.error
+        return super().get(key)
+
+    def put(self, snapshot):
+        if self.error is not None:
+            raise self.error
+        super().put(snapshot)
+
+
+def snapshots_of(number):
+    ours = ChatterboxEngine(stand_in(tiny_t3("english")), speakers=SpeakerCache(MemoryStore()))
+    return [ours._reuse.prepare(random_conditionals(ours.t3, i)) for i in range(number)]
+
+
+@pytest.mark.parametrize("how", ["error", "thread"])
+def test_s4_what_goes_wrong_once_is_not_for_ever(how, monkeypatch):
+    one, two = snapshots_of(2)
+    store = Raises()
+    aside = Aside(SpeakerCache(store))
+    with monkeypatch.context() as patched:
+        if how == "error":
+            store.error = Panics("once")
+        else:
+            patched.setattr(threading.Thread, "start", lambda thread: (_ for _ in ()).throw(RuntimeError("no thread")))
+        assert aside.find(one.key) is None
+        aside.put(one)
+        assert aside.flush(30)
+    store.error = None
+    aside.put(two)
+    assert aside.flush(30) and aside.find(two.key) is not None
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_s4_a_fork_waits_for_no_thread_of_its_parent():
+    one, two = snapshots_of(2)
+    slow = Slow()
+    aside = Aside(SpeakerCache(slow), patience=0.01)
+    slow.opened.clear()
+    assert aside.find(one.key) is None
+    aside.put(one)
+    child = os.fork()
+    if child == 0:
+        slow.opened = threading.Event()
+        slow.opened.set()
+        aside.put(two)
+        os._exit(not (aside.flush(30) and aside.find(two.key) is not None))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    slow.opened.set()
+    assert aside.flush(30)
+
+
+def test_s4_what_a_store_says_when_it_fails_is_told_without_its_secrets(caplog):
+    store = Raises()
+    store.error = OSError("GET https://user:hunter2@host/x?token=t0ken failed: 403")
+    aside = Aside(SpeakerCache(store))
+    [one] = snapshots_of(1)
+    assert aside.find(one.key) is None
+    aside.put(one)
+    assert aside.flush(30)
+    assert "403" in caplog.text and "hunter2" not in caplog.text and "t0ken" not in caplog.text
+
+
 # ---------------------------------------------------------------------- S5: a number fills no store
 
 
@@ -605,7 +682,102 @@ def test_s11_a_loop_that_lives_is_named_and_close_may_come_from_anywhere():
     assert not thread.is_alive() and threads() == []
 
 
+@pytest.mark.parametrize("raised", [StopIteration, StopAsyncIteration, asyncio.CancelledError, SystemExit, KeyError])
+@pytest.mark.parametrize("where", ["through", "prepare"])
+def test_s10_an_error_that_steers_a_program_is_told_as_an_error(where, raised):
+    def fails(*_):
+        raise raised("by accident")
+
+    async def main():
+        async with Scheduler(Opened(1), 1) as scheduler:
+            if where == "through":
+                stream = ask(scheduler, [9], through=fails)
+            else:
+                stream = scheduler.submit_prepared(fails, size=1)
+            with pytest.raises(KeyError if raised is KeyError else RuntimeError, match="by accident") as caught:
+                await asyncio.wait_for(anext(stream), 30)
+            assert raised is KeyError or isinstance(caught.value.__cause__, raised)
+            assert [item async for item in ask(scheduler, [9])] == due([9])
+            assert counted(scheduler.metrics()) == (1, 0, 1, 0)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("failing", ["kvcache-scheduler", "kvcache-prepare"])
+def test_s10_a_thread_that_cannot_start_is_told_and_leaves_nothing(failing, monkeypatch):
+    start = threading.Thread.start
+
+    def starts(thread):
+        if thread.name == failing:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    async def main():
+        scheduler = Scheduler(Opened(1), 1)
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", starts)
+            with pytest.raises(RuntimeError, match="can't start"):
+                await scheduler.__aenter__()
+        with pytest.raises(ClosedError):
+            ask(scheduler, [9])
+        await asyncio.wait_for(scheduler.close(), 30)
+
+    asyncio.run(main())
+    assert threads() == []
+
+
+class Text:
+    """What a request brings along."""
+
+    def nothing(self):
+        raise InputError("there is nothing in it")
+
+
+def test_s2_what_is_dropped_before_it_is_prepared_is_held_no_longer():
+    let = threading.Event()
+
+    async def main():
+        async with Scheduler(Opened(1), 1, max_waiting=3) as scheduler:
+            first = scheduler.submit_prepared(lambda: let.wait(30) and None, size=1)
+            held = []
+            for _ in range(50):
+                text = Text()
+                held.append(weakref.ref(text))
+                stream = scheduler.submit_prepared(partial(text.nothing), size=1)
+                await stream.aclose()
+            del stream, text
+            gc.collect()
+            assert not [one for one in held if one() is not None]
+            await first.aclose()
+            let.set()
+
+    asyncio.run(main())
+    assert threads() == []
+
+
 # ---------------------------------------------------------------------- leaving
+
+
+def test_nothing_is_given_after_a_close_however_long_it_is_made():
+    begun, let = threading.Event(), threading.Event()
+
+    def slowly(chunk):
+        begun.set()
+        assert let.wait(30)
+        return chunk.tokens.tolist()
+
+    async def main():
+        async with Scheduler(Opened(1), 1) as scheduler:
+            stream = ask(scheduler, [9], through=slowly)
+            waiting = asyncio.create_task(anext(stream))
+            await until_async(begun.is_set)
+            await stream.aclose()
+            let.set()
+            with pytest.raises(StopAsyncIteration):
+                await waiting
+            assert counted(scheduler.metrics()) == (0, 1, 0, 0)
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("how", ["task", "timeout", "aclose"])

@@ -7,11 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import sentencex
 from hypothesis import example, given
 from hypothesis import strategies as st
 from support.searching import search
 
 from kvcache import InputError
+from kvcache_chatterbox import pace
+from kvcache_chatterbox import segments as segments_module
 from kvcache_chatterbox.plan import predicted_tokens
 from kvcache_chatterbox.segments import Segment, primary_language, split
 
@@ -108,6 +111,108 @@ def test_packing_is_the_fewest_and_most_even(lengths, target):
     assert (len(found), sum(length**2 for length in found)) == min(options)
 
 
+def length(text, language):
+    """In Latin characters, as `split` counts."""
+    written, spoken = (sum(of(character, language) for character in text) for of in (pace.length, pace.seconds))
+    return round(max(written, 10 * spoken), 6)
+
+
+@SEARCH
+@given(
+    st.lists(st.text("a1今か한", min_size=1, max_size=15), min_size=1, max_size=9),
+    st.sampled_from([20, 33, 60]),
+    st.sampled_from(["en", "ja"]),
+)
+def test_packing_of_any_script_is_the_fewest_and_most_even(words, target, language):
+    """Against all ways to put neighbours together, where a character counts as a fraction of others."""
+    text = " ".join(words)
+    options = []
+    for breaks in itertools.product([" ", "\n"], repeat=len(words) - 1):
+        parts = "".join(itertools.chain(*itertools.zip_longest(words, breaks, fillvalue=""))).split("\n")
+        if all(" " not in part or length(part, language) <= target or len(part) <= min(target, 25) for part in parts):
+            options.append((len(parts), sum(length(part, language) ** 2 for part in parts)))
+    found = texts(text, language=language, target=target)
+    assert len(found) == min(options)[0]
+    assert sum(length(part, language) ** 2 for part in found) == pytest.approx(min(options)[1], rel=1e-6)
+
+
+LONGEST = {
+    "one-letter words": "a ",
+    "short sentences": "Hi. ",
+    "digits": "1",
+    "digits apart": "1 ",
+    "only punctuation": "?!,",
+    "punctuation and spaces": ". ",
+    "commas": ",",
+    "closing quotes": ".”",
+    "ideographs": "今",
+    "ideographs, stops": "今。",
+    "ideographs, ASCII commas": "今,",
+    "stops in quotes": "。”",
+    "a variant of each comma": "今，\ufe00",
+    "emoji": "😀",
+    "emoji apart": "😀 ",
+    "tags": "[laugh] ",
+    "open tags": "[",
+    "no spaces": "abc",
+    "no-break spaces": "a\xa0",
+    "words held together": "a\u2060",
+    "paragraphs": "a\n\n",
+}
+
+
+def work(text, monkeypatch):
+    """Calls of any function, of Python or C, and packings compared, to split a text."""
+    count, longest = 0, 0
+
+    def called(frame, event, function):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    def compared(choices):
+        nonlocal count
+        count += len(choices)
+        return min(choices)
+
+    def handed_on(language, text):
+        nonlocal longest
+        longest = max([longest, *map(len, text.split())])
+        return sentences(language, text)
+
+    sentences = sentencex.segment
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            segments_module, "min", lambda *given: compared(*given) if len(given) == 1 else min(*given), False
+        )
+        patch.setattr(segments_module.sentencex, "segment", handed_on)
+        before = sys.getprofile()
+        sys.setprofile(called)
+        try:
+            split(text, "zh", 40)
+        finally:
+            sys.setprofile(before)
+    return count, longest
+
+
+@pytest.mark.parametrize("kind", LONGEST)
+def test_twice_the_text_is_twice_the_work(kind, monkeypatch):
+    """One-letter words took 3 s for 20,000 characters, and stops in quotes 12 s, while nobody else was served."""
+    once, twice = ((("a" + LONGEST[kind] * size)[:size], size) for size in (2000, 4000))
+    done, _ = work(once[0], monkeypatch)
+    more, longest = work(twice[0], monkeypatch)
+    assert more <= 2.5 * done
+    assert more <= 100 * twice[1]
+    if any(mark in LONGEST[kind] for mark in ".。?"):
+        assert longest <= 1100, "the time that sentencex takes grows with the square of this"
+
+
+def test_without_a_target_nothing_is_packed(monkeypatch):
+    """This took 27 s to find the one segment that it is."""
+    monkeypatch.setattr(segments_module, "_packed", None)
+    text = "\n " + "Hi. " * 3000
+    assert split(text, "en", None) == [Segment(text.strip(), 2, 2 + 11_999)]
+
+
 @pytest.mark.parametrize("language", SENTENCES)
 def test_sentences_of_a_language(language):
     """With a target as long as the longest sentence, every sentence stays whole."""
@@ -152,6 +257,92 @@ def texts(text, *, language="en", target):
 )  # fmt: skip
 def test_where_texts_are_divided(text, language, target, expected):
     assert texts(text, language=language, target=target) == expected
+
+
+MARKS = [
+    ",",
+    ".",
+    "!",
+    "?",
+    ";",
+    ":",
+    "…",
+    "……",
+    "——",
+    "—",
+    "～",
+    "~",
+    "｡",
+    "､",
+    "，",
+    "。",
+    "!?",
+    "？！",
+    "！!",
+    "…！",
+]
+UNSPACED = {
+    "zh": "今天天气很好",
+    "ja": "とてもいいてんき",
+    "th": "สวัสดีครับ",
+    "km": "ខ្ញុំទៅផ្សារ",
+    "my": "မင်္ဂလာပါ",
+    "lo": "ສະບາຍດີ",
+}
+
+
+@pytest.mark.parametrize("mark", [*MARKS, "។", "།", "။", "!」", "。”", "，\ufe00", "!\ufe01", "。\ufe00」"])
+@pytest.mark.parametrize("language", UNSPACED)
+def test_unspaced_text_is_divided_behind_every_mark(language, mark):
+    """Such texts were segments of 30 s, or refused with the advice to put punctuation into them."""
+    clause = UNSPACED[language] + mark
+    assert re.fullmatch(f"({re.escape(clause)})+", max(texts(clause * 40, language=language, target=60), key=len))
+    assert len(texts(clause * 40, language=language, target=60)) > 5
+
+
+INSIDE = (
+    "访问example.com 一二三v1.2版 一二三,a四五 下午3:30见 比分三:2 五,000 10～20元 五月～6月 二〇一〇年—2020年 好...a"
+)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [f"天天天天天天{inside}地地地地地地" for inside in INSIDE.split()]
+    + ["ณวันที่หนึ่งพ.ศ.ก.ค.", "w" * 18 + "wait…what", "w" * 18 + "one—two", "很好很好，\u2060我们", "很好很好。\ufeff我们"],
+)
+def test_marks_inside_of_a_word_do_not_divide_it(word):
+    assert texts(f"Say it now, please. {word}", target=20)[1:] == [word]
+
+
+@pytest.mark.parametrize("space", ["\xa0", "\u202f", "\u2007"])
+@pytest.mark.parametrize(
+    ("before", "held", "after"),
+    [
+        ("The population was", "1 000 000", "people at that time"),
+        ("Dans la ville de", "M. Dupont", "ce jour"),
+        ("Il y vit ce jour", "Mme. Roux", "et lui"),
+        ("Il regarde la page", "p. 12", "de ce livre"),
+        ("Et toujours il disait", "« Bonjour ! »", "à elle"),
+        ("Il part demain soir", "ici ;", "rien ne presse"),
+        ("Est-ce bien vrai cela", "Vraiment ?", "Oui, oui"),
+    ],
+)
+def test_a_no_break_space_holds_words_together(before, held, after, space):
+    held = held.replace(" ", space)
+    for target in range(20, 40):
+        assert any(held in part for part in texts(f"{before} {held} {after}.", language="fr", target=target)), target
+
+
+def test_a_no_break_space_holds_no_more_than_fits():
+    assert texts("a\xa0" * 40, target=20) == ["\xa0".join("a" * 10)] * 4
+    assert max(map(len, texts("word\u202f" * 500, target=100))) <= 100
+    assert texts("今天天气很好，\u2060" * 10, language="zh", target=40)[1:]
+    assert texts("The end of it.\xa0Then a new one began", target=24) == ["The end of it.", "Then a new one began"]
+
+
+def test_a_zero_width_space_is_between_words():
+    """Khmer and Thai mark words by it."""
+    assert len(texts("ខ្ញុំទៅផ្សារ\u200b" * 20, language="km", target=30)) >= 10
 
 
 def test_what_says_nothing_has_no_segment_of_its_own():

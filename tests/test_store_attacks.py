@@ -18,13 +18,18 @@ from snapshots import PROCESSES, cold, exact, running_redis, voice
 
 from kvcache import CorruptError, InputError, PrefixSnapshot, SpeakerCache
 from kvcache.archive import _checksum, pack
+from kvcache.errors import StoreError
 from kvcache.events import subscribe
+from kvcache.files import check_given, make_private_folder, set_aside, write_given, write_private
+from kvcache.head_profile import HeadProfile
 from kvcache.memory import resident_bytes
 from kvcache.prefix import Layout
+from kvcache.setting import Setting
 from kvcache.stores import DiskStore, MemoryStore, RedisStore, RemoteStore, TieredStore
 from kvcache.stores.base import in_time
 from kvcache.stores.index import Index
 from kvcache.stores.upkeep import describe, prunable, verify
+from kvcache.tuning_profile import TuningProfile
 
 pytestmark = pytest.mark.one_release
 
@@ -727,3 +732,69 @@ def test_w17_a_store_of_somebodys_own_is_not_believed():
 
     cache = SpeakerCache(Wrong())
     assert exact(cache.get_or_build(KEY, lambda: cold(KEY)), KEY) and cache.stats().refused == 1
+
+
+# ---------------------------------------------------------------------- files that somebody names
+
+
+@posix
+@pytest.mark.parametrize("kind", ["folder", "FIFO", "link to a folder", "device"])
+def test_what_is_no_file_is_never_replaced_by_one_that_somebody_names(kind, tmp_path):
+    path, inside = tmp_path / "Documents", tmp_path / "folder"
+    inside.mkdir()
+    (inside / "thesis.txt").write_text("x")
+    if kind == "folder":
+        inside.rename(path)
+    elif kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/null")
+    else:
+        path.symlink_to(inside)
+    before = sorted(tmp_path.rglob("*")), os.stat(path).st_mode
+    writers = (
+        lambda: write_given(path, b"x"),
+        lambda: check_given(path),
+        lambda: HeadProfile("m", 1, 2, 3, ((0.5,),)).save(path),
+        lambda: TuningProfile("m", "", "latency", 1, 0.1, {}, {}, Setting(), (), ()).save(path),
+    )
+    for write in writers:
+        with pytest.raises(InputError, match=r"Documents is a \w+, not a file; it is left as it is"):
+            write()
+    assert (sorted(tmp_path.rglob("*")), os.stat(path).st_mode) == before
+
+
+@posix
+@pytest.mark.parametrize("private", [True, False])
+def test_a_link_that_somebody_names_stays_one(private, tmp_path):
+    (tmp_path / "disk").mkdir()
+    for there in (True, False):
+        target, link = tmp_path / "disk" / f"{there}", tmp_path / f"link {there}"
+        if there:
+            target.write_bytes(b"old")
+        link.symlink_to(target)
+        write_given(link, b"new", private=private)
+        assert link.is_symlink() and target.read_bytes() == b"new"
+        assert not private or stat.S_IMODE(target.stat().st_mode) == 0o600
+    assert {path.name for path in tmp_path.rglob("*")} == {"disk", "True", "False", "link True", "link False"}
+
+
+@pytest.mark.parametrize("name", ["声" * 80 + ".voice", "a" + "é" * 120, "x" * 255], ids=ascii)
+def test_every_name_that_a_file_may_have_can_be_written_and_set_aside(name, tmp_path):
+    for write in (write_private, write_given):
+        write(tmp_path / name, b"new")
+        assert (tmp_path / name).read_bytes() == b"new"
+    set_aside(tmp_path / name)
+    [aside] = tmp_path.iterdir()
+    assert ".aside-" in aside.name and aside.read_bytes() == b"new"
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="there is no folder that takes nothing")
+def test_a_folder_that_cannot_be_made_though_its_parent_is_there(caplog):
+    with pytest.raises(FileNotFoundError):
+        make_private_folder("/proc/kvcache/voices")
+    store = DiskStore("/proc/kvcache")
+    store.put(cold(voice(1)))
+    assert "RecursionError" not in caplog.text and "FileNotFoundError" in caplog.text
+    with pytest.raises(StoreError, match="could not write"):
+        store.add(cold(voice(1)).to_bytes())

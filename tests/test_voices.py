@@ -441,6 +441,15 @@ def test_what_another_model_computed_is_not_used(tmp_path):
     )
 
 
+def test_a_voice_replaces_no_folder(tmp_path):
+    made, folder = engine("gpt"), tmp_path / "voices"
+    folder.mkdir()
+    (folder / "anna.voice").write_text("x")
+    with pytest.raises(InputError, match="voices is a folder, not a file"):
+        made.voices.export("sarah", folder)
+    assert [path.name for path in tmp_path.rglob("*")] == ["voices", "anna.voice"]
+
+
 def test_a_voice_file_with_one_wrong_byte_is_refused(tmp_path):
     made, file = engine("gpt"), tmp_path / "voice.safetensors"
     made.voices.export("sarah", file)

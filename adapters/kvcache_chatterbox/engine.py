@@ -441,7 +441,7 @@ class ChatterboxEngine(UtteranceDecoder):
             carry=carry,
             **sampling,
         )
-        pieces = self._in_order(long.utterances, long.plan.rows, 1000, carry, long.plan.slots)
+        pieces = self._in_order(long.utterances, long.plan.rows, 1, carry, long.plan.slots)  # the others wait for one
         return self._with_vocoder().say(pieces, who, watermark, pause=pause, joined=carry is not None)
 
     def long_text(
@@ -475,7 +475,9 @@ class ChatterboxEngine(UtteranceDecoder):
         who = voice if exaggeration is None else voice.with_emotion(exaggeration)
         parts = split(text, language_id, segment_characters)
         check_seed(seed, len(parts))
-        tokens = [speaker.tokenize(part.text, language_id) for part in parts]
+        # Upstream's rules look at the first character, be it white space.
+        said = [text if len(parts) == 1 else text[: parts[0].end], *(part.text for part in parts[1:])]
+        tokens = [speaker.tokenize(one, language_id) for one in said]
         if len(parts) == 1 and max_new_tokens is None:
             max_new_tokens = most_tokens(self.t3)
         positions = self.t3.speech_pos_emb

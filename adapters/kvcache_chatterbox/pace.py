@@ -23,6 +23,15 @@ _SYLLABARIES = (
     (0xAC00, 0xD7A3),  # Hangul
 )
 _IDEOGRAPHS = ((0x3005, 0x3007), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF))
+_SOUTHEAST_ASIAN = (
+    (0x0E00, 0x0EFF),
+    (0x0F00, 0x0FFF),
+    (0x1000, 0x109F),
+    (0x1780, 0x17FF),
+)  # Thai and Lao, Tibetan, ...
+
+UNSPACED = "".join(f"{chr(first)}-{chr(last)}" for first, last in _IDEOGRAPHS + _KANA + _SOUTHEAST_ASIAN)
+"""What is written without spaces between words, as a class of a regular expression."""
 
 
 @lru_cache(maxsize=4096)

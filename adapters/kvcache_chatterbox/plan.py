@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvcache import CapacityError, InputError
 from kvcache.policies import parse_bytes
+from kvcache.redact import printable
 from kvcache_chatterbox.pace import CHARACTERS_PER_SECOND, seconds
 from kvcache_chatterbox.segments import Segment, primary_language
 
@@ -96,8 +97,8 @@ class LongTextPlan:
 
     def table(self) -> "Table":
         """The plan as a table to print with rich, a row a segment."""
-        from rich.markup import escape
         from rich.table import Table
+        from rich.text import Text
 
         made = Table(caption="\n".join(self._summary()), caption_justify="left")
         made.add_column("segment", justify="right")
@@ -106,7 +107,7 @@ class LongTextPlan:
         made.add_column("text", no_wrap=True)
         for i, segment in enumerate(self.segments):
             numbers = (i, segment.characters, segment.text_tokens, segment.predicted, segment.most)
-            made.add_row(*(str(number) for number in numbers), escape(_shortened(segment.text)))
+            made.add_row(*(str(number) for number in numbers), Text(_shortened(segment.text)))
         return made
 
     def __str__(self) -> str:
@@ -304,7 +305,7 @@ def _check_speech(name: str, text: str, predicted: int, max_new_tokens: int | No
 
 
 def _shortened(text: str) -> str:
-    line = " ".join(text.split())
+    line = printable(" ".join(text.split()))
     return line if len(line) <= _QUOTED else line[: _QUOTED - 1] + "…"
 
 

@@ -1,6 +1,5 @@
 """A long text in segments that can be spoken by themselves: whole sentences, packed evenly."""
 
-import math
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -10,10 +9,12 @@ from itertools import accumulate
 import sentencex  # type: ignore[import-untyped]
 
 from kvcache import InputError
-from kvcache_chatterbox.pace import CHARACTERS_PER_SECOND, length, seconds
+from kvcache_chatterbox.pace import CHARACTERS_PER_SECOND, UNSPACED, length, seconds
 
 _SHORTEST_TARGET = 20  # characters; below it, segments are scraps without an intonation of their own
 _FEW = 25  # characters that are not too many for any target from there on, however long they take to say
+_PAGE = 1000  # characters without a space that sentencex is given at most, if a mark follows
+_ABBREVIATED = 5  # characters of a word that may be an abbreviation, its dot among them
 _QUOTED = 40  # characters of the text that a message repeats
 
 # ISO 639-1. sentencex takes any string for a language and splits what it does not know as English, without a word.
@@ -25,16 +26,32 @@ _LANGUAGES = (
     "ta te tg th ti tk tl tn to tr ts tt tw ty ug uk ur uz ve vi vo wa wo xh yi yo za zh zu"
 )
 
-# How good a place a gap is to pause at. Words that belong together have none between them.
-_WORD, _CLAUSE, _SENTENCE, _PARAGRAPH = 1, 2, 3, 4
+# How good a place a gap is to pause at. Words that belong together have none between them, or, as "10\u202f000", only a
+# space at which no line may be broken.
+_HELD, _WORD, _CLAUSE, _SENTENCE, _PARAGRAPH = 0, 1, 2, 3, 4
 
 _CLOSING = ")]}\"'”’»›」』）】》〉"
-_PAUSING = ",;:—–،؛，、；：。！？!?…"
+_WIDE = "，、；：。！？．｡､។៕།༎၊။"  # of scripts without spaces: ideographs and kana, Khmer, Tibetan, Burmese
+_PAUSING = ",;:—–،؛!?…" + _WIDE
 _BLANK_LINE = re.compile(r"\n\s*\n|\r\s*\r|\u2029")
 _BREAK = re.compile("[\n\r\u2028\u2029]")
 _QUOTES = re.compile('["“”„«»‹›「」『』()（）]')
-# Chinese and Japanese write on without a space; a comma between digits is part of a number.
-_UNSPACED_CLAUSE = re.compile(r"[，、；：。！？](?!(?<=\d.)\d)[)）」』】》〉”’]*")
+_VARIANT = "\ufe00-\ufe0f"  # selects the form of the character before it
+# Where a script without spaces may be divided: behind its own marks, and behind those that others use, too, if a letter of
+# such a script is before them. A comma between digits is part of a number, and so may be a dash before one. A dot behind a
+# few letters of Thai and its neighbours abbreviates.
+_UNSPACED_CLAUSE = re.compile(
+    rf"""(?: [{_WIDE}] (?!(?<=\d.)\d) [,.!?;:~…～]*
+    | [{UNSPACED}] [)）」』】》〉”’]*
+      (?! (?<![\u0e00-\u109f\u1780-\u17ff]{{5}}) (?<=[\u0e00-\u109f\u1780-\u17ff]) \.[^.] )
+      [,.!?;:~…‥⋯—―～〜]+ (?![\d,.!?;:~…‥⋯—―～〜]) (?!(?<=[!-~])[A-Za-z])
+    ) [{_VARIANT}]* [)）」』】》〉”’]*""",
+    re.VERBOSE,
+)
+_UNSPACED_SENTENCE = re.compile(r"[.!?؟۔।॥።។༎။。！？．｡]+[)）」』】》〉”’]*")
+_ZERO_WIDTH_SPACE = "\u200b"  # between words of a script without spaces
+_JOINERS = "\u2060\ufeff"  # no break on either side
+_NO_BREAK = re.compile(r"[\xa0\u2007\u202f]+(?=\S)")
 # A sound that a model knows by name, such as "[clear throat]", and what it is in: a word, whatever spaces it has.
 _TAG = re.compile("\\[[^\\[\\]\n\r\u2028\u2029]{1,40}\\]")
 _WORDS = re.compile(rf"(?:{_TAG.pattern}|\S)+")
@@ -71,24 +88,26 @@ class _Ruler:
     Args:
         text: all of it.
         language: two-letter code.
-        target: how long a part may be; None: without end.
+        target: how long a part may be.
     """
 
-    def __init__(self, text: str, language: str, target: int | None) -> None:
-        self._written = [0.0, *accumulate(length(character, language) for character in text)]
-        self._spoken = [0.0, *accumulate(seconds(character, language) for character in text)]
-        self._target = math.inf if target is None else target
+    # Whole numbers, so that parts that are as long are equal wherever they stand; thirds are whole, too.
+    UNIT = 3 * 10**9
 
-    def length(self, start: int, end: int) -> float:
-        written, spoken = (ends[end] - ends[start] for ends in (self._written, self._spoken))
-        return round(max(written, CHARACTERS_PER_SECOND * spoken / 1.5), 6)
+    def __init__(self, text: str, language: str, target: int) -> None:
+        scale = self.UNIT * CHARACTERS_PER_SECOND / 1.5
+        self.written = [0, *accumulate(round(self.UNIT * length(character, language)) for character in text)]
+        self.spoken = [0, *accumulate(round(scale * seconds(character, language)) for character in text)]
+        self._target = target * self.UNIT + self.UNIT // 2_000_000  # what rounding can add
+        self._few = min(target, _FEW)
 
     def fits(self, start: int, end: int) -> bool:
-        return self.length(start, end) <= self._target or end - start <= min(self._target, _FEW)
+        length = max(self.written[end] - self.written[start], self.spoken[end] - self.spoken[start])
+        return length <= self._target or end - start <= self._few
 
 
 def split(text: str, language: str | None = "en", target: int | None = 200) -> list[Segment]:
-    """Divide a text into segments of at most `target` characters, between sentences where that is possible.
+    r"""Divide a text into segments of at most `target` characters, between sentences where that is possible.
 
     Characters are those of a script like Latin. What takes longer to say counts as more: a Chinese, Japanese or Korean
     character as about three, many digits as three each; see `kvcache_chatterbox.pace`. So segments are about as long to
@@ -99,10 +118,11 @@ def split(text: str, language: str | None = "en", target: int | None = 200) -> l
 
     A sentence longer than `target` is divided behind clause punctuation, and a clause longer than that at whitespace.
     Words are never divided, so a single word longer than `target` is a segment of its own; what stands in brackets, as
-    "[clear throat]", is one word up to 40 characters. In Chinese, Japanese or Thai without spaces, clause punctuation is
-    where a sentence may be divided, and what has none stays whole. What has no letter or digit (a dash, an emoji) stays
+    "[clear throat]", is one word up to 40 characters. In Chinese, Japanese, Thai and others without spaces, punctuation, also
+    that of other scripts, is where a sentence may be divided, and what has none stays whole. What has no letter or digit (a dash, an emoji) stays
     with its neighbour and may make a segment longer than `target`: by itself there would be nothing to say. The words of
-    all segments, in order, are the words of the text.
+    all segments, in order, are the words of the text. What a no-break space joins ("10\u202f000", "M.\xa0Dupont") is divided
+    only if it is longer than `target`.
 
     Args:
         text: what to say. Blank lines end sentences, too; single line breaks do not.
@@ -118,6 +138,9 @@ def split(text: str, language: str | None = "en", target: int | None = 200) -> l
     if target is not None and target < _SHORTEST_TARGET:
         raise InputError(f"target={target} characters is below {_SHORTEST_TARGET}; give about 200")
     _check_text(text)
+    if target is None:
+        start = len(text) - len(text.lstrip())
+        return [Segment(text.strip(), start, len(text.rstrip()))]
     ruler = _Ruler(text, language, target)
     pieces: list[_Piece] = []
     for sentence in _runs(_kept_together(text, _pieces(text, language)), _SENTENCE):
@@ -179,16 +202,30 @@ def _pieces(text: str, language: str) -> list[_Piece]:
     in_tags = {at for tag in _TAG.finditer(text) for at in range(tag.start() + 1, tag.end())}
     for word in _WORDS.finditer(text):
         start, end = word.span()
-        cuts = {cut.end(): _CLAUSE for cut in _UNSPACED_CLAUSE.finditer(text, start, end)}
-        cuts[end] = _CLAUSE if _pauses(text[start:end]) else _WORD
+        said = next((at for at in range(end, start, -1) if text[at - 1].isalnum()), start)
+        cuts = {at: _WORD for at in range(start + 1, end) if text[at - 1] == _ZERO_WIDTH_SPACE}
+        cuts.update((cut.end(), _CLAUSE) for cut in _UNSPACED_CLAUSE.finditer(text, start, end))
+        cuts[end] = _CLAUSE if _pauses(text[start:end]) else _between(text, end)
         for at in range(start + 1, end + 1):
-            if at in gaps and (cut := _cut(text, word.start(), at, end)) is not None:
-                cuts[cut] = max(gaps[at], cuts.get(cut, _WORD))
+            if at in gaps:
+                # Behind the last word of it, only closing quotes and brackets are left.
+                cut = end if at >= said else _cut(text, start, at, at in cuts)
+                if cut is not None:
+                    cuts[cut] = max(gaps[at], cuts.get(cut, _WORD))
         for cut, gap in sorted(cuts.items()):
             if cut not in in_tags:
-                pieces.append(_Piece(start, cut, gap))
+                pieces.append(_Piece(start, cut, _HELD if cut < end and _joined(text, cut) else gap))
                 start = cut
     return pieces
+
+
+def _between(text: str, end: int) -> int:
+    """What kind of place the space behind a word is."""
+    return _HELD if _NO_BREAK.match(text, end) else _WORD
+
+
+def _joined(text: str, at: int) -> bool:
+    return text[at - 1] in _JOINERS or text[at] in _JOINERS
 
 
 def _pauses(word: str) -> bool:
@@ -204,22 +241,34 @@ def _sentence_ends(text: str, language: str) -> Iterator[int]:
     # sentencex 1.0.32 panics, which no `except Exception` catches, on a wide space behind an initial ("I\xa0.").
     plain = re.sub(r"[^\S\n]", " ", text)
     begin = 0
-    for sentence in sentencex.segment(language, plain):
-        if sentence.strip():
-            yield begin + len(sentence.rstrip())
-        begin += len(sentence)
+    for end in (*_pages(plain), len(plain)):
+        for sentence in sentencex.segment(language, plain[begin:end]):
+            if sentence.strip():
+                yield begin + len(sentence.rstrip())
+            begin += len(sentence)
 
 
-def _cut(text: str, start: int, at: int, end: int) -> int | None:
-    """Where to cut the word ``text[start:end]`` of which the part before `at` ends a sentence; None: nowhere."""
-    if not _says_something(text, at, end):
-        return end  # only closing quotes and brackets are left of it
+def _pages(text: str) -> Iterator[int]:
+    """Where to interrupt what has no space: the time that sentencex takes grows with the square of its length."""
+    for run in re.finditer(r"\S+", text):
+        at = run.start()
+        while mark := _UNSPACED_SENTENCE.search(text, at + _PAGE, run.end()):
+            at = mark.end()
+            yield at
+
+
+def _cut(text: str, start: int, at: int, unspaced: bool) -> int | None:
+    """Where to cut the word from `start` of which the part before `at` ends a sentence, but not the word; None: nowhere.
+
+    Args:
+        unspaced: a script without spaces may be divided there.
+    """
     before = at - 1
     while before > start and text[before] in _CLOSING:
         before -= 1
-    if text[before].isascii():
+    if text[before].isascii() and not unspaced:
         return None  # "z.B." and "example.com" are words
-    while unicodedata.category(text[at]) in ("Pe", "Pf"):
+    while unicodedata.category(text[at]) in ("Pe", "Pf") or "\ufe00" <= text[at] <= "\ufe0f":
         at += 1
     return at
 
@@ -232,9 +281,10 @@ def _kept_together(text: str, pieces: list[_Piece]) -> list[_Piece]:
         before = joined[-1] if joined else _Piece(0, 0, _PARAGRAPH)
         said, last = text[piece.start : piece.end], i + 1 == len(pieces)
         if _says_something(text, piece.start, piece.end):
-            begins = piece.gap == _SENTENCE and _only_begins(said, before.gap >= _SENTENCE)
+            space = _between(text, piece.end)
+            begins = piece.gap == _SENTENCE and _only_begins(said, before.gap >= _SENTENCE, space == _HELD)
             start = piece.start if waiting is None else waiting
-            joined.append(_Piece(start, piece.end, _WORD if begins else piece.gap))
+            joined.append(_Piece(start, piece.end, space if begins else piece.gap))
             waiting = None
         elif not last and (waiting is not None or not joined or _opens(text, said, before.end, piece.start)):
             waiting = piece.start if waiting is None else waiting
@@ -249,8 +299,15 @@ def _opens(text: str, said: str, before: int, start: int) -> bool:
     return brackets or _BREAK.search(text, before, start) is not None
 
 
-def _only_begins(word: str, alone: bool) -> bool:
-    """Whether a word of which sentencex says that it ends a sentence begins something: "M. Dupont", "2. Stir"."""
+def _only_begins(word: str, alone: bool, held: bool) -> bool:
+    """Whether a word of which sentencex says that it ends a sentence begins something: "M. Dupont", "2. Stir".
+
+    Args:
+        alone: nothing of its sentence is before it.
+        held: no line may be broken behind it.
+    """
+    if held and word[-1] == "." and word[0].isupper() and len(word) <= _ABBREVIATED:
+        return True
     initial = _INITIAL.match(word)
     return (initial is not None and initial[1].isupper()) or (alone and _NUMBERING.match(word) is not None)
 
@@ -278,7 +335,14 @@ def _divided(sentence: list[_Piece], ruler: _Ruler) -> Iterator[_Piece]:
         if ruler.fits(whole.start, whole.end):
             yield whole
         else:
-            yield from _packed(clause, ruler)
+            yield from _packed(list(_words(clause, ruler)), ruler)
+
+
+def _words(clause: list[_Piece], ruler: _Ruler) -> Iterator[_Piece]:
+    """Its words, those that are held together as one if that is short enough."""
+    for held in _runs(clause, _WORD):
+        whole = _whole(held)
+        yield from [whole] if ruler.fits(whole.start, whole.end) else held
 
 
 def _whole(pieces: list[_Piece]) -> _Piece:
@@ -287,19 +351,25 @@ def _whole(pieces: list[_Piece]) -> _Piece:
 
 def _packed(pieces: list[_Piece], ruler: _Ruler) -> list[_Piece]:
     """Neighbours put together into the fewest pieces that fit, with the least sum of squared lengths."""
-    costs = [(0, 0.0)]  # of the first n pieces: how many they become, and the squares
+    written = [ruler.written[piece.start] for piece in pieces]
+    spoken = [ruler.spoken[piece.start] for piece in pieces]
+    counts, squares = [0], [0]  # of the first n pieces: how many they become, and the squares
     begins: list[int] = []
+    low = stop = 0  # a part that ends with this piece begins at one of these: it fits, and fewest are before it
     for last, piece in enumerate(pieces):
-        choices = []
-        for first in range(last, -1, -1):
-            start = pieces[first].start
-            if first < last and not ruler.fits(start, piece.end):
-                break
-            count, squares = costs[first]
-            choices.append((count + 1, squares + ruler.length(start, piece.end) ** 2, first))
-        count, squares, first = min(choices)
-        costs.append((count, squares))
-        begins.append(first)
+        while low < last and not ruler.fits(pieces[low].start, piece.end):
+            low += 1
+        while stop <= last and counts[stop] <= counts[low]:
+            stop += 1
+        w, s = ruler.written[piece.end], ruler.spoken[piece.end]
+        choices = [
+            before + (d * d if (d := w - x) > (e := s - y) else e * e)
+            for before, x, y in zip(squares[low:stop], written[low:stop], spoken[low:stop], strict=True)
+        ]
+        least = min(choices)
+        counts.append(counts[low] + 1)
+        squares.append(least)
+        begins.append(low + choices.index(least))
     packed = []
     end = len(pieces)
     while end:

@@ -15,7 +15,7 @@ from torch import Tensor
 from kvcache import CorruptError, InputError, PrefixSnapshot
 from kvcache.archive import pack, unpack
 from kvcache.errors import said
-from kvcache.files import read_given, write_private
+from kvcache.files import check_given, read_given, write_given
 from kvcache_chatterbox.requests import check_number
 from kvcache_chatterbox.reuse import VoiceReuse
 from kvcache_chatterbox.upstream import needed_beside
@@ -166,13 +166,14 @@ class Voices(Mapping[str, Voice]):
 
         Args:
             name: of the voice.
-            path: of the file; one that exists is replaced.
+            path: of the file; one that exists is replaced, and a symbolic link stays one: what it leads to is written.
             computed: with the keys and values that T3 computed of it, which serve a model with the same weights.
 
         Raises:
-            InputError: if there is no voice of this name.
+            InputError: if there is no voice of this name, or a folder, a device or the like at the path.
         """
         voice = self[name]
+        check_given(path)  # before the prefix is computed
         known = computed and self._reuse is not None and self._reuse.usable
         snapshot = self._reuse.prepare(voice.t3) if known and self._reuse is not None else None
         _write(Path(path), name, voice, snapshot)
@@ -215,7 +216,7 @@ def _write(path: Path, name: str, voice: Voice, snapshot: PrefixSnapshot | None)
     }
     if snapshot is not None:
         tensors |= {f"prefix.{key}": value for key, value in snapshot.tensors().items()}
-    write_private(path, pack(tensors, header))  # a voice is its speaker's
+    write_given(path, pack(tensors, header))  # a voice is its speaker's
 
 
 def _read(t3: Any, path: Path) -> tuple[str, Voice, PrefixSnapshot | None]:

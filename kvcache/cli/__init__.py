@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import Any
 
 from kvcache.errors import InputError, KVCacheError, said
+from kvcache.redact import printable
 
 _COMMANDS = {  # name of the command: where its function is, and whether it is a group of commands
     "doctor": "kvcache.cli.doctor",
@@ -107,7 +108,7 @@ def _unexpected(error: Exception) -> str:
 
 def _say(line: object, code: int = 2, *, plain: bool = False) -> int:
     """One line on standard error, as far as that can be written; the code."""
-    text = str(line) if plain else "kvcache: " + " ".join(str(line).split())
+    text = str(line) if plain else "kvcache: " + printable(" ".join(str(line).split()))
     if len(text) > _LONGEST and "\n" not in text:  # what was given is in it
         text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 3 :]}"
     with suppress(OSError, ValueError):  # there is nowhere left to say it

@@ -1,6 +1,7 @@
 """What all commands share: how they print, what `--json` means, and how a wrong request is said."""
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -12,6 +13,7 @@ from rich.text import Text
 
 from kvcache.errors import InputError
 from kvcache.policies import parse_bytes
+from kvcache.redact import printable
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 """The option that every command has."""
@@ -23,20 +25,30 @@ class Wanting(Exception):
     """What was asked for was looked at, and is not as it should be: exit code 1."""
 
 
+class _Screen(Console):
+    """Shows a text as it stands, whoever wrote it: nothing in it is markup, the name of an emoji, or steers the terminal."""
+
+    def __init__(self, width: int | None = None, *, stderr: bool = False) -> None:
+        super().__init__(width=width, stderr=stderr, markup=False, emoji=False, highlight=False)
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        return super().render_str(printable(text), **how)
+
+
 def console(least: int = 0) -> Console:
     """For tables and bars, as wide as the terminal, and wide enough where there is none; `least` columns at least."""
-    found = Console()
+    found = _Screen()
     width = found.width if found.is_terminal else 120
-    return Console(width=max(width, least))
+    return _Screen(max(width, least))
 
 
 def display(*shown: Table | Text | str, style: str | None = None) -> None:
     """Print tables and lines: figures are never cut, though a line may be wider than the terminal for it."""
-    wide = Console(width=10_000)
+    wide = _Screen(10_000)
     least = max((wide.measure(one).minimum for one in shown if isinstance(one, Table)), default=0)
     screen = console(least)
     for one in shown:
-        screen.print(one, style=style, highlight=False, markup=isinstance(one, Table), soft_wrap=isinstance(one, str))
+        screen.print(one, style=style, soft_wrap=isinstance(one, str))
 
 
 def bar(share: float, width: int, filled: str = "█") -> str:
@@ -46,12 +58,20 @@ def bar(share: float, width: int, filled: str = "█") -> str:
 
 def progress() -> Console:
     """For what is under way, on standard error, so that standard output is the answer alone."""
-    return Console(stderr=True)
+    return _Screen(stderr=True)
 
 
 def print_json(answer: Mapping[str, Any]) -> None:
-    """The answer as JSON on standard output."""
-    print(json.dumps(answer, indent=1, allow_nan=False))
+    """The answer as JSON on standard output; null stands for a number that JSON does not have, such as infinity."""
+    print(json.dumps(_finite(answer), indent=1, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def table(title: str, *columns: str, right: int = 1) -> Table:
@@ -109,8 +129,8 @@ def threads_of(given: int | None) -> None:
 
 
 def one_line(error: object) -> str:
-    """An error's message without line breaks."""
-    return " ".join(str(error).split())
+    """An error's message without line breaks, nor anything else that steers a terminal."""
+    return printable(" ".join(str(error).split()))
 
 
 def usage(error: Exception) -> str | None:

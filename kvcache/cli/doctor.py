@@ -4,7 +4,7 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
 from kvcache.cli.common import Json, Wanting, display, print_json, progress, table
 from kvcache.cli.voices import Namespace, SecretFile, Where, read_secret
@@ -41,9 +41,8 @@ def command(
         for section in dict.fromkeys(finding.section for finding in found):
             shown = table(section, "", "", "what was found", "what to do", right=9)
             for finding in (finding for finding in found if finding.section == section):
-                colour = _COLOURS[finding.state]
-                cells = [escape(text or "") for text in (finding.name, finding.said, finding.advice)]
-                shown.add_row(f"[{colour}]{finding.state}[/{colour}]", *cells)
+                state = Text(finding.state, style=_COLOURS[finding.state])
+                shown.add_row(state, finding.name, finding.said, finding.advice or "")
             display(shown)
     if not healthy(found):
         broken = ", ".join(finding.name for finding in found if finding.state == "broken")
@@ -56,4 +55,4 @@ def _mend() -> None:
     except OSError as error:
         raise Wanting(f"torchaudio could not be mended: {error}; reinstall it, see pytorch.org") from error
     for file in removed:
-        progress().print(f"removed {file}", markup=False, highlight=False)
+        progress().print(f"removed {file}")

@@ -7,6 +7,7 @@ from typing import Annotated, get_args
 import torch
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from kvcache.cli.common import (
     Json,
@@ -59,7 +60,7 @@ def command(
         check_plot(plot_file)
     found = subject(model)
     threads_of(threads)
-    with progress().status(f"loading and running {model}"):
+    with progress().status("loading and running the model"):
         result = profile(found, setting, context, tokens, device=device)
     if plot_file is not None:
         plot({model: result}, plot_file)
@@ -126,6 +127,6 @@ def _memory(result: Profile, wide: bool) -> Table:
     return shown
 
 
-def _bar(share: float, saved: bool, wide: bool) -> str:
+def _bar(share: float, saved: bool, wide: bool) -> Text:
     """A bar; orange is what a cache could save."""
-    return f"[{'dark_orange' if saved else 'blue'}]{bar(share, _BAR if wide else _SHORT)}[/]"
+    return Text(bar(share, _BAR if wide else _SHORT), style="dark_orange" if saved else "blue")

@@ -21,6 +21,7 @@ from kvcache.cli.common import (
     threads_of,
 )
 from kvcache.errors import InputError
+from kvcache.files import check_given
 from kvcache.subjects import subject
 from kvcache.tuning import Tuned, shown, tune
 from kvcache.tuning_profile import setting_as_dict
@@ -62,6 +63,7 @@ def command(
     budget = bytes_of("--memory", memory)
     if not out.parent.is_dir() or out.is_dir():
         raise InputError(f"--out {out}: there is no folder {out.parent} to write a file to, or that is a folder itself")
+    check_given(out)
     at_least("--max-requests", max_requests, 1)
     at_least("--context", context, 1)
     if time_limit is not None and not 0 < time_limit < math.inf:
@@ -86,7 +88,7 @@ def command(
         memory=budget,
         device=device,
         exhaustive=exhaustive,
-        say=lambda line: told.print(line, highlight=False, markup=False),
+        say=lambda line: told.print(line),
     )
     tuned.profile.save(out)
     if as_json:

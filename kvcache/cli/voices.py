@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +16,6 @@ from kvcache.cli.common import (
     Json,
     Wanting,
     bytes_of,
-    console,
     display,
     one_line,
     print_json,
@@ -24,8 +23,8 @@ from kvcache.cli.common import (
     shown_bytes,
     table,
 )
-from kvcache.errors import CorruptError, InputError, SignatureError, StoreError
-from kvcache.files import read_given, write_private
+from kvcache.errors import CorruptError, InputError, KVCacheError, SignatureError, StoreError
+from kvcache.files import check_given, read_given, write_given
 from kvcache.stores.base import BlobStore, StoreEntry, store_secret
 from kvcache.stores.disk import DiskStore
 from kvcache.stores.upkeep import (
@@ -93,6 +92,7 @@ def show_all(
         more = (shown_bytes(row["nbytes"]), _ago(row["used"]), "yes" if row["pinned"] else "")
         shown.add_row(row["address"][:16], *map(str, what), *more)
     display(shown if rows else title)
+    _problems(rows)
 
 
 @app.command()
@@ -115,7 +115,7 @@ def show(
         print_json(said)
     else:
         for name, value in said.items():
-            _say(f"{name.replace('_', ' '):14} {_shown(name, value)}")
+            display(f"{name.replace('_', ' '):14} {_shown(name, value)}")
     if said.get("problem") is not None:
         raise Wanting(said["problem"])
 
@@ -131,7 +131,7 @@ def check(
     secret_file: SecretFile = None,
     as_json: Json = False,
 ) -> None:
-    """Read the files of a store and check every byte; exit code 1 if one of them is corrupt or signed otherwise."""
+    """Read the files of a store and check every byte; exit code 1 if one of them is corrupt, signed otherwise or unreadable."""
     bad: list[dict[str, Any]] = []
     with _opened(store, namespace, secret_file) as opened:
         entries = opened.entries()
@@ -142,16 +142,15 @@ def check(
         ):
             if checked.problem is None:
                 continue
-            gone = remove and not checked.foreign
-            if gone:
-                opened.remove(checked.entry.address)
-            bad.append({"address": checked.entry.address, "problem": checked.problem, "removed": gone})
+            stuck = _removed(opened, checked.entry) if remove and not checked.foreign else None
+            gone = remove and not checked.foreign and stuck is None
+            problem = checked.problem if stuck is None else f"{checked.problem}; {stuck}"
+            bad.append({"address": checked.entry.address, "problem": problem, "removed": gone})
     if as_json:
         print_json({"store": shown_place(store), "checked": len(entries), "bad": bad})
     else:
-        _say(f"{shown_place(store)}: {_counted(len(entries))} read, {len(entries) - len(bad)} intact")
-        for row in bad:
-            _say(f"{row['address']}: {one_line(row['problem'])}{'; removed' if row['removed'] else ''}")
+        display(f"{shown_place(store)}: {_counted(len(entries))} read, {len(entries) - len(bad)} intact")
+        _problems(bad)
     if bad:
         left = sum(not row["removed"] for row in bad)
         todo = "what was removed is computed again when it is asked for"
@@ -173,6 +172,7 @@ def export(
     """Copy a prefix out of a store into a file, after it was checked; it stays signed as it is."""
     if file.exists() and not force:
         raise InputError(f"{file} exists; give another name, or --force to replace it")
+    check_given(file)
     if not file.parent.is_dir():
         raise InputError(f"there is no folder {file.parent}; make it, or give another")
     with _opened(store, namespace, secret_file) as opened:
@@ -181,7 +181,7 @@ def export(
     if data is None:
         raise Wanting(f"{found} left the store meanwhile; run kvcache voices list")
     try:
-        write_private(file, data)
+        write_given(file, data)
     except OSError as error:
         raise Wanting(f"{file} could not be written: {error}; give another place") from error
     _done(as_json, {"address": found, "file": str(file), "nbytes": len(data)}, f"{found} is in {file}")
@@ -238,18 +238,22 @@ def prune(
     with _opened(store, namespace, secret_file) as opened:
         entries = opened.entries()
         leaving = prunable(opened, entries, max_bytes=limit, older_than=age, model=model, pinned=pinned)
-        for entry in () if dry_run else leaving:
-            opened.remove(entry.address)
+        stuck = {} if dry_run else {entry.address: _removed(opened, entry) for entry in leaving}
+    failed = [{"address": address, "problem": why} for address, why in stuck.items() if why is not None]
+    leaving = [entry for entry in leaving if stuck.get(entry.address) is None]
     freed = sum(entry.nbytes for entry in leaving)
     left = sum(entry.nbytes for entry in entries) - freed
-    rows = [asdict(entry) for entry in leaving]
     if as_json:
-        print_json({"store": shown_place(store), "dry_run": dry_run, "removed": rows, "freed": freed, "nbytes": left})
+        answer = {"store": shown_place(store), "dry_run": dry_run, "removed": [asdict(entry) for entry in leaving]}
+        print_json(answer | {"freed": freed, "nbytes": left, "failed": failed})
     else:
         did = "would be removed" if dry_run else "removed"
         for entry in leaving:
-            _say(f"{entry.address} {did}: {shown_bytes(entry.nbytes)}, last used {_ago(entry.used)}")
-        _say(f"{_counted(len(leaving))}, {shown_bytes(freed)} {did}; {shown_bytes(left)} stay")
+            display(f"{entry.address} {did}: {shown_bytes(entry.nbytes)}, last used {_ago(entry.used)}")
+        display(f"{_counted(len(leaving))}, {shown_bytes(freed)} {did}; {shown_bytes(left)} stay")
+        _problems(failed)
+    if failed:
+        raise Wanting(f"{_counted(len(failed))} could not be removed; see that the store may be written")
     if limit is not None and left > limit:
         raise Wanting(
             f"{shown_bytes(left)} stay, more than --max-bytes {max_bytes}: the rest is pinned, or not what was asked for; "
@@ -344,12 +348,13 @@ def _read(file: Path) -> bytes:
 def _row(store: BlobStore, entry: StoreEntry) -> dict[str, Any]:
     """An entry and what its file says of itself."""
     told: Described | None = None
-    problem = None
     try:
         told = describe(store, entry.address)
         problem = "it has left the store" if told is None else None
-    except CorruptError as error:
+    except KVCacheError as error:
         problem = str(error)
+    except Exception as error:  # what a stranger may have written there has no end, and is no other entry's problem
+        problem = f"it cannot be read ({type(error).__name__}: {error})"
     fields = dict.fromkeys(Described.__dataclass_fields__) if told is None else asdict(told)
     return {
         "address": entry.address,
@@ -357,6 +362,22 @@ def _row(store: BlobStore, entry: StoreEntry) -> dict[str, Any]:
         **{k: v for k, v in asdict(entry).items() if k != "address"},
         "problem": problem,
     }
+
+
+def _removed(store: BlobStore, entry: StoreEntry) -> str | None:
+    """Remove an entry; why it is still there, if it is."""
+    try:
+        store.remove(entry.address)
+    except StoreError as error:
+        return one_line(error)
+    return None
+
+
+def _problems(rows: Iterable[Mapping[str, Any]]) -> None:
+    """A line for each that has one."""
+    for row in rows:
+        if row["problem"] is not None:
+            display(f"{row['address']}: {row['problem']}{'; removed' if row.get('removed') else ''}")
 
 
 def _file(file: Path, secret: bytes | None) -> dict[str, Any]:
@@ -379,6 +400,8 @@ def _file(file: Path, secret: bytes | None) -> dict[str, Any]:
             said |= asdict(described(found, inside=inside))
     except CorruptError as error:
         problem = str(error)
+    except Exception as error:  # what a stranger may have written there has no end
+        problem = f"it cannot be read ({type(error).__name__}: {error})"
     return said | {"problem": problem}
 
 
@@ -398,11 +421,7 @@ def _done(as_json: bool, answer: dict[str, Any], said: str) -> None:
     if as_json:
         print_json(answer)
     else:
-        _say(said)
-
-
-def _say(line: str) -> None:
-    console().print(line, markup=False, highlight=False, soft_wrap=True)
+        display(said)
 
 
 def _counted(count: int) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvcache.arguments import check_whole
 from kvcache.decoding.loop import FAILED, Decoding, check_drawn
 from kvcache.decoding.sampler import Sampling
 from kvcache.errors import CapacityError, GeometryError, InputError
@@ -49,6 +50,9 @@ class Job:
     first_may_end: bool = True
     forgets: bool = False
     says_end: bool = True
+
+    def __post_init__(self) -> None:
+        check_whole("total", self.total, 1)
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvcache.arguments import check_whole
 from kvcache.decoding.batch import Batch, Job, Piece
-from kvcache.errors import InputError, KVCacheError
+from kvcache.errors import KVCacheError
 
 _FAILURES = 8  # turns in a row in which something failed and nothing worked, after which a batch is given up
 
@@ -66,8 +67,8 @@ class Request:
         blocked: Callable[[], bool] = lambda: False,
         watch: Callable[[int, int, bool], None] = lambda index, tokens, over: None,
     ) -> None:
-        if jobs < 1 or size < 1:
-            raise InputError(f"a request of {jobs} jobs in chunks of {size} tokens: give at least 1 of each")
+        check_whole("jobs", jobs, 1)
+        check_whole("size", size, 1)
         self.jobs, self.deliver, self.blocked, self._watch = jobs, deliver, blocked, watch
         self._make, self._size, self._sequence = make, size, sequence
         self.running: dict[Job, int] = {}
@@ -97,13 +98,13 @@ class Request:
             return not self.over
         return self.contends and self._spoken and not (self._sequence and self.running)
 
-    def enter(self, batch: Batch) -> None:
-        """Bring the next job into a free place. If that fails, the job is among `running` still, for who cleans up."""
+    def begin(self) -> Job:
+        """The next job, which is among `running` from now on, whether it can enter a place or not."""
         index = self.entered
         job = self._make(index, self._before)
         self.entered, self._before = index + 1, None
         self.running[job] = index
-        self.take(batch.enter(job))
+        return job
 
     def take(self, piece: Piece) -> None:
         """Take what one of the jobs has said, and deliver what is due; raise what kept it from going on."""
@@ -159,8 +160,9 @@ class Turns:
     """
 
     def __init__(self, batch: Batch, prefills: int = 8, reserved: int = 0, begun: int | None = None) -> None:
-        if begun is not None and begun < 1:
-            raise InputError(f"begun={begun}: at least 1 request must be able to begin")
+        check_whole("prefills", prefills, 1)
+        check_whole("reserved", reserved, 0)
+        check_whole("begun", 1 if begun is None else begun, 1)
         self.batch = batch
         self.requests: list[Request] = []  # as they came
         self.tokens = 0
@@ -233,11 +235,8 @@ class Turns:
             self.tokens += len(piece.tokens)
             self._worked = True
             owner = owners[piece.job]
-            try:
-                if owner.error is None:
-                    owner.take(piece)
-            except Exception as error:  # of whom it is delivered to
-                self._fail(owner, error)
+            if owner.error is None:
+                self._take(owner, piece)
 
     def _look(self) -> None:
         """See who waits from now on, and who does no more."""
@@ -268,16 +267,29 @@ class Turns:
         self._waiting.pop(request, None)
         self._resumed = 0 if request.entered == 0 else self._resumed + (not request.running)
         try:
-            request.enter(self.batch)
-            self.tokens += 1
-            self._worked = True
+            job = request.begin()
         except Exception as error:  # its own, and nobody else's
+            self._fail(request, error)
+            return
+        try:
+            piece = self.batch.enter(job)
+        except Exception as error:
+            if not isinstance(error, KVCacheError):  # which is about what was asked for
+                self._broke = error
+            self._fail(request, error)
+            return
+        self.tokens += 1
+        self._worked = True
+        self._take(request, piece)
+
+    def _take(self, request: Request, piece: Piece) -> None:
+        try:
+            request.take(piece)
+        except Exception as error:  # of whom it is delivered to
             self._fail(request, error)
 
     def _fail(self, request: Request, error: Exception) -> None:
         request.error = error
-        if not isinstance(error, KVCacheError):  # which is about what was asked for
-            self._broke = error
         try:
             self._leave(request)
         except Exception as again:
