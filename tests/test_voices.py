@@ -533,8 +533,9 @@ def test_audio_of_a_named_voice_is_that_of_its_clip(kind, monkeypatch, tmp_path)
     clip, builtin = tmp_path / "clip.wav", loaded.conds
     clip.write_bytes(b"a clip")
     encoded = []
-    prepare = loaded.prepare_conditionals
-    monkeypatch.setattr(loaded, "prepare_conditionals", lambda path: (encoded.append(path), prepare(path)))
+    prepare = type(loaded).prepare_conditionals
+    counted = types.MethodType(lambda self, path: (encoded.append(path), prepare(self, path)), loaded)
+    monkeypatch.setattr(loaded, "prepare_conditionals", counted)
     options = {"max_new_tokens": 12, "seed": 0, **({"language_id": "en"} if kind == "multilingual" else {})}
     made.add_voice("sarah", clip)
     named = made.generate("Hello there", voice="sarah", **options)
@@ -562,6 +563,35 @@ def test_a_voice_the_model_is_given_later_is_the_one_that_speaks(tmp_path):
     assert not torch.equal(first, second)
     plain = ChatterboxEngine(loaded, reuse="none")
     assert torch.equal(second, plain.generate("Hello there", max_new_tokens=12, seed=0))
+
+
+def test_while_a_clip_is_encoded_the_model_keeps_the_voice_it_has_or_is_given(monkeypatch, tmp_path):
+    loaded = tts("english")
+    made, inside = ChatterboxEngine(loaded, speakers=memory()), []
+    (tmp_path / "clip.wav").write_bytes(b"a clip")
+    own, given = made.voice_of(None), types.SimpleNamespace(t3=random_conditionals(loaded.t3, 9), gen=loaded.conds.gen)
+    prepare = type(loaded).prepare_conditionals
+
+    def midway(self, path):
+        prepare(self, path)
+        inside.append(made.voice_of(None))  # as another thread would ask
+        loaded.conds = given
+
+    monkeypatch.setattr(type(loaded), "prepare_conditionals", midway)
+    clip = made.voice_of(None, tmp_path / "clip.wav")
+    assert torch.equal(inside[0].t3.speaker_emb, own.t3.speaker_emb) and loaded.conds is given
+    assert not torch.equal(clip.t3.speaker_emb, own.t3.speaker_emb)
+    assert not torch.equal(clip.t3.speaker_emb, given.t3.speaker_emb)
+
+
+def test_what_would_write_a_clips_voice_into_the_model_is_refused_before_it_runs(monkeypatch, tmp_path):
+    loaded = tts("english")
+    (tmp_path / "clip.wav").write_bytes(b"a clip")
+    before, prepare = loaded.conds, loaded.prepare_conditionals
+    monkeypatch.setattr(loaded, "prepare_conditionals", lambda path: prepare(path))
+    with pytest.raises(InputError, match="set it on the model's class, or as types.MethodType"):
+        ChatterboxEngine(loaded, speakers=memory()).add_voice("v", tmp_path / "clip.wav")
+    assert loaded.conds is before
 
 
 def test_the_first_pass_is_the_decoders_own_where_nothing_is_reused():
