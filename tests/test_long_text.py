@@ -1,13 +1,14 @@
 """Long texts through the engine: segments together and one by one say the same, in order, within the memory planned."""
 
 import asyncio
+import dataclasses
 
 import pytest
 import torch
 from t3_models import likely_end, tiny_t3
 
 from kvcache import BusyError, CapacityError, ClosedError, InputError, SlidingWindow
-from kvcache_chatterbox import ChatterboxEngine, SpeechScheduler, byte_tokens, random_conditionals, stand_in
+from kvcache_chatterbox import ChatterboxEngine, SpeechScheduler, Voice, byte_tokens, random_conditionals, stand_in
 from kvcache_chatterbox.audio import SAMPLES_PER_TOKEN
 
 TEXT = (
@@ -112,6 +113,17 @@ def test_the_tail_is_carried_into_the_next_segments_prompt():
 
 
 @pytest.mark.grid(2)
+def test_a_carried_tail_never_makes_the_prompt_longer():
+    ours = engine("gpt")
+    voice = Voice.of(ours.t3, random_conditionals(ours.t3))
+    for length, replaced in ((1, 0), (2, 1), (3, 1)):
+        prompt = voice.t3.cond_prompt_speech_tokens[:, :length]
+        short = Voice(dataclasses.replace(voice.t3, cond_prompt_speech_tokens=prompt), {})
+        utterance = ours.utterance(short, byte_tokens(ours.t3, "Hi."), max_new_tokens=5)
+        after = utterance.after(torch.arange(100, 130)).voice.t3.cond_prompt_speech_tokens[0].tolist()
+        assert after == [*prompt[0, : length - replaced].tolist(), *range(130 - replaced, 130)]
+
+
 @pytest.mark.parametrize("kind", ["english", "gpt"])
 @pytest.mark.parametrize("kv_dtype", [None, torch.bfloat16])
 def test_what_the_plan_says_is_what_the_batch_holds(kind, kv_dtype):
