@@ -17,6 +17,7 @@ from test_chatterbox import MODELS, model, upstream
 from test_chatterbox_audio import tts
 
 from kvcache import CorruptError, DiskStore, InputError, MemoryStore, SlidingWindow, SpeakerCache, TieredStore
+from kvcache.archive import pack, unpack
 from kvcache.hf import new_cache
 from kvcache.models import looks_on
 from kvcache_chatterbox import ChatterboxEngine, Voice, byte_tokens, load_t3, random_conditionals
@@ -417,7 +418,7 @@ def test_an_exported_voice_speaks_the_same_elsewhere(kind, computed, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["zoe.safetensors"]
 
     other = ChatterboxEngine(model(kind), speakers=memory())
-    assert other.voices.load(file) == "Zoë / ../x"
+    assert other.voices.load(file, computed=True) == "Zoë / ../x"
     assert other.speakers.stats().built == (0 if computed else 1)
     words = text(kind)
     assert torch.equal(tokens(other, words, 40, voice="Zoë / ../x"), spoken(kind, words, 40, 0.7, 6))
@@ -432,13 +433,38 @@ def test_what_another_model_computed_is_not_used(tmp_path):
     made.voices.export("sarah", tmp_path / "sarah.safetensors")
     t3 = tiny_t3("english", seed=1)
     other = ChatterboxEngine(t3, speakers=memory())
-    other.voices.load(tmp_path / "sarah.safetensors")
+    other.voices.load(tmp_path / "sarah.safetensors", computed=True)
     assert other.speakers.stats().built == 1
     words = text("english")
     plain = ChatterboxEngine(t3, reuse="none")
     assert torch.equal(
         tokens(other, words, voice="sarah"), tokens(plain, words, t3_cond=random_conditionals(model("english")))
     )
+
+
+@pytest.mark.parametrize("secret", [None, b"our secret"])
+def test_what_a_strangers_file_says_was_computed_reaches_nobody(secret, tmp_path):
+    def sharing():
+        disk = DiskStore(tmp_path / "shared", secret=secret)
+        return SpeakerCache(TieredStore(MemoryStore("64MiB"), disk, write_behind=False))
+
+    file, words = tmp_path / "gift.safetensors", text("gpt")
+    engine("gpt").voices.export("sarah", file)
+    parts, header = unpack(file.read_bytes())
+    for name in parts:
+        if name.startswith(("prefix.keys", "prefix.values")):
+            parts[name] = torch.randn(parts[name].shape, generator=torch.Generator().manual_seed(1))
+    file.write_bytes(pack(parts, header))  # the checksum fits
+
+    taken = ChatterboxEngine(model("gpt"), speakers=sharing())
+    taken.voices.load(file, "gift")
+    other = engine("gpt", sharing())  # another process, with the same voice by its own name
+    honest = spoken("gpt", words, 20)
+    assert torch.equal(tokens(taken, words, 20, voice="gift"), honest)
+    assert torch.equal(tokens(other, words, 20, voice="sarah"), honest)
+    vouched = ChatterboxEngine(model("gpt"), speakers=memory())
+    vouched.voices.load(file, "gift", computed=True)
+    assert not torch.equal(tokens(vouched, words, 20, voice="gift"), honest)  # what it would have done
 
 
 def test_a_voice_file_with_one_wrong_byte_is_refused(tmp_path):

@@ -177,12 +177,16 @@ class Voices(Mapping[str, Voice]):
         snapshot = self._reuse.prepare(voice.t3) if known and self._reuse is not None else None
         _write(Path(path), name, voice, snapshot)
 
-    def load(self, path: str | os.PathLike[str], name: str | None = None) -> str:
-        """Add the voice in a file that `export` wrote; what a model with the same weights computed is used again.
+    def load(self, path: str | os.PathLike[str], name: str | None = None, *, computed: bool = False) -> str:
+        """Add the voice in a file that `export` wrote.
 
         Args:
             path: of the file. It is not trusted: a changed byte is noticed, and what it says is checked.
             name: by default the one it was exported under.
+            computed: take over the keys and values in it, if they are of a model with the same weights. No check can tell
+                whether they are what that model computes of the voice: whoever wrote the file then decides what is heard
+                of it, here and wherever the store is shared. They are stored, and signed, as if computed here. By default
+                they are left, and computed anew.
 
         Returns:
             The voice's name.
@@ -195,7 +199,7 @@ class Voices(Mapping[str, Voice]):
         name = written if name is None else name
         self.add(name, voice)
         if self._reuse is not None and self._reuse.usable:
-            if snapshot is not None and snapshot.key == (key := self._reuse.key(voice.t3)):
+            if computed and snapshot is not None and snapshot.key == (key := self._reuse.key(voice.t3)):
                 snapshot.check(key)
                 self._reuse.speakers.store.put(snapshot)
             self._reuse.prepare(voice.t3)
