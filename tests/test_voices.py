@@ -481,6 +481,33 @@ def test_a_voice_file_with_one_wrong_byte_is_refused(tmp_path):
     assert made.voices.load(file, "whole") == "whole"
 
 
+@pytest.mark.parametrize(
+    ("tensors", "fields", "error", "said"),
+    [
+        ({}, {"prefix": 5}, CorruptError, "does not name its voice"),
+        ({}, {"prefix": [1]}, CorruptError, "does not name its voice"),
+        ({}, {"gen": [1]}, CorruptError, "does not name its voice"),
+        ({}, {"gen": 5}, CorruptError, "does not name its voice"),
+        ({}, {"name": 5}, CorruptError, "does not name its voice"),
+        ({}, {"prefix": {}}, CorruptError, "'kvcache-prefix'"),
+        ({}, {"gen": {"rate": "24000"}}, InputError, r"gen\['rate'\]='24000' must be a tensor"),
+        ({}, {"gen": {"rate": float("nan")}}, InputError, r"gen\['rate'\] is not finite"),
+        ({"gen.embedding": torch.full((1, 192), torch.nan)}, {}, InputError, r"gen\['embedding'\] is not finite"),
+        ({"t3.clap_emb": torch.zeros(3)}, {}, InputError, "clap_emb is given"),
+        ({"t3.other": torch.zeros(3)}, {}, CorruptError, "T3 conditionals"),
+    ],
+    ids=str,
+)
+def test_a_voice_file_that_is_intact_and_says_what_none_says_is_refused(tensors, fields, error, said, tmp_path):
+    made, file = engine("gpt"), tmp_path / "voice.safetensors"
+    made.voices.export("sarah", file)
+    parts, header = unpack(file.read_bytes())
+    file.write_bytes(pack({**parts, **tensors}, {**header, **fields}))
+    with pytest.raises(error, match=said):
+        made.voices.load(file, "broken")
+    assert list(made.voices) == ["sarah"]
+
+
 def test_a_prefix_is_no_voice_and_a_voice_for_another_variant_does_not_fit(tmp_path):
     made = engine("gpt")
     snapshot = made.speakers.get(VoiceReuse(model("gpt"), made.speakers, "all").key(made.voices["sarah"].t3))

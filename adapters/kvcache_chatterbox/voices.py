@@ -57,7 +57,7 @@ class Voice:
         parts = {name: _kept(getattr(given, name, None)) for name in names}
         parts["cond_prompt_speech_emb"] = None  # made anew from the tokens: an earlier model may have left it there
         _check(t3, parts)
-        return cls(kinds(**parts), {name: _kept(value) for name, value in gen.items()})
+        return cls(kinds(**parts), _reference(gen))
 
     @property
     def emotion(self) -> float | None:
@@ -233,14 +233,15 @@ def _read(t3: Any, path: Path) -> tuple[str, Voice, PrefixSnapshot | None]:
     for name, tensor in tensors.items():
         group, _, key = name.partition(".")
         groups.setdefault(group, {})[key] = tensor
-    prefix = header.get("prefix")
+    called, gen, prefix = header.get("name"), header.get("gen"), header.get("prefix")
+    if not isinstance(called, str) or not isinstance(gen, dict) or not isinstance(prefix, dict | None):
+        raise CorruptError(f"{path} does not name its voice and what belongs to it as a voice file does; export it again")
     snapshot = None if prefix is None else PrefixSnapshot.from_tensors(groups["prefix"], prefix)
     names = {field.name for field in dataclasses.fields(_cond_class(t3))}
     if not {"speaker_emb"} <= groups["t3"].keys() <= names:
         raise CorruptError(f"{path} has T3 conditionals {sorted(groups['t3'])}; expected some of {sorted(names)}")
     given = _cond_class(t3)(**{"emotion_adv": None, **groups["t3"]})
-    voice = Voice.of(t3, _Pair(given, {**dict(header.get("gen") or {}), **groups["gen"]}))
-    return str(header.get("name")), voice, snapshot
+    return called, Voice.of(t3, _Pair(given, {**gen, **groups["gen"]})), snapshot
 
 
 def _cond_class(t3: Any) -> Any:
@@ -259,6 +260,8 @@ def _kept(value: Any) -> Any:
 def _check(t3: Any, parts: dict[str, Any]) -> None:
     """Refuse conditionals that the model would stumble over, or read another voice from."""
     speaker, prompt, emotion = (parts[name] for name in ("speaker_emb", "cond_prompt_speech_tokens", "emotion_adv"))
+    if parts.get("clap_emb") is not None:
+        raise InputError("clap_emb is given, which no Chatterbox model has learned; leave it out")
     size = t3.hp.speaker_embed_size
     if not isinstance(speaker, Tensor) or not speaker.is_floating_point() or speaker.numel() != size:
         raise InputError(f"speaker_emb must be one embedding of {size} numbers, got {_shape(speaker)}")
@@ -277,6 +280,19 @@ def _check(t3: Any, parts: dict[str, Any]) -> None:
             raise InputError(f"{name} is not finite: compute the voice again")
     if emotion is not None and torch.as_tensor(emotion).numel() != 1:
         raise InputError(f"emotion_adv must be one number, got {_shape(emotion)}")
+
+
+def _reference(gen: Any) -> dict[str, Any]:
+    """A copy of S3Gen's reference, without what the vocoder would stumble over or make noise of."""
+    if not isinstance(gen, Mapping):
+        raise InputError(f"gen={gen!r:.80} must be S3Gen's reference by name, or empty")
+    kept = {name: _kept(value) for name, value in gen.items()}
+    for name, value in kept.items():
+        if isinstance(value, str | bytes | bool | list | tuple | Mapping):
+            raise InputError(f"gen[{name!r}]={value!r:.80} must be a tensor, a number or None")
+        if value is not None and not bool(torch.isfinite(torch.as_tensor(value)).all()):
+            raise InputError(f"gen[{name!r}] is not finite: compute the voice again")
+    return kept
 
 
 def _longest_prompt(t3: Any) -> int:
