@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import threading
 
 import pytest
 import torch
@@ -112,7 +113,6 @@ def test_the_tail_is_carried_into_the_next_segments_prompt():
     assert joined.shape == whole.shape
 
 
-@pytest.mark.grid(2)
 def test_a_carried_tail_never_makes_the_prompt_longer():
     ours = engine("gpt")
     voice = Voice.of(ours.t3, random_conditionals(ours.t3))
@@ -124,6 +124,7 @@ def test_a_carried_tail_never_makes_the_prompt_longer():
         assert after == [*prompt[0, : length - replaced].tolist(), *range(130 - replaced, 130)]
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("kind", ["english", "gpt"])
 @pytest.mark.parametrize("kv_dtype", [None, torch.bfloat16])
 def test_what_the_plan_says_is_what_the_batch_holds(kind, kv_dtype):
@@ -252,6 +253,44 @@ def test_clients_hear_what_they_would_hear_alone():
         assert got.shape[1] % SAMPLES_PER_TOKEN == 0
     assert (metrics.finished, metrics.busy, metrics.waiting, metrics.running) == (7, 0, 0, 0)
     assert set(metrics.ttfa) == {"p50", "p90", "p99"}
+
+
+def test_who_speaks_is_who_was_meant_when_it_was_submitted():
+    ours = engine("gpt")
+    mine, other = (stand_in(ours.t3, seed=seed).conds for seed in (4, 5))
+    ours.add_voice("v", conditionals=mine)
+    given = {"seed": 0, "max_new_tokens": 9}
+    expected = {name: audio(ours.generate_stream("Hello.", voice=name, **given)) for name in ("v", None)}
+
+    replaced, choose = threading.Event(), ours.chosen_voice
+
+    def late(*asked):  # the thread that prepares does nothing before all is replaced
+        if threading.current_thread() is not threading.main_thread():
+            replaced.wait(10)
+        chosen = choose(*asked)
+        return lambda: (replaced.wait(10), chosen())[1]
+
+    ours.chosen_voice = late
+
+    async def run():
+        async with SpeechScheduler(ours, max_rows=1, slots=200) as scheduler:
+            streams = {name: scheduler.submit("Hello.", voice=name, **given) for name in ("v", None)}
+            unknown = scheduler.submit("Hello.", voice="later", **given)
+            for name in ("v", "later"):
+                ours.add_voice(name, conditionals=other)
+            ours._speaker._tts.conds = other
+            replaced.set()
+            with pytest.raises(InputError, match="no voice 'later'"):
+                await anext(unknown)
+            heard = {}
+            for name, stream in streams.items():
+                heard[name] = torch.cat([part async for part in stream], 1)
+            return heard
+
+    heard = asyncio.run(run())
+    for name, sound in expected.items():
+        torch.testing.assert_close(heard[name], sound, atol=1e-6, rtol=0)  # fp32 rounding, as above
+    assert not torch.equal(audio(ours.generate_stream("Hello.", voice="v", **given)), expected["v"])
 
 
 def test_limits_have_clear_refusals():

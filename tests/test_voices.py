@@ -642,7 +642,7 @@ def test_what_would_write_a_clips_voice_into_the_model_is_refused_before_it_runs
     (tmp_path / "clip.wav").write_bytes(b"a clip")
     before, prepare = loaded.conds, loaded.prepare_conditionals
     monkeypatch.setattr(loaded, "prepare_conditionals", lambda path: prepare(path))
-    with pytest.raises(InputError, match="set it on the model's class, or as types.MethodType"):
+    with pytest.raises(InputError, match=r"set it on the model's class, or as types\.MethodType"):
         ChatterboxEngine(loaded, speakers=memory()).add_voice("v", tmp_path / "clip.wav")
     assert loaded.conds is before
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kvcache import InputError
-from kvcache_chatterbox.requests import without_autocast
+from kvcache_chatterbox.requests import check_language, check_path, without_autocast
 from kvcache_chatterbox.upstream import beside, needed_beside
 from kvcache_chatterbox.voices import Voice
 from kvcache_chatterbox.watermark import StreamMarker, Watermarker, check_watermarker, marked
@@ -170,19 +170,25 @@ class Speaker:
         """What turns speech tokens into audio."""
         return self._tts.s3gen
 
-    def builtin(self) -> Voice:
-        """The voice that the model was loaded with.
+    @property
+    def conds(self) -> Any:
+        """The conditionals that the model has now.
 
         Raises:
-            InputError: if there is none.
+            InputError: if there are none.
         """
         conds = self._tts.conds
         if conds is None:
             raise InputError("there is no voice: give voice or audio_prompt_path, or load the model with its conds.pt")
-        return Voice.of(self._tts.t3, conds)
+        return conds
+
+    def builtin(self) -> Voice:
+        """The voice that the model has now. Errors are those of `conds`."""
+        return Voice.of(self._tts.t3, self.conds)
 
     def encode(self, audio_prompt_path: str | os.PathLike[str]) -> Voice:
         """The voice of a clip. It takes seconds, so each clip is encoded once; the last few are remembered by content."""
+        check_path("audio_prompt_path", audio_prompt_path)
         try:
             clip = hashlib.sha256(Path(audio_prompt_path).read_bytes()).digest()
         except OSError:
@@ -300,6 +306,7 @@ class Speaker:
 
     def check_language(self, language_id: str | None) -> None:
         """Raise `InputError` if the multilingual model does not speak this language; others are not asked."""
+        check_language(language_id)
         languages = beside(self._tts, "SUPPORTED_LANGUAGES", {})
         if self._tts.t3.hp.is_multilingual and (language_id is None or language_id.lower() not in languages):
             raise InputError(

@@ -49,9 +49,9 @@ class Utterance:
         is what the model takes manner and pace from. Its keys and values are then this utterance's own.
         """
         prompt = self.voice.t3.cond_prompt_speech_tokens
-        keep = 0 if spoken is None or prompt is None else min(_TAIL, prompt.shape[1] // 2)
-        if keep == 0:  # a prompt of one token has no end that could be replaced
+        if spoken is None or prompt is None or prompt.shape[1] == 1:  # half of one token is none
             return self
+        keep = min(_TAIL, prompt.shape[1] // 2)
         tail = spoken[spoken < SPEECH_TOKENS][-keep:].to(prompt)
         if tail.numel() == 0:
             return self

@@ -16,7 +16,7 @@ from kvcache import CorruptError, InputError, PrefixSnapshot
 from kvcache.archive import pack, unpack
 from kvcache.errors import said
 from kvcache.files import read_given, write_private
-from kvcache_chatterbox.requests import check_number
+from kvcache_chatterbox.requests import check_number, check_path
 from kvcache_chatterbox.reuse import VoiceReuse
 from kvcache_chatterbox.upstream import needed_beside
 
@@ -71,7 +71,7 @@ class Voice:
         Raises:
             InputError: if that is no finite number.
         """
-        check_number("exaggeration", exaggeration)
+        exaggeration = check_number("exaggeration", exaggeration)
         t3 = copy.copy(self.t3)
         t3.emotion_adv = exaggeration * torch.ones(1, 1, 1)
         return Voice(t3, self.gen, kept=False)
@@ -121,17 +121,23 @@ class Voices(Mapping[str, Voice]):
         self._voices: dict[str, Voice] = {}
 
     def __getitem__(self, name: str) -> Voice:
-        if name not in self._voices:
-            known = ", ".join(map(repr, self._voices)) or "none yet"
+        if not isinstance(name, str):
+            raise InputError(
+                f"a {type(name).__name__} is no name of a voice: give the name that it was added under; conditionals and "
+                "clips are added with add_voice()"
+            )
+        found = self._voices.get(name)  # once: another thread may remove it
+        if found is None:
+            known = ", ".join(map(repr, self)) or "none yet"
             raise InputError(f"there is no voice {name!r} (known: {known}); add it with add_voice()")
-        return self._voices[name]
+        return found
 
     def __contains__(self, name: object) -> bool:
-        return name in self._voices
+        return isinstance(name, str) and name in self._voices
 
     def get(self, name: str, default: Any = None) -> Any:
         """The voice of this name, or `default`."""
-        return self._voices.get(name, default)
+        return self._voices.get(name, default) if isinstance(name, str) else default
 
     def __iter__(self) -> Iterator[str]:
         return iter(list(self._voices))
@@ -146,10 +152,13 @@ class Voices(Mapping[str, Voice]):
         """Name a voice; one of the same name is replaced.
 
         Raises:
-            InputError: for a name that is empty, longer than 200 characters or not printable.
+            InputError: for a name that is empty, longer than 200 characters or not printable, or what is no `Voice`.
         """
-        if not isinstance(name, str) or not name.strip() or len(name) > _LONGEST_NAME or not name.isprintable():
-            raise InputError(f"name={name!r} must be 1 to {_LONGEST_NAME} printable characters")
+        check_name(name)
+        if not isinstance(voice, Voice):
+            raise InputError(
+                f"a {type(voice).__name__} is no Voice: make one with Voice.of(), or give it to add_voice()"
+            )
         self._voices[name] = voice if voice.kept else dataclasses.replace(voice, kept=True)
 
     def remove(self, name: str) -> None:
@@ -172,6 +181,7 @@ class Voices(Mapping[str, Voice]):
         Raises:
             InputError: if there is no voice of this name.
         """
+        check_path("path", path)
         voice = self[name]
         known = computed and self._reuse is not None and self._reuse.usable
         snapshot = self._reuse.prepare(voice.t3) if known and self._reuse is not None else None
@@ -195,6 +205,7 @@ class Voices(Mapping[str, Voice]):
             CorruptError: if the file is not intact, or of another version.
             InputError: if the voice does not fit the model.
         """
+        check_path("path", path)
         written, voice, snapshot = _read(self._t3, Path(path))
         name = written if name is None else name
         self.add(name, voice)
@@ -204,6 +215,12 @@ class Voices(Mapping[str, Voice]):
                 self._reuse.speakers.store.put(snapshot)
             self._reuse.prepare(voice.t3)
         return name
+
+
+def check_name(name: Any) -> None:
+    """Raise `InputError` for what cannot name a voice."""
+    if not isinstance(name, str) or not name.strip() or len(name) > _LONGEST_NAME or not name.isprintable():
+        raise InputError(f"name={name!r:.80} must be 1 to {_LONGEST_NAME} printable characters")
 
 
 def _write(path: Path, name: str, voice: Voice, snapshot: PrefixSnapshot | None) -> None:
@@ -235,7 +252,9 @@ def _read(t3: Any, path: Path) -> tuple[str, Voice, PrefixSnapshot | None]:
         groups.setdefault(group, {})[key] = tensor
     called, gen, prefix = header.get("name"), header.get("gen"), header.get("prefix")
     if not isinstance(called, str) or not isinstance(gen, dict) or not isinstance(prefix, dict | None):
-        raise CorruptError(f"{path} does not name its voice and what belongs to it as a voice file does; export it again")
+        raise CorruptError(
+            f"{path} does not name its voice and what belongs to it as a voice file does; export it again"
+        )
     snapshot = None if prefix is None else PrefixSnapshot.from_tensors(groups["prefix"], prefix)
     names = {field.name for field in dataclasses.fields(_cond_class(t3))}
     if not {"speaker_emb"} <= groups["t3"].keys() <= names:
