@@ -24,9 +24,9 @@ import torch
 from anyio import CancelScope
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from rich.console import Console
 from safetensors import SafetensorError
 from server_connections import Server
@@ -79,6 +79,8 @@ def named(voice: Any) -> Any:
 
 class SpeechRequest(BaseModel):
     """The body of a request for speech, as OpenAI has it, and what Chatterbox can do beyond."""
+
+    model_config = ConfigDict(strict=True)  # a number is a number of JSON: no text, no truth value
 
     input: str = Field(max_length=LONGEST_TEXT)
     voice: Annotated[str, BeforeValidator(named)] = Field(max_length=LONGEST_NAME)
@@ -234,6 +236,7 @@ def telling(
         """The voices that a request can name."""
         return {"object": "list", "data": [{"id": name, "object": "voice"} for name in sorted(voices)]}
 
+    @router.head("/health", include_in_schema=False)  # what load balancers ask
     @router.get("/health")
     async def health() -> JSONResponse:
         """Whether a request would be heard."""
@@ -252,17 +255,22 @@ def telling(
 
 
 def showing() -> APIRouter:
-    """The page to try it on."""
+    """The page to try it on; it is read once. A part of it is not to be had: a header ``Range`` is passed over, as HTTP allows."""
     router = APIRouter(include_in_schema=False)
+    html, css, js = ((PAGE / f"server_page.{kind}").read_bytes() for kind in ("html", "css", "js"))
+    parts = {"css": (css, "text/css"), "js": (js, "text/javascript")}
 
-    @router.get("/", response_class=FileResponse)
-    async def page() -> FileResponse:
+    @router.head("/")
+    @router.get("/", response_class=Response)
+    async def page() -> Response:
         headers = {"Content-Security-Policy": CONTENT_SECURITY_POLICY, "Cache-Control": "no-cache"}
-        return FileResponse(PAGE / "server_page.html", headers=headers)
+        return Response(html, media_type="text/html", headers=headers)
 
-    @router.get("/server_page.{kind}", response_class=FileResponse)
-    async def part(kind: Literal["css", "js"]) -> FileResponse:
-        return FileResponse(PAGE / f"server_page.{kind}", headers={"Cache-Control": "no-cache"})
+    @router.head("/server_page.{kind}")
+    @router.get("/server_page.{kind}", response_class=Response)
+    async def part(kind: Literal["css", "js"]) -> Response:
+        content, media_type = parts[kind]
+        return Response(content, media_type=media_type, headers={"Cache-Control": "no-cache"})
 
     return router
 
