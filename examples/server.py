@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from anyio import CancelScope
+from example_options import CLASSES, check_backend, check_device, count
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -33,18 +34,7 @@ from server_connections import Server
 from server_errors import REFUSED, Problem, closing, problem_of, some
 from server_figures import Figures, Timing
 from server_guard import STANDARD, Gate, Guard, Limits, first_of
-from server_options import (
-    CLASSES,
-    LONGEST_NAME,
-    allow_files,
-    check_address,
-    check_backend,
-    check_device,
-    check_model,
-    count,
-    parser_of,
-    voice_file,
-)
+from server_options import LONGEST_NAME, allow_files, check_address, check_served, parser_of, voice_file
 from server_sound import pcm, wav_header
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
@@ -314,7 +304,7 @@ def parse() -> tuple[argparse.Namespace, socket.socket]:
     names = [name for name, _ in options.voice]
     if len(set(names)) < len(names):
         parser.error(f"--voice: {next(name for name in names if names.count(name) > 1)!r} is given twice")
-    check_model(parser, options.variant, options.checkpoint)
+    check_served(parser, options.variant, options.checkpoint)
     check_device(parser, options.device)
     check_backend(parser, options.backend, options.device)
     needed = options.limits.descriptors
