@@ -16,15 +16,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from example_options import (
+    CLASSES,
+    LARGEST_SEED,
+    Parser,
+    add_model,
+    check_backend,
+    check_device,
+    check_model,
+    count,
+    new_file,
+    words,
+)  # fmt: skip
 from rich.console import Console
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from kvcache import KeepAll, SlidingWindow
+from kvcache import KeepAll, KVCacheError, SlidingWindow
 from kvcache_chatterbox import ChatterboxEngine, byte_tokens, load_t3, random_conditionals
-from kvcache_chatterbox.loading import WEIGHTS, upstream_t3
+from kvcache_chatterbox.loading import WEIGHTS
 
 TEXT = "The birch canoe slid on the smooth planks. Glue the sheet to the dark blue background."
 REPOSITORIES = {
@@ -32,26 +44,20 @@ REPOSITORIES = {
     "multilingual": "ResembleAI/chatterbox",
     "turbo": "ResembleAI/chatterbox-turbo",
 }
-CLASSES = {
-    "english": ("chatterbox.tts", "ChatterboxTTS"),
-    "multilingual": ("chatterbox.mtl_tts", "ChatterboxMultilingualTTS"),
-    "turbo": ("chatterbox.tts_turbo", "ChatterboxTurboTTS"),
-}
 TOKENS_PER_SECOND = 25  # of speech
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variant", choices=sorted(WEIGHTS), default="nano")
-    parser.add_argument("--text", default=TEXT)
-    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="a folder with the variant's weights")
+    parser = Parser(__doc__)
+    add_model(parser)
+    parser.add_argument("--text", type=words, default=TEXT)
     parser.add_argument(
         "--weights", choices=("auto", "hub", "random"), default="auto", help="without a checkpoint (default: auto)"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--max-new-tokens", type=int, default=250)
-    parser.add_argument("--chunk-size", type=int, default=25)
-    parser.add_argument("--window", type=int, help="keep only so many speech tokens (default: all)")
+    parser.add_argument("--max-new-tokens", type=count(1), default=250)
+    parser.add_argument("--chunk-size", type=count(1), default=25)
+    parser.add_argument("--window", type=count(1), help="keep only so many speech tokens (default: all)")
     parser.add_argument(
         "--backend", choices=("auto", "eager", "compile", "graph", "graph+compile", "off"), default="auto",
         help="what decodes (default: auto, graph on a GPU, eager elsewhere; compile takes a minute at first)",
@@ -60,13 +66,18 @@ def parse() -> argparse.Namespace:
         "--precision", choices=("fp32", "bf16", "fp16", "int8"), help="of the backbone (default: as loaded)"
     )
     parser.add_argument("--no-cache", action="store_true", help="recompute everything, for comparison")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=count(0, LARGEST_SEED), default=0)
     parser.add_argument("--language", default="en", help="of the text, for the multilingual variant")
     parser.add_argument(
-        "--wav", type=Path, default=Path("chatterbox.wav"), help="where to write audio, if there is a vocoder"
+        "--wav", type=new_file, default=Path("chatterbox.wav"), help="where to write audio, if there is a vocoder"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the summary there")
-    return parser.parse_args()
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write the summary there")
+    options = parser.parse_args()
+    check_model(parser, options.variant, options.checkpoint)
+    check_device(parser, options.device)
+    check_backend(parser, options.backend, options.device)
+    options.fail = parser.error
+    return options
 
 
 def hub_folder(variant: str) -> Path | None:
@@ -145,7 +156,6 @@ def write_wav(path: Path, audio: torch.Tensor, rate: int) -> None:
 def main() -> None:
     options = parse()
     console = Console()
-    upstream_t3()
     with console.status(f"loading {options.variant} …"):
         model, sentence = load(options)
     t3 = getattr(model, "t3", model)
@@ -166,13 +176,16 @@ def main() -> None:
     }
     per_token = 1
     begin = time.perf_counter()
-    if model is not t3:
-        per_token = model.sr // TOKENS_PER_SECOND
-        language = options.language if t3.hp.is_multilingual else None
-        chunks = engine.generate_stream(options.text, language_id=language, **shared)
-    else:
-        text = text_tokens(t3, options.text, options.checkpoint)
-        chunks = engine.inference_stream(t3_cond=random_conditionals(t3), text_tokens=text, **shared)
+    try:
+        if model is not t3:
+            per_token = model.sr // TOKENS_PER_SECOND
+            language = options.language if t3.hp.is_multilingual else None
+            chunks = engine.generate_stream(options.text, language_id=language, **shared)
+        else:
+            text = text_tokens(t3, options.text, options.checkpoint)
+            chunks = engine.inference_stream(t3_cond=random_conditionals(t3), text_tokens=text, **shared)
+    except KVCacheError as error:
+        options.fail(f"cannot speak this: {error}")
     first, parts, tokens = 0.0, [], 0.0
     with Live(console=console, refresh_per_second=8) as live:
         for n, chunk in enumerate(chunks, 1):

@@ -20,7 +20,7 @@ _CODES = {400: "invalid_request", 404: "voice_not_found", 429: "busy", 503: "una
 class SpeechRequest(BaseModel):
     """The body of a request for speech, as OpenAI has it, and what Chatterbox can do beyond."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)  # a number is a number of JSON
 
     input: str = Field(max_length=LONGEST_TEXT)
     voice: str | None = Field(None, max_length=LONGEST_NAME)

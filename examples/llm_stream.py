@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import transformers
+from example_options import LARGEST_SEED, Parser, count, new_file, number, words
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -35,20 +36,22 @@ PROMPT = "Tell me the story of a lighthouse keeper and her dog, in ten chapters.
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--model", help="a hub id, a folder, or a .gguf file (default: SmolLM2-135M-Instruct)")
-    parser.add_argument("--prompt", default=PROMPT)
-    parser.add_argument("--tokens", type=int, default=400, help="how many to write (default: 400)")
-    parser.add_argument("--window", type=int, default=192, help="how many recent tokens stay (default: 192)")
-    parser.add_argument("--sinks", type=int, default=4, help="how many first tokens stay (default: 4)")
+    parser.add_argument("--prompt", type=words, default=PROMPT)
+    parser.add_argument("--tokens", type=count(1), default=400, help="how many to write (default: 400)")
+    parser.add_argument("--window", type=count(1), default=192, help="how many recent tokens stay (default: 192)")
+    parser.add_argument("--sinks", type=count(0), default=4, help="how many first tokens stay (default: 4)")
     parser.add_argument("--positions", choices=("absolute", "rerotated"), default="rerotated")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the most likely token (default: 0.7)")
-    parser.add_argument("--chunk-size", type=int, default=8, help="tokens handed out at once (default: 8)")
+    parser.add_argument("--seed", type=count(0, LARGEST_SEED), default=1)
+    parser.add_argument(
+        "--temperature", type=number(0), default=0.7, help="0 takes the most likely token (default: 0.7)"
+    )
+    parser.add_argument("--chunk-size", type=count(1), default=8, help="tokens handed out at once (default: 8)")
     parser.add_argument(
         "--compare", action="store_true", help="write the same again with a cache that keeps everything"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the summary there")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write the summary there")
     return parser.parse_args()
 
 

@@ -17,49 +17,65 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from example_options import (
+    CLASSES,
+    LARGEST_SEED,
+    Parser,
+    add_model,
+    check_device,
+    check_model,
+    count,
+    new_file,
+    number,
+    old_file,
+    text_file,
+)  # fmt: skip
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kvcache import KVCacheError
 from kvcache_chatterbox import ChatterboxEngine, LongTextPlan, load_t3, stand_in
-from kvcache_chatterbox.loading import WEIGHTS, upstream_t3
+from kvcache_chatterbox.segments import primary_language
 
 TEXT = """The birch canoe slid on the smooth planks. Glue the sheet to the dark blue background. It is easy to tell the
 depth of a well. These days a chicken leg is a rare dish. Rice is often served in round bowls. The juice of lemons makes
 fine punch. The box was thrown beside the parked truck. The hogs were fed chopped corn and garbage. Four hours of steady
 work faced us. A large size in stockings is hard to sell. The boy was there when the sun rose. A rod is used to catch pink
 salmon. The source of the huge river is the clear spring. Kick the ball straight and follow through."""
-CLASSES = {
-    "english": ("chatterbox.tts", "ChatterboxTTS"),
-    "multilingual": ("chatterbox.mtl_tts", "ChatterboxMultilingualTTS"),
-    "turbo": ("chatterbox.tts_turbo", "ChatterboxTurboTTS"),
-}
 TOKENS_PER_SECOND = 25  # of speech
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--file", type=Path, help="the text (default: some sentences)")
-    parser.add_argument("--variant", choices=sorted(WEIGHTS), default="nano")
-    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="a folder with the variant's weights")
+    parser = Parser(__doc__)
+    parser.add_argument("--file", type=text_file, help="the text (default: some sentences)")
+    add_model(parser)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--language", default="en", help="of the text, such as fr")
-    parser.add_argument("--voice", type=Path, metavar="FILE", help="a clip of who speaks")
-    parser.add_argument("--rows", type=int, default=8, help="segments that decode together at most (default: 8)")
-    parser.add_argument("--budget", type=float, metavar="MIB", help="memory that their cache may take")
-    parser.add_argument("--segment", type=int, default=120, metavar="N", help="characters of a segment (default: 120)")
+    parser.add_argument("--voice", type=old_file, metavar="FILE", help="a clip of who speaks")
+    parser.add_argument("--rows", type=count(1), default=8, help="segments that decode together at most (default: 8)")
+    parser.add_argument("--budget", type=number(0, above=True), metavar="MIB", help="memory that their cache may take")
     parser.add_argument(
-        "--max-new-tokens", type=int, help="speech tokens of a segment; random weights, which never end, get 75"
+        "--segment", type=count(20), default=120, metavar="N", help="characters of a segment (default: 120)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=count(1), help="speech tokens of a segment; random weights, which never end, get 75"
     )
     parser.add_argument("--carry", action="store_true", help="one segment after another, each from the end of the last")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16", "int8"), help="of the backbone")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=count(0, LARGEST_SEED), default=0)
     parser.add_argument("--plan", action="store_true", help="only say what it would take")
     parser.add_argument("--no-compare", action="store_true", help="do not also speak one segment after the other")
-    parser.add_argument("--wav", type=Path, default=Path("long_text.wav"))
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write plan and summary there")
-    return parser.parse_args()
+    parser.add_argument("--wav", type=new_file, default=Path("long_text.wav"))
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write plan and summary there")
+    options = parser.parse_args()
+    check_model(parser, options.variant, options.checkpoint)
+    check_device(parser, options.device)
+    try:
+        primary_language(options.language)
+    except KVCacheError as error:
+        parser.error(f"--language {options.language}: {error}")
+    return options
 
 
 def load(options: argparse.Namespace) -> tuple[Any, str]:
@@ -120,15 +136,11 @@ def speak(engine: ChatterboxEngine, text: str, given: dict[str, Any]) -> tuple[t
 def main() -> None:
     options = parse()
     console = Console()
-    upstream_t3()
     with console.status(f"loading {options.variant} …"):
         model, sentence = load(options)
     engine = ChatterboxEngine(model, precision=options.precision)
-    voice = None if options.voice is None else engine.add_voice("voice", options.voice)
-    text = TEXT if options.file is None else options.file.read_text()
-    most = options.max_new_tokens
-    shared = {
-        "voice": voice,
+    text, most = options.file or TEXT, options.max_new_tokens
+    shared: dict[str, Any] = {
         "language_id": options.language,
         "max_new_tokens": 75 if most is None and options.checkpoint is None else most,
         "segment_characters": options.segment,
@@ -137,6 +149,7 @@ def main() -> None:
     }
     console.print(f"[bold]Chatterbox {options.variant}[/bold] on {options.device}. {escape(sentence)}")
     try:
+        shared["voice"] = None if options.voice is None else engine.add_voice("voice", options.voice)
         plan = engine.plan(text, **shared)
     except KVCacheError as error:
         raise SystemExit(f"cannot speak this: {error}") from error

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from example_options import CLASSES, count
 from fastapi import Response
 from fleet_api import SpeechRequest, answer, new_api
 from ray import serve
@@ -31,7 +32,7 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
-from server_options import CLASSES, check_fleet, count, parser_of
+from server_options import check_fleet, parser_of
 
 from kvcache import (
     BusyError,

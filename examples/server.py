@@ -22,11 +22,12 @@ from typing import Annotated, Any, Literal
 
 import torch
 from anyio import CancelScope
+from example_options import CLASSES, check_backend, check_device, count
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from rich.console import Console
 from rich.markup import escape
 from safetensors import SafetensorError
@@ -34,18 +35,7 @@ from server_connections import Server
 from server_errors import REFUSED, Problem, closing, problem_of, some
 from server_figures import Figures, Timing
 from server_guard import STANDARD, Gate, Guard, Limits, first_of
-from server_options import (
-    CLASSES,
-    LONGEST_NAME,
-    allow_files,
-    check_address,
-    check_backend,
-    check_device,
-    check_model,
-    count,
-    parser_of,
-    voice_file,
-)
+from server_options import LONGEST_NAME, allow_files, check_address, check_served, parser_of, voice_file
 from server_sound import pcm, wav_header
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
@@ -80,6 +70,8 @@ def named(voice: Any) -> Any:
 
 class SpeechRequest(BaseModel):
     """The body of a request for speech, as OpenAI has it, and what Chatterbox can do beyond."""
+
+    model_config = ConfigDict(strict=True)  # a number is a number of JSON: no text, no truth value
 
     input: str = Field(max_length=LONGEST_TEXT)
     voice: Annotated[str, BeforeValidator(named)] = Field(max_length=LONGEST_NAME)
@@ -235,6 +227,7 @@ def telling(
         """The voices that a request can name."""
         return {"object": "list", "data": [{"id": name, "object": "voice"} for name in sorted(voices)]}
 
+    @router.head("/health", include_in_schema=False)  # what load balancers ask
     @router.get("/health")
     async def health() -> JSONResponse:
         """Whether a request would be heard."""
@@ -253,17 +246,22 @@ def telling(
 
 
 def showing() -> APIRouter:
-    """The page to try it on."""
+    """The page to try it on; it is read once. A part of it is not to be had: a header ``Range`` is passed over, as HTTP allows."""
     router = APIRouter(include_in_schema=False)
+    html, css, js = ((PAGE / f"server_page.{kind}").read_bytes() for kind in ("html", "css", "js"))
+    parts = {"css": (css, "text/css"), "js": (js, "text/javascript")}
 
-    @router.get("/", response_class=FileResponse)
-    async def page() -> FileResponse:
+    @router.head("/")
+    @router.get("/", response_class=Response)
+    async def page() -> Response:
         headers = {"Content-Security-Policy": CONTENT_SECURITY_POLICY, "Cache-Control": "no-cache"}
-        return FileResponse(PAGE / "server_page.html", headers=headers)
+        return Response(html, media_type="text/html", headers=headers)
 
-    @router.get("/server_page.{kind}", response_class=FileResponse)
-    async def part(kind: Literal["css", "js"]) -> FileResponse:
-        return FileResponse(PAGE / f"server_page.{kind}", headers={"Cache-Control": "no-cache"})
+    @router.head("/server_page.{kind}")
+    @router.get("/server_page.{kind}", response_class=Response)
+    async def part(kind: Literal["css", "js"]) -> Response:
+        content, media_type = parts[kind]
+        return Response(content, media_type=media_type, headers={"Cache-Control": "no-cache"})
 
     return router
 
@@ -307,7 +305,7 @@ def parse() -> tuple[argparse.Namespace, socket.socket]:
     names = [name for name, _ in options.voice]
     if len(set(names)) < len(names):
         parser.error(f"--voice: {next(name for name in names if names.count(name) > 1)!r} is given twice")
-    check_model(parser, options.variant, options.checkpoint)
+    check_served(parser, options.variant, options.checkpoint)
     check_device(parser, options.device)
     check_backend(parser, options.backend, options.device)
     needed = options.limits.descriptors

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from example_options import REDIS_URLS, Parser, add_model, check_device, check_model, count, new_file, old_file, words
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
@@ -30,26 +31,31 @@ from rich.table import Table
 from kvcache import DiskStore, MemoryStore, RedisStore, SpeakerCache
 from kvcache.stores import Store
 from kvcache_chatterbox import ChatterboxEngine, Voice, byte_tokens, load_t3, random_conditionals
-from kvcache_chatterbox.loading import WEIGHTS
 
 TEXT = "The birch canoe slid on planks."
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variant", choices=sorted(WEIGHTS), default="nano")
-    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="a folder with the variant's weights")
-    parser.add_argument("--text", default=TEXT)
-    parser.add_argument("--voices", type=int, default=3, help="how many (default: 3)")
+    parser = Parser(__doc__)
+    add_model(parser)
+    parser.add_argument("--text", type=words, default=TEXT)
+    parser.add_argument("--voices", type=count(1), default=3, help="how many (default: 3)")
     parser.add_argument(
-        "--conds", type=Path, nargs="*", metavar="FILE", help="conds.pt files instead of made-up voices"
+        "--conds", type=old_file, nargs="*", metavar="FILE", help="conds.pt files instead of made-up voices"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="requests of each voice (default: 5)")
+    parser.add_argument("--rounds", type=count(1), default=5, help="requests of each voice (default: 5)")
     parser.add_argument("--redis", metavar="URL", help="a server; by default one of our own, if it is installed")
     parser.add_argument("--export", type=Path, metavar="DIR", help="write each voice there, as one file")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table there")
-    return parser.parse_args()
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write the table there")
+    options = parser.parse_args()
+    if options.redis is not None and not options.redis.startswith(REDIS_URLS):
+        parser.error("--redis: give a URL such as redis://localhost:6379/0")
+    if options.export is not None and options.export.exists() and not options.export.is_dir():
+        parser.error(f"--export {options.export}: is a file; give a folder")
+    check_model(parser, options.variant, options.checkpoint)
+    check_device(parser, options.device)
+    return options
 
 
 @contextmanager

@@ -85,7 +85,7 @@ def test_autocast_reaches_neither_clips_nor_the_vocoder_nor_the_watermark(tmp_pa
         return spy
 
     monkeypatch.setattr(model.s3gen, "inference", spied(model.s3gen.inference))
-    monkeypatch.setattr(model, "prepare_conditionals", spied(model.prepare_conditionals))
+    monkeypatch.setattr(type(model), "prepare_conditionals", spied(type(model).prepare_conditionals))
     model.watermarker = Marks()
     model.watermarker.apply_watermark = spied(model.watermarker.apply_watermark)
     (tmp_path / "clip.wav").write_bytes(bytes(range(100)))  # the stand-in makes a voice of any bytes

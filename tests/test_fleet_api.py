@@ -86,6 +86,16 @@ def test_s12_a_number_that_is_none_is_refused(name, value):
     assert error["message"].startswith(f"{name}: ") and error["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize("value", ["true", '"1"', "[1]"])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_is_a_number_of_json(name, value):
+    answer, asked = ask(f'{{"input": "Hi.", "{name}": {value}}}')
+    assert answer.status_code == 400 and not asked
+    assert answer.json()["error"]["message"].startswith(f"{name}: ")
+    answer, (asked,) = ask(f'{{"input": "Hi.", "{name}": 1}}')
+    assert answer.status_code == 200 and asked.options() == {name: 1}
+
+
 @pytest.mark.parametrize(
     "content",
     [json.dumps({"input": "a secret", "voice": ["a secret"]}), json.dumps({"input": "a secret", "speed": "a secret"}),

@@ -1,6 +1,8 @@
 """Long texts through the engine: segments together and one by one say the same, in order, within the memory planned."""
 
 import asyncio
+import dataclasses
+import threading
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from t3_models import likely_end, tiny_t3
 
 from kvcache import BusyError, CapacityError, ClosedError, InputError, SlidingWindow
 from kvcache.decoding import Batch
-from kvcache_chatterbox import ChatterboxEngine, SpeechScheduler, byte_tokens, random_conditionals, stand_in
+from kvcache_chatterbox import ChatterboxEngine, SpeechScheduler, Voice, byte_tokens, random_conditionals, stand_in
 from kvcache_chatterbox.audio import SAMPLES_PER_TOKEN
 
 TEXT = (
@@ -110,6 +112,17 @@ def test_the_tail_is_carried_into_the_next_segments_prompt():
     joined = audio(ours.generate_stream(TEXT, carry="tail", pause=0.0, **SHORT))
     whole = ours.generate(TEXT, carry="tail", pause=0.0, **SHORT)
     assert joined.shape == whole.shape
+
+
+def test_a_carried_tail_never_makes_the_prompt_longer():
+    ours = engine("gpt")
+    voice = Voice.of(ours.t3, random_conditionals(ours.t3))
+    for length, replaced in ((1, 0), (2, 1), (3, 1)):
+        prompt = voice.t3.cond_prompt_speech_tokens[:, :length]
+        short = Voice(dataclasses.replace(voice.t3, cond_prompt_speech_tokens=prompt), {})
+        utterance = ours.utterance(short, byte_tokens(ours.t3, "Hi."), max_new_tokens=5)
+        after = utterance.after(torch.arange(100, 130)).voice.t3.cond_prompt_speech_tokens[0].tolist()
+        assert after == [*prompt[0, : length - replaced].tolist(), *range(130 - replaced, 130)]
 
 
 @pytest.mark.grid(2)
@@ -241,6 +254,44 @@ def test_clients_hear_what_they_would_hear_alone():
         assert got.shape[1] % SAMPLES_PER_TOKEN == 0
     assert (metrics.finished, metrics.busy, metrics.waiting, metrics.running) == (7, 0, 0, 0)
     assert set(metrics.ttfa) == {"p50", "p90", "p99"}
+
+
+def test_who_speaks_is_who_was_meant_when_it_was_submitted():
+    ours = engine("gpt")
+    mine, other = (stand_in(ours.t3, seed=seed).conds for seed in (4, 5))
+    ours.add_voice("v", conditionals=mine)
+    given = {"seed": 0, "max_new_tokens": 9}
+    expected = {name: audio(ours.generate_stream("Hello.", voice=name, **given)) for name in ("v", None)}
+
+    replaced, choose = threading.Event(), ours.chosen_voice
+
+    def late(*asked):  # the thread that prepares does nothing before all is replaced
+        if threading.current_thread() is not threading.main_thread():
+            replaced.wait(10)
+        chosen = choose(*asked)
+        return lambda: (replaced.wait(10), chosen())[1]
+
+    ours.chosen_voice = late
+
+    async def run():
+        async with SpeechScheduler(ours, max_rows=1, slots=200) as scheduler:
+            streams = {name: scheduler.submit("Hello.", voice=name, **given) for name in ("v", None)}
+            unknown = scheduler.submit("Hello.", voice="later", **given)
+            for name in ("v", "later"):
+                ours.add_voice(name, conditionals=other)
+            ours._speaker._tts.conds = other
+            replaced.set()
+            with pytest.raises(InputError, match="no voice 'later'"):
+                await anext(unknown)
+            heard = {}
+            for name, stream in streams.items():
+                heard[name] = torch.cat([part async for part in stream], 1)
+            return heard
+
+    heard = asyncio.run(run())
+    for name, sound in expected.items():
+        torch.testing.assert_close(heard[name], sound, atol=1e-6, rtol=0)  # fp32 rounding, as above
+    assert not torch.equal(audio(ours.generate_stream("Hello.", voice="v", **given)), expected["v"])
 
 
 def test_limits_have_clear_refusals():

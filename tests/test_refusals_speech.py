@@ -2,9 +2,12 @@
 
 import asyncio
 import math
+from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from t3_models import tiny_t3
@@ -67,7 +70,7 @@ NO_NUMBERS: list[tuple[str, list[Any]]] = [
     ("top_p", [NAN, INF, None, 1.5, -0.1, True]),
     ("min_p", [NAN, INF, None, 1.5, -0.1]),
     ("repetition_penalty", [NAN, INF, None, 0.0, -1.0]),
-    ("top_k", [NAN, 5.0, None, -1, True]),
+    ("top_k", [NAN, 5.0, None, -1, True, 2**63]),
     ("seed", [1.0, "1", True, 2**64, -(2**63) - 1, NAN]),
     ("max_new_tokens", [0, -1, 2.5, True, NAN, "5"]),
     ("chunk_size", [0, 2.5, True, NAN, None]),
@@ -145,3 +148,76 @@ def test_an_emotion_that_is_no_number_is_refused_with_its_voice(still: Any, valu
     bad.emotion_adv = NAN * torch.ones(1, 1, 1)
     with pytest.raises(InputError, match="emotion_adv is not finite"):
         still.inference_stream(text_tokens=byte_tokens(still.t3, "Hi."), t3_cond=bad)
+
+
+def test_numbers_of_other_kinds_are_the_numbers_that_they_are(speaking: Any) -> None:
+    half: dict[str, Any] = {"seed": 0, "max_new_tokens": 4}
+    names = ("exaggeration", "temperature", "top_p", "min_p", "cfg_weight", "repetition_penalty", "pause")
+    for kind in (Fraction, np.float32, np.float64):
+        given = {name: kind(0.5) for name in names}
+        expected = speaking.generate("Hello.", **half, **dict.fromkeys(names, 0.5))
+        assert torch.equal(speaking.generate("Hello.", top_k=2**63 - 1, **half, **given), expected)
+    assert speaking.add_voice("half", conditionals=speaking.voices["v"], exaggeration=Fraction(1, 2)).emotion == 0.5
+
+
+@pytest.mark.parametrize("value", [5, True, b"v", ["v"], [], {}, 0.5])
+def test_what_is_no_name_is_refused_wherever_a_voice_is_named(still: Any, value: Any, tmp_path: Path) -> None:
+    tokens = byte_tokens(still.t3, "Hi.")
+    calls: list[Callable[[], Any]] = [
+        lambda: still.generate("Hello.", voice=value),
+        lambda: still.generate_stream("Hello.", voice=value),
+        lambda: still.plan("Hello.", voice=value),
+        lambda: still.audio(value),
+        lambda: still.voice_of(value),
+        lambda: still.inference_stream(text_tokens=tokens, voice=value),
+        lambda: still.inference_segments(texts=[tokens], voice=value),
+        lambda: still.voices[value],
+        lambda: still.voices.remove(value),
+        lambda: still.voices.export(value, tmp_path / "none"),
+    ]
+    for call in calls:
+        with pytest.raises(InputError, match="is no name of a voice: give the name"):
+            call()
+    with pytest.raises(InputError, match="printable characters"):
+        still.add_voice(value, "clip.wav")
+    assert value not in still.voices and still.voices.get(value, 1) == 1
+
+
+@pytest.mark.parametrize("value", [5, True, b"en", ["en"]])
+def test_what_is_no_language_is_refused(still: Any, value: Any) -> None:
+    for call in (still.generate, still.generate_stream, still.plan):
+        with pytest.raises(InputError, match=r"language_id=.* must be a language's code, such as 'en'"):
+            call("Hello.", voice="v", language_id=value)
+
+
+def test_what_is_of_another_kind_is_refused_with_what_is_wanted(still: Any) -> None:
+    conds, tokens = stand_in(still.t3).conds, byte_tokens(still.t3, "Hi.")
+    refused: list[tuple[str, Callable[[], Any]]] = [
+        ("a Conditionals is no name", lambda: still.generate("Hello.", voice=conds)),
+        (
+            r"t3_cond is a Conditionals .* give its t3",
+            lambda: still.inference_stream(text_tokens=tokens, t3_cond=conds),
+        ),
+        ("t3_cond is a int", lambda: still.inference_segments(texts=[tokens], t3_cond=5)),
+        ("must be a list of at least one", lambda: still.inference_segments(texts=5, voice="v")),
+        ("must be a list of at least one", lambda: still.inference_segments(texts=tokens, voice="v")),
+        ("audio_prompt_path=5 must be the path", lambda: still.generate("Hello.", audio_prompt_path=5)),
+        ("audio_prompt_path=b'a' must be the path", lambda: still.add_voice("w", b"a")),
+        ("a Conditionals is no Voice", lambda: still.voices.add("w", conds)),
+        ("path=5 must be the path", lambda: still.voices.load(5)),
+        ("path=5 must be the path", lambda: still.voices.export("v", 5)),
+        ("memory_budget=True", lambda: still.room(1, None, True)),
+        ("the text", lambda: still.generate(5, voice="v")),
+    ]
+    for said, call in refused:
+        with pytest.raises(InputError, match=said):
+            call()
+
+
+@pytest.mark.parametrize(
+    "name", ["max_rows", "max_waiting", "max_running", "max_characters", "slots", "ahead", "prefills", "reserved"]
+)
+def test_limits_of_a_scheduler_are_whole_numbers(still: Any, name: str) -> None:
+    for value in (NAN, INF, True, 2.5, "3", -1):
+        with pytest.raises(InputError, match=f"{name}="):
+            SpeechScheduler(still, **{name: value})

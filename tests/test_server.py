@@ -100,6 +100,13 @@ def test_voices_and_seeds_are_heard(url):
         ({"stream_format": "sse"}, 400, "stream_format"),
         ({"seed": -1}, 400, "seed"),
         ({"exaggeration": 1e9}, 400, "exaggeration"),
+        ({"seed": True}, 400, "seed: Input should be a valid integer"),
+        ({"seed": "7"}, 400, "seed: Input should be a valid integer"),
+        ({"seed": 1.5}, 400, "seed: Input should be a valid integer"),
+        ({"exaggeration": True}, 400, "exaggeration: Input should be a valid number"),
+        ({"exaggeration": "0.5"}, 400, "exaggeration: Input should be a valid number"),
+        ({"speed": True}, 400, "speed: Input should be a valid number"),
+        ({"speed": "1"}, 400, "speed: Input should be a valid number"),
     ],
 )
 def test_what_cannot_be_spoken_is_refused(url, changed, status, words):
@@ -118,6 +125,24 @@ def test_every_error_is_an_error_object(url):
     ):
         assert answer.status_code in (400, 404, 405)
         assert answer.json()["error"]["message"]
+
+
+def test_whole_numbers_are_numbers_where_fractions_may_be(url):
+    assert say(url, speed=1, exaggeration=1).content == say(url, speed=1.0, exaggeration=1.0).content
+
+
+@pytest.mark.parametrize("given", ["bytes=0-3", "bytes=abc", "bytes=9999999-", "bytes=5-1", "lines=1", "bytes=\xff-"])
+@pytest.mark.parametrize("path", ["", "server_page.css", "health"])
+def test_no_part_of_a_page_is_had_and_no_range_is_an_error(url, path, given):
+    answer = httpx.get(f"{url}/{path}", headers={"Range": given.encode("latin-1")})
+    assert answer.status_code == 200 and answer.content == httpx.get(f"{url}/{path}").content
+
+
+@pytest.mark.parametrize("path", ["", "health", "server_page.js"])
+def test_head_is_answered_as_get_without_its_body(url, path):
+    whole, head = httpx.get(f"{url}/{path}"), httpx.head(f"{url}/{path}")
+    assert head.status_code == 200 and head.content == b""
+    assert {**head.headers, "date": ""} == {**whole.headers, "date": ""}
 
 
 @asynccontextmanager

@@ -12,6 +12,7 @@ from t3_models import likely_end, tiny_t3
 
 from kvcache import MemoryStore, SpeakerCache
 from kvcache_chatterbox import ChatterboxEngine, random_conditionals, stand_in
+from kvcache_chatterbox.defaults import _of_file
 from kvcache_chatterbox.standin import S3GEN_SIL, SUPPORTED_LANGUAGES, StandIn
 
 pytestmark = pytest.mark.one_release
@@ -153,3 +154,11 @@ def test_w14_turbo_ignores_what_upstreams_turbo_ignores_and_says_so(caplog):
     assert "min_p, exaggeration" in caplog.text
     [segment] = engine.plan("Hello.").segments
     assert segment.most == inspect.signature(type(engine.t3).inference_turbo).parameters["max_gen_len"].default + 1
+
+
+@pytest.mark.parametrize(
+    ("given", "found"), [("self, text", {}), ("self, text, seed=3, *, late=4", {"seed": 3}), ("a=1, b=f()", {"a": 1})]
+)
+def test_a_generate_with_any_number_of_defaults_is_read(given, found, tmp_path):
+    (tmp_path / "tts.py").write_text(f"class Model:\n    def generate({given}):\n        pass\n", "utf-8")
+    assert _of_file(tmp_path / "tts.py") == found

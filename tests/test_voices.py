@@ -17,6 +17,7 @@ from test_chatterbox import MODELS, model, upstream
 from test_chatterbox_audio import tts
 
 from kvcache import CorruptError, DiskStore, InputError, MemoryStore, SlidingWindow, SpeakerCache, TieredStore
+from kvcache.archive import pack, unpack
 from kvcache.hf import new_cache
 from kvcache.models import looks_on
 from kvcache_chatterbox import ChatterboxEngine, Voice, byte_tokens, load_t3, random_conditionals
@@ -417,7 +418,7 @@ def test_an_exported_voice_speaks_the_same_elsewhere(kind, computed, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["zoe.safetensors"]
 
     other = ChatterboxEngine(model(kind), speakers=memory())
-    assert other.voices.load(file) == "Zoë / ../x"
+    assert other.voices.load(file, computed=True) == "Zoë / ../x"
     assert other.speakers.stats().built == (0 if computed else 1)
     words = text(kind)
     assert torch.equal(tokens(other, words, 40, voice="Zoë / ../x"), spoken(kind, words, 40, 0.7, 6))
@@ -432,7 +433,7 @@ def test_what_another_model_computed_is_not_used(tmp_path):
     made.voices.export("sarah", tmp_path / "sarah.safetensors")
     t3 = tiny_t3("english", seed=1)
     other = ChatterboxEngine(t3, speakers=memory())
-    other.voices.load(tmp_path / "sarah.safetensors")
+    other.voices.load(tmp_path / "sarah.safetensors", computed=True)
     assert other.speakers.stats().built == 1
     words = text("english")
     plain = ChatterboxEngine(t3, reuse="none")
@@ -450,6 +451,31 @@ def test_a_voice_replaces_no_folder(tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["voices", "anna.voice"]
 
 
+@pytest.mark.parametrize("secret", [None, b"our secret"])
+def test_what_a_strangers_file_says_was_computed_reaches_nobody(secret, tmp_path):
+    def sharing():
+        disk = DiskStore(tmp_path / "shared", secret=secret)
+        return SpeakerCache(TieredStore(MemoryStore("64MiB"), disk, write_behind=False))
+
+    file, words = tmp_path / "gift.safetensors", text("gpt")
+    engine("gpt").voices.export("sarah", file)
+    parts, header = unpack(file.read_bytes())
+    for name in parts:
+        if name.startswith(("prefix.keys", "prefix.values")):
+            parts[name] = torch.randn(parts[name].shape, generator=torch.Generator().manual_seed(1))
+    file.write_bytes(pack(parts, header))  # the checksum fits
+
+    taken = ChatterboxEngine(model("gpt"), speakers=sharing())
+    taken.voices.load(file, "gift")
+    other = engine("gpt", sharing())  # another process, with the same voice by its own name
+    honest = spoken("gpt", words, 20)
+    assert torch.equal(tokens(taken, words, 20, voice="gift"), honest)
+    assert torch.equal(tokens(other, words, 20, voice="sarah"), honest)
+    vouched = ChatterboxEngine(model("gpt"), speakers=memory())
+    vouched.voices.load(file, "gift", computed=True)
+    assert not torch.equal(tokens(vouched, words, 20, voice="gift"), honest)  # what it would have done
+
+
 def test_a_voice_file_with_one_wrong_byte_is_refused(tmp_path):
     made, file = engine("gpt"), tmp_path / "voice.safetensors"
     made.voices.export("sarah", file)
@@ -462,6 +488,33 @@ def test_a_voice_file_with_one_wrong_byte_is_refused(tmp_path):
     assert list(made.voices) == ["sarah"]
     file.write_bytes(data)
     assert made.voices.load(file, "whole") == "whole"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "fields", "error", "said"),
+    [
+        ({}, {"prefix": 5}, CorruptError, "does not name its voice"),
+        ({}, {"prefix": [1]}, CorruptError, "does not name its voice"),
+        ({}, {"gen": [1]}, CorruptError, "does not name its voice"),
+        ({}, {"gen": 5}, CorruptError, "does not name its voice"),
+        ({}, {"name": 5}, CorruptError, "does not name its voice"),
+        ({}, {"prefix": {}}, CorruptError, "'kvcache-prefix'"),
+        ({}, {"gen": {"rate": "24000"}}, InputError, r"gen\['rate'\]='24000' must be a tensor"),
+        ({}, {"gen": {"rate": float("nan")}}, InputError, r"gen\['rate'\] is not finite"),
+        ({"gen.embedding": torch.full((1, 192), torch.nan)}, {}, InputError, r"gen\['embedding'\] is not finite"),
+        ({"t3.clap_emb": torch.zeros(3)}, {}, InputError, "clap_emb is given"),
+        ({"t3.other": torch.zeros(3)}, {}, CorruptError, "T3 conditionals"),
+    ],
+    ids=str,
+)
+def test_a_voice_file_that_is_intact_and_says_what_none_says_is_refused(tensors, fields, error, said, tmp_path):
+    made, file = engine("gpt"), tmp_path / "voice.safetensors"
+    made.voices.export("sarah", file)
+    parts, header = unpack(file.read_bytes())
+    file.write_bytes(pack({**parts, **tensors}, {**header, **fields}))
+    with pytest.raises(error, match=said):
+        made.voices.load(file, "broken")
+    assert list(made.voices) == ["sarah"]
 
 
 def test_a_prefix_is_no_voice_and_a_voice_for_another_variant_does_not_fit(tmp_path):
@@ -542,8 +595,9 @@ def test_audio_of_a_named_voice_is_that_of_its_clip(kind, monkeypatch, tmp_path)
     clip, builtin = tmp_path / "clip.wav", loaded.conds
     clip.write_bytes(b"a clip")
     encoded = []
-    prepare = loaded.prepare_conditionals
-    monkeypatch.setattr(loaded, "prepare_conditionals", lambda path: (encoded.append(path), prepare(path)))
+    prepare = type(loaded).prepare_conditionals
+    counted = types.MethodType(lambda self, path: (encoded.append(path), prepare(self, path)), loaded)
+    monkeypatch.setattr(loaded, "prepare_conditionals", counted)
     options = {"max_new_tokens": 12, "seed": 0, **({"language_id": "en"} if kind == "multilingual" else {})}
     made.add_voice("sarah", clip)
     named = made.generate("Hello there", voice="sarah", **options)
@@ -571,6 +625,35 @@ def test_a_voice_the_model_is_given_later_is_the_one_that_speaks(tmp_path):
     assert not torch.equal(first, second)
     plain = ChatterboxEngine(loaded, reuse="none")
     assert torch.equal(second, plain.generate("Hello there", max_new_tokens=12, seed=0))
+
+
+def test_while_a_clip_is_encoded_the_model_keeps_the_voice_it_has_or_is_given(monkeypatch, tmp_path):
+    loaded = tts("english")
+    made, inside = ChatterboxEngine(loaded, speakers=memory()), []
+    (tmp_path / "clip.wav").write_bytes(b"a clip")
+    own, given = made.voice_of(None), types.SimpleNamespace(t3=random_conditionals(loaded.t3, 9), gen=loaded.conds.gen)
+    prepare = type(loaded).prepare_conditionals
+
+    def midway(self, path):
+        prepare(self, path)
+        inside.append(made.voice_of(None))  # as another thread would ask
+        loaded.conds = given
+
+    monkeypatch.setattr(type(loaded), "prepare_conditionals", midway)
+    clip = made.voice_of(None, tmp_path / "clip.wav")
+    assert torch.equal(inside[0].t3.speaker_emb, own.t3.speaker_emb) and loaded.conds is given
+    assert not torch.equal(clip.t3.speaker_emb, own.t3.speaker_emb)
+    assert not torch.equal(clip.t3.speaker_emb, given.t3.speaker_emb)
+
+
+def test_what_would_write_a_clips_voice_into_the_model_is_refused_before_it_runs(monkeypatch, tmp_path):
+    loaded = tts("english")
+    (tmp_path / "clip.wav").write_bytes(b"a clip")
+    before, prepare = loaded.conds, loaded.prepare_conditionals
+    monkeypatch.setattr(loaded, "prepare_conditionals", lambda path: prepare(path))
+    with pytest.raises(InputError, match=r"set it on the model's class, or as types\.MethodType"):
+        ChatterboxEngine(loaded, speakers=memory()).add_voice("v", tmp_path / "clip.wav")
+    assert loaded.conds is before
 
 
 def test_the_first_pass_is_the_decoders_own_where_nothing_is_reused():

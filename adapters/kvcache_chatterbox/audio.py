@@ -1,5 +1,6 @@
 """From speech tokens to audio: the voice, the tokenizer and the vocoder of a loaded Chatterbox model."""
 
+import copy
 import hashlib
 import math
 import os
@@ -8,13 +9,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from threading import RLock
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvcache import InputError
-from kvcache_chatterbox.requests import without_autocast
+from kvcache_chatterbox.requests import check_language, check_path, without_autocast
 from kvcache_chatterbox.upstream import beside, needed_beside
 from kvcache_chatterbox.voices import Voice
 from kvcache_chatterbox.watermark import StreamMarker, Watermarker, check_watermarker, marked
@@ -168,18 +170,25 @@ class Speaker:
         """What turns speech tokens into audio."""
         return self._tts.s3gen
 
-    def builtin(self) -> Voice:
-        """The voice that the model was loaded with.
+    @property
+    def conds(self) -> Any:
+        """The conditionals that the model has now.
 
         Raises:
-            InputError: if there is none.
+            InputError: if there are none.
         """
-        if self._tts.conds is None:
+        conds = self._tts.conds
+        if conds is None:
             raise InputError("there is no voice: give voice or audio_prompt_path, or load the model with its conds.pt")
-        return Voice.of(self._tts.t3, self._tts.conds)
+        return conds
+
+    def builtin(self) -> Voice:
+        """The voice that the model has now. Errors are those of `conds`."""
+        return Voice.of(self._tts.t3, self.conds)
 
     def encode(self, audio_prompt_path: str | os.PathLike[str]) -> Voice:
         """The voice of a clip. It takes seconds, so each clip is encoded once; the last few are remembered by content."""
+        check_path("audio_prompt_path", audio_prompt_path)
         try:
             clip = hashlib.sha256(Path(audio_prompt_path).read_bytes()).digest()
         except OSError:
@@ -195,13 +204,20 @@ class Speaker:
             return self._clips[clip]
 
     def _encode(self, audio_prompt_path: str | os.PathLike[str]) -> Voice:
-        before = self._tts.conds
-        try:
-            with without_autocast(self._tts.t3):
-                self._tts.prepare_conditionals(os.fspath(audio_prompt_path))
-            return replace(Voice.of(self._tts.t3, self._tts.conds), kept=False)
-        finally:
-            self._tts.conds = before
+        """Upstream writes the voice into the model: here into a copy, as others may be speaking with the model's own."""
+        tts = copy.copy(self._tts)
+        tts.conds = None
+        prepare = vars(tts).get("prepare_conditionals")
+        if prepare is not None:
+            if getattr(prepare, "__self__", None) is not self._tts:
+                raise InputError(
+                    "the model's prepare_conditionals was replaced by a function that writes into the model, whose own voice "
+                    "others may be speaking with; set it on the model's class, or as types.MethodType(function, model)"
+                )
+            tts.prepare_conditionals = MethodType(prepare.__func__, tts)
+        with without_autocast(tts.t3):
+            tts.prepare_conditionals(os.fspath(audio_prompt_path))
+        return replace(Voice.of(tts.t3, tts.conds), kept=False)
 
     def tokenize(self, text: str, language_id: str | None) -> Tensor:
         """The text, its punctuation normalized as upstream does it, as T3's text tokens ``[1, n]``."""
@@ -290,6 +306,7 @@ class Speaker:
 
     def check_language(self, language_id: str | None) -> None:
         """Raise `InputError` if the multilingual model does not speak this language; others are not asked."""
+        check_language(language_id)
         languages = beside(self._tts, "SUPPORTED_LANGUAGES", {})
         if self._tts.t3.hp.is_multilingual and (language_id is None or language_id.lower() not in languages):
             raise InputError(

@@ -61,7 +61,8 @@ def _of_file(source: Path) -> Mapping[str, Any]:
     """
     for node in ast.walk(ast.parse(source.read_text("utf-8"))):
         if isinstance(node, ast.FunctionDef) and node.name == "generate":
-            names = [argument.arg for argument in node.args.args][-len(node.args.defaults) :]
+            names = [argument.arg for argument in node.args.args]
+            names = names[len(names) - len(node.args.defaults) :]
             named = zip(names, node.args.defaults, strict=True)
             return {name: value.value for name, value in named if isinstance(value, ast.Constant)}
     raise InputError(f"{source} has no generate() with defaults; give temperature, top_p and the like yourself")

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -24,13 +24,20 @@ from kvcache_chatterbox.audio import SegmentedAudio, Speaker, heard
 from kvcache_chatterbox.defaults import generate_defaults, most_tokens
 from kvcache_chatterbox.long_text import Carry, LongText, Watch, check_carry, seeds, unwatched
 from kvcache_chatterbox.plan import LongTextPlan, check_plan, make_plan
-from kvcache_chatterbox.requests import check_count, check_number, check_pause, check_seed
+from kvcache_chatterbox.requests import (
+    check_conditionals,
+    check_count,
+    check_number,
+    check_path,
+    check_pause,
+    check_seed,
+)
 from kvcache_chatterbox.reuse import Reuse
 from kvcache_chatterbox.sampling import OPTIONS, SamplingOptions, sampling_of
 from kvcache_chatterbox.segments import split
 from kvcache_chatterbox.utterance import rows_alone
 from kvcache_chatterbox.utterances import UtteranceDecoder
-from kvcache_chatterbox.voices import Voice, Voices, read_conds
+from kvcache_chatterbox.voices import Voice, Voices, check_name, read_conds
 
 log = logging.getLogger("kvcache_chatterbox")
 
@@ -152,8 +159,9 @@ class ChatterboxEngine(UtteranceDecoder):
         Raises:
             InputError: for a name that cannot be one, or a voice that does not fit the model.
         """
+        check_name(name)
         if exaggeration is not None:
-            check_number("exaggeration", exaggeration)
+            exaggeration = check_number("exaggeration", exaggeration)
         if (audio_prompt_path is None) == (conditionals is None):
             raise InputError(f"voice {name!r} needs either audio_prompt_path or conditionals")
         if audio_prompt_path is not None:
@@ -207,9 +215,7 @@ class ChatterboxEngine(UtteranceDecoder):
         Raises:
             InputError, CapacityError: before anything has run.
         """
-        if (t3_cond is None) == (voice is None):
-            raise InputError("give either voice, a name among engine.voices, or t3_cond")
-        speaker = self.voice_of(voice) if t3_cond is None else Voice(t3_cond, {})
+        speaker = self._speaks(voice, t3_cond)
         utterance = self.utterance(
             speaker,
             text_tokens,
@@ -278,14 +284,12 @@ class ChatterboxEngine(UtteranceDecoder):
         Raises:
             InputError, CapacityError: before anything has run.
         """
-        if (t3_cond is None) == (voice is None):
-            raise InputError("give either voice, a name among engine.voices, or t3_cond")
-        if not texts:
-            raise InputError("texts is empty: give at least one text")
+        if not isinstance(texts, Sequence) or not texts:
+            raise InputError(f"texts={texts!r:.80} must be a list of at least one text, each as tokens")
         check_count("max_rows", max_rows)
         check_count("chunk_size", chunk_size)
         check_carry(carry)
-        speaker = self.voice_of(voice) if t3_cond is None else Voice(t3_cond, {})
+        speaker = self._speaks(voice, t3_cond)
         utterances = [
             self.utterance(
                 speaker,
@@ -299,6 +303,14 @@ class ChatterboxEngine(UtteranceDecoder):
             for text, one in zip(texts, seeds(seed, len(texts)), strict=True)
         ]
         return self._in_order(utterances, min(max_rows, len(texts)), chunk_size, carry)
+
+    def _speaks(self, voice: str | Voice | None, t3_cond: Any) -> Voice:
+        if (t3_cond is None) == (voice is None):
+            raise InputError("give either voice, a name among engine.voices, or t3_cond")
+        if t3_cond is None:
+            return self.voice_of(voice)
+        check_conditionals(t3_cond)
+        return Voice(t3_cond, {})
 
     # ------------------------------------------------------------------ audio
 
@@ -384,7 +396,7 @@ class ChatterboxEngine(UtteranceDecoder):
             InputError: if the model is a bare T3, there is nothing to say, or no voice to say it.
             CapacityError: if a segment does not fit the cache, or no segment the budget.
         """
-        check_pause(pause)
+        pause = check_pause(pause)
         check_count("chunk_size", chunk_size)
         who = self.voice_of(voice, audio_prompt_path)
         long = self.long_text(
@@ -426,7 +438,7 @@ class ChatterboxEngine(UtteranceDecoder):
     ) -> Tensor:
         """The audio of a text ``[1, samples]``: all tokens, then one vocoder pass for each segment, as upstream's `generate`
         does for its one. The arguments are those of `generate_stream`, whose chunks are together as long."""
-        check_pause(pause)
+        pause = check_pause(pause)
         who = self.voice_of(voice, audio_prompt_path)
         long = self.long_text(
             text,
@@ -530,7 +542,7 @@ class ChatterboxEngine(UtteranceDecoder):
             voice: who speaks.
             watermark, pause, joined: see `SegmentedAudio`.
         """
-        check_pause(pause)
+        pause = check_pause(pause)
         return self._with_vocoder().segmented(self.voice_of(voice), watermark, pause=pause, joined=joined)
 
     def voice_of(self, voice: str | Voice | None, audio_prompt_path: str | os.PathLike[str] | None = None) -> Voice:
@@ -539,18 +551,35 @@ class ChatterboxEngine(UtteranceDecoder):
         Raises:
             InputError: if there is no such voice.
         """
+        return self.chosen_voice(voice, audio_prompt_path)()
+
+    def chosen_voice(
+        self, voice: str | Voice | None, audio_prompt_path: str | os.PathLike[str] | None = None
+    ) -> Callable[[], Voice]:
+        """What gives the voice that is meant now, whatever its name means, or the model is given, by then.
+
+        It is given later as it takes time: a clip is read and encoded, conditionals are copied and checked. A clip's file is
+        read as it is by then.
+
+        Raises:
+            InputError: if there is no such voice.
+        """
         if voice is not None and audio_prompt_path is not None:
-            raise InputError(f"give voice={voice!r} or audio_prompt_path={audio_prompt_path!r}, not both")
-        if isinstance(voice, Voice):
-            return voice
+            raise InputError(f"give voice={voice!r:.80} or audio_prompt_path={audio_prompt_path!r}, not both")
         if voice is not None:
-            return self.voices[voice]
+            named = voice if isinstance(voice, Voice) else self.voices[voice]
+            return lambda: named
         speaker = self._with_vocoder()
-        found = speaker.builtin() if audio_prompt_path is None else speaker.encode(audio_prompt_path)
+        if audio_prompt_path is not None:
+            check_path("audio_prompt_path", audio_prompt_path)
+            return lambda: self._as_generate(speaker.encode(audio_prompt_path))
+        conds = speaker.conds
+        return lambda: self._as_generate(Voice.of(self.t3, conds))
+
+    def _as_generate(self, voice: Voice) -> Voice:
+        """A voice without a name as upstream's `generate` has it where it is given no emotion."""
         emotion = self._defaults.get("exaggeration") if self.t3.hp.emotion_adv else None
-        if emotion is None or found.emotion == emotion:
-            return found
-        return found.with_emotion(emotion)  # as upstream's `generate` does where it is given none
+        return voice if emotion is None or voice.emotion == emotion else voice.with_emotion(emotion)
 
     def _with_vocoder(self) -> Speaker:
         if self._speaker is None:

@@ -1,6 +1,7 @@
 """What a T3 request needs before its first token: checked text, copied conditionals, prefill embeddings."""
 
 import dataclasses
+import os
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -37,20 +38,51 @@ def check_count(name: str, value: Any) -> None:
     check_whole(name, value, 1)
 
 
-def check_number(name: str, value: Any, least: float = -_LARGEST, most: float = _LARGEST, unit: str = "") -> None:
-    """Raise `InputError` for what is no finite number from `least` to `most`; truth values are none."""
+def check_number(name: str, value: Any, least: float = -_LARGEST, most: float = _LARGEST, unit: str = "") -> float:
+    """The number, where it is a finite one from `least` to `most`: a fraction or NumPy's, too, but no truth value.
+
+    Raises:
+        InputError: for anything else.
+    """
     number = isinstance(value, Real) and not isinstance(value, bool)
     if number and least <= value <= most:
-        return
+        return float(value)
     bounds = (
         "" if least == -_LARGEST else f" of at least {least:g}" if most == _LARGEST else f" from {least:g} to {most:g}"
     )
     raise InputError(f"{name}={value!r} must be a finite number{unit}{bounds}")
 
 
-def check_pause(pause: Any) -> None:
-    """Raise `InputError` for what is no silence between two segments."""
-    check_number("pause", pause, 0, _LONGEST_PAUSE, " of seconds")
+def check_pause(pause: Any) -> float:
+    """The seconds of silence between two segments.
+
+    Raises:
+        InputError: if they cannot be.
+    """
+    return check_number("pause", pause, 0, _LONGEST_PAUSE, " of seconds")
+
+
+def check_path(name: str, value: Any) -> None:
+    """Raise `InputError` for what names no file."""
+    if not isinstance(value, str | os.PathLike):
+        raise InputError(f"{name}={value!r:.80} must be the path of a file, a string or a Path")
+
+
+def check_language(language_id: Any) -> None:
+    """Raise `InputError` for what is no language's code at all."""
+    if language_id is not None and not isinstance(language_id, str):
+        raise InputError(f"language_id={language_id!r:.80} must be a language's code, such as 'en', or None")
+
+
+def check_conditionals(t3_cond: Any) -> None:
+    """Raise `InputError` for what is no `T3Cond`."""
+    fields = dataclasses.fields(t3_cond) if dataclasses.is_dataclass(t3_cond) and not isinstance(t3_cond, type) else ()
+    if {"speaker_emb", "emotion_adv"} <= {field.name for field in fields}:
+        return
+    raise InputError(
+        f"t3_cond is a {type(t3_cond).__name__} and must be upstream's T3Cond; of a Conditionals give its t3, and of a voice "
+        "that was added its name, as voice"
+    )
 
 
 def check_seed(seed: Any, count: int = 1) -> None:

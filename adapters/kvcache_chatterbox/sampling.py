@@ -1,6 +1,7 @@
 """From logits to the next speech token, with the processors and the order of upstream's two loops."""
 
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +15,12 @@ from transformers import (
 )
 from typing_extensions import TypedDict
 
+from kvcache import InputError
 from kvcache.arguments import check_whole
 from kvcache.decoding import Sampling
 from kvcache_chatterbox.requests import check_number
 
+_LARGEST_K = 2**63 - 1  # what a tensor of whole numbers holds
 OPTIONS = tuple(field.name for field in fields(Sampling))
 
 
@@ -38,13 +41,16 @@ def sampling_of(is_gpt: bool, options: SamplingOptions) -> Sampling:
     Raises:
         InputError: for what is no finite number, or out of its range.
     """
-    for name, value in options.items():
+    given: dict[str, Any] = dict(options)
+    for name, value in given.items():
         if name == "top_k":
             check_whole(name, value, 0)
+            if value > _LARGEST_K:
+                raise InputError(f"top_k={value} must be at most {_LARGEST_K}; 0 keeps all tokens")
         elif name in OPTIONS:
-            check_number(name, value)
+            given[name] = check_number(name, value)
     upstream = Sampling(top_k=1000) if is_gpt else Sampling(min_p=0.05, cfg_weight=0.5)
-    return replace(upstream, **options)
+    return replace(upstream, **given)
 
 
 def order(is_gpt: bool) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import Self, Unpack
 
 from kvcache import InputError
+from kvcache.arguments import check_whole
 from kvcache.decoding import Job
 from kvcache.scheduler import Chunk, Scheduler, SchedulerMetrics, Stream, Work
 from kvcache.stores.aside import Aside
@@ -59,6 +60,12 @@ class SpeechScheduler:
         prefills: int = 8,
         reserved: int | None = None,
     ) -> None:
+        counts = {"max_waiting": max_waiting, "max_running": max_running, "max_characters": max_characters}
+        for name, value in {**counts, "ahead": ahead, "prefills": prefills}.items():
+            if value is not None or name != "max_running":
+                check_count(name, value)
+        if reserved is not None:
+            check_whole("reserved", reserved, 0)
         self._engine = engine
         self._slots, self.rows = engine.room(max_rows, slots, memory_budget)
         self._max_characters = max_characters
@@ -119,7 +126,9 @@ class SpeechScheduler:
     ) -> Stream[Tensor]:
         """One text's audio in chunks ``[1, samples]``. See `ChatterboxEngine.generate_stream` for the arguments.
 
-        There is room for it when this returns; it is divided, tokenized, planned and looked up in another thread. Closing the
+        There is room for it when this returns. It is spoken in the voice that is meant now: a name that is given to another
+        voice meanwhile, and another voice of the model's own, are for the requests after it; a clip's file is read later. The
+        text is divided, tokenized, planned and looked up in another thread. Closing the
         stream, cancelling who waits for it, or forgetting it frees its rows.
 
         Raises:
@@ -135,9 +144,10 @@ class SpeechScheduler:
             )
         check_count("chunk_size", chunk_size)
         seed = int(torch.randint(2**31, ())) if seed is None else seed
+        chosen = self._chosen(voice, audio_prompt_path)
 
         def prepare() -> Work[Tensor]:
-            who = self._engine.voice_of(voice, audio_prompt_path)
+            who = chosen()
             long = self._engine.long_text(
                 text,
                 who,
@@ -155,6 +165,18 @@ class SpeechScheduler:
             return self._work(long, audio)
 
         return self._scheduler.submit_prepared(prepare, size=chunk_size)
+
+    def _chosen(self, voice: str | Voice | None, clip: str | os.PathLike[str] | None) -> Callable[[], Voice]:
+        """Who speaks, as of now; that there is no such voice is said by the call, and so by the stream."""
+        try:
+            return self._engine.chosen_voice(voice, clip)
+        except InputError as error:
+            refusal = error
+
+        def refused() -> Voice:
+            raise refusal
+
+        return refused
 
     def _work(self, long: LongText, audio: SegmentedAudio) -> Work[Tensor]:
         long = replace(long, utterances=self._engine.prepared(long.utterances, self._aside))

@@ -49,9 +49,10 @@ class Utterance:
         is what the model takes manner and pace from. Its keys and values are then this utterance's own.
         """
         prompt = self.voice.t3.cond_prompt_speech_tokens
-        if spoken is None or prompt is None:
+        if spoken is None or prompt is None or prompt.shape[1] == 1:  # half of one token is none
             return self
-        tail = spoken[spoken < SPEECH_TOKENS][-min(_TAIL, prompt.shape[1] // 2) :].to(prompt)
+        keep = min(_TAIL, prompt.shape[1] // 2)
+        tail = spoken[spoken < SPEECH_TOKENS][-keep:].to(prompt)
         if tail.numel() == 0:
             return self
         t3 = copy.copy(self.voice.t3)

@@ -27,13 +27,12 @@ from kvcache.decoding import BackendName, Batch, Job, backend_on, check_bucket
 from kvcache.events import Event, emit
 from kvcache.heads import chosen_by_head
 from kvcache.hf import PositionMode, new_cache
-from kvcache.policies import parse_bytes
 from kvcache.precision import Precision, reads_half_caches
 from kvcache.stores.aside import Aside
 from kvcache.streaming import chunked
 from kvcache_chatterbox.decoding import Decoder
 from kvcache_chatterbox.long_text import Carry, Watch, in_batch, unwatched
-from kvcache_chatterbox.plan import RowLayout
+from kvcache_chatterbox.plan import RowLayout, check_plan
 from kvcache_chatterbox.requests import (
     autocast_on,
     check_count,
@@ -266,7 +265,7 @@ class UtteranceDecoder:
         assert slots is not None
         check_count("slots", slots)
         one = slots * self._token_bytes * self._rows_together
-        memory_budget = None if memory_budget is None else parse_bytes(memory_budget)
+        memory_budget = check_plan(max_rows, None, memory_budget)
         if memory_budget is not None and memory_budget < one:
             raise CapacityError(
                 f"one row of {slots} tokens takes {one / 2**20:.1f} MiB of KV cache, memory_budget is "

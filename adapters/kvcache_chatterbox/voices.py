@@ -16,7 +16,7 @@ from kvcache import CorruptError, InputError, PrefixSnapshot
 from kvcache.archive import pack, unpack
 from kvcache.errors import said
 from kvcache.files import check_given, read_given, write_given
-from kvcache_chatterbox.requests import check_number
+from kvcache_chatterbox.requests import check_number, check_path
 from kvcache_chatterbox.reuse import VoiceReuse
 from kvcache_chatterbox.upstream import needed_beside
 
@@ -57,7 +57,7 @@ class Voice:
         parts = {name: _kept(getattr(given, name, None)) for name in names}
         parts["cond_prompt_speech_emb"] = None  # made anew from the tokens: an earlier model may have left it there
         _check(t3, parts)
-        return cls(kinds(**parts), {name: _kept(value) for name, value in gen.items()})
+        return cls(kinds(**parts), _reference(gen))
 
     @property
     def emotion(self) -> float | None:
@@ -71,7 +71,7 @@ class Voice:
         Raises:
             InputError: if that is no finite number.
         """
-        check_number("exaggeration", exaggeration)
+        exaggeration = check_number("exaggeration", exaggeration)
         t3 = copy.copy(self.t3)
         t3.emotion_adv = exaggeration * torch.ones(1, 1, 1)
         return Voice(t3, self.gen, kept=False)
@@ -121,17 +121,23 @@ class Voices(Mapping[str, Voice]):
         self._voices: dict[str, Voice] = {}
 
     def __getitem__(self, name: str) -> Voice:
-        if name not in self._voices:
-            known = ", ".join(map(repr, self._voices)) or "none yet"
+        if not isinstance(name, str):
+            raise InputError(
+                f"a {type(name).__name__} is no name of a voice: give the name that it was added under; conditionals and "
+                "clips are added with add_voice()"
+            )
+        found = self._voices.get(name)  # once: another thread may remove it
+        if found is None:
+            known = ", ".join(map(repr, self)) or "none yet"
             raise InputError(f"there is no voice {name!r} (known: {known}); add it with add_voice()")
-        return self._voices[name]
+        return found
 
     def __contains__(self, name: object) -> bool:
-        return name in self._voices
+        return isinstance(name, str) and name in self._voices
 
     def get(self, name: str, default: Any = None) -> Any:
         """The voice of this name, or `default`."""
-        return self._voices.get(name, default)
+        return self._voices.get(name, default) if isinstance(name, str) else default
 
     def __iter__(self) -> Iterator[str]:
         return iter(list(self._voices))
@@ -146,10 +152,13 @@ class Voices(Mapping[str, Voice]):
         """Name a voice; one of the same name is replaced.
 
         Raises:
-            InputError: for a name that is empty, longer than 200 characters or not printable.
+            InputError: for a name that is empty, longer than 200 characters or not printable, or what is no `Voice`.
         """
-        if not isinstance(name, str) or not name.strip() or len(name) > _LONGEST_NAME or not name.isprintable():
-            raise InputError(f"name={name!r} must be 1 to {_LONGEST_NAME} printable characters")
+        check_name(name)
+        if not isinstance(voice, Voice):
+            raise InputError(
+                f"a {type(voice).__name__} is no Voice: make one with Voice.of(), or give it to add_voice()"
+            )
         self._voices[name] = voice if voice.kept else dataclasses.replace(voice, kept=True)
 
     def remove(self, name: str) -> None:
@@ -172,18 +181,23 @@ class Voices(Mapping[str, Voice]):
         Raises:
             InputError: if there is no voice of this name, or a folder, a device or the like at the path.
         """
+        check_path("path", path)
         voice = self[name]
         check_given(path)  # before the prefix is computed
         known = computed and self._reuse is not None and self._reuse.usable
         snapshot = self._reuse.prepare(voice.t3) if known and self._reuse is not None else None
         _write(Path(path), name, voice, snapshot)
 
-    def load(self, path: str | os.PathLike[str], name: str | None = None) -> str:
-        """Add the voice in a file that `export` wrote; what a model with the same weights computed is used again.
+    def load(self, path: str | os.PathLike[str], name: str | None = None, *, computed: bool = False) -> str:
+        """Add the voice in a file that `export` wrote.
 
         Args:
             path: of the file. It is not trusted: a changed byte is noticed, and what it says is checked.
             name: by default the one it was exported under.
+            computed: take over the keys and values in it, if they are of a model with the same weights. No check can tell
+                whether they are what that model computes of the voice: whoever wrote the file then decides what is heard
+                of it, here and wherever the store is shared. They are stored, and signed, as if computed here. By default
+                they are left, and computed anew.
 
         Returns:
             The voice's name.
@@ -192,15 +206,22 @@ class Voices(Mapping[str, Voice]):
             CorruptError: if the file is not intact, or of another version.
             InputError: if the voice does not fit the model.
         """
+        check_path("path", path)
         written, voice, snapshot = _read(self._t3, Path(path))
         name = written if name is None else name
         self.add(name, voice)
         if self._reuse is not None and self._reuse.usable:
-            if snapshot is not None and snapshot.key == (key := self._reuse.key(voice.t3)):
+            if computed and snapshot is not None and snapshot.key == (key := self._reuse.key(voice.t3)):
                 snapshot.check(key)
                 self._reuse.speakers.store.put(snapshot)
             self._reuse.prepare(voice.t3)
         return name
+
+
+def check_name(name: Any) -> None:
+    """Raise `InputError` for what cannot name a voice."""
+    if not isinstance(name, str) or not name.strip() or len(name) > _LONGEST_NAME or not name.isprintable():
+        raise InputError(f"name={name!r:.80} must be 1 to {_LONGEST_NAME} printable characters")
 
 
 def _write(path: Path, name: str, voice: Voice, snapshot: PrefixSnapshot | None) -> None:
@@ -230,14 +251,17 @@ def _read(t3: Any, path: Path) -> tuple[str, Voice, PrefixSnapshot | None]:
     for name, tensor in tensors.items():
         group, _, key = name.partition(".")
         groups.setdefault(group, {})[key] = tensor
-    prefix = header.get("prefix")
+    called, gen, prefix = header.get("name"), header.get("gen"), header.get("prefix")
+    if not isinstance(called, str) or not isinstance(gen, dict) or not isinstance(prefix, dict | None):
+        raise CorruptError(
+            f"{path} does not name its voice and what belongs to it as a voice file does; export it again"
+        )
     snapshot = None if prefix is None else PrefixSnapshot.from_tensors(groups["prefix"], prefix)
     names = {field.name for field in dataclasses.fields(_cond_class(t3))}
     if not {"speaker_emb"} <= groups["t3"].keys() <= names:
         raise CorruptError(f"{path} has T3 conditionals {sorted(groups['t3'])}; expected some of {sorted(names)}")
     given = _cond_class(t3)(**{"emotion_adv": None, **groups["t3"]})
-    voice = Voice.of(t3, _Pair(given, {**dict(header.get("gen") or {}), **groups["gen"]}))
-    return str(header.get("name")), voice, snapshot
+    return called, Voice.of(t3, _Pair(given, {**gen, **groups["gen"]})), snapshot
 
 
 def _cond_class(t3: Any) -> Any:
@@ -256,6 +280,8 @@ def _kept(value: Any) -> Any:
 def _check(t3: Any, parts: dict[str, Any]) -> None:
     """Refuse conditionals that the model would stumble over, or read another voice from."""
     speaker, prompt, emotion = (parts[name] for name in ("speaker_emb", "cond_prompt_speech_tokens", "emotion_adv"))
+    if parts.get("clap_emb") is not None:
+        raise InputError("clap_emb is given, which no Chatterbox model has learned; leave it out")
     size = t3.hp.speaker_embed_size
     if not isinstance(speaker, Tensor) or not speaker.is_floating_point() or speaker.numel() != size:
         raise InputError(f"speaker_emb must be one embedding of {size} numbers, got {_shape(speaker)}")
@@ -274,6 +300,19 @@ def _check(t3: Any, parts: dict[str, Any]) -> None:
             raise InputError(f"{name} is not finite: compute the voice again")
     if emotion is not None and torch.as_tensor(emotion).numel() != 1:
         raise InputError(f"emotion_adv must be one number, got {_shape(emotion)}")
+
+
+def _reference(gen: Any) -> dict[str, Any]:
+    """A copy of S3Gen's reference, without what the vocoder would stumble over or make noise of."""
+    if not isinstance(gen, Mapping):
+        raise InputError(f"gen={gen!r:.80} must be S3Gen's reference by name, or empty")
+    kept = {name: _kept(value) for name, value in gen.items()}
+    for name, value in kept.items():
+        if isinstance(value, str | bytes | bool | list | tuple | Mapping):
+            raise InputError(f"gen[{name!r}]={value!r:.80} must be a tensor, a number or None")
+        if value is not None and not bool(torch.isfinite(torch.as_tensor(value)).all()):
+            raise InputError(f"gen[{name!r}] is not finite: compute the voice again")
+    return kept
 
 
 def _longest_prompt(t3: Any) -> int:
