@@ -1,5 +1,6 @@
 """`KVCacheManager.stream(backend=…)`: whatever runs the steps, the tokens are those of `generate`."""
 
+import functools
 import gc
 import logging
 import weakref
@@ -7,10 +8,13 @@ import weakref
 import pytest
 import torch
 from families import FAMILIES, RELEASE, build, tiny, token_ids
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import AttentionInterface, GenerationConfig, StoppingCriteriaList
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface
 
 from kvcache import CapacityError, InputError, KVCacheManager, MaxBytes, MaxTokens, SlidingWindow
 from kvcache.decoding import why_not
+from kvcache.decoding.wiring import own_attention
 
 NATIVE = {"llama", "mistral", "qwen2", "qwen3", "phi3", "gpt2", "gpt-neox", "opt", "cohere"}
 NATIVE |= {"gptj"} if RELEASE >= (5, 24) else set()  # before, it brought its own attention
@@ -112,6 +116,48 @@ def test_what_the_engine_cannot_do_generate_does(case):
     same(manager, token_ids(1, 9), "eager", False, max_new_tokens=20, **given)
     assert reason in manager.report().fallback
     assert reason in str(manager.report()) or not manager.report().enabled
+
+
+def far_sighted(module, query, keys, values, mask, scaling=None, **others):
+    """Sees the last ten tokens alone: a trial of six does not show it."""
+    slots, fresh = keys.shape[2], query.shape[2]
+    at, mine = torch.arange(slots), torch.arange(slots - fresh, slots)[:, None]
+    keys, values = (states.repeat_interleave(query.shape[1] // states.shape[1], 1) for states in (keys, values))
+    seen = (at <= mine) & (at > mine - 10)
+    out = torch.nn.functional.scaled_dot_product_attention(query, keys, values, seen, scale=scaling)
+    return out.transpose(1, 2), None
+
+
+OWN = {
+    "an attention of its own": ("local", far_sighted, None),
+    "transformers' name for another function": ("sdpa", far_sighted, None),
+    "a function that calls itself transformers'": ("sdpa", functools.wraps(sdpa_attention_forward)(far_sighted), None),
+    "a mask of its own": ("sdpa", None, lambda *args, **others: None),
+}
+
+
+@pytest.mark.parametrize("case", OWN)
+def test_an_attention_that_somebody_registered_is_left_to_generate(case, monkeypatch):
+    name, attention, mask = OWN[case]
+    model = build("llama")
+    manager = KVCacheManager(model)
+    same(manager, token_ids(1, 40), "eager", max_new_tokens=4, do_sample=False)
+    for kind, function in ((AttentionInterface, attention), (AttentionMaskInterface, mask)):
+        if function is not None or name not in kind._global_mapping:
+            given = function or kind._global_mapping["sdpa"]
+            monkeypatch.setitem(kind._global_mapping, name, given)
+    model.set_attn_implementation(name)
+    same(manager, token_ids(1, 40), "eager", False, max_new_tokens=4, do_sample=False)
+    assert f"attends by {name!r}" in manager.report().fallback
+
+
+def test_transformers_own_attentions_are_no_reason():
+    model = build("llama")
+    for name in ("eager", "sdpa", "flash_attention_2", "flex_attention", "paged|eager", "paged|sdpa"):
+        model.config._attn_implementation_internal = name  # by hand: some are not installed
+        assert own_attention(model) is None
+    model.config._attn_implementation_internal = "nobody's"
+    assert own_attention(model) == "nobody's"
 
 
 def test_rerotation_layers_of_their_own_and_a_disabled_cache_are_left_to_generate():
