@@ -7,14 +7,20 @@ import weakref
 
 import pytest
 import torch
-from families import FAMILIES, RELEASE, build, tiny, token_ids
-from transformers import AttentionInterface, GenerationConfig, StoppingCriteriaList
+from families import FAMILIES, RELEASE, VOCABULARY, build, tiny, token_ids
+from transformers import (
+    AttentionInterface,
+    GenerationConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
+    StoppingCriteriaList,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
-from kvcache import CapacityError, InputError, KVCacheManager, MaxBytes, MaxTokens, SlidingWindow
+from kvcache import CapacityError, GeometryError, InputError, KVCacheManager, MaxBytes, MaxTokens, SlidingWindow
 from kvcache.decoding import why_not
-from kvcache.decoding.wiring import own_attention
+from kvcache.decoding.wiring import attend, own_attention
 
 NATIVE = {"llama", "mistral", "qwen2", "qwen3", "phi3", "gpt2", "gpt-neox", "opt", "cohere"}
 NATIVE |= {"gptj"} if RELEASE >= (5, 24) else set()  # before, it brought its own attention
@@ -158,6 +164,27 @@ def test_transformers_own_attentions_are_no_reason():
         assert own_attention(model) is None
     model.config._attn_implementation_internal = "nobody's"
     assert own_attention(model) == "nobody's"
+
+
+@pytest.mark.parametrize("more", ["s_aux", "sinks", "softcap", "position_bias", "sliding_window", "new"])
+def test_attention_that_is_told_more_than_it_computes_is_refused(more):
+    query, keys, values = torch.randn(3, 2, 4, 5, 8).unbind()
+    expected = torch.nn.functional.scaled_dot_product_attention(query[:, :, :1], keys, values).transpose(1, 2)
+    harmless = {"dropout": 0.0, "is_causal": False, "position_ids": torch.zeros(2, 1), "use_cache": True, more: None}
+    torch.testing.assert_close(attend(None, query[:, :, :1], keys, values, None, **harmless)[0], expected)
+    for given in ({more: 0.5}, {"dropout": 0.5}):
+        with pytest.raises(GeometryError, match=f"depends on {next(iter(given))}"):
+            attend(None, query[:, :, :1], keys, values, None, **given)
+
+
+def test_sinks_in_half_precision_are_left_to_generate():
+    config = GptOssConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=2, layer_types=["full_attention"] * 2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    manager = KVCacheManager(GptOssForCausalLM(config).eval().to(torch.bfloat16))
+    assert "depends on s_aux" in manager.why_not(token_ids(1, 9), max_new_tokens=4)
 
 
 def test_rerotation_layers_of_their_own_and_a_disabled_cache_are_left_to_generate():

@@ -20,6 +20,11 @@ from kvcache.models import facts_of, rope_by_length, signature_of
 from kvcache.modules import rebuilt
 
 _ATTENTION = "kvcache_decode"
+# What attention is told, of transformers 5.2 to 5.24, that changes nothing for one token that sees what its mask says.
+_HARMLESS = {
+    "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "is_causal", "max_length_k", "max_length_q",
+    "output_attentions", "output_hidden_states", "position_ids", "return_dict", "use_cache",
+}  # fmt: skip
 
 
 def why_not(model: Any) -> str | None:
@@ -59,7 +64,7 @@ def decoder_copy(model: Any) -> Any:
     """
     if (reason := why_not(model)) is not None:
         raise GeometryError(f"cannot decode on a static cache: {reason}; decode without a backend")
-    AttentionInterface.register(_ATTENTION, _attend)
+    AttentionInterface.register(_ATTENTION, attend)
     AttentionMaskInterface.register(_ATTENTION, _no_mask)
     new = rebuilt(model, lambda name, module: None)
     configs: dict[int, Any] = {}
@@ -161,16 +166,24 @@ def _no_mask(*args: Any, **kwargs: Any) -> None:
     """The mask is given, or there is none."""
 
 
-def _attend(
+def attend(
     module: nn.Module,
     query: Tensor,
     keys: Tensor,
     values: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one query per row and head, ``[rows, heads, 1, dim]``, over the slots of a `StaticKV`."""
+    """Attention of one query per row and head, ``[rows, heads, 1, dim]``, over the slots of a `StaticKV`.
+
+    Raises:
+        GeometryError: if it is told of more (sinks, a cap of its scores, a window), which would be left out.
+    """
+    more = [name for name, value in kwargs.items() if value is not None and name not in _HARMLESS]
+    if more or dropout:
+        raise GeometryError(f"its attention depends on {', '.join(more) or 'dropout'}; decode without a backend")
     rows, heads, _, _ = query.shape
     if attention_mask is not None and attention_mask.dtype == torch.long:
         length, stored, pinned = attention_mask[:, 0, 0].unbind(1)
