@@ -187,6 +187,21 @@ def test_sinks_in_half_precision_are_left_to_generate():
     assert "depends on s_aux" in manager.why_not(token_ids(1, 9), max_new_tokens=4)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT names the cache as transformers did before
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig", "PrefixTuningConfig"])
+def test_prompts_that_peft_has_learned_are_left_to_generate(kind):
+    peft = pytest.importorskip("peft")
+    config = getattr(peft, kind)(num_virtual_tokens=5, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(build("llama"), config).eval().requires_grad_(False)
+    ids = token_ids(1, 9)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False}
+    manager = KVCacheManager(model)
+    tokens = torch.cat(list(manager.stream(backend="eager", **given)), 1)
+    assert torch.equal(tokens, model.generate(**given)[:, 9:])
+    assert manager.report().fallback is not None
+
+
 def test_rerotation_layers_of_their_own_and_a_disabled_cache_are_left_to_generate():
     for given in ({"positions": "rerotated"}, {}):
         policy = SlidingWindow(12, sinks=3)

@@ -139,6 +139,8 @@ def _why_not_tried(facts: ModelFacts) -> str | None:
     try:
         ids, told = facts.trial()
     except GeometryError:
+        if facts.why_not_probed is not None and facts.runs():
+            return facts.why_not_probed
         return None  # it runs on more than text, which is known only with a request
     half = ids.shape[1] // 2
     try:
