@@ -1,4 +1,7 @@
-"""Handing tokens out while they are made: chunks, a worker thread with back-pressure, and an async twin."""
+"""Handing tokens out while they are made: chunks, a worker thread with back-pressure, and an async twin.
+
+What torch keeps for each thread, such as autocast, is in another thread what it was where the stream was asked for.
+"""
 
 import asyncio
 import contextvars
@@ -6,12 +9,14 @@ import itertools
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from kvcache.autocast import autocasts
 from kvcache.errors import KVCacheError
 
 T = TypeVar("T")
@@ -22,12 +27,44 @@ class _Stopped(Exception):
     """Raised inside the worker when nobody listens any more."""
 
 
+class ThreadState:
+    """What torch keeps for the thread that makes this, and not for all: autocast, whether gradients are kept, the default
+    device, the stream of a GPU. Deterministic algorithms, precisions and the default dtype are one for all threads."""
+
+    def __init__(self) -> None:
+        accelerator = torch.accelerator.current_accelerator()
+        kinds = ("cpu",) if accelerator is None else ("cpu", accelerator.type)
+        self._autocast = [(kind, torch.get_autocast_dtype(kind)) for kind in kinds if autocasts(kind)]
+        self._cached = torch.is_autocast_cache_enabled()
+        self._inference, self._grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+        self._device = torch.get_default_device()
+        self._stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """A block in which another thread has the same."""
+        with ExitStack() as block:
+            if self._stream is not None:
+                block.enter_context(torch.cuda.stream(self._stream))
+            for kind, dtype in self._autocast:
+                block.enter_context(torch.autocast(kind, dtype, cache_enabled=self._cached))
+            if self._device != torch.get_default_device():  # a block makes every call of torch slower
+                block.enter_context(self._device)
+            block.enter_context(torch.inference_mode(self._inference))
+            block.enter_context(torch.set_grad_enabled(self._grad))
+            yield
+
+
 def from_worker(work: Callable[[Callable[[T], None]], None], ahead: int = 64) -> Iterator[T]:
     """What `work` emits, as it emits it. `work` runs in a thread of its own and is called with ``emit``.
 
     The thread waits when the consumer is more than `ahead` items behind. Closing the iterator ends the thread at its
-    next ``emit``; an error in the thread is raised here.
+    next ``emit``; an error in the thread is raised here. It has the `ThreadState` of who calls this.
     """
+    return _from_worker(work, ahead, ThreadState())
+
+
+def _from_worker(work: Callable[[Callable[[T], None]], None], ahead: int, state: ThreadState) -> Iterator[T]:
     items: queue.Queue[tuple[str, T | BaseException | None]] = queue.Queue(maxsize=ahead)
     stopped = threading.Event()
 
@@ -42,7 +79,8 @@ def from_worker(work: Callable[[Callable[[T], None]], None], ahead: int = 64) ->
 
     def run() -> None:
         try:
-            work(lambda item: put("item", item))
+            with state.entered():
+                work(lambda item: put("item", item))
             put("end", None)
         except _Stopped:
             return
@@ -114,6 +152,7 @@ class AsyncItems(AsyncIterator[T]):
 
     def __init__(self, items: Iterator[T]) -> None:
         self._items = items
+        self._state = ThreadState()
         self._turn = threading.Lock()  # held by the thread that is in `items`
         self._ended = False
 
@@ -144,11 +183,11 @@ class AsyncItems(AsyncIterator[T]):
 
     def _make(self) -> tuple[T, ...]:
         """The next item, or nothing."""
-        with self._turn:
+        with self._turn, self._state.entered():
             return () if self._ended else tuple(itertools.islice(self._items, 1))
 
     def _close(self) -> None:
-        with self._turn:
+        with self._turn, self._state.entered():
             if isinstance(self._items, Generator):
                 self._items.close()
 

@@ -1,16 +1,26 @@
 """`KVCacheManager.stream(backend=…)`: whatever runs the steps, the tokens are those of `generate`."""
 
+import functools
 import gc
 import logging
 import weakref
 
 import pytest
 import torch
-from families import FAMILIES, RELEASE, build, tiny, token_ids
-from transformers import GenerationConfig, StoppingCriteriaList
+from families import FAMILIES, RELEASE, VOCABULARY, build, tiny, token_ids
+from transformers import (
+    AttentionInterface,
+    GenerationConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
+    StoppingCriteriaList,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface
 
-from kvcache import CapacityError, InputError, KVCacheManager, MaxBytes, MaxTokens, SlidingWindow
+from kvcache import CapacityError, GeometryError, InputError, KVCacheManager, MaxBytes, MaxTokens, SlidingWindow
 from kvcache.decoding import why_not
+from kvcache.decoding.wiring import attend, own_attention
 
 NATIVE = {"llama", "mistral", "qwen2", "qwen3", "phi3", "gpt2", "gpt-neox", "opt", "cohere"}
 NATIVE |= {"gptj"} if RELEASE >= (5, 24) else set()  # before, it brought its own attention
@@ -112,6 +122,84 @@ def test_what_the_engine_cannot_do_generate_does(case):
     same(manager, token_ids(1, 9), "eager", False, max_new_tokens=20, **given)
     assert reason in manager.report().fallback
     assert reason in str(manager.report()) or not manager.report().enabled
+
+
+def far_sighted(module, query, keys, values, mask, scaling=None, **others):
+    """Sees the last ten tokens alone: a trial of six does not show it."""
+    slots, fresh = keys.shape[2], query.shape[2]
+    at, mine = torch.arange(slots), torch.arange(slots - fresh, slots)[:, None]
+    keys, values = (states.repeat_interleave(query.shape[1] // states.shape[1], 1) for states in (keys, values))
+    seen = (at <= mine) & (at > mine - 10)
+    out = torch.nn.functional.scaled_dot_product_attention(query, keys, values, seen, scale=scaling)
+    return out.transpose(1, 2), None
+
+
+OWN = {
+    "an attention of its own": ("local", far_sighted, None),
+    "transformers' name for another function": ("sdpa", far_sighted, None),
+    "a function that calls itself transformers'": ("sdpa", functools.wraps(sdpa_attention_forward)(far_sighted), None),
+    "a mask of its own": ("sdpa", None, lambda *args, **others: None),
+}
+
+
+@pytest.mark.parametrize("case", OWN)
+def test_an_attention_that_somebody_registered_is_left_to_generate(case, monkeypatch):
+    name, attention, mask = OWN[case]
+    model = build("llama")
+    manager = KVCacheManager(model)
+    same(manager, token_ids(1, 40), "eager", max_new_tokens=4, do_sample=False)
+    for kind, function in ((AttentionInterface, attention), (AttentionMaskInterface, mask)):
+        if function is not None or name not in kind._global_mapping:
+            given = function or kind._global_mapping["sdpa"]
+            monkeypatch.setitem(kind._global_mapping, name, given)
+    model.set_attn_implementation(name)
+    same(manager, token_ids(1, 40), "eager", False, max_new_tokens=4, do_sample=False)
+    assert f"attends by {name!r}" in manager.report().fallback
+
+
+def test_transformers_own_attentions_are_no_reason():
+    model = build("llama")
+    for name in ("eager", "sdpa", "flash_attention_2", "flex_attention", "paged|eager", "paged|sdpa"):
+        model.config._attn_implementation_internal = name  # by hand: some are not installed
+        assert own_attention(model) is None
+    model.config._attn_implementation_internal = "nobody's"
+    assert own_attention(model) == "nobody's"
+
+
+@pytest.mark.parametrize("more", ["s_aux", "sinks", "softcap", "position_bias", "sliding_window", "new"])
+def test_attention_that_is_told_more_than_it_computes_is_refused(more):
+    query, keys, values = torch.randn(3, 2, 4, 5, 8).unbind()
+    expected = torch.nn.functional.scaled_dot_product_attention(query[:, :, :1], keys, values).transpose(1, 2)
+    harmless = {"dropout": 0.0, "is_causal": False, "position_ids": torch.zeros(2, 1), "use_cache": True, more: None}
+    torch.testing.assert_close(attend(None, query[:, :, :1], keys, values, None, **harmless)[0], expected)
+    for given in ({more: 0.5}, {"dropout": 0.5}):
+        with pytest.raises(GeometryError, match=f"depends on {next(iter(given))}"):
+            attend(None, query[:, :, :1], keys, values, None, **given)
+
+
+def test_sinks_in_half_precision_are_left_to_generate():
+    config = GptOssConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=2, layer_types=["full_attention"] * 2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    manager = KVCacheManager(GptOssForCausalLM(config).eval().to(torch.bfloat16))
+    assert "depends on s_aux" in manager.why_not(token_ids(1, 9), max_new_tokens=4)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT names the cache as transformers did before
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig", "PrefixTuningConfig"])
+def test_prompts_that_peft_has_learned_are_left_to_generate(kind):
+    peft = pytest.importorskip("peft")
+    config = getattr(peft, kind)(num_virtual_tokens=5, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(build("llama"), config).eval().requires_grad_(False)
+    ids = token_ids(1, 9)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False}
+    manager = KVCacheManager(model)
+    tokens = torch.cat(list(manager.stream(backend="eager", **given)), 1)
+    assert torch.equal(tokens, model.generate(**given)[:, 9:])
+    assert manager.report().fallback is not None
 
 
 def test_rerotation_layers_of_their_own_and_a_disabled_cache_are_left_to_generate():

@@ -7,6 +7,7 @@ import gc
 import random
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -70,6 +71,40 @@ def run(main):
         found = asyncio.run(listened())
     until(lambda: set(threading.enumerate()) <= threads)
     return found
+
+
+STATES = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "autocast in another precision, without its cache": lambda: torch.autocast(
+        "cpu", torch.float16, cache_enabled=False
+    ),
+    "inference mode": torch.inference_mode,
+    "no gradients": torch.no_grad,
+    "a default device": lambda: torch.device("meta"),
+    "nothing": contextlib.nullcontext,
+}
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_another_thread_has_the_state_of_torch_of_who_asks(kind):
+    def state():
+        cast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.is_autocast_cache_enabled()
+        made = torch.ones(1, requires_grad=True) * 2
+        return *cast, made.is_inference(), made.requires_grad, made.device, torch.get_default_device()
+
+    with STATES[kind]():
+        expected = state()
+        told = from_worker(lambda emit: emit(state()))
+        items = as_async(iter(state, None))
+
+    async def read():
+        return await anext(items)
+
+    assert (list(told), asyncio.run(read())) == ([expected], expected)
+    with ThreadPoolExecutor(1) as pool:  # whose thread goes on to other work
+        before = pool.submit(state).result()
+        assert pool.submit(items._make).result() == (expected,)
+        assert pool.submit(state).result() == before
 
 
 async def inside(made):

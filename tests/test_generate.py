@@ -1,7 +1,7 @@
 """While nothing is evicted, a managed cache changes no token and no logit: the reference is transformers' own cache."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from functools import cache
 from typing import Any
 
@@ -284,6 +284,37 @@ def test_two_async_streams_at_once_do_not_mix() -> None:
     first, second = asyncio.run(both())
     assert torch.equal(first, plain("llama")[:, -NEW:])
     assert torch.equal(second, run(tiny("llama").generate, token_ids(seed=1))[:, -NEW:])
+
+
+LONGER: dict[str, Any] = {"max_new_tokens": 40, "do_sample": False}
+
+
+def collected(stream: AsyncIterator[Tensor]) -> Tensor:
+    async def collect() -> Tensor:
+        return torch.cat([chunk async for chunk in stream], 1)
+
+    return asyncio.run(collect())
+
+
+@pytest.mark.parametrize("backend", ["off", "eager", "graph"])
+def test_a_stream_is_asked_for_and_read_under_one_autocast(backend: Any) -> None:
+    model = tiny("llama")
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model.generate(token_ids(), **LONGER)[:, 20:]
+        kv = KVCacheManager(model)
+        assert torch.equal(torch.cat(list(kv.stream(token_ids(), backend=backend, **LONGER)), 1), expected)
+        assert (kv.report().fallback is None) == (backend == "off")
+        assert torch.equal(collected(kv.astream(token_ids(), backend=backend, **LONGER)), expected)
+        asked = kv.stream(token_ids(), backend=backend, **LONGER)
+    assert torch.equal(torch.cat(list(asked), 1), expected)
+    exact = model.generate(token_ids(), **LONGER)[:, 20:]
+    assert not torch.equal(exact, expected)  # else this would show nothing
+    asked = kv.stream(token_ids(), backend=backend, chunk_size=7, **LONGER)
+    with torch.autocast("cpu", torch.bfloat16):
+        read = [next(asked)]
+    assert torch.equal(torch.cat([*read, *asked], 1), exact)
+    assert torch.equal(torch.cat(list(kv.stream(token_ids(), backend=backend, **LONGER)), 1), exact)
+    assert kv.report().fallback is None
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -164,6 +164,15 @@ def test_facts_do_not_depend_on_dtype_or_attention(attention: str, dtype: torch.
     assert all(seat.additive == (attention == "eager") for seat in facts.seats) and len(facts.seats) == 2
 
 
+def test_facts_do_not_depend_on_the_autocast_of_who_asks_first() -> None:
+    model = build("gpt2")
+    with torch.autocast("cpu", torch.bfloat16):
+        facts = facts_of(model)
+        assert facts.geometry.dtype == torch.float32 and facts.why_no_prefix is None
+        assert torch.is_autocast_enabled("cpu")
+    assert facts_of(model) is facts and facts.geometry == facts_of(build("gpt2")).geometry
+
+
 def test_a_probe_leaves_nothing_behind_and_is_made_once() -> None:
     model = build("llama").train()
     model.model.layers[0].eval()

@@ -1755,6 +1755,22 @@ def test_autocast_makes_another_prefix() -> None:
     assert torch.equal(kv.generate(TEXT, prefix="p", **GREEDY), plain("llama"))
 
 
+def test_a_stream_behind_a_prefix_reads_the_one_of_its_own_autocast() -> None:
+    kv, model = manager(build("llama")), build("llama")
+    given: dict[str, Any] = {"max_new_tokens": 40, "do_sample": False}
+    exact = model.generate(after(PREFIX), **given)[:, -40:]
+    for backend in ("off", "eager"):
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = model.generate(after(PREFIX), **given)[:, -40:]
+            asked = kv.stream(TEXT, prefix="p", backend=backend, **given)
+        assert not torch.equal(expected, exact)  # else this would show nothing
+        assert torch.equal(torch.cat(list(asked), 1), expected)
+        asked = kv.stream(TEXT, prefix="p", backend=backend, **given)
+        with torch.autocast("cpu", torch.bfloat16):
+            said = torch.cat(list(asked), 1)
+        assert torch.equal(said, exact)
+
+
 def test_ids_given_with_their_embeddings_are_refused() -> None:
     model = tiny("llama")
     with pytest.raises(InputError, match="token ids or as inputs_embeds, not as both"):

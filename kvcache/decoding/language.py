@@ -1,11 +1,13 @@
 """A transformers language model on the decode engine: what `generate` would say, decoded in whole steps."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvcache.autocast import autocasts, without_autocast
 from kvcache.decoding.backends import BUCKET, BackendName
 from kvcache.decoding.cache import StaticKV
 from kvcache.decoding.loop import Decoding
@@ -52,6 +54,8 @@ class LanguageDecoder:
 
     def why_not(self) -> str | None:
         """Why the model cannot be decoded so; None if it can. Tried once on a few tokens: the answer must be its own."""
+        if autocasts(self._model.device.type):
+            return "its steps, which wait for later requests, are not taken under torch.autocast"
         return why_not(self._model) or facts_of(self._model).once("engine", _why_not_tried)
 
     def release(self) -> None:
@@ -67,6 +71,8 @@ class LanguageDecoder:
     ) -> Iterator[tuple[Tensor, CacheReport]]:
         """New tokens ``[rows, n]`` as `generate` would give them, and the account of the cache.
 
+        They are made without autocast, wherever the consumer asks for the next: steps are captured for later requests.
+
         Args:
             prefill: gives the logits of the last position ``[rows, vocabulary]``, the cache, the token ids that each row
                 began with, and how many of them are pads.
@@ -74,6 +80,22 @@ class LanguageDecoder:
             backend: see `Decoding`.
             size: tokens in a chunk.
         """
+        made = self._chunks(prefill, settings, backend, size)
+        with closing(made):
+            while True:
+                with without_autocast([self._model.device.type]):
+                    item = next(made, None)
+                if item is None:
+                    return
+                yield item
+
+    def _chunks(
+        self,
+        prefill: Callable[[], tuple[Tensor, Any, Sequence[Tensor], Tensor | None]],
+        settings: GenerationSettings,
+        backend: BackendName,
+        size: int,
+    ) -> Generator[tuple[Tensor, CacheReport], None, None]:
         with self._watch.running() as signature:
             logits, cache, seen, pads = prefill()
         layers, copies = kv_layers(cache), settings.copies
@@ -139,6 +161,8 @@ def _why_not_tried(facts: ModelFacts) -> str | None:
     try:
         ids, told = facts.trial()
     except GeometryError:
+        if facts.why_not_probed is not None and facts.runs():
+            return facts.why_not_probed
         return None  # it runs on more than text, which is known only with a request
     half = ids.shape[1] // 2
     try:

@@ -1,13 +1,15 @@
 """How a transformers decoder reads and writes a `StaticKV`: its cache layers, its mask, its attention."""
 
 import copy
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
-from transformers.masking_utils import AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvcache.decoding.cache import StaticKV
 from kvcache.decoding.kernel import available, decode_attention
@@ -18,6 +20,11 @@ from kvcache.models import facts_of, rope_by_length, signature_of
 from kvcache.modules import rebuilt
 
 _ATTENTION = "kvcache_decode"
+# What attention is told, of transformers 5.2 to 5.24, that changes nothing for one token that sees what its mask says.
+_HARMLESS = {
+    "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "is_causal", "max_length_k", "max_length_q",
+    "output_attentions", "output_hidden_states", "position_ids", "return_dict", "use_cache",
+}  # fmt: skip
 
 
 def why_not(model: Any) -> str | None:
@@ -42,6 +49,8 @@ def why_not(model: Any) -> str | None:
         return f"{name} has attention of a kind of its own"
     if getattr(text, "scale_attn_by_inverse_layer_idx", False):
         return f"{name} scales its attention by layer"
+    if (own := own_attention(model)) is not None:
+        return f"{name} attends by {own!r}, which is none of transformers' own ways"
     if (why := facts_of(model).why_no_positions) is not None:
         return f"{name} cannot be told where its tokens stand: {why}"
     return signature_of(model).why_no_copy
@@ -55,7 +64,7 @@ def decoder_copy(model: Any) -> Any:
     """
     if (reason := why_not(model)) is not None:
         raise GeometryError(f"cannot decode on a static cache: {reason}; decode without a backend")
-    AttentionInterface.register(_ATTENTION, _attend)
+    AttentionInterface.register(_ATTENTION, attend)
     AttentionMaskInterface.register(_ATTENTION, _no_mask)
     new = rebuilt(model, lambda name, module: None)
     configs: dict[int, Any] = {}
@@ -67,6 +76,31 @@ def decoder_copy(model: Any) -> Any:
                 configs[id(config)]._attn_implementation_internal = _ATTENTION
             module.config = configs[id(config)]
     return new
+
+
+def own_attention(model: Any) -> str | None:
+    """The name of an attention, or of its mask, that somebody has registered: a copy would attend in another way."""
+    configs = [model.config, *(module.__dict__.get("config") for module in model.modules())]
+    # Not a set: so the same name is told each time.
+    for name in dict.fromkeys(getattr(config, "_attn_implementation", None) for config in configs):
+        if name is None:
+            continue
+        attention, mask = _registered(ALL_ATTENTION_FUNCTIONS, name), _registered(ALL_MASK_ATTENTION_FUNCTIONS, name)
+        if attention is None and name.removeprefix("paged|") != "eager":
+            return str(name)
+        if not all(function is None or _of_transformers(function) for function in (attention, mask)):
+            return str(name)
+    return None
+
+
+def _registered(registry: Mapping[str, Callable[..., Any]], name: str) -> Callable[..., Any] | None:
+    """What stands under a name; None where each model has one of its own."""
+    return registry.get(name, registry.get(name.removeprefix("paged|")))
+
+
+def _of_transformers(function: Callable[..., Any]) -> bool:
+    # By its globals: `functools.wraps` copies the name of a module.
+    return str(getattr(function, "__globals__", {}).get("__name__")).startswith("transformers.")
 
 
 class DecodeInputs:
@@ -132,16 +166,24 @@ def _no_mask(*args: Any, **kwargs: Any) -> None:
     """The mask is given, or there is none."""
 
 
-def _attend(
+def attend(
     module: nn.Module,
     query: Tensor,
     keys: Tensor,
     values: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one query per row and head, ``[rows, heads, 1, dim]``, over the slots of a `StaticKV`."""
+    """Attention of one query per row and head, ``[rows, heads, 1, dim]``, over the slots of a `StaticKV`.
+
+    Raises:
+        GeometryError: if it is told of more (sinks, a cap of its scores, a window), which would be left out.
+    """
+    more = [name for name, value in kwargs.items() if value is not None and name not in _HARMLESS]
+    if more or dropout:
+        raise GeometryError(f"its attention depends on {', '.join(more) or 'dropout'}; decode without a backend")
     rows, heads, _, _ = query.shape
     if attention_mask is not None and attention_mask.dtype == torch.long:
         length, stored, pinned = attention_mask[:, 0, 0].unbind(1)

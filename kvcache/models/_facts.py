@@ -132,6 +132,16 @@ class ModelFacts:
             ids = probe.ids[None, :TOKENS]
             return ids, probe.run(ids, spying_cache(self.model, _layers_told(self.model))).output
 
+    def runs(self) -> bool:
+        """Whether the model runs on these tokens alone, whatever else about it is not known."""
+        try:
+            with self.as_fresh():
+                probe = self._probe
+                self.model(**probe.given(probe.ids[None, :TOKENS]))
+        except Exception:  # code of any model, which wants more than text
+            return False
+        return True
+
     # ------------------------------------------------------------------ shapes
 
     @property

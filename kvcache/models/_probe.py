@@ -28,6 +28,7 @@ from transformers.cache_utils import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
+from kvcache.autocast import without_autocast
 from kvcache.models._forwards import trying
 from kvcache.past import handed
 
@@ -257,12 +258,13 @@ def _tensors(given: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
-    """Run the model in here, in evaluation mode and without gradients; afterwards all is as it was."""
+    """Run the model in here, in evaluation mode, without gradients and autocast; afterwards all is as it was."""
     modules = list(model.modules())
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     # Compiled parts run as they were written: hooks in them go unseen else, and shapes of a trial are worth no compiling.
     eager = torch.compiler.set_stance("force_eager")
-    with _LOCK, eager, torch.no_grad(), torch.random.fork_rng(devices=devices):
+    own = without_autocast({p.device.type for p in model.parameters()})  # what is found is kept for all callers
+    with _LOCK, eager, own, torch.no_grad(), torch.random.fork_rng(devices=devices):
         before = trying.set(True)
         training = [module.training for module in modules]
         kept = [({**vars(module)}, {**module._buffers}) for module in modules]
