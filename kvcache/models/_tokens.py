@@ -60,7 +60,11 @@ class Tokens:
         if tensor.is_meta:  # where weights are offloaded, there is a new one after each call
             return tensor.shape, tensor.dtype, "meta"
         version = 0 if tensor.is_inference() else tensor._version
-        return self._of(tensor), version, self._place(tensor), tensor.shape, tensor.dtype, str(tensor.device)
+        place = self._place(tensor)
+        # No weak reference where memory tells it: `torch.utils.swap_tensors` refuses tensors that have one.
+        told = place is not None or hasattr(tensor, "__tensor_flatten__")
+        known = id(tensor) if told else self._of(tensor)
+        return known, version, place, tensor.shape, tensor.dtype, str(tensor.device)
 
     def _place(self, tensor: Tensor) -> Hashable:
         try:
