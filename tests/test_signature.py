@@ -13,6 +13,7 @@ import torch
 from families import build
 from test_model_changes import CHANGES, GREEDY, PREFIX, REST, WHOLE, hooked, in_place, llama, said
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils import parametrize
 
 import kvcache.decoding.language as language
@@ -139,6 +140,28 @@ def test_the_sample_sees_whole_tensors_and_not_every_element() -> None:
     assert watch.signature() is signature
     model.half()
     assert len(watch.sample()) < len(before)
+
+
+@pytest.mark.parametrize("register", [register_module_forward_hook, register_module_forward_pre_hook])
+def test_hooks_on_every_module_are_a_change(register: Any) -> None:
+    model = llama()
+    manager = KVCacheManager(model, speakers=SpeakerCache(MemoryStore()))
+    manager.add_prefix("p", PREFIX)
+    before = signature_of(model)
+    acting = register(lambda module, *given: None)
+    try:
+        assert signature_of(model).hooked == ("every module",)
+        with pytest.raises(InputError, match="hooks on every module"):
+            manager.generate(REST, prefix="p", **GREEDY)
+    finally:
+        acting.remove()
+    now = signature_of(model)
+    assert now is not before and not now.hooked
+    looking = register(looks_on(lambda module, *given: None))
+    try:
+        assert signature_of(model) is now
+    finally:
+        looking.remove()
 
 
 # ---------------------------------------------------------------------- what a forward writes
@@ -273,6 +296,25 @@ def test_weights_that_a_model_lets_go_of_are_free() -> None:
     model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
     gc.collect()
     assert [one() for one in old] == [None, None]
+
+
+@pytest.mark.parametrize("change", ["half", "loaded"])
+def test_parameters_of_a_model_that_is_watched_can_be_swapped(monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    """`torch.utils.swap_tensors` refuses tensors with weak references."""
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+    model, other = llama(), llama()
+    in_place(other)
+    manager = KVCacheManager(model, speakers=SpeakerCache(MemoryStore()))
+    manager.add_prefix("p", PREFIX)
+    before, named = signature_of(model), model_fingerprint(model)
+    if change == "half":
+        model.half()
+    else:
+        model.load_state_dict(other.state_dict())
+    assert signature_of(model) is not before
+    assert model_fingerprint(model) != named
+    found = manager.generate(REST, prefix="p", **GREEDY)[:, WHOLE.shape[1] :]
+    assert torch.equal(found, said(model))
 
 
 @pytest.mark.parametrize("backend", ["graph", "compile"])

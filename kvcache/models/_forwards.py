@@ -13,6 +13,7 @@ from functools import partial, update_wrapper
 from typing import Any, Literal, TypeVar, cast
 
 from torch import nn
+from torch.nn.modules import module as everywhere
 
 Forward = Literal["own", "moves", "offloads", "bound"]
 """The class's own; its own between moves of tensors from device to device; with weights that come only for the call; or
@@ -20,6 +21,11 @@ somebody's."""
 
 _MARK = "_kvcache_looks_on"
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+EVERYWHERE: dict[str, dict[int, Any]] = dict(
+    zip(HOOKS, (everywhere._global_forward_pre_hooks, everywhere._global_forward_hooks), strict=True)
+)
+"""Torch's global hooks, which run around every module, by the name that a module's own have."""
+
 # Hooks that look at outputs and give nothing back: this library's, and those that others leave behind for good.
 _ONLOOKERS = ("kvcache", "kvcache_chatterbox", "chatterbox", "transformers.utils.output_capturing")
 

@@ -23,9 +23,8 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import nn
-from torch.nn.modules import module as everywhere
 
-from kvcache.models._forwards import compiled, foreign, forward_of, hooks_of, patched
+from kvcache.models._forwards import EVERYWHERE, compiled, foreign, forward_of, hooks_of, patched
 from kvcache.models._glance import Glance
 from kvcache.models._rebound import escape
 from kvcache.models._tokens import Facts, Tokens, is_state
@@ -222,7 +221,7 @@ def _judged(walk: Walk) -> Signature:
     """What a walk says about copies, captures and names."""
     inside = {id(module) for module in walk.modules.values()}
     hooked = [name for name, module in walk.modules.items() if hooks_of(module)]
-    if any(map(foreign, (*everywhere._global_forward_hooks.values(), *everywhere._global_forward_pre_hooks.values()))):
+    if any(foreign(hook) for hooks in EVERYWHERE.values() for hook in list(hooks.values())):
         hooked.append("every module")
     kinds = {name: kind for name, module in walk.modules.items() if (kind := forward_of(module)) is not None}
     bound = [name for name, kind in kinds.items() if kind == "bound"]
