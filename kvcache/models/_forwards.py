@@ -151,6 +151,12 @@ def foreign(hook: Any) -> bool:
     return not any(home == known or home.startswith(f"{known}.") for known in _ONLOOKERS)
 
 
+def asks_training(kind: type) -> bool:
+    """Whether what a class computes may depend on whether it is trained: its forward, or one behind it, asks for that."""
+    classes = [one for one in kind.__mro__ if issubclass(one, nn.Module)]
+    return any("training" in function.__code__.co_names for one in classes for function in reached(one))
+
+
 def reached(kind: type) -> list[types.FunctionType]:
     """The functions that a class's forward runs on itself: the forward, and the methods it calls by name."""
     found: list[types.FunctionType] = []

@@ -24,7 +24,7 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 import torch
 from torch import nn
 
-from kvcache.models._forwards import EVERYWHERE, compiled, foreign, forward_of, hooks_of, patched
+from kvcache.models._forwards import EVERYWHERE, asks_training, compiled, foreign, forward_of, hooks_of, patched
 from kvcache.models._glance import Glance
 from kvcache.models._rebound import escape
 from kvcache.models._tokens import Facts, Tokens, is_state
@@ -74,6 +74,13 @@ def watch_of(model: nn.Module) -> "Watch":
             watch = Watch(model)
             _watches[model] = ref(watch)
         return watch
+
+
+def trains(model: nn.Module) -> str | None:
+    """The name of a part in training mode whose forward asks for that, as dropout does; None if there is none."""
+    walk = watch_of(model).walk()
+    training = ((name, module) for name, module in walk.modules.items() if module.training and asks_training(type(module)))
+    return next((name or "the model" for name, _ in training), None)
 
 
 class _Past:
