@@ -1604,10 +1604,15 @@ def test_a_model_in_training_is_refused() -> None:
     assert torch.equal(kv.generate(TEXT, prefix="q", **GREEDY), plain("llama"))
 
 
+class Dropping(nn.Dropout):
+    def forward(self, states: Tensor) -> Tensor:
+        return super().forward(states)
+
+
 PARTS: dict[str, tuple[Callable[[], nn.Module], str | None]] = {
     "dropout": (lambda: nn.Dropout(0.5), r"layers.0.mlp.1 is in training mode"),
     "dropout inside": (lambda: nn.Sequential(nn.Identity(), nn.Dropout(0.5)), r"mlp.1.1 is in training mode"),
-    "a class of its own": (type("Dropping", (nn.Dropout,), {"forward": lambda self, x: nn.Dropout.forward(self, x)}), "mlp.1 is"),
+    "a class of its own": (lambda: Dropping(0.5), r"layers.0.mlp.1 is in training mode"),
     "nothing that asks": (nn.Identity, None),
 }
 

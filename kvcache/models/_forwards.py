@@ -157,10 +157,12 @@ def asks_training(kind: type) -> bool:
     return any("training" in function.__code__.co_names for one in classes for function in reached(one))
 
 
-def reached(kind: type) -> list[types.FunctionType]:
-    """The functions that a class's forward runs on itself: the forward, and the methods it calls by name."""
+def reached(kind: type, *beside: str) -> list[types.FunctionType]:
+    """The functions that a class's forward, and the methods of these names, run on themselves: they, and the methods they
+    call by name."""
     found: list[types.FunctionType] = []
-    names, seen = ["forward"], {"forward"}
+    names = ["forward", *beside]
+    seen = set(names)
     classes = [one for one in kind.__mro__ if one not in nn.Module.__mro__]
     for name in names:  # grows while it is walked
         function: Any = next((vars(one)[name] for one in classes if name in vars(one)), None)

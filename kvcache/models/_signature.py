@@ -6,7 +6,7 @@ is compared by value: a list that was replaced by an equal one is no change.
 
 What a forward itself writes is no change either: tensors that a module keeps as plain attributes (rotary deltas, caches),
 numbers that its own code counts up. Which these are is learned: what differs at the end of a run, in the first runs after
-a change, is state from then on, if it is a tensor or None, or a number that code which the forward reaches stores. All
+a change, is state from then on, if it is a tensor, None or a number, and code which the forward reaches stores it. All
 else that changes is a change, whenever it happens.
 
 Not seen are writes through ``tensor.data`` to a few elements (whole tensors are, where values matter, by a sample of their
@@ -79,7 +79,9 @@ def watch_of(model: nn.Module) -> "Watch":
 def trains(model: nn.Module) -> str | None:
     """The name of a part in training mode whose forward asks for that, as dropout does; None if there is none."""
     walk = watch_of(model).walk()
-    training = ((name, module) for name, module in walk.modules.items() if module.training and asks_training(type(module)))
+    training = (
+        (name, module) for name, module in walk.modules.items() if module.training and asks_training(type(module))
+    )
     return next((name or "the model" for name, _ in training), None)
 
 
@@ -186,7 +188,7 @@ class Watch:
         if self._glance is None or self._past.facts is None or self._glance.same():
             return
         walk = self.walk()
-        written = is_state(self._past.facts, self._past.tokens.facts(walk), walk.modules)
+        written = is_state(self._past.facts, self._past.tokens.facts(walk), walk)
         if not written:
             return
         for name, attribute in written:
