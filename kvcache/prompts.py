@@ -11,7 +11,7 @@ from kvcache import hf
 from kvcache.errors import CapacityError, InputError
 from kvcache.events import Event, emit
 from kvcache.fingerprint import model_fingerprint
-from kvcache.models import facts_of, run_prefix
+from kvcache.models import facts_of, run_prefix, trains
 from kvcache.prefix import Layout, PrefixKey, PrefixSnapshot
 from kvcache.speakers import SpeakerCache
 
@@ -100,6 +100,11 @@ class Prompts(Mapping[str, Tensor]):
     def _refuse_training(self) -> None:
         if self._model.training:
             raise InputError("the model is in training mode, where dropout changes what it computes; call model.eval()")
+        if (name := trains(self._model)) is not None:
+            raise InputError(
+                f"{name} is in training mode, where dropout and statistics change what it computes, though the model is "
+                "not; call model.eval() after a part was added, or eval() of that part"
+            )
 
     def _checked(self, name: str, prefix: Tensor) -> Tensor:
         if not isinstance(prefix, Tensor) or prefix.dim() not in (1, 2, 3) or prefix.dtype in _NEITHER:

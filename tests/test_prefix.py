@@ -54,7 +54,7 @@ from kvcache import (
 )
 from kvcache.fingerprint import forget
 from kvcache.managed import ManagedCache, ManagedLayer
-from kvcache.models import looks_on
+from kvcache.models import looks_on, trains
 from kvcache.testing.laws import BUFFERS, Pair, tokens
 
 NEW = 12
@@ -1602,6 +1602,39 @@ def test_a_model_in_training_is_refused() -> None:
     model.eval()
     kv.add_prefix("q", PREFIX)
     assert torch.equal(kv.generate(TEXT, prefix="q", **GREEDY), plain("llama"))
+
+
+class Dropping(nn.Dropout):
+    def forward(self, states: Tensor) -> Tensor:
+        return super().forward(states)
+
+
+PARTS: dict[str, tuple[Callable[[], nn.Module], str | None]] = {
+    "dropout": (lambda: nn.Dropout(0.5), r"layers.0.mlp.1 is in training mode"),
+    "dropout inside": (lambda: nn.Sequential(nn.Identity(), nn.Dropout(0.5)), r"mlp.1.1 is in training mode"),
+    "a class of its own": (lambda: Dropping(0.5), r"layers.0.mlp.1 is in training mode"),
+    "nothing that asks": (nn.Identity, None),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_that_was_added_after_eval_is_refused_if_training_matters(part: str) -> None:
+    model, (make, refused) = build("llama"), PARTS[part]
+    kv = manager(model)
+    mlp = model.model.layers[0].mlp
+    model.model.layers[0].mlp = nn.Sequential(mlp, make())
+    assert not model.training
+    if refused is not None:
+        with unchanged(kv), pytest.raises(InputError, match=refused):
+            kv.add_prefix("q", PREFIX)
+        model.eval()
+    kv.add_prefix("q", PREFIX)
+    assert torch.equal(kv.generate(TEXT, prefix="q", **GREEDY), plain("llama"))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_eval_leaves_no_part_in_training(name: str) -> None:
+    assert trains(tiny(name)) is None
 
 
 @pytest.mark.parametrize("given_", ["mask", "ids", "embeddings"])

@@ -13,6 +13,7 @@ import torch
 from families import build
 from test_model_changes import CHANGES, GREEDY, PREFIX, REST, WHOLE, hooked, in_place, llama, said
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils import parametrize
 
 import kvcache.decoding.language as language
@@ -30,6 +31,7 @@ from kvcache import (
 from kvcache.fingerprint import forget
 from kvcache.hf import exact_windows
 from kvcache.models import Following, looks_on, signature_of, watch_of
+from kvcache.models._stores import stored_by
 from kvcache.modules import rebuilt
 from kvcache.precision import PackedLinear, with_precision
 
@@ -141,6 +143,28 @@ def test_the_sample_sees_whole_tensors_and_not_every_element() -> None:
     assert len(watch.sample()) < len(before)
 
 
+@pytest.mark.parametrize("register", [register_module_forward_hook, register_module_forward_pre_hook])
+def test_hooks_on_every_module_are_a_change(register: Any) -> None:
+    model = llama()
+    manager = KVCacheManager(model, speakers=SpeakerCache(MemoryStore()))
+    manager.add_prefix("p", PREFIX)
+    before = signature_of(model)
+    acting = register(lambda module, *given: None)
+    try:
+        assert signature_of(model).hooked == ("every module",)
+        with pytest.raises(InputError, match="hooks on every module"):
+            manager.generate(REST, prefix="p", **GREEDY)
+    finally:
+        acting.remove()
+    now = signature_of(model)
+    assert now is not before and not now.hooked
+    looking = register(looks_on(lambda module, *given: None))
+    try:
+        assert signature_of(model) is now
+    finally:
+        looking.remove()
+
+
 # ---------------------------------------------------------------------- what a forward writes
 
 
@@ -192,6 +216,80 @@ def test_what_a_forward_writes_is_learned(monkeypatch: pytest.MonkeyPatch) -> No
     model.model.layers[0].mlp.act_fn[1].factor = 2.0  # which no forward writes
     assert signature_of(model) is not settled
     assert torch.equal(stream(30), said(model))
+
+
+class Steering(nn.Module):
+    """Adds what it is told to; it stores nothing itself, though it writes into what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vector: Tensor | None = torch.zeros(64)
+        self.vectors: dict[str, Tensor] = {}
+
+    def forward(self, states: Tensor) -> Tensor:
+        states = states.clone()
+        for vector in (self.vector, *self.vectors.values()):
+            if vector is not None:
+                states[:, :] += vector
+        return states
+
+
+@torch.no_grad()
+def written_into(steering: Any, vector: Tensor) -> None:
+    steering.vector.copy_(vector)
+
+
+STEERS: dict[str, Callable[[Any, Tensor], None]] = {
+    "set": lambda steering, vector: setattr(steering, "vector", vector),
+    "in place": written_into,
+    "in a dict": lambda steering, vector: steering.vectors.update(a=vector),
+    "set and taken away": lambda steering, vector: setattr(
+        steering, "vector", vector if steering.vector is None else None
+    ),
+}
+
+
+@pytest.mark.parametrize("steer", STEERS)
+def test_what_somebody_sets_while_tokens_come_is_no_state(steer: str) -> None:
+    model, drawn = llama(), torch.Generator().manual_seed(0)
+    steering = Steering()
+    model.model.layers[0].mlp = nn.Sequential(model.model.layers[0].mlp, steering)
+    manager = KVCacheManager(model, speakers=SpeakerCache(MemoryStore()))
+    manager.add_prefix("p", PREFIX)
+
+    class Schedule:
+        def put(self, tokens: Tensor) -> None:
+            STEERS[steer](steering, torch.randn(64, generator=drawn))
+
+        def end(self) -> None:
+            pass
+
+    manager.generate(WHOLE, streamer=Schedule(), **GREEDY)
+    for _ in range(2):
+        STEERS[steer](steering, 5 * torch.randn(64, generator=drawn))
+        found = manager.generate(REST, prefix="p", **GREEDY)[:, WHOLE.shape[1] :]
+        assert torch.equal(found, said(model))
+
+
+def test_what_code_stores_is_read_from_it() -> None:
+    def code(self: Any, states: Any) -> Any:
+        self.assigned = self.counted.deep = 1
+        self.added += self.read
+        self.entries[states.shape[0]] = torch.arange(3, device=self.read.device)
+        self.tensor[:, self.read : self.read + 2] += self.read[0]
+        self.nested["a"][3] = self.read
+        self.listed.append(self.read.mean(dim=self.read))
+        self.filled.copy_(self.read)
+        local = self.by_way
+        local[0] = self.read
+        states[:, -1] += self.read
+        out = torch.cat([self.read, states])
+        out[0] = self.read + 1
+        out.add_(self.read)
+        return [self.inner.pop(one) for one in self.read]
+
+    expected = {"assigned", "deep", "added", "entries", "tensor", "nested", "listed", "filled", "by_way", "inner"}
+    assert stored_by([code]) == expected  # type: ignore[list-item]  # of functions
 
 
 def test_what_somebody_changes_during_a_run_is_no_state() -> None:
@@ -273,6 +371,25 @@ def test_weights_that_a_model_lets_go_of_are_free() -> None:
     model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
     gc.collect()
     assert [one() for one in old] == [None, None]
+
+
+@pytest.mark.parametrize("change", ["half", "loaded"])
+def test_parameters_of_a_model_that_is_watched_can_be_swapped(monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    """`torch.utils.swap_tensors` refuses tensors with weak references."""
+    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+    model, other = llama(), llama()
+    in_place(other)
+    manager = KVCacheManager(model, speakers=SpeakerCache(MemoryStore()))
+    manager.add_prefix("p", PREFIX)
+    before, named = signature_of(model), model_fingerprint(model)
+    if change == "half":
+        model.half()
+    else:
+        model.load_state_dict(other.state_dict())
+    assert signature_of(model) is not before
+    assert model_fingerprint(model) != named
+    found = manager.generate(REST, prefix="p", **GREEDY)[:, WHOLE.shape[1] :]
+    assert torch.equal(found, said(model))
 
 
 @pytest.mark.parametrize("backend", ["graph", "compile"])

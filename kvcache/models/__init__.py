@@ -3,7 +3,7 @@
 from kvcache.models._facts import LayerShape, ModelFacts, Seat, alike, facts_of, rope_by_length, run_prefix
 from kvcache.models._forwards import looks_on, unwrapped
 from kvcache.models._probe import embedding_table, parameters, untouched
-from kvcache.models._signature import Following, Signature, Watch, signature_of, watch_of
+from kvcache.models._signature import Following, Signature, Watch, signature_of, trains, watch_of
 from kvcache.models._windows import Windows, announced, hides_more, shows_later, unattended
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "run_prefix",
     "shows_later",
     "signature_of",
+    "trains",
     "unattended",
     "untouched",
     "unwrapped",

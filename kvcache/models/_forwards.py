@@ -13,6 +13,7 @@ from functools import partial, update_wrapper
 from typing import Any, Literal, TypeVar, cast
 
 from torch import nn
+from torch.nn.modules import module as everywhere
 
 Forward = Literal["own", "moves", "offloads", "bound"]
 """The class's own; its own between moves of tensors from device to device; with weights that come only for the call; or
@@ -20,6 +21,11 @@ somebody's."""
 
 _MARK = "_kvcache_looks_on"
 HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+EVERYWHERE: dict[str, dict[int, Any]] = dict(
+    zip(HOOKS, (everywhere._global_forward_pre_hooks, everywhere._global_forward_hooks), strict=True)
+)
+"""Torch's global hooks, which run around every module, by the name that a module's own have."""
+
 # Hooks that look at outputs and give nothing back: this library's, and those that others leave behind for good.
 _ONLOOKERS = ("kvcache", "kvcache_chatterbox", "chatterbox", "transformers.utils.output_capturing")
 
@@ -145,10 +151,18 @@ def foreign(hook: Any) -> bool:
     return not any(home == known or home.startswith(f"{known}.") for known in _ONLOOKERS)
 
 
-def reached(kind: type) -> list[types.FunctionType]:
-    """The functions that a class's forward runs on itself: the forward, and the methods it calls by name."""
+def asks_training(kind: type) -> bool:
+    """Whether what a class computes may depend on whether it is trained: its forward, or one behind it, asks for that."""
+    classes = [one for one in kind.__mro__ if issubclass(one, nn.Module)]
+    return any("training" in function.__code__.co_names for one in classes for function in reached(one))
+
+
+def reached(kind: type, *beside: str) -> list[types.FunctionType]:
+    """The functions that a class's forward, and the methods of these names, run on themselves: they, and the methods they
+    call by name."""
     found: list[types.FunctionType] = []
-    names, seen = ["forward"], {"forward"}
+    names = ["forward", *beside]
+    seen = set(names)
     classes = [one for one in kind.__mro__ if one not in nn.Module.__mro__]
     for name in names:  # grows while it is walked
         function: Any = next((vars(one)[name] for one in classes if name in vars(one)), None)

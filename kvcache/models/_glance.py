@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.modules import module as everywhere
 
+from kvcache.models._forwards import EVERYWHERE
 from kvcache.models._sample import Sample
 from kvcache.models._walk import ASIDE, HELD, OWN, PLAIN, Walk
 
@@ -48,7 +48,7 @@ class Glance:
             of_keys[tuple(key for key in held if key not in _UNREAD and key not in left)].append(held)
         self._groups = [(_getter(keys), dicts) for keys, dicts in of_keys.items()]
         self._dicts: list[dict[Any, Any]] = [one for one in walk.containers if isinstance(one, dict)]
-        self._dicts += [everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks]
+        self._dicts += EVERYWHERE.values()
         self._lists = [one for one in walk.containers if isinstance(one, list | deque)]
         self._sets = [one for one in walk.containers if isinstance(one, set)]
         self._members = list(map(frozenset, self._sets))

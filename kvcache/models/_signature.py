@@ -6,7 +6,7 @@ is compared by value: a list that was replaced by an equal one is no change.
 
 What a forward itself writes is no change either: tensors that a module keeps as plain attributes (rotary deltas, caches),
 numbers that its own code counts up. Which these are is learned: what differs at the end of a run, in the first runs after
-a change, is state from then on, if it is a tensor or None, or a number that code which the forward reaches stores. All
+a change, is state from then on, if it is a tensor, None or a number, and code which the forward reaches stores it. All
 else that changes is a change, whenever it happens.
 
 Not seen are writes through ``tensor.data`` to a few elements (whole tensors are, where values matter, by a sample of their
@@ -23,9 +23,8 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import nn
-from torch.nn.modules import module as everywhere
 
-from kvcache.models._forwards import compiled, foreign, forward_of, hooks_of, patched
+from kvcache.models._forwards import EVERYWHERE, asks_training, compiled, foreign, forward_of, hooks_of, patched
 from kvcache.models._glance import Glance
 from kvcache.models._rebound import escape
 from kvcache.models._tokens import Facts, Tokens, is_state
@@ -75,6 +74,15 @@ def watch_of(model: nn.Module) -> "Watch":
             watch = Watch(model)
             _watches[model] = ref(watch)
         return watch
+
+
+def trains(model: nn.Module) -> str | None:
+    """The name of a part in training mode whose forward asks for that, as dropout does; None if there is none."""
+    walk = watch_of(model).walk()
+    training = (
+        (name, module) for name, module in walk.modules.items() if module.training and asks_training(type(module))
+    )
+    return next((name or "the model" for name, _ in training), None)
 
 
 class _Past:
@@ -180,7 +188,7 @@ class Watch:
         if self._glance is None or self._past.facts is None or self._glance.same():
             return
         walk = self.walk()
-        written = is_state(self._past.facts, self._past.tokens.facts(walk), walk.modules)
+        written = is_state(self._past.facts, self._past.tokens.facts(walk), walk)
         if not written:
             return
         for name, attribute in written:
@@ -222,7 +230,7 @@ def _judged(walk: Walk) -> Signature:
     """What a walk says about copies, captures and names."""
     inside = {id(module) for module in walk.modules.values()}
     hooked = [name for name, module in walk.modules.items() if hooks_of(module)]
-    if any(map(foreign, (*everywhere._global_forward_hooks.values(), *everywhere._global_forward_pre_hooks.values()))):
+    if any(foreign(hook) for hooks in EVERYWHERE.values() for hook in list(hooks.values())):
         hooked.append("every module")
     kinds = {name: kind for name, module in walk.modules.items() if (kind := forward_of(module)) is not None}
     bound = [name for name, kind in kinds.items() if kind == "bound"]

@@ -1,18 +1,23 @@
 """What a walk found, as values that are equal where nothing has changed."""
 
-import dis
 import types
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
+from functools import cached_property
 from typing import Any
 from weakref import ReferenceType, ref
 
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import PreTrainedConfig
 
 from kvcache.models._forwards import HOOKS, reached
+from kvcache.models._stores import stored_by
 from kvcache.models._walk import HELD, Part, Place, Walk
 
 Facts = dict[Place, Hashable]
+
+_BESIDE = ("prepare_inputs_for_generation",)  # what a model runs before its forward
+_MAKES = ("__init__", "__new__", "__setattr__", "__setstate__")
 
 
 class Tokens:
@@ -60,7 +65,11 @@ class Tokens:
         if tensor.is_meta:  # where weights are offloaded, there is a new one after each call
             return tensor.shape, tensor.dtype, "meta"
         version = 0 if tensor.is_inference() else tensor._version
-        return self._of(tensor), version, self._place(tensor), tensor.shape, tensor.dtype, str(tensor.device)
+        place = self._place(tensor)
+        # No weak reference where memory tells it: `torch.utils.swap_tensors` refuses tensors that have one.
+        told = place is not None or hasattr(tensor, "__tensor_flatten__")
+        known = id(tensor) if told else self._of(tensor)
+        return known, version, place, tensor.shape, tensor.dtype, str(tensor.device)
 
     def _place(self, tensor: Tensor) -> Hashable:
         try:
@@ -74,26 +83,45 @@ class Tokens:
         return known[1], tensor.storage_offset(), tensor.stride()
 
 
-def is_state(before: Facts, after: Facts, modules: Mapping[str, nn.Module]) -> set[tuple[str, str]]:
-    """Which attributes a forward wrote between two walks: the names of their modules, and theirs."""
+def is_state(before: Facts, after: Facts, walk: Walk) -> set[tuple[str, str]]:
+    """Which attributes a forward wrote between two walks, of which this is the later one: the names of their modules, and
+    theirs."""
     changed = [place for place in before.keys() | after.keys() if before.get(place) != after.get(place)]
+    stored = _Stored(walk)
     attributes = {place[:2] for place in changed}
-    others = {place[:2] for place in changed if not _written(place, before.get(place), after.get(place), modules)}
+    others = {place[:2] for place in changed if not _written(place, before.get(place), after.get(place), stored)}
     return attributes - others
 
 
-def _written(place: Place, before: Any, after: Any, modules: Mapping[str, nn.Module]) -> bool:
+def _written(place: Place, before: Any, after: Any, stored: "_Stored") -> bool:
     name, attribute, path = place
-    module = modules.get(name)
+    module = stored.walk.modules.get(name)
     if module is None or attribute in ("", *HOOKS) or any(attribute in vars(module)[kind] for kind in HELD):
         return False
     if all(fact is None or fact[0] in ("tensor", "size") or fact[1] is type(None) for fact in (before, after)):
-        return True
+        return attribute in stored.anywhere or any(part in stored.anywhere for part in path.split("."))
     number = all(fact is not None and fact[0] == "plain" and fact[1] in (int, float) for fact in (before, after))
-    return number and not path and attribute in _stored(type(module))
+    return number and not path and attribute in stored.by_class(type(module))
 
 
-def _stored(kind: type) -> set[str]:
-    """The attributes that the forward of a class stores, itself or by methods that it calls."""
-    steps = (one for function in reached(kind) for one in dis.get_instructions(function))
-    return {one.argval for one in steps if one.opname == "STORE_ATTR"}
+class _Stored:
+    """Which attributes code stores that the forward of a model's classes reaches."""
+
+    def __init__(self, walk: Walk) -> None:
+        self.walk = walk
+        self._known: dict[type, set[str]] = {}
+
+    def by_class(self, kind: type) -> set[str]:
+        if kind not in self._known:
+            classes = [one for one in kind.__mro__ if issubclass(one, nn.Module)]
+            self._known[kind] = stored_by(function for one in classes for function in reached(one, *_BESIDE))
+        return self._known[kind]
+
+    @cached_property
+    def anywhere(self) -> set[str]:
+        """By any of the classes, as one module may store what another one keeps, and by methods of what modules hold."""
+        held = {type(part.value) for part in self.walk.parts if part.kind == "size"}
+        bases = {one for kind in held if not issubclass(kind, PreTrainedConfig) for one in kind.__mro__}
+        methods = (value for one in bases for name, value in vars(one).items() if name not in _MAKES)
+        found = stored_by(value for value in methods if isinstance(value, types.FunctionType))
+        return found.union(*(self.by_class(type(module)) for module in self.walk.modules.values()))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from kvcache.models._forwards import HOOKS, foreign, wrapper
+from kvcache.models._forwards import EVERYWHERE, HOOKS, foreign, wrapper
 
 Place = tuple[str, str, str]
 """A module's name, its attribute, and the path inside that."""
@@ -92,6 +92,9 @@ class Walk:
                 self.parts += self._module(name, module)
                 waiting += reversed(self._found)
                 self._found = []
+        for kind, hooks in EVERYWHERE.items():  # torch's global ones, which run around every module
+            for i, hook in enumerate([hook for hook in list(hooks.values()) if foreign(hook)]):
+                self.parts += self._leaves(("", "every module", f"{kind}.{i}"), hook, 0)
 
     def name_of(self, value: Any) -> str | None:
         """Under which name a module, or an object that is walked into, was met first."""
