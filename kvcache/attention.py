@@ -6,6 +6,7 @@ weights runs in its place.
 """
 
 import copy
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -23,6 +24,11 @@ from kvcache.ranked import Piece, place
 
 ATTENTION = "kvcache_observed"
 _BASE = "sdpa"
+# What attention is told, of transformers 5.2 to 5.24, that changes nothing where each token sees what its mask says.
+_HARMLESS = {
+    "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "is_causal", "max_length_k", "max_length_q",
+    "output_attentions", "output_hidden_states", "position_ids", "return_dict", "use_cache",
+}  # fmt: skip
 
 # The layer that stored the keys which the next attention of this thread is given, and these keys.
 _stored: ContextVar[tuple[Any, Tensor, Tensor] | None] = ContextVar("kvcache_stored", default=None)
@@ -57,6 +63,11 @@ def observed_copy(model: Any) -> Any:
             f"{name} has {implementation!r} attention, which cannot tell its cache what it attends to; load it with "
             f"attn_implementation='sdpa' where it has that, or {instead}"
         )
+    if (own := own_attention(model)) is not None:
+        raise PolicyError(
+            f"{name} attends by {own!r}, which is none of transformers' own ways and cannot tell its cache what it attends "
+            f"to; {instead}"
+        )
     if (why := signature_of(model).why_no_copy) is not None:
         raise PolicyError(f"{name} cannot be copied to tell its cache what it attends to: {why}; {instead}")
     AttentionInterface.register(ATTENTION, _attend)
@@ -76,6 +87,37 @@ def observed_copy(model: Any) -> Any:
         body.register_forward_pre_hook(_begin, with_kwargs=True)
         body.register_forward_hook(_end, always_call=True)
     return new
+
+
+def own_attention(model: Any) -> str | None:
+    """The name of an attention, or of its mask, that somebody has registered: a copy would attend in another way."""
+    configs = [model.config, *(module.__dict__.get("config") for module in model.modules())]
+    # Not a set: so the same name is told each time.
+    for name in dict.fromkeys(getattr(config, "_attn_implementation", None) for config in configs):
+        if name is None:
+            continue
+        attention, mask = _registered(ALL_ATTENTION_FUNCTIONS, name), _registered(ALL_MASK_ATTENTION_FUNCTIONS, name)
+        if attention is None and name.removeprefix("paged|") != "eager":
+            return str(name)
+        if not all(function is None or _of_transformers(function) for function in (attention, mask)):
+            return str(name)
+    return None
+
+
+def _registered(registry: Mapping[str, Callable[..., Any]], name: str) -> Callable[..., Any] | None:
+    """What stands under a name; None where each model has one of its own."""
+    return registry.get(name, registry.get(name.removeprefix("paged|")))
+
+
+def _of_transformers(function: Callable[..., Any]) -> bool:
+    # By its globals: `functools.wraps` copies the name of a module.
+    return str(getattr(function, "__globals__", {}).get("__name__")).startswith("transformers.")
+
+
+def told_more(dropout: float = 0.0, **told: Any) -> str | None:
+    """Names of what an attention is told beside queries, keys, values, mask and scale that changes what it computes."""
+    more = [name for name, value in told.items() if value is not None and name not in _HARMLESS]
+    return ", ".join([*more, "dropout"] if dropout else more) or None
 
 
 def _begin(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -126,6 +168,11 @@ def _attend(
     if held is None:
         base = ALL_ATTENTION_FUNCTIONS[_BASE]
         return base(module, query, key, value, attention_mask, scaling=scaling, **kwargs)[0], None
+    if (more := told_more(**kwargs)) is not None:
+        raise PolicyError(
+            f"the attention of {type(module).__name__} depends on {more}, which heads that see tokens of their own do not "
+            "compute; use a policy by age, such as SlidingWindow"
+        )
     layer, keys, values = held
     if keys is not key or values is not value:
         raise PolicyError(

@@ -19,8 +19,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
 from kvcache import CapacityError, GeometryError, InputError, KVCacheManager, MaxBytes, MaxTokens, SlidingWindow
+from kvcache.attention import own_attention
 from kvcache.decoding import why_not
-from kvcache.decoding.wiring import attend, own_attention
+from kvcache.decoding.wiring import attend
 
 NATIVE = {"llama", "mistral", "qwen2", "qwen3", "phi3", "gpt2", "gpt-neox", "opt", "cohere"}
 NATIVE |= {"gptj"} if RELEASE >= (5, 24) else set()  # before, it brought its own attention

@@ -1422,3 +1422,21 @@ def test_a_new_policy_is_one_class_with_a_score():
     values = torch.arange(12.0)[None, None, :, None].expand(1, 1, -1, 3).flip(2)
     layer.append(torch.zeros(1, 1, 12, 4), values)
     assert layer.positions().tolist() == [[[0, 1, 2, 3, 10, 11]]]
+
+
+def test_an_attention_that_somebody_registered_is_refused(monkeypatch):
+    model = build("llama")
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", lambda *args, **given: None)
+    with pytest.raises(PolicyError, match="attends by 'sdpa', which is none of transformers' own"):
+        attention.observed_copy(model)
+
+
+@pytest.mark.parametrize("more", ["s_aux", "softcap", "sliding_window"])
+def test_attention_that_is_told_more_than_heads_compute_is_refused(more):
+    states = torch.zeros(1, 1, 1, 4)
+    token = attention._stored.set((object(), states, states))
+    try:
+        with pytest.raises(PolicyError, match=f"depends on {more}, which heads"):
+            attention._attend(torch.nn.Module(), states, states, states, None, dropout=0.0, **{more: 0.5})
+    finally:
+        attention._stored.reset(token)

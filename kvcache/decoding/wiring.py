@@ -1,16 +1,15 @@
 """How a transformers decoder reads and writes a `StaticKV`: its cache layers, its mask, its attention."""
 
 import copy
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.masking_utils import AttentionMaskInterface
 
+from kvcache.attention import own_attention, told_more
 from kvcache.decoding.cache import StaticKV
 from kvcache.decoding.kernel import available, decode_attention
 from kvcache.errors import GeometryError
@@ -20,11 +19,6 @@ from kvcache.models import facts_of, rope_by_length, signature_of
 from kvcache.modules import rebuilt
 
 _ATTENTION = "kvcache_decode"
-# What attention is told, of transformers 5.2 to 5.24, that changes nothing for one token that sees what its mask says.
-_HARMLESS = {
-    "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "is_causal", "max_length_k", "max_length_q",
-    "output_attentions", "output_hidden_states", "position_ids", "return_dict", "use_cache",
-}  # fmt: skip
 
 
 def why_not(model: Any) -> str | None:
@@ -76,31 +70,6 @@ def decoder_copy(model: Any) -> Any:
                 configs[id(config)]._attn_implementation_internal = _ATTENTION
             module.config = configs[id(config)]
     return new
-
-
-def own_attention(model: Any) -> str | None:
-    """The name of an attention, or of its mask, that somebody has registered: a copy would attend in another way."""
-    configs = [model.config, *(module.__dict__.get("config") for module in model.modules())]
-    # Not a set: so the same name is told each time.
-    for name in dict.fromkeys(getattr(config, "_attn_implementation", None) for config in configs):
-        if name is None:
-            continue
-        attention, mask = _registered(ALL_ATTENTION_FUNCTIONS, name), _registered(ALL_MASK_ATTENTION_FUNCTIONS, name)
-        if attention is None and name.removeprefix("paged|") != "eager":
-            return str(name)
-        if not all(function is None or _of_transformers(function) for function in (attention, mask)):
-            return str(name)
-    return None
-
-
-def _registered(registry: Mapping[str, Callable[..., Any]], name: str) -> Callable[..., Any] | None:
-    """What stands under a name; None where each model has one of its own."""
-    return registry.get(name, registry.get(name.removeprefix("paged|")))
-
-
-def _of_transformers(function: Callable[..., Any]) -> bool:
-    # By its globals: `functools.wraps` copies the name of a module.
-    return str(getattr(function, "__globals__", {}).get("__name__")).startswith("transformers.")
 
 
 class DecodeInputs:
@@ -181,9 +150,8 @@ def attend(
     Raises:
         GeometryError: if it is told of more (sinks, a cap of its scores, a window), which would be left out.
     """
-    more = [name for name, value in kwargs.items() if value is not None and name not in _HARMLESS]
-    if more or dropout:
-        raise GeometryError(f"its attention depends on {', '.join(more) or 'dropout'}; decode without a backend")
+    if (more := told_more(dropout=dropout, **kwargs)) is not None:
+        raise GeometryError(f"its attention depends on {more}; decode without a backend")
     rows, heads, _, _ = query.shape
     if attention_mask is not None and attention_mask.dtype == torch.long:
         length, stored, pinned = attention_mask[:, 0, 0].unbind(1)
