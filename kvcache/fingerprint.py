@@ -8,7 +8,7 @@ changed.
 import hashlib
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from kvcache.errors import InputError
 from kvcache.models import Signature, signature_of, unwrapped, watch_of
+from kvcache.models._code import class_code, function_code
 from kvcache.models._forwards import wrapper
 from kvcache.models._walk import Part, Walk
 
@@ -31,6 +32,8 @@ _VOLATILE = {
     "_output_attentions", "_weight_conversions",
 }  # fmt: skip
 
+Codes = Mapping[type, str]  # what classes do, see `class_code`
+
 _known: "WeakKeyDictionary[nn.Module, tuple[Signature, bytes, str]]" = WeakKeyDictionary()
 _lock = Lock()
 
@@ -40,7 +43,10 @@ def model_fingerprint(model: nn.Module) -> str:
 
     The digest is kept for as long as nothing of the model has changed, see `kvcache.models`, and a sample of each tensor's
     content is what it was. What neither shows goes unnoticed: a few elements written through ``parameter.data``, functions
-    replaced in a Python module. Call `forget` after that.
+    and values replaced in a Python module. Call `forget` after that.
+
+    Classes and functions of torch and transformers go by their names and the release of transformers. Of others what they
+    do counts: their code, defaults and class attributes, and the functions and values that they read from their module.
 
     Args:
         model: any module; the configs of transformers models in it count too.
@@ -55,7 +61,7 @@ def model_fingerprint(model: nn.Module) -> str:
         known = _known.get(model)
     if known is None or known[0] is not signature or known[1] != sample:
         check_named(model)
-        known = signature, sample, _digest(watch.walk(), tensor_digest)
+        known = signature, sample, _digest(watch.walk(), tensor_digest, True)
         with _lock:
             _known[model] = known
     device = next((tensor.device.type for tensor in model.parameters()), "cpu")
@@ -66,7 +72,7 @@ def model_fingerprint(model: nn.Module) -> str:
 def model_outline(model: nn.Module) -> str:
     """A SHA-256, in hex, of what decides how fast a model is: its modules, the shapes and dtypes of its tensors, its
     settings; not the numbers in them, nor the release of transformers."""
-    return _digest(watch_of(unwrapped(model)).walk(), lambda tensor: f"{tensor.dtype} {list(tensor.shape)}")
+    return _digest(watch_of(unwrapped(model)).walk(), lambda tensor: f"{tensor.dtype} {list(tensor.shape)}", False)
 
 
 def check_named(model: nn.Module) -> None:
@@ -86,15 +92,21 @@ def forget(model: nn.Module) -> None:
         _known.pop(model, None)
 
 
-def _digest(walk: Walk, of: Callable[[Tensor], str]) -> str:
-    """The digest of all that a model holds, its tensors as `of` says; that runs in threads, as hashlib lets go of the GIL."""
+def _digest(walk: Walk, of: Callable[[Tensor], str], with_code: bool) -> str:
+    """The digest of all that a model holds, its tensors as `of` says; that runs in threads, as hashlib lets go of the GIL.
+
+    Args:
+        with_code: whether what classes and functions do counts, beside their names.
+    """
     names = {id(module): _bare(name) for name, module in walk.modules.items()}
+    codes = {kind: class_code(kind) for kind in walk.classes()} if with_code else None
     parts = [part for part in walk.parts if _counts(part)]
-    said = [(_bare(".".join(part.place)), *_said(part, walk, names)) for part in parts]
+    said = [(_bare(".".join(part.place)), *_said(part, walk, names, codes)) for part in parts]
     with ThreadPoolExecutor() as pool:
         digests = iter(list(pool.map(of, [tensor for _, _, tensors in said for tensor in tensors])))
     lines = [f"{place} {text} {' '.join(next(digests) for _ in tensors)}" for place, text, tensors in said]
-    lines += [f"{_bare(name)} {_name_of(type(one))}" for name, one in walk.modules.items() if not wrapper(one)]
+    modules = ((_bare(name), type(one)) for name, one in walk.modules.items() if not wrapper(one))
+    lines += [f"{name} {_name_of(kind)} {codes[kind] if codes else ''}" for name, kind in modules]
     # In the order of their places: that in which they were assigned does not matter.
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
@@ -110,7 +122,7 @@ def _counts(part: Part) -> bool:
     )
 
 
-def _said(part: Part, walk: Walk, names: dict[int, str]) -> tuple[str, list[Tensor]]:
+def _said(part: Part, walk: Walk, names: dict[int, str], codes: Codes | None) -> tuple[str, list[Tensor]]:
     """What is at a place, as text and as the tensors it consists of.
 
     Raises:
@@ -129,7 +141,8 @@ def _said(part: Part, walk: Walk, names: dict[int, str]) -> tuple[str, list[Tens
     if part.kind == "plain":
         return f"{type(value).__name__} {value!r}", []
     if part.kind == "size":
-        return f"{_name_of(type(value))} {_bare(walk.name_of(value) or '')}", []
+        code = "" if codes is None else codes[type(value)]
+        return f"{_name_of(type(value))} {_bare(walk.name_of(value) or '')} {code}", []
     named = _callable(value, names) if part.kind == "callable" else None
     if named is None:
         where = ".".join(filter(None, part.place))
@@ -137,7 +150,15 @@ def _said(part: Part, walk: Walk, names: dict[int, str]) -> tuple[str, list[Tens
             f"what this model computes cannot be kept for other requests: {where} is a {type(value).__name__}, which "
             "nothing that could be written down tells from another"
         )
-    return named, []
+    return (f"{named} {_code(value)}" if codes is not None else named), []
+
+
+def _code(value: Any) -> str:
+    """What a callable does, where its name does not tell."""
+    value = getattr(value, "__func__", value)
+    if isinstance(value, type):
+        return class_code(value)
+    return function_code(value) if isinstance(value, types.FunctionType) else ""
 
 
 def _callable(value: Any, names: dict[int, str]) -> str | None:

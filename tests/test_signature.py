@@ -2,6 +2,9 @@
 
 import copy
 import gc
+import os
+import subprocess
+import sys
 import types
 import weakref
 from collections.abc import Callable
@@ -15,6 +18,9 @@ from test_model_changes import CHANGES, GREEDY, PREFIX, REST, WHOLE, hooked, in_
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils import parametrize
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 import kvcache.decoding.language as language
 from kvcache import (
@@ -163,6 +169,137 @@ def test_hooks_on_every_module_are_a_change(register: Any) -> None:
         assert signature_of(model) is now
     finally:
         looking.remove()
+
+
+# ---------------------------------------------------------------------- code
+
+
+class Gained(nn.Module):
+    gain = 1.0
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self._scaled(states)
+
+    @torch.no_grad()
+    def _scaled(self, states: Tensor) -> Tensor:
+        return states * self.gain
+
+
+def gained() -> Any:
+    model = llama()
+    model.model.layers[0].mlp = nn.Sequential(model.model.layers[0].mlp, Gained())
+    return model
+
+
+CODE: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "a class attribute": lambda patch: patch.setattr(Gained, "gain", -2.0),
+    "a new class attribute": lambda patch: patch.setattr(Gained, "more", 1, raising=False),
+    "a method": lambda patch: patch.setattr(Gained, "_scaled", lambda self, states: -states),
+    "a method's code": lambda patch: patch.setattr(
+        Gained._scaled.__wrapped__,  # type: ignore[attr-defined]  # torch.no_grad's
+        "__code__",
+        (lambda self, states: -states).__code__,
+    ),
+    "a method of a class of transformers": lambda patch: patch.setattr(
+        type(llama().model.norm), "extra_repr", lambda self: "another"
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CODE)
+def test_code_and_values_of_classes_count(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = gained()
+    watch = watch_of(model)
+    before, named = watch.signature(), model_fingerprint(model)
+    assert watch.signature() is before
+    CODE[change](monkeypatch)
+    now = watch.signature()
+    assert now is not before
+    assert model_fingerprint(model) != named
+    assert watch.signature() is now
+    monkeypatch.undo()
+    assert model_fingerprint(model) == named
+
+
+SCRIPT = """
+import functools, torch
+GAINS = {"a": {gain}}
+def helped(states): return states * GAINS["a"]
+class Scripted(torch.nn.Module):
+    names = frozenset({"x", "y", "z"})
+    def forward(self, states, more={more}):
+        return helped(states) {sign} more
+def activation(states): return helped(states)
+"""
+
+
+def scripted(kind: str, **parts: Any) -> str:
+    """The fingerprint of a model with a part from a script, in a module of its own."""
+    module = types.ModuleType("script")
+    text = SCRIPT
+    for name, value in {"gain": 1.0, "more": 0, "sign": "+", **parts}.items():
+        text = text.replace("{" + name + "}", str(value))
+    exec(compile("\n" * parts.get("lines", 0) + text, f"at {parts}", "exec"), vars(module))
+    held = nn.Module()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "script", module)
+        held.part = module.Scripted() if kind == "class" else module.activation
+        return model_fingerprint(held)
+
+
+@pytest.mark.parametrize("kind", ["class", "function"])
+def test_an_edited_script_is_another_model(kind: str) -> None:
+    before = scripted(kind)
+    assert scripted(kind) == scripted(kind, lines=7) == before  # where it is written does not matter
+    edits = [{"gain": -2.0}] if kind == "function" else [{"gain": -2.0}, {"more": 1}, {"sign": "-"}]
+    assert len({before, *(scripted(kind, **edit) for edit in edits)}) == 1 + len(edits)
+
+
+@pytest.mark.slow
+def test_code_has_the_same_digest_in_every_process() -> None:
+    ask = "import test_signature; print(test_signature.scripted('class'))"
+    said_ = [
+        subprocess.run(
+            [sys.executable, "-c", ask],
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert said_[0] == said_[1] == f"{scripted('class')}\n"
+
+
+def plain_attention(*args: Any, **kwargs: Any) -> Any:
+    return sdpa_attention_forward(*args, **kwargs)
+
+
+def negative_attention(*args: Any, **kwargs: Any) -> Any:
+    return -sdpa_attention_forward(*args, **kwargs)[0], None
+
+
+def test_another_attention_under_the_same_name_is_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llama()
+    monkeypatch.setitem(AttentionInterface._global_mapping, "mine", plain_attention)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "mine", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model.set_attn_implementation("mine")
+    manager = KVCacheManager(model, speakers=SpeakerCache(MemoryStore()))
+    manager.add_prefix("p", PREFIX)
+
+    def behind() -> Tensor:
+        return manager.generate(REST, prefix="p", **GREEDY)[:, WHOLE.shape[1] :]
+
+    before, named, first = signature_of(model), model_fingerprint(model), said(model)
+    assert torch.equal(behind(), first)
+    AttentionInterface.register("mine", negative_attention)
+    assert signature_of(model) is not before
+    assert model_fingerprint(model) != named
+    assert torch.equal(behind(), said(model))
+    assert not torch.equal(first, said(model))
+    AttentionInterface.register("mine", lambda *args, **kwargs: plain_attention(*args, **kwargs))
+    with pytest.raises(InputError, match=r"functions by name\.mine"):  # which nothing tells from another
+        behind()
 
 
 # ---------------------------------------------------------------------- what a forward writes

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from kvcache.models._code import functions_of, written
 from kvcache.models._forwards import EVERYWHERE
 from kvcache.models._sample import Sample
-from kvcache.models._walk import ASIDE, HELD, OWN, PLAIN, Walk
+from kvcache.models._walk import ASIDE, HELD, OWN, PLAIN, Walk, functions_chosen
 
 _version = attrgetter("_version")
+_code = attrgetter("__code__", "__defaults__")
 _expired = torch.UntypedStorage._expired
 _UNREAD = ASIDE & vars(nn.Module()).keys()  # what every module has, and none lets go of
 
@@ -37,8 +39,12 @@ class Glance:
     def __init__(self, walk: Walk, state: dict[str, frozenset[str]]) -> None:
         self._modules = list(walk.modules.values())
         self._kinds = list(map(type, self._modules))
-        self._classes = list(set(self._kinds))
-        self._forwards = [getattr(kind, "forward", None) for kind in self._classes]
+        self._written = list(map(vars, written(walk.classes())))
+        self._attributes = self._of_classes()
+        self._functions = [one for value in self._attributes for one in functions_of(value)]
+        self._codes = list(map(_code, self._functions))
+        self._chosen = walk.chosen
+        self._by_name = self._of_names()
         named = [(vars(module), state.get(name, frozenset())) for name, module in walk.modules.items()]
         self._whole = [held for held, left in named if not left]
         self._parted = [(held, left) for held, left in named if left]
@@ -128,8 +134,25 @@ class Glance:
             and list(map(Tensor.data_ptr, self._placed(tensors))) == self._places
             and not any(map(_expired, self._memories))
             and list(map(frozenset, self._sets)) == self._members
-            and [getattr(kind, "forward", None) for kind in self._classes] == self._forwards
+            and self._is_same_code()
         )
+
+    def _is_same_code(self) -> bool:
+        """By class, not by module: there are few."""
+        attributes = self._of_classes()
+        return (
+            len(attributes) == len(self._attributes)
+            and all(map(is_, attributes, self._attributes))
+            and list(map(_code, self._functions)) == self._codes
+            and all(map(is_, self._of_names(), self._by_name))
+        )
+
+    def _of_classes(self) -> list[Any]:
+        """What the modules' classes have, theirs and their bases'."""
+        return [value for held in self._written for value in held.values()]
+
+    def _of_names(self) -> list[Any]:
+        return [function for key, name in self._chosen for function in functions_chosen(key, name)]
 
     def sample(self) -> bytes | None:
         """Some bytes of each parameter and buffer; None if they are others than were looked at."""

@@ -10,7 +10,7 @@ a change, is state from then on, if it is a tensor, None or a number, and code w
 else that changes is a change, whenever it happens.
 
 Not seen are writes through ``tensor.data`` to a few elements (whole tensors are, where values matter, by a sample of their
-content: see `Watch.sample`), functions replaced in a Python module, and what objects without attributes hide.
+content: see `Watch.sample`), functions and values replaced in a Python module, and what objects without attributes hide.
 """
 
 import threading

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedConfig
 
+from kvcache.models._code import functions_of, written
 from kvcache.models._forwards import HOOKS, reached
 from kvcache.models._stores import stored_by
-from kvcache.models._walk import HELD, Part, Place, Walk
+from kvcache.models._walk import HELD, PLAIN, Part, Place, Walk
 
 Facts = dict[Place, Hashable]
 
@@ -35,7 +36,22 @@ class Tokens:
             kind = type(module)
             forward = vars(module).get("_compiled_call_impl") is not None, self._of(getattr(kind, "forward", None))
             found[name, "", ""] = self._of(kind), forward
+        for kind in written(walk.classes()):
+            found["", "", f"class {self._of(kind)}"] = self._of_class(kind)
         return found
+
+    def _of_class(self, kind: type) -> Hashable:
+        """Its methods and what they are made of, and its plain attributes."""
+        held = list(vars(kind).items())
+        functions = {name: list(functions_of(value)) for name, value in held}
+        methods = [
+            (name, self._of(one), self._of(one.__code__), repr(one.__defaults__))
+            for name in functions
+            for one in functions[name]
+        ]
+        return frozenset(methods), frozenset(
+            (name, type(value), repr(value)) for name, value in held if isinstance(value, PLAIN)
+        )
 
     def _fact(self, part: Part, walk: Walk) -> Hashable:
         value = part.value

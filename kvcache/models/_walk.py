@@ -16,6 +16,9 @@ from weakref import ReferenceType
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvcache.models._forwards import EVERYWHERE, HOOKS, foreign, wrapper
 
@@ -42,6 +45,11 @@ PLAIN = (
     type(None), bool, int, float, complex, str, bytes, Enum, range, slice, type(Ellipsis),
     torch.dtype, torch.device, torch.layout, torch.memory_format,
 )  # fmt: skip
+# What configs choose by name, by their attributes.
+CHOSEN: dict[str, tuple[Mapping[str, Any], ...]] = {
+    "_attn_implementation_internal": (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS),
+    "_experts_implementation_internal": (ALL_EXPERTS_FUNCTIONS,),
+}
 _NOTHING = (ReferenceType, RemovableHandle)  # what only leads to something
 _CALLABLE = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 _OF_TENSORS = ASIDE | {"persistent", "_is_buffer", "_is_param"}  # how torch marks parameters and buffers
@@ -63,6 +71,14 @@ class Part:
     value: Any
 
 
+def functions_chosen(key: str, name: str) -> list[Any]:
+    """The functions that transformers has now under the name that this attribute of a config gives; None where it has none.
+
+    Anybody may register another one under the same name.
+    """
+    return [interface.get(name) for interface in CHOSEN[key]]
+
+
 class Walk:
     """One walk through a model.
 
@@ -74,6 +90,7 @@ class Walk:
         modules: all of them, by name; those that are no registered children as well.
         parts: what they hold.
         containers: dicts, lists and sets that were walked into, attributes of objects among them.
+        chosen: what its configs choose by name, see `functions_chosen`: their attributes, and the names.
     """
 
     def __init__(self, model: nn.Module, state: Mapping[str, frozenset[str]] | None = None) -> None:
@@ -92,9 +109,21 @@ class Walk:
                 self.parts += self._module(name, module)
                 waiting += reversed(self._found)
                 self._found = []
+        configs = (part for part in self.parts if part.kind == "plain")
+        chosen = {(key, part.value) for part in configs if (key := part.place[2].rpartition(".")[2]) in CHOSEN}
+        self.chosen = sorted((key, name) for key, name in chosen if isinstance(name, str))
+        for key, name in self.chosen:
+            for i, function in enumerate(functions_chosen(key, name)):
+                self.parts += self._leaves(("", "functions by name", f"{name}.{i}"), function, 0)
         for kind, hooks in EVERYWHERE.items():  # torch's global ones, which run around every module
             for i, hook in enumerate([hook for hook in list(hooks.values()) if foreign(hook)]):
                 self.parts += self._leaves(("", "every module", f"{kind}.{i}"), hook, 0)
+
+    def classes(self) -> set[type]:
+        """Of the modules, and of the objects that were walked into."""
+        return {
+            type(one) for one in (*self.modules.values(), *(part.value for part in self.parts if part.kind == "size"))
+        }
 
     def name_of(self, value: Any) -> str | None:
         """Under which name a module, or an object that is walked into, was met first."""
