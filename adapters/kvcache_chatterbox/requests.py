@@ -3,7 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Generator, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, TypeVar, cast
@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from kvcache import InputError
+from kvcache import InputError, autocast
 from kvcache.arguments import check_whole
 
 _T = TypeVar("_T")
@@ -98,21 +98,12 @@ def without_autocast(t3: Any) -> AbstractContextManager[Any]:
     What is computed of a voice is kept for later requests, and a cache has one dtype: neither may depend on which blocks a
     caller has entered or left in between.
     """
-    return no_autocast(t3.device.type)
-
-
-def no_autocast(kind: str) -> AbstractContextManager[Any]:
-    """Within this block no autocast is in force on devices of this kind, ``"cpu"``."""
-    return torch.autocast(kind, enabled=False) if _autocasts(kind) else nullcontext()
+    return autocast.without_autocast([t3.device.type])
 
 
 def autocast_on(t3: Any) -> bool:
     """Whether the caller's thread is in an autocast of the model's device."""
-    return _autocasts(t3.device.type)
-
-
-def _autocasts(kind: str) -> bool:
-    return kind != "meta" and torch.is_autocast_enabled(kind)
+    return autocast.autocasts(t3.device.type)
 
 
 def each_without_autocast(t3: Any, items: Generator[_T, None, None]) -> Iterator[_T]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvcache import InputError, KVCacheError
-from kvcache_chatterbox.requests import no_autocast
+from kvcache.autocast import without_autocast
 
 HOPS = 100  # a second: a watermarker is given whole hops, as Perth drops what is behind the last whole one
 CONTEXT = 18  # hops around a sample that its mark depends on; with more Perth's comes no closer to that of the whole
@@ -51,7 +51,7 @@ def marked(watermarker: Watermarker, audio: Tensor, sample_rate: int) -> Tensor:
     if missing:  # mirrored, so that the last frames hear no edge
         audio = torch.cat([audio, audio.flip(0)[:missing]])
     wav = audio.detach().to("cpu", torch.float32, copy=True).numpy()
-    with no_autocast("cpu"), no_autocast("cuda"):
+    with without_autocast(["cpu", "cuda"]):
         given = torch.as_tensor(watermarker.apply_watermark(wav, sample_rate=sample_rate))
     if given.numel() != audio.numel():
         raise WatermarkError(
