@@ -196,7 +196,9 @@ def steers(text):
 
 
 def test_text_that_steers_a_terminal_is_shown_as_text(tmp_path, capsys):
-    file = stranger(tmp_path / f"a{STEERING[:6]}", model=STEERING, name=STEERING)
+    shown = STEERING.encode("utf-8", "ignore").decode()  # a lone surrogate is no name, which the listing says
+    file = stranger(tmp_path / f"a{STEERING[:6]}", model=shown, name=STEERING)
+    stranger(file.parent, "cd" * 32, model=STEERING)
     store = ["--store", str(file.parent)]
     said = []
     for arguments, code in (
