@@ -26,8 +26,8 @@ ATTENTION = "kvcache_observed"
 _BASE = "sdpa"
 # What attention is told, of transformers 5.2 to 5.24, that changes nothing where each token sees what its mask says.
 _HARMLESS = {
-    "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "is_causal", "max_length_k", "max_length_q",
-    "position_ids", "return_dict", "use_cache",
+    "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "deterministic", "is_causal", "labels", "logits_to_keep",
+    "max_length_k", "max_length_q", "num_items_in_batch", "position_ids", "return_dict", "use_cache",
 }  # fmt: skip
 
 # The layer that stored the keys which the next attention of this thread is given, and these keys.
@@ -116,7 +116,9 @@ def _of_transformers(function: Callable[..., Any]) -> bool:
 
 def told_more(dropout: float = 0.0, **told: Any) -> str | None:
     """Names of what an attention is told beside queries, keys, values, mask and scale that changes what it computes."""
-    changes = (name for name in told if name not in _HARMLESS and not name.startswith("output_"))  # what a model is to tell
+    changes = (
+        name for name in told if name not in _HARMLESS and not name.startswith("output_")
+    )  # what a model is to tell
     more = [name for name in changes if told[name] is not None]
     return ", ".join([*more, "dropout"] if dropout else more) or None
 
