@@ -322,11 +322,11 @@ class MadeFor:
     """The model that a cache was made for, as it was then. A copy of the cache has it too; one in another process has not.
 
     Args:
-        signature: of the model; None if it is not known.
+        then: the model, see `Watch.now`; None if it is not known.
     """
 
-    def __init__(self, signature: object = None) -> None:
-        self.signature = signature
+    def __init__(self, then: Any = None) -> None:
+        self.then = then
 
     def __deepcopy__(self, memo: object) -> "MadeFor":
         return self

@@ -323,8 +323,8 @@ class KVCacheManager:
             InputError: if the model cannot be told from others, see `model_fingerprint`, or has changed since the cache was
                 made.
         """
-        made_for = cache.made_for.signature if isinstance(cache, ManagedCache) else None
-        if made_for is not None and made_for is not self._from_model.watch.signature():
+        then = cache.made_for.then if isinstance(cache, ManagedCache) else None
+        if then is not None and self._from_model.watch.changed_since(then):
             raise InputError(
                 "the model has changed since this cache was made, and what it holds is of the model as it was; save a cache "
                 "before its model changes, or fill a new one"
@@ -737,7 +737,7 @@ class KVCacheManager:
             quantization=self.quantization,
             crossing=crossing,
         )
-        cache.made_for = MadeFor(self._from_model.watch.signature())
+        cache.made_for = MadeFor(self._from_model.watch.now())
         return cache
 
     def _check_stream(self, prefix: str | None, kwargs: dict[str, Any]) -> None:

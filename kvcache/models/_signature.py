@@ -31,6 +31,7 @@ from kvcache.models._tokens import Facts, Tokens, is_state
 from kvcache.models._walk import Walk
 
 T = TypeVar("T")
+_NOTHING = ("plain", type(None), "None")  # the fact of an attribute that is None
 _LOOKED_AT = 2  # runs after a change at whose end is looked for state
 
 
@@ -121,6 +122,21 @@ class Watch:
             if self._glance is None or not self._glance.same():
                 self._look()
             return self._past.signature
+
+    def now(self) -> tuple[Signature, Facts]:
+        """The model as it is now, for `changed_since`. It holds nothing of the model."""
+        with self._past.lock:
+            signature = self.signature()
+            return signature, self._past.facts or {}
+
+    def changed_since(self, then: tuple[Signature, Facts]) -> bool:
+        """Whether something is other than it was. What was None may have been filled by a run since, and does not count."""
+        signature, facts = self.now()
+        if signature is then[0]:
+            return False
+        return any(fact != _NOTHING and facts.get(place) != fact for place, fact in then[1].items()) or any(
+            place not in then[1] for place in facts
+        )
 
     def sample(self) -> bytes:
         """Some bytes of every parameter and buffer, to be compared where their values matter.
