@@ -1,9 +1,13 @@
-"""Autocast, which torch keeps for each thread: whether it is in force, and blocks without it."""
+"""Autocast, which torch keeps for each thread: whether it is in force, blocks and generators without it."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from typing import TypeVar, cast
 
 import torch
+
+_T = TypeVar("_T")
+_OVER = object()
 
 
 def autocasts(kind: str) -> bool:
@@ -20,3 +24,15 @@ def without_autocast(kinds: Iterable[str]) -> Iterator[None]:
             if autocasts(kind):
                 block.enter_context(torch.autocast(kind, enabled=False))
         yield
+
+
+def each_without_autocast(kinds: Iterable[str], items: Generator[_T, None, None]) -> Iterator[_T]:
+    """The items, each made without autocast; the caller's block is in force again wherever it has one of them."""
+    kinds = list(kinds)
+    with closing(items):
+        while True:
+            with without_autocast(kinds):
+                item = next(items, _OVER)
+            if item is _OVER:
+                return
+            yield cast(_T, item)

@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from kvcache import InputError, autocast
 from kvcache.arguments import check_whole
 
 _T = TypeVar("_T")
-_OVER = object()
 _LONGEST_PAUSE = 600  # seconds: the silence is made as samples
 _LARGEST = 3e38  # about the largest number of fp32
 
@@ -108,15 +107,7 @@ def autocast_on(t3: Any) -> bool:
 
 def each_without_autocast(t3: Any, items: Generator[_T, None, None]) -> Iterator[_T]:
     """The items, each made without autocast; the caller's block is in force again wherever it has one of them."""
-    try:
-        while True:
-            with without_autocast(t3):
-                item = next(items, _OVER)
-            if item is _OVER:
-                return
-            yield cast(_T, item)
-    finally:
-        items.close()
+    return autocast.each_without_autocast([t3.device.type], items)
 
 
 def check_text(t3: Any, text_tokens: Tensor, guided: bool) -> Tensor:

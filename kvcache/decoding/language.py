@@ -1,13 +1,12 @@
 """A transformers language model on the decode engine: what `generate` would say, decoded in whole steps."""
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvcache.autocast import autocasts, without_autocast
+from kvcache.autocast import autocasts, each_without_autocast
 from kvcache.decoding.backends import BUCKET, BackendName
 from kvcache.decoding.cache import StaticKV
 from kvcache.decoding.loop import Decoding
@@ -80,14 +79,7 @@ class LanguageDecoder:
             backend: see `Decoding`.
             size: tokens in a chunk.
         """
-        made = self._chunks(prefill, settings, backend, size)
-        with closing(made):
-            while True:
-                with without_autocast([self._model.device.type]):
-                    item = next(made, None)
-                if item is None:
-                    return
-                yield item
+        return each_without_autocast([self._model.device.type], self._chunks(prefill, settings, backend, size))
 
     def _chunks(
         self,
