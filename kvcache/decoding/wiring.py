@@ -43,9 +43,11 @@ def why_not(model: Any) -> str | None:
         return f"{name} has attention of a kind of its own"
     if getattr(text, "scale_attn_by_inverse_layer_idx", False):
         return f"{name} scales its attention by layer"
-    if (own := own_attention(model)) is not None:
+    facts = facts_of(model)
+    # Asked of all modules once: another function under the same name makes it another model.
+    if (own := facts.once("own attention", lambda facts: own_attention(facts.model))) is not None:
         return f"{name} attends by {own!r}, which is none of transformers' own ways"
-    if (why := facts_of(model).why_no_positions) is not None:
+    if (why := facts.why_no_positions) is not None:
         return f"{name} cannot be told where its tokens stand: {why}"
     return signature_of(model).why_no_copy
 
