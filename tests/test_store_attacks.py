@@ -26,7 +26,7 @@ from kvcache.memory import resident_bytes
 from kvcache.prefix import Layout
 from kvcache.setting import Setting
 from kvcache.stores import DiskStore, MemoryStore, RedisStore, RemoteStore, TieredStore
-from kvcache.stores.base import in_time
+from kvcache.stores.base import Patience
 from kvcache.stores.index import Index
 from kvcache.stores.upkeep import describe, prunable, verify
 from kvcache.tuning_profile import TuningProfile
@@ -294,7 +294,7 @@ def lives_on(store, keys):
         assert held >= {key.address for key in keys} and store.nbytes >= len(keys) * len(GOOD)
         return cache.stats()
 
-    return in_time(serve, 60)
+    return Patience().in_time(serve, 60)
 
 
 # ---------------------------------------------------------------------- W17 and "Crashes · Stores"
@@ -323,7 +323,7 @@ def test_crashes_stores_what_is_no_file_is_never_opened(kind, tmp_path):
         for left in (tmp_path / "fifo",):
             left.unlink(missing_ok=True)
         AT_THE_ADDRESS[kind](path)
-        assert in_time(lambda store=store: store.get(KEY), 60) is None
+        assert Patience().in_time(lambda store=store: store.get(KEY), 60) is None
         assert exact(store.get(OTHER), OTHER)
         lives_on(store, [KEY, OTHER, known(2)])
         assert path.is_file() and not path.is_symlink()
@@ -361,7 +361,7 @@ def test_a_broken_index_does_not_cost_the_budget(kind, tmp_path):
     for seed in range(3):
         store.put(cold(known(seed)))
     BESIDE[kind](tmp_path)
-    in_time(lambda: store.put(cold(known(3))), 60)
+    Patience().in_time(lambda: store.put(cold(known(3))), 60)
     assert [store.has(known(seed)) for seed in range(4)] == [False, True, True, True]
     assert store.nbytes <= budget
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from typing_extensions import Self, Unpack
 
 from kvcache import InputError
-from kvcache.arguments import check_whole
 from kvcache.decoding import Job
 from kvcache.scheduler import Chunk, Scheduler, SchedulerMetrics, Stream, Work
 from kvcache.stores.aside import Aside
@@ -60,12 +59,7 @@ class SpeechScheduler:
         prefills: int = 8,
         reserved: int | None = None,
     ) -> None:
-        counts = {"max_waiting": max_waiting, "max_running": max_running, "max_characters": max_characters}
-        for name, value in {**counts, "ahead": ahead, "prefills": prefills}.items():
-            if value is not None or name != "max_running":
-                check_count(name, value)
-        if reserved is not None:
-            check_whole("reserved", reserved, 0)
+        check_count("max_characters", max_characters)
         self._engine = engine
         self._slots, self.rows = engine.room(max_rows, slots, memory_budget)
         self._max_characters = max_characters

@@ -422,42 +422,35 @@ class Patience:
         self._lock = Lock()
 
     def in_time(self, ask: Callable[[], _Answer], seconds: float) -> _Answer:
-        """As the function `in_time`, which see; TimeoutError at once while a thread that was given up still runs."""
+        """What `ask` answers within so many seconds.
+
+        Raises:
+            TimeoutError: if it does not, and at once while a thread that was given up still runs; whatever `ask` raises.
+        """
         with self._lock:
             self._given_up = [thread for thread in self._given_up if thread.is_alive()]
             if self._given_up:
                 raise TimeoutError("an earlier question has still not been answered")
-        return in_time(ask, seconds, self._give_up)
+        answer: Future[_Answer] = Future()
 
-    def _give_up(self, thread: Thread) -> None:
+        def wait() -> None:
+            try:
+                answer.set_result(ask())
+            except BaseException as error:  # raised again in the thread that asked
+                answer.set_exception(error)
+
+        thread = Thread(
+            target=wait, daemon=True, name="kvcache-store"
+        )  # one that hangs must not keep the program alive
+        thread.start()
+        try:
+            return answer.result(seconds)
+        except FutureTimeout:
+            if answer.done():  # its own
+                raise
         with self._lock:
             self._given_up.append(thread)
-
-
-def in_time(ask: Callable[[], _Answer], seconds: float, given_up: Callable[[Thread], None] | None = None) -> _Answer:
-    """What `ask` answers within so many seconds, in a thread that is given up after them, of which `given_up` is told.
-
-    Raises:
-        TimeoutError: if it does not; whatever `ask` raises.
-    """
-    answer: Future[_Answer] = Future()
-
-    def wait() -> None:
-        try:
-            answer.set_result(ask())
-        except BaseException as error:  # raised again in the thread that asked
-            answer.set_exception(error)
-
-    thread = Thread(target=wait, daemon=True, name="kvcache-store")  # one that hangs must not keep the program alive
-    thread.start()
-    try:
-        return answer.result(seconds)
-    except FutureTimeout:
-        if answer.done():  # its own
-            raise
-        if given_up is not None:
-            given_up(thread)
-    raise TimeoutError(f"no answer within {seconds:g} s")
+        raise TimeoutError(f"no answer within {seconds:g} s")
 
 
 def check_room(needed: int, pinned: int, max_bytes: int) -> None:
