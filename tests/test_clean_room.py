@@ -1,4 +1,4 @@
-"""Each extra alone, from the built wheel, in an environment that has nothing else but what kvcache itself needs.
+"""Each extra alone, and the documented installation of audio, beside nothing but what kvcache itself needs.
 
 torch, transformers and what they need are linked from the environment that runs the tests, so that each takes seconds and not
 gigabytes; the extra's own packages come from pip.
@@ -6,6 +6,7 @@ gigabytes; the extra's own packages come from pip.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, distribution
@@ -33,6 +34,20 @@ found = diagnose()
 states = {finding.name: finding.state for finding in found}
 print(json.dumps({"healthy": healthy(found), "extra": states[f"[{extra}]"], "kv": plan(subject(folder), Setting(), 20).kv,
                   "others": [name for name, state in states.items() if name.startswith("[") and state == "ok"]}))
+"""
+
+
+# What somebody who installed audio does first: the vocoder's code, the watermarker, transformers, and a mark that is found.
+HEARD = """
+import warnings; warnings.simplefilter("error", RuntimeWarning)
+import kvcache, numpy, perth, torch, transformers, transformers.audio_utils
+from chatterbox.models.s3gen import S3Gen
+from chatterbox.tts import ChatterboxTTS
+from transformers import LlamaForCausalLM
+marker = perth.PerthImplicitWatermarker()
+noise = 0.1 * numpy.random.default_rng(0).standard_normal(48_000).astype("float32")
+marked = marker.apply_watermark(noise, sample_rate=24_000)
+print(transformers.__version__, marker.get_watermark(marked, sample_rate=24_000), marker.get_watermark(noise, sample_rate=24_000))
 """
 
 
@@ -77,13 +92,17 @@ def model(tmp_path_factory):
 
 
 def pip(*arguments):
-    """What pip gets from an index; where it reaches none, the test is skipped."""
+    """What pip gets from an index; where it reaches none, the test is skipped, see `assert_came`."""
     ended = subprocess.run(
         [sys.executable, "-m", "pip", "--quiet", "--retries=1", *arguments], capture_output=True, text=True
     )
+    assert_came(ended)
+
+
+def assert_came(ended):
     if "NewConnectionError" in ended.stderr or "NameResolutionError" in ended.stderr:
         pytest.skip("pip reaches no package index here")
-    assert ended.returncode == 0, ended.stderr
+    assert ended.returncode == 0, (ended.args, ended.stdout, ended.stderr)
 
 
 def run(*command, code=0, **more):
@@ -93,14 +112,25 @@ def run(*command, code=0, **more):
     return ended.stdout
 
 
-def environment_with(extra, core, wheel, folder):
-    """A new environment with this extra alone; its Python, and its command."""
+def bare(folder, *places):
+    """A new environment with what is at these places; its Python."""
     run(sys.executable, "-m", "venv", "--without-pip", str(folder))
     [site] = folder.glob("lib/python*/site-packages")
-    (site / "core.pth").write_text(f"{core}\n")
-    python = str(folder / "bin" / "python")
+    (site / "core.pth").write_text("".join(f"{place}\n" for place in places))
+    return str(folder / "bin" / "python")
+
+
+def environment_with(extra, core, wheel, folder):
+    """A new environment with this extra alone; its Python, and its command."""
+    python = bare(folder, core)
     pip("--python", python, "install", "--no-compile", f"{wheel}[{extra}]")
     return python, str(folder / "bin" / "kvcache")
+
+
+def documented(page, after):
+    """The commands of the first shell block behind these words of a page."""
+    text = (ROOT / "docs" / page).read_text()
+    return re.search(r"^```sh\n(.*?)^```$", text[text.index(after) :], re.MULTILINE | re.DOTALL)[1].splitlines()
 
 
 def test_the_commands_alone(core, wheel, model, tmp_path):
@@ -124,3 +154,33 @@ def test_each_extra_alone(extra, core, wheel, model, tmp_path):
     has = subprocess.run([python, "-c", "import typer, rich"], capture_output=True).returncode == 0
     run(command, "doctor", code=0 if has else 2, **home)
     run(command, "plan", str(model), "--length", "20", code=0 if has else 2, **home)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("release", ["newest", "lowest"])
+def test_the_documented_installation_of_audio(release, core, tmp_path):
+    """Line by line as docs/chatterbox.md has it, beside a torch without CUDA, until a mark is heard."""
+    floor = ROOT / os.environ.get("FLOOR", ".venv-floor")
+    if release == "lowest" and not floor.is_dir():
+        pytest.skip("no environment with the lowest transformers here: make environments")
+    python = bare(tmp_path / "audio", *[floor] * (release == "lowest"), core)
+    commands = tmp_path / "audio" / "bin"
+    (commands / "pip").write_text(f'#!/bin/sh\nexec {sys.executable} -m pip --python {python} "$@"\n')
+    (commands / "pip").chmod(0o755)
+    path = f"{commands}{os.pathsep}{os.environ['PATH']}"
+    lines = documented("chatterbox.md", "Audio needs what")
+    assert len(lines) == 2
+    for line in lines:
+        ended = subprocess.run(
+            ["sh", "-e", "-c", line], cwd=ROOT, env=os.environ | {"PATH": path}, capture_output=True, text=True
+        )
+        assert_came(ended)
+    home = {"KVCACHE_HOME": str(tmp_path / "home")}
+    found = {
+        one["name"]: one for one in json.loads(run(str(commands / "kvcache"), "doctor", "--json", **home))["findings"]
+    }
+    assert {name for name, one in found.items() if one["state"] == "broken"} == set()
+    assert found["[audio]"]["state"] == "ok", found["[audio]"]
+    said = run(python, "-c", HEARD, **home).splitlines()[-1]
+    version, *heard = said.split()
+    assert heard == ["1.0", "0.0"] and version.startswith("5.2." if release == "lowest" else ""), said
