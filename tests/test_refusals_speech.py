@@ -65,11 +65,11 @@ def test_d11_a_bad_file_of_conditionals_hands_on_no_advice_to_run_it(t3: Any, tm
 NAN, INF = math.nan, math.inf
 NO_NUMBERS: list[tuple[str, list[Any]]] = [
     ("exaggeration", [NAN, INF, -INF, "high", True, 1e39]),
-    ("cfg_weight", [NAN, INF, "0.5", False, -0.1]),
-    ("temperature", [NAN, INF, None, "hot", True, -1.0]),
+    ("cfg_weight", [NAN, INF, "0.5", False, -0.1, 1e300]),
+    ("temperature", [NAN, INF, None, "hot", True, -1.0, 1e-300, 1e300]),
     ("top_p", [NAN, INF, None, 1.5, -0.1, True]),
     ("min_p", [NAN, INF, None, 1.5, -0.1]),
-    ("repetition_penalty", [NAN, INF, None, 0.0, -1.0]),
+    ("repetition_penalty", [NAN, INF, None, 0.0, -1.0, 1e-300, 1e300]),
     ("top_k", [NAN, 5.0, None, -1, True, 2**63]),
     ("seed", [1.0, "1", True, 2**64, -(2**63) - 1, NAN]),
     ("max_new_tokens", [0, -1, 2.5, True, NAN, "5"]),

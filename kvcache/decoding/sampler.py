@@ -24,6 +24,7 @@ TRANSFORMERS = ("penalty", "temperature", "top_k", "top_p", "min_p")
 
 _ALL = slice(None)
 _FILTERS = ("top_k", "top_p", "min_p")
+_LEAST, _MOST = 1e-30, 1e30  # what a score is divided by or multiplied with, and stays finite in float32
 _CANDIDATES = (0, 64, 512, 4096)  # few bounds, as a step is recorded for each
 
 
@@ -32,11 +33,11 @@ class Sampling:
     """How tokens are drawn.
 
     Attributes:
-        temperature: above 0; 0 takes the most likely token.
+        temperature: from 1e-30 to 1e30, beyond which float32 has no scores left; 0 takes the most likely token.
         top_p: nucleus of this probability (Holtzman et al., arXiv:1904.09751), in [0, 1]; 0 leaves the best token.
         min_p: least share of the best token's probability (Nguyen et al., arXiv:2407.01082), in [0, 1].
         top_k: how many of the best tokens stay; 0 for all.
-        repetition_penalty: above 0; 1 is none (Keskar et al., arXiv:1909.05858).
+        repetition_penalty: from 1e-30 to 1e30; 1 is none (Keskar et al., arXiv:1909.05858).
         cfg_weight: classifier-free guidance, ``cond + weight * (cond - uncond)``; 0 runs one row instead of two.
     """
 
@@ -49,12 +50,16 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, fits, wanted in (
-            ("temperature", self.temperature >= 0, "at least 0 (0 is greedy)"),
+            (
+                "temperature",
+                self.greedy or _LEAST <= self.temperature <= _MOST,
+                f"0 (greedy), or from {_LEAST} to {_MOST}",
+            ),
             ("top_p", 0 <= self.top_p <= 1, "in [0, 1]"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
             ("top_k", isinstance(self.top_k, int) and self.top_k >= 0, "a whole number of at least 0 (0 is all)"),
-            ("repetition_penalty", self.repetition_penalty > 0, "above 0 (1 is none)"),
-            ("cfg_weight", self.cfg_weight >= 0, "at least 0 (0 is without guidance)"),
+            ("repetition_penalty", _LEAST <= self.repetition_penalty <= _MOST, f"from {_LEAST} to {_MOST} (1 is none)"),
+            ("cfg_weight", 0 <= self.cfg_weight <= _MOST, f"from 0 (without guidance) to {_MOST}"),
         ):
             if not fits:
                 raise InputError(f"{name}={getattr(self, name)} must be {wanted}")
