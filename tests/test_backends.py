@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from families import FAMILIES, RELEASE, VOCABULARY, build, tiny, token_ids
+from support.families import FAMILIES, RELEASE, VOCABULARY, build, tiny, token_ids
 from transformers import (
     AttentionInterface,
     GenerationConfig,

@@ -7,9 +7,9 @@ from functools import cache, partial
 
 import pytest
 import torch
-from families import VOCABULARY, build, tiny, token_ids
 from hypothesis import given
 from hypothesis import strategies as st
+from support.families import VOCABULARY, build, tiny, token_ids
 from support.searching import search
 from test_decoding import (
     CPU,

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from families import tiny, token_ids
+from support.families import tiny, token_ids
 from support.searching import examples
 from support.waiting import until, until_async
 from t3_models import tiny_t3

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from families import build
+from support.families import build
 
 from kvcache.cli import main
 from kvcache.profiling import MEMORY

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import FAMILIES, RELEASE, ROPE_BY_LENGTH, VOCABULARY, build, tiny, token_ids
 from hypothesis import given
 from hypothesis import strategies as st
+from support.families import FAMILIES, RELEASE, ROPE_BY_LENGTH, VOCABULARY, build, tiny, token_ids
 from support.searching import search
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode

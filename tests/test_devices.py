@@ -3,7 +3,7 @@
 import pytest
 import torch
 from fake_device import Away, an_mps_device, moved
-from families import build, tiny, token_ids
+from support.families import build, tiny, token_ids
 
 from kvcache import (
     Adaptive,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import RELEASE, build, dynamic_cache, logits, tiny, token_ids
+from support.families import RELEASE, build, dynamic_cache, logits, tiny, token_ids
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 

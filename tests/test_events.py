@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from families import tiny, token_ids
+from support.families import tiny, token_ids
 
 from kvcache import InputError, KVCacheManager, MaxTokens, MemoryStore, SlidingWindow, SnapKV, SpeakerCache, events
 from kvcache.events import Event, subscribe

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from families import RELEASE, VOCABULARY, token_ids, widened
+from support.families import RELEASE, VOCABULARY, token_ids, widened
 from transformers import (
     BlipConfig,
     BlipForConditionalGeneration,

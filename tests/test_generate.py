@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, RELEASE, SEQ2SEQ, build, cases, dynamic_cache, encoded, logits, tiny, token_ids
+from support.families import FAMILIES, RELEASE, SEQ2SEQ, build, cases, dynamic_cache, encoded, logits, tiny, token_ids
 from torch import Tensor
 from transformers import GenerationConfig
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from families import build, token_ids
+from support.families import build, token_ids
 
 from kvcache import KVCacheManager, MaxTokens, SlidingWindow
 from kvcache.decoding import Decoding

@@ -10,9 +10,9 @@ from functools import cache
 
 import pytest
 import torch
-from families import build, logits, tiny, token_ids
 from hypothesis import given
 from hypothesis import strategies as st
+from support.families import build, logits, tiny, token_ids
 from support.searching import search
 from test_ranking import CHUNKINGS, CLOSE, EXACT, KEY_DIM, RANKINGS, VALUE_DIM, Reference, forward, padded, places
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, SEQ2SEQ, build, dynamic_cache, logits, tiny, token_ids
 from support import holding
+from support.families import FAMILIES, SEQ2SEQ, build, dynamic_cache, logits, tiny, token_ids
 from support.searching import examples
 from support.waiting import until
 from torch import Tensor, nn

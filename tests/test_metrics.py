@@ -3,9 +3,9 @@
 import sys
 
 import pytest
-from families import tiny, token_ids
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from support.families import tiny, token_ids
 
 from kvcache import InputError, KVCacheManager, MemoryStore, SlidingWindow, SpeakerCache, TieredStore, events
 from kvcache.metrics import CacheMetrics

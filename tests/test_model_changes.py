@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import VOCABULARY, build, token_ids
+from support.families import VOCABULARY, build, token_ids
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import MixtralConfig, MixtralForCausalLM

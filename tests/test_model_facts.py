@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import VOCABULARY, build, dynamic_cache, tiny, token_ids, widened
+from support.families import VOCABULARY, build, dynamic_cache, tiny, token_ids, widened
 from test_windows import as_given, kept_after_each, policy_mask
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, cache_utils

@@ -9,8 +9,8 @@ from io import StringIO
 
 import pytest
 import torch
-from families import tiny, token_ids
 from rich.console import Console
+from support.families import tiny, token_ids
 from support.waiting import until
 from transformers import StoppingCriteriaList
 

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from families import logits, tiny, token_ids
 from hypothesis import given
 from hypothesis import strategies as st
+from support.families import logits, tiny, token_ids
 from support.searching import search
 from torch import Tensor
 

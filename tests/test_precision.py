@@ -5,9 +5,9 @@ import gc
 
 import pytest
 import torch
-from families import build, tiny, token_ids
 from hypothesis import given
 from hypothesis import strategies as st
+from support.families import build, tiny, token_ids
 from support.searching import search
 from torch import nn
 from transformers.pytorch_utils import Conv1D

@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import FAMILIES, ROPE_BY_LENGTH, SEQ2SEQ, build, cases, dynamic_cache, logits, tiny, token_ids
 from hypothesis import given
 from hypothesis import strategies as st
 from support.clocks import Clock
+from support.families import FAMILIES, ROPE_BY_LENGTH, SEQ2SEQ, build, cases, dynamic_cache, logits, tiny, token_ids
 from support.searching import search
 from test_laws import KINDS, Kind
 from torch import Tensor, nn

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import build
 from support.clocks import Ticking
+from support.families import build
 from torch import nn
 from torch.nn.modules import module as modules
 from torch.overrides import TorchFunctionMode

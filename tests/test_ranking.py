@@ -17,9 +17,9 @@ from typing import ClassVar
 
 import pytest
 import torch
-from families import FAMILIES, build, dynamic_cache, logits, tiny, token_ids
 from hypothesis import Phase, given
 from hypothesis import strategies as st
+from support.families import FAMILIES, build, dynamic_cache, logits, tiny, token_ids
 from support.searching import search
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import RELEASE, build, logits, tiny, token_ids
+from support.families import RELEASE, build, logits, tiny, token_ids
 from transformers import AutoModelForCausalLM, DeepseekV3Config, JambaConfig, LlamaForCausalLM
 
 import kvcache

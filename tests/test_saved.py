@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from families import build, tiny, token_ids
+from support.families import build, tiny, token_ids
 
 from kvcache import (
     TOVA,

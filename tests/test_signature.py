@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import build
+from support.families import build
 from test_model_changes import CHANGES, GREEDY, PREFIX, REST, WHOLE, hooked, in_place, llama, said
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook

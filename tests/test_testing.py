@@ -9,7 +9,7 @@ from itertools import count
 
 import pytest
 import torch
-from families import build, tiny, token_ids
+from support.families import build, tiny, token_ids
 from support.searching import examples
 
 from kvcache import (

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from families import VOCABULARY, build
 from hypothesis import given
 from hypothesis import strategies as st
+from support.families import VOCABULARY, build
 from support.searching import search
 
 from kvcache import (

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import (
+from support.families import (
     EVICTING,
     FAMILIES,
     OWN_WINDOW,
