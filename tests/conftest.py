@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -50,3 +51,12 @@ def pytest_sessionfinish() -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     torch.manual_seed(0)
     random.seed(0)
+
+
+@pytest.fixture(scope="module")
+def all_threads() -> Iterator[None]:
+    """For models of full size: this process's share of the cores. Two that take all of them take ten times as long."""
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+    yield
+    torch.set_num_threads(1)

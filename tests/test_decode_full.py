@@ -17,13 +17,13 @@ CHATTERBOX = "chatterbox" in sys.modules or importlib.util.find_spec("chatterbox
 TOKENS = 500
 
 
+@pytest.mark.usefixtures("all_threads")
 @pytest.mark.parametrize("variant", ["english", "nano"])
 def test_chatterbox(variant):
     if not CHATTERBOX:
         pytest.skip("chatterbox-tts is not installed")
     from kvcache_chatterbox import ChatterboxEngine, byte_tokens, load_t3, random_conditionals
 
-    torch.set_num_threads(2)
     t3 = load_t3(variant, seed=0)
     with torch.no_grad():  # it would end at once, or never: let it speak
         t3.speech_head.weight[t3.hp.stop_speech_token].zero_()

