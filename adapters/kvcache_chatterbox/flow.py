@@ -138,7 +138,9 @@ class Flow:
         rows = x.shape[0]
         guided = self.guidance > 0
         if guided:  # the second half is told nothing
-            mu, speakers, conditions = (torch.cat([part, torch.zeros_like(part)]) for part in (mu, speakers, conditions))
+            mu, speakers, conditions = (
+                torch.cat([part, torch.zeros_like(part)]) for part in (mu, speakers, conditions)
+            )
             mask = None if mask is None else mask.repeat(2, 1)
         for now, then in zip(times[:-1], times[1:], strict=True):
             slope = self._estimate(
