@@ -20,7 +20,8 @@ from kvcache.hf import PositionMode
 from kvcache.precision import Precision
 from kvcache.streaming import as_async, in_thread
 from kvcache.tuning_profile import TuningProfile
-from kvcache_chatterbox.audio import SegmentedAudio, Speaker, heard
+from kvcache_chatterbox.audio import SegmentedAudio
+from kvcache_chatterbox.chunking import Chunks, chunking_of
 from kvcache_chatterbox.defaults import generate_defaults, most_tokens
 from kvcache_chatterbox.long_text import Carry, LongText, Watch, check_carry, seeds, unwatched
 from kvcache_chatterbox.plan import LongTextPlan, check_plan, make_plan
@@ -35,8 +36,10 @@ from kvcache_chatterbox.requests import (
 from kvcache_chatterbox.reuse import Reuse
 from kvcache_chatterbox.sampling import OPTIONS, SamplingOptions, sampling_of
 from kvcache_chatterbox.segments import split
+from kvcache_chatterbox.speaker import Speaker, heard
 from kvcache_chatterbox.utterance import rows_alone
 from kvcache_chatterbox.utterances import UtteranceDecoder
+from kvcache_chatterbox.vocoder import VocoderOptions
 from kvcache_chatterbox.voices import Voice, Voices, check_name, read_conds
 
 log = logging.getLogger("kvcache_chatterbox")
@@ -66,6 +69,7 @@ class ChatterboxEngine(UtteranceDecoder):
             model's.
         tf32: let a GPU round the inputs of fp32 products to TF32 while decoding.
         bucket: slots that a captured graph reads, or a multiple of so many, see `kvcache.decoding.Decoding`.
+        vocoder: how the vocoder runs; by default as upstream's does.
 
     Attributes:
         speakers: where what is known of voices lives.
@@ -91,6 +95,7 @@ class ChatterboxEngine(UtteranceDecoder):
         kv_dtype: torch.dtype | None = None,
         tf32: bool = False,
         bucket: int = BUCKET,
+        vocoder: VocoderOptions | None = None,
     ) -> None:
         t3 = getattr(model, "t3", model)
         if not hasattr(t3, "tfmr") or not hasattr(t3, "speech_head"):
@@ -113,7 +118,11 @@ class ChatterboxEngine(UtteranceDecoder):
             bucket=bucket,
         )
         self.voices = Voices(self.t3, self._reuse)
-        self._speaker = Speaker(model) if hasattr(model, "s3gen") else None
+        if vocoder is not None and not hasattr(model, "s3gen"):
+            raise InputError(
+                f"vocoder={vocoder}: a bare T3 has no vocoder; give the whole ChatterboxTTS, or leave it out"
+            )
+        self._speaker = Speaker(model, vocoder) if hasattr(model, "s3gen") else None
         self._defaults = {} if self._speaker is None else generate_defaults(model)
 
     @classmethod
@@ -353,7 +362,9 @@ class ChatterboxEngine(UtteranceDecoder):
         exaggeration: float | None = None,
         language_id: str | None = None,
         max_new_tokens: int | None = None,
-        chunk_size: int = 25,
+        chunking: Chunks = "auto",
+        first_chunk: int | None = None,
+        max_chunk: int | None = None,
         seed: int | None = None,
         watermark: bool = True,
         max_rows: int = 8,
@@ -378,8 +389,11 @@ class ChatterboxEngine(UtteranceDecoder):
             language_id: such as ``"fr"``: what the multilingual model speaks, and by whose rules sentences are told.
             max_new_tokens: speech tokens of a segment at most. By default 1000, as upstream, for a text of one segment;
                 of several, three times as many as it will probably take (see `plan`).
-            chunk_size, **sampling: see `inference_stream`.
-            seed: of the first segment's draws; each further segment has the next number.
+            chunking, first_chunk, max_chunk: how much audio comes at once, see `kvcache_chatterbox.chunking.chunking_of`: by
+                default a small chunk first, and each next one as large as what there is to play allows.
+            **sampling: see `inference_stream`.
+            seed: of the first segment's draws, the vocoder's too; each further segment has the next number. Where chunks have
+                given sizes, it always gives the same samples.
             watermark: mark the audio with the model's watermarker, if it has one: one continuous mark, which makes each chunk
                 0.18 s later.
             max_rows: segments that decode together at most; with guidance each takes two rows of the cache.
@@ -397,7 +411,7 @@ class ChatterboxEngine(UtteranceDecoder):
             CapacityError: if a segment does not fit the cache, or no segment the budget.
         """
         pause = check_pause(pause)
-        check_count("chunk_size", chunk_size)
+        rule = chunking_of(chunking, first_chunk, max_chunk)
         who = self.voice_of(voice, audio_prompt_path)
         long = self.long_text(
             text,
@@ -412,8 +426,8 @@ class ChatterboxEngine(UtteranceDecoder):
             carry=carry,
             **sampling,
         )
-        audio = self.audio(who, watermark, pause=pause, joined=carry is not None)
-        pieces = self._in_order(long.utterances, long.plan.rows, chunk_size, carry, long.plan.slots, watch)
+        audio = self.audio(who, watermark, long, chunking=rule, pause=pause)
+        pieces = self._in_order(long.utterances, long.plan.rows, rule.step, carry, long.plan.slots, watch)
         if overlap or (overlap is None and self.t3.device.type != "cpu"):
             pieces = in_thread(pieces)
         return heard(audio, pieces)
@@ -453,8 +467,11 @@ class ChatterboxEngine(UtteranceDecoder):
             carry=carry,
             **sampling,
         )
+        speaker = self._with_vocoder()
+        speaker.checked(who)
         pieces = self._in_order(long.utterances, long.plan.rows, 1, carry, long.plan.slots)  # the others wait for one
-        return self._with_vocoder().say(pieces, who, watermark, pause=pause, joined=carry is not None)
+        noise = speaker.noise_of(long, whole=True)
+        return speaker.say(pieces, who, watermark, noise, pause=pause, joined=carry is not None)
 
     def long_text(
         self,
@@ -534,16 +551,32 @@ class ChatterboxEngine(UtteranceDecoder):
         return cast(SamplingOptions, given)
 
     def audio(
-        self, voice: str | Voice | None, watermark: bool = True, *, pause: float = 0.2, joined: bool = False
+        self,
+        voice: str | Voice | None,
+        watermark: bool = True,
+        text: LongText | None = None,
+        *,
+        chunking: Chunks = "fixed",
+        pause: float = 0.2,
     ) -> SegmentedAudio:
         """What turns the speech tokens of segments into a voice's audio as they are pushed; one request's own.
 
         Args:
             voice: who speaks.
-            watermark, pause, joined: see `SegmentedAudio`.
+            text: that is spoken, whose seeds are the vocoder's, too.
+            chunking: see `generate_stream`.
+            watermark, pause: see `SegmentedAudio`.
         """
         pause = check_pause(pause)
-        return self._with_vocoder().segmented(self.voice_of(voice), watermark, pause=pause, joined=joined)
+        speaker = self._with_vocoder()
+        return speaker.segmented(
+            self.voice_of(voice),
+            watermark,
+            None if text is None else speaker.noise_of(text),
+            chunking=chunking_of(chunking),
+            pause=pause,
+            joined=text is not None and text.carry is not None,
+        )
 
     def voice_of(self, voice: str | Voice | None, audio_prompt_path: str | os.PathLike[str] | None = None) -> Voice:
         """Who speaks: a voice by its name, of a clip, or the one that the model was loaded with.

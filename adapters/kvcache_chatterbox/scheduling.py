@@ -14,6 +14,7 @@ from kvcache.decoding import Job
 from kvcache.scheduler import Chunk, Scheduler, SchedulerMetrics, Stream, Work
 from kvcache.stores.aside import Aside
 from kvcache_chatterbox.audio import SegmentedAudio
+from kvcache_chatterbox.chunking import Chunks, chunking_of
 from kvcache_chatterbox.engine import ChatterboxEngine
 from kvcache_chatterbox.long_text import Carry, LongText
 from kvcache_chatterbox.requests import check_count
@@ -110,7 +111,9 @@ class SpeechScheduler:
         exaggeration: float | None = None,
         language_id: str | None = None,
         max_new_tokens: int | None = None,
-        chunk_size: int = 25,
+        chunking: Chunks = "auto",
+        first_chunk: int | None = None,
+        max_chunk: int | None = None,
         seed: int | None = None,
         pause: float = 0.2,
         carry: Carry | None = None,
@@ -126,7 +129,7 @@ class SpeechScheduler:
         stream, cancelling who waits for it, or forgetting it frees its rows.
 
         Raises:
-            InputError: if the text has more than `max_characters`, or `chunk_size` is no number.
+            InputError: if the text has more than `max_characters`, or the chunks cannot be.
             BusyError: if there is no room; its ``retry_after`` says in how many seconds there may be.
             ClosedError: outside ``async with``, in another event loop, or after an error that stayed (see `error`).
 
@@ -136,7 +139,7 @@ class SpeechScheduler:
             raise InputError(
                 f"the text has {len(text)} characters, max_characters is {self._max_characters}; send it in parts"
             )
-        check_count("chunk_size", chunk_size)
+        rule = chunking_of(chunking, first_chunk, max_chunk)
         seed = int(torch.randint(2**31, ())) if seed is None else seed
         chosen = self._chosen(voice, audio_prompt_path)
 
@@ -155,10 +158,10 @@ class SpeechScheduler:
                 slots=self._slots,
                 **sampling,
             )
-            audio = self._engine.audio(who, watermark, pause=pause, joined=carry is not None)
+            audio = self._engine.audio(who, watermark, long, chunking=rule, pause=pause)
             return self._work(long, audio)
 
-        return self._scheduler.submit_prepared(prepare, size=chunk_size)
+        return self._scheduler.submit_prepared(prepare, size=rule.step)
 
     def _chosen(self, voice: str | Voice | None, clip: str | os.PathLike[str] | None) -> Callable[[], Voice]:
         """Who speaks, as of now; that there is no such voice is said by the call, and so by the stream."""

@@ -16,11 +16,12 @@ from kvcache.footprint import Footprint
 from kvcache.modules import rebuilt
 from kvcache.precision import planned
 from kvcache.subjects import Prepared, Setting, Subject
-from kvcache_chatterbox.audio import SPEECH_TOKENS, Speaker
+from kvcache_chatterbox.audio import SPEECH_TOKENS
 from kvcache_chatterbox.engine import ChatterboxEngine
 from kvcache_chatterbox.footprint import check_together, speech_footprint, text_room
 from kvcache_chatterbox.loading import WEIGHTS, load_t3, random_conditionals
 from kvcache_chatterbox.requests import prefill
+from kvcache_chatterbox.speaker import Speaker, heard
 
 _BEGINS = "chatterbox-"
 _VOICE = "made up"
@@ -205,13 +206,13 @@ class _Speech:
             return False
         ids = torch.randint(0, SPEECH_TOKENS, (1, tokens), generator=torch.Generator().manual_seed(0))
         chunks = ((0, chunk) for chunk in torch.split(ids.to(self.engine.t3.device), _SECOND, 1))
-        for _ in self._speaker.speak(chunks, self._speaker.builtin(), False):
+        for _ in heard(self._speaker.segmented(self._speaker.builtin(), False), chunks):
             pass
         return True
 
     @property
     def vocoder(self) -> nn.Module | None:
-        found = None if self._speaker is None else self._speaker.vocoder
+        found = None if self._speaker is None else getattr(self._speaker.vocoder, "s3gen", None)
         return found if isinstance(found, nn.Module) else None
 
     @property

@@ -16,6 +16,7 @@ from kvcache.autocast import without_autocast
 
 HOPS = 100  # a second: a watermarker is given whole hops, as Perth drops what is behind the last whole one
 CONTEXT = 18  # hops around a sample that its mark depends on; with more Perth's comes no closer to that of the whole
+LATER = CONTEXT / HOPS  # seconds that a marked stream is behind
 _FADE = 200  # of a second: 5 ms
 
 

@@ -1,0 +1,216 @@
+"""When the speech tokens that are there become audio: early enough for the listener, and as many at once as that allows.
+
+A vocoder run costs much by itself and little by token, as each hears the voice's reference again. So the first chunk is small,
+and each further one as large as what the listener still has to hear pays for. Where that is too little for any, the least
+silence is one: that before the smallest chunk which lasts as long as one of its size takes to make. Where there is none, as
+speech takes longer to make than it lasts, a listener waits at each chunk and all silence is the time of all runs, so each chunk
+is `GROWTH` times the one before.
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from kvcache import InputError
+
+TOKENS_PER_SECOND = 25
+GROWTH = 4
+STEP = 10  # speech tokens at most between two looks at the clock
+SECOND = 25  # tokens of a fixed chunk, and of a first one at most where a smaller one would not last until the next
+_FIRST = 10
+_MOST = 250
+_REMEMBERED = 16  # runs of the vocoder that tell what the next will take
+_CAUTION = 1.2  # what a run is taken to take, of what it probably takes
+
+
+@dataclass(frozen=True)
+class Chunking:
+    """How speech tokens are cut into chunks of audio.
+
+    Attributes:
+        sizes: tokens of the chunks, the last one again and again; None as the listener's buffer allows, see the module.
+        first: then, tokens of the first chunk at least. Where that is known not to last until the next, up to 25.
+        most: then, tokens of a chunk at most.
+
+    Raises:
+        InputError: if a number is no whole one of at least 1, or they do not go together.
+    """
+
+    sizes: tuple[int, ...] | None = None
+    first: int = _FIRST
+    most: int = _MOST
+
+    def __post_init__(self) -> None:
+        given = {"first_chunk": self.first, "max_chunk": self.most}
+        given |= {f"chunking[{i}]": size for i, size in enumerate(self.sizes or ())}
+        for name, value in given.items():
+            if type(value) is not int or value < 1:
+                raise InputError(f"{name}={value!r} must be a whole number of speech tokens, at least 1")
+        if self.sizes == ():
+            raise InputError("chunking=() has no size; give some, or 'auto'")
+        if self.first > self.most:
+            raise InputError(f"first_chunk={self.first} is more than max_chunk={self.most}; give a smaller first chunk")
+
+    @property
+    def step(self) -> int:
+        """Tokens to decode between two looks at what is due."""
+        return math.gcd(*self.sizes) if self.sizes else min(self.first, STEP)
+
+
+FIXED = Chunking((SECOND,))
+Chunks = Chunking | Literal["auto", "fixed"] | Sequence[int]
+
+
+def chunking_of(chunking: Chunks = "auto", first_chunk: int | None = None, max_chunk: int | None = None) -> Chunking:
+    """The value that a request's arguments stand for.
+
+    Args:
+        chunking: ``"auto"``, as large as the listener's buffer allows; ``"fixed"``, all of `first_chunk` tokens, 25 by
+            default; or sizes, the last one again and again: with those, and with fixed ones, a seed always gives the same
+            samples.
+        first_chunk: tokens of the first chunk, 25 are a second; with ``"auto"`` 10 by default, and more where that would not
+            last until the next.
+        max_chunk: tokens of a chunk at most, with ``"auto"``; by default 250, or as many as the first has.
+
+    Raises:
+        InputError: if they cannot be.
+    """
+    if (isinstance(chunking, str) and chunking not in ("auto", "fixed")) or not isinstance(
+        chunking, Chunking | Sequence
+    ):
+        raise InputError(f"chunking={chunking!r:.80} must be 'auto', 'fixed' or a list of sizes such as [25, 50, 100]")
+    if chunking == "auto":
+        first = _FIRST if first_chunk is None else first_chunk
+        Chunking((first,))  # says what is wrong with it
+        return Chunking(None, first, max(first, _MOST) if max_chunk is None else max_chunk)
+    if chunking == "fixed" and max_chunk is None:
+        return Chunking((SECOND if first_chunk is None else first_chunk,))
+    if first_chunk is not None or max_chunk is not None:
+        raise InputError(
+            f"first_chunk={first_chunk!r} and max_chunk={max_chunk!r} with chunking={chunking!r:.80}: both go with 'auto', and "
+            "first_chunk with 'fixed', whose chunks all have so many tokens; leave them out"
+        )
+    return chunking if isinstance(chunking, Chunking) else Chunking(tuple(cast(Sequence[int], chunking)))
+
+
+class Cost:
+    """What runs of a vocoder took, by the tokens that they went over."""
+
+    def __init__(self) -> None:
+        self._runs: deque[tuple[int, float]] = deque(maxlen=_REMEMBERED)
+
+    def took(self, tokens: int, seconds: float) -> None:
+        """A run over so many tokens, the reference among them, has taken so long."""
+        self._runs.append((tokens, seconds))
+
+    def of(self, tokens: int) -> float:
+        """Seconds that a run over so many tokens probably takes, on the straight line through those that were; 0 if there
+        were none."""
+        runs = list(self._runs)
+        if not runs:
+            return 0.0
+        mean = sum(n for n, _ in runs) / len(runs)
+        level = sum(took for _, took in runs) / len(runs)
+        spread = sum((n - mean) ** 2 for n, _ in runs)
+        if spread == 0:  # all of one size: others in proportion
+            return level * tokens / mean
+        slope = max(0.0, sum((n - mean) * (took - level) for n, took in runs) / spread)
+        return max(0.0, level + slope * (tokens - mean))
+
+
+class Listener:
+    """Somebody who plays audio as it comes, from the first chunk on.
+
+    Args:
+        clock: seconds.
+
+    Attributes:
+        silence: seconds without audio, behind the first chunk.
+        underruns: how often that began.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
+        self._ends: float | None = None  # when what was sent has been played
+        self.silence, self.underruns = 0.0, 0
+
+    def heard(self, seconds: float) -> None:
+        """So much audio has come."""
+        now = self.clock()
+        if self._ends is not None and now > self._ends:
+            self.silence += now - self._ends
+            self.underruns += 1
+        self._ends = max(now, self._ends if self._ends is not None else now) + seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds until there is nothing to play; negative in a silence, and infinite before the first chunk."""
+        return math.inf if self._ends is None else self._ends - self.clock()
+
+
+class Pace:
+    """Decides, for one stream, whether the tokens that wait are to be made into audio now.
+
+    Args:
+        chunking: the rule.
+        cost: of the vocoder's runs, which streams share.
+        before: tokens that each run goes over besides its chunk's: the voice's reference, and what comes before the chunk.
+        held: seconds of audio that are there and wait for what comes next.
+    """
+
+    def __init__(self, chunking: Chunking, cost: Cost, before: int, held: float = 0.0) -> None:
+        self._rule, self._cost, self._before, self._held = chunking, cost, before, held
+        self._last = 0
+        self._ran = 0
+        self._step_seconds = 0.0
+
+    def came(self, tokens: int, seconds: float) -> None:
+        """So many tokens have come, which took so long to decode."""
+        took = seconds * self._rule.step / tokens
+        self._step_seconds = took if self._step_seconds == 0 else 0.5 * (self._step_seconds + took)
+
+    def due(self, waiting: int, left: float) -> int:
+        """How many of the tokens that wait are to be made into audio now; 0: none yet.
+
+        Args:
+            waiting: speech tokens that are there and no audio yet.
+            left: seconds that the listener still has to hear.
+        """
+        sizes = self._rule.sizes
+        if sizes is not None:
+            size = sizes[min(self._ran, len(sizes) - 1)]
+            return size if waiting >= size else 0
+        return min(waiting, self._rule.most) if self._now(waiting, left) else 0
+
+    def _now(self, waiting: int, left: float) -> bool:
+        rule = self._rule
+        if self._last == 0:
+            return waiting >= rule.first and (waiting >= SECOND or self._lasts(waiting))
+        if waiting + rule.step > rule.most:
+            return True
+        if left < self._run(waiting):  # too late whatever is done now
+            return waiting >= (self._lasting() or min(GROWTH * self._last, rule.most))
+        return left < self._run(waiting + rule.step) + self._step_seconds
+
+    def ran(self, tokens: int, seconds: float) -> None:
+        """A run over so many new tokens has taken so long."""
+        self._last = tokens
+        self._ran += 1
+        self._cost.took(self._before + tokens, seconds)
+
+    def _lasts(self, tokens: int) -> bool:
+        """Whether a first chunk lasts until another of one step could be there."""
+        return tokens / TOKENS_PER_SECOND - self._held >= self._run(self._rule.step) + self._step_seconds
+
+    def _lasting(self) -> int | None:
+        """The least tokens that last as long as it takes to make so many; None if there are none."""
+        step = self._rule.step
+        each = self._step_seconds / step
+        sizes = range(step, self._rule.most + 1, step)
+        return next((n for n in sizes if n / TOKENS_PER_SECOND >= n * each + self._run(n)), None)
+
+    def _run(self, tokens: int) -> float:
+        return _CAUTION * self._cost.of(self._before + tokens)

@@ -1,0 +1,53 @@
+"""The vocoder: speech tokens to a waveform, 78 to 97 % of what a listener waits for where nothing is done about it."""
+
+from typing import Any
+
+import torch
+
+from kvcache import InputError
+from kvcache.events import Event, emit
+from kvcache_chatterbox.vocoder.flow import FRAMES_PER_TOKEN
+from kvcache_chatterbox.vocoder.noise import Noise, SeededNoise, UpstreamNoise
+from kvcache_chatterbox.vocoder.options import VocoderOptions
+from kvcache_chatterbox.vocoder.plain import PlainVocoder
+from kvcache_chatterbox.vocoder.run import LEAD, SAMPLES_PER_TOKEN, Made, Run, Vocoder
+from kvcache_chatterbox.vocoder.s3gen import S3GenVocoder, why_plain
+
+__all__ = [
+    "FRAMES_PER_TOKEN",
+    "LEAD",
+    "SAMPLES_PER_TOKEN",
+    "Made",
+    "Noise",
+    "PlainVocoder",
+    "Run",
+    "S3GenVocoder",
+    "SeededNoise",
+    "UpstreamNoise",
+    "Vocoder",
+    "VocoderOptions",
+    "vocoder_of",
+    "why_plain",
+]
+
+
+def vocoder_of(s3gen: Any, options: VocoderOptions | None, device: torch.device) -> Vocoder:
+    """What runs a model's vocoder: its parts, where it is upstream's S3Gen as it came; else its own `inference`.
+
+    Args:
+        s3gen: upstream's, or what stands in for it.
+        options: how it runs; None is as upstream does.
+        device: of speech tokens.
+
+    Raises:
+        InputError: if options are given that this vocoder does not have, or that cannot be.
+    """
+    options = options or VocoderOptions()
+    reason = why_plain(s3gen)
+    if reason is None:
+        return S3GenVocoder(s3gen, options)
+    if options != VocoderOptions():
+        raise InputError(f"{options}: {reason}, which has no such settings; leave them out, or give upstream's S3Gen")
+    if hasattr(s3gen, "flow"):  # else nothing was to be expected
+        emit(Event("fell_back", "S3Gen's parts to its inference", reason=reason))
+    return PlainVocoder(s3gen, device)

@@ -1,0 +1,102 @@
+"""HiFT of S3Gen: mel to waveform, by upstream's own modules, with noise that is given and weights that are ready."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from kvcache.precision import Precision
+from kvcache_chatterbox.vocoder.noise import HARMONICS, SAMPLES_PER_FRAME, Noise
+
+CONTEXT = 20  # frames to either side of a frame that its samples depend on
+
+
+class Hift:
+    """Upstream's `HiFTGenerator` (HiFTNet, arXiv:2309.09493), driven from outside.
+
+    Args:
+        hift: S3Gen's ``mel2wav``. It stays as it is: the weights are held ready in a copy, where upstream computes each from
+            its norm and direction at every call.
+        precision: of its convolutions, ``"bf16"`` or ``"fp16"``; others leave them as they are.
+        compiled: let torch's compiler fuse what lies between them.
+    """
+
+    def __init__(self, hift: Any, precision: Precision | None = None, compiled: bool = False) -> None:
+        self._hift = ready(hift)
+        if precision in ("bf16", "fp16"):
+            _narrow(self._hift, torch.bfloat16 if precision == "bf16" else torch.float16)
+        self._decode = torch.compile(self._hift.decode, dynamic=True) if compiled else self._hift.decode
+
+    @torch.inference_mode()
+    def wave(
+        self, mel: Tensor, noise: Noise, start: int = 0, turned: Tensor | None = None, skip: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """The waveform ``[480 (n - skip)]`` of a mel ``[80, n]``, and how far its fundamental has turned by each frame's end.
+
+        Args:
+            mel: of consecutive frames.
+            noise: of the text.
+            start: the first frame's place in the text.
+            turned: how far the fundamental had turned by then, in periods; none by default.
+            skip: frames of which no waveform is made. Their pitch is followed all the same.
+        """
+        pitch = self._hift.f0_predictor(mel[None])
+        source, turns = self._source(pitch[0], noise, start, turned)
+        return self._decode(x=mel[None, :, skip:], s=source[..., SAMPLES_PER_FRAME * skip :])[0], turns
+
+    def _source(self, pitch: Tensor, noise: Noise, start: int, turned: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Upstream's `SineGen` and `SourceModuleHnNSF`: sines where there is a pitch, noise elsewhere ``[1, 1, samples]``."""
+        module = self._hift.m_source
+        sines = module.l_sin_gen
+        sampled = pitch.repeat_interleave(SAMPLES_PER_FRAME)
+        order = torch.arange(1, HARMONICS + 1, device=pitch.device, dtype=pitch.dtype)[:, None]
+        periods = torch.cumsum(sampled * order / sines.sampling_rate, -1)
+        if turned is not None:
+            periods = periods + turned.to(periods) * order
+        wave = sines.sine_amp * torch.sin(2 * torch.pi * (periods % 1) + noise.phases().to(pitch)[:, None])
+        voiced = (sampled > sines.voiced_threshold).to(pitch.dtype)
+        loud = voiced * sines.noise_std + (1 - voiced) * sines.sine_amp / 3
+        wave = wave * voiced + loud * noise.source(start, pitch.numel()).to(pitch)
+        merged = module.l_tanh(module.l_linear(wave.T))
+        return merged.T[None], periods[0, SAMPLES_PER_FRAME - 1 :: SAMPLES_PER_FRAME] % 1
+
+
+class _Narrow(nn.Module):
+    """A convolution that computes in 16 bits, fp32 in and out."""
+
+    def __init__(self, convolution: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+        self.convolution = convolution.to(dtype)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return torch.as_tensor(self.convolution(states.to(self._dtype))).to(states.dtype)
+
+
+def _narrow(hift: nn.Module, dtype: torch.dtype) -> None:
+    """All convolutions in place, but for those of the pitch, which would be heard as another melody."""
+    for name, module in list(hift.named_modules()):
+        if type(module) in (nn.Conv1d, nn.ConvTranspose1d) and not name.startswith("f0_predictor"):
+            parent, _, own = name.rpartition(".")
+            hift.get_submodule(parent).add_module(own, _Narrow(module, dtype))
+
+
+def ready(module: nn.Module) -> Any:
+    """A copy whose weights are what their parametrizations give, weight norm among them.
+
+    `remove_parametrizations` would change a class that the copy shares with its original.
+    """
+    module = copy.deepcopy(module)
+    for part in module.modules():
+        held = part._modules.get("parametrizations")
+        if held is None:
+            continue
+        weights = {name: getattr(part, name).detach() for name, _ in held.named_children()}
+        plain = parametrize.type_before_parametrizations(part)
+        del part._modules["parametrizations"]
+        part.__class__ = plain
+        for name, weight in weights.items():
+            part.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+    return module.requires_grad_(False)

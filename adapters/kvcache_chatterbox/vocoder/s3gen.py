@@ -1,0 +1,147 @@
+"""S3Gen behind one call: speech tokens and voices to waveforms, several in one run, with settings and noise that are given."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from kvcache import InputError
+from kvcache.models import Following, signature_of
+from kvcache.precision import check_precision
+from kvcache_chatterbox.requests import without_autocast
+from kvcache_chatterbox.vocoder.flow import FRAMES_PER_TOKEN, Flow, Reference, check_reference
+from kvcache_chatterbox.vocoder.hift import CONTEXT, Hift
+from kvcache_chatterbox.vocoder.noise import SAMPLES_PER_FRAME
+from kvcache_chatterbox.vocoder.options import VocoderOptions
+from kvcache_chatterbox.vocoder.run import SAMPLES_PER_TOKEN, Made, Run
+from kvcache_chatterbox.vocoder.weights import distilled
+from kvcache_chatterbox.voices import Voice
+
+_UPSTREAM = "chatterbox.models.s3gen."
+
+
+def why_plain(s3gen: Any) -> str | None:
+    """Why this is to be run by its own `inference`, as nothing else says what it computes; None for upstream's S3Gen as it is."""
+    if not all(hasattr(s3gen, part) for part in ("flow", "mel2wav", "trim_fade", "meanflow")):
+        return f"{type(s3gen).__name__} is not upstream's S3Gen"
+    for part in (
+        s3gen,
+        s3gen.flow,
+        s3gen.flow.encoder,
+        s3gen.flow.decoder,
+        s3gen.flow.decoder.estimator,
+        s3gen.mel2wav,
+    ):
+        for name in ("inference", "forward", "__call__"):
+            where = getattr(getattr(type(part), name, None), "__module__", _UPSTREAM)
+            if not where.startswith((_UPSTREAM, "torch.")):
+                return f"{type(part).__name__} has a {name} of its own"
+        for name in ("inference", "hift_inference", "flow_inference", "forward"):
+            if name in vars(part):
+                return f"{name} of its {type(part).__name__} was replaced"
+    signature = signature_of(s3gen)
+    changed = [*signature.hooked, *signature.bound]
+    return f"{changed[0] or 'it'} has a hook or a forward of its own" if changed else None
+
+
+@dataclass(frozen=True)
+class _Parts:
+    flow: Flow
+    hift: Hift
+
+
+class S3GenVocoder:
+    """An S3Gen and the settings that it runs with.
+
+    Args:
+        s3gen: upstream's `S3Gen`, whose weights may give way to others: see `VocoderOptions.weights`.
+        options: how it runs.
+
+    Raises:
+        InputError: if this device cannot compute in `options.precision`, or the weights are not to be had.
+    """
+
+    def __init__(self, s3gen: Any, options: VocoderOptions) -> None:
+        self.options = options
+        self.s3gen = s3gen if options.own else distilled(options.weights, s3gen)
+        if options.precision is not None:
+            check_precision(options.precision, self.device)
+        if self.meanflow and options.guidance:
+            raise InputError(
+                f"guidance={options.guidance:g}: this model's weights have it in them already; leave it out"
+            )
+        self._references: WeakKeyDictionary[Voice, Reference] = WeakKeyDictionary()
+        self._made = Following(self.s3gen, self._make)
+
+    def _make(self) -> _Parts:
+        options = self.options
+        self._references = WeakKeyDictionary()
+        flow = Flow(
+            self.s3gen.flow,
+            meanflow=self.meanflow,
+            steps=options.steps,
+            guidance=options.guidance,
+            precision=options.precision,
+            compiled=options.compiled,
+        )
+        return _Parts(flow, Hift(self.s3gen.mel2wav, options.precision, options.compiled))
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return torch.device(self.s3gen.flow.input_embedding.weight.device)
+
+    @property
+    def meanflow(self) -> bool:
+        """Whether its weights are distilled."""
+        return bool(self.s3gen.meanflow)
+
+    @property
+    def lookahead(self) -> int:
+        return int(self.s3gen.flow.pre_lookahead_len) if self.options.lookahead else 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(reference.nbytes for reference in list(self._references.values()))
+
+    def check(self, voice: Voice) -> None:
+        check_reference(voice.gen, self.options.reference_seconds)
+
+    def before(self, voice: Voice) -> int:
+        return int(self._reference(self._made.now().flow, voice).tokens.numel())
+
+    def _reference(self, flow: Flow, voice: Voice) -> Reference:
+        references = self._references
+        found = references.get(voice)
+        if found is None:
+            self.check(voice)
+            found = references[voice] = flow.reference(voice.gen, self.options.reference_seconds)
+        return found
+
+    @torch.inference_mode()
+    def waves(self, runs: Sequence[Run]) -> list[Made]:
+        with without_autocast(self):
+            parts = self._made.now()
+            references = [self._reference(parts.flow, run.voice) for run in runs]
+            noises = [
+                run.noise.start(
+                    reference.mel.shape[0], FRAMES_PER_TOKEN * run.place, FRAMES_PER_TOKEN * run.tokens.numel()
+                ).to(reference.mel)
+                for run, reference in zip(runs, references, strict=True)
+            ]
+            ended = [run.ended or self.lookahead == 0 for run in runs]
+            mels = parts.flow.mels([run.tokens for run in runs], references, noises, ended)
+            return [self._wave(parts.hift, run, mel) for run, mel in zip(runs, mels, strict=True)]
+
+    def _wave(self, hift: Hift, run: Run, mel: Tensor) -> Made:
+        # What comes before a frame's context is heard by the flow alone.
+        skip = max(0, FRAMES_PER_TOKEN * run.known - -(-run.lead // SAMPLES_PER_FRAME) - CONTEXT)
+        wave, turned = hift.wave(mel, run.noise, FRAMES_PER_TOKEN * run.place, run.turned, skip)
+        if skip == 0:  # upstream fades each run in, so that nothing of the reference is heard
+            fade = self.s3gen.trim_fade[: wave.numel()].to(wave)
+            wave = torch.cat([wave[: fade.numel()] * fade, wave[fade.numel() :]])
+        begin = SAMPLES_PER_TOKEN * run.known - SAMPLES_PER_FRAME * skip - run.lead
+        return Made(wave[begin:].float().cpu(), turned)
