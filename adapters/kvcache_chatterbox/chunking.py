@@ -150,6 +150,11 @@ class Listener:
         """Seconds until there is nothing to play; negative in a silence, and infinite before the first chunk."""
         return math.inf if self._ends is None else self._ends - self.clock()
 
+    @property
+    def due(self) -> float:
+        """When there is nothing to play, by the clock; now, where nothing has come yet."""
+        return self.clock() if self._ends is None else self._ends
+
 
 class Pace:
     """Decides, for one stream, whether the tokens that wait are to be made into audio now.
