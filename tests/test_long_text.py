@@ -71,7 +71,10 @@ def test_the_first_chunk_waits_for_no_other_segment(monkeypatch):
     make = ours.job
     monkeypatch.setattr(ours, "job", lambda utterance: jobs.append(make(utterance)) or jobs[-1])
     seen = []
-    stream = ours.generate_stream(TEXT, chunking=[10], watch=lambda *said: seen.append(said), **SHORT)
+    with torch.no_grad():
+        ours.t3.speech_head.bias = torch.nn.Parameter(torch.zeros(ours.t3.speech_head.out_features))
+        ours.t3.speech_head.bias[6561:] = -30.0  # all is speech: ten tokens are a chunk of ten
+    stream = ours.generate_stream(TEXT, chunking=[10, 5], watch=lambda *said: seen.append(said), **SHORT)
     for job in jobs:
         monkeypatch.setattr(job, "prefill", lambda run=job.prefill: entered.append(1) or run())
     next(stream)

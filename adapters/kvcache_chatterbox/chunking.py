@@ -63,6 +63,11 @@ class Chunking:
         """Tokens to decode between two looks at what is due."""
         return math.gcd(*self.sizes) if self.sizes else min(self.first, STEP)
 
+    @property
+    def opening(self) -> int:
+        """Tokens of the first chunk at most."""
+        return self.sizes[0] if self.sizes else min(max(self.first, SECOND), self.most)
+
 
 FIXED = Chunking((SECOND,))
 Chunks = Chunking | Literal["auto", "fixed"] | Sequence[int]
