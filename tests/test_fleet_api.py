@@ -74,6 +74,8 @@ NUMBERS = (
     "seed",
     "max_new_tokens",
     "top_k",
+    "first_chunk",
+    "max_chunk",
 )
 
 

@@ -83,6 +83,7 @@ def test_one_chunk_is_the_whole(watched):
     stream, tokens = AudioStream(vocoder, voice, NOISE), tokens_of(20)[0]
     streamed = torch.cat([stream.push(tokens, ended=True), stream.flush()])
     assert torch.equal(streamed, vocoder.waves([Run(tokens, voice, NOISE)])[0].audio)
+    streamed *= 0.5  # nothing that only inference may change
     assert len(vocoder.runs) == 2
 
 
