@@ -82,12 +82,12 @@ def chunking_of(chunking: Chunks = "auto", first_chunk: int | None = None, max_c
         chunking, Chunking | Sequence
     ):
         raise InputError(f"chunking={chunking!r:.80} must be 'auto', 'fixed' or a list of sizes such as [25, 50, 100]")
-    if chunking == "auto":
-        first = _FIRST if first_chunk is None else first_chunk
-        Chunking((first,))  # says what is wrong with it
+    if chunking == "auto" or (chunking == "fixed" and max_chunk is None):
+        first = (_FIRST if chunking == "auto" else SECOND) if first_chunk is None else first_chunk
+        Chunking(first=first, most=first)  # says what is wrong with it
+        if chunking == "fixed":
+            return Chunking((first,))
         return Chunking(None, first, max(first, _MOST) if max_chunk is None else max_chunk)
-    if chunking == "fixed" and max_chunk is None:
-        return Chunking((SECOND if first_chunk is None else first_chunk,))
     if first_chunk is not None or max_chunk is not None:
         raise InputError(
             f"first_chunk={first_chunk!r} and max_chunk={max_chunk!r} with chunking={chunking!r:.80}: both go with 'auto', and "
@@ -149,6 +149,11 @@ class Listener:
     def left(self) -> float:
         """Seconds until there is nothing to play; negative in a silence, and infinite before the first chunk."""
         return math.inf if self._ends is None else self._ends - self.clock()
+
+    @property
+    def due(self) -> float:
+        """When there is nothing to play, by the clock; now, where nothing has come yet."""
+        return self.clock() if self._ends is None else self._ends
 
 
 class Pace:

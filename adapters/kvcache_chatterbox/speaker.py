@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from kvcache import InputError
+from kvcache.errors import said
 from kvcache_chatterbox.audio import SegmentedAudio
 from kvcache_chatterbox.chunking import FIXED, Chunking, Cost
 from kvcache_chatterbox.long_text import LongText
 from kvcache_chatterbox.requests import check_language, check_path, without_autocast
 from kvcache_chatterbox.upstream import beside, needed_beside
 from kvcache_chatterbox.vocoder import Noise, SeededNoise, UpstreamNoise, Vocoder, VocoderOptions, vocoder_of, why_plain
+from kvcache_chatterbox.vocoder.flow import LEAST_REFERENCE
 from kvcache_chatterbox.voices import Voice
 from kvcache_chatterbox.watermark import StreamMarker, Watermarker, check_watermarker, marked
 
@@ -98,7 +100,11 @@ class Speaker:
         return Voice.of(self._tts.t3, self.conds)
 
     def encode(self, audio_prompt_path: str | os.PathLike[str]) -> Voice:
-        """The voice of a clip. It takes seconds, so each clip is encoded once; the last few are remembered by content."""
+        """The voice of a clip. It takes seconds, so each clip is encoded once; the last few are remembered by content.
+
+        Raises:
+            InputError: if the vocoder, or upstream, has no use for such a clip.
+        """
         check_path("audio_prompt_path", audio_prompt_path)
         try:
             clip = hashlib.sha256(Path(audio_prompt_path).read_bytes()).digest()
@@ -116,6 +122,7 @@ class Speaker:
 
     def _encode(self, audio_prompt_path: str | os.PathLike[str]) -> Voice:
         """Upstream writes the voice into the model: here into a copy, as others may be speaking with the model's own."""
+        self._check_clip(audio_prompt_path)
         tts = copy.copy(self._tts)
         tts.conds = None
         prepare = vars(tts).get("prepare_conditionals")
@@ -127,8 +134,30 @@ class Speaker:
                 )
             tts.prepare_conditionals = MethodType(prepare.__func__, tts)
         with without_autocast(tts.t3):
-            tts.prepare_conditionals(os.fspath(audio_prompt_path))
-        return replace(Voice.of(tts.t3, tts.conds), kept=False)
+            try:
+                tts.prepare_conditionals(os.fspath(audio_prompt_path))
+            except AssertionError as error:  # Turbo's own limit, in plain words
+                raise InputError(f"audio_prompt_path={os.fspath(audio_prompt_path)!r}: {said(error)}") from error
+        voice = replace(Voice.of(tts.t3, tts.conds), kept=False)
+        self.checked(voice)
+        return voice
+
+    def _check_clip(self, audio_prompt_path: str | os.PathLike[str]) -> None:
+        """Raise `InputError` for a clip too short for the vocoder, before upstream works on it for seconds."""
+        librosa = beside(self._tts, "librosa")
+        if librosa is None or why_plain(self._tts.s3gen) is not None:
+            return
+        try:
+            seconds = float(librosa.get_duration(path=os.fspath(audio_prompt_path)))
+        except (
+            Exception
+        ):  # of a format that only its header's reader does not know: upstream says what is wrong with it
+            return
+        if seconds < LEAST_REFERENCE:
+            raise InputError(
+                f"audio_prompt_path={os.fspath(audio_prompt_path)!r} is {seconds:.2f} s long, and a voice needs "
+                f"{LEAST_REFERENCE:g} s or more, of which the vocoder hears the first 10; give a longer clip"
+            )
 
     def tokenize(self, text: str, language_id: str | None) -> Tensor:
         """The text, its punctuation normalized as upstream does it, as T3's text tokens ``[1, n]``."""
@@ -170,7 +199,8 @@ class Speaker:
             InputError: if `pause` is negative or not finite, the vocoder cannot speak with the voice, or the model's watermarker
                 is none.
         """
-        vocoder = self.checked(voice) if vocoder is None else vocoder
+        own = self.checked(voice)
+        vocoder = own if vocoder is None else vocoder
         watermarker = self._watermarker(watermark)
         return SegmentedAudio(
             vocoder,

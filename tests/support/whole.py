@@ -1,0 +1,66 @@
+"""Whole Chatterbox models of upstream's own classes around a tiny T3, with random weights, where the audio stack is installed."""
+
+import importlib
+import warnings
+import wave
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from t3_models import tiny_t3
+
+from kvcache import MissingDependencyError
+from kvcache_chatterbox.standin import stand_in
+from kvcache_chatterbox.vocoder.weights import random_s3gen
+
+
+@cache
+def s3gen(meanflow: bool) -> Any:
+    """Upstream's S3Gen with random weights, made once; a test that asks for it is skipped where it does not load."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return random_s3gen(meanflow=meanflow).requires_grad_(False)
+    except MissingDependencyError as error:
+        pytest.skip(f"S3Gen's own imports are missing or do not load, see docs/chatterbox.md: {error}")
+
+
+def whole(kind: str) -> Any:
+    """A `ChatterboxTTS`, or of "gpt" a `ChatterboxTurboTTS`, of upstream's, but for its tokenizer, without a watermarker."""
+    vocoder = s3gen(kind == "gpt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        name = "chatterbox.tts_turbo" if kind == "gpt" else "chatterbox.tts"
+        module = importlib.import_module(name)
+        encoder = importlib.import_module("chatterbox.models.voice_encoder")
+    tts = object.__new__(module.ChatterboxTurboTTS if kind == "gpt" else module.ChatterboxTTS)
+    tts.t3, tts.s3gen, tts.sr, tts.device = tiny_t3(kind), vocoder, 24_000, "cpu"
+    tts.tokenizer, tts.conds, tts.watermarker = stand_in(tts.t3).tokenizer, None, None
+    torch.manual_seed(0)
+    tts.ve = encoder.VoiceEncoder().eval().requires_grad_(False)
+    return tts
+
+
+def clip(path: Path, seconds: float, seed: int = 0) -> Path:
+    """A file of noise, 16 bit at 24 kHz."""
+    samples = 2000 * torch.randn(round(seconds * 24_000), generator=torch.Generator().manual_seed(seed))
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(24_000)
+        file.writeframes(samples.to(torch.int16).numpy().tobytes())
+    return path
+
+
+def reference(seconds: float, seed: int = 0) -> dict[str, Any]:
+    """A made-up reference of a voice, as S3Gen's `embed_ref` makes it."""
+    tokens, generator = round(25 * seconds), torch.Generator().manual_seed(seed)
+    return {
+        "prompt_token": torch.randint(0, 6561, (1, tokens), generator=generator),
+        "prompt_token_len": torch.tensor([tokens]),
+        "prompt_feat": torch.randn(1, 2 * tokens, 80, generator=generator),
+        "prompt_feat_len": None,
+        "embedding": torch.randn(1, 192, generator=generator),
+    }
