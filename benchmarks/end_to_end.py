@@ -53,7 +53,7 @@ NOT_JUDGED = "not judged by ear here"
 # The report's own texts are not at hand: these are as long as they are.
 TEXTS = (
     "Hello there",
-    "Rice is often served in round bowls, and sometimes on a leaf ...",
+    "Rice is often served in round bowls, and often on a green leaf.",
     "The birch canoe slid on the smooth planks. Glue the sheet to the dark blue background. It is easy to tell the depth of a "
     "well. These days a chicken leg is a rare dish. Rice is often served in round bowls. The juice of lemons makes fine punch. "
     "The box was thrown beside the parked truck. The hogs were fed chopped corn and garbage. Four hours of steady work faced us. "
@@ -66,7 +66,7 @@ TEXTS = (
 
 def sides_of(options: argparse.Namespace, variant: str) -> dict[str, Side]:
     """Those that the ratios are about."""
-    fast = {"weights": "meanflow", "reference_seconds": 3.0}
+    fast = short(variant)
     if options.fast_vocoder != "fp32":
         fast["precision"] = options.fast_vocoder
     if options.fast_compiled:
@@ -77,6 +77,11 @@ def sides_of(options: argparse.Namespace, variant: str) -> dict[str, Side]:
         EXACT: Side("ours, exact", vocoder={}),
         FAST: Side("ours, fast", vocoder=fast, precision=options.fast_precision, backend=options.fast_backend),
     }
+
+
+def short(variant: str) -> dict[str, Any]:
+    """Two steps and a reference of 3 s; Turbo and Nano have the weights for it themselves."""
+    return ({} if Case(variant).distilled else {"weights": "meanflow"}) | {"reference_seconds": 3.0}
 
 
 def levers_of(options: argparse.Namespace, variant: str) -> dict[str, Side]:
@@ -97,7 +102,7 @@ def levers_of(options: argparse.Namespace, variant: str) -> dict[str, Side]:
         "reference": replace(exact, label="reference of 3 s", vocoder={"reference_seconds": 3.0}, over=EXACT),
         "meanflow": replace(exact, label="meanflow", vocoder={"weights": "meanflow"}, over=EXACT),
     }
-    three = {"weights": "meanflow", "reference_seconds": 3.0}
+    three = short(variant)
     found |= {
         "three": replace(exact, label="meanflow, reference of 3 s", vocoder=three, over="meanflow"),
         "bf16": replace(exact, label="vocoder in bf16", vocoder=three | {"precision": "bf16"}, over="three"),
@@ -114,7 +119,7 @@ def levers_of(options: argparse.Namespace, variant: str) -> dict[str, Side]:
         FAST: replace(fast, label="fast, all that it has", over="three"),
         "overlap": replace(fast, label="fast, T3 and vocoder at once, a thread each", overlap=True, over=FAST),
     }
-    if variant in ("turbo", "nano"):  # its own weights are distilled: two steps without guidance
+    if Case(variant).distilled:  # its own weights are distilled: two steps without guidance
         for name in ("steps", "guidance", "meanflow"):
             del found[name]
         found["one-step"] = replace(exact, label="1 step", vocoder={"steps": 1}, over=EXACT)
