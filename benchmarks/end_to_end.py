@@ -386,7 +386,12 @@ def streams_of(case: Case, side: Side, options: argparse.Namespace) -> tuple[lis
 def options_of() -> argparse.Namespace:
     parser = arguments((__doc__ or "").splitlines()[0])
     parser.add_argument("--variants", nargs="+", choices=tuple(CLASSES), default=["english", "nano"])
-    parser.add_argument("--sides", nargs="+", choices=(UPSTREAM, FIXED, EXACT, FAST), help="default: all")
+    parser.add_argument(
+        "--sides",
+        nargs="+",
+        choices=(UPSTREAM, FIXED, EXACT, FAST),
+        help="default: all; with --levers or --streams none, unless they are named",
+    )
     parser.add_argument("--levers", nargs="*", metavar="NAME", help="levers, each apart; all without a name")
     parser.add_argument("--texts", action="store_true", help="three texts of the report's lengths, by --sides")
     parser.add_argument("--streams", type=int, nargs="*", metavar="N", help="so many at once (1 2 4 8), fast side")

@@ -428,8 +428,6 @@ def serve(gate: Gate, case: Case, side: Side, tokens: int, patience: float) -> N
     gate.notes |= {"cold": listen(cold.arrivals).first, "new voice": listen(warm.arrivals).first, "runs": {}}
     if side.upstream:
         gate.notes["new voice"] = None  # it keeps nothing of voices: each is new
-    else:
-        speaking.say(tokens, whole=False)  # the voice is known
     task: list[tuple[str, int, str | None]] = []
 
     def told(word: tuple[str, int, str | None]) -> None:

@@ -252,3 +252,17 @@ def test_a_small_run_measures_every_side(tmp_path):
     assert {row["side"] for row in found["levers"]} == {FIXED, "grow"} and found["streams"][0]["streams"] == 2
     assert {"nano_fast_over_fixed", "nano_realtime", "nano_first_audio", "nano_underruns"} <= set(found["ratios"])
     assert found["weights"] == "random" and found["quick"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of diffusers, librosa and torchaudio
+def test_the_server_under_load_speaks_through_the_real_vocoder():
+    for package in ("torchaudio", "httpx", "prometheus_client", "fastapi"):
+        pytest.importorskip(package)
+    import server_load
+
+    engine = server_load.engine_with_voices(server_load.tiny(), "fast")
+    vocoder = engine._speaker.vocoder
+    assert vocoder.meanflow and vocoder.options.reference_seconds == 3 and len(engine.voices) > 1
+    voice = engine.voice_of(next(iter(engine.voices)))
+    assert vocoder.before(voice) == 75  # tokens, of the 250 that its clip has
