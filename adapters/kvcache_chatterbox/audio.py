@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import torch
@@ -133,7 +134,7 @@ class SegmentedAudio:
         self._silence = torch.zeros(round(pause * SAMPLE_RATE))
         self._joined, self._marker, self._clock = joined, marker, clock
         self._index: int | None = None  # of the segment last heard
-        self._pushed = 0  # tokens of it, those that are no speech too
+        self._pushed: Counter[int] = Counter()  # tokens of each segment, those that are no speech too
         self._waiting = torch.zeros(0, dtype=torch.long)
         self._rises = False  # the next audio begins a segment behind another
         self.listener = Listener(clock)
@@ -154,13 +155,12 @@ class SegmentedAudio:
             InputError: if a later segment was heard already.
         """
         speech = speech_of(tokens)
+        self._pushed[index] += tokens.numel()
         if speech.numel() == 0:
-            self._pushed += tokens.numel() if index == self._index else 0
             return torch.zeros(1, 0)
         if self._index is not None and index < self._index:
             raise InputError(f"segment {index} comes after segment {self._index}: push segments in the text's order")
         parts = [] if self._index in (None, index) else self._between()
-        self._pushed = tokens.numel() + (self._pushed if self._index == index else 0)
         self._index = index
         self._pace.came(speech.numel(), seconds)
         self._waiting = torch.cat([self._waiting.to(speech.device), speech])
@@ -194,7 +194,7 @@ class SegmentedAudio:
 
     def _said(self, tokens: Tensor, ended: bool = False) -> Tensor:
         if self._stream is None:
-            self._stream = AudioStream(self._vocoder, self._voice, self._noise(self._index or 0, self._pushed))
+            self._stream = AudioStream(self._vocoder, self._voice, self._noise(self._index or 0, self._pushed[self._index or 0]))
         begin = self._clock()
         audio = self._stream.push(tokens, ended, self.listener.due)
         self._pace.ran(tokens.numel(), self._clock() - begin)
