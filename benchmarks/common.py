@@ -171,6 +171,11 @@ def command(argv: Sequence[str]) -> str:
     return shlex.join(words)
 
 
+def only(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows with these columns alone, as far as they have them."""
+    return [{column: row[column] for column in columns if column in row} for row in rows]
+
+
 def show(title: str, rows: Sequence[Mapping[str, Any]]) -> Console:
     """Print a table."""
     console = Console(width=None if sys.stdout.isatty() else 180)
@@ -190,14 +195,19 @@ def finish(
     ratios: Mapping[str, float],
     options: argparse.Namespace,
     failed: Mapping[str, Failure] | None = None,
+    columns: Sequence[str] | None = None,
     **more: Any,
 ) -> None:
     """Print the table and the ratios, and write the file, if asked to: see `keep`.
 
+    Args:
+        columns: that are printed; all by default.
+
     Raises:
         SystemExit: with code 1, when all is written, if sides have failed.
     """
-    console = show(f"{benchmark}, {machine()['cpu']}, {torch.get_num_threads()} threads", rows)
+    title = f"{benchmark}, {machine()['cpu']}, {torch.get_num_threads()} threads"
+    console = show(title, rows if columns is None else only(rows, columns))
     for name, ratio in ratios.items():
         console.print(f"{name}: {ratio:.4g}x")
     if options.quick:
