@@ -319,7 +319,7 @@ def test_each_segment_has_noise_of_its_own_and_joined_ones_that_of_the_first():
         assert [index for index, _ in asked] == ([0] if joined else [0, 2])
         assert len({id(run.noise) for run in vocoder.runs}) == len(asked)
         assert all(count == 7 for _, count in asked)  # those that are no speech were drawn, too
-        assert [run.place for run in vocoder.runs] == ([0, 0, 0, 0] if joined else [0, 0, 0, 0])
+        assert [run.known for run in vocoder.runs] == ([0, 4, 6, 10] if joined else [0, 4, 0, 4])
 
 
 def test_segments_without_speech_are_not_heard():
