@@ -135,6 +135,7 @@ class SegmentedAudio:
         self._joined, self._marker, self._clock = joined, marker, clock
         self._index: int | None = None  # of the segment last heard
         self._pushed = 0  # tokens of it, those that are no speech too
+        self._unheard: tuple[int | None, int] = None, 0  # a segment of which no speech has come, and tokens of it
         self._waiting = torch.zeros(0, dtype=torch.long)
         self._rises = False  # the next audio begins a segment behind another
         self.listener = Listener(clock)
@@ -156,12 +157,15 @@ class SegmentedAudio:
         """
         speech = speech_of(tokens)
         if speech.numel() == 0:
-            self._pushed += tokens.numel() if index == self._index else 0
+            if index == self._index:
+                self._pushed += tokens.numel()
+            else:
+                self._unheard = index, tokens.numel() + self._before(index)
             return torch.zeros(1, 0)
         if self._index is not None and index < self._index:
             raise InputError(f"segment {index} comes after segment {self._index}: push segments in the text's order")
         parts = [] if self._index in (None, index) else self._between()
-        self._pushed = tokens.numel() + (self._pushed if self._index == index else 0)
+        self._pushed = tokens.numel() + (self._pushed if self._index == index else self._before(index))
         self._index = index
         self._pace.came(speech.numel(), seconds)
         self._waiting = torch.cat([self._waiting.to(speech.device), speech])
@@ -173,6 +177,10 @@ class SegmentedAudio:
             return torch.zeros(1, 0)
         end, self._index = self._ended(), None
         return self._out(end, last=True)
+
+    def _before(self, index: int) -> int:
+        """Tokens of the segment that came before any speech of it."""
+        return self._unheard[1] if self._unheard[0] == index else 0
 
     def _between(self) -> list[Tensor]:
         """The end of a segment that another follows, and the pause."""
