@@ -48,7 +48,7 @@ def ours(
     """Chunk by chunk, with S3Gen in one of its ways."""
     with nullcontext() if way is None else ways.like(way):
         yield from engine.generate_stream(
-            TEXT, max_new_tokens=tokens, chunk_size=chunk, watermark=False, seed=0, overlap=overlap
+            TEXT, max_new_tokens=tokens, chunking=[chunk], watermark=False, seed=0, overlap=overlap
         )
 
 
@@ -133,7 +133,7 @@ def options_of() -> argparse.Namespace:
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     options.chunk, options.reference, options.layers = 25, 10.0, None
     if options.quick:
-        options.chunk, options.reference, options.layers = 2, 0.4, 2
+        options.chunk, options.reference, options.layers = 2, 1.0, 2
         options.tokens, options.rounds, options.variants = 4, 1, ["nano"]
     return options
 

@@ -92,7 +92,7 @@ async def hear(stream: Any) -> list[float]:
 
 async def one_round(engine: ChatterboxEngine, known: Voice, newcomers: list[Voice], most: int) -> tuple[float, float]:
     """Seconds: the longest gap of who already speaks, from the newcomers' coming on, and the slowest newcomer's first audio."""
-    options = {"segment_characters": None, "max_new_tokens": most, "chunk_size": CHUNK, "seed": 0}
+    options = {"segment_characters": None, "max_new_tokens": most, "chunking": [CHUNK], "seed": 0}
     async with SpeechScheduler(engine, max_rows=1 + len(newcomers)) as scheduler:
         running = scheduler.submit(TEXT, voice=known, **options)
         for _ in range(HEARD):

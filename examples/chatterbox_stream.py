@@ -64,8 +64,12 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--max-new-tokens", type=count(1), default=250)
-    parser.add_argument("--chunk-size", type=count(1), default=25, help="of tokens, where there is no audio (default: 25)")
-    parser.add_argument("--audio", action="store_true", help="without weights, let a random S3Gen make audio of the tokens")
+    parser.add_argument(
+        "--chunk-size", type=count(1), default=25, help="of tokens, where there is no audio (default: 25)"
+    )
+    parser.add_argument(
+        "--audio", action="store_true", help="without weights, let a random S3Gen make audio of the tokens"
+    )
     add_sound(parser)
     parser.add_argument("--window", type=count(1), help="keep only so many speech tokens (default: all)")
     parser.add_argument(

@@ -62,14 +62,19 @@ def add_sound(parser: Parser) -> None:
     group.add_argument(
         "--first-chunk", type=count(1, 1000), metavar="N", help="speech tokens of the first chunk, 25 are a second"
     )
-    group.add_argument("--max-chunk", type=count(1, 1000), metavar="N", help="speech tokens of a chunk at most, with auto")
+    group.add_argument(
+        "--max-chunk", type=count(1, 1000), metavar="N", help="speech tokens of a chunk at most, with auto"
+    )
     group.add_argument(
         "--vocoder", default="own", metavar="WEIGHTS",
         help="own, or meanflow, Turbo's distilled ones, or where those are: another sound, in less time (default: own)",
     )  # fmt: skip
     group.add_argument("--steps", type=count(1, 1000), metavar="N", help="of the flow; fewer change the sound")
     group.add_argument(
-        "--reference-seconds", type=number(1), metavar="S", help="of the voice that the flow hears; fewer change the sound"
+        "--reference-seconds",
+        type=number(1),
+        metavar="S",
+        help="of the voice that the flow hears; fewer change the sound",
     )
     group.add_argument(
         "--vocoder-precision", choices=("bf16", "fp16", "int8"), help="of the vocoder (default: as loaded)"

@@ -375,9 +375,7 @@ def prepare(options: argparse.Namespace) -> FastAPI:
     console = Console()
     with console.status(f"loading {options.variant} …"):
         model, note = load(options)
-        engine = ChatterboxEngine(
-            model, backend=options.backend, precision=options.precision, vocoder=options.vocoder
-        )
+        engine = ChatterboxEngine(model, backend=options.backend, precision=options.precision, vocoder=options.vocoder)
         add_voices(engine, model, options.voice, made_up=bool(note))
         scheduler = SpeechScheduler(engine, max_rows=options.max_rows, max_waiting=options.max_waiting)
     console.print(

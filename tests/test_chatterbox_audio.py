@@ -314,12 +314,14 @@ def test_each_segment_has_noise_of_its_own_and_joined_ones_that_of_the_first():
 
         audio = SegmentedAudio(vocoder, NOBODY, noise, chunking=Chunking((4,)), joined=joined)
         for index in (0, 2):
+            for token in (6562, 6600):
+                assert audio.push(index, torch.tensor([[token]])).numel() == 0
             audio.push(index, torch.cat([tokens_of(6), torch.tensor([[6562]])], 1))
         audio.finish()
         assert [index for index, _ in asked] == ([0] if joined else [0, 2])
         assert len({id(run.noise) for run in vocoder.runs}) == len(asked)
-        assert all(count == 7 for _, count in asked)  # those that are no speech were drawn, too
-        assert [run.place for run in vocoder.runs] == [0, 0, 0, 0]
+        assert all(count == 9 for _, count in asked)  # those that are no speech were drawn, too
+        assert [run.known for run in vocoder.runs] == ([0, 4, 6, 10] if joined else [0, 4, 0, 4])
 
 
 def test_segments_without_speech_are_not_heard():

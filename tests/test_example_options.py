@@ -36,6 +36,7 @@ SOUND = [
     (["--first-chunk", "30", "--max-chunk", "20"], "first_chunk=30 is more than max_chunk=20"),
     (["--chunking", "fixed", "--max-chunk", "20"], "leave them out"),
     (["--vocoder", "/no/such/folder"], "weights='/no/such/folder' must be 'own', 'meanflow', a file or folder"),
+    (["--vocoder", "x" * 5000], "must be 'own', 'meanflow', a file or folder"),
     (["--steps", "0"], "from 1 to 1000"),
     (["--reference-seconds", "0.5"], "is no number of at least 1"),
     (["--reference-seconds", "nan"], "is no number of at least 1"),

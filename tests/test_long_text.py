@@ -217,7 +217,10 @@ def test_bad_requests_are_refused_before_anything_runs(text, options, message):
         async with SpeechScheduler(ours) as scheduler:
             with pytest.raises(InputError, match=message):
                 await anext(scheduler.submit(text, **options))
-            assert (scheduler.metrics().refused, scheduler.metrics().failed) == (not {"first_chunk", "chunking"} & set(options), 0)
+            assert (scheduler.metrics().refused, scheduler.metrics().failed) == (
+                not {"first_chunk", "chunking"} & set(options),
+                0,
+            )
 
     asyncio.run(submit())
 

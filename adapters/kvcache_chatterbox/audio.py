@@ -65,7 +65,9 @@ class AudioStream:
         made = self._vocoder.waves([run])[0]
         rising = torch.linspace(0, 1, held + 2, dtype=made.audio.dtype)[1:-1]
         joint = self._held * (1 - rising) + made.audio[:held] * rising
-        audio = torch.cat([joint, made.audio[held:]])  # a tensor that may be changed: what is made may be one of inference
+        audio = torch.cat(
+            [joint, made.audio[held:]]
+        )  # a tensor that may be changed: what is made may be one of inference
         gone = max(0, self._known + said - self._context)  # tokens that the next run does not hear
         if gone and made.turned is not None:
             self._turned = made.turned[FRAMES_PER_TOKEN * gone - 1]

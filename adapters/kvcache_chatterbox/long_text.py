@@ -63,9 +63,7 @@ def unwatched(index: int, tokens: int, over: bool) -> None:
     """Nobody looks."""
 
 
-def in_batch(
-    batch: Batch, jobs: Sequence[Job], size: int, watch: Watch = unwatched, alone: int = 1
-) -> Iterator[Chunk]:
+def in_batch(batch: Batch, jobs: Sequence[Job], size: int, watch: Watch = unwatched, alone: int = 1) -> Iterator[Chunk]:
     """What the jobs say, in order, in chunks of `size` tokens, all of them decoded together; `alone` as of `Request`."""
     said: deque[Chunk] = deque()
     turns = Turns(batch)

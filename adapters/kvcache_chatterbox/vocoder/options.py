@@ -3,7 +3,6 @@
 import math
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 from torch import nn
@@ -81,7 +80,7 @@ class VocoderOptions:
 
 
 def _exists(weights: Any) -> bool:
-    return isinstance(weights, str | os.PathLike) and Path(weights).exists()
+    return isinstance(weights, str | os.PathLike) and os.path.exists(weights)  # which takes any name
 
 
 def _distilled(weights: Any) -> bool:
