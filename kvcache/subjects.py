@@ -28,10 +28,21 @@ from kvcache.policies import KeepAll
 from kvcache.precision import planned, with_precision
 from kvcache.quantized import Quantization
 from kvcache.report import CacheReport
-from kvcache.setting import Backend, Setting
+from kvcache.setting import Backend, Setting, VocoderSetting
 from kvcache.shapes import encoder_input, reads_text
 
-__all__ = ["GROUP", "Backend", "LanguageSubject", "Prepared", "Setting", "Source", "Subject", "subject"]
+__all__ = [
+    "GROUP",
+    "Backend",
+    "LanguageSubject",
+    "Prepared",
+    "Setting",
+    "Source",
+    "Subject",
+    "VocoderSetting",
+    "check_vocoder",
+    "subject",
+]
 
 GROUP = "kvcache.subjects"
 
@@ -147,6 +158,12 @@ class Subject(ABC):
 
 Source = Callable[[str], Subject | None]
 """What an entry point of the group names: gives the subject of a name, or None for a name that is not its own."""
+
+
+def check_vocoder(subject: Subject, setting: Setting) -> None:
+    """Raise `InputError` if a vocoder is asked for of a model that does not speak."""
+    if setting.vocoder is not None and not subject.speaks:
+        raise InputError(f"{subject.name} is no model that speaks, and has no vocoder; leave the vocoder out")
 
 
 def subject(name: str) -> Subject:

@@ -17,16 +17,28 @@ from torch import Tensor
 
 from kvcache import InputError
 from kvcache.errors import said
-from kvcache_chatterbox.audio import SegmentedAudio
+from kvcache_chatterbox.audio import CONTEXT, SegmentedAudio
 from kvcache_chatterbox.chunking import FIXED, Chunking, Cost
 from kvcache_chatterbox.long_text import LongText
+from kvcache_chatterbox.plan import VocoderBytes
 from kvcache_chatterbox.requests import check_language, check_path, without_autocast
 from kvcache_chatterbox.upstream import beside, needed_beside
-from kvcache_chatterbox.vocoder import Noise, SeededNoise, UpstreamNoise, Vocoder, VocoderOptions, vocoder_of, why_plain
+from kvcache_chatterbox.vocoder import (
+    Noise,
+    S3GenVocoder,
+    SeededNoise,
+    UpstreamNoise,
+    Vocoder,
+    VocoderOptions,
+    vocoder_of,
+    why_plain,
+)
 from kvcache_chatterbox.vocoder.flow import LEAST_REFERENCE
+from kvcache_chatterbox.vocoder.planned import PlannedRuns, vocoder_bytes
 from kvcache_chatterbox.voices import Voice
 from kvcache_chatterbox.watermark import StreamMarker, Watermarker, check_watermarker, marked
 
+ENDING = 3  # tokens that upstream puts behind Turbo's
 _CLIPS = 32
 
 
@@ -48,6 +60,7 @@ class Speaker:
         self._tts = tts
         self._options = options
         self._vocoder: tuple[Any, str | None, Vocoder] | None = None
+        self._planned: tuple[Vocoder, PlannedRuns] | None = None
         self.cost = Cost()
         self._clips: OrderedDict[bytes, Voice] = OrderedDict()
         self._encoding = RLock()
@@ -77,6 +90,27 @@ class Speaker:
         vocoder = self.vocoder
         vocoder.check(voice)
         return vocoder
+
+    def taken(self, voice: Voice, chunk: int) -> VocoderBytes | None:
+        """What making audio takes; None where nothing is known of the vocoder. The first time takes seconds.
+
+        Args:
+            voice: who speaks.
+            chunk: speech tokens of the largest chunk.
+        """
+        vocoder = self.checked(voice)
+        if not isinstance(vocoder, S3GenVocoder):
+            return None
+        if self._planned is None or self._planned[0] is not vocoder:
+            self._planned = vocoder, PlannedRuns(vocoder)
+        reference = vocoder.before(voice)
+        run = CONTEXT + vocoder.lookahead + chunk + self._ending().numel()
+        return VocoderBytes(
+            vocoder_bytes(vocoder, self._tts.s3gen),
+            vocoder.held(voice) + sum(part.nbytes for part in voice.gen.values() if isinstance(part, Tensor)),
+            self._planned[1].workspace(reference, run),
+            chunk,
+        )
 
     @property
     def meanflow(self) -> bool:
@@ -276,7 +310,7 @@ class Speaker:
     def _ending(self) -> Tensor:
         """What upstream puts behind the tokens: Turbo's three of silence."""
         silence = beside(self._tts, "S3GEN_SIL") if self._tts.t3.is_gpt else None
-        return torch.full((0 if silence is None else 3,), silence or 0, device=self._tts.t3.device)
+        return torch.full((0 if silence is None else ENDING,), silence or 0, device=self._tts.t3.device)
 
     def _watermarker(self, wanted: bool) -> Watermarker | None:
         """What marks the audio, if that is wanted and the model has something that does."""

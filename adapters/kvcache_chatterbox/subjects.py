@@ -12,16 +12,18 @@ from torch import Tensor, nn
 
 from kvcache import CacheReport, InputError, MemoryStore, SpeakerCache
 from kvcache.decoding import BUCKET
-from kvcache.footprint import Footprint
+from kvcache.footprint import Footprint, VocoderFootprint
 from kvcache.modules import rebuilt
 from kvcache.precision import planned
-from kvcache.subjects import Prepared, Setting, Subject
-from kvcache_chatterbox.audio import SPEECH_TOKENS
+from kvcache.subjects import Prepared, Setting, Subject, VocoderSetting
+from kvcache_chatterbox.audio import CONTEXT, SPEECH_TOKENS
+from kvcache_chatterbox.chunking import MOST
 from kvcache_chatterbox.engine import ChatterboxEngine
 from kvcache_chatterbox.footprint import check_together, speech_footprint, text_room
 from kvcache_chatterbox.loading import WEIGHTS, load_t3, random_conditionals
 from kvcache_chatterbox.requests import prefill
-from kvcache_chatterbox.speaker import Speaker, heard
+from kvcache_chatterbox.speaker import ENDING, Speaker, heard
+from kvcache_chatterbox.vocoder.planned import blank_s3gen, heard_tokens, options_of, planned_vocoder
 
 _BEGINS = "chatterbox-"
 _VOICE = "made up"
@@ -61,6 +63,7 @@ class ChatterboxSubject(Subject):
         self.gpt = variant in ("turbo", "nano")
         self.rows = 1 if self.gpt else 2
         self.random = folder is None
+        self._vocoders: dict[tuple[VocoderSetting, str], VocoderFootprint] = {}
 
     @property
     def shortest(self) -> int:  # type: ignore[override]
@@ -104,7 +107,25 @@ class ChatterboxSubject(Subject):
         t3 = self.blank
         if device != "cpu":  # there the whole model is cast, and not its layers by the engine
             t3, setting = planned(t3, setting.precision, torch.device(device)), replace(setting, precision=None)
-        return speech_footprint(engine_of(t3, setting, context + tokens), setting.requests, context, tokens, device)
+        found = speech_footprint(engine_of(t3, setting, context + tokens), setting.requests, context, tokens, device)
+        if setting.vocoder is None:
+            return found
+        return replace(found, vocoder=self._vocoder_footprint(setting.vocoder, device))
+
+    def _vocoder_footprint(self, setting: VocoderSetting, device: str) -> VocoderFootprint:
+        """What the vocoder takes; found once for a setting, as that takes seconds."""
+        if (setting, device) not in self._vocoders:
+            longest = CONTEXT + (MOST if setting.max_chunk is None else setting.max_chunk)
+            tokens = longest + self._blank_s3gen.flow.pre_lookahead_len + (ENDING if self.gpt else 0)
+            options, heard = options_of(setting), heard_tokens(setting.reference_seconds)
+            self._vocoders[setting, device] = planned_vocoder(
+                self._blank_s3gen, options, tokens, heard, torch.device(device)
+            )
+        return self._vocoders[setting, device]
+
+    @cached_property
+    def _blank_s3gen(self) -> Any:
+        return blank_s3gen(self.gpt)
 
     @property
     def _speaker(self) -> Speaker | None:

@@ -6,7 +6,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvcache import InputError
 from kvcache.models import Following, signature_of
@@ -104,6 +104,12 @@ class S3GenVocoder:
         return int(self.s3gen.flow.pre_lookahead_len) if self.options.lookahead else 0
 
     @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """All that holds its weights: as loaded, and what is made of them to run."""
+        parts = self._made.now()
+        return (self.s3gen, *parts.flow.modules, parts.hift.module)
+
+    @property
     def nbytes(self) -> int:
         return sum(reference.nbytes for reference in list(self._references.values()))
 
@@ -112,6 +118,10 @@ class S3GenVocoder:
 
     def before(self, voice: Voice) -> int:
         return int(self._reference(self._made.now().flow, voice).tokens.numel())
+
+    def held(self, voice: Voice) -> int:
+        """Bytes of what it keeps of one voice."""
+        return self._reference(self._made.now().flow, voice).nbytes
 
     def _reference(self, flow: Flow, voice: Voice) -> Reference:
         references = self._references
@@ -144,4 +154,5 @@ class S3GenVocoder:
             fade = self.s3gen.trim_fade[: wave.numel()].to(wave)
             wave = torch.cat([wave[: fade.numel()] * fade, wave[fade.numel() :]])
         begin = SAMPLES_PER_TOKEN * run.known - SAMPLES_PER_FRAME * skip - run.lead
-        return Made(wave[begin:].float().cpu(), turned)
+        audio = wave[begin:].float()
+        return Made(audio if audio.is_meta else audio.cpu(), turned)  # without numbers where a plan is made
