@@ -14,7 +14,7 @@ would cost more than they save.
 import hashlib
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, Literal, get_args
 from weakref import finalize
 
@@ -222,7 +222,7 @@ def _names_in(kind: type) -> frozenset[str]:
 def is_plain(module: nn.Linear | Conv1D) -> bool:
     """Whether a layer is its weights and nothing else: ``nn.Linear``, GPT-2's ``Conv1D``, or one that says the same."""
     base = Conv1D if isinstance(module, Conv1D) else nn.Linear
-    held, plain = vars(module), vars(base(1, 1))
+    held, plain = vars(module), vars(_smallest(base))
     if hooks_of(module) or forward_of(module) is not None or patched(type(module)):
         return False
     if held.keys() - plain.keys() - ASIDE or held["_parameters"].keys() - plain["_parameters"].keys():
@@ -230,6 +230,12 @@ def is_plain(module: nn.Linear | Conv1D) -> bool:
     if module._buffers or module._modules or type(module.weight) not in (Tensor, nn.Parameter):
         return False
     return type(module) is base or _says_the_same(module, base)
+
+
+@cache
+def _smallest(base: type[nn.Linear | Conv1D]) -> nn.Linear | Conv1D:
+    with torch.random.fork_rng(devices=[]):  # its weights are drawn, and nobody asked for that
+        return base(1, 1)
 
 
 def _says_the_same(module: nn.Linear | Conv1D, base: type[nn.Linear | Conv1D]) -> bool:

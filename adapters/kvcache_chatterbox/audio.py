@@ -47,11 +47,12 @@ class AudioStream:
         self._turned: Tensor | None = None
         self._held = torch.zeros(0)
 
-    def push(self, tokens: Tensor, ended: bool = False) -> Tensor:
+    def push(self, tokens: Tensor, ended: bool = False, due: float = 0.0) -> Tensor:
         """The audio ``[samples]`` that `tokens` ``[n]`` complete.
 
         Args:
             ended: nothing comes behind them that they could look ahead at.
+            due: see `Run`.
         """
         tokens = torch.cat([self._tokens.to(tokens.device), tokens])
         said = tokens.numel() - self._known - (0 if ended else self._vocoder.lookahead)
@@ -59,7 +60,7 @@ class AudioStream:
             self._tokens = tokens
             return torch.zeros(0)
         held = self._held.numel()
-        run = Run(tokens, self._voice, self._noise, self._place, self._known, held, ended, self._turned)
+        run = Run(tokens, self._voice, self._noise, self._place, self._known, held, ended, self._turned, due)
         made = self._vocoder.waves([run])[0]
         audio = made.audio
         rising = torch.linspace(0, 1, held + 2, dtype=audio.dtype)[1:-1]
@@ -73,9 +74,9 @@ class AudioStream:
         self._held = audio[audio.numel() - keep :]
         return audio[: audio.numel() - keep]
 
-    def flush(self) -> Tensor:
+    def flush(self, due: float = 0.0) -> Tensor:
         """What was held back; the next chunk is not faded into it, but still made together with the tokens before it."""
-        rest = self.push(self._tokens[:0], ended=True)
+        rest = self.push(self._tokens[:0], ended=True, due=due)
         held, self._held = self._held, torch.zeros(0)
         return torch.cat([rest, held])
 
@@ -195,7 +196,7 @@ class SegmentedAudio:
         if self._stream is None:
             self._stream = AudioStream(self._vocoder, self._voice, self._noise(self._index or 0, self._pushed))
         begin = self._clock()
-        audio = self._stream.push(tokens, ended)
+        audio = self._stream.push(tokens, ended, self.listener.due)
         self._pace.ran(tokens.numel(), self._clock() - begin)
         self.chunks.append(tokens.numel())
         return self._risen(audio)
@@ -216,7 +217,7 @@ class SegmentedAudio:
     def _flushed(self) -> Tensor:
         tokens, self._waiting = self._waiting, self._waiting[:0]
         said = self._said(tokens, ended=True) if tokens.numel() else torch.zeros(0)
-        return said if self._stream is None else torch.cat([said, self._risen(self._stream.flush())])
+        return said if self._stream is None else torch.cat([said, self._risen(self._stream.flush(self.listener.due))])
 
     def _out(self, *parts: Tensor, last: bool = False) -> Tensor:
         audio = torch.cat([torch.zeros(0), *parts])

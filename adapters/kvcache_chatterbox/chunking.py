@@ -18,7 +18,7 @@ from kvcache import InputError
 
 TOKENS_PER_SECOND = 25
 GROWTH = 4
-STEP = 10  # speech tokens at most between two looks at the clock
+STEP = 5  # speech tokens at most between two looks at the clock
 SECOND = 25  # tokens of a fixed chunk, and of a first one at most where a smaller one would not last until the next
 _FIRST = 10
 MOST = 250
@@ -155,6 +155,11 @@ class Listener:
         """Seconds until there is nothing to play; negative in a silence, and infinite before the first chunk."""
         return math.inf if self._ends is None else self._ends - self.clock()
 
+    @property
+    def due(self) -> float:
+        """When there is nothing to play, by the clock; now, where nothing has come yet."""
+        return self.clock() if self._ends is None else self._ends
+
 
 class Pace:
     """Decides, for one stream, whether the tokens that wait are to be made into audio now.
@@ -193,11 +198,14 @@ class Pace:
     def _now(self, waiting: int, left: float) -> bool:
         rule = self._rule
         if self._last == 0:
-            return waiting >= rule.first and (waiting >= SECOND or self._lasts(waiting))
+            return waiting >= rule.first and (waiting + rule.step > SECOND or self._lasts(waiting))
         if waiting + rule.step > rule.most:
             return True
+        lasting = self._lasting()
+        if lasting is None:
+            return waiting >= min(GROWTH * self._last, rule.most)
         if left < self._run(waiting):  # too late whatever is done now
-            return waiting >= (self._lasting() or min(GROWTH * self._last, rule.most))
+            return waiting >= lasting
         return left < self._run(waiting + rule.step) + self._step_seconds
 
     def ran(self, tokens: int, seconds: float) -> None:
@@ -207,8 +215,12 @@ class Pace:
         self._cost.took(self._before + tokens, seconds)
 
     def _lasts(self, tokens: int) -> bool:
-        """Whether a first chunk lasts until another of one step could be there."""
-        return tokens / TOKENS_PER_SECOND - self._held >= self._run(self._rule.step) + self._step_seconds
+        """Whether a first chunk lasts until the smallest that goes on without a silence could be there, if any does."""
+        size = self._lasting()
+        if size is None:
+            return True
+        took = size / self._rule.step * self._step_seconds + self._run(size)
+        return tokens / TOKENS_PER_SECOND - self._held >= took
 
     def _lasting(self) -> int | None:
         """The least tokens that last as long as it takes to make so many; None if there are none."""

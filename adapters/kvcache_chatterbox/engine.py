@@ -40,7 +40,7 @@ from kvcache_chatterbox.segments import split
 from kvcache_chatterbox.speaker import Speaker, heard
 from kvcache_chatterbox.utterance import rows_alone
 from kvcache_chatterbox.utterances import UtteranceDecoder
-from kvcache_chatterbox.vocoder import VocoderOptions
+from kvcache_chatterbox.vocoder import Vocoder, VocoderOptions
 from kvcache_chatterbox.voices import Voice, Voices, check_name, read_conds
 
 log = logging.getLogger("kvcache_chatterbox")
@@ -568,6 +568,7 @@ class ChatterboxEngine(UtteranceDecoder):
         *,
         chunking: Chunks = "fixed",
         pause: float = 0.2,
+        vocoder: Vocoder | None = None,
     ) -> SegmentedAudio:
         """What turns the speech tokens of segments into a voice's audio as they are pushed; one request's own.
 
@@ -576,6 +577,7 @@ class ChatterboxEngine(UtteranceDecoder):
             text: that is spoken, whose seeds are the vocoder's, too.
             chunking: see `generate_stream`.
             watermark, pause: see `SegmentedAudio`.
+            vocoder: in place of the engine's own.
         """
         pause = check_pause(pause)
         speaker = self._with_vocoder()
@@ -586,7 +588,17 @@ class ChatterboxEngine(UtteranceDecoder):
             chunking=chunking_of(chunking),
             pause=pause,
             joined=text is not None and text.carry is not None,
+            vocoder=vocoder,
         )
+
+    @property
+    def vocoder(self) -> Vocoder:
+        """What makes audio of speech tokens, with the model as it is now.
+
+        Raises:
+            InputError: if the model is a bare T3.
+        """
+        return self._with_vocoder().vocoder
 
     def voice_of(self, voice: str | Voice | None, audio_prompt_path: str | os.PathLike[str] | None = None) -> Voice:
         """Who speaks: a voice by its name, of a clip, or the one that the model was loaded with.

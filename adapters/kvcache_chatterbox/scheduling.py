@@ -20,9 +20,11 @@ from kvcache_chatterbox.long_text import Carry, LongText
 from kvcache_chatterbox.requests import check_count
 from kvcache_chatterbox.sampling import SamplingOptions
 from kvcache_chatterbox.utterance import tell_cut_off
+from kvcache_chatterbox.vocoder import Together
 from kvcache_chatterbox.voices import Voice
 
 _LAST_WRITES = 2.0  # seconds
+_VOCODED, _VOCODED_CPU = 8192, 512  # tokens of a run of the vocoder for several streams
 
 
 class SpeechScheduler:
@@ -65,6 +67,8 @@ class SpeechScheduler:
         self._slots, self.rows = engine.room(max_rows, slots, memory_budget)
         self._max_characters = max_characters
         self._aside = Aside(engine.speakers)
+        cpu = engine.t3.device.type == "cpu"
+        self._vocoder = Together(lambda: engine.vocoder, _VOCODED_CPU if cpu else _VOCODED)
         self._scheduler = Scheduler(
             lambda: engine.batch(self.rows, self._slots),
             self.rows,
@@ -158,7 +162,7 @@ class SpeechScheduler:
                 slots=self._slots,
                 **sampling,
             )
-            audio = self._engine.audio(who, watermark, long, chunking=rule, pause=pause)
+            audio = self._engine.audio(who, watermark, long, chunking=rule, pause=pause, vocoder=self._vocoder)
             return self._work(long, audio)
 
         return self._scheduler.submit_prepared(prepare, size=rule.step)
@@ -182,10 +186,18 @@ class SpeechScheduler:
         def job(index: int, before: Tensor | None) -> Job:
             return self._engine.job(long.utterance(index, before))
 
+        before: list[float] = []
+
+        def seconds(chunk: Chunk) -> float:
+            """That its tokens took to decode, since those before."""
+            took = chunk.at - before[0] if before else 0.0
+            before[:] = [chunk.at]
+            return took
+
         def heard(chunk: Chunk) -> Iterator[Tensor]:
             if chunk.cut_off:
                 tell_cut_off(chunk.index, long.utterances[chunk.index].max_new_tokens)
-            parts = [audio.push(chunk.index, chunk.tokens)]
+            parts = [audio.push(chunk.index, chunk.tokens, seconds(chunk))]
             if chunk.last and chunk.index == last:
                 parts.append(audio.finish())
             return (part for part in parts if part.numel())

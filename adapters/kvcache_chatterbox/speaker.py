@@ -233,7 +233,8 @@ class Speaker:
             InputError: if `pause` is negative or not finite, the vocoder cannot speak with the voice, or the model's watermarker
                 is none.
         """
-        vocoder = self.checked(voice) if vocoder is None else vocoder
+        own = self.checked(voice)
+        vocoder = own if vocoder is None else vocoder
         watermarker = self._watermarker(watermark)
         return SegmentedAudio(
             vocoder,

@@ -11,8 +11,9 @@ Whose job enters a free place, see `Turns`, is bounded for everybody. Counted in
   may; one of several, while fewer than ``begun`` such have begun and no such that came before it waits.
 """
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -33,12 +34,14 @@ class Chunk:
         tokens: ``[n]``, on the host.
         last: whether the job ends with them.
         cut_off: whether it ends because it came to its most tokens, and not with one that ends it.
+        at: when they were there, by ``time.perf_counter``.
     """
 
     index: int
     tokens: Tensor
     last: bool
     cut_off: bool = False
+    at: float = field(default_factory=time.perf_counter)
 
 
 class Request:

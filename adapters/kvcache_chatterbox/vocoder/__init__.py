@@ -12,6 +12,7 @@ from kvcache_chatterbox.vocoder.options import VocoderOptions
 from kvcache_chatterbox.vocoder.plain import PlainVocoder
 from kvcache_chatterbox.vocoder.run import LEAD, SAMPLES_PER_TOKEN, Made, Run, Vocoder
 from kvcache_chatterbox.vocoder.s3gen import S3GenVocoder, why_plain
+from kvcache_chatterbox.vocoder.together import Together
 
 __all__ = [
     "FRAMES_PER_TOKEN",
@@ -23,6 +24,7 @@ __all__ = [
     "Run",
     "S3GenVocoder",
     "SeededNoise",
+    "Together",
     "UpstreamNoise",
     "Vocoder",
     "VocoderOptions",

@@ -26,6 +26,7 @@ class Run:
         lead: samples of them that are wanted all the same, at most `LEAD`.
         ended: whether the text ends here. Otherwise the last ones are only looked ahead at, see `Vocoder.lookahead`.
         turned: how far the voice's fundamental had turned by `place`, in periods; None at a start.
+        due: when its listener has nothing more to hear, by a clock that all runs share.
     """
 
     tokens: Tensor
@@ -36,6 +37,7 @@ class Run:
     lead: int = 0
     ended: bool = True
     turned: Tensor | None = None
+    due: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,113 @@
+"""One vocoder for many streams: a thread of its own, which runs what is most urgent, and with it what is as long."""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+
+from kvcache_chatterbox.vocoder.run import Made, Run, Vocoder
+from kvcache_chatterbox.voices import Voice
+
+_ALIKE = 1.25  # a run joins one that is so many times as long at most: what is padded is computed, too
+
+
+class Together:
+    """A vocoder for any number of threads, each of which waits for its own run.
+
+    The run whose listener has least left to hear goes first. Those that follow it in that order join it while all together,
+    padded, go over at most `most` tokens, and the longest is at most a quarter longer than the shortest.
+
+    Args:
+        vocoder: gives the one that runs, as it is by then.
+        most: tokens of a run of several, those of the references among them. A GPU takes as long for many as for one; a CPU
+            computes one after the other anyway, and who is first would wait for all.
+        name: of the thread.
+
+    Attributes:
+        runs: of the vocoder so far.
+        chunks: that came of them.
+    """
+
+    def __init__(self, vocoder: Callable[[], Vocoder], most: int, name: str = "kvcache-vocoder") -> None:
+        self._vocoder, self._most, self._name = vocoder, most, name
+        self._lock = threading.Lock()
+        self._waiting: list[_Waits] = []
+        self._working = False
+        self.runs = 0
+        self.chunks = 0
+
+    @property
+    def lookahead(self) -> int:
+        return self._vocoder().lookahead
+
+    @property
+    def nbytes(self) -> int:
+        return self._vocoder().nbytes
+
+    def check(self, voice: Voice) -> None:
+        self._vocoder().check(voice)
+
+    def before(self, voice: Voice) -> int:
+        return self._vocoder().before(voice)
+
+    def waves(self, runs: Sequence[Run]) -> list[Made]:
+        """See `Vocoder`. What one run raises is raised for that one."""
+        mine: list[_Waits] = [(run, Future()) for run in runs]
+        with self._lock:
+            self._waiting += mine
+            if not self._working:  # the thread lives as long as there is something to do
+                threading.Thread(target=self._work, name=self._name, daemon=True).start()
+                self._working = True
+        try:
+            return [future.result() for _, future in mine]
+        finally:
+            with self._lock:  # one has failed, or nobody waits any more
+                self._waiting = [one for one in self._waiting if one not in mine]
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._working = False
+                    return
+                waiting, self._waiting = self._waiting, []
+            waiting.sort(key=lambda one: one[0].due)
+            try:
+                chosen = self._chosen(waiting)
+            except BaseException as error:  # of a model that has no vocoder any more
+                waiting[0][1].set_exception(error)
+                chosen = waiting[:1]
+            else:
+                self._run(chosen)
+            with self._lock:
+                self._waiting += [one for one in waiting if one not in chosen]
+            del waiting, chosen
+
+    def _chosen(self, waiting: Sequence["_Waits"]) -> list["_Waits"]:
+        """The first, and those that run with it."""
+        vocoder = self._vocoder()
+        chosen: list[_Waits] = []
+        lengths: list[int] = []
+        for one in waiting:
+            tried = [*lengths, vocoder.before(one[0].voice) + one[0].tokens.numel()]
+            if not chosen or (max(tried) * len(tried) <= self._most and max(tried) <= _ALIKE * min(tried)):
+                chosen.append(one)
+                lengths = tried
+        return chosen
+
+    def _run(self, chosen: Sequence["_Waits"]) -> None:
+        try:
+            made = self._vocoder().waves([run for run, _ in chosen])
+        except BaseException as error:  # told to who waits: the thread serves others
+            if len(chosen) == 1:
+                chosen[0][1].set_exception(error)
+            else:  # one of them is to blame
+                for one in chosen:
+                    self._run([one])
+            return
+        self.runs += 1
+        self.chunks += len(chosen)
+        for (_, future), audio in zip(chosen, made, strict=True):
+            future.set_result(audio)
+
+
+_Waits = tuple[Run, "Future[Made]"]

@@ -1,0 +1,172 @@
+"""When tokens become audio: a listener simulated on a clock that only the test moves, and the rule's promises."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.clocks import Clock
+from support.searching import search
+
+from kvcache import InputError
+from kvcache_chatterbox.chunking import GROWTH, SECOND, TOKENS_PER_SECOND, Chunking, Cost, Listener, Pace, chunking_of
+
+BEFORE = 100  # tokens of reference and context
+
+
+class Machine:
+    """Decodes and vocodes at known speeds: seconds for a token, and of a run for itself and for each token it goes over."""
+
+    def __init__(self, token, run, each, known=True):
+        self.token, self.run, self.each = token, run, each
+        self.cost = Cost()
+        for tokens in (BEFORE + 25, BEFORE + 250) if known else ():
+            self.cost.took(tokens, self.took(tokens))
+
+    def took(self, tokens):
+        return self.run + self.each * tokens
+
+    def say(self, rule, total):
+        """The sizes of the chunks, the listener, and when the first and the last came."""
+        clock = Clock(0.0)
+        listener, pace = Listener(clock.perf_counter), Pace(rule, self.cost, BEFORE)
+        waiting, made, sizes, first = 0, 0, [], None
+        while made < total or waiting:
+            step = min(rule.step, total - made)
+            if step:
+                clock.now += step * self.token
+                made += step
+                waiting += step
+                pace.came(step, step * self.token)
+            size = pace.due(waiting, listener.left) if made < total else waiting
+            while size:
+                took = self.took(BEFORE + size)
+                clock.now += took
+                pace.ran(size, took)
+                listener.heard(size / TOKENS_PER_SECOND)
+                first = clock.now if first is None else first
+                sizes.append(size)
+                waiting -= size
+                size = pace.due(waiting, listener.left) if waiting and made < total else 0
+        return sizes, listener, first, clock.now
+
+
+speeds = st.tuples(st.floats(0.001, 0.1), st.floats(0.0, 3.0), st.floats(0.0, 0.03))
+
+
+@search(200)
+@given(speeds, st.integers(1, 1500), st.integers(1, 60), st.integers(60, 400), st.booleans())
+def test_every_token_is_said_once_in_chunks_that_are_no_larger_than_allowed(speed, total, first, most, known):
+    sizes, _, began, ended = Machine(*speed, known).say(Chunking(None, first, most), total)
+    assert sum(sizes) == total and all(1 <= size <= most + Chunking(None, first, most).step for size in sizes)
+    assert began <= ended
+    if total >= max(first, SECOND):
+        assert sizes[0] >= first
+
+
+@search(200)
+@given(speeds, st.integers(100, 1000))
+def test_nothing_is_silent_where_the_machine_is_fast_enough(speed, total):
+    """If some chunk of 20 tokens or fewer lasts as long as it takes, with caution: the first one, of up to 25, sees to that."""
+    machine, rule = Machine(*speed), Chunking()
+    lasting = (
+        n for n in range(rule.step, 21, rule.step) if n / 25 >= n * machine.token + 1.2 * machine.took(BEFORE + n)
+    )
+    _, listener, _, _ = machine.say(rule, total)
+    if next(lasting, None):
+        assert listener.silence == 0 and listener.underruns == 0
+
+
+@search(200)
+@given(speeds, st.integers(250, 1500))
+def test_it_is_never_worse_than_fixed_chunks_in_all_it_costs(speed, total):
+    """The time of all is no more than with chunks of one second, and so is the silence, but for one chunk's."""
+    machine = Machine(*speed)
+    sizes, grown, _, ended = machine.say(Chunking(None, SECOND, 250), total)
+    _, fixed, _, fixed_ended = machine.say(Chunking((SECOND,)), total)
+    assert ended <= fixed_ended + 1e-6
+    assert grown.silence <= fixed.silence + machine.took(BEFORE + max(sizes)) + max(sizes) * machine.token
+
+
+def test_chunks_grow_as_the_listeners_buffer_does():
+    sizes, listener, first, _ = Machine(0.008, 0.1, 0.003).say(Chunking(), 750)
+    assert listener.silence == 0 and first < 0.8
+    assert sizes[0] <= SECOND and max(sizes) == 250 and sorted(sizes[:-1]) == sizes[:-1]
+
+
+def test_where_speech_takes_longer_than_it_lasts_chunks_grow_at_once():
+    sizes, _, _, ended = Machine(0.1, 10.0, 0.03).say(Chunking(), 750)
+    assert sizes[:4] == [10, 10 * GROWTH, 10 * GROWTH**2, 250]
+    assert ended < Machine(0.1, 10.0, 0.03).say(Chunking((SECOND,)), 750)[3] / 2
+
+
+def test_given_sizes_are_kept_and_the_last_goes_on():
+    assert Machine(0.01, 0.1, 0.001).say(Chunking((5, 10, 20)), 60)[0] == [5, 10, 20, 20, 5]
+    assert Machine(0.01, 0.1, 0.001).say(chunking_of("fixed"), 60)[0] == [25, 25, 10]
+
+
+@pytest.mark.parametrize(
+    ("given_", "rule"),
+    [
+        ({}, Chunking()),
+        ({"first_chunk": 5}, Chunking(None, 5, 250)),
+        ({"first_chunk": 300}, Chunking(None, 300, 300)),
+        ({"max_chunk": 40}, Chunking(None, 10, 40)),
+        ({"chunking": "fixed"}, Chunking((25,))),
+        ({"chunking": "fixed", "first_chunk": 50}, Chunking((50,))),
+        ({"chunking": [25, 50]}, Chunking((25, 50))),
+        ({"chunking": Chunking(None, 7, 70)}, Chunking(None, 7, 70)),
+    ],
+)
+def test_what_the_arguments_stand_for(given_, rule):
+    assert chunking_of(**given_) == rule
+
+
+@pytest.mark.parametrize(
+    ("given_", "said"),
+    [
+        ({"chunking": "slow"}, "'auto', 'fixed' or a list"),
+        ({"chunking": 25}, "a list of sizes"),
+        ({"chunking": []}, "no size"),
+        ({"chunking": [25, 0]}, r"chunking\[1\]=0"),
+        ({"first_chunk": 0}, "at least 1"),
+        ({"first_chunk": True}, "whole number"),
+        ({"first_chunk": 2.5}, "whole number"),
+        ({"max_chunk": 5}, "first_chunk=10 is more than max_chunk=5"),
+        ({"chunking": "fixed", "max_chunk": 5}, "leave them out"),
+        ({"chunking": [25], "first_chunk": 5}, "leave them out"),
+    ],
+)
+def test_what_cannot_be_is_refused(given_, said):
+    with pytest.raises(InputError, match=said):
+        chunking_of(**given_)
+
+
+def test_a_listener_tells_silence_and_how_often_it_began():
+    clock = Clock(0.0)
+    listener = Listener(clock.perf_counter)
+    assert listener.left == math.inf
+    clock.now = 3.0
+    listener.heard(1.0)
+    clock.now = 3.5
+    assert listener.left == 0.5 and listener.due == 4.0
+    listener.heard(1.0)
+    clock.now = 6.0
+    assert listener.left == -1.0
+    listener.heard(1.0)
+    assert (listener.silence, listener.underruns) == (1.0, 1)
+    clock.now = 7.25
+    listener.heard(1.0)
+    assert (listener.silence, listener.underruns) == (1.25, 2)
+
+
+def test_the_cost_of_a_run_is_the_line_through_those_that_were():
+    cost = Cost()
+    assert cost.of(100) == 0
+    cost.took(100, 2.0)
+    assert cost.of(150) == pytest.approx(3.0), "of one size alone, in proportion"
+    cost.took(200, 3.0)
+    assert cost.of(300) == pytest.approx(4.0) and cost.of(0) == pytest.approx(1.0)
+    for _ in range(16):
+        cost.took(100, 5.0)
+    assert cost.of(100) == pytest.approx(5.0), "what was long ago is forgotten"

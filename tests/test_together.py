@@ -1,0 +1,109 @@
+"""Many streams on one vocoder: the most urgent first, those alike with it, and each hears of its own errors only."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from support.waiting import until
+
+from kvcache_chatterbox.vocoder import SAMPLES_PER_TOKEN, Made, Run, SeededNoise, Together
+from kvcache_chatterbox.voices import Voice
+
+WHO = Voice(None, {"embedding": torch.zeros(1)})
+
+
+class Slow:
+    """A vocoder that runs when it is let, and keeps what it ran; it cannot say a token 13."""
+
+    lookahead, nbytes = 0, 0
+
+    def __init__(self):
+        self.free, self.busy, self.ran = threading.Semaphore(0), threading.Semaphore(0), []
+
+    def check(self, voice):
+        pass
+
+    def before(self, voice):
+        return 50
+
+    def waves(self, runs):
+        self.busy.release()
+        assert self.free.acquire(timeout=30)
+        if any(13 in run.tokens for run in runs):
+            raise ValueError("13")
+        self.ran.append([run.tokens.numel() for run in runs])
+        return [Made(torch.full((run.tokens.numel() * SAMPLES_PER_TOKEN,), float(run.due))) for run in runs]
+
+
+def run(count, due, token=1):
+    return Run(torch.full((count,), token), WHO, SeededNoise(0), due=due)
+
+
+@pytest.fixture
+def slow():
+    return Slow()
+
+
+def test_who_has_least_to_hear_goes_first_and_what_is_as_long_goes_along(slow):
+    together = Together(lambda: slow, most=1000)
+    with ThreadPoolExecutor(8) as pool:
+        first = pool.submit(together.waves, [run(10, 0.0)])
+        assert slow.busy.acquire(timeout=30)
+        rest = [run(20, 9.0), run(22, 5.0), run(200, 7.0), run(21, 8.0)]
+        others = [pool.submit(together.waves, [one]) for one in rest]
+        until(lambda: len(together._waiting) == 4)
+        slow.free.release(10)
+        assert first.result(30)[0].audio.numel() == 10 * SAMPLES_PER_TOKEN
+        for one, future in zip(rest, others, strict=True):
+            [made] = future.result(30)
+            assert made.audio.numel() == one.tokens.numel() * SAMPLES_PER_TOKEN and float(made.audio[0]) == one.due
+    assert slow.ran == [[10], [22, 21, 20], [200]]
+    assert (together.runs, together.chunks) == (3, 5)
+
+
+def test_no_more_go_along_than_are_allowed(slow):
+    together = Together(lambda: slow, most=210)  # of 70 tokens each
+    with ThreadPoolExecutor(8) as pool:
+        first = pool.submit(together.waves, [run(1, 0.0)])
+        assert slow.busy.acquire(timeout=30)
+        others = [pool.submit(together.waves, [run(20, float(i))]) for i in range(5)]
+        until(lambda: len(together._waiting) == 5)
+        slow.free.release(10)
+        for future in [first, *others]:
+            future.result(30)
+    assert slow.ran == [[1], [20, 20, 20], [20, 20]]
+
+
+def test_an_error_is_told_to_whom_it_concerns(slow):
+    together = Together(lambda: slow, most=1000)
+    with ThreadPoolExecutor(8) as pool:
+        first = pool.submit(together.waves, [run(10, 0.0)])
+        assert slow.busy.acquire(timeout=30)
+        good, bad = pool.submit(together.waves, [run(20, 1.0)]), pool.submit(together.waves, [run(20, 2.0, token=13)])
+        until(lambda: len(together._waiting) == 2)
+        slow.free.release(10)
+        assert first.result(30) and good.result(30)
+        with pytest.raises(ValueError, match="13"):
+            bad.result(30)
+        assert together.waves([run(5, 3.0)])[0].audio.numel() == 5 * SAMPLES_PER_TOKEN
+
+
+def test_a_model_without_a_vocoder_is_told_to_all_who_wait():
+    def gone():
+        raise LookupError("gone")
+
+    together = Together(gone, most=10)
+    with ThreadPoolExecutor(3) as pool:
+        for future in [pool.submit(together.waves, [run(5, float(i))]) for i in range(3)]:
+            with pytest.raises(LookupError):
+                future.result(30)
+
+
+def test_its_thread_ends_when_nothing_is_to_be_done(slow):
+    together = Together(lambda: slow, most=10, name="kvcache-vocoder-test")
+    slow.free.release(10)
+    for _ in range(3):
+        together.waves([run(2, 0.0)])
+        until(lambda: not any(thread.name == "kvcache-vocoder-test" for thread in threading.enumerate()))
+    assert together.runs == 3
