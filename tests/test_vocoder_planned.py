@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from support.whole import reference, s3gen, shallow_s3gen
+from support.whole import reference, s3gen, short_s3gen
 from t3_models import UPSTREAMS_WARNINGS, tiny_t3
 from torch.profiler import ProfilerActivity, profile
 
@@ -169,7 +169,7 @@ def test_200_requests_of_which_many_are_cancelled_leave_nothing(kind):
         ours = ChatterboxEngine(stand_in(tiny_t3("gpt")), speakers=SpeakerCache(MemoryStore("32MiB")))
         voice = ours.voice_of(None)
     else:
-        ours = engine(shallow_s3gen(True), steps=1)
+        ours = engine(short_s3gen(True), steps=1)
         voice = voice_of(ours, 1)
     ours.voices.add("sarah", voice)
     request = {"voice": "sarah", "max_new_tokens": 30, "first_chunk": 5, "max_chunk": 10}

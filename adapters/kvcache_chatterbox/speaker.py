@@ -13,10 +13,11 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvcache import InputError
 from kvcache.errors import said
+from kvcache.footprint import bytes_in
 from kvcache_chatterbox.audio import CONTEXT, SegmentedAudio
 from kvcache_chatterbox.chunking import FIXED, Chunking, Cost
 from kvcache_chatterbox.long_text import LongText
@@ -34,7 +35,7 @@ from kvcache_chatterbox.vocoder import (
     why_plain,
 )
 from kvcache_chatterbox.vocoder.flow import LEAST_REFERENCE
-from kvcache_chatterbox.vocoder.planned import PlannedRuns, vocoder_bytes
+from kvcache_chatterbox.vocoder.planned import PlannedRuns
 from kvcache_chatterbox.voices import Voice
 from kvcache_chatterbox.watermark import StreamMarker, Watermarker, check_watermarker, marked
 
@@ -106,11 +107,20 @@ class Speaker:
         reference = vocoder.before(voice)
         run = CONTEXT + vocoder.lookahead + chunk + self._ending().numel()
         return VocoderBytes(
-            vocoder_bytes(vocoder, self._tts.s3gen),
+            bytes_in([] if (weights := self.weights) is None else [weights]),
             vocoder.held(voice) + sum(part.nbytes for part in voice.gen.values() if isinstance(part, Tensor)),
             self._planned[1].workspace(reference, run),
             chunk,
         )
+
+    @property
+    def weights(self) -> nn.Module | None:
+        """All that holds weights of the vocoder: the model's own, what runs in its place, and what is made of them to run; None
+        if it has none."""
+        vocoder = self.vocoder
+        parts = [self._tts.s3gen, *(vocoder.modules if isinstance(vocoder, S3GenVocoder) else ())]
+        held = [part for part in parts if isinstance(part, nn.Module)]
+        return nn.ModuleList(held) if held else None
 
     @property
     def meanflow(self) -> bool:

@@ -62,6 +62,17 @@ def marked(watermarker: Watermarker, audio: Tensor, sample_rate: int) -> Tensor:
     return given.detach().to("cpu", torch.float32, copy=True).flatten()[:samples]
 
 
+def perth_or_none() -> Watermarker | None:
+    """Upstream's watermarker with its own weights; None where that does not load."""
+    try:
+        import perth
+
+        found: Watermarker = perth.PerthImplicitWatermarker()
+    except Exception:  # the package sets it to None where a part of it is missing
+        return None
+    return found
+
+
 class StreamMarker:
     """Marks a signal that comes in pieces, with one continuous mark; what has been handed out is as long as what was given.
 

@@ -166,7 +166,7 @@ def _notes(made: MemoryPlan, setting: Setting, found: Subject) -> list[str]:
         notes.append("not in it: the vocoder, which makes audio of the tokens; give --vocoder own")
     if setting.vocoder is not None:
         notes.append(
-            "the vocoder is planned for one chunk at a time, and for its weights to stay beside all that is made of them"
+            "the vocoder is planned with as many chunks in a run as a scheduler puts together, and for its weights to stay beside all that is made of them"
         )
     if "compile" in setting.backend:
         notes.append("not in it: torch's compiler while it compiles; not yet measured")

@@ -13,7 +13,6 @@ import torch
 from t3_models import tiny_t3
 
 from kvcache import MissingDependencyError
-from kvcache.modules import rebuilt
 from kvcache_chatterbox.standin import stand_in
 from kvcache_chatterbox.vocoder.weights import random_s3gen
 
@@ -79,15 +78,3 @@ def reference(seconds: float, seed: int = 0) -> dict[str, Any]:
         "prompt_feat_len": None,
         "embedding": torch.randn(1, 192, generator=generator),
     }
-
-
-@cache
-def shallow_s3gen(meanflow: bool) -> Any:
-    """The same with one block in place of several, for tests of many requests."""
-    made = copy.copy(s3gen(meanflow))
-    made.__dict__["_modules"] = dict(made._modules)
-    made.flow = rebuilt(made.flow, lambda name, module: None)
-    encoder, estimator = made.flow.encoder, made.flow.decoder.estimator
-    encoder.encoders, encoder.up_encoders = encoder.encoders[:1], encoder.up_encoders[:1]
-    estimator.mid_blocks = estimator.mid_blocks[:1]
-    return made

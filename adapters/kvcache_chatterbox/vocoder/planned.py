@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvcache import InputError, MissingDependencyError
-from kvcache.footprint import VocoderFootprint, bytes_in
+from kvcache.footprint import VocoderFootprint
 from kvcache.meta import without_numbers
 from kvcache.modules import rebuilt
 from kvcache.precision import check_precision, planned
@@ -83,7 +83,7 @@ def options_of(setting: VocoderSetting) -> VocoderOptions:
 
 
 def planned_vocoder(
-    s3gen: Any, options: VocoderOptions, tokens: int, heard: int, device: torch.device
+    s3gen: Any, options: VocoderOptions, tokens: int, heard: int, device: torch.device, rows: int = 1
 ) -> VocoderFootprint:
     """What a vocoder takes.
 
@@ -92,6 +92,7 @@ def planned_vocoder(
         options: how it runs; of weights, ``"meanflow"`` are others than the model's if those are not distilled.
         tokens: that its largest run goes over, besides those of the voice's reference.
         heard: tokens of the voice's clip.
+        rows: texts in that run.
         device: what is planned for. Where whole modules are cast, a run is taken to need as much as at full precision.
     """
     if (precision := options.precision) is not None and device.type != "cpu":
@@ -100,7 +101,7 @@ def planned_vocoder(
     other = not options.own and not s3gen.meanflow
     vocoder = _blank_vocoder(s3gen, dataclasses.replace(options, weights=blank_s3gen(True) if other else "own"))
     voice = Voice(None, blank_reference(heard))
-    workspace = workspace_of(vocoder, voice, tokens)
+    workspace = workspace_of(vocoder, voice, tokens, rows)
     given = sum(part.nbytes for part in voice.gen.values())
     cast = [] if precision == options.precision else [planned(part, precision, device) for part in vocoder.modules[1:3]]
     return VocoderFootprint((s3gen, *vocoder.modules, *cast), vocoder.nbytes + given, workspace)
@@ -112,13 +113,14 @@ def _blank_vocoder(s3gen: Any, options: VocoderOptions) -> S3GenVocoder:
 
 
 @torch.inference_mode()
-def workspace_of(vocoder: S3GenVocoder, voice: Voice, tokens: int) -> int:
-    """Bytes that a run over so many tokens takes at most, of a vocoder on the meta device."""
+def workspace_of(vocoder: S3GenVocoder, voice: Voice, tokens: int, rows: int = 1) -> int:
+    """Bytes that a run over so many tokens of each text takes at most, of a vocoder on the meta device."""
     vocoder.before(voice)  # the reference stays, and is no workspace
     with without_numbers() as watch:
         said = torch.zeros(tokens, dtype=torch.long)
         known = min(TOKENS_PER_SECOND, tokens - 1)
-        vocoder.waves([Run(said, voice, _Blank(), place=known, known=known, lead=LEAD if known else 0)])
+        run = Run(said, voice, _Blank(), place=known, known=known, lead=LEAD if known else 0)
+        vocoder.waves([run] * rows)
     return int(watch.peak)
 
 
@@ -139,25 +141,20 @@ class PlannedRuns:
         if (reference, tokens) not in self._known:
             if self._blank is None:
                 self._blank = _blank_vocoder(
-                    _emptied(self._vocoder.s3gen), dataclasses.replace(self._vocoder.options, weights="own")
+                    emptied(self._vocoder.s3gen), dataclasses.replace(self._vocoder.options, weights="own")
                 )
             voice = Voice(None, blank_reference(reference))
             self._known[reference, tokens] = workspace_of(self._blank, voice, tokens)
         return self._known[reference, tokens]
 
 
-def _emptied(s3gen: Any) -> Any:
+def emptied(s3gen: Any) -> Any:
     """A copy without numbers; what it was made from is as before."""
     blank = rebuilt(s3gen, lambda name, module: None).to("meta")
     for part in blank.modules():
         tables = {name: value for name, value in vars(part).items() if isinstance(value, Tensor)}
         vars(part).update({name: value.to("meta") for name, value in tables.items()})
     return blank
-
-
-def vocoder_bytes(vocoder: S3GenVocoder, model: Any) -> int:
-    """Bytes of all that holds weights of a loaded vocoder: the model's own, and what runs in its place."""
-    return bytes_in([part for part in (model, *vocoder.modules) if isinstance(part, torch.nn.Module)])
 
 
 def heard_tokens(seconds: float | None) -> int:

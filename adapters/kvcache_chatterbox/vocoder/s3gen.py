@@ -1,6 +1,8 @@
 """S3Gen behind one call: speech tokens and voices to waveforms, several in one run, with settings and noise that are given."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -75,6 +77,7 @@ class S3GenVocoder:
             )
         self._references: WeakKeyDictionary[Voice, Reference] = WeakKeyDictionary()
         self._made = Following(self.s3gen, self._make)
+        self._seconds: dict[str, float] | None = None
 
     def _make(self) -> _Parts:
         options = self.options
@@ -119,6 +122,29 @@ class S3GenVocoder:
     def before(self, voice: Voice) -> int:
         return int(self._reference(self._made.now().flow, voice).tokens.numel())
 
+    @contextmanager
+    def timed(self) -> Iterator[dict[str, float]]:
+        """Within this block its parts are timed: seconds of ``"flow"`` and ``"hift"``. Nothing else should run it meanwhile."""
+        self._seconds = {"flow": 0.0, "hift": 0.0}
+        try:
+            yield self._seconds
+        finally:
+            self._seconds = None
+
+    @contextmanager
+    def _part(self, name: str) -> Iterator[None]:
+        if self._seconds is None:
+            yield
+            return
+        begin = self._now()
+        yield
+        self._seconds[name] += self._now() - begin
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
     def held(self, voice: Voice) -> int:
         """Bytes of what it keeps of one voice."""
         return self._reference(self._made.now().flow, voice).nbytes
@@ -143,8 +169,10 @@ class S3GenVocoder:
                 for run, reference in zip(runs, references, strict=True)
             ]
             ended = [run.ended or self.lookahead == 0 for run in runs]
-            mels = parts.flow.mels([run.tokens for run in runs], references, noises, ended)
-            return [self._wave(parts.hift, run, mel) for run, mel in zip(runs, mels, strict=True)]
+            with self._part("flow"):
+                mels = parts.flow.mels([run.tokens for run in runs], references, noises, ended)
+            with self._part("hift"):
+                return [self._wave(parts.hift, run, mel) for run, mel in zip(runs, mels, strict=True)]
 
     def _wave(self, hift: Hift, run: Run, mel: Tensor) -> Made:
         # What comes before a frame's context is heard by the flow alone.
