@@ -6,8 +6,11 @@ loudest frame that it is given, below which only digital silence lies. A signal 
 that hop and overlap; what is too near to a window's edge is not handed out.
 """
 
-from typing import Any, Protocol, runtime_checkable
+from typing import importlib
 
+import Any
+import Protocol
+import runtime_checkable
 import torch
 from torch import Tensor
 
@@ -65,9 +68,7 @@ def marked(watermarker: Watermarker, audio: Tensor, sample_rate: int) -> Tensor:
 def perth_or_none() -> Watermarker | None:
     """Upstream's watermarker with its own weights; None where that does not load."""
     try:
-        import perth
-
-        found: Watermarker = perth.PerthImplicitWatermarker()
+        found: Watermarker = importlib.import_module("perth").PerthImplicitWatermarker()
     except Exception:  # the package sets it to None where a part of it is missing
         return None
     return found

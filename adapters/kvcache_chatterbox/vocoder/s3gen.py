@@ -157,9 +157,8 @@ class S3GenVocoder:
             found = references[voice] = flow.reference(voice.gen, self.options.reference_seconds)
         return found
 
-    @torch.inference_mode()
     def waves(self, runs: Sequence[Run]) -> list[Made]:
-        with without_autocast(self):
+        with without_autocast(self), torch.inference_mode():
             parts = self._made.now()
             references = [self._reference(parts.flow, run.voice) for run in runs]
             noises = [
@@ -172,9 +171,11 @@ class S3GenVocoder:
             with self._part("flow"):
                 mels = parts.flow.mels([run.tokens for run in runs], references, noises, ended)
             with self._part("hift"):
-                return [self._wave(parts.hift, run, mel) for run, mel in zip(runs, mels, strict=True)]
+                waves = [self._wave(parts.hift, run, mel) for run, mel in zip(runs, mels, strict=True)]
+        # Outside, as tensors of inference mode cannot be written into where they are used.
+        return [Made(audio.clone(), turned.clone()) for audio, turned in waves]
 
-    def _wave(self, hift: Hift, run: Run, mel: Tensor) -> Made:
+    def _wave(self, hift: Hift, run: Run, mel: Tensor) -> tuple[Tensor, Tensor]:
         # What comes before a frame's context is heard by the flow alone.
         skip = max(0, FRAMES_PER_TOKEN * run.known - -(-run.lead // SAMPLES_PER_FRAME) - CONTEXT)
         wave, turned = hift.wave(mel, run.noise, FRAMES_PER_TOKEN * run.place, run.turned, skip)
@@ -183,4 +184,4 @@ class S3GenVocoder:
             wave = torch.cat([wave[: fade.numel()] * fade, wave[fade.numel() :]])
         begin = SAMPLES_PER_TOKEN * run.known - SAMPLES_PER_FRAME * skip - run.lead
         audio = wave[begin:].float()
-        return Made(audio if audio.is_meta else audio.cpu(), turned)  # without numbers where a plan is made
+        return audio if audio.is_meta else audio.cpu(), turned  # without numbers where a plan is made
