@@ -6,11 +6,9 @@ loudest frame that it is given, below which only digital silence lies. A signal 
 that hop and overlap; what is too near to a window's edge is not handed out.
 """
 
-from typing import importlib
+import importlib
+from typing import Any, Protocol, runtime_checkable
 
-import Any
-import Protocol
-import runtime_checkable
 import torch
 from torch import Tensor
 
