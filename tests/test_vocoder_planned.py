@@ -69,6 +69,13 @@ def alive():
     return sum(held.values())
 
 
+def held_by(model):
+    """Bytes of the storages of a module: weights, and tables that are plain attributes."""
+    tables = [value for part in model.modules() for value in vars(part).values() if isinstance(value, torch.Tensor)]
+    tensors = [*model.parameters(), *model.buffers(), *tables]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
 @pytest.mark.parametrize("distilled", [False, True])
 def test_planned_weights_and_voice_are_what_is_held(distilled):
     own = s3gen(False)
@@ -81,14 +88,9 @@ def test_planned_weights_and_voice_are_what_is_held(distilled):
     list(ours.generate_stream("Hello there.", voice=voice, max_new_tokens=12, chunking="fixed", seed=0))
     ours.release()
     planned = ours.plan("Hello there.", voice=voice, max_chunk=25).vocoder
-    loaded = 0
-    for model in [own, *([s3gen(True)] if distilled else [])]:
-        tables = [value for part in model.modules() for value in vars(part).values() if isinstance(value, torch.Tensor)]
-        tensors = [*model.parameters(), *model.buffers(), *tables]
-        loaded += sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
     vocoder = ours._speaker.vocoder
-    ready = [*vocoder.modules[-1].parameters(), *vocoder.modules[-1].buffers()]
-    assert planned.weights == loaded + sum(t.untyped_storage().nbytes() for t in ready)
+    loaded = held_by(own) + (held_by(s3gen(True)) if distilled else 0)
+    assert planned.weights == loaded + held_by(vocoder.modules[-1])  # HiFT's weights, ready
     assert planned.voice == given + vocoder.nbytes
     assert vocoder.nbytes == 50 * 8 + 100 * 80 * 4 + 80 * 4
     # All that lives since, but for T3's own: what is kept of the voice for T3, and tables of some kilobytes.
@@ -111,7 +113,9 @@ def test_a_plan_by_name_has_the_vocoder_in_it():
     assert small.moments[-1].static == without.moments[-1].static  # the caches are held meanwhile
     assert large.moments[-1].workspace > 1.5 * small.moments[-1].workspace
     assert small.total == sum(small.parts.values()) > without.total + 2**30
-    assert small.prefixes - without.prefixes == 75 * 8 * 2 + 8 + 2 * 150 * 80 * 4 + 192 * 4 + 80 * 4
+    told, made = 75 * 8 + 8 + 150 * 80 * 4 + 192 * 4, 75 * 8 + 150 * 80 * 4 + 80 * 4
+    kept = 250 * 8 + 8 + 500 * 80 * 4 + 192 * 4  # the whole clip's, in the store, with T3's conditionals
+    assert 0 <= small.prefixes - without.prefixes - told - made - kept < 2**13
 
 
 def test_distilled_weights_stand_beside_the_models_own_and_fewer_bits_beside_both():

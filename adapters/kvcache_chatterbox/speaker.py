@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvcache import InputError
+from kvcache import InputError, PrefixKey, PrefixSnapshot, SpeakerCache
 from kvcache.errors import said
+from kvcache.events import Event, emit
 from kvcache.footprint import bytes_in
 from kvcache_chatterbox.audio import CONTEXT, SegmentedAudio
 from kvcache_chatterbox.chunking import FIXED, Chunking, Cost
+from kvcache_chatterbox.clips import clip_key, encoder_of, packed, unpacked
 from kvcache_chatterbox.long_text import LongText
 from kvcache_chatterbox.plan import VocoderBytes
 from kvcache_chatterbox.requests import check_language, check_path, without_autocast
@@ -49,6 +51,7 @@ class Speaker:
     Args:
         tts: a `ChatterboxTTS`, `ChatterboxMultilingualTTS` or `ChatterboxTurboTTS`.
         options: how its vocoder runs; by default as upstream does.
+        speakers: where what is made of clips is kept; by default only the last few are, here.
 
     Attributes:
         cost: what runs of the vocoder take.
@@ -57,13 +60,14 @@ class Speaker:
         InputError: if the vocoder cannot run so.
     """
 
-    def __init__(self, tts: Any, options: VocoderOptions | None = None) -> None:
+    def __init__(self, tts: Any, options: VocoderOptions | None = None, speakers: SpeakerCache | None = None) -> None:
         self._tts = tts
         self._options = options
         self._vocoder: tuple[Any, str | None, Vocoder] | None = None
         self._planned: tuple[Vocoder, PlannedRuns] | None = None
         self.cost = Cost()
-        self._clips: OrderedDict[bytes, Voice] = OrderedDict()
+        self._speakers = speakers
+        self._clips: OrderedDict[tuple[str | None, bytes], Voice] = OrderedDict()
         self._encoding = RLock()
         if options not in (None, VocoderOptions()):
             self.vocoder  # noqa: B018  # what cannot be is said at once
@@ -144,7 +148,8 @@ class Speaker:
         return Voice.of(self._tts.t3, self.conds)
 
     def encode(self, audio_prompt_path: str | os.PathLike[str]) -> Voice:
-        """The voice of a clip. It takes seconds, so each clip is encoded once; the last few are remembered by content.
+        """The voice of a clip. It takes seconds, so each clip is encoded once: it is kept, by content, in the store of what is
+        known of voices, and the last few are remembered here.
 
         Raises:
             InputError: if the vocoder, or upstream, has no use for such a clip.
@@ -157,12 +162,41 @@ class Speaker:
         with self._encoding:
             if clip is None:
                 return self._encode(audio_prompt_path)  # upstream says what is wrong with it
-            if clip not in self._clips:
-                self._clips[clip] = self._encode(audio_prompt_path)
+            with without_autocast(self._tts.t3):
+                encoder = encoder_of(self._tts)
+            if (encoder, clip) not in self._clips:
+                kept = None if encoder is None or self._speakers is None else clip_key(encoder, clip)
+                self._clips[encoder, clip] = (
+                    self._encode(audio_prompt_path) if kept is None else self._kept(kept, audio_prompt_path)
+                )
                 if len(self._clips) > _CLIPS:
                     self._clips.popitem(last=False)
-            self._clips.move_to_end(clip)
-            return self._clips[clip]
+            self._clips.move_to_end((encoder, clip))
+            return self._clips[encoder, clip]
+
+    def _kept(self, key: PrefixKey, audio_prompt_path: str | os.PathLike[str]) -> Voice:
+        """The voice that is stored under a key, or is encoded and stored now."""
+        assert self._speakers is not None
+        if (found := self._speakers.get(key)) is not None:
+            try:
+                voice = unpacked(self._tts.t3, found)
+                self.checked(voice)
+                return voice
+            except InputError as error:  # of somebody who can write there
+                emit(Event("refused", repr(key), reason=f"what is stored of a clip is no voice: {error}"))
+                self._speakers.evict(key)
+        made: list[Voice] = []
+
+        def build(start: PrefixSnapshot | None) -> PrefixSnapshot:
+            made.append(self._encode(audio_prompt_path))
+            return packed(key, made[0])
+
+        try:
+            self._speakers.keep(self._speakers.compute(key, None, build))
+        except InputError:
+            if not made:  # it is of the clip, and not of what cannot be kept
+                raise
+        return made[0]
 
     def _encode(self, audio_prompt_path: str | os.PathLike[str]) -> Voice:
         """Upstream writes the voice into the model: here into a copy, as others may be speaking with the model's own."""

@@ -19,6 +19,7 @@ from kvcache.precision import planned
 from kvcache.subjects import Prepared, Setting, Subject, VocoderSetting
 from kvcache_chatterbox.audio import CONTEXT, SPEECH_TOKENS
 from kvcache_chatterbox.chunking import MOST
+from kvcache_chatterbox.clips import kept_bytes
 from kvcache_chatterbox.engine import ChatterboxEngine
 from kvcache_chatterbox.footprint import check_together, speech_footprint, text_room
 from kvcache_chatterbox.loading import WEIGHTS, load_t3, random_conditionals
@@ -27,7 +28,15 @@ from kvcache_chatterbox.scheduling import VOCODED, VOCODED_CPU
 from kvcache_chatterbox.speaker import ENDING, Speaker, heard
 from kvcache_chatterbox.standin import stand_in
 from kvcache_chatterbox.vocoder import S3GenVocoder, why_plain
-from kvcache_chatterbox.vocoder.planned import blank_s3gen, emptied, heard_tokens, options_of, planned_vocoder
+from kvcache_chatterbox.vocoder.flow import TOKENS_PER_SECOND
+from kvcache_chatterbox.vocoder.planned import (
+    LONGEST_HEARD,
+    blank_s3gen,
+    emptied,
+    heard_tokens,
+    options_of,
+    planned_vocoder,
+)
 from kvcache_chatterbox.vocoder.weights import made_up_reference, random_s3gen, s3gen_of
 from kvcache_chatterbox.watermark import perth_or_none
 
@@ -128,9 +137,9 @@ class ChatterboxSubject(Subject):
         rows = max(1, min(requests, together))
         if (setting, rows, device) not in self._vocoders:
             place = torch.device(device)
-            self._vocoders[setting, rows, device] = planned_vocoder(
-                self._blank_s3gen, options, tokens, heard, place, rows
-            )
+            made = planned_vocoder(self._blank_s3gen, options, tokens, heard, place, rows)
+            kept = kept_bytes(random_conditionals(self.blank), LONGEST_HEARD * TOKENS_PER_SECOND)
+            self._vocoders[setting, rows, device] = replace(made, voice=made.voice + kept)
         return self._vocoders[setting, rows, device]
 
     @cached_property
