@@ -25,7 +25,7 @@ DOCS_READY := $(VENV)/.ready-docs
 FLOOR_READY := $(FLOOR)/.ready
 PERTH_READY := $(PERTH)/.ready
 # Without what is no benchmark by itself, and those that need more than is installed here.
-NOT_ALONE := carry common family_checks family_models gpu preparing processes timetable quality_kvpress s3gen first_audio
+NOT_ALONE := carry common family_checks family_models gpu preparing processes timetable quality_kvpress s3gen first_audio speaking end_to_end
 BENCHMARKS := $(filter-out $(NOT_ALONE:%=benchmarks/%.py),$(wildcard benchmarks/*.py))
 GPU_OPTIONS ?=
 # What has been compiled for the one run of tests serves the next.

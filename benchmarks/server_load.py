@@ -2,8 +2,9 @@
 
 The server of examples/server.py runs in a process of its own. Each client asks for one text after another, 1 to 4 sentences
 in one of the voices, and leaves some of them midway. Afterwards some of the texts are asked for again, one at a time, with the
-same seed: they have to be as long as they were among the others. Weights are random and the sound is tones, which decides
-neither the order of things nor, in the shapes of a real variant, their speed.
+same seed: they have to be as long as they were among the others. Weights are random, which decides neither the order of things
+nor, in the shapes of a real variant, their speed. The sound is tones, or with `--s3gen` what upstream's S3Gen makes, as exactly
+as it does or with its fast settings; then what is sent depends on how the chunks were cut, and other bytes are no fault.
 """
 
 import asyncio
@@ -39,6 +40,7 @@ SENTENCES = (
     "Four hours of steady work faced us.",
 )
 BYTES_PER_SECOND = 2 * 24000
+REFERENCE = 10.0  # seconds of the voices' clip
 LEAVING = 0.2  # of the requests, midway
 AGAIN = 16  # requests that are repeated alone
 
@@ -57,19 +59,47 @@ def tiny() -> Any:
     return t3
 
 
-def serve(connection: Connection, variant: str, threads: int, rows: int, waiting: int) -> None:
+def engine_with_voices(t3: Any, s3gen: str | None) -> Any:
+    """An engine with made-up voices, whose vocoder makes tones, or is upstream's."""
+    from server import MADE_UP_VOICES, make_up_voices
+
+    from kvcache_chatterbox import ChatterboxEngine, stand_in
+
+    tts = stand_in(t3)
+    if s3gen is None:
+        engine = ChatterboxEngine(tts)
+        make_up_voices(engine)
+        return engine
+    from s3gen import load
+
+    from kvcache_chatterbox.vocoder import VocoderOptions
+
+    # Every T3 speaks through the distilled weights where it shall be fast.
+    tts.s3gen, reference = load(t3.is_gpt or s3gen == "fast", "cpu", REFERENCE)
+    options = VocoderOptions(weights="meanflow", reference_seconds=3.0) if s3gen == "fast" else None
+    engine = ChatterboxEngine(tts, vocoder=options)
+    for seed, name in enumerate(MADE_UP_VOICES):
+        conditionals = stand_in(t3, seed).conds
+        assert conditionals is not None
+        conditionals.gen = dict(reference)
+        engine.add_voice(name, conditionals=conditionals)
+    return engine
+
+
+def serve(
+    connection: Connection, variant: str, threads: int, rows: int, waiting: int, s3gen: str | None = None
+) -> None:
     """Serve a variant, or a tiny model, until told to stop; sends the port first."""
-    from server import create_app, make_up_voices
+    from server import create_app
     from server_connections import Server
     from server_guard import Limits
 
-    from kvcache_chatterbox import ChatterboxEngine, SpeechScheduler, load_t3, stand_in
+    from kvcache_chatterbox import SpeechScheduler, load_t3
 
     torch.set_num_threads(threads)
     logging.getLogger("chatterbox").setLevel(logging.ERROR)
     t3 = tiny() if variant == "tiny" else load_t3(variant)  # type: ignore[arg-type]
-    engine = ChatterboxEngine(stand_in(t3))
-    make_up_voices(engine)
+    engine = engine_with_voices(t3, s3gen)
     limits = Limits(grace_seconds=10)
     app = create_app(SpeechScheduler(engine, max_rows=rows, max_waiting=waiting), engine.voices, limits=limits)
     server = Server(app, app.state.gate, limits, log_level="warning")
@@ -211,14 +241,16 @@ def main() -> None:
     parser.add_argument(
         "--waiting", type=int, default=16, help="requests that may wait (default: 16, so that some are refused)"
     )
+    parser.add_argument("--s3gen", choices=("exact", "fast"), help="with upstream's S3Gen, in place of tones")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.quick:
         options.clients, options.seconds = 8, 5.0
-    with served(options.variant, options.threads, options.rows, options.waiting) as url:
+    with served(options.variant, options.threads, options.rows, options.waiting, options.s3gen) as url:
         found = asyncio.run(load(url, options.clients, options.seconds))
     reasons, errors = found.pop("reasons"), found.pop("first errors")
     settings = {"variant": options.variant, "rows": options.rows, "waiting": options.waiting, "leaving": LEAVING}
+    settings["vocoder"] = "tones" if options.s3gen is None else f"S3Gen, {options.s3gen}"
     finish("server_load", [found], {}, options, settings=settings, refusals=reasons, errors=errors)
     print(f"refusals: {reasons}")
     if errors or found["rows busy after"] or found["same length"] < found["asked again"]:

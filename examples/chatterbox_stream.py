@@ -1,9 +1,11 @@
 """Stream speech from Chatterbox on managed KV caches.
 
 Builds the real T3 model of the installed chatterbox-tts. Weights come from --checkpoint, else from the Hugging Face hub
-if it answers, else they are random: shapes, speed and memory are then real, the speech is not.
+if it answers, else they are random: shapes, speed and memory are then real, the speech is not. Without weights it hands out
+speech tokens; with --audio, upstream's S3Gen, with random weights too, makes noise of them that takes as long as speech.
 
     python examples/chatterbox_stream.py --variant nano
+    python examples/chatterbox_stream.py --variant nano --audio --chunking fixed
     python examples/chatterbox_stream.py --variant english --checkpoint ./chatterbox --wav hello.wav
 """
 
@@ -21,9 +23,11 @@ from example_options import (
     LARGEST_SEED,
     Parser,
     add_model,
+    add_sound,
     check_backend,
     check_device,
     check_model,
+    check_sound,
     count,
     new_file,
     words,
@@ -35,8 +39,11 @@ from rich.table import Table
 from rich.text import Text
 
 from kvcache import KeepAll, KVCacheError, SlidingWindow
-from kvcache_chatterbox import ChatterboxEngine, byte_tokens, load_t3, random_conditionals
+from kvcache.errors import said
+from kvcache_chatterbox import ChatterboxEngine, byte_tokens, load_t3, random_conditionals, stand_in
+from kvcache_chatterbox.audio import SAMPLE_RATE
 from kvcache_chatterbox.loading import WEIGHTS
+from kvcache_chatterbox.vocoder.weights import random_s3gen, s3gen_module
 
 TEXT = "The birch canoe slid on the smooth planks. Glue the sheet to the dark blue background."
 REPOSITORIES = {
@@ -45,6 +52,7 @@ REPOSITORIES = {
     "turbo": "ResembleAI/chatterbox-turbo",
 }
 TOKENS_PER_SECOND = 25  # of speech
+REFERENCE = 10  # seconds of a made-up voice's clip, as long as one that is heard whole
 
 
 def parse() -> argparse.Namespace:
@@ -56,7 +64,13 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--max-new-tokens", type=count(1), default=250)
-    parser.add_argument("--chunk-size", type=count(1), default=25)
+    parser.add_argument(
+        "--chunk-size", type=count(1), default=25, help="of tokens, where there is no audio (default: 25)"
+    )
+    parser.add_argument(
+        "--audio", action="store_true", help="without weights, let a random S3Gen make audio of the tokens"
+    )
+    add_sound(parser)
     parser.add_argument("--window", type=count(1), help="keep only so many speech tokens (default: all)")
     parser.add_argument(
         "--backend", choices=("auto", "eager", "compile", "graph", "graph+compile", "off"), default="auto",
@@ -76,6 +90,14 @@ def parse() -> argparse.Namespace:
     check_model(parser, options.variant, options.checkpoint)
     check_device(parser, options.device)
     check_backend(parser, options.backend, options.device)
+    check_sound(parser, options)
+    if options.audio:
+        try:
+            s3gen_module()
+        except KVCacheError as error:
+            parser.error(f"--audio: {said(error)}")
+    elif options.vocoder is not None and options.weights == "random" and options.checkpoint is None:
+        parser.error("--vocoder, --steps, --reference-seconds, --vocoder-precision: no audio is made; add --audio")
     options.fail = parser.error
     return options
 
@@ -115,8 +137,10 @@ def load(options: argparse.Namespace) -> tuple[Any, str]:
                 f"the hub has no weights for {options.variant!r} here; give --checkpoint, or --weights random"
             )
     if folder is None:
-        sentence = "Weights are random: speed, memory and shapes are real, the tokens are not speech."
-        return load_t3(options.variant, device=options.device, seed=0), sentence
+        t3 = load_t3(options.variant, device=options.device, seed=0)
+        if options.audio:
+            return with_random_s3gen(t3), "All weights are random, S3Gen's too: speed and memory are real, it is noise."
+        return t3, "Weights are random: speed, memory and shapes are real, the tokens are not speech."
     if options.variant in CLASSES:
         module, name = CLASSES[options.variant]
         try:
@@ -128,6 +152,16 @@ def load(options: argparse.Namespace) -> tuple[Any, str]:
     return load_t3(
         options.variant, folder, device=options.device
     ), f"T3 weights from {folder}; no vocoder, so tokens only."
+
+
+def with_random_s3gen(t3: Any) -> Any:
+    """A stand-in for the whole model whose vocoder is upstream's, with random weights and a made-up clip for a voice."""
+    tts = stand_in(t3)
+    tts.s3gen = random_s3gen(meanflow=t3.is_gpt).to(t3.device)
+    clip = 0.1 * torch.randn(REFERENCE * SAMPLE_RATE, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        tts.conds.gen = tts.s3gen.embed_ref(clip, SAMPLE_RATE)
+    return tts
 
 
 def text_tokens(t3: Any, text: str, folder: Path | None) -> torch.Tensor:
@@ -160,7 +194,12 @@ def main() -> None:
         model, sentence = load(options)
     t3 = getattr(model, "t3", model)
     policy = KeepAll() if options.window is None else SlidingWindow(options.window)
-    engine = ChatterboxEngine(model, policy, backend=options.backend, precision=options.precision)
+    try:
+        engine = ChatterboxEngine(
+            model, policy, backend=options.backend, precision=options.precision, vocoder=options.vocoder
+        )
+    except KVCacheError as error:
+        options.fail(said(error))
     if options.no_cache:
         engine.disable_kv_cache()
     millions = sum(p.numel() for p in t3.parameters()) / 1e6
@@ -169,21 +208,19 @@ def main() -> None:
     )
     console.print(f"“{options.text}”", markup=False)
 
-    shared: dict[str, Any] = {
-        "max_new_tokens": options.max_new_tokens,
-        "chunk_size": options.chunk_size,
-        "seed": options.seed,
-    }
+    shared: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "seed": options.seed}
     per_token = 1
     begin = time.perf_counter()
     try:
         if model is not t3:
             per_token = model.sr // TOKENS_PER_SECOND
             language = options.language if t3.hp.is_multilingual else None
-            chunks = engine.generate_stream(options.text, language_id=language, **shared)
+            chunks = engine.generate_stream(options.text, language_id=language, **options.chunks, **shared)
         else:
             text = text_tokens(t3, options.text, options.checkpoint)
-            chunks = engine.inference_stream(t3_cond=random_conditionals(t3), text_tokens=text, **shared)
+            chunks = engine.inference_stream(
+                t3_cond=random_conditionals(t3), text_tokens=text, chunk_size=options.chunk_size, **shared
+            )
     except KVCacheError as error:
         options.fail(f"cannot speak this: {error}")
     first, parts, tokens = 0.0, [], 0.0
@@ -228,6 +265,8 @@ def main() -> None:
     if model is not t3:
         write_wav(options.wav, torch.cat(parts, 1)[0], model.sr)
         console.print(f"audio in {options.wav}", markup=False)
+    else:
+        console.print("[dim]tokens only; docs/chatterbox.md says how to add audio, then try --audio[/dim]")
     if options.json is not None:
         options.json.write_text(json.dumps(summary, indent=1) + "\n")
 

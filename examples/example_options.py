@@ -11,6 +11,8 @@ import torch
 from kvcache import KVCacheError
 from kvcache.decoding import backend_on
 from kvcache.errors import said
+from kvcache_chatterbox import VocoderOptions
+from kvcache_chatterbox.chunking import chunking_of
 from kvcache_chatterbox.loading import WEIGHTS, upstream_t3
 
 CLASSES = {  # with the audio stack, by variant
@@ -48,6 +50,52 @@ def check_model(parser: Parser, variant: str, checkpoint: Path | None) -> None:
         upstream_t3()
     except KVCacheError as error:
         parser.error(said(error))
+
+
+def add_sound(parser: Parser) -> None:
+    """The options that say how speech tokens become audio; see `check_sound`."""
+    group = parser.add_argument_group("audio")
+    group.add_argument(
+        "--chunking", choices=("auto", "fixed"), default="auto",
+        help="how much audio comes at once: as much as what there is to play allows, or always as much (default: auto)",
+    )  # fmt: skip
+    group.add_argument(
+        "--first-chunk", type=count(1, 1000), metavar="N", help="speech tokens of the first chunk, 25 are a second"
+    )
+    group.add_argument(
+        "--max-chunk", type=count(1, 1000), metavar="N", help="speech tokens of a chunk at most, with auto"
+    )
+    group.add_argument(
+        "--vocoder", default="own", metavar="WEIGHTS",
+        help="own, or meanflow, Turbo's distilled ones, or where those are: another sound, in less time (default: own)",
+    )  # fmt: skip
+    group.add_argument("--steps", type=count(1, 1000), metavar="N", help="of the flow; fewer change the sound")
+    group.add_argument(
+        "--reference-seconds",
+        type=number(1),
+        metavar="S",
+        help="of the voice that the flow hears; fewer change the sound",
+    )
+    group.add_argument(
+        "--vocoder-precision", choices=("bf16", "fp16", "int8"), help="of the vocoder (default: as loaded)"
+    )
+
+
+def check_sound(parser: Parser, options: argparse.Namespace) -> None:
+    """End with a line if audio cannot be made so. Puts what a request is given into ``options.chunks``, and the engine's
+    settings into ``options.vocoder``, None if they are as upstream has them."""
+    options.chunks = {"chunking": options.chunking, "first_chunk": options.first_chunk, "max_chunk": options.max_chunk}
+    try:
+        chunking_of(**options.chunks)
+        vocoder = VocoderOptions(
+            weights=options.vocoder,
+            steps=options.steps,
+            reference_seconds=options.reference_seconds,
+            precision=options.vocoder_precision,
+        )
+    except KVCacheError as error:
+        parser.error(said(error))
+    options.vocoder = None if vocoder == VocoderOptions() else vocoder
 
 
 def check_device(parser: Parser, name: str) -> None:

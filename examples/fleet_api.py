@@ -8,7 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 from server_errors import RETRY_UNKNOWN, Problem, for_clients, problem_of
-from server_options import LONGEST_NAME
+from server_options import LARGEST_CHUNK, LONGEST_NAME
 from server_sound import pcm, wav_header
 from starlette.exceptions import HTTPException
 
@@ -30,6 +30,9 @@ class SpeechRequest(BaseModel):
     language_id: str | None = Field(None, max_length=35)  # the longest tag that is in use
     exaggeration: FiniteFloat | None = Field(None, ge=0, le=2)
     max_new_tokens: int | None = None
+    chunking: Literal["auto", "fixed"] | None = None
+    first_chunk: int | None = Field(None, ge=1, le=LARGEST_CHUNK)
+    max_chunk: int | None = Field(None, ge=1, le=LARGEST_CHUNK)
     temperature: FiniteFloat | None = None
     top_p: FiniteFloat | None = None
     min_p: FiniteFloat | None = None

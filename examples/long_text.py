@@ -22,8 +22,10 @@ from example_options import (
     LARGEST_SEED,
     Parser,
     add_model,
+    add_sound,
     check_device,
     check_model,
+    check_sound,
     count,
     new_file,
     number,
@@ -35,6 +37,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kvcache import KVCacheError
+from kvcache.errors import said
 from kvcache_chatterbox import ChatterboxEngine, LongTextPlan, load_t3, stand_in
 from kvcache_chatterbox.segments import primary_language
 
@@ -63,6 +66,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--carry", action="store_true", help="one segment after another, each from the end of the last")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16", "int8"), help="of the backbone")
+    add_sound(parser)
     parser.add_argument("--seed", type=count(0, LARGEST_SEED), default=0)
     parser.add_argument("--plan", action="store_true", help="only say what it would take")
     parser.add_argument("--no-compare", action="store_true", help="do not also speak one segment after the other")
@@ -71,6 +75,8 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     check_model(parser, options.variant, options.checkpoint)
     check_device(parser, options.device)
+    check_sound(parser, options)
+    options.fail = parser.error
     try:
         primary_language(options.language)
     except KVCacheError as error:
@@ -138,7 +144,10 @@ def main() -> None:
     console = Console()
     with console.status(f"loading {options.variant} …"):
         model, sentence = load(options)
-    engine = ChatterboxEngine(model, precision=options.precision)
+    try:
+        engine = ChatterboxEngine(model, precision=options.precision, vocoder=options.vocoder)
+    except KVCacheError as error:
+        options.fail(said(error))
     text, most = options.file or TEXT, options.max_new_tokens
     shared: dict[str, Any] = {
         "language_id": options.language,
@@ -156,7 +165,7 @@ def main() -> None:
     console.print(plan.table())
     summary: dict[str, Any] = {"plan": plan.as_dict()}
     if not options.plan:
-        spoken = {**shared, "seed": options.seed, "carry": "tail" if options.carry else None}
+        spoken = {**shared, **options.chunks, "seed": options.seed, "carry": "tail" if options.carry else None}
         audio, first, seconds = speak(engine, text, {**spoken, "watch": shown(plan, console)})
         report = engine.report()
         rate = model.sr

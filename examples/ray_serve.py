@@ -119,17 +119,25 @@ class Replica:
         redis: URL of the server that shares what was computed of them; None shares nothing.
         max_rows: segments that decode together.
         max_waiting: requests that Serve may send beyond.
+        chunks: how much audio comes at once where a request says nothing of it: arguments of `SpeechScheduler.submit`.
         **engine: see `ChatterboxEngine`.
     """
 
     async def __init__(
-        self, load: Callable[[], Any], voices: str, redis: str | None, max_rows: int, max_waiting: int, **engine: Any
+        self,
+        load: Callable[[], Any],
+        voices: str,
+        redis: str | None,
+        max_rows: int,
+        max_waiting: int,
+        chunks: dict[str, Any],
+        **engine: Any,
     ) -> None:
         model = load()
         memory = _Memory("1GiB", device=getattr(model, "t3", model).device)
         store = TieredStore(memory) if redis is None else TieredStore(memory, _Redis(redis))
         self._engine = ChatterboxEngine(model, speakers=SpeakerCache(store), **engine)
-        self._folder = Path(voices)
+        self._folder, self._chunks = Path(voices), chunks
         self._stamps: OrderedDict[str, tuple[int, int]] = OrderedDict()  # of the files, least recently used first
         self._id = serve.get_replica_context().replica_id.unique_id
         # Serve counts requests; those with several segments may each take several of the rows.
@@ -148,7 +156,8 @@ class Replica:
         """
         try:
             speaker, prefix = (None, None) if voice is None else await self._prepare(voice)
-            stream = self._scheduler.submit(text, voice=speaker, **options)
+            chunks = {} if self._chunks.keys() & options.keys() else self._chunks
+            stream = self._scheduler.submit(text, voice=speaker, **chunks, **options)
             audio = await anext(stream, None)  # an error of the request comes in place of its first audio
         except FileNotFoundError as error:
             yield {"status": 404, "reason": str(error)}
@@ -260,12 +269,13 @@ def fleet(
     max_queued: int = 64,
     cpus: float = 1,
     gpus: float = 0,
+    chunks: dict[str, Any] | None = None,
     **engine: Any,
 ) -> serve.Application:
     """The application to give to `serve.run`.
 
     Args:
-        load, voices, redis, max_rows, **engine: see `Replica`.
+        load, voices, redis, max_rows, chunks, **engine: see `Replica`.
         replicas: how many.
         max_waiting: requests that wait on a replica; beyond them a voice's requests go to the next one.
         max_queued: requests that wait at the ingress while all replicas are full; beyond them they are refused.
@@ -282,7 +292,7 @@ def fleet(
         graceful_shutdown_timeout_s=120,  # for streams to end when a replica is replaced or taken away
     )
     ingress = serve.deployment(Ingress, max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0})
-    return ingress.bind(speech.bind(load, voices, redis, max_rows, max_waiting, **engine))
+    return ingress.bind(speech.bind(load, voices, redis, max_rows, max_waiting, chunks or {}, **engine))
 
 
 # ---------------------------------------------------------------------- from the command line
@@ -335,7 +345,8 @@ def main() -> None:
     gpus = 1 if options.device.startswith("cuda") else 0
     voices = str(options.voices.resolve())
     serve.start(http_options={"host": options.host, "port": options.port})
-    app = fleet(load, voices, options.redis, replicas=options.replicas, max_rows=options.max_rows, gpus=gpus)
+    given = {"replicas": options.replicas, "max_rows": options.max_rows, "gpus": gpus}
+    app = fleet(load, voices, options.redis, chunks=options.chunks, vocoder=options.vocoder, **given)
     with suppress(KeyboardInterrupt):
         serve.run(app, name="speech", blocking=True)
 

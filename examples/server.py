@@ -14,7 +14,7 @@ import importlib
 import random
 import socket
 import time
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
@@ -35,7 +35,7 @@ from server_connections import Server
 from server_errors import REFUSED, Problem, closing, problem_of, some
 from server_figures import Figures, Timing
 from server_guard import STANDARD, Gate, Guard, Limits, first_of
-from server_options import LONGEST_NAME, allow_files, check_address, check_served, parser_of, voice_file
+from server_options import LARGEST_CHUNK, LONGEST_NAME, allow_files, check_address, check_served, parser_of, voice_file
 from server_sound import pcm, wav_header
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
@@ -82,6 +82,13 @@ class SpeechRequest(BaseModel):
     seed: int | None = Field(None, ge=0, lt=2**63)
     language: str | None = Field(None, max_length=35)  # the longest tag that is in use
     exaggeration: float | None = Field(None, ge=0, le=2)
+    chunking: Literal["auto", "fixed"] | None = None
+    first_chunk: int | None = Field(None, ge=1, le=LARGEST_CHUNK)
+    max_chunk: int | None = Field(None, ge=1, le=LARGEST_CHUNK)
+
+    def chunks(self) -> dict[str, Any]:
+        """How much audio it wants at once, if it says anything about that."""
+        return self.model_dump(include={"chunking", "first_chunk", "max_chunk"}, exclude_none=True)
 
 
 class Speech(StreamingResponse):
@@ -122,6 +129,7 @@ def create_app(
     languages: Collection[str] = (),
     hosts: Collection[str] = (),
     limits: Limits = STANDARD,
+    chunks: Mapping[str, Any] | None = None,
 ) -> FastAPI:
     """The server around a scheduler, which it starts and stops. `app.state.gate` says whether it takes requests.
 
@@ -133,6 +141,7 @@ def create_app(
         languages: what a request may name, for the page.
         hosts: names of this server with a dot in them; see `Guard`.
         limits: of requests.
+        chunks: how much audio comes at once where a request says nothing of it: arguments of `SpeechScheduler.submit`.
     """
     gate, figures = Gate(), Figures(scheduler)
 
@@ -153,7 +162,7 @@ def create_app(
     app.add_middleware(Guard, gate=gate, limits=limits, hosts=hosts)
     for kind in (*REFUSED, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)
-    app.include_router(speaking(scheduler, voices, gate, figures))
+    app.include_router(speaking(scheduler, voices, gate, figures, chunks or {}))
     app.include_router(
         telling(scheduler, voices, gate, figures, {"model": model, "note": note, "languages": languages})
     )
@@ -161,7 +170,9 @@ def create_app(
     return app
 
 
-def speaking(scheduler: SpeechScheduler, voices: Collection[str], gate: Gate, figures: Figures) -> APIRouter:
+def speaking(
+    scheduler: SpeechScheduler, voices: Collection[str], gate: Gate, figures: Figures, chunks: Mapping[str, Any]
+) -> APIRouter:
     """The route that speaks."""
     router = APIRouter()
 
@@ -179,6 +190,7 @@ def speaking(scheduler: SpeechScheduler, voices: Collection[str], gate: Gate, fi
             seed=seed,
             exaggeration=asked.exaggeration,
             language_id=asked.language,
+            **(asked.chunks() or chunks),
         )
 
     async def until_heard(stream: Any, request: Request) -> bytes | None:
@@ -305,7 +317,7 @@ def parse() -> tuple[argparse.Namespace, socket.socket]:
     names = [name for name, _ in options.voice]
     if len(set(names)) < len(names):
         parser.error(f"--voice: {next(name for name in names if names.count(name) > 1)!r} is given twice")
-    check_served(parser, options.variant, options.checkpoint)
+    check_served(parser, options)
     check_device(parser, options.device)
     check_backend(parser, options.backend, options.device)
     needed = options.limits.descriptors
@@ -363,7 +375,7 @@ def prepare(options: argparse.Namespace) -> FastAPI:
     console = Console()
     with console.status(f"loading {options.variant} …"):
         model, note = load(options)
-        engine = ChatterboxEngine(model, backend=options.backend, precision=options.precision)
+        engine = ChatterboxEngine(model, backend=options.backend, precision=options.precision, vocoder=options.vocoder)
         add_voices(engine, model, options.voice, made_up=bool(note))
         scheduler = SpeechScheduler(engine, max_rows=options.max_rows, max_waiting=options.max_waiting)
     console.print(
@@ -380,6 +392,7 @@ def prepare(options: argparse.Namespace) -> FastAPI:
         languages=languages if engine.t3.hp.is_multilingual else (),
         hosts=options.allow_host,
         limits=options.limits,
+        chunks=options.chunks,
     )
 
 

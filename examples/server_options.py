@@ -5,11 +5,12 @@ import os
 import socket
 from pathlib import Path
 
-from example_options import REDIS_URLS, Parser, add_model, check_device, check_model, count
+from example_options import REDIS_URLS, Parser, add_model, add_sound, check_device, check_model, check_sound, count
 
 from kvcache.errors import said
 
 LONGEST_NAME = 200  # characters of a voice's name
+LARGEST_CHUNK = 1000  # speech tokens that a request may want at once; 25 are a second
 
 
 def parser_of(description: str | None) -> Parser:
@@ -19,14 +20,16 @@ def parser_of(description: str | None) -> Parser:
     parser.add_argument("--host", default="127.0.0.1", help="whom to listen to (default: this machine alone)")
     parser.add_argument("--port", type=count(0, 65535), default=8000)
     parser.add_argument("--max-rows", type=count(1), default=8, help="segments that decode together (default: 8)")
+    add_sound(parser)
     return parser
 
 
-def check_served(parser: Parser, variant: str, checkpoint: Path | None) -> None:
-    """End with a line if this model cannot be loaded, or not speak for many."""
-    if variant == "multilingual":
+def check_served(parser: Parser, options: argparse.Namespace) -> None:
+    """End with a line if this model cannot be loaded, or not speak for many, or not so; see `check_sound`."""
+    if options.variant == "multilingual":
         parser.error("--variant multilingual: it decodes one request at a time, and this serves many; take another")
-    check_model(parser, variant, checkpoint)
+    check_model(parser, options.variant, options.checkpoint)
+    check_sound(parser, options)
 
 
 def check_address(parser: Parser, host: str, port: int) -> socket.socket:
@@ -39,7 +42,7 @@ def check_address(parser: Parser, host: str, port: int) -> socket.socket:
 
 def check_fleet(parser: Parser, options: argparse.Namespace) -> None:
     """End with a line if the fleet of ray_serve.py could not begin."""
-    check_served(parser, options.variant, options.checkpoint)
+    check_served(parser, options)
     if not options.made_up and not options.voices.is_dir():
         parser.error(f"--voices {options.voices}: is no folder; give one, or let --made-up write it")
     if options.made_up and options.voices.exists() and not options.voices.is_dir():

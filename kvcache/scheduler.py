@@ -176,6 +176,7 @@ class Scheduler:
         make: Callable[[int, Tensor | None], Job],
         *,
         size: int,
+        alone: int = 1,
         sequence: bool = False,
         through: Callable[[Chunk], Iterable[T]],
     ) -> "Stream[T]":
@@ -189,16 +190,16 @@ class Scheduler:
             ClosedError: if the scheduler is closed, or has not begun, or was entered in another event loop.
         """
         work = Work(jobs, make, through, sequence)
-        inbox = self._accepted(size)
+        inbox = self._accepted(size, alone)
         self._add(inbox, work)
         return Stream(self, inbox)
 
-    def submit_prepared(self, prepare: Callable[[], Work[T]], *, size: int) -> "Stream[T]":
+    def submit_prepared(self, prepare: Callable[[], Work[T]], *, size: int, alone: int = 1) -> "Stream[T]":
         """`submit` what takes a while to prepare: `prepare` runs in a thread, once there is room, and one at a time.
 
         What it raises, the stream raises instead of its first item; then nothing of the request has run.
         """
-        inbox = self._accepted(size)
+        inbox = self._accepted(size, alone)
         with self._changed:
             self._unprepared.append((inbox, prepare))
             self._changed.notify_all()
@@ -243,9 +244,10 @@ class Scheduler:
         running = [inbox for inbox in inboxes if inbox.request is not None and inbox.request.entered]
         return len(inboxes) - len(running), running
 
-    def _accepted(self, size: int) -> "_Inbox":
+    def _accepted(self, size: int, alone: int) -> "_Inbox":
         self._check_open()
         check_whole("size", size, 1)
+        check_whole("alone", alone, 1)
         waiting, running = self._held()
         most = self._max_waiting + self._max_running + self._rows
         if waiting >= self._max_waiting or waiting + len(running) >= most:
@@ -255,7 +257,7 @@ class Scheduler:
             if waiting < self._max_waiting:
                 full = f"{waiting + len(running)} requests are held already, which is the most"
             raise BusyError(f"{full}; come again in about {seconds:.0f} s", seconds)
-        inbox = _Inbox(size)
+        inbox = _Inbox(size, alone)
         self._inboxes[inbox] = None
         return inbox
 
@@ -364,6 +366,7 @@ class Scheduler:
             work.jobs,
             make,
             size=inbox.size,
+            alone=inbox.alone,
             sequence=work.sequence,
             deliver=lambda chunk: self._tell(inbox, chunk),
             blocked=lambda: inbox.told - inbox.taken >= self._ahead,
@@ -490,8 +493,8 @@ class _End:
 class _Inbox:
     """A request that was accepted: what has been decoded for its consumer, who may have forgotten it."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, alone: int) -> None:
+        self.size, self.alone = size, alone
         self.queue: asyncio.Queue[Chunk | _End] = asyncio.Queue()
         self.told = self.taken = 0  # chunks; one thread writes the one, another the other
         self.request: Request | None = None  # until it is prepared

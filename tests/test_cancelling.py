@@ -367,7 +367,7 @@ def test_200_random_cancels_of_streams_leave_nothing_behind():
 def test_200_random_cancels_of_the_scheduler_leave_nothing_behind():
     chance = random.Random(2)
     engine, _ = speech()
-    given = {"max_new_tokens": 20, "chunk_size": 10, "segment_characters": 20, "seed": 0}
+    given = {"max_new_tokens": 20, "chunking": [10], "segment_characters": 20, "seed": 0}
     ended = []
 
     async def main():

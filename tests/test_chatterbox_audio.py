@@ -9,48 +9,91 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.searching import search
+from support.vocoders import NOBODY, Told
 from t3_models import tiny_t3
 
 from kvcache import InputError
 from kvcache.models import looks_on
-from kvcache_chatterbox import ChatterboxEngine, byte_tokens
-from kvcache_chatterbox.audio import SAMPLES_PER_TOKEN, AudioStream, SegmentedAudio, Speaker
+from kvcache_chatterbox import ChatterboxEngine, Chunking, byte_tokens
+from kvcache_chatterbox.audio import CONTEXT, SAMPLES_PER_TOKEN, AudioStream, SegmentedAudio
 from kvcache_chatterbox.loading import upstream_t3
+from kvcache_chatterbox.speaker import Speaker, heard
 from kvcache_chatterbox.standin import S3GEN_SIL, ToneVocoder, punc_norm, stand_in
+from kvcache_chatterbox.vocoder import LEAD, SeededNoise
 
 pytestmark = pytest.mark.one_release
 
 
-def tone(tokens):
-    """A vocoder: each token sets a level that the sound glides to, so audio depends on the tokens just before."""
-    levels = torch.nn.functional.pad((tokens.float() % 17) / 17, (3, 0)).unfold(0, 4, 1).mean(1)
+NOISE = SeededNoise(0)
+ONE = Chunking((1,))
+
+
+def tone(tokens, behind=0):
+    """Each token sets a level that the sound glides to, so audio depends on the three tokens before it, and on those behind."""
+    levels = torch.nn.functional.pad((tokens.float() % 17) / 17, (3, behind)).unfold(0, 4 + behind, 1).mean(1)
     return levels.repeat_interleave(SAMPLES_PER_TOKEN)
+
+
+def streaming(vocoder, **options):
+    return AudioStream(vocoder, NOBODY, NOISE, **options)
 
 
 @search(100)
 @given(
-    chunks=st.lists(st.integers(1, 12), min_size=1, max_size=8), context=st.integers(6, 30), fade=st.integers(0, 2000)
+    chunks=st.lists(st.integers(1, 12), min_size=1, max_size=8),
+    context=st.integers(6, 30),
+    fade=st.integers(0, LEAD),
+    lookahead=st.integers(0, 4),
 )
-def test_chunks_of_audio_are_together_the_whole(chunks, context, fade):
+def test_chunks_of_audio_are_together_the_whole(chunks, context, fade, lookahead):
     tokens = torch.randint(0, 6561, (sum(chunks),), generator=torch.Generator().manual_seed(sum(chunks)))
-    stream = AudioStream(tone, context, fade)
-    parts = [stream.push(part) for part in tokens.split(chunks)]
-    audio, whole = torch.cat([*parts, stream.finish()]), tone(tokens)
-    # With a context longer than the vocoder's memory (3 tokens) and the fade (2.1 tokens), every joint fades between equal signals: fp32 rounding.
-    torch.testing.assert_close(audio, whole, atol=1e-6, rtol=0)
+    vocoder = Told(functools.partial(tone, behind=lookahead), lookahead)
+    stream = streaming(vocoder, context=context, fade=fade)
+    parts, heard, said = [], 0, 0
+    for chunk in tokens.split(chunks):
+        parts.append(stream.push(chunk))
+        heard += chunk.numel()
+        said = max(said, heard - lookahead)
+        assert sum(part.numel() for part in parts) >= said * SAMPLES_PER_TOKEN - fade
+    parts.append(stream.flush())
+    # With a context longer than the vocoder's memory (3 tokens) and the fade (half a token), every joint fades between equal
+    # signals: fp32 rounding. And where it looks ahead, it has what it looks for.
+    torch.testing.assert_close(torch.cat(parts), tone(tokens, lookahead), atol=1e-6, rtol=0)
+    places = [run.place for run in vocoder.runs]
+    assert places == sorted(places)
+    for run in vocoder.runs:
+        assert torch.equal(run.tokens, tokens[run.place : run.place + run.tokens.numel()])
+        assert run.known == min(context, run.place + run.known)
+    assert sum(run.ended for run in vocoder.runs) == (lookahead > 0)
+
+
+def test_what_comes_behind_a_flush_is_made_with_what_came_before_it():
+    vocoder = Told(tone, 3)
+    stream, tokens = streaming(vocoder), tokens_of(40)[0]
+    parts = [stream.push(tokens[:10]), stream.flush(), stream.push(tokens[10:]), stream.flush()]
+    torch.testing.assert_close(torch.cat(parts), tone(tokens), atol=1e-6, rtol=0)
+    assert [(run.known, run.ended) for run in vocoder.runs] == [(0, False), (7, True), (10, False), (25, True)]
+
+
+def test_nothing_is_made_of_no_tokens():
+    vocoder = Told(tone, 3)
+    stream = streaming(vocoder)
+    assert stream.push(torch.zeros(0, dtype=torch.long)).numel() == stream.flush().numel() == 0
+    assert stream.push(torch.zeros(3, dtype=torch.long)).numel() == 0  # they are only looked ahead at
+    assert vocoder.runs == []
+    assert stream.flush().numel() == 3 * SAMPLES_PER_TOKEN
 
 
 def test_a_joint_without_enough_context_is_faded_and_not_a_click():
     tokens = torch.tensor([3, 16, 3, 16, 0, 16, 5, 9])
     jumps = {}
-    for fade in (0, 480):
-        stream = AudioStream(tone, 0, fade)
-        stream._context = 1
-        audio = torch.cat([*(stream.push(part) for part in tokens.split(2)), stream.finish()])
+    for fade in (0, LEAD):
+        stream = streaming(Told(tone), context=1, fade=fade)
+        audio = torch.cat([*(stream.push(part) for part in tokens.split(2)), stream.flush()])
         assert audio.numel() == tokens.numel() * SAMPLES_PER_TOKEN
         joints = torch.arange(2, 8, 2) * SAMPLES_PER_TOKEN
         jumps[fade] = max(float((audio[j - 500 : j + 500].diff()).abs().max()) for j in joints.tolist())
-    assert jumps[480] <= jumps[0]
+    assert jumps[LEAD] < jumps[0]
 
 
 class Watermarker:
@@ -72,7 +115,7 @@ def test_streamed_audio_is_the_whole_audio(kind):
     drawn = {"max_new_tokens": 40, "seed": 1, "top_p": 0.9, "repetition_penalty": 1.2}  # `inference` has other defaults
     request = drawn | {"language_id": "fr" if kind == "multilingual" else None}
     whole = engine.generate("Hello there", watermark=False, **request)
-    chunks = list(engine.generate_stream("Hello there", watermark=False, chunk_size=7, **request))
+    chunks = list(engine.generate_stream("Hello there", watermark=False, chunking=[7], **request))
     assert len(chunks) > 3
     torch.testing.assert_close(torch.cat(chunks, 1), whole, atol=1e-6, rtol=0)  # joints fade between equal signals
     text = model.tokenizer.text_to_tokens("Hello there.", request["language_id"])
@@ -186,8 +229,12 @@ def laid_out(speaker, voice, segments, pause, joined):
     skipped=st.integers(0, 2),
     pause=st.sampled_from([0, 0.01234, 0.2]),
     joined=st.booleans(),
+    chunking=st.one_of(
+        st.builds(Chunking, st.lists(st.integers(1, 9), min_size=1, max_size=3).map(tuple)),
+        st.builds(Chunking, st.none(), st.integers(1, 5), st.integers(5, 20)),
+    ),
 )
-def test_streamed_segments_are_the_whole_segments(kind, cuts, skipped, pause, joined):
+def test_streamed_segments_are_the_whole_segments(kind, cuts, skipped, pause, joined, chunking):
     one = speaker(kind)
     voice = one.builtin()
     segments = [tokens_of(sum(cut), seed) for seed, cut in enumerate(cuts)]
@@ -197,7 +244,11 @@ def test_streamed_segments_are_the_whole_segments(kind, cuts, skipped, pause, jo
         for part in segment.split(cut, 1)
     ]
     options = {"pause": pause, "joined": joined}
-    chunks = list(one.speak(iter(pieces), voice, False, **options))
+
+    def streamed_with(watermark):
+        return list(heard(one.segmented(voice, watermark, chunking=chunking, **options), pieces))
+
+    chunks = streamed_with(False)
     whole = one.say(enumerate(segments), voice, False, **options)
     expected, made = laid_out(one, voice, segments, pause, joined)
     assert all(chunk.shape[0] == 1 and chunk.numel() for chunk in chunks)
@@ -211,7 +262,7 @@ def test_streamed_segments_are_the_whole_segments(kind, cuts, skipped, pause, jo
         steepest = float(made.diff().abs().max()) + float(made.abs().max()) / 121 + 1e-6
         assert float(streamed.diff().abs().max()) <= steepest
     # The watermarker adds 1: each sample, pauses included, has gone through it once.
-    marked = torch.cat([torch.zeros(1, 0), *one.speak(iter(pieces), voice, True, **options)], 1)
+    marked = torch.cat([torch.zeros(1, 0), *streamed_with(True)], 1)
     torch.testing.assert_close(marked, streamed + 1, atol=0, rtol=1e-6)
     torch.testing.assert_close(one.say(iter(pieces), voice, True, **options), whole + 1, atol=0, rtol=1e-6)
 
@@ -225,9 +276,10 @@ def test_a_vocoder_that_never_says_the_same_twice_does_not_click(pause, joined):
         calls.append(tokens)
         return torch.cos(2 * torch.pi * 110 / 24000 * torch.arange(960 * tokens.numel()) + 2.0 * len(calls))
 
-    audio = SegmentedAudio(vocode, pause=pause, joined=joined)
+    audio = SegmentedAudio(Told(vocode), NOBODY, chunking=ONE, pause=pause, joined=joined)
     parts = [audio.push(i // 4, tokens_of(1 + i % 3)) for i in range(12)]
     heard = torch.cat([*parts, audio.finish()], 1)[0]
+    assert audio.chunks == [1] * 24
     assert heard.numel() == 24 * 960 + 2 * round(pause * 24000)
     # The wave's own slope; between two waves the fade adds at most their distance, 2, over its 480 samples; at an edge, 1 over 120.
     assert float(heard.diff().abs().max()) <= 2 * torch.pi * 110 / 24000 + 1 / 121
@@ -235,20 +287,39 @@ def test_a_vocoder_that_never_says_the_same_twice_does_not_click(pause, joined):
 
 @pytest.mark.parametrize("pause", [0, 0.2, 1 / 7, 3e-5])
 def test_a_pause_has_its_samples(pause):
-    audio = SegmentedAudio(lambda tokens: torch.ones(tokens.numel() * 960), pause=pause)
+    ones = Told(lambda tokens: torch.ones(tokens.numel() * 960))
+    audio = SegmentedAudio(ones, NOBODY, chunking=ONE, pause=pause)
     heard = torch.cat([*(audio.push(i, tokens_of(2)) for i in range(3)), audio.finish()], 1)
     assert int((heard == 0).sum()) == 2 * round(pause * 24000)
     assert heard[0, 0] == heard[0, -1] == 1  # where nothing meets, nothing is faded
 
 
 def test_joined_segments_are_made_with_the_end_of_the_one_before():
-    runs = []
-    vocode = functools.partial(ToneVocoder().inference, ref_dict={"embedding": torch.zeros(1, 192)})
-    audio = SegmentedAudio(lambda tokens: [runs.append(tokens), vocode(tokens)[0][0]][1], joined=True)
+    vocoder = Told(tone)
+    audio = SegmentedAudio(vocoder, NOBODY, chunking=Chunking((30, 4)), joined=True)
     first, second = tokens_of(30), tokens_of(4)
     audio.push(0, first)
     audio.push(1, second)
-    assert torch.equal(runs[1], torch.cat([first[0, -25:], second[0]]))
+    assert torch.equal(vocoder.runs[1].tokens, torch.cat([first[0, -CONTEXT:], second[0]]))
+    assert (vocoder.runs[1].place, vocoder.runs[1].known) == (5, CONTEXT)
+
+
+def test_each_segment_has_noise_of_its_own_and_joined_ones_that_of_the_first():
+    for joined in (False, True):
+        vocoder, asked = Told(tone), []
+
+        def noise(index, tokens, asked=asked):
+            asked.append((index, tokens))
+            return SeededNoise(index)
+
+        audio = SegmentedAudio(vocoder, NOBODY, noise, chunking=Chunking((4,)), joined=joined)
+        for index in (0, 2):
+            audio.push(index, torch.cat([tokens_of(6), torch.tensor([[6562]])], 1))
+        audio.finish()
+        assert [index for index, _ in asked] == ([0] if joined else [0, 2])
+        assert len({id(run.noise) for run in vocoder.runs}) == len(asked)
+        assert all(count == 7 for _, count in asked)  # those that are no speech were drawn, too
+        assert [run.place for run in vocoder.runs] == [0, 0, 0, 0]
 
 
 def test_segments_without_speech_are_not_heard():
@@ -256,7 +327,7 @@ def test_segments_without_speech_are_not_heard():
     voice, said = one.builtin(), tokens_of(4)
     nothing, stop = torch.zeros(1, 0, dtype=torch.long), torch.tensor([[6562]])
     silent = [(0, nothing), (3, stop)]
-    assert list(one.speak(silent, voice, True)) == []
+    assert list(heard(one.segmented(voice, True), silent)) == []
     assert one.say(silent, voice, True).shape == (1, 0)
     alone = one.say([(0, said)], voice, False)
     assert torch.equal(one.say([(0, nothing), (1, said), (1, stop), (2, stop)], voice, False), alone)
@@ -271,7 +342,7 @@ def test_segments_out_of_order_and_bad_pauses_are_refused():
         audio.push(1, tokens_of(1))
     for pause in (-0.1, float("nan"), float("inf")):
         with pytest.raises(InputError, match="must be a number of seconds, 0 or more"):
-            one.speak([], one.builtin(), False, pause=pause)
+            one.segmented(one.builtin(), False, pause=pause)
 
 
 # ------------------------------------------------------------------ the stand-in

@@ -34,7 +34,7 @@ def watched(run):
 def test_what_is_cut_off_is_told_and_reported(kind, options):
     for backend in ("eager", "off"):
         ours = engine(kind, -30.0, backend=backend)
-        run = lambda: list(ours.generate_stream(TEXT, max_new_tokens=6, chunk_size=4, **GIVEN, **options))  # noqa: E731, B023
+        run = lambda: list(ours.generate_stream(TEXT, max_new_tokens=6, chunking=[4], **GIVEN, **options))  # noqa: E731, B023
         assert watched(run) == [(0, 6), (1, 6)]
         assert ours.report().cut_off == (0, 1)
         assert "cut off, segments: 0, 1" in repr(ours.report())

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from kvcache import MissingDependencyError
+from kvcache_chatterbox import VocoderOptions
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 pytestmark = pytest.mark.one_release
@@ -26,9 +29,22 @@ MODEL = [
     (["--variant", "french"], "invalid choice"),
     (["--json", "/no/such/folder/a.json"], "is in no folder"),
 ]
+SOUND = [
+    (["--chunking", "slow"], "invalid choice"),
+    (["--first-chunk", "0"], "from 1 to 1000"),
+    (["--max-chunk", "1e3"], "no whole number"),
+    (["--first-chunk", "30", "--max-chunk", "20"], "first_chunk=30 is more than max_chunk=20"),
+    (["--chunking", "fixed", "--max-chunk", "20"], "leave them out"),
+    (["--vocoder", "/no/such/folder"], "weights='/no/such/folder' must be 'own', 'meanflow', a file or folder"),
+    (["--steps", "0"], "from 1 to 1000"),
+    (["--reference-seconds", "0.5"], "is no number of at least 1"),
+    (["--reference-seconds", "nan"], "is no number of at least 1"),
+    (["--vocoder-precision", "fp8"], "invalid choice"),
+]
 REFUSED = {
     "long_text": [
         *MODEL,
+        *SOUND,
         (["--file", "/nonexistent"], "there is no file '/nonexistent'"),
         (["--file", "{binary}"], "is no text in UTF-8"),
         (["--file", "{empty}"], "the text is empty"),
@@ -45,6 +61,8 @@ REFUSED = {
     ],
     "chatterbox_stream": [
         *MODEL,
+        *SOUND,
+        (["--weights", "random", "--steps", "2"], "no audio is made; add --audio"),
         (["--max-new-tokens", "0"], "from 1 to"),
         (["--chunk-size", "x"], "no whole number"),
         (["--window", "0"], "from 1 to"),
@@ -98,3 +116,30 @@ def test_what_is_right_is_taken(name, tmp_path, monkeypatch):
     options = example(name).parse()
     assert options.json == tmp_path / "new.json"
     assert name != "long_text" or (options.file, options.budget) == ("Hello.", 0.5)
+
+
+def test_audio_where_it_cannot_be_made_says_how_to_add_it(monkeypatch, capsys):
+    script = example("chatterbox_stream")
+
+    def missing():
+        raise MissingDependencyError("upstream's vocoder does not load: install what docs/chatterbox.md says")
+
+    monkeypatch.setattr(script, "s3gen_module", missing)
+    monkeypatch.setattr(sys, "argv", ["chatterbox_stream.py", "--device", "cpu", "--audio"])
+    with pytest.raises(SystemExit) as ended:
+        script.parse()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert said.startswith("chatterbox_stream.py: error: --audio: upstream's vocoder does not load: install what docs/")
+
+
+def test_what_is_said_of_audio_is_what_engine_and_request_are_given(monkeypatch):
+    script = example("chatterbox_stream")
+    script.s3gen_module = lambda: None
+    given = ["--audio", "--chunking", "fixed", "--first-chunk", "50", "--steps", "4", "--reference-seconds", "3"]
+    monkeypatch.setattr(sys, "argv", ["chatterbox_stream.py", "--device", "cpu", *given])
+    options = script.parse()
+    assert options.chunks == {"chunking": "fixed", "first_chunk": 50, "max_chunk": None}
+    assert options.vocoder == VocoderOptions(steps=4, reference_seconds=3)
+    monkeypatch.setattr(sys, "argv", ["chatterbox_stream.py", "--device", "cpu"])
+    assert script.parse().vocoder is None

@@ -74,6 +74,8 @@ NUMBERS = (
     "seed",
     "max_new_tokens",
     "top_k",
+    "first_chunk",
+    "max_chunk",
 )
 
 
@@ -143,13 +145,14 @@ def test_a_failure_is_an_error_object_without_its_reason():
         ({"device": "gpu"}, "--device gpu"),
         ({"variant": "multilingual"}, "one request at a time"),
         ({"host": "203.0.113.1"}, "--host 203.0.113.1"),
+        ({"chunking": "fixed", "max_chunk": 9}, "leave them out"),
+        ({"vocoder": "/no/such"}, "weights='/no/such' must be"),
     ],
 )
 def test_misuse_of_the_fleets_command_is_one_line(changed, words, tmp_path, capsys):
     parser = server_options.parser_of(None)
-    given = {"variant": "nano", "checkpoint": None, "device": "cpu", "voices": tmp_path, "made_up": 0, "redis": None,
-             "address": None, "host": "127.0.0.1", "port": 0}  # fmt: skip
-    options = argparse.Namespace(**given | changed)
+    given = {"device": "cpu", "voices": tmp_path, "made_up": 0, "redis": None, "address": None, "port": 0}
+    options = argparse.Namespace(**vars(parser.parse_args([])) | given | changed)
     options.voices = tmp_path / options.voices
     with pytest.raises(SystemExit) as ended:
         server_options.check_fleet(parser, options)

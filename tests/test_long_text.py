@@ -35,7 +35,7 @@ def audio(stream):
 @pytest.mark.parametrize("kind", ["english", "gpt"])
 def test_together_one_by_one_and_whole_are_the_same_audio(kind, policy):
     ours = engine(kind, policy, ends=2.0)
-    together = audio(ours.generate_stream(TEXT, chunk_size=7, **SHORT))
+    together = audio(ours.generate_stream(TEXT, chunking=[7], **SHORT))
     assert len(ours.plan(TEXT, segment_characters=90, max_new_tokens=30).segments) == 3
     for other in (
         audio(ours.generate_stream(TEXT, max_rows=1, **SHORT)),
@@ -71,7 +71,10 @@ def test_the_first_chunk_waits_for_no_other_segment(monkeypatch):
     make = ours.job
     monkeypatch.setattr(ours, "job", lambda utterance: jobs.append(make(utterance)) or jobs[-1])
     seen = []
-    stream = ours.generate_stream(TEXT, chunk_size=10, watch=lambda *said: seen.append(said), **SHORT)
+    with torch.no_grad():
+        ours.t3.speech_head.bias = torch.nn.Parameter(torch.zeros(ours.t3.speech_head.out_features))
+        ours.t3.speech_head.bias[6561:] = -30.0  # all is speech: ten tokens are a chunk of ten
+    stream = ours.generate_stream(TEXT, chunking=[10, 5], watch=lambda *said: seen.append(said), **SHORT)
     for job in jobs:
         monkeypatch.setattr(job, "prefill", lambda run=job.prefill: entered.append(1) or run())
     next(stream)
@@ -192,7 +195,8 @@ def test_an_early_end_leaves_nothing_behind():
         (TEXT, {"voice": "nobody"}, "there is no voice 'nobody'"),
         (TEXT, {"max_rows": 0}, "max_rows must be at least 1"),
         (TEXT, {"carry": "all"}, "carry='all' must be"),
-        (TEXT, {"chunk_size": 0}, "chunk_size=0 must be"),
+        (TEXT, {"first_chunk": 0}, "first_chunk=0 must be"),
+        (TEXT, {"chunking": "slow"}, "chunking='slow' must be"),
         (TEXT, {"segment_characters": 3}, "target=3"),
         (TEXT, {"pause": -1.0}, "pause=-1.0"),
         (TEXT, {"voice": "silent"}, "no reference for the vocoder"),
@@ -213,7 +217,10 @@ def test_bad_requests_are_refused_before_anything_runs(text, options, message):
         async with SpeechScheduler(ours) as scheduler:
             with pytest.raises(InputError, match=message):
                 await anext(scheduler.submit(text, **options))
-            assert (scheduler.metrics().refused, scheduler.metrics().failed) == ("chunk_size" not in options, 0)
+            assert (scheduler.metrics().refused, scheduler.metrics().failed) == (
+                not {"first_chunk", "chunking"} & set(options),
+                0,
+            )
 
     asyncio.run(submit())
 
@@ -240,7 +247,7 @@ def test_clients_hear_what_they_would_hear_alone():
 
     async def client(scheduler, request):
         return torch.cat(
-            [torch.zeros(1, 0), *[part async for part in scheduler.submit(TEXT, chunk_size=9, **request)]], 1
+            [torch.zeros(1, 0), *[part async for part in scheduler.submit(TEXT, chunking=[9], **request)]], 1
         )
 
     async def all_of_them():
@@ -250,7 +257,7 @@ def test_clients_hear_what_they_would_hear_alone():
 
     heard, metrics = asyncio.run(all_of_them())
     for request, got in zip(requests, heard, strict=True):
-        torch.testing.assert_close(got, audio(ours.generate_stream(TEXT, chunk_size=9, **request)), atol=1e-6, rtol=0)
+        torch.testing.assert_close(got, audio(ours.generate_stream(TEXT, chunking=[9], **request)), atol=1e-6, rtol=0)
         assert got.shape[1] % SAMPLES_PER_TOKEN == 0
     assert (metrics.finished, metrics.busy, metrics.waiting, metrics.running) == (7, 0, 0, 0)
     assert set(metrics.ttfa) == {"p50", "p90", "p99"}

@@ -93,7 +93,7 @@ def fleet(ray, voices, tmp_path):
 async def hear(handle, voice, tokens=5, seed=0, heard=None):
     """The chunks that a request got, and the error that it ended in."""
     heard = [] if heard is None else heard
-    answer = handle.options(stream=True).speak.remote(TEXT, voice, max_new_tokens=tokens, seed=seed, chunk_size=5)
+    answer = handle.options(stream=True).speak.remote(TEXT, voice, max_new_tokens=tokens, seed=seed, chunking=[5])
     try:
         async for chunk in answer:
             heard.append(chunk)
@@ -115,7 +115,7 @@ def reference(voices):
         engine.voices.load(voices / f"{name}.safetensors")
 
     def speak(voice, tokens, seed):
-        chunks = engine.generate_stream(TEXT, voice=voice, max_new_tokens=tokens, chunk_size=5, seed=seed)
+        chunks = engine.generate_stream(TEXT, voice=voice, max_new_tokens=tokens, chunking=[5], seed=seed)
         return torch.cat(list(chunks), 1)[0].numpy()
 
     return speak

@@ -73,14 +73,19 @@ NO_NUMBERS: list[tuple[str, list[Any]]] = [
     ("top_k", [NAN, 5.0, None, -1, True, 2**63]),
     ("seed", [1.0, "1", True, 2**64, -(2**63) - 1, NAN]),
     ("max_new_tokens", [0, -1, 2.5, True, NAN, "5"]),
-    ("chunk_size", [0, 2.5, True, NAN, None]),
 ]
+OF_TOKENS: list[tuple[str, list[Any]]] = [("chunk_size", [0, 2.5, True, NAN, None])]
 OF_TEXTS: list[tuple[str, list[Any]]] = [
     ("pause", [NAN, INF, -0.1, "long", True, 1e9]),
     ("segment_characters", [19, 0, 200.5, True, NAN, "200"]),
     ("max_rows", [0, -1, 2.5, True, None]),
     ("memory_budget", [NAN, 1.5, True]),
     ("carry", ["head", True]),
+]
+OF_CHUNKS: list[tuple[str, list[Any]]] = [
+    ("chunking", ["slow", "", None, 25, NAN, True, [], [0], [25, 2.5], (True,), [NAN], ["25"]]),
+    ("first_chunk", [0, -1, 2.5, True, NAN, "5"]),
+    ("max_chunk", [0, -1, 2.5, True, NAN, "5", 9]),
 ]
 
 
@@ -107,19 +112,19 @@ def still(speaking: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     return speaking
 
 
-@pytest.mark.parametrize(("name", "value"), each(NO_NUMBERS))
+@pytest.mark.parametrize(("name", "value"), each(NO_NUMBERS, OF_TOKENS))
 def test_what_is_no_number_is_refused_before_tokens_are_made(still: Any, name: str, value: Any) -> None:
     given = {"text_tokens": byte_tokens(still.t3, "Hi."), "voice": "v", name: value}
     with pytest.raises(InputError, match=rf"{name}\b.*"):
         still.inference_stream(**given)
 
 
-@pytest.mark.parametrize(("name", "value"), each(NO_NUMBERS, OF_TEXTS))
+@pytest.mark.parametrize(("name", "value"), each(NO_NUMBERS, OF_TEXTS, OF_CHUNKS))
 def test_what_is_no_number_is_refused_before_a_text_is_spoken(still: Any, name: str, value: Any) -> None:
     named = "target" if name == "segment_characters" else name
     with pytest.raises(InputError, match=rf"{named}\b.*"):
         still.generate_stream("Hello.", **{"voice": "v", name: value})
-    if name != "chunk_size":
+    if name not in dict(OF_CHUNKS):
         with pytest.raises(InputError, match=rf"{named}\b.*"):
             still.generate("Hello.", **{"voice": "v", name: value})
 
@@ -127,7 +132,7 @@ def test_what_is_no_number_is_refused_before_a_text_is_spoken(still: Any, name: 
 def test_what_is_no_number_is_refused_where_it_is_submitted(speaking: Any) -> None:
     async def submit() -> None:
         async with SpeechScheduler(speaking, max_rows=1) as scheduler:
-            for name, value in each(NO_NUMBERS, OF_TEXTS):
+            for name, value in each(NO_NUMBERS, OF_TEXTS, OF_CHUNKS):
                 if name in ("max_rows", "memory_budget"):
                     continue
                 with pytest.raises(InputError, match="target" if name == "segment_characters" else name):

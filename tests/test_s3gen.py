@@ -1,43 +1,43 @@
 """Audio in chunks and segments from upstream's own S3Gen, with random weights: its lengths, its joints, its tail.
 
-S3Gen draws noise in every run (the flow's start, the phases and the breath of its source), and a run hears the tokens after
-a chunk only if they are in it. So chunked audio is not that of one whole run, and is not compared with it: what can be said
-exactly is how long it is, and that it is made of the runs it is said to be made of, faded into one another.
+The flow attends to all that a run goes over, both ways, so a token sounds a little different in each run that it is in, and
+chunked audio is not compared with that of one whole run. What can be said exactly is how long it is, that it is made of the
+runs it is said to be made of, faded into one another, and that neither the noise nor the harmonics begin anew in a run.
 """
 
-import importlib
 import warnings
 
 import pytest
 import torch
 from t3_models import tiny_t3
 
-from kvcache_chatterbox.audio import SAMPLES_PER_TOKEN, AudioStream, Speaker
-from kvcache_chatterbox.loading import upstream_t3
+from kvcache import MemoryStore, MissingDependencyError, SpeakerCache
+from kvcache_chatterbox import ChatterboxEngine, Chunking
+from kvcache_chatterbox.audio import CONTEXT, SAMPLES_PER_TOKEN, AudioStream
+from kvcache_chatterbox.speaker import Speaker, heard
 from kvcache_chatterbox.standin import stand_in
+from kvcache_chatterbox.vocoder import LEAD, Run, S3GenVocoder, SeededNoise, VocoderOptions
+from kvcache_chatterbox.vocoder.weights import random_s3gen
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # of diffusers, librosa and torchaudio
 
-FADE = 480  # samples
-SILENCED = 480  # samples at the start of every run of S3Gen, which are zero, and as many that rise
+SILENCED = 480  # samples at the start of every text, which are zero, and as many that rise
+AHEAD = 3  # tokens
+NOISE = SeededNoise(5)
 
 
 @pytest.fixture(scope="module", params=["english", "gpt"])
 def model(request):
     """A stand-in that has the real S3Gen of the variant, and a voice that this encoded."""
-    upstream_t3()
+    tts = stand_in(tiny_t3(request.param))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            upstream = importlib.import_module("chatterbox.models.s3gen")
-    except (ImportError, OSError) as error:
-        pytest.skip(f"S3Gen's own imports are missing or do not load, see docs/chatterbox.md: {error}")
-    tts = stand_in(tiny_t3(request.param))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        tts.s3gen = upstream.S3Gen(meanflow=request.param == "gpt").eval()
-        clip = 0.1 * torch.randn(2 * 16_000)
-        tts.conds.gen = tts.s3gen.embed_ref(clip, 16_000)
+            tts.s3gen = random_s3gen(meanflow=request.param == "gpt")
+    except MissingDependencyError as error:
+        pytest.skip(str(error))
+    clip = 0.1 * torch.randn(2 * 16_000, generator=torch.Generator().manual_seed(0))
+    tts.conds.gen = tts.s3gen.embed_ref(clip, 16_000)
     return tts
 
 
@@ -45,63 +45,89 @@ def tokens_of(count):
     return torch.randint(0, 6561, (1, count), generator=torch.Generator().manual_seed(count))
 
 
-def runs_of(model):
-    """The vocoder as the engine runs it, seeded, and what it was given and gave in each run."""
-    speaker, runs = Speaker(model), []
-    voice = speaker.builtin()
+class Watched:
+    """The engine's vocoder, and what it was given and gave in each run."""
 
-    def vocode(tokens):
-        torch.manual_seed(len(runs))
-        audio = speaker._vocode(tokens, voice)
-        runs.append((tokens, audio))
-        return audio
+    def __init__(self, vocoder):
+        self._vocoder, self.runs = vocoder, []
 
-    return vocode, runs
+    def __getattr__(self, name):
+        return getattr(self._vocoder, name)
+
+    def waves(self, runs):
+        made = self._vocoder.waves(runs)
+        self.runs += zip(runs, [one.audio.clone() for one in made], made, strict=True)
+        return made
+
+
+@pytest.fixture
+def watched(model):
+    speaker = Speaker(model)
+    assert type(speaker.vocoder) is S3GenVocoder
+    assert speaker.vocoder.lookahead == AHEAD
+    return Watched(speaker.vocoder), speaker.builtin()
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 30])
-def test_s3gen_drops_no_token(model, count):
-    vocode, _ = runs_of(model)
-    audio = vocode(tokens_of(count)[0])
-    assert audio.shape == (count * SAMPLES_PER_TOKEN,)
+def test_s3gen_drops_no_token(watched, count):
+    vocoder, voice = watched
+    [made] = vocoder.waves([Run(tokens_of(count)[0], voice, NOISE)])
+    assert made.audio.shape == (count * SAMPLES_PER_TOKEN,)
+    assert made.audio.isfinite().all()
+    assert not made.audio[:SILENCED].any()
+    assert made.audio[-10:].any()
+
+
+def test_one_chunk_is_the_whole(watched):
+    vocoder, voice = watched
+    stream, tokens = AudioStream(vocoder, voice, NOISE), tokens_of(20)[0]
+    streamed = torch.cat([stream.push(tokens, ended=True), stream.flush()])
+    assert torch.equal(streamed, vocoder.waves([Run(tokens, voice, NOISE)])[0].audio)
+    streamed *= 0.5  # nothing that only inference may change
+    assert len(vocoder.runs) == 2
+
+
+def test_chunks_are_their_runs_faded_into_one_another(watched):
+    vocoder, voice = watched
+    state = torch.get_rng_state()
+    tokens = tokens_of(61)[0]
+    stream = AudioStream(vocoder, voice, NOISE)
+    parts = [stream.push(chunk) for chunk in tokens.split([1, 25, 2, 13, 20])]
+    audio = torch.cat([*parts, stream.flush()])
+    assert torch.equal(torch.get_rng_state(), state)  # noise is drawn by place, from generators of its own
+    assert audio.shape == (61 * SAMPLES_PER_TOKEN,)
     assert audio.isfinite().all()
-    assert not audio[:SILENCED].any()
-    assert audio[-10:].any()
-
-
-def test_one_chunk_is_the_whole(model):
-    vocode, _ = runs_of(model)
-    stream, tokens = AudioStream(vocode), tokens_of(20)[0]
-    streamed = torch.cat([stream.push(tokens), stream.finish()])
-    again, _ = runs_of(model)
-    assert torch.equal(streamed, again(tokens))
-
-
-def test_chunks_are_their_runs_faded_into_one_another(model):
-    vocode, runs = runs_of(model)
-    chunks = tokens_of(61)[0].split([1, 25, 2, 13, 20])
-    stream = AudioStream(vocode)
-    heard = torch.cat([*(stream.push(chunk) for chunk in chunks), stream.finish()])
-    assert heard.shape == (61 * SAMPLES_PER_TOKEN,)
-    assert heard.isfinite().all()
-    assert [tokens.numel() for tokens, _ in runs] == [1, 26, 25 + 2, 25 + 13, 25 + 20]
-    share = torch.arange(1, FADE + 1) / (FADE + 1)
-    at = 0  # sample in `heard` where the chunk's own tokens begin
-    for i, (chunk, (_, run)) in enumerate(zip(chunks, runs, strict=True)):
-        length = chunk.numel() * SAMPLES_PER_TOKEN
-        last = i == len(chunks) - 1
-        own = run[run.numel() - length :]
-        assert torch.equal(heard[at : at + length - (0 if last else FADE)], own[: length - (0 if last else FADE)])
+    runs = [run for run, _, _ in vocoder.runs]
+    # The first token alone is only looked ahead at; the last three are said when nothing comes behind them.
+    assert [(run.place, run.tokens.numel(), run.known) for run in runs] == [
+        (0, 26, 0), (0, 28, 23), (0, 41, CONTEXT), (13, 48, CONTEXT), (33, 28, CONTEXT),
+    ]  # fmt: skip
+    assert [run.ended for run in runs] == [False] * 4 + [True]
+    assert [run.lead for run in runs] == [0] + [LEAD] * 4
+    for run in runs:
+        assert torch.equal(run.tokens, tokens[run.place : run.place + run.tokens.numel()])
+        assert run.noise is NOISE
+    for i in (3, 4):  # the harmonics go on from where they were, by the first token that is run again
+        gone = runs[i].place - runs[i - 1].place
+        assert torch.equal(runs[i].turned, vocoder.runs[i - 1][2].turned[2 * gone - 1])
+    assert [run.turned for run in runs[:3]] == [None] * 3
+    share = torch.arange(1, LEAD + 1) / (LEAD + 1)
+    at = 0  # sample in `audio` where the run's own tokens begin
+    for i, (run, made, _) in enumerate(vocoder.runs):
+        own = made[run.lead :]
+        kept = own.numel() - (LEAD if i < len(runs) - 1 else 0)
+        assert torch.equal(audio[at : at + kept], own[:kept])
         if i:
-            before, after = runs[i - 1][1][-FADE:], run[run.numel() - length - FADE : run.numel() - length]
-            torch.testing.assert_close(heard[at - FADE : at], before * (1 - share) + after * share, atol=1e-6, rtol=0)
-        if i > 1:  # the context's silenced start is never heard; the second run begins with the first's own
-            assert heard[at - FADE : at + SILENCED].square().mean() > 0.1 * heard.square().mean()
-        at += length
+            before = vocoder.runs[i - 1][1][-LEAD:]
+            faded = before * (1 - share) + made[:LEAD] * share
+            torch.testing.assert_close(audio[at - LEAD : at], faded, atol=1e-6, rtol=0)
+            # A run's silenced start is that of the text, and heard once.
+            assert audio[at - LEAD : at + SILENCED].square().mean() > 0.1 * audio.square().mean()
+        at += own.numel()
     # Between two waves a fade adds at most their distance over its samples.
-    steepest = max(float(run.diff().abs().max()) for _, run in runs)
-    loudest = max(float(run.abs().max()) for _, run in runs)
-    assert float(heard.diff().abs().max()) <= steepest + 2 * loudest / (FADE + 1)
+    steepest = max(float(made.diff().abs().max()) for _, made, _ in vocoder.runs)
+    loudest = max(float(made.abs().max()) for _, made, _ in vocoder.runs)
+    assert float(audio.diff().abs().max()) <= steepest + 2 * loudest / (LEAD + 1)
 
 
 @pytest.mark.parametrize(("pause", "joined"), [(0.1, False), (0, True)])
@@ -112,11 +138,33 @@ def test_streamed_segments_are_as_long_as_whole_ones(model, pause, joined):
     pieces = [
         (i, part) for i, (tokens, cut) in enumerate(zip(segments, cuts, strict=True)) for part in tokens.split(cut, 1)
     ]
-    streamed = torch.cat(list(speaker.speak(pieces, voice, False, pause=pause, joined=joined)), 1)
-    whole = speaker.say(enumerate(segments), voice, False, pause=pause, joined=joined)
+    options = {"pause": pause, "joined": joined}
+    said = speaker.segmented(voice, False, lambda index, tokens: SeededNoise(index), chunking=Chunking((5,)), **options)
+    streamed = torch.cat(list(heard(said, pieces)), 1)
+    whole = speaker.say(enumerate(segments), voice, False, **options)
     silent = 0 if not model.t3.is_gpt else 3 if joined else 9
     assert streamed.shape == whole.shape == (1, (20 + silent) * SAMPLES_PER_TOKEN + 2 * round(pause * 24_000))
     assert streamed.isfinite().all()
     assert whole.isfinite().all()
     assert streamed[0, -10:].any()
     assert whole[0, -10:].any()
+
+
+def test_a_seed_gives_the_same_samples_whoever_else_draws(model):
+    engine = ChatterboxEngine(model, speakers=SpeakerCache(MemoryStore("8MiB")))
+    given = {"max_new_tokens": 12, "watermark": False, "chunking": [5]}
+    said = []
+    for seed, other in ((3, 0), (3, 1), (4, 0)):
+        torch.manual_seed(other)
+        said.append(torch.cat(list(engine.generate_stream("Hello.", seed=seed, **given)), 1))
+    torch.testing.assert_close(said[0], said[1], atol=1e-6, rtol=0)
+    assert said[0].shape != said[2].shape or not torch.allclose(said[0], said[2], atol=1e-3)
+
+
+def test_without_lookahead_all_of_a_chunk_is_said_at_once(model):
+    speaker = Speaker(model, VocoderOptions(lookahead=False))
+    vocoder = Watched(speaker.vocoder)
+    stream = AudioStream(vocoder, speaker.builtin(), NOISE)
+    parts = [stream.push(chunk) for chunk in tokens_of(9)[0].split([1, 6, 2])]
+    assert [part.numel() for part in [*parts, stream.flush()]] == [480, 6 * 960, 2 * 960, 480]
+    assert [run.known for run, _, _ in vocoder.runs] == [0, 1, 7]

@@ -76,8 +76,9 @@ class Places:
 class Asked:
     """A request, and what a plain account of it says about whether it may go on."""
 
-    def __init__(self, number, world, lengths, size, sequence, fails, blocked):
+    def __init__(self, number, world, lengths, size, alone, sequence, fails, blocked):
         self.world, self.size, self.sequence, self.fails, self.blocked = world, size, sequence, fails, blocked
+        self.alone = alone
         self.tokens = [[100 * number + 10 * i + t for t in range(n)] for i, n in enumerate(lengths)]
         self.chunks, self.entered, self.failed = [], 0, False
         self.passed, self.bound = 0, 0  # jobs of others that entered while it waits, and how many those may be
@@ -85,6 +86,7 @@ class Asked:
             len(lengths),
             self.make,
             size=size,
+            alone=alone,
             sequence=sequence,
             deliver=self.deliver,
             blocked=lambda: self.blocked and not self.world.unblocked,
@@ -100,7 +102,8 @@ class Asked:
             return False
         if self.entered == 0:
             return True
-        return self.contends and bool(self.chunks) and not (self.sequence and self.running)
+        opened = any(last for _, _, last in self.chunks) or sum(len(said) for _, said, _ in self.chunks) >= self.alone
+        return self.contends and opened and not (self.sequence and self.running)
 
     @property
     def contends(self):
@@ -226,6 +229,7 @@ def worlds(draw):
         {
             "lengths": st.lists(st.integers(1, 9), min_size=1, max_size=4),
             "size": st.sampled_from([1, 1, 2, 3, 5]),
+            "alone": st.sampled_from([1, 1, 3, 6]),
             "sequence": st.booleans(),
             "fails": st.none() | what if failing else st.none(),
             "blocked": st.sampled_from([False, False, True]),

@@ -56,7 +56,7 @@ def test_s1_nobody_waits_longer_than_the_bound(coming, places, quantum, reserved
     for texts in coming + [[]] * 2000:
         for lengths in texts:
             number += 1
-            asked = Asked(number, here, lengths, 3, False, None, False)
+            asked = Asked(number, here, lengths, 3, 1, False, None, False)
             here.there.append(asked)
             here.turns.add(asked.request)
         here.turn()  # which checks both bounds at every job that enters

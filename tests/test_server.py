@@ -75,6 +75,24 @@ def test_pcm_and_wav_are_the_same_sound(url):
         )  # a reader takes what is there, whatever the header says
 
 
+def test_how_much_comes_at_once_is_the_requests_or_the_servers():
+    engine, asked = engine_of(server_load.tiny()), []
+    scheduler = SpeechScheduler(engine, max_rows=1)
+    submit = scheduler.submit
+
+    def told(text, **given):
+        asked.append({name: given.get(name) for name in ("chunking", "first_chunk", "max_chunk")})
+        return submit(text, **given)
+
+    scheduler.submit = told
+    chunks = {"chunking": "fixed", "first_chunk": 5, "max_chunk": None}
+    with serving(server.create_app(scheduler, engine.voices, chunks=chunks)) as url:
+        sounds = [say(url, **more).content for more in ({}, {"chunking": "auto"}, {"first_chunk": 7, "max_chunk": 9})]
+    auto = {"chunking": "auto", "first_chunk": None, "max_chunk": None}
+    assert asked == [chunks, auto, {"chunking": None, "first_chunk": 7, "max_chunk": 9}]
+    assert len(sounds[0]) > 44 and {len(sound) for sound in sounds} == {len(sounds[0])}
+
+
 def test_voices_and_seeds_are_heard(url):
     plain = say(url).content
     assert say(url).content == plain
@@ -107,6 +125,13 @@ def test_voices_and_seeds_are_heard(url):
         ({"exaggeration": "0.5"}, 400, "exaggeration: Input should be a valid number"),
         ({"speed": True}, 400, "speed: Input should be a valid number"),
         ({"speed": "1"}, 400, "speed: Input should be a valid number"),
+        ({"chunking": "slow"}, 400, "chunking: Input should be 'auto' or 'fixed'"),
+        ({"chunking": [25]}, 400, "chunking: Input should be 'auto' or 'fixed'"),
+        ({"first_chunk": 0}, 400, "first_chunk: Input should be greater than or equal to 1"),
+        ({"max_chunk": 1001}, 400, "max_chunk: Input should be less than or equal to 1000"),
+        ({"first_chunk": 2.5}, 400, "first_chunk: Input should be a valid integer"),
+        ({"first_chunk": 30, "max_chunk": 20}, 400, "first_chunk=30 is more than max_chunk=20"),
+        ({"chunking": "fixed", "max_chunk": 20}, 400, "leave them out"),
     ],
 )
 def test_what_cannot_be_spoken_is_refused(url, changed, status, words):

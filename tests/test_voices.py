@@ -603,7 +603,7 @@ def test_audio_of_a_named_voice_is_that_of_its_clip(kind, monkeypatch, tmp_path)
     direct = made.generate("Hello there", audio_prompt_path=clip, **options)
     assert torch.equal(named, direct) and len(encoded) == 1  # the clip is encoded once
     assert loaded.conds is builtin
-    parts = torch.cat(list(made.generate_stream("Hello there", voice="sarah", chunk_size=4, **options)), 1)
+    parts = torch.cat(list(made.generate_stream("Hello there", voice="sarah", chunking=[4], **options)), 1)
     assert parts.shape == named.shape
     assert not torch.equal(made.generate("Hello there", **options), named)  # the voice it was loaded with
     clip.write_bytes(b"another clip")  # under the same name

@@ -12,8 +12,9 @@ from support.searching import search
 from t3_models import tiny_t3
 
 from kvcache import InputError
-from kvcache_chatterbox import ChatterboxEngine, SpeechScheduler
-from kvcache_chatterbox.audio import SAMPLE_RATE, SAMPLES_PER_TOKEN, Speaker
+from kvcache_chatterbox import ChatterboxEngine, Chunking, SpeechScheduler
+from kvcache_chatterbox.audio import SAMPLE_RATE, SAMPLES_PER_TOKEN
+from kvcache_chatterbox.speaker import Speaker, heard
 from kvcache_chatterbox.standin import stand_in
 from kvcache_chatterbox.watermark import StreamMarker, WatermarkError, marked
 
@@ -126,8 +127,10 @@ def test_watermark_in_streams_has_as_many_samples_for_any_chunks_and_pause(kind,
     voice, options = one.builtin(), {"pause": pause, "joined": joined}
     tokens = [torch.randint(0, 6561, (1, count), generator=torch.Generator().manual_seed(count)) for count in counts]
     pieces = [(i, piece) for i, segment in enumerate(tokens) for piece in segment.split(size, 1) if segment.numel()]
-    plain = torch.cat(list(one.speak(iter(pieces), voice, False, **options)), 1)
-    chunks = list(one.speak(iter(pieces), voice, True, **options))
+    plain, chunks = (
+        list(heard(one.segmented(voice, mark, chunking=Chunking((size,)), **options), pieces)) for mark in (False, True)
+    )
+    plain = torch.cat(plain, 1)
     assert all(chunk.numel() for chunk in chunks)
     together = torch.cat(chunks, 1)
     whole = marked(Spectral(), plain[0], SAMPLE_RATE)
@@ -142,7 +145,7 @@ def test_watermark_in_streams_has_as_many_samples_for_any_chunks_and_pause(kind,
 def test_watermark_of_a_stream_of_one_token():
     one = speaker("english")
     voice, pieces = one.builtin(), [(0, torch.tensor([[7]]))]
-    [chunk] = one.speak(iter(pieces), voice, True)
+    [chunk] = heard(one.segmented(voice, True), pieces)
     assert chunk.shape == (1, SAMPLES_PER_TOKEN)
     torch.testing.assert_close(chunk, one.say(iter(pieces), voice, True))
 
@@ -150,7 +153,7 @@ def test_watermark_of_a_stream_of_one_token():
 def test_the_mark_makes_audio_18_hundredths_of_a_second_later():
     one = speaker("english")
     for size in (1, 2, 5, 25):
-        given = {mark: one.segmented(one.builtin(), mark) for mark in (False, True)}
+        given = {mark: one.segmented(one.builtin(), mark, chunking=Chunking((size,))) for mark in (False, True)}
         told = {False: 0, True: 0}
         for _ in range(12):
             for mark, audio in given.items():
@@ -220,12 +223,12 @@ def test_a_watermarker_that_fails_ends_the_stream_and_nothing_is_handed_out_unma
     engine = ChatterboxEngine(model)
     heard = []
     with pytest.raises(RuntimeError if then is broken else WatermarkError, match=error):
-        heard.extend(engine.generate_stream("Hello", max_new_tokens=60, seed=1, chunk_size=10))
+        heard.extend(engine.generate_stream("Hello", max_new_tokens=60, seed=1, chunking=[10]))
     assert len(heard) == works
     assert all(bool((chunk > 0.5).all()) for chunk in heard)
     with pytest.raises(RuntimeError, match=error):
         engine.generate("Hello", max_new_tokens=10, seed=1)
-    audio = engine.audio(None)
+    audio = engine.audio(None, chunking=[20])
     for _ in range(2):  # one who goes on after an error is still given nothing
         with pytest.raises(RuntimeError, match=error):
             audio.push(0, torch.zeros(1, 20, dtype=torch.long))
@@ -240,7 +243,7 @@ def test_a_vocoder_or_watermarker_that_fails_is_heard_of_by_the_client(part, wor
 
     async def main():
         async with SpeechScheduler(engine, max_rows=2) as scheduler:
-            stream = scheduler.submit("Hello", max_new_tokens=30, seed=1, chunk_size=10)
+            stream = scheduler.submit("Hello", max_new_tokens=30, seed=1, chunking=[10])
             with pytest.raises(RuntimeError, match="device is lost"):
                 async for _ in stream:
                     pass

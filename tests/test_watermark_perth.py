@@ -86,7 +86,7 @@ def compare(plain, chunks, sound):
     [(1, 0.2), (2, 0.0731), (5, 0.125), (25, 0.001), (50, 1 / 7), (100, 0)],
 )
 def test_watermark_in_streams_is_that_of_the_whole_signal(kind, size, pause):
-    request = {"seed": 1, "max_new_tokens": 30, "segment_characters": 60, "language_id": "en", "chunk_size": size}
+    request = {"seed": 1, "max_new_tokens": 30, "segment_characters": 60, "language_id": "en", "chunking": [size]}
     plain = torch.cat(list(engine(kind).generate_stream(TEXT, pause=pause, watermark=False, **request)), 1)[0]
     chunks = list(engine(kind).generate_stream(TEXT, pause=pause, **request))
     assert detected(torch.cat(chunks, 1)[0]) == 1
@@ -105,7 +105,7 @@ def test_watermark_in_streams_holds_for_any_chunks(kind, sound):
             pause = [0.2, 0.125, 0.001, 0.0731, 1.3][int(torch.randint(5, (), generator=generator))]
             heard = {}
             for mark in (False, True):
-                audio = audio_of(None, mark, pause=pause)
+                audio = audio_of(None, mark, chunking=[size], pause=pause)
                 pieces = [(i, piece) for i in range(3) for piece in tokens.split(size)]
                 heard[mark] = [*(audio.push(i, piece) for i, piece in pieces), audio.finish()]
             compare(torch.cat(heard[False], 1)[0], heard[True], sound)

@@ -62,9 +62,11 @@ class AudioStream:
         held = self._held.numel()
         run = Run(tokens, self._voice, self._noise, self._place, self._known, held, ended, self._turned, due)
         made = self._vocoder.waves([run])[0]
-        audio = made.audio
-        rising = torch.linspace(0, 1, held + 2, dtype=audio.dtype)[1:-1]
-        audio[:held] = self._held * (1 - rising) + audio[:held] * rising
+        rising = torch.linspace(0, 1, held + 2, dtype=made.audio.dtype)[1:-1]
+        joint = self._held * (1 - rising) + made.audio[:held] * rising
+        audio = torch.cat(
+            [joint, made.audio[held:]]
+        )  # a tensor that may be changed: what is made may be one of inference
         gone = max(0, self._known + said - self._context)  # tokens that the next run does not hear
         if gone and made.turned is not None:
             self._turned = made.turned[FRAMES_PER_TOKEN * gone - 1]

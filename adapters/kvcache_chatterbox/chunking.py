@@ -26,6 +26,11 @@ _REMEMBERED = 16  # runs of the vocoder that tell what the next will take
 _CAUTION = 1.2  # what a run is taken to take, of what it probably takes
 
 
+def _check_size(name: str, tokens: int) -> None:
+    if type(tokens) is not int or tokens < 1:
+        raise InputError(f"{name}={tokens!r} must be a whole number of speech tokens, at least 1")
+
+
 @dataclass(frozen=True)
 class Chunking:
     """How speech tokens are cut into chunks of audio.
@@ -47,8 +52,7 @@ class Chunking:
         given = {"first_chunk": self.first, "max_chunk": self.most}
         given |= {f"chunking[{i}]": size for i, size in enumerate(self.sizes or ())}
         for name, value in given.items():
-            if type(value) is not int or value < 1:
-                raise InputError(f"{name}={value!r} must be a whole number of speech tokens, at least 1")
+            _check_size(name, value)
         if self.sizes == ():
             raise InputError("chunking=() has no size; give some, or 'auto'")
         if self.first > self.most:
@@ -63,6 +67,11 @@ class Chunking:
     def step(self) -> int:
         """Tokens to decode between two looks at what is due."""
         return math.gcd(*self.sizes) if self.sizes else min(self.first, STEP)
+
+    @property
+    def opening(self) -> int:
+        """Tokens of the first chunk at most."""
+        return self.sizes[0] if self.sizes else min(max(self.first, SECOND), self.most)
 
 
 FIXED = Chunking((SECOND,))
@@ -87,11 +96,12 @@ def chunking_of(chunking: Chunks = "auto", first_chunk: int | None = None, max_c
         chunking, Chunking | Sequence
     ):
         raise InputError(f"chunking={chunking!r:.80} must be 'auto', 'fixed' or a list of sizes such as [25, 50, 100]")
-    if chunking == "auto" or (chunking == "fixed" and max_chunk is None):
-        first = (_FIRST if chunking == "auto" else SECOND) if first_chunk is None else first_chunk
-        Chunking(first=first, most=first)  # says what is wrong with it
-        if chunking == "fixed":
-            return Chunking((first,))
+    if first_chunk is not None:
+        _check_size("first_chunk", first_chunk)
+    if chunking == "fixed" and max_chunk is None:
+        return Chunking((SECOND if first_chunk is None else first_chunk,))
+    if chunking == "auto":
+        first = _FIRST if first_chunk is None else first_chunk
         return Chunking(None, first, max(first, MOST) if max_chunk is None else max_chunk)
     if first_chunk is not None or max_chunk is not None:
         raise InputError(

@@ -437,7 +437,9 @@ class ChatterboxEngine(UtteranceDecoder):
             **sampling,
         )
         audio = self.audio(who, watermark, long, chunking=rule, pause=pause)
-        pieces = self._in_order(long.utterances, long.plan.rows, rule.step, carry, long.plan.slots, watch)
+        pieces = self._in_order(
+            long.utterances, long.plan.rows, rule.step, carry, long.plan.slots, watch, alone=rule.opening
+        )
         if overlap or (overlap is None and self.t3.device.type != "cpu"):
             pieces = in_thread(pieces)
         return heard(audio, pieces)

@@ -63,11 +63,11 @@ def unwatched(index: int, tokens: int, over: bool) -> None:
     """Nobody looks."""
 
 
-def in_batch(batch: Batch, jobs: Sequence[Job], size: int, watch: Watch = unwatched) -> Iterator[Chunk]:
-    """What the jobs say, in order, in chunks of `size` tokens, all of them decoded together."""
+def in_batch(batch: Batch, jobs: Sequence[Job], size: int, watch: Watch = unwatched, alone: int = 1) -> Iterator[Chunk]:
+    """What the jobs say, in order, in chunks of `size` tokens, all of them decoded together; `alone` as of `Request`."""
     said: deque[Chunk] = deque()
     turns = Turns(batch)
-    request = Request(len(jobs), lambda i, _: jobs[i], size=size, deliver=said.append, watch=watch)
+    request = Request(len(jobs), lambda i, _: jobs[i], size=size, alone=alone, deliver=said.append, watch=watch)
     turns.add(request)
     try:
         while not request.over:

@@ -165,7 +165,7 @@ class SpeechScheduler:
             audio = self._engine.audio(who, watermark, long, chunking=rule, pause=pause, vocoder=self._vocoder)
             return self._work(long, audio)
 
-        return self._scheduler.submit_prepared(prepare, size=rule.step)
+        return self._scheduler.submit_prepared(prepare, size=rule.step, alone=rule.opening)
 
     def _chosen(self, voice: str | Voice | None, clip: str | os.PathLike[str] | None) -> Callable[[], Voice]:
         """Who speaks, as of now; that there is no such voice is said by the call, and so by the stream."""

@@ -406,12 +406,13 @@ class UtteranceDecoder:
         carry: Carry | None,
         slots: int | None = None,
         watch: Watch = unwatched,
+        alone: int = 1,
     ) -> Iterator[tuple[int, Tensor]]:
-        """The speech tokens of utterances, decoded together if that can be, one after another else."""
+        """The speech tokens of utterances, decoded together if that can be, one after another else; `alone` as of `Request`."""
         if rows == 1 or carry is not None or not self.batches:
             return self._one_by_one(utterances, chunk_size, carry, watch, slots)
         slots = max(map(self.slots, utterances)) if slots is None else slots
-        return each_without_autocast(self.t3, self._together(utterances, rows, chunk_size, slots, watch))
+        return each_without_autocast(self.t3, self._together(utterances, rows, chunk_size, slots, watch, alone))
 
     def _one_by_one(
         self, utterances: Sequence[Utterance], chunk_size: int, carry: Carry | None, watch: Watch, slots: int | None
@@ -427,11 +428,12 @@ class UtteranceDecoder:
             before = torch.cat(said) if carry is not None and said else None
 
     def _together(
-        self, utterances: Sequence[Utterance], rows: int, chunk_size: int, slots: int, watch: Watch
+        self, utterances: Sequence[Utterance], rows: int, chunk_size: int, slots: int, watch: Watch, alone: int
     ) -> Generator[tuple[int, Tensor], None, None]:
         cut_off = CutOff()
         with self.batch(rows, slots) as batch:
-            for chunk in in_batch(batch, [self.job(utterance) for utterance in utterances], chunk_size, watch):
+            jobs = [self.job(utterance) for utterance in utterances]
+            for chunk in in_batch(batch, jobs, chunk_size, watch, alone):
                 if chunk.cut_off:
                     cut_off.tell(utterances[chunk.index].max_new_tokens, chunk.index)
                 self._last = dataclasses.replace(batch.report(), cut_off=tuple(cut_off.found))

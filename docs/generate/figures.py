@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from measured import ROOT, Result, results, times
+from measured import ROOT, Result, Row, results, times
 from tables import NAMES, tokens_shown
 
 FOLDER = ROOT / "docs" / "img"
@@ -41,16 +41,28 @@ BLUE, ORANGE, GREEN, GREY, RED = "#3f6fb5", "#e08a2e", "#4d9a5b", "#b8b8b8", "#c
 Shown = dict[str, Any]
 Drawing = Callable[[dict[str, Result], Figure], Shown]
 DRAWINGS: dict[str, tuple[tuple[float, float], Drawing]] = {}
+NEEDED: dict[str, str] = {}
 
 
-def figure(width: float, height: float) -> Callable[[Drawing], Drawing]:
-    """Enter a drawing under its name, with its size in inches."""
+def figure(width: float, height: float, needs: str | None = None) -> Callable[[Drawing], Drawing]:
+    """Enter a drawing under its name, with its size in inches.
+
+    Args:
+        needs: a result that may not be there yet: until then it is not drawn.
+    """
 
     def enter(drawing: Drawing) -> Drawing:
         DRAWINGS[drawing.__name__] = ((width, height), drawing)
+        if needs is not None:
+            NEEDED[drawing.__name__] = needs
         return drawing
 
     return enter
+
+
+def drawable(found: dict[str, Result]) -> list[str]:
+    """The figures whose results are there."""
+    return [name for name in DRAWINGS if name not in NEEDED or NEEDED[name] in found]
 
 
 def drawn(name: str, found: dict[str, Result], folder: Path | None = None) -> Shown:
@@ -122,6 +134,77 @@ def gain(found: dict[str, Result], made: Figure) -> Shown:
     axis.legend(handles, [same, fewer], loc="upper right", frameon=False)
     made.suptitle("Measured on 2 cores of an Intel Xeon; T3's weights are random. GPU: not yet measured", fontsize=9)
     return shown
+
+
+# ---------------------------------------------------------------------- what a listener hears
+
+
+@figure(8, 3.6, needs="end_to_end")
+def end_to_end(found: dict[str, Result], made: Figure) -> Shown:
+    """When audio comes and when it is played, by side: the longest speech of each."""
+    result = found["end_to_end"]
+    colors = {"upstream": GREY, "fixed": RED, "exact": BLUE, "fast": GREEN}
+    variants = list(dict.fromkeys(row["variant"] for row in result.rows))
+    shown: Shown = {}
+    for i, variant in enumerate(variants):
+        axis = made.add_subplot(1, len(variants), i + 1)
+        for row in _longest(result.of(variant=variant)):
+            arrivals = _arrivals(result, row)
+            came, played = _came(arrivals), _played(arrivals)
+            color = colors.get(row["side"], "black")
+            axis.plot(*zip(*came, strict=True), color=color, linewidth=1.4, label=row["how"])
+            axis.plot(*zip(*played, strict=True), ":", color=color, linewidth=1.4)
+            shown[f"{variant}, {row['side']}"] = {
+                "first, s": round(arrivals[0][0], 2),
+                "last, s": round(arrivals[-1][0], 2),
+                "played, s": round(played[-1][0], 2),
+                "audio, s": round(came[-1][1], 2),
+                "chunks": len(arrivals),
+            }
+        axis.set_xscale("log")
+        axis.set_xlabel("seconds since the request")
+        axis.set_title(NAMES.get(variant, variant.capitalize()), fontsize=9)
+        if i == 0:
+            axis.set_ylabel("seconds of speech\nthat came (solid), were played (dotted)")
+    handles = {label: line for axis in made.axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    made.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    return shown
+
+
+def _longest(rows: list[Row]) -> list[Row]:
+    """Of each side the row with the longest speech."""
+    most = {row["side"]: row for row in sorted((row for row in rows if row["n"]), key=lambda row: row["speech, s"])}
+    return [most[side] for side in dict.fromkeys(row["side"] for row in rows) if side in most]
+
+
+def _arrivals(result: Result, row: Row) -> list[list[float]]:
+    """Times and seconds of audio of this row's chunks."""
+    by_length = {
+        sum(length for _, length in arrivals): arrivals
+        for name, arrivals in result.data["arrivals"].items()
+        if name.startswith(f"{row['variant']}, {row['side']}, ")
+    }
+    return list(by_length[min(by_length, key=lambda length: abs(length - row["speech, s"]))])
+
+
+def _came(arrivals: list[list[float]]) -> list[tuple[float, float]]:
+    """A corner of the steps before and behind each chunk."""
+    corners, audio = [], 0.0
+    for at, length in arrivals:
+        corners += [(at, audio), (at, audio + length)]
+        audio += length
+    return corners
+
+
+def _played(arrivals: list[list[float]]) -> list[tuple[float, float]]:
+    """What has been played: level where there was nothing to play, and curved only by the axis."""
+    points, audio, ends = [], 0.0, arrivals[0][0]
+    for at, length in arrivals:
+        begin = max(at, ends)
+        points += [(ends, audio), (begin, audio)]
+        points += [(begin + length * part / 20, audio + length * part / 20) for part in range(1, 21)]
+        audio, ends = audio + length, begin + length
+    return points
 
 
 # ---------------------------------------------------------------------- where the time goes
@@ -368,10 +451,10 @@ def _lanes(axis: Axes, title: str, looks: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="FIGURE", help=f"some of {', '.join(DRAWINGS)} (default: all)")
-    names = parser.parse_args().names or list(DRAWINGS)
+    found = results()
+    names = parser.parse_args().names or drawable(found)
     if unknown := set(names) - set(DRAWINGS):
         parser.error(f"there is no figure {', '.join(sorted(unknown))}; there are {', '.join(DRAWINGS)}")
-    found = results()
     FOLDER.mkdir(exist_ok=True)
     for name in names:
         drawn(name, found, FOLDER)

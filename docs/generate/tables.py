@@ -122,12 +122,102 @@ def first_token(result: Result, prefixes: Sequence[str] = tuple(PREFIXES)) -> st
 
 def any_rows(result: Result) -> str:
     """All rows of a file that this page has no words of its own for."""
-    columns = list(dict.fromkeys(column for row in result.rows for column in row))
-    return table(columns, [[cell(row.get(column)) for column in columns] for row in result.rows])
+    return rows_of(result.rows)
+
+
+def rows_of(rows: Sequence[Row]) -> str:
+    """Rows as they are."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    return table(columns, [[cell(row.get(column)) for column in columns] for row in rows])
 
 
 def any_ratios(result: Result) -> str:
     return table(["ratio", "value"], [[name, digits(value, 4)] for name, value in result.ratios.items()])
+
+
+# ---------------------------------------------------------------------- text to audio
+
+
+def end_to_end(rows: Sequence[Row]) -> str:
+    """What a listener waits for, a line for each side and length of speech."""
+    header = [
+        "",
+        "side",
+        "T3",
+        "vocoder",
+        "speech, s",
+        "first audio, s",
+        "new voice, s",
+        "new process, s",
+        "the whole, s (n)",
+    ]
+    header += ["RTF", "silence in all, s", "longest behind the first, s", "underruns", "peak, MiB"]
+    lines = []
+    for row in rows:
+        whole = "–" if row["s"] is None else f"{digits(row['s'])} ({row['n']})"
+        first = [digits(row[name]) for name in ("first audio, s", "new voice, s", "cold, s")]
+        waits = [digits(row[name]) for name in ("RTF", "silence in all, s", "longest behind the first, s")]
+        peak = "–" if row["peak, MiB"] is None else f"{row['peak, MiB']:.0f}"
+        line = [_variant(row), row["how"], row["T3"], row["vocoder"], digits(row["speech, s"]), *first, whole, *waits]
+        lines.append([*line, cell(row["underruns"]), peak])
+    return table(header, lines, words=4)
+
+
+def speech_shares(rows: Sequence[Row]) -> str:
+    """Where the time of each side goes, in per cent."""
+    parts = ("T3, %", "flow, %", "HiFT, %", "watermark, %", "host, %")
+    lines = [
+        [
+            _variant(row),
+            row["how"],
+            digits(row["speech, s"]),
+            *("–" if row[p] is None else f"{row[p]:.1f}" for p in parts),
+        ]
+        for row in rows
+        if row["n"]
+    ]
+    return table(["", "side", "speech, s", *(part.removesuffix(", %") for part in parts)], lines, words=2)
+
+
+def speech_sound(rows: Sequence[Row]) -> str:
+    """What the settings that change the sound change, once each."""
+    changed = {(row["variant"], row["vocoder"]): row for row in rows if row["mel distance"] is not None}
+    lines = [
+        [_variant(row), row["vocoder"], digits(row["mel distance"]), digits(row["log-spectral distance, dB"])]
+        for row in changed.values()
+    ]
+    return table(["", "vocoder", "mel distance", "log-spectral distance, dB"], lines, words=2)
+
+
+def speech_levers(rows: Sequence[Row]) -> str:
+    """Each lever against what it differs from in one thing."""
+    names = {(row["variant"], row["side"]): row["how"] for row in rows}
+    lines = [
+        [
+            _variant(row), row["how"], row["T3"], row["vocoder"], names.get((row["variant"], row["over"]), "–"),
+            digits(row["first audio, s"]), digits(row["RTF"]), digits(row["silence in all, s"]),
+            times(row["this over / this"]), times(row["fixed / this"]), cell(row["n"]),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    header = ["", "lever", "T3", "vocoder", "differs from", "first audio, s", "RTF", "silence in all, s"]
+    return table([*header, "that one's time / this", "fixed / this", "n"], lines, words=5)
+
+
+def speech_texts(rows: Sequence[Row]) -> str:
+    """Texts of given lengths, by side."""
+    lines = [
+        [
+            _variant(row), row["how"], cell(row["characters"]), cell(row["runs"]), digits(row["speech, s"]),
+            digits(row["s"]), digits(row["RTF"]), "–" if row["peak, MiB"] is None else f"{row['peak, MiB']:.0f}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    return table(["", "side", "characters", "chunks", "speech, s", "s", "RTF", "peak, MiB"], lines, words=2)
+
+
+def _variant(row: Row) -> str:
+    return NAMES.get(row["variant"], row["variant"].capitalize())
 
 
 # ---------------------------------------------------------------------- the README

@@ -52,6 +52,7 @@ class Request:
         make: gives the job of an index, when there is a place for it. In sequence, it is also given the tokens of the
             job before, ``[n]``.
         size: tokens in a chunk; the last of a job may be shorter.
+        alone: tokens of the first job that are delivered before the others begin.
         sequence: a job begins when the one before has ended.
         deliver: takes the chunks.
         blocked: says that the consumer is behind, and no further job should begin; those that have begun go on.
@@ -65,6 +66,7 @@ class Request:
         make: Callable[[int, Tensor | None], Job],
         *,
         size: int,
+        alone: int = 1,
         sequence: bool = False,
         deliver: Callable[[Chunk], None] = lambda chunk: None,
         blocked: Callable[[], bool] = lambda: False,
@@ -72,6 +74,7 @@ class Request:
     ) -> None:
         check_whole("jobs", jobs, 1)
         check_whole("size", size, 1)
+        check_whole("alone", alone, 1)
         self.jobs, self.deliver, self.blocked, self._watch = jobs, deliver, blocked, watch
         self._make, self._size, self._sequence = make, size, sequence
         self.running: dict[Job, int] = {}
@@ -82,7 +85,7 @@ class Request:
         self._cut_off: set[int] = set()
         self._next = 0  # whose tokens are delivered
         self._before: Tensor | None = None
-        self._spoken = False
+        self._alone = alone
 
     @property
     def over(self) -> bool:
@@ -99,7 +102,7 @@ class Request:
         """Whether a further job may enter."""
         if self.entered == 0:
             return not self.over
-        return self.contends and self._spoken and not (self._sequence and self.running)
+        return self.contends and self._alone <= 0 and not (self._sequence and self.running)
 
     def begin(self) -> Job:
         """The next job, which is among `running` from now on, whether it can enter a place or not."""
@@ -140,7 +143,7 @@ class Request:
             self._next += 1
 
     def _hand(self, chunk: Chunk) -> None:
-        self._spoken = True
+        self._alone = 0 if chunk.last else self._alone - len(chunk.tokens)
         self.deliver(chunk)
 
 

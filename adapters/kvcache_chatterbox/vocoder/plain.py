@@ -22,7 +22,7 @@ class PlainVocoder:
     nbytes = 0
 
     def __init__(self, s3gen: Any, device: torch.device) -> None:
-        self._s3gen, self.device = s3gen, device
+        self.s3gen, self.device = s3gen, device
 
     def check(self, voice: Voice) -> None:
         """Nothing is known of what it needs."""
@@ -35,10 +35,10 @@ class PlainVocoder:
         return [self._wave(run) for run in runs]
 
     def _wave(self, run: Run) -> Made:
-        steps = {"n_cfm_timesteps": 2} if getattr(self._s3gen, "meanflow", False) else {}
+        steps = {"n_cfm_timesteps": 2} if getattr(self.s3gen, "meanflow", False) else {}
         reference = dict(run.voice.gen)  # it writes into it
         with without_autocast(self):
-            audio, _ = self._s3gen.inference(speech_tokens=run.tokens.to(self.device), ref_dict=reference, **steps)
+            audio, _ = self.s3gen.inference(speech_tokens=run.tokens.to(self.device), ref_dict=reference, **steps)
         audio = torch.as_tensor(audio).squeeze(0).detach().cpu()
         new = (run.tokens.numel() - run.known) * SAMPLES_PER_TOKEN
         return Made(audio[audio.numel() - new - run.lead :].clone())
