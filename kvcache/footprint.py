@@ -32,7 +32,7 @@ class Moment:
     """What is held at a moment at which it may be most, in bytes; weights and prefixes come on top.
 
     Attributes:
-        name: ``"voice"``, ``"encode"``, ``"prefill"``, ``"handover"`` or ``"step"``.
+        name: ``"voice"``, ``"encode"``, ``"prefill"``, ``"handover"``, ``"step"`` or ``"audio"``.
         growing: caches that a prefill or the token loop fills.
         static: of the decode engine's cache, as much as memory counts.
         engine: of its other buffers, such as the noise that the sampler draws ahead.
@@ -47,6 +47,21 @@ class Moment:
 
 
 @dataclass(frozen=True)
+class VocoderFootprint:
+    """What making audio of tokens takes.
+
+    Attributes:
+        modules: what holds its weights, on the meta device: as loaded, and what is made of them to run.
+        voice: bytes of what it keeps of a voice.
+        workspace: bytes that its largest run takes at most, beside these.
+    """
+
+    modules: tuple[nn.Module, ...]
+    voice: int
+    workspace: int
+
+
+@dataclass(frozen=True)
 class Footprint:
     """What requests take on a model, beside its weights.
 
@@ -56,6 +71,7 @@ class Footprint:
         prefixes: bytes of what is known of voices, which stays.
         modules: what holds weights, on the meta device.
         fallback: why it is not decoded as asked; None if it is.
+        vocoder: what makes audio of the tokens; None if that was not asked for.
     """
 
     moments: tuple[Moment, ...]
@@ -63,6 +79,7 @@ class Footprint:
     prefixes: int
     modules: tuple[nn.Module, ...]
     fallback: str | None = None
+    vocoder: VocoderFootprint | None = None
 
 
 def held(tensors: Iterable[Tensor]) -> int:
@@ -283,6 +300,20 @@ def weights_of(modules: Sequence[nn.Module], loaded: nn.Module, keep_loaded: boo
     if keep_loaded:
         parts["originals"] = sum(_once(tensor, done) for tensor in (*loaded.parameters(), *loaded.buffers()))
     return Weights(**parts)
+
+
+def bytes_in(modules: Iterable[nn.Module]) -> int:
+    """Bytes of the storages that these modules hold, each counted once: of weights, of tables that are plain attributes, such as
+    positions, and of what is packed for kernels."""
+    parts = {id(part): part for module in modules for part in module.modules()}.values()
+    tensors = [
+        tensor
+        for part in parts
+        for tensor in (*part.parameters(recurse=False), *part.buffers(recurse=False), *vars(part).values())
+        if isinstance(tensor, Tensor)
+    ]
+    packed = {part.kernel: part.packed_bytes for part in parts if isinstance(part, PackedLinear)}
+    return held(tensors) + sum(packed.values())
 
 
 def _part(name: str) -> str:

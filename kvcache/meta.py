@@ -125,6 +125,12 @@ def _grouped(
     return given.new_empty((*given.shape[:-1], weight.shape[-1]), dtype=out_dtype)
 
 
+def _wave(given: Tensor, n_fft: int, hop_length: int | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    """The signal of a spectrum, centred: its own function compares its window with zeros, which has no answer here."""
+    hop = n_fft // 4 if hop_length is None else hop_length
+    return given.new_empty((*given.shape[:-2], hop * (given.shape[-1] - 1)), dtype=given.dtype.to_real())
+
+
 _ANSWERS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten._local_scalar_dense.default: _number,
     torch.ops.aten.item.default: _number,
@@ -135,6 +141,7 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.where.default: lambda given: list(_found(given).unbind(1)),
     torch.ops.aten.masked_select.default: _selected,
     torch.ops.aten.index.Tensor: _picked,
+    torch.ops.aten.istft.default: _wave,
 }
 if hasattr(torch.ops.aten, "_grouped_mm"):  # from torch 2.7 on
     _ANSWERS[torch.ops.aten._grouped_mm.default] = _grouped

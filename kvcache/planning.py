@@ -3,7 +3,7 @@
 import sys
 from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from kvcache.cpu import few_rows
 from kvcache.errors import InputError
-from kvcache.footprint import Moment, Weights, weights_of
+from kvcache.footprint import Moment, Weights, bytes_in, weights_of
 from kvcache.memory import resident_bytes
 from kvcache.meta import meta_without_autocast
 from kvcache.precision import PackedLinear, Precision
-from kvcache.subjects import Setting, Subject
+from kvcache.subjects import Setting, Subject, check_vocoder
 
 Device = Literal["cpu", "cuda"]
 
@@ -44,6 +44,7 @@ class MemoryPlan:
         moments: what else is held, at the moments at which it may be most.
         process: Python and its libraries; None where it is not part of the device's memory, or the system does not tell.
         fallback: why the requests are not decoded as asked; None if they are.
+        vocoder: weights of what makes audio of the tokens, all that it holds; 0 where it was not asked for.
     """
 
     model: str
@@ -57,6 +58,7 @@ class MemoryPlan:
     moments: tuple[Moment, ...]
     process: int | None
     fallback: str | None = None
+    vocoder: int = 0
 
     @property
     def parts(self) -> dict[str, int]:
@@ -78,6 +80,7 @@ class MemoryPlan:
             "embeddings and head": self.weights.embeddings,
             "other weights": self.weights.other,
             "weights as loaded": self.weights.originals,
+            "vocoder weights": self.vocoder,
             "voices": self.prefixes,
             "KV cache": static if decodes_on_it else peak.growing,
             "prefill's KV cache": peak.growing if decodes_on_it else 0,
@@ -193,8 +196,13 @@ def plan(
         context = min(length - 1, max(subject.shortest, length // 2))
     if not subject.shortest <= context < length:
         raise InputError(f"context={context}: give from {subject.shortest} to {length - 1}, one less than the length")
+    check_vocoder(subject, setting)
     with meta_without_autocast():
         footprint = subject.footprint(setting, context, length - context, device)
+    speaks, moments, prefixes = footprint.vocoder, footprint.moments, footprint.prefixes
+    if speaks is not None:  # it runs between two steps, while the caches are held
+        moments = (*moments, replace(moments[-1], name="audio", workspace=speaks.workspace))
+        prefixes += speaks.voice
     keep_loaded = keep_loaded and device == "cpu"  # elsewhere the copy is the whole model
     return MemoryPlan(
         subject.name,
@@ -204,10 +212,11 @@ def plan(
         context,
         footprint.kv,
         weights_of(footprint.modules, subject.blank, keep_loaded),
-        footprint.prefixes,
-        footprint.moments,
+        prefixes,
+        moments,
         None if device != "cpu" else process_bytes(setting.precision) if process is None else process,
         footprint.fallback,
+        0 if speaks is None else bytes_in(speaks.modules),
     )
 
 

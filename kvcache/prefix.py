@@ -9,7 +9,7 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -23,6 +23,7 @@ from kvcache.geometry import CacheGeometry
 from kvcache.layers import KVLayer
 from kvcache.models import unattended
 
+_EXTRA = "extra."  # before the names of what is beside keys and values
 FORMAT = 1  # of what is stored; another number is another key
 _ADDRESS = re.compile(r"[0-9a-f]{64}")
 _MOST_OF_A_TOKEN = 2**24  # bytes of its keys and values in all layers: no model's take so much
@@ -140,6 +141,7 @@ class PrefixSnapshot:
         layers: keys and values of each layer, ``[1, heads, tokens, head_dim]``.
         build_seconds: what it took to compute.
         parent: address of the beginning that it was computed from, which need not be stored; None if from nothing.
+        extra: what else was computed of all of it, by name: it belongs to no beginning, and there may be no layers beside it.
 
     Raises:
         GeometryError: if the layers do not hold as many tokens as the key, or not in one row.
@@ -150,6 +152,7 @@ class PrefixSnapshot:
     layers: tuple[tuple[Tensor, Tensor], ...]
     build_seconds: float = 0.0
     parent: str | None = None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_build_seconds(self.build_seconds)
@@ -161,7 +164,7 @@ class PrefixSnapshot:
                     raise GeometryError(
                         f"layer {i} of a prefix of {len(self.key)} tokens must be [1, heads, {len(self.key)}, head_dim], got {list(states.shape)}"
                     )
-        if not self.layers:
+        if not self.layers and not self.extra:
             raise GeometryError("a prefix has no layers: nothing was computed")
 
     @classmethod
@@ -196,7 +199,7 @@ class PrefixSnapshot:
     @property
     def nbytes(self) -> int:
         """Bytes of all that it keeps in memory, its content too."""
-        tensors = [self.key.content, *(states for layer in self.layers for states in layer)]
+        tensors = [self.key.content, *(states for layer in self.layers for states in layer), *self.extra.values()]
         held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         return sum(held.values())
 
@@ -212,13 +215,15 @@ class PrefixSnapshot:
     def to(self, device: torch.device | str) -> "PrefixSnapshot":
         """The same on another device."""
         layers = tuple((keys.to(device), values.to(device)) for keys, values in self.layers)
-        return PrefixSnapshot(self.key, layers, self.build_seconds, self.parent)
+        extra = {name: tensor.to(device) for name, tensor in self.extra.items()}
+        return PrefixSnapshot(self.key, layers, self.build_seconds, self.parent, extra)
 
     def compact(self) -> "PrefixSnapshot":
         """The same without the memory of what it was cut from."""
         with torch.inference_mode(False):
             layers = tuple((_own(keys), _own(values)) for keys, values in self.layers)
-        return PrefixSnapshot(self.key, layers, self.build_seconds, self.parent)
+            extra = {name: _own(tensor) for name, tensor in self.extra.items()}
+        return PrefixSnapshot(self.key, layers, self.build_seconds, self.parent, extra)
 
     def check(self, key: PrefixKey) -> None:
         """Raise `CorruptError` unless this can be what was asked for: of this content, and of the model's shape.
@@ -243,6 +248,9 @@ class PrefixSnapshot:
         for i, layer in enumerate(self.layers):
             for states in layer:
                 check_finite(states, f"layer {i}")
+        for name, tensor in self.extra.items():
+            if tensor.is_floating_point():
+                check_finite(tensor, name)
 
     def fork(self, cache: Any, rows: int = 1) -> None:
         """Begin an empty cache of any kind with this prefix, in all of its rows.
@@ -277,7 +285,7 @@ class PrefixSnapshot:
         named = {"content": self.key.content}
         for i, (keys, values) in enumerate(self.layers):
             named |= {f"keys.{i}": keys[0], f"values.{i}": values[0]}
-        return named
+        return named | {f"{_EXTRA}{name}": tensor for name, tensor in self.extra.items()}
 
     def header(self) -> dict[str, Any]:
         """What there is to say about it in JSON."""
@@ -303,10 +311,11 @@ class PrefixSnapshot:
             )
         try:
             model, count, seconds = header["model"], header["layers"], header["build_seconds"]
-            if type(model) is not str or type(count) is not int or len(tensors) != 1 + 2 * count:
+            extra = {name[len(_EXTRA) :]: tensor for name, tensor in tensors.items() if name.startswith(_EXTRA)}
+            if type(model) is not str or type(count) is not int or len(tensors) != 1 + 2 * count + len(extra):
                 raise ValueError(f"{count!r:.40} layers in {len(tensors)} tensors, of a model {model!r:.40}")
             layers = tuple((tensors[f"keys.{i}"][None], tensors[f"values.{i}"][None]) for i in range(count))
-            found = cls(PrefixKey(model, tensors["content"]), layers, seconds, header.get("parent"))
+            found = cls(PrefixKey(model, tensors["content"]), layers, seconds, header.get("parent"), extra)
         except (KeyError, TypeError, ValueError, IndexError, ArithmeticError) as error:
             raise CorruptError(f"the parts of a prefix do not fit together: {said(error)}") from error
         found.check_finite()

@@ -23,11 +23,12 @@ from torch.profiler import profile as trace_of
 
 from kvcache.errors import InputError, MissingDependencyError
 from kvcache.files import check_given
+from kvcache.footprint import bytes_in
 from kvcache.memory import resident_bytes
 from kvcache.precision import PackedLinear
 from kvcache.report import CacheReport
-from kvcache.subjects import Prepared, Setting, Subject
-from kvcache.watching import PARTS, Watch, part_of
+from kvcache.subjects import Prepared, Setting, Subject, check_vocoder
+from kvcache.watching import AUDIO, PARTS, Watch, part_of
 
 MEMORY: Mapping[str, str] = {
     "attention_weights": "weights: attention",
@@ -53,6 +54,7 @@ _WEIGHTS = {
 _CHUNK = 8  # tokens between two looks at the clock from outside
 _TRACED = 4  # tokens
 _SPOKEN = 75  # tokens, three seconds of speech
+_LONG = 60.0  # seconds after which no third time is waited for
 _MARK = "kvcache: a pass begins"
 
 
@@ -173,6 +175,13 @@ class Profile:
             f"{self.best_speedup:.2f}×) and {self.cache_memory:.1%} of the memory: no setting of the KV cache can save more.",
             self._prefix(),
         ]
+        if audio := self.step.share(*AUDIO):
+            told = ", ".join(
+                f"{self.step.share(part):.1%} {PARTS[part].removeprefix('vocoder: ')}"
+                for part in AUDIO
+                if self.step.parts[part]
+            )
+            said.append(f"Audio is {audio:.1%} of what a token takes ({told}).")
         said.append(
             f"The parts add up to {self.step.total / self.step.wall:.1%} of the time measured from outside; being watched "
             f"made a step {self.overhead:+.1%} longer."
@@ -232,6 +241,7 @@ def profile(
         )
     if setting.requests < 1:
         raise InputError(f"requests={setting.requests}: give at least 1")
+    check_vocoder(subject, setting)
     if context < subject.shortest:
         raise InputError(
             f"context={context}: a request of {subject.name} has {subject.shortest} tokens or more; give as many"
@@ -276,11 +286,11 @@ def profile(
         )
     if report.fallback is not None:
         notes.append(f"Not as asked: {report.fallback}.")
-    if subject.speaks and step.parts["vocoder"] == 0:
+    if subject.speaks and not step.share(*AUDIO):
         notes.append("There is no vocoder in this model.")
     held = {
         **weight_bytes(module, subject.load(device)),
-        "vocoder_weights": 0 if vocoder is None else sum(_storages(vocoder).values()),
+        "vocoder_weights": 0 if vocoder is None else bytes_in([vocoder]),
         "kv_cache": _touched(report) if place.type == "cpu" else report.nbytes,
         "prefixes": kept,
         "activations": step_peak,
@@ -359,15 +369,19 @@ class _Run:
 
 def _with_vocoder(step: Times, prepared: Prepared, device: torch.device) -> Times:
     """The step with a token's share of the vocoder's time, for all requests."""
-    taken = []
-    for _ in range(3):
+    taken: list[tuple[float, Mapping[str, float]]] = []
+    begun = time.perf_counter()
+    while len(taken) < 3 and (len(taken) < 2 or time.perf_counter() - begun < _LONG):  # the first sets something up
         start = time.perf_counter()
-        if not prepared.vocode(_SPOKEN):
+        if (parts := prepared.vocode(_SPOKEN)) is None:
             return step
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        taken.append((time.perf_counter() - start) / _SPOKEN)
-    return Times({**step.parts, "vocoder": min(taken)}, step.wall + min(taken))
+        taken.append((time.perf_counter() - start, parts))
+    whole, told = min(taken, key=lambda one: one[0])
+    told = {**told, "vocoder": max(0.0, whole - sum(told.values()))}
+    shares = {part: seconds / _SPOKEN for part, seconds in told.items()}
+    return Times({**step.parts, **shares}, step.wall + whole / _SPOKEN)
 
 
 def shown_seconds(seconds: float) -> str:
@@ -495,6 +509,9 @@ _COLORS = {
     "vocoder_weights": "#dadaeb",
     "sampling": "#8c8c8c",
     "host": "#bdbdbd",
+    "vocoder_mel": "#9e9ac8",
+    "vocoder_wave": "#bcbddc",
+    "watermark": "#efedf5",
     "vocoder": "#dadaeb",
     "activations": "#8c8c8c",
     "rest": "#d9d9d9",

@@ -7,7 +7,7 @@ entry point group ``kvcache.subjects``, as the Chatterbox adapter does with ``ch
 import io
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stderr
 from functools import cached_property
 from importlib.metadata import EntryPoint, entry_points
@@ -28,10 +28,21 @@ from kvcache.policies import KeepAll
 from kvcache.precision import planned, with_precision
 from kvcache.quantized import Quantization
 from kvcache.report import CacheReport
-from kvcache.setting import Backend, Setting
+from kvcache.setting import Backend, Setting, VocoderSetting
 from kvcache.shapes import encoder_input, reads_text
 
-__all__ = ["GROUP", "Backend", "LanguageSubject", "Prepared", "Setting", "Source", "Subject", "subject"]
+__all__ = [
+    "GROUP",
+    "Backend",
+    "LanguageSubject",
+    "Prepared",
+    "Setting",
+    "Source",
+    "Subject",
+    "VocoderSetting",
+    "check_vocoder",
+    "subject",
+]
 
 GROUP = "kvcache.subjects"
 
@@ -50,12 +61,13 @@ class Prepared(Protocol):
     def run(self, context: int, tokens: int) -> None:
         """The same at once and in this thread, for tools that look at one thread only."""
 
-    def vocode(self, tokens: int) -> bool:
-        """Make audio of so many made-up tokens, chunk by chunk; False if the model does not speak."""
+    def vocode(self, tokens: int) -> Mapping[str, float] | None:
+        """Make audio of so many made-up tokens, chunk by chunk: the seconds of those parts of it that can be told apart, by
+        their names in `kvcache.watching.AUDIO`; None if the model does not speak."""
 
     @property
     def vocoder(self) -> nn.Module | None:
-        """What makes the audio, where that has weights."""
+        """All that makes the audio, where that has weights: as loaded, and what is made of it to run."""
 
     @property
     def kept(self) -> int:
@@ -147,6 +159,12 @@ class Subject(ABC):
 
 Source = Callable[[str], Subject | None]
 """What an entry point of the group names: gives the subject of a name, or None for a name that is not its own."""
+
+
+def check_vocoder(subject: Subject, setting: Setting) -> None:
+    """Raise `InputError` if a vocoder is asked for of a model that does not speak."""
+    if setting.vocoder is not None and not subject.speaks:
+        raise InputError(f"{subject.name} is no model that speaks, and has no vocoder; leave the vocoder out")
 
 
 def subject(name: str) -> Subject:
@@ -360,8 +378,8 @@ class _Language:
             for _ in self.stream(context, tokens):
                 pass
 
-    def vocode(self, tokens: int) -> bool:
-        return False
+    def vocode(self, tokens: int) -> Mapping[str, float] | None:
+        return None
 
     @property
     def vocoder(self) -> nn.Module | None:

@@ -34,9 +34,15 @@ PARTS: Mapping[str, str] = {
     "glue": "the model's other code: sums, masks, Python",
     "sampling": "sampling: torch between two passes",
     "host": "host: Python between two passes, waits",
-    "vocoder": "vocoder",
+    "vocoder_mel": "vocoder: tokens to a mel",
+    "vocoder_wave": "vocoder: mel to a waveform",
+    "watermark": "watermark",
+    "vocoder": "vocoder: all else of it",
 }
 """The parts of a step, and what is in them."""
+
+AUDIO = ("vocoder_mel", "vocoder_wave", "watermark", "vocoder")
+"""Those that a model has which speaks. The last is what the others do not tell apart: all, where they tell nothing."""
 
 # What a module on the stack is, where that is not a part's name: told apart for what is inside it.
 _PASS, _ATTENTION, _LAYER = "pass", "attention", "layer"

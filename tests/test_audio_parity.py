@@ -67,7 +67,9 @@ def test_a_seed_gives_the_samples_of_upstreams_generate(tts, backend, seed):
     assert torch.equal(torch.get_rng_state(), state), "a request with a seed has drawn from the caller's generator"
     torch.manual_seed(seed)
     CLOSE(ours.generate(TEXT), expected)
-    assert torch.equal(torch.get_rng_state(), state), "without a seed, what is drawn next is not what upstream draws next"
+    assert torch.equal(torch.get_rng_state(), state), (
+        "without a seed, what is drawn next is not what upstream draws next"
+    )
 
 
 def streamed(ours, text, **options):

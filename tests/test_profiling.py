@@ -19,7 +19,7 @@ from kvcache.modules import rebuilt
 from kvcache.precision import LINEAR, has_half, with_precision
 from kvcache.profiling import MEMORY, plot, profile, weight_bytes
 from kvcache.subjects import LanguageSubject, Setting, _Language
-from kvcache.watching import PARTS, Watch, part_of
+from kvcache.watching import AUDIO, PARTS, Watch, part_of
 
 CONTEXT, TOKENS = 30, 20
 SLOW = 1.0  # second, of the test's clock; beside it its ticks are nothing
@@ -99,7 +99,7 @@ def test_the_parts_are_the_whole_and_the_model_stays_as_it_was(family, backend):
         assert sum(times.share(part) for part in PARTS) == pytest.approx(1)
         assert all(seconds >= 0 for seconds in times.parts.values())
     # Of these parts each is run in every step of such a model; the positions of GPT-2 are embeddings.
-    assert all(found.step.parts[part] > 0 for part in PARTS if part != "vocoder")
+    assert all(found.step.parts[part] > 0 for part in PARTS if part not in AUDIO)
     assert 0 < found.cache_time < 1 and found.best_speedup == pytest.approx(1 / (1 - found.cache_time))
     assert found.outside_time == pytest.approx(
         1 - found.step.share("attention_products", "attention_scores", "cache_update")

@@ -108,6 +108,7 @@ class SegmentedAudio:
     Attributes:
         listener: who plays the audio as it comes.
         chunks: speech tokens of the vocoder's runs so far.
+        marked_seconds: that the marker took so far.
 
     Raises:
         InputError: if `pause` is negative or not finite.
@@ -141,6 +142,7 @@ class SegmentedAudio:
         self._rises = False  # the next audio begins a segment behind another
         self.listener = Listener(clock)
         self.chunks: list[int] = []
+        self.marked_seconds = 0.0
         held = vocoder.lookahead / TOKENS_PER_SECOND + LEAD / SAMPLE_RATE + (0 if marker is None else LATER)
         rule, before = Chunking() if chunking is None else chunking, vocoder.before(voice) + CONTEXT
         self._pace = Pace(rule, Cost() if cost is None else cost, before, held)
@@ -223,7 +225,10 @@ class SegmentedAudio:
 
     def _out(self, *parts: Tensor, last: bool = False) -> Tensor:
         audio = torch.cat([torch.zeros(0), *parts])
-        audio = audio if self._marker is None else self._marker.push(audio, last)
+        if self._marker is not None:
+            begin = self._clock()
+            audio = self._marker.push(audio, last)
+            self.marked_seconds += self._clock() - begin
         if audio.numel():
             self.listener.heard(audio.numel() / SAMPLE_RATE)
         return audio[None]

@@ -21,7 +21,7 @@ GROWTH = 4
 STEP = 5  # speech tokens at most between two looks at the clock
 SECOND = 25  # tokens of a fixed chunk, and of a first one at most where a smaller one would not last until the next
 _FIRST = 10
-_MOST = 250
+MOST = 250
 _REMEMBERED = 16  # runs of the vocoder that tell what the next will take
 _CAUTION = 1.2  # what a run is taken to take, of what it probably takes
 
@@ -46,7 +46,7 @@ class Chunking:
 
     sizes: tuple[int, ...] | None = None
     first: int = _FIRST
-    most: int = _MOST
+    most: int = MOST
 
     def __post_init__(self) -> None:
         given = {"first_chunk": self.first, "max_chunk": self.most}
@@ -57,6 +57,11 @@ class Chunking:
             raise InputError("chunking=() has no size; give some, or 'auto'")
         if self.first > self.most:
             raise InputError(f"first_chunk={self.first} is more than max_chunk={self.most}; give a smaller first chunk")
+
+    @property
+    def largest(self) -> int:
+        """Tokens of a chunk at most."""
+        return max(self.sizes) if self.sizes else self.most
 
     @property
     def step(self) -> int:
@@ -97,7 +102,7 @@ def chunking_of(chunking: Chunks = "auto", first_chunk: int | None = None, max_c
         return Chunking((SECOND if first_chunk is None else first_chunk,))
     if chunking == "auto":
         first = _FIRST if first_chunk is None else first_chunk
-        return Chunking(None, first, max(first, _MOST) if max_chunk is None else max_chunk)
+        return Chunking(None, first, max(first, MOST) if max_chunk is None else max_chunk)
     if first_chunk is not None or max_chunk is not None:
         raise InputError(
             f"first_chunk={first_chunk!r} and max_chunk={max_chunk!r} with chunking={chunking!r:.80}: both go with 'auto', and "

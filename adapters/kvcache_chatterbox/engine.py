@@ -1,5 +1,6 @@
 """`ChatterboxEngine`: a loaded Chatterbox model, streaming on managed caches."""
 
+import dataclasses
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -122,7 +123,7 @@ class ChatterboxEngine(UtteranceDecoder):
             raise InputError(
                 f"vocoder={vocoder}: a bare T3 has no vocoder; give the whole ChatterboxTTS, or leave it out"
             )
-        self._speaker = Speaker(model, vocoder) if hasattr(model, "s3gen") else None
+        self._speaker = Speaker(model, vocoder, self.speakers) if hasattr(model, "s3gen") else None
         self._defaults = {} if self._speaker is None else generate_defaults(model)
 
     @classmethod
@@ -334,16 +335,23 @@ class ChatterboxEngine(UtteranceDecoder):
         memory_budget: int | str | None = None,
         segment_characters: int | None = 200,
         carry: Carry | None = None,
+        chunking: Chunks = "auto",
+        first_chunk: int | None = None,
+        max_chunk: int | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> LongTextPlan:
         """What `generate_stream` will do with a text, and what that takes; see there for the arguments.
 
+        What the vocoder takes is found by its own code, which runs without numbers: that takes seconds, once for each voice
+        and largest chunk.
+
         Raises:
             InputError, CapacityError: if it cannot be spoken.
         """
-        return self.long_text(
+        rule, who = chunking_of(chunking, first_chunk, max_chunk), self.voice_of(voice)
+        plan = self.long_text(
             text,
-            self.voice_of(voice),
+            who,
             language_id=language_id,
             max_new_tokens=max_new_tokens,
             max_rows=max_rows,
@@ -352,6 +360,8 @@ class ChatterboxEngine(UtteranceDecoder):
             carry=carry,
             **sampling,
         ).plan
+        most = min(rule.largest, max(segment.most for segment in plan.segments))
+        return dataclasses.replace(plan, vocoder=self._with_vocoder().taken(who, most))
 
     def generate_stream(
         self,

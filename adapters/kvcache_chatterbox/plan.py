@@ -57,6 +57,28 @@ class SegmentPlan:
 
 
 @dataclass(frozen=True)
+class VocoderBytes:
+    """What the vocoder takes for a text.
+
+    Attributes:
+        weights: as loaded, and what is made of them to run, those of others that run in their place too.
+        voice: what is told of the voice, and what the vocoder has made of it.
+        workspace: while its largest chunk is made, beside these. The compiler is not in it.
+        chunk: speech tokens of that chunk.
+    """
+
+    weights: int
+    voice: int
+    workspace: int
+    chunk: int
+
+    @property
+    def total(self) -> int:
+        """The sum of the bytes."""
+        return self.weights + self.voice + self.workspace
+
+
+@dataclass(frozen=True)
 class LongTextPlan:
     """What a long text will take, segment by segment.
 
@@ -77,6 +99,7 @@ class LongTextPlan:
             included and with the predicted speech, 0 to 1.
         memory_budget: bytes that the cache may take; None: no limit.
         rows_allowed: how often the budget holds what one segment takes; None without one.
+        vocoder: what making audio takes, as far as `ChatterboxEngine.plan` can tell: of upstream's S3Gen; else None.
     """
 
     segments: tuple[SegmentPlan, ...]
@@ -90,6 +113,7 @@ class LongTextPlan:
     kv_share: float
     memory_budget: int | None
     rows_allowed: int | None
+    vocoder: VocoderBytes | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain values, ready for JSON."""
@@ -127,6 +151,11 @@ class LongTextPlan:
         )
         if self.memory_budget is not None:
             yield f"memory budget: {_mib(self.memory_budget)}, room for {self.rows_allowed} segments at once"
+        if (made := self.vocoder) is not None:
+            yield (
+                f"vocoder: {_mib(made.weights)} of weights, {_mib(made.voice)} of the voice, {_mib(made.workspace)} while "
+                f"{made.chunk} tokens become audio"
+            )
         yield f"against one segment: {self.attention:.0%} of the attention scores, {self.kv_share:.0%} of a row's KV cache"
 
 

@@ -24,7 +24,7 @@ from kvcache_chatterbox.vocoder import Together
 from kvcache_chatterbox.voices import Voice
 
 _LAST_WRITES = 2.0  # seconds
-_VOCODED, _VOCODED_CPU = 8192, 512  # tokens of a run of the vocoder for several streams
+VOCODED, VOCODED_CPU = 8192, 512  # tokens of a run of the vocoder for several streams
 
 
 class SpeechScheduler:
@@ -68,7 +68,7 @@ class SpeechScheduler:
         self._max_characters = max_characters
         self._aside = Aside(engine.speakers)
         cpu = engine.t3.device.type == "cpu"
-        self._vocoder = Together(lambda: engine.vocoder, _VOCODED_CPU if cpu else _VOCODED)
+        self._vocoder = Together(lambda: engine.vocoder, VOCODED_CPU if cpu else VOCODED)
         self._scheduler = Scheduler(
             lambda: engine.batch(self.rows, self._slots),
             self.rows,

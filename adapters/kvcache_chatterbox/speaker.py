@@ -13,20 +13,35 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from kvcache import InputError
+from kvcache import InputError, PrefixKey, PrefixSnapshot, SpeakerCache
 from kvcache.errors import said
-from kvcache_chatterbox.audio import SegmentedAudio
+from kvcache.events import Event, emit
+from kvcache.footprint import bytes_in
+from kvcache_chatterbox.audio import CONTEXT, SegmentedAudio
 from kvcache_chatterbox.chunking import FIXED, Chunking, Cost
+from kvcache_chatterbox.clips import clip_key, encoder_of, packed, unpacked
 from kvcache_chatterbox.long_text import LongText
+from kvcache_chatterbox.plan import VocoderBytes
 from kvcache_chatterbox.requests import check_language, check_path, without_autocast
 from kvcache_chatterbox.upstream import beside, needed_beside
-from kvcache_chatterbox.vocoder import Noise, SeededNoise, UpstreamNoise, Vocoder, VocoderOptions, vocoder_of, why_plain
+from kvcache_chatterbox.vocoder import (
+    Noise,
+    S3GenVocoder,
+    SeededNoise,
+    UpstreamNoise,
+    Vocoder,
+    VocoderOptions,
+    vocoder_of,
+    why_plain,
+)
 from kvcache_chatterbox.vocoder.flow import LEAST_REFERENCE
+from kvcache_chatterbox.vocoder.planned import PlannedRuns
 from kvcache_chatterbox.voices import Voice
 from kvcache_chatterbox.watermark import StreamMarker, Watermarker, check_watermarker, marked
 
+ENDING = 3  # tokens that upstream puts behind Turbo's
 _CLIPS = 32
 
 
@@ -36,6 +51,7 @@ class Speaker:
     Args:
         tts: a `ChatterboxTTS`, `ChatterboxMultilingualTTS` or `ChatterboxTurboTTS`.
         options: how its vocoder runs; by default as upstream does.
+        speakers: where what is made of clips is kept; by default only the last few are, here.
 
     Attributes:
         cost: what runs of the vocoder take.
@@ -44,12 +60,14 @@ class Speaker:
         InputError: if the vocoder cannot run so.
     """
 
-    def __init__(self, tts: Any, options: VocoderOptions | None = None) -> None:
+    def __init__(self, tts: Any, options: VocoderOptions | None = None, speakers: SpeakerCache | None = None) -> None:
         self._tts = tts
         self._options = options
         self._vocoder: tuple[Any, str | None, Vocoder] | None = None
+        self._planned: tuple[Vocoder, PlannedRuns] | None = None
         self.cost = Cost()
-        self._clips: OrderedDict[bytes, Voice] = OrderedDict()
+        self._speakers = speakers
+        self._clips: OrderedDict[tuple[str | None, bytes], Voice] = OrderedDict()
         self._encoding = RLock()
         if options not in (None, VocoderOptions()):
             self.vocoder  # noqa: B018  # what cannot be is said at once
@@ -78,6 +96,36 @@ class Speaker:
         vocoder.check(voice)
         return vocoder
 
+    def taken(self, voice: Voice, chunk: int) -> VocoderBytes | None:
+        """What making audio takes; None where nothing is known of the vocoder. The first time takes seconds.
+
+        Args:
+            voice: who speaks.
+            chunk: speech tokens of the largest chunk.
+        """
+        vocoder = self.checked(voice)
+        if not isinstance(vocoder, S3GenVocoder):
+            return None
+        if self._planned is None or self._planned[0] is not vocoder:
+            self._planned = vocoder, PlannedRuns(vocoder)
+        reference = vocoder.before(voice)
+        run = CONTEXT + vocoder.lookahead + chunk + self._ending().numel()
+        return VocoderBytes(
+            bytes_in([] if (weights := self.weights) is None else [weights]),
+            vocoder.held(voice) + sum(part.nbytes for part in voice.gen.values() if isinstance(part, Tensor)),
+            self._planned[1].workspace(reference, run),
+            chunk,
+        )
+
+    @property
+    def weights(self) -> nn.Module | None:
+        """All that holds weights of the vocoder: the model's own, what runs in its place, and what is made of them to run; None
+        if it has none."""
+        vocoder = self.vocoder
+        parts = [self._tts.s3gen, *(vocoder.modules if isinstance(vocoder, S3GenVocoder) else ())]
+        held = [part for part in parts if isinstance(part, nn.Module)]
+        return nn.ModuleList(held) if held else None
+
     @property
     def meanflow(self) -> bool:
         """Whether the vocoder's weights are distilled."""
@@ -100,7 +148,8 @@ class Speaker:
         return Voice.of(self._tts.t3, self.conds)
 
     def encode(self, audio_prompt_path: str | os.PathLike[str]) -> Voice:
-        """The voice of a clip. It takes seconds, so each clip is encoded once; the last few are remembered by content.
+        """The voice of a clip. It takes seconds, so each clip is encoded once: it is kept, by content, in the store of what is
+        known of voices, and the last few are remembered here.
 
         Raises:
             InputError: if the vocoder, or upstream, has no use for such a clip.
@@ -113,12 +162,41 @@ class Speaker:
         with self._encoding:
             if clip is None:
                 return self._encode(audio_prompt_path)  # upstream says what is wrong with it
-            if clip not in self._clips:
-                self._clips[clip] = self._encode(audio_prompt_path)
+            with without_autocast(self._tts.t3):
+                encoder = encoder_of(self._tts)
+            if (encoder, clip) not in self._clips:
+                kept = None if encoder is None or self._speakers is None else clip_key(encoder, clip)
+                self._clips[encoder, clip] = (
+                    self._encode(audio_prompt_path) if kept is None else self._kept(kept, audio_prompt_path)
+                )
                 if len(self._clips) > _CLIPS:
                     self._clips.popitem(last=False)
-            self._clips.move_to_end(clip)
-            return self._clips[clip]
+            self._clips.move_to_end((encoder, clip))
+            return self._clips[encoder, clip]
+
+    def _kept(self, key: PrefixKey, audio_prompt_path: str | os.PathLike[str]) -> Voice:
+        """The voice that is stored under a key, or is encoded and stored now."""
+        assert self._speakers is not None
+        if (found := self._speakers.get(key)) is not None:
+            try:
+                voice = unpacked(self._tts.t3, found)
+                self.checked(voice)
+                return voice
+            except InputError as error:  # of somebody who can write there
+                emit(Event("refused", repr(key), reason=f"what is stored of a clip is no voice: {error}"))
+                self._speakers.evict(key)
+        made: list[Voice] = []
+
+        def build(start: PrefixSnapshot | None) -> PrefixSnapshot:
+            made.append(self._encode(audio_prompt_path))
+            return packed(key, made[0])
+
+        try:
+            self._speakers.keep(self._speakers.compute(key, None, build))
+        except InputError:
+            if not made:  # it is of the clip, and not of what cannot be kept
+                raise
+        return made[0]
 
     def _encode(self, audio_prompt_path: str | os.PathLike[str]) -> Voice:
         """Upstream writes the voice into the model: here into a copy, as others may be speaking with the model's own."""
@@ -277,7 +355,7 @@ class Speaker:
     def _ending(self) -> Tensor:
         """What upstream puts behind the tokens: Turbo's three of silence."""
         silence = beside(self._tts, "S3GEN_SIL") if self._tts.t3.is_gpt else None
-        return torch.full((0 if silence is None else 3,), silence or 0, device=self._tts.t3.device)
+        return torch.full((0 if silence is None else ENDING,), silence or 0, device=self._tts.t3.device)
 
     def _watermarker(self, wanted: bool) -> Watermarker | None:
         """What marks the audio, if that is wanted and the model has something that does."""

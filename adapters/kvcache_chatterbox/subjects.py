@@ -1,6 +1,7 @@
 """Chatterbox's models for the commands `kvcache plan`, `profile` and `tune`: ``chatterbox-nano`` and its kin."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -12,16 +13,32 @@ from torch import Tensor, nn
 
 from kvcache import CacheReport, InputError, MemoryStore, SpeakerCache
 from kvcache.decoding import BUCKET
-from kvcache.footprint import Footprint
+from kvcache.footprint import Footprint, VocoderFootprint
 from kvcache.modules import rebuilt
 from kvcache.precision import planned
-from kvcache.subjects import Prepared, Setting, Subject
-from kvcache_chatterbox.audio import SPEECH_TOKENS
+from kvcache.subjects import Prepared, Setting, Subject, VocoderSetting
+from kvcache_chatterbox.audio import CONTEXT, SPEECH_TOKENS
+from kvcache_chatterbox.chunking import MOST
+from kvcache_chatterbox.clips import kept_bytes
 from kvcache_chatterbox.engine import ChatterboxEngine
 from kvcache_chatterbox.footprint import check_together, speech_footprint, text_room
 from kvcache_chatterbox.loading import WEIGHTS, load_t3, random_conditionals
 from kvcache_chatterbox.requests import prefill
-from kvcache_chatterbox.speaker import Speaker, heard
+from kvcache_chatterbox.scheduling import VOCODED, VOCODED_CPU
+from kvcache_chatterbox.speaker import ENDING, Speaker, heard
+from kvcache_chatterbox.standin import stand_in
+from kvcache_chatterbox.vocoder import S3GenVocoder, why_plain
+from kvcache_chatterbox.vocoder.flow import TOKENS_PER_SECOND
+from kvcache_chatterbox.vocoder.planned import (
+    LONGEST_HEARD,
+    blank_s3gen,
+    emptied,
+    heard_tokens,
+    options_of,
+    planned_vocoder,
+)
+from kvcache_chatterbox.vocoder.weights import made_up_reference, random_s3gen, s3gen_of
+from kvcache_chatterbox.watermark import perth_or_none
 
 _BEGINS = "chatterbox-"
 _VOICE = "made up"
@@ -61,6 +78,7 @@ class ChatterboxSubject(Subject):
         self.gpt = variant in ("turbo", "nano")
         self.rows = 1 if self.gpt else 2
         self.random = folder is None
+        self._vocoders: dict[tuple[VocoderSetting, int, str], VocoderFootprint] = {}
 
     @property
     def shortest(self) -> int:  # type: ignore[override]
@@ -93,7 +111,7 @@ class ChatterboxSubject(Subject):
         return found
 
     def prepared(self, setting: Setting, device: str = "cpu") -> Prepared:
-        speech = _Speech(engine_of(endless(self.load(device)), setting), setting, self._speaker)
+        speech = _Speech(engine_of(endless(self.load(device)), setting), setting, self._speaker(setting, device))
         speech.engine.add_voice(_VOICE, conditionals=random_conditionals(speech.engine.t3))
         return speech
 
@@ -104,11 +122,49 @@ class ChatterboxSubject(Subject):
         t3 = self.blank
         if device != "cpu":  # there the whole model is cast, and not its layers by the engine
             t3, setting = planned(t3, setting.precision, torch.device(device)), replace(setting, precision=None)
-        return speech_footprint(engine_of(t3, setting, context + tokens), setting.requests, context, tokens, device)
+        found = speech_footprint(engine_of(t3, setting, context + tokens), setting.requests, context, tokens, device)
+        if setting.vocoder is None:
+            return found
+        return replace(found, vocoder=self._vocoder_footprint(setting.vocoder, setting.requests, device))
 
-    @property
-    def _speaker(self) -> Speaker | None:
-        return None
+    def _vocoder_footprint(self, setting: VocoderSetting, requests: int, device: str) -> VocoderFootprint:
+        """What the vocoder takes; found once for a setting, as that takes seconds."""
+        options, heard = options_of(setting), heard_tokens(setting.reference_seconds)
+        longest = CONTEXT + (MOST if setting.max_chunk is None else setting.max_chunk)
+        tokens = longest + self._blank_s3gen.flow.pre_lookahead_len + (ENDING if self.gpt else 0)
+        # As `Together` puts them together; fewer longer ones take less than so many of these.
+        together = (VOCODED_CPU if device == "cpu" else VOCODED) // (heard + tokens)
+        rows = max(1, min(requests, together))
+        if (setting, rows, device) not in self._vocoders:
+            place = torch.device(device)
+            made = planned_vocoder(self._blank_s3gen, options, tokens, heard, place, rows)
+            kept = kept_bytes(random_conditionals(self.blank), LONGEST_HEARD * TOKENS_PER_SECOND)
+            self._vocoders[setting, rows, device] = replace(made, voice=made.voice + kept)
+        return self._vocoders[setting, rows, device]
+
+    @cached_property
+    def _blank_s3gen(self) -> Any:
+        return blank_s3gen(self.gpt)
+
+    def _speaker(self, setting: Setting, device: str) -> Speaker | None:
+        """What makes audio, as a setting asks for it: upstream's S3Gen with a made-up voice."""
+        if setting.vocoder is None:
+            return None
+        options = options_of(setting.vocoder)
+        if not options.own and not self.gpt and self._folder is None:
+            options = replace(options, weights=random_s3gen(meanflow=True, seed=1).to(device))
+        model = stand_in(self._t3)
+        model.s3gen = self._s3gen.to(device)
+        model.watermarker = perth_or_none()
+        assert model.conds is not None
+        model.conds.gen = made_up_reference()
+        return Speaker(model, options)
+
+    @cached_property
+    def _s3gen(self) -> Any:
+        if self._folder is None:
+            return random_s3gen(meanflow=self.gpt)
+        return s3gen_of(self._folder, meanflow=self.gpt)
 
 
 class LoadedSubject(ChatterboxSubject):
@@ -136,9 +192,16 @@ class LoadedSubject(ChatterboxSubject):
         found: nn.Module = rebuilt(self._t3, lambda name, module: None).to("meta")
         return found
 
-    @property
-    def _speaker(self) -> Speaker | None:
-        return Speaker(self._model) if hasattr(self._model, "s3gen") else None
+    def _speaker(self, setting: Setting, device: str) -> Speaker | None:
+        if not hasattr(self._model, "s3gen"):
+            return None
+        return Speaker(self._model, None if setting.vocoder is None else options_of(setting.vocoder))
+
+    @cached_property
+    def _blank_s3gen(self) -> Any:
+        if (reason := why_plain(getattr(self._model, "s3gen", None))) is not None:
+            raise InputError(f"{self.name}: {reason}, of which nothing can be planned; leave the vocoder out")
+        return emptied(self._model.s3gen)
 
 
 def endless(t3: Any) -> Any:
@@ -201,19 +264,28 @@ class _Speech:
         for _ in self.stream(context, tokens):
             pass
 
-    def vocode(self, tokens: int) -> bool:
+    def vocode(self, tokens: int) -> Mapping[str, float] | None:
         if self._speaker is None:
-            return False
+            return None
         ids = torch.randint(0, SPEECH_TOKENS, (1, tokens), generator=torch.Generator().manual_seed(0))
-        chunks = ((0, chunk) for chunk in torch.split(ids.to(self.engine.t3.device), _SECOND, 1))
-        for _ in heard(self._speaker.segmented(self._speaker.builtin(), False), chunks):
-            pass
-        return True
+        chunks = ((0, chunk) for chunk in torch.split(ids.to(self.engine.t3.device), self._chunk, 1))
+        audio, vocoder = self._speaker.segmented(self._speaker.builtin(), True), self._speaker.vocoder
+        with ExitStack() as block:
+            seconds = block.enter_context(vocoder.timed()) if isinstance(vocoder, S3GenVocoder) else {}
+            for _ in heard(audio, chunks):
+                pass
+        parts = {"vocoder_mel": seconds.get("flow", 0.0), "vocoder_wave": seconds.get("hift", 0.0)}
+        return {**parts, "watermark": audio.marked_seconds}
+
+    @property
+    def _chunk(self) -> int:
+        """Tokens that become audio at once."""
+        vocoder = self._setting.vocoder
+        return _SECOND if vocoder is None or vocoder.max_chunk is None else vocoder.max_chunk
 
     @property
     def vocoder(self) -> nn.Module | None:
-        found = None if self._speaker is None else getattr(self._speaker.vocoder, "s3gen", None)
-        return found if isinstance(found, nn.Module) else None
+        return None if self._speaker is None else self._speaker.weights
 
     @property
     def kept(self) -> int:

@@ -50,7 +50,7 @@ class Voice:
         if isinstance(conditionals, Voice):
             return conditionals
         given, gen = getattr(conditionals, "t3", conditionals), getattr(conditionals, "gen", {})
-        kinds = _cond_class(t3)
+        kinds = cond_class(t3)
         names = [field.name for field in dataclasses.fields(kinds)]
         if not hasattr(given, "speaker_emb"):
             raise InputError(f"{type(conditionals).__name__} is no voice: give upstream's Conditionals or T3Cond")
@@ -86,8 +86,8 @@ def read_conds(t3: Any, path: str | os.PathLike[str]) -> Voice:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
         parts, gen = dict(found["t3"]), dict(found["gen"])
-        known = {field.name for field in dataclasses.fields(_cond_class(t3))}
-        given = _cond_class(t3)(**{name: value for name, value in parts.items() if name in known})
+        known = {field.name for field in dataclasses.fields(cond_class(t3))}
+        given = cond_class(t3)(**{name: value for name, value in parts.items() if name in known})
     except FileNotFoundError:
         raise
     except (pickle.UnpicklingError, RuntimeError, EOFError):
@@ -257,14 +257,14 @@ def _read(t3: Any, path: Path) -> tuple[str, Voice, PrefixSnapshot | None]:
             f"{path} does not name its voice and what belongs to it as a voice file does; export it again"
         )
     snapshot = None if prefix is None else PrefixSnapshot.from_tensors(groups["prefix"], prefix)
-    names = {field.name for field in dataclasses.fields(_cond_class(t3))}
+    names = {field.name for field in dataclasses.fields(cond_class(t3))}
     if not {"speaker_emb"} <= groups["t3"].keys() <= names:
         raise CorruptError(f"{path} has T3 conditionals {sorted(groups['t3'])}; expected some of {sorted(names)}")
-    given = _cond_class(t3)(**{"emotion_adv": None, **groups["t3"]})
+    given = cond_class(t3)(**{"emotion_adv": None, **groups["t3"]})
     return called, Voice.of(t3, _Pair(given, {**gen, **groups["gen"]})), snapshot
 
 
-def _cond_class(t3: Any) -> Any:
+def cond_class(t3: Any) -> Any:
     """Upstream's `T3Cond`, of the package that the model comes from."""
     return needed_beside(t3, "T3Cond")
 

@@ -6,6 +6,7 @@ loudest frame that it is given, below which only digital silence lies. A signal 
 that hop and overlap; what is too near to a window's edge is not handed out.
 """
 
+import importlib
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -60,6 +61,15 @@ def marked(watermarker: Watermarker, audio: Tensor, sample_rate: int) -> Tensor:
             "many as it is given; use another, or watermark=False"
         )
     return given.detach().to("cpu", torch.float32, copy=True).flatten()[:samples]
+
+
+def perth_or_none() -> Watermarker | None:
+    """Upstream's watermarker with its own weights; None where that does not load."""
+    try:
+        found: Watermarker = importlib.import_module("perth").PerthImplicitWatermarker()
+    except Exception:  # the package sets it to None where a part of it is missing
+        return None
+    return found
 
 
 class StreamMarker:

@@ -9,6 +9,10 @@ from rich.text import Text
 
 from kvcache.cli.common import (
     Json,
+    MaxChunk,
+    ReferenceSeconds,
+    Vocoder,
+    VocoderPrecision,
     Wanting,
     at_least,
     bar,
@@ -19,6 +23,7 @@ from kvcache.cli.common import (
     progress,
     shown_bytes,
     table,
+    vocoder_setting,
 )
 from kvcache.errors import InputError
 from kvcache.planning import MOST_REQUESTS, Device, MemoryPlan, Room, plan, room
@@ -34,6 +39,7 @@ _COLOURS = (
     "khaki3",
     "grey70",
     "indian_red",
+    "plum4",
     "medium_purple",
     "green",
     "cyan",
@@ -60,6 +66,10 @@ def command(
     backend: Annotated[str, typer.Option(help="off, eager, compile, graph or graph+compile.")] = "eager",
     memory: Annotated[str | None, typer.Option(help="What there is: 24GiB. Exit code 1 if that is too little.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda; it need not be there.")] = "cpu",
+    vocoder: Vocoder = "none",
+    vocoder_precision: VocoderPrecision = None,
+    reference_seconds: ReferenceSeconds = None,
+    max_chunk: MaxChunk = None,
     drop_loaded: Annotated[
         bool, typer.Option("--drop-loaded", help="The fp32 weights are let go of once fewer bits are made.")
     ] = False,
@@ -78,6 +88,7 @@ def command(
         requests=requests,
         policy=_policy(window, sinks, kv_budget),
         quantization=bits,
+        vocoder=vocoder_setting(vocoder, vocoder_precision, reference_seconds, max_chunk),
     )
     _one_of("--device", device, get_args(Device))
     found = subject(model)
@@ -150,6 +161,12 @@ def _notes(made: MemoryPlan, setting: Setting, found: Subject) -> list[str]:
         notes.append(
             "not in it: what the CUDA context, libraries' workspaces, captured graphs and the allocator's rounding take on the "
             "GPU; not yet measured"
+        )
+    if found.speaks and setting.vocoder is None:
+        notes.append("not in it: the vocoder, which makes audio of the tokens; give --vocoder own")
+    if setting.vocoder is not None:
+        notes.append(
+            "the vocoder is planned with as many chunks in a run as a scheduler puts together, and for its weights to stay beside all that is made of them"
         )
     if "compile" in setting.backend:
         notes.append("not in it: torch's compiler while it compiles; not yet measured")

@@ -1,6 +1,7 @@
 """`kvcache profile`: where a model's time and memory go, and how much of it any cache could save."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -11,6 +12,9 @@ from rich.text import Text
 
 from kvcache.cli.common import (
     Json,
+    ReferenceSeconds,
+    Vocoder,
+    VocoderPrecision,
     at_least,
     bar,
     console,
@@ -20,6 +24,7 @@ from kvcache.cli.common import (
     shown_bytes,
     table,
     threads_of,
+    vocoder_setting,
 )
 from kvcache.decoding.backends import BackendName
 from kvcache.errors import InputError
@@ -41,6 +46,9 @@ def command(
     requests: Annotated[int, typer.Option(help="Requests that decode together.")] = 1,
     backend: Annotated[str, typer.Option(help="off, eager, compile, graph or graph+compile.")] = "eager",
     precision: Annotated[str | None, typer.Option(help="fp32, bf16, fp16 or int8; as loaded if left out.")] = None,
+    vocoder: Vocoder = "none",
+    vocoder_precision: VocoderPrecision = None,
+    reference_seconds: ReferenceSeconds = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="torch threads; torch's own choice if left out.")] = None,
     plot_file: Annotated[
@@ -49,7 +57,9 @@ def command(
     as_json: Json = False,
 ) -> None:
     """Decode a little and say where time and memory go: attention, MLP, cache, sampling, host; weights, KV, the rest."""
-    setting = _setting(backend, precision, requests)
+    setting = replace(
+        _setting(backend, precision, requests), vocoder=vocoder_setting(vocoder, vocoder_precision, reference_seconds)
+    )
     if device not in ("cpu", "cuda"):
         raise InputError(f"--device {device}: give cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():

@@ -75,8 +75,8 @@ class Described:
         model: fingerprint.
         content: ``"token ids"`` or ``"embeddings"``.
         tokens: of the prefix.
-        layers, kv_heads, head_dim: of its keys.
-        dtype: of keys and values, as safetensors names it.
+        layers, kv_heads, head_dim: of its keys; 0 where there are none, but other tensors.
+        dtype: of keys and values, or of the first of those, as safetensors names it.
         build_seconds: what it took to compute.
         signed: whether it says that it was written with a secret.
     """
@@ -121,7 +121,14 @@ def described(found: Beginning, *, inside: str = "") -> Described:
             raise CorruptError(
                 f"a {header['format']!r} of version {header['version']!r}; this is version {FORMAT} of 'kvcache-prefix'"
             )
-        content, (dtype, (heads, tokens, dim)) = found.tensors[f"{inside}content"], found.tensors[f"{inside}keys.0"]
+        content, (tokens, *_) = (entry := found.tensors[f"{inside}content"]), entry[1]
+        states = found.tensors.get(f"{inside}keys.0")
+        if states is None and header["layers"] == 0:
+            extra = next(tensor for name, tensor in found.tensors.items() if name.startswith(f"{inside}extra."))
+            states = extra[0], (0, tokens, 0)
+        if states is None:
+            raise ValueError("no keys")
+        dtype, (heads, tokens, dim) = states
         kind = "token ids" if len(content[1]) == 1 else "embeddings"
         layers, seconds, model = header["layers"], header["build_seconds"], header["model"]
         check_build_seconds(seconds)

@@ -14,7 +14,7 @@ from t3_models import tiny_t3
 
 from kvcache import MissingDependencyError
 from kvcache_chatterbox.standin import stand_in
-from kvcache_chatterbox.vocoder.weights import random_s3gen
+from kvcache_chatterbox.vocoder.weights import made_up_reference, random_s3gen
 
 
 @cache
@@ -70,11 +70,4 @@ def clip(path: Path, seconds: float, seed: int = 0) -> Path:
 
 def reference(seconds: float, seed: int = 0) -> dict[str, Any]:
     """A made-up reference of a voice, as S3Gen's `embed_ref` makes it."""
-    tokens, generator = round(25 * seconds), torch.Generator().manual_seed(seed)
-    return {
-        "prompt_token": torch.randint(0, 6561, (1, tokens), generator=generator),
-        "prompt_token_len": torch.tensor([tokens]),
-        "prompt_feat": torch.randn(1, 2 * tokens, 80, generator=generator),
-        "prompt_feat_len": None,
-        "embedding": torch.randn(1, 192, generator=generator),
-    }
+    return made_up_reference(seconds, seed)

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize, pad
 
 from kvcache import InputError
@@ -105,6 +105,11 @@ class Flow:
         self.steps = steps or (2 if meanflow else 10)
         rate = float(flow.decoder.inference_cfg_rate) if guidance is None else guidance
         self.guidance = 0.0 if meanflow else rate
+
+    @property
+    def modules(self) -> tuple[nn.Module, nn.Module]:
+        """What runs: the encoder and the estimator, at their precision."""
+        return self._encoder, self._estimator
 
     @property
     def device(self) -> torch.device:

@@ -29,6 +29,12 @@ class Hift:
             _narrow(self._hift, torch.bfloat16 if precision == "bf16" else torch.float16)
         self._decode = torch.compile(self._hift.decode, dynamic=True) if compiled else self._hift.decode
 
+    @property
+    def module(self) -> nn.Module:
+        """What runs."""
+        found: nn.Module = self._hift
+        return found
+
     @torch.inference_mode()
     def wave(
         self, mel: Tensor, noise: Noise, start: int = 0, turned: Tensor | None = None, skip: int = 0

@@ -1,12 +1,14 @@
 """S3Gen behind one call: speech tokens and voices to waveforms, several in one run, with settings and noise that are given."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvcache import InputError
 from kvcache.models import Following, signature_of
@@ -75,6 +77,7 @@ class S3GenVocoder:
             )
         self._references: WeakKeyDictionary[Voice, Reference] = WeakKeyDictionary()
         self._made = Following(self.s3gen, self._make)
+        self._seconds: dict[str, float] | None = None
 
     def _make(self) -> _Parts:
         options = self.options
@@ -104,6 +107,12 @@ class S3GenVocoder:
         return int(self.s3gen.flow.pre_lookahead_len) if self.options.lookahead else 0
 
     @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """All that holds its weights: as loaded, and what is made of them to run."""
+        parts = self._made.now()
+        return (self.s3gen, *parts.flow.modules, parts.hift.module)
+
+    @property
     def nbytes(self) -> int:
         return sum(reference.nbytes for reference in list(self._references.values()))
 
@@ -112,6 +121,33 @@ class S3GenVocoder:
 
     def before(self, voice: Voice) -> int:
         return int(self._reference(self._made.now().flow, voice).tokens.numel())
+
+    @contextmanager
+    def timed(self) -> Iterator[dict[str, float]]:
+        """Within this block its parts are timed: seconds of ``"flow"`` and ``"hift"``. Nothing else should run it meanwhile."""
+        self._seconds = {"flow": 0.0, "hift": 0.0}
+        try:
+            yield self._seconds
+        finally:
+            self._seconds = None
+
+    @contextmanager
+    def _part(self, name: str) -> Iterator[None]:
+        if self._seconds is None:
+            yield
+            return
+        begin = self._now()
+        yield
+        self._seconds[name] += self._now() - begin
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def held(self, voice: Voice) -> int:
+        """Bytes of what it keeps of one voice."""
+        return self._reference(self._made.now().flow, voice).nbytes
 
     def _reference(self, flow: Flow, voice: Voice) -> Reference:
         references = self._references
@@ -132,8 +168,10 @@ class S3GenVocoder:
                 for run, reference in zip(runs, references, strict=True)
             ]
             ended = [run.ended or self.lookahead == 0 for run in runs]
-            mels = parts.flow.mels([run.tokens for run in runs], references, noises, ended)
-            waves = [self._wave(parts.hift, run, mel) for run, mel in zip(runs, mels, strict=True)]
+            with self._part("flow"):
+                mels = parts.flow.mels([run.tokens for run in runs], references, noises, ended)
+            with self._part("hift"):
+                waves = [self._wave(parts.hift, run, mel) for run, mel in zip(runs, mels, strict=True)]
         # Outside, as tensors of inference mode cannot be written into where they are used.
         return [Made(audio.clone(), turned.clone()) for audio, turned in waves]
 
@@ -145,4 +183,5 @@ class S3GenVocoder:
             fade = self.s3gen.trim_fade[: wave.numel()].to(wave)
             wave = torch.cat([wave[: fade.numel()] * fade, wave[fade.numel() :]])
         begin = SAMPLES_PER_TOKEN * run.known - SAMPLES_PER_FRAME * skip - run.lead
-        return wave[begin:].float().cpu(), turned
+        audio = wave[begin:].float()
+        return audio if audio.is_meta else audio.cpu(), turned  # without numbers where a plan is made

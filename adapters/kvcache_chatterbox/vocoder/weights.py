@@ -13,6 +13,7 @@ from torch import nn
 from kvcache import InputError, MissingDependencyError
 from kvcache.errors import said
 from kvcache_chatterbox.loading import upstream_t3
+from kvcache_chatterbox.vocoder.flow import FRAMES_PER_TOKEN, MELS, TOKENS_PER_SECOND
 
 REPOSITORY = "ResembleAI/chatterbox-turbo"
 FILE = "s3gen_meanflow.safetensors"
@@ -68,6 +69,36 @@ def _load(file: Path, s3gen: Any) -> Any:
         raise InputError(f"{file} holds no weights of upstream's S3Gen(meanflow=True): {first}; {_WAY}") from error
     weight = s3gen.flow.input_embedding.weight
     return made.to(weight.device, weight.dtype).eval().requires_grad_(False)
+
+
+def s3gen_of(folder: Path, *, meanflow: bool) -> Any:
+    """The S3Gen whose weights lie in a folder of upstream's, on the CPU.
+
+    Raises:
+        InputError: if they do not, or are others.
+    """
+    name = FILE if meanflow else "s3gen.safetensors"
+    if not (folder / name).is_file():
+        raise InputError(f"{folder} has no {name}, the vocoder's weights; fetch them, or leave the vocoder out")
+    try:
+        made = s3gen_module().S3Gen(meanflow=meanflow)
+        made.load_state_dict(load_file(folder / name), strict=meanflow)  # as upstream does
+    except (SafetensorError, RuntimeError, OSError) as error:
+        first = (said(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{folder / name} holds no weights of upstream's S3Gen: {first}; fetch them again") from error
+    return made.eval().requires_grad_(False)
+
+
+def made_up_reference(seconds: float = 10, seed: int = 0) -> dict[str, Any]:
+    """A voice's reference, as upstream's `embed_ref` makes it of a clip, of random numbers."""
+    generator, tokens = torch.Generator().manual_seed(seed), round(TOKENS_PER_SECOND * seconds)
+    return {
+        "prompt_token": torch.randint(0, 6561, (1, tokens), generator=generator),
+        "prompt_token_len": torch.tensor([tokens]),
+        "prompt_feat": torch.randn(1, FRAMES_PER_TOKEN * tokens, MELS, generator=generator),
+        "prompt_feat_len": None,
+        "embedding": torch.randn(1, 192, generator=generator),
+    }
 
 
 def s3gen_module() -> Any:
