@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 FLOOR ?= .venv-floor
 PERTH ?= .venv-perth
+AUDIO ?= .venv-audio
 JOBS ?= 2
 ROUNDS ?= 8
 # Of the slow tests: PART=2/3 is the second of three shares.
@@ -24,6 +25,7 @@ READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.ready-docs
 FLOOR_READY := $(FLOOR)/.ready
 PERTH_READY := $(PERTH)/.ready
+AUDIO_READY := $(AUDIO)/.ready
 # Without what is no benchmark by itself, and those that need more than is installed here.
 NOT_ALONE := carry common family_checks family_models gpu preparing processes timetable quality_kvpress s3gen first_audio speaking end_to_end
 BENCHMARKS := $(filter-out $(NOT_ALONE:%=benchmarks/%.py),$(wildcard benchmarks/*.py))
@@ -43,14 +45,16 @@ demo: $(READY)  ## stream speech tokens from Chatterbox, see known voices start 
 	$(PY) examples/long_text.py
 	$(PY) examples/llm_stream.py
 
-environments: $(READY) $(FLOOR_READY) $(DOCS_READY)  ## install all that the checks need
+environments: $(READY) $(FLOOR_READY) $(AUDIO_READY) $(DOCS_READY)  ## install all that the checks need
 
-test: $(READY) $(FLOOR_READY)  ## run the tests on the newest and on the lowest transformers; the slow ones are left out
-	$(PY) -m pytest -n $(JOBS) -m "not slow"
+test: $(READY) $(FLOOR_READY) $(AUDIO_READY)  ## run the tests on the newest and on the lowest transformers, and those of the real vocoder; the slow ones are left out
+	$(PY) -m pytest -n $(JOBS) -m "not slow and not audio"
+	PYTHONPATH=$(AUDIO) $(PY) -m pytest -n $(JOBS) -m "audio and not slow"
 	PYTHONPATH=$(FLOOR) $(PY) -m pytest -n $(JOBS) -m "not slow and not one_release"
 
-test-slow: $(READY) $(FLOOR_READY)  ## run the tests that take minutes or gigabytes, whole grids and whole searches; PART=1/3 runs a third
-	$(PY) -m pytest -n $(JOBS) -m slow $(SHARE)
+test-slow: $(READY) $(FLOOR_READY) $(AUDIO_READY)  ## run the tests that take minutes or gigabytes, whole grids and whole searches; PART=1/3 runs a third
+	$(PY) -m pytest -n $(JOBS) -m "slow and not audio" $(SHARE)
+	PYTHONPATH=$(AUDIO) $(PY) -m pytest -n $(JOBS) -m "audio and slow" $(SHARE)
 	PYTHONPATH=$(FLOOR) $(PY) -m pytest -n $(JOBS) -m "slow and grid and not one_release" $(SHARE)
 	SEARCH=1 $(PY) -m pytest -n $(JOBS) -m "search and not slow" $(SHARE)
 	PYTHONPATH=$(FLOOR) $(PY) -m pytest -m "not slow" $(SHARE) tests/test_docs.py
@@ -88,7 +92,7 @@ gpu-wheels:  ## collect in .wheels what a machine with a GPU and no network lack
 	$(PYTHON) benchmarks/carry.py collect .wheels
 
 clean:  ## remove what was built and all caches; the environment in .venv stays
-	rm -rf $(FLOOR) $(PERTH) site dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(FLOOR) $(PERTH) $(AUDIO) site dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml
@@ -108,7 +112,17 @@ $(FLOOR_READY): $(READY)
 	$(INSTALL) --no-warn-conflicts --target $(FLOOR) "$(LOWEST)"
 	touch $@
 
-# Another such folder. Perth reads its weights by way of pkg_resources, which setuptools has had until release 80.
+# Another such folder: what upstream's S3Gen imports. --no-deps as these would bring another torch. Of torchaudio only what is
+# Python is used, and the compiled part of the index' build wants CUDA: `doctor --mend` takes it away.
+$(AUDIO_READY): $(READY)
+	rm -rf $(AUDIO)
+	$(INSTALL) --no-warn-conflicts --target $(AUDIO) resemble-perth==1.0.1 librosa==0.11.0 "setuptools<81" \
+		"omegaconf>=2.3" "onnx>=1.16" "importlib-metadata>=4" "pyloudnorm>=0.1.1"
+	$(INSTALL) --no-warn-conflicts --target $(AUDIO) --no-deps torchaudio==2.11.0 s3tokenizer==0.3.0 diffusers==0.29.0 conformer==0.3.2
+	PYTHONPATH=$(AUDIO) $(PY) -m kvcache.cli doctor --mend > /dev/null
+	touch $@
+
+# Another. Perth reads its weights by way of pkg_resources, which setuptools has had until release 80.
 $(PERTH_READY): $(READY)
 	rm -rf $(PERTH)
 	$(INSTALL) --no-warn-conflicts --target $(PERTH) resemble-perth==1.0.1 librosa==0.11.0 "setuptools<81"
