@@ -377,7 +377,7 @@ def _captured(function: Ahead, args: Mapping[str, Any]) -> tuple[Any, list[str]]
     first = next(iter(inspect.signature(function.function).parameters))
     nodes = [node for node in graph.graph.nodes if node.op == "placeholder"]
     inputs = {name: node for name, node in zip(names, nodes, strict=True) if _SIZE.fullmatch(name) is None}
-    for name, node in zip(names, nodes, strict=True):
+    for name, node in zip(names, tuple(nodes), strict=True):
         if (size := _SIZE.fullmatch(name)) is None:
             if not isinstance(node.meta.get("example_value"), Tensor):
                 raise Refused(f"it depends on the number {name}")
