@@ -122,7 +122,7 @@ class ChatterboxEngine(UtteranceDecoder):
             raise InputError(
                 f"vocoder={vocoder}: a bare T3 has no vocoder; give the whole ChatterboxTTS, or leave it out"
             )
-        self._speaker = Speaker(model, vocoder) if hasattr(model, "s3gen") else None
+        self._speaker = Speaker(model, vocoder, self._programs) if hasattr(model, "s3gen") else None
         self._defaults = {} if self._speaker is None else generate_defaults(model)
 
     @classmethod

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kvcache import InputError
+from kvcache.decoding.programs import Programs
 from kvcache_chatterbox.audio import SegmentedAudio
 from kvcache_chatterbox.chunking import FIXED, Chunking, Cost
 from kvcache_chatterbox.long_text import LongText
@@ -34,6 +35,7 @@ class Speaker:
     Args:
         tts: a `ChatterboxTTS`, `ChatterboxMultilingualTTS` or `ChatterboxTurboTTS`.
         options: how its vocoder runs; by default as upstream does.
+        programs: where what is compiled is kept; by default in the user's cache.
 
     Attributes:
         cost: what runs of the vocoder take.
@@ -42,8 +44,10 @@ class Speaker:
         InputError: if the vocoder cannot run so.
     """
 
-    def __init__(self, tts: Any, options: VocoderOptions | None = None) -> None:
-        self._tts = tts
+    def __init__(
+        self, tts: Any, options: VocoderOptions | None = None, programs: Programs | None = None
+    ) -> None:
+        self._tts, self._programs = tts, programs
         self._options = options
         self._vocoder: tuple[Any, str | None, Vocoder] | None = None
         self.cost = Cost()
@@ -58,7 +62,7 @@ class Speaker:
         s3gen = self._tts.s3gen
         reason = why_plain(s3gen)
         if self._vocoder is None or self._vocoder[0] is not s3gen or self._vocoder[1] != reason:
-            self._vocoder = s3gen, reason, vocoder_of(s3gen, self._options, self._tts.t3.device)
+            self._vocoder = s3gen, reason, vocoder_of(s3gen, self._options, self._tts.t3.device, self._programs)
         return self._vocoder[2]
 
     def checked(self, voice: Voice) -> Vocoder:

@@ -11,6 +11,7 @@ from kvcache.decoding.backends import BUCKET, BackendName
 from kvcache.decoding.cache import StaticKV
 from kvcache.decoding.loop import Decoding
 from kvcache.decoding.pool import Pool
+from kvcache.decoding.programs import Programs
 from kvcache.decoding.sampler import GREEDY, TRANSFORMERS, Sampler
 from kvcache.decoding.settings import GenerationSettings
 from kvcache.decoding.wiring import decoder_copy, why_not
@@ -50,6 +51,7 @@ class LanguageDecoder:
         self._max_length = max_length
         self._bucket = bucket
         self._pool = Pool()
+        self.programs = Programs()
 
     def why_not(self) -> str | None:
         """Why the model cannot be decoded so; None if it can. Tried once on a few tokens: the answer must be its own."""
@@ -139,7 +141,7 @@ class LanguageDecoder:
         kv = StaticKV(geometry, rows, room, dtype=self._kv_dtype)
         step = _Step(decoder_copy(self._model))
         sampler = Sampler(rows, vocabulary, TRANSFORMERS, geometry.device)
-        return Decoding(step, kv, sampler, backend, bucket=self._bucket, why_eager=signature.why_no_capture)
+        return Decoding(step, kv, sampler, backend, bucket=self._bucket, why_eager=signature.why_no_capture, programs=self.programs)
 
 
 class _Step(nn.Module):
