@@ -17,16 +17,17 @@ from torch import Tensor
 
 from kvcache import InputError
 from kvcache.decoding.programs import Programs
-from kvcache_chatterbox.audio import SegmentedAudio
+from kvcache_chatterbox.audio import CONTEXT, SPEECH_TOKENS, SegmentedAudio
 from kvcache_chatterbox.chunking import FIXED, Chunking, Cost
 from kvcache_chatterbox.long_text import LongText
 from kvcache_chatterbox.requests import check_language, check_path, without_autocast
 from kvcache_chatterbox.upstream import beside, needed_beside
-from kvcache_chatterbox.vocoder import Noise, SeededNoise, UpstreamNoise, Vocoder, VocoderOptions, vocoder_of, why_plain
+from kvcache_chatterbox.vocoder import Noise, Run, SeededNoise, UpstreamNoise, Vocoder, VocoderOptions, vocoder_of, why_plain
 from kvcache_chatterbox.voices import Voice
 from kvcache_chatterbox.watermark import StreamMarker, Watermarker, check_watermarker, marked
 
 _CLIPS = 32
+_WARMED = (25, 50, 100)  # tokens of the runs that a warm-up times
 
 
 class Speaker:
@@ -100,6 +101,25 @@ class Speaker:
     def builtin(self) -> Voice:
         """The voice that the model has now. Errors are those of `conds`."""
         return Voice.of(self._tts.t3, self.conds)
+
+    def warm(self, voice: Voice, told: Callable[[str], object]) -> None:
+        """Run the vocoder at a few sizes, so that what it compiles is there, and what its runs take is known.
+
+        Args:
+            told: is told what is done next.
+        """
+        vocoder, noise = self.checked(voice), SeededNoise(0)
+        before = vocoder.before(voice) + CONTEXT
+        generator = torch.Generator().manual_seed(0)
+        for size in _WARMED:
+            told(f"making audio of {size} tokens")
+            tokens = torch.randint(0, SPEECH_TOKENS, (CONTEXT + size,), generator=generator)
+            run = Run(tokens, voice, noise, known=CONTEXT)
+            if size == _WARMED[0]:
+                vocoder.waves([run])  # which loads, compiles, or sets up
+            began = time.perf_counter()
+            vocoder.waves([run])
+            self.cost.took(before + size, time.perf_counter() - began)
 
     def encode(self, audio_prompt_path: str | os.PathLike[str]) -> Voice:
         """The voice of a clip. It takes seconds, so each clip is encoded once; the last few are remembered by content."""

@@ -19,6 +19,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -126,6 +127,21 @@ class Bound:
         return True
 
 
+@dataclass(frozen=True)
+class Made:
+    """What a process has got.
+
+    Attributes:
+        name: of the function.
+        how: ``"loaded"`` from a file, or ``"compiled"``.
+        seconds: that it took.
+    """
+
+    name: str
+    how: str
+    seconds: float
+
+
 class Programs:
     """Compiled functions of one engine, kept in files for the next process.
 
@@ -134,13 +150,13 @@ class Programs:
 
     Attributes:
         waits: whether a call waits until its function is compiled. Else it runs eagerly meanwhile, and a thread compiles.
-        made: what was loaded or compiled here: ``(name, "loaded" or "compiled", seconds)``.
+        made: what was loaded or compiled for it.
     """
 
     def __init__(self, files: ProgramFiles | None = None) -> None:
         self.files = ProgramFiles() if files is None else files
         self.waits = True
-        self.made: list[tuple[str, str, float]] = []
+        self.made: list[Made] = []
         self._waiting = threading.local()
 
     @contextmanager
@@ -197,7 +213,7 @@ class Programs:
             emit(Event("fell_back", f"the compiled {function.name} from its file to compiling it", reason=reason))
             return False
         self._done(key, program)
-        self.made.append((function.name, "loaded", time.perf_counter() - began))
+        self.made.append(Made(function.name, "loaded", time.perf_counter() - began))
         return True
 
     def _make(self, function: "Ahead", key: str, args: Mapping[str, Any]) -> None:
@@ -210,7 +226,7 @@ class Programs:
             program = _program(about, library)
             program.bound(function.root)
             self._done(key, program)
-            self.made.append((function.name, "compiled", time.perf_counter() - began))
+            self.made.append(Made(function.name, "compiled", time.perf_counter() - began))
             try:
                 self.files.write(key, made_by(), about, library)
             except (OSError, KVCacheError) as error:

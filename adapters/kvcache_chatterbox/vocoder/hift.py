@@ -1,6 +1,7 @@
 """HiFT of S3Gen: mel to waveform, by upstream's own modules, with noise that is given and weights that are ready."""
 
 import copy
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -99,10 +100,10 @@ def ready(module: nn.Module) -> Any:
     module = copy.deepcopy(module)
     for part in module.modules():
         for name, value in list(vars(part).items()):  # upstream reckons sizes with numpy, whose numbers are none of Python's
-            if type(value).__module__ == "numpy" or (
-                isinstance(value, tuple) and any(type(one).__module__ == "numpy" for one in value)
-            ):
-                setattr(part, name, tuple(int(one) for one in value) if isinstance(value, tuple) else value.item())
+            if isinstance(value, tuple) and any(map(_of_numpy, value)):
+                setattr(part, name, tuple(int(one) for one in value))
+            elif _of_numpy(value):
+                setattr(part, name, int(value))
         held = part._modules.get("parametrizations")
         if held is None:
             continue
@@ -113,3 +114,7 @@ def ready(module: nn.Module) -> Any:
         for name, weight in weights.items():
             part.register_parameter(name, nn.Parameter(weight, requires_grad=False))
     return module.requires_grad_(False)
+
+
+def _of_numpy(value: Any) -> bool:
+    return isinstance(value, Integral) and type(value).__module__ == "numpy"
