@@ -446,7 +446,9 @@ def _programs() -> Finding:
     except InputError as error:
         return Finding("back ends", "compiled steps", "note", str(error), _ELSEWHERE)
     if reason is not None:
-        return Finding("back ends", "compiled steps", "note", f"none are read or kept: {reason}", "mend that, or see KVCACHE_HOME")
+        return Finding(
+            "back ends", "compiled steps", "note", f"none are read or kept: {reason}", "mend that, or see KVCACHE_HOME"
+        )
     size = sum(size for _, size in held) / 2**20
     said = f"{len(held)} kept for the next process in {files.folder}, {size:.1f} MiB; it is always safe to remove them"
     return Finding("back ends", "compiled steps", "ok", said)

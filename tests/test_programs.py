@@ -291,11 +291,17 @@ print(json.dumps(dict(same=torch.equal(tokens, eager), times=times, reasons=reas
 
 @pytest.mark.slow
 def test_the_second_process_traces_nothing(tmp_path):
-    environment = {**os.environ, "KVCACHE_HOME": str(tmp_path / "home"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "torch")}
+    environment = {
+        **os.environ,
+        "KVCACHE_HOME": str(tmp_path / "home"),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "torch"),
+    }
 
     def process():
         script = _PROCESS.format(path=[path for path in sys.path if path])
-        ran = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=1200)
+        ran = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=1200
+        )
         assert ran.returncode == 0, ran.stderr
         return json.loads(ran.stdout.splitlines()[-1])
 

@@ -22,7 +22,16 @@ from kvcache_chatterbox.chunking import FIXED, Chunking, Cost
 from kvcache_chatterbox.long_text import LongText
 from kvcache_chatterbox.requests import check_language, check_path, without_autocast
 from kvcache_chatterbox.upstream import beside, needed_beside
-from kvcache_chatterbox.vocoder import Noise, Run, SeededNoise, UpstreamNoise, Vocoder, VocoderOptions, vocoder_of, why_plain
+from kvcache_chatterbox.vocoder import (
+    Noise,
+    Run,
+    SeededNoise,
+    UpstreamNoise,
+    Vocoder,
+    VocoderOptions,
+    vocoder_of,
+    why_plain,
+)
 from kvcache_chatterbox.voices import Voice
 from kvcache_chatterbox.watermark import StreamMarker, Watermarker, check_watermarker, marked
 
@@ -45,9 +54,7 @@ class Speaker:
         InputError: if the vocoder cannot run so.
     """
 
-    def __init__(
-        self, tts: Any, options: VocoderOptions | None = None, programs: Programs | None = None
-    ) -> None:
+    def __init__(self, tts: Any, options: VocoderOptions | None = None, programs: Programs | None = None) -> None:
         self._tts, self._programs = tts, programs
         self._options = options
         self._vocoder: tuple[Any, str | None, Vocoder] | None = None

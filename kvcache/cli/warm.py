@@ -16,9 +16,12 @@ from kvcache.subjects import Setting, subject
 
 def command(
     model: Annotated[
-        str, typer.Argument(help="A folder, a .gguf file, a hub id, or a name such as chatterbox-nano.", metavar="MODEL")
+        str,
+        typer.Argument(help="A folder, a .gguf file, a hub id, or a name such as chatterbox-nano.", metavar="MODEL"),
     ],
-    context: Annotated[int, typer.Option(help="Tokens of a request before those it makes; speech has its voice's.")] = 500,
+    context: Annotated[
+        int, typer.Option(help="Tokens of a request before those it makes; speech has its voice's.")
+    ] = 500,
     tokens: Annotated[int, typer.Option(help="Tokens that a request may make.")] = 1000,
     max_length: Annotated[
         int | None, typer.Option(help="Tokens of the cache, where the manager or engine is told so.")
@@ -46,7 +49,9 @@ def command(
         reasons.append(f"{event.about}: {event.reason}")
 
     with progress().status("loading the model") as status, subscribe(fell_back, ["fell_back"]):
-        warming = found.warm_up(setting, context, tokens, lambda line: status.update(f"{line}; compiling takes a minute or more"))
+        warming = found.warm_up(
+            setting, context, tokens, lambda line: status.update(f"{line}; compiling takes a minute or more")
+        )
     held = files.held()
     answer = {
         "model": model,
@@ -63,6 +68,10 @@ def command(
         shown = table(f"{model}, warm in {shown_seconds(warming.seconds or 0.0)}", "what", "how", "time", right=2)
         for one in warming.made:
             shown.add_row(one.name, one.how, shown_seconds(one.seconds))
-        display(shown, f"{len(held)} compiled programs in {files.folder}, {shown_bytes(sum(size for _, size in held))}.")
+        display(
+            shown, f"{len(held)} compiled programs in {files.folder}, {shown_bytes(sum(size for _, size in held))}."
+        )
     if not warming.made:
-        raise Wanting(f"nothing was compiled: {'; '.join(reasons) or 'the model runs eagerly'}; see kvcache doctor --compile")
+        raise Wanting(
+            f"nothing was compiled: {'; '.join(reasons) or 'the model runs eagerly'}; see kvcache doctor --compile"
+        )

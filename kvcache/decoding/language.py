@@ -141,7 +141,9 @@ class LanguageDecoder:
         kv = StaticKV(geometry, rows, room, dtype=self._kv_dtype)
         step = _Step(decoder_copy(self._model))
         sampler = Sampler(rows, vocabulary, TRANSFORMERS, geometry.device)
-        return Decoding(step, kv, sampler, backend, bucket=self._bucket, why_eager=signature.why_no_capture, programs=self.programs)
+        return Decoding(
+            step, kv, sampler, backend, bucket=self._bucket, why_eager=signature.why_no_capture, programs=self.programs
+        )
 
 
 class _Step(nn.Module):

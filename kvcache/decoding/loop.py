@@ -366,7 +366,9 @@ class Decoding:
     def program(self) -> tuple[nn.Module | None, str]:
         """What decides which operations a step runs beside its tensors: the model, None if that is none, and the rest as text."""
         kv, sampler = self.kv, self.sampler
-        kind = f"{type(self).__qualname__} {self.rows} rows of {len(self.token)}, {kv.slots} slots of {kv.keys[0].dtype}"
+        kind = (
+            f"{type(self).__qualname__} {self.rows} rows of {len(self.token)}, {kv.slots} slots of {kv.keys[0].dtype}"
+        )
         rest = f"{sampler.order} {sampler.guided} {sampler.vocabulary} {self._inputs.kernel} {self.ahead}"
         return self._forward if isinstance(self._forward, nn.Module) else None, f"{kind}, {rest}"
 

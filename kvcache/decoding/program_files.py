@@ -156,7 +156,9 @@ def _parted(data: bytes) -> tuple[dict[str, Any], bytes]:
 def _not_private(status: os.stat_result, what: str) -> str | None:
     """Why this is not trusted; None if it is this user's, and nobody else may write to it."""
     if status.st_uid != os.geteuid():
-        return f"{what} belongs to user {status.st_uid}, and this process runs as {os.geteuid()}; only its own code is run"
+        return (
+            f"{what} belongs to user {status.st_uid}, and this process runs as {os.geteuid()}; only its own code is run"
+        )
     if status.st_mode & _OTHERS_WRITE:
         return f"{what} can be written to by others (mode {stat.S_IMODE(status.st_mode):o}); take that away with chmod go-w"
     return None

@@ -8,10 +8,12 @@ Of a file only what it says is believed, and only where nobody else can have wri
 """
 
 import hashlib
+import importlib
 import inspect
 import os
 import platform
 import re
+import sys
 import tempfile
 import threading
 import time
@@ -349,14 +351,18 @@ def compiled(function: Ahead, args: Mapping[str, Any]) -> tuple[dict[str, Any], 
     """
     folder = _scratch()
     if (reason := why_not_private(folder)) is not None:
-        raise Refused(f"{reason}; torch's compiler would run what lies there: set TORCHINDUCTOR_CACHE_DIR to a private one")
+        raise Refused(
+            f"{reason}; torch's compiler would run what lies there: set TORCHINDUCTOR_CACHE_DIR to a private one"
+        )
     with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad():
         warnings.simplefilter("ignore")
         args = {name: _plain(value) for name, value in function.example(args).items()}
         graph, names = _captured(function, args)
         inputs = [_plain(_resolved(function.root, args, name)) for name in names]
         exported, shapes = _exported(graph, names, inputs, function.dynamic)
-        found = [_layout(t) if _split(n)[0] == _SELF else {"dims": s} for n, t, s in zip(names, inputs, shapes, strict=True)]
+        found = [
+            _layout(t) if _split(n)[0] == _SELF else {"dims": s} for n, t, s in zip(names, inputs, shapes, strict=True)
+        ]
         with tempfile.TemporaryDirectory(prefix="kvcache-") as place:
             path = torch._inductor.aoti_compile_and_package(exported, package_path=os.path.join(place, "program.pt2"))
             library = Path(path).read_bytes()
@@ -377,7 +383,9 @@ def _captured(function: Ahead, args: Mapping[str, Any]) -> tuple[Any, list[str]]
 
     code = function.function
     # A code object of its own: the compiler counts recompilations by code.
-    own = types.FunctionType(code.__code__.replace(), code.__globals__, code.__name__, code.__defaults__, code.__closure__)
+    own = types.FunctionType(
+        code.__code__.replace(), code.__globals__, code.__name__, code.__defaults__, code.__closure__
+    )
     for name, dims in function.dynamic.items():
         if args[name] is not None:
             for dim in dims:
@@ -562,8 +570,6 @@ def _made_by() -> dict[str, str]:
 @cache
 def _package_source(name: str) -> str:
     """A digest of a package's own code, which may be a checkout that is being worked on."""
-    import sys
-
     digest = hashlib.sha256()
     places = getattr(sys.modules.get(name), "__path__", [])
     for place in places:
@@ -579,8 +585,7 @@ def _source(function: Any) -> str:
 
 def _scratch() -> Path:
     """Where torch's compiler writes, and looks for what it wrote before."""
-    from torch._inductor.codecache import cache_dir
-
-    folder = Path(cache_dir())
+    compiler: Any = importlib.import_module("torch._inductor.codecache")  # takes seconds
+    folder = Path(compiler.cache_dir())
     make_private_folder(folder)
     return folder

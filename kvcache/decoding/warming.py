@@ -78,4 +78,3 @@ class WarmUp:
         finally:
             self.seconds = time.perf_counter() - began
             self._over.set()
-

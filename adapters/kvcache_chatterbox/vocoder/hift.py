@@ -53,7 +53,9 @@ class Hift:
         """
         pitch = self._hift.f0_predictor(mel[None])
         source, turns = self._source(pitch[0], noise, start, turned)
-        return self._decode(mel[None, :, skip:].contiguous(), source[..., SAMPLES_PER_FRAME * skip :].contiguous())[0], turns
+        return self._decode(mel[None, :, skip:].contiguous(), source[..., SAMPLES_PER_FRAME * skip :].contiguous())[
+            0
+        ], turns
 
     def _source(self, pitch: Tensor, noise: Noise, start: int, turned: Tensor | None) -> tuple[Tensor, Tensor]:
         """Upstream's `SineGen` and `SourceModuleHnNSF`: sines where there is a pitch, noise elsewhere ``[1, 1, samples]``."""
@@ -99,7 +101,9 @@ def ready(module: nn.Module) -> Any:
     """
     module = copy.deepcopy(module)
     for part in module.modules():
-        for name, value in list(vars(part).items()):  # upstream reckons sizes with numpy, whose numbers are none of Python's
+        for name, value in list(
+            vars(part).items()
+        ):  # upstream reckons sizes with numpy, whose numbers are none of Python's
             if isinstance(value, tuple) and any(map(_of_numpy, value)):
                 setattr(part, name, tuple(int(one) for one in value))
             elif _of_numpy(value):
