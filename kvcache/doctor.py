@@ -22,6 +22,7 @@ from packaging.version import Version
 
 from kvcache.cpu import has_few_rows
 from kvcache.decoding.backends import BackendName, backend_for
+from kvcache.decoding.program_files import ProgramFiles
 from kvcache.decoding.wiring import kernel_reason
 from kvcache.errors import InputError, KVCacheError
 from kvcache.hf import TESTED
@@ -81,6 +82,7 @@ def diagnose(
         *_precisions(device),
         *_backends(device, compiling),
     ]
+    found.append(_programs())
     found.append(_default_store())
     if opened is not None:
         with opened:
@@ -434,6 +436,22 @@ def _no_compiler(device: torch.device) -> tuple[str, str] | None:
             "install Python's headers (apt install python3-dev)",
         )
     return None
+
+
+def _programs() -> Finding:
+    """Steps that earlier processes have compiled."""
+    files = ProgramFiles()
+    try:
+        held, reason = files.held(), files.why_not()
+    except InputError as error:
+        return Finding("back ends", "compiled steps", "note", str(error), _ELSEWHERE)
+    if reason is not None:
+        return Finding(
+            "back ends", "compiled steps", "note", f"none are read or kept: {reason}", "mend that, or see KVCACHE_HOME"
+        )
+    size = sum(size for _, size in held) / 2**20
+    said = f"{len(held)} kept for the next process in {files.folder}, {size:.1f} MiB; it is always safe to remove them"
+    return Finding("back ends", "compiled steps", "ok", said)
 
 
 # ---------------------------------------------------------------------- stores

@@ -75,6 +75,17 @@ def model_outline(model: nn.Module) -> str:
     return _digest(watch_of(unwrapped(model)).walk(), lambda tensor: f"{tensor.dtype} {list(tensor.shape)}", False)
 
 
+def model_program(model: nn.Module) -> str:
+    """A SHA-256, in hex, of what decides which operations a model runs: all that its fingerprint is of, but of its tensors
+    only shapes and dtypes.
+
+    Raises:
+        InputError: as `model_fingerprint`.
+    """
+    check_named(model)
+    return _digest(watch_of(model).walk(), lambda tensor: f"{tensor.dtype} {list(tensor.shape)}", True)
+
+
 def check_named(model: nn.Module) -> None:
     """Refuse a model that cannot be told from others.
 

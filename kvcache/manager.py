@@ -4,7 +4,7 @@ import copy
 import inspect
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
@@ -30,6 +30,7 @@ from kvcache.attention import observed_copy
 from kvcache.decoding.backends import BUCKET, BackendName, backend_on, check_bucket
 from kvcache.decoding.language import LanguageDecoder
 from kvcache.decoding.settings import GenerationSettings
+from kvcache.decoding.warming import Told, WarmUp, untold
 from kvcache.errors import GeometryError, InputError, PolicyError
 from kvcache.events import Event, emit
 from kvcache.fingerprint import check_named, model_fingerprint
@@ -546,6 +547,43 @@ class KVCacheManager:
             self._last = replace(self._last, fallback=reason)
 
         return chunked(from_worker(work), chunk_size)
+
+    def warm_up(
+        self,
+        inputs: Tensor,
+        *,
+        backend: Backends | None = None,
+        background: bool = False,
+        told: Told = untold,
+        **kwargs: Any,
+    ) -> WarmUp:
+        """Do what a first request such as this would wait for: its compiled step is loaded from its file or made.
+
+        It runs the request's beginning. One with another length of cache, number of rows, or from greedy to sampling has a
+        compiled step of its own; with `max_cache_length` the cache of all has the same length.
+
+        Args:
+            inputs, **kwargs: of a request, as in `generate`.
+            backend: see `stream`.
+            background: return at once and do it in a thread. From then on no request waits for a compiler: it runs eagerly
+                until its compiled step is there, and says the same tokens.
+            told: is told what is done next, in the thread that does it.
+
+        Returns:
+            What was made and how long that took, see `WarmUp`.
+
+        Raises:
+            InputError: as `stream`, before anything has run.
+        """
+        stream = self.stream(inputs, backend=backend, chunk_size=2, **kwargs)
+
+        def run() -> None:
+            told("decoding the first tokens")
+            with closing(cast(Any, stream)) as begun:
+                next(begun, None)
+
+        warming = WarmUp(self._decoder.programs, run)
+        return warming.in_background() if background else warming.here()
 
     def astream(
         self,

@@ -312,16 +312,17 @@ _TINY = torch.finfo(torch.float32).tiny
 # Without VNNI kernels add pairs of products in 16 bits, where activations of 8 bits could overflow.
 _LEVELS = 127 if getattr(torch.cpu, "_is_vnni_supported", lambda: False)() else 63
 
-# The packed weights of torch's CPU kernels are opaque to its compiler, so compiled and traced steps name them by number.
+# The packed weights of torch's CPU kernels are opaque to its compiler, so compiled and traced steps name them by number. That
+# is a tensor: an input of what is compiled, which another process has with a number of its own.
 _kernels: dict[int, tuple[Callable[..., Tensor], tuple[Any, ...]]] = {}  # an operator, and what follows its input
 _numbers = itertools.count()
 _torch_library: Any = torch.library  # has no types
 _library = _torch_library.Library("kvcache", "FRAGMENT")
-_library.define("packed_linear(Tensor states, int kernel, int out_features) -> Tensor")
+_library.define("packed_linear(Tensor states, Tensor kernel, int out_features) -> Tensor")
 
 
-def _run(states: Tensor, kernel: int, out_features: int) -> Tensor:
-    operator, others = _kernels[kernel]
+def _run(states: Tensor, kernel: Tensor, out_features: int) -> Tensor:
+    operator, others = _kernels[int(kernel)]
     return operator(states, *others)
 
 
@@ -346,7 +347,7 @@ class PackedLinear(nn.Module):
         precision: what their weights become.
     """
 
-    ASIDE = frozenset(("kernel",))  # a number of this process's own, which says nothing of the weights
+    ASIDE = frozenset(("kernel", "number"))  # of this process's own, which says nothing of the weights
 
     digest: Tensor
     bias: Tensor | None
@@ -367,6 +368,7 @@ class PackedLinear(nn.Module):
         )
         self.register_buffer("bias", bias)
         self.kernel = next(_numbers)
+        self.number = torch.tensor(self.kernel, device="cpu")
         sums = None
         if weight.is_meta:
             self.register_buffer("digest", weight.new_empty(hashlib.sha256().digest_size, dtype=torch.uint8))
@@ -409,7 +411,7 @@ class PackedLinear(nn.Module):
 
     def _product(self, states: Tensor) -> Tensor:
         flat = states.reshape(-1, self.in_features)  # as the kernels would do, at each call
-        out = torch.ops.kvcache.packed_linear(flat, self.kernel, self.out_features)
+        out = torch.ops.kvcache.packed_linear(flat, self.number, self.out_features)
         return torch.as_tensor(out).view(*states.shape[:-1], self.out_features)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PackedLinear":

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from kvcache.decoding import BUCKET
+from kvcache.decoding.warming import Told, WarmUp
 from kvcache.errors import InputError, KVCacheError, MissingDependencyError, said
 from kvcache.footprint import Footprint, language_footprint
 from kvcache.geometry import CacheGeometry
@@ -123,6 +124,20 @@ class Subject(ABC):
 
         Raises:
             KVCacheError: if it cannot.
+        """
+
+    @abstractmethod
+    def warm_up(self, setting: Setting, context: int, tokens: int, told: Told) -> WarmUp:
+        """Do on a CPU what the first request of the loaded model would wait for.
+
+        Args:
+            setting: how it decodes.
+            context: tokens of a request before those that it makes.
+            tokens: that it makes at most.
+            told: is told what is done next.
+
+        Raises:
+            KVCacheError: if it cannot decode so.
         """
 
     def sample(self, tokens: int) -> tuple[Tensor, str | None]:
@@ -330,6 +345,13 @@ class LanguageSubject(Subject):
 
     def prepared(self, setting: Setting, device: str = "cpu") -> "Prepared":
         return _Language(self.load(device), setting)
+
+    def warm_up(self, setting: Setting, context: int, tokens: int, told: Told) -> WarmUp:
+        language = _Language(self.load(), setting)
+        prompt, settings = language._request(context, tokens)
+        if (reason := language.manager.why_not(prompt, **settings)) is not None:
+            raise InputError(f"{self.name} has no steps to compile: {reason}")
+        return language.manager.warm_up(prompt, backend=setting.backend, told=told, **settings)
 
     def longest(self, setting: Setting) -> int | None:
         text, names = self._config.get_text_config(), ("max_position_embeddings", "max_target_positions")

@@ -49,6 +49,7 @@ NEEDED = {
     "plan": ["{model}"],
     "profile": ["{model}"],
     "tune": ["{model}", "--out", "{tmp}/profile.json"],
+    "warm": ["{model}"],
     "bench": [],
     "voices list": [],
     "voices show": ["{file}"],
@@ -142,6 +143,14 @@ WRONG = {
         (["{model}", "--out", "{tmp}/profile.json", "--threads", "0"], "--threads 0"),
         (["{model}", "--out", "{tmp}/profile.json", "--memory", "lots"], "--memory lots"),
         (["{model}", "--out", "{tmp}/profile.json", "--device", "abacus"], "--device abacus"),
+    ],
+    "warm": [
+        *MODEL,
+        (["{model}", "--context", "0"], "--context 0"),
+        (["{model}", "--tokens", "7"], "--tokens 7"),
+        (["{model}", "--max-length", "0"], "--max-length 0"),
+        (["{model}", "--precision", "int2"], "--precision int2"),
+        (["{model}", "--threads", "-2"], "--threads -2"),
     ],
     "bench": [
         (["magic"], "no benchmark 'magic'"),

@@ -198,7 +198,9 @@ class SegmentedAudio:
 
     def _said(self, tokens: Tensor, ended: bool = False) -> Tensor:
         if self._stream is None:
-            self._stream = AudioStream(self._vocoder, self._voice, self._noise(self._index or 0, self._pushed[self._index or 0]))
+            self._stream = AudioStream(
+                self._vocoder, self._voice, self._noise(self._index or 0, self._pushed[self._index or 0])
+            )
         begin = self._clock()
         audio = self._stream.push(tokens, ended, self.listener.due)
         self._pace.ran(tokens.numel(), self._clock() - begin)

@@ -4,6 +4,8 @@ import dataclasses
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -17,6 +19,7 @@ from kvcache import (
     SpeakerCache,
 )
 from kvcache.decoding import BUCKET, BackendName
+from kvcache.decoding.warming import Told, WarmUp, untold
 from kvcache.hf import PositionMode
 from kvcache.precision import Precision
 from kvcache.streaming import as_async, in_thread
@@ -24,6 +27,7 @@ from kvcache.tuning_profile import TuningProfile
 from kvcache_chatterbox.audio import SegmentedAudio
 from kvcache_chatterbox.chunking import Chunks, chunking_of
 from kvcache_chatterbox.defaults import generate_defaults, most_tokens
+from kvcache_chatterbox.loading import byte_tokens, random_conditionals
 from kvcache_chatterbox.long_text import Carry, LongText, Watch, check_carry, seeds, unwatched
 from kvcache_chatterbox.plan import LongTextPlan, check_plan, make_plan
 from kvcache_chatterbox.requests import (
@@ -44,6 +48,9 @@ from kvcache_chatterbox.vocoder import Vocoder, VocoderOptions
 from kvcache_chatterbox.voices import Voice, Voices, check_name, read_conds
 
 log = logging.getLogger("kvcache_chatterbox")
+
+_TEXT = "The birch canoe slid on the smooth planks."
+_FEW = 4  # tokens that a warm-up decodes
 
 
 class ChatterboxEngine(UtteranceDecoder):
@@ -123,7 +130,7 @@ class ChatterboxEngine(UtteranceDecoder):
             raise InputError(
                 f"vocoder={vocoder}: a bare T3 has no vocoder; give the whole ChatterboxTTS, or leave it out"
             )
-        self._speaker = Speaker(model, vocoder, self.speakers) if hasattr(model, "s3gen") else None
+        self._speaker = Speaker(model, vocoder, self.speakers, self._programs) if hasattr(model, "s3gen") else None
         self._defaults = {} if self._speaker is None else generate_defaults(model)
 
     @classmethod
@@ -189,6 +196,65 @@ class ChatterboxEngine(UtteranceDecoder):
             if pin:
                 self.speakers.pin(shared.key)
         return voice
+
+    # ------------------------------------------------------------------ before the first request
+
+    def warm_up(
+        self,
+        text: str = _TEXT,
+        *,
+        voice: str | Voice | None = None,
+        language_id: str | None = None,
+        max_new_tokens: int | None = None,
+        background: bool = False,
+        told: Told = untold,
+        **sampling: Unpack[SamplingOptions],
+    ) -> WarmUp:
+        """Do what a first request would wait for: compiled steps are loaded from their files or made, what runs of the vocoder
+        take is measured.
+
+        It runs a little of a request of its own. Requests with other settings (more text and tokens than these, greedy draws)
+        may still need a compiled step of their own.
+
+        Args:
+            text: that is begun.
+            voice: who speaks; by default the voice that the model was loaded with, or for a bare T3 a made-up one.
+            language_id, max_new_tokens, **sampling: as requests will have them, see `generate_stream`.
+            background: return at once and do it in a thread. From then on no request waits for a compiler: it runs eagerly
+                until its compiled step is there, and says the same tokens.
+            told: is told what is done next, in the thread that does it.
+
+        Returns:
+            What was made and how long that took, see `WarmUp`.
+
+        Raises:
+            InputError, CapacityError: as `generate_stream`, before anything has run.
+        """
+        if self._speaker is None:
+            run = self._warm_tokens(voice, max_new_tokens, told, sampling)
+        else:
+            who = self.voice_of(voice)
+            given = {"language_id": language_id, "max_new_tokens": max_new_tokens, "seed": 0, "max_rows": 1}
+            long = self.long_text(text, who, **given, **sampling)  # type: ignore[arg-type]
+            self._speaker.checked(who)
+            run = partial(self._warm_audio, who, long, told)
+        warming = WarmUp(self._programs, run)
+        return warming.in_background() if background else warming.here()
+
+    def _warm_tokens(
+        self, voice: str | Voice | None, max_new_tokens: int | None, told: Told, sampling: SamplingOptions
+    ) -> Callable[[], None]:
+        most = most_tokens(self.t3) if max_new_tokens is None else max_new_tokens
+        tokens = byte_tokens(self.t3, _TEXT)
+        cond = random_conditionals(self.t3) if voice is None else None
+        stream = self.inference_stream(
+            text_tokens=tokens, voice=voice, t3_cond=cond, max_new_tokens=most, chunk_size=_FEW, seed=0, **sampling
+        )
+        return partial(_begun, stream, told)
+
+    def _warm_audio(self, voice: Voice, text: LongText, told: Told) -> None:
+        _begun(self._in_order(text.utterances[:1], 1, _FEW, None, text.plan.slots), told)
+        self._with_vocoder().warm(voice, told)
 
     # ------------------------------------------------------------------ speech tokens
 
@@ -644,3 +710,11 @@ class ChatterboxEngine(UtteranceDecoder):
                 "a bare T3 has no vocoder: give the whole ChatterboxTTS, or use inference_stream() for tokens"
             )
         return self._speaker
+
+
+def _begun(stream: Iterator[Any], told: Told) -> None:
+    """The beginning of a stream of tokens, which is closed then."""
+    told("decoding the first tokens")
+    with closing(cast(Any, stream)) as begun:
+        next(begun, None)
+        next(begun, None)  # the first may be there without a step

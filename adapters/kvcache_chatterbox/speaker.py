@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from kvcache import InputError, PrefixKey, PrefixSnapshot, SpeakerCache
+from kvcache.decoding.programs import Programs
 from kvcache.errors import said
 from kvcache.events import Event, emit
 from kvcache.footprint import bytes_in
-from kvcache_chatterbox.audio import CONTEXT, SegmentedAudio
+from kvcache_chatterbox.audio import CONTEXT, SPEECH_TOKENS, SegmentedAudio
 from kvcache_chatterbox.chunking import FIXED, Chunking, Cost
 from kvcache_chatterbox.clips import clip_key, encoder_of, packed, unpacked
 from kvcache_chatterbox.long_text import LongText
@@ -28,6 +29,7 @@ from kvcache_chatterbox.requests import check_language, check_path, without_auto
 from kvcache_chatterbox.upstream import beside, needed_beside
 from kvcache_chatterbox.vocoder import (
     Noise,
+    Run,
     S3GenVocoder,
     SeededNoise,
     UpstreamNoise,
@@ -43,6 +45,7 @@ from kvcache_chatterbox.watermark import StreamMarker, Watermarker, check_waterm
 
 ENDING = 3  # tokens that upstream puts behind Turbo's
 _CLIPS = 32
+_WARMED = (25, 50, 100)  # tokens of the runs that a warm-up times
 
 
 class Speaker:
@@ -52,6 +55,7 @@ class Speaker:
         tts: a `ChatterboxTTS`, `ChatterboxMultilingualTTS` or `ChatterboxTurboTTS`.
         options: how its vocoder runs; by default as upstream does.
         speakers: where what is made of clips is kept; by default only the last few are, here.
+        programs: where what is compiled is kept; by default in the user's cache.
 
     Attributes:
         cost: what runs of the vocoder take.
@@ -60,8 +64,14 @@ class Speaker:
         InputError: if the vocoder cannot run so.
     """
 
-    def __init__(self, tts: Any, options: VocoderOptions | None = None, speakers: SpeakerCache | None = None) -> None:
-        self._tts = tts
+    def __init__(
+        self,
+        tts: Any,
+        options: VocoderOptions | None = None,
+        speakers: SpeakerCache | None = None,
+        programs: Programs | None = None,
+    ) -> None:
+        self._tts, self._programs = tts, programs
         self._options = options
         self._vocoder: tuple[Any, str | None, Vocoder] | None = None
         self._planned: tuple[Vocoder, PlannedRuns] | None = None
@@ -78,7 +88,7 @@ class Speaker:
         s3gen = self._tts.s3gen
         reason = why_plain(s3gen)
         if self._vocoder is None or self._vocoder[0] is not s3gen or self._vocoder[1] != reason:
-            self._vocoder = s3gen, reason, vocoder_of(s3gen, self._options, self._tts.t3.device)
+            self._vocoder = s3gen, reason, vocoder_of(s3gen, self._options, self._tts.t3.device, self._programs)
         return self._vocoder[2]
 
     def checked(self, voice: Voice) -> Vocoder:
@@ -146,6 +156,25 @@ class Speaker:
     def builtin(self) -> Voice:
         """The voice that the model has now. Errors are those of `conds`."""
         return Voice.of(self._tts.t3, self.conds)
+
+    def warm(self, voice: Voice, told: Callable[[str], object]) -> None:
+        """Run the vocoder at a few sizes, so that what it compiles is there, and what its runs take is known.
+
+        Args:
+            told: is told what is done next.
+        """
+        vocoder, noise = self.checked(voice), SeededNoise(0)
+        before = vocoder.before(voice) + CONTEXT
+        generator = torch.Generator().manual_seed(0)
+        for size in _WARMED:
+            told(f"making audio of {size} tokens")
+            tokens = torch.randint(0, SPEECH_TOKENS, (CONTEXT + size,), generator=generator)
+            run = Run(tokens, voice, noise, known=CONTEXT)
+            if size == _WARMED[0]:
+                vocoder.waves([run])  # which loads, compiles, or sets up
+            began = time.perf_counter()
+            vocoder.waves([run])
+            self.cost.took(before + size, time.perf_counter() - began)
 
     def encode(self, audio_prompt_path: str | os.PathLike[str]) -> Voice:
         """The voice of a clip. It takes seconds, so each clip is encoded once: it is kept, by content, in the store of what is

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kvcache import CacheGeometry, CacheReport
 from kvcache.cpu import FEWEST, few_rows
 from kvcache.decoding import BackendName, Batch, Decoding, Job, Pool, Sampler, Sampling, StaticKV, decoder_copy
+from kvcache.decoding.programs import Programs
 from kvcache.decoding.sampler import GREEDY
 from kvcache.decoding.wiring import why_not
 from kvcache.hf import kv_layers
@@ -76,7 +77,7 @@ class Stepper:
         kv_dtype: of the cache; by default the model's.
         precision: what `t3` computes in, see `at_precision`.
         onednn: see `T3Step`.
-        bucket: see `Decoding`.
+        bucket, programs: see `Decoding`.
     """
 
     def __init__(
@@ -88,8 +89,9 @@ class Stepper:
         precision: Precision | None,
         onednn: bool,
         bucket: int,
+        programs: Programs | None = None,
     ) -> None:
-        self._t3 = t3
+        self._t3, self._programs = t3, programs
         self._from_model = Following(t3, lambda: (CacheGeometry.from_model(t3.tfmr), _why_not(t3)))
         self._onednn, self._bucket = onednn, bucket
         self._backend: BackendName = backend
@@ -163,7 +165,16 @@ class Stepper:
         sampler = Sampler(requests, t3.speech_head.out_features, order(t3.is_gpt), device, guided=rows == 2)
         step = T3Step(t3, rows, self._precision, self._onednn)
         why_eager = self._from_model.watch.signature().why_no_capture
-        return Decoding(step, kv, sampler, self._backend, tf32=self._tf32, bucket=self._bucket, why_eager=why_eager)
+        return Decoding(
+            step,
+            kv,
+            sampler,
+            self._backend,
+            tf32=self._tf32,
+            bucket=self._bucket,
+            why_eager=why_eager,
+            programs=self._programs,
+        )
 
     def told(self, logits: Tensor, cache: Any, ids: Tensor) -> Tensor:
         """The logits ``[n, vocabulary]`` after each of these speech tokens ``[n]``, behind what a cache of one row holds.

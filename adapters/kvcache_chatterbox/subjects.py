@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kvcache import CacheReport, InputError, MemoryStore, SpeakerCache
 from kvcache.decoding import BUCKET
+from kvcache.decoding.warming import Told, WarmUp
 from kvcache.footprint import Footprint, VocoderFootprint
 from kvcache.modules import rebuilt
 from kvcache.precision import planned
@@ -114,6 +115,12 @@ class ChatterboxSubject(Subject):
         speech = _Speech(engine_of(endless(self.load(device)), setting), setting, self._speaker(setting, device))
         speech.engine.add_voice(_VOICE, conditionals=random_conditionals(speech.engine.t3))
         return speech
+
+    def warm_up(self, setting: Setting, context: int, tokens: int, told: Told) -> WarmUp:
+        engine = engine_of(self.load(), setting)
+        if engine._why_not is not None:
+            raise InputError(f"{self.name} has no steps to compile: {engine._why_not}")
+        return engine.warm_up(max_new_tokens=tokens, told=told)
 
     def longest(self, setting: Setting) -> int | None:
         return setting.max_length or _LONGEST

@@ -24,6 +24,7 @@ from kvcache import (
 )
 from kvcache.arguments import check_kv_dtype, check_prefix_cache
 from kvcache.decoding import BackendName, Batch, Job, backend_on, check_bucket
+from kvcache.decoding.programs import Programs
 from kvcache.events import Event, emit
 from kvcache.heads import chosen_by_head
 from kvcache.hf import PositionMode, new_cache
@@ -112,9 +113,10 @@ class UtteranceDecoder:
         self._captures = backend not in ("eager", "off")
         if kv_dtype is None and precision in ("bf16", "int8") and reads_half_caches():
             kv_dtype = torch.bfloat16
+        self._programs = Programs()
         self._engine: Stepper | None = None
         if backend != "off":
-            self._engine = Stepper(self.t3, backend, kv_dtype, tf32, precision, onednn, bucket)
+            self._engine = Stepper(self.t3, backend, kv_dtype, tf32, precision, onednn, bucket, self._programs)
             if (reason := self._why_not) is not None:
                 emit(Event("fell_back", f"{backend} to the token loop", reason=reason))
 

@@ -1,4 +1,4 @@
-"""The command `kvcache`: plan, profile, tune, bench, voices, doctor. A file for each, and `kvcache.cli.common` for what they share."""
+"""The command `kvcache`: plan, profile, tune, warm, bench, voices, doctor. A file for each, and `kvcache.cli.common` for what they share."""
 
 import errno
 import os
@@ -18,6 +18,7 @@ _COMMANDS = {  # name of the command: where its function is, and whether it is a
     "plan": "kvcache.cli.plan",
     "profile": "kvcache.cli.profile",
     "tune": "kvcache.cli.tune",
+    "warm": "kvcache.cli.warm",
     "bench": "kvcache.cli.bench",
     "voices": "kvcache.cli.voices",
 }

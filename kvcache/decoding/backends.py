@@ -2,13 +2,14 @@
 
 import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol, cast, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from kvcache.decoding.programs import Ahead, Programs
 from kvcache.decoding.sampler import Drawing
 from kvcache.errors import InputError
 from kvcache.events import Event, emit
@@ -34,6 +35,9 @@ class Steps(Protocol):
     @property
     def order(self) -> Tensor:
         """``arange(slots)``."""
+
+    def program(self) -> tuple[nn.Module | None, str]:
+        """What decides which operations a step runs beside its tensors: the model, None if that is none, and the rest as text."""
 
 
 class Backend(Protocol):
@@ -77,11 +81,14 @@ def check_bucket(bucket: int) -> None:
         raise InputError(f"bucket={bucket!r} must be a whole number of slots, at least 1; {BUCKET} is the default")
 
 
-def backend_for(name: str, device: torch.device, bucket: int = BUCKET) -> tuple[Backend, str | None]:
+def backend_for(
+    name: str, device: torch.device, bucket: int = BUCKET, programs: Programs | None = None
+) -> tuple[Backend, str | None]:
     """The backend of that name, and what is missing of it on this device, if anything.
 
     Args:
         bucket: see `Graph`.
+        programs: see `Compiled`.
 
     Raises:
         InputError: for an unknown name, one that is not there on this device, or a bucket that is none.
@@ -91,11 +98,11 @@ def backend_for(name: str, device: torch.device, bucket: int = BUCKET) -> tuple[
     if name == "eager":
         return Eager(), None
     if name == "compile":
-        return Compiled(device), None
+        return Compiled(device, programs=programs), None
     if device.type != "cuda":
         if name == "graph":
             return Graph(traced, bucket=bucket), None
-        return Compiled(device), "there are no graphs on a CPU to capture the compiled step in"
+        return Compiled(device, programs=programs), "there are no graphs on a CPU to capture the compiled step in"
     return Graph(cuda_graph, Compiled(device) if name == "graph+compile" else None, bucket), None
 
 
@@ -110,27 +117,76 @@ class Eager:
 
 
 class Compiled:
-    """torch's compiler, once for all lengths; on a CPU with all of the step in C++, calls between kernels too."""
+    """torch's compiler, once for all lengths; on a CPU with all of the step in C++, calls between kernels too.
+
+    On a CPU steps are compiled ahead of time and kept for the next process, see `kvcache.decoding.programs`; where that cannot
+    be, and elsewhere, by `torch.compile`.
+
+    Args:
+        device: of the model.
+        compiler: of `torch.compile`.
+        programs: where compiled steps are kept; by default in the user's cache.
+    """
 
     name = "compile"
 
-    def __init__(self, device: torch.device, compiler: str = "inductor") -> None:
-        self._options: dict[str, Any] = {"cpp_wrapper": True} if device.type == "cpu" and compiler == "inductor" else {}
+    def __init__(self, device: torch.device, compiler: str = "inductor", programs: Programs | None = None) -> None:
+        self._ahead_of_time = device.type == "cpu" and compiler == "inductor"
+        self._options: dict[str, Any] = {"cpp_wrapper": True} if self._ahead_of_time else {}
         if hasattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe"):  # releases that know this option
             self._options["guard_filter_fn"] = _changing
         self._compiler = compiler
+        self._programs = Programs() if programs is None else programs
         self._compiled: tuple[Steps, Callable[[Tensor, bool, Drawing | None], None]] | None = None
+        self._ahead: tuple[Steps, Ahead | None] | None = None
+
+    @property
+    def pending(self) -> bool:
+        """Whether steps run eagerly for now, as they are being compiled."""
+        ahead = None if self._ahead is None else self._ahead[1]
+        return ahead is not None and ahead.pending
 
     def __call__(self, steps: Steps, drawing: Drawing | None) -> None:
         columns, whole = steps.reach()
         self.run(steps, steps.order[:columns], whole, drawing)
 
     def run(self, steps: Steps, order: Tensor, whole: bool, drawing: Drawing | None) -> None:
+        ahead = self._kept(steps)
+        if ahead is not None and ahead.refused is None:
+            ahead(order, whole, drawing)
+            return
+        if ahead is not None and not self._programs.waits:
+            steps.step(order, whole, drawing)
+            return
         if self._compiled is None or self._compiled[0] is not steps:
             self._compiled = (steps, self._compile(steps))
         if order.shape[0] > 1:  # of one slot there is only one, which a compiler would not take for many
             torch._dynamo.maybe_mark_dynamic(order, 0)
         self._compiled[1](order, whole, drawing)
+
+    def _kept(self, steps: Steps) -> Ahead | None:
+        if not self._ahead_of_time:
+            return None
+        if self._ahead is None or self._ahead[0] is not steps:
+            model, about = steps.program()
+            ahead = None
+            if model is not None:
+
+                def example(given: Mapping[str, Any]) -> Mapping[str, Any]:
+                    return {**given, "order": steps.order[: max(2, steps.order.shape[0] // 2)]}
+
+                ahead = Ahead(
+                    type(steps).step,
+                    steps,
+                    name=f"step of {type(model).__name__}",
+                    model=model,
+                    about=about,
+                    dynamic={"order": (0,)},
+                    programs=self._programs,
+                    example=example,
+                )
+            self._ahead = steps, ahead
+        return self._ahead[1]
 
     def _compile(self, steps: Steps) -> Callable[[Tensor, bool, Drawing | None], None]:
         step = type(steps).step

@@ -4,13 +4,14 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvcache.autocast import autocasts, each_without_autocast
 from kvcache.decoding.backends import BUCKET, BackendName
 from kvcache.decoding.cache import StaticKV
 from kvcache.decoding.loop import Decoding
 from kvcache.decoding.pool import Pool
+from kvcache.decoding.programs import Programs
 from kvcache.decoding.sampler import GREEDY, TRANSFORMERS, Sampler
 from kvcache.decoding.settings import GenerationSettings
 from kvcache.decoding.wiring import decoder_copy, why_not
@@ -50,6 +51,7 @@ class LanguageDecoder:
         self._max_length = max_length
         self._bucket = bucket
         self._pool = Pool()
+        self.programs = Programs()
 
     def why_not(self) -> str | None:
         """Why the model cannot be decoded so; None if it can. Tried once on a few tokens: the answer must be its own."""
@@ -137,13 +139,22 @@ class LanguageDecoder:
         room = slots_for(slots, self._max_length, preallocate=True) if policy.limit is None else slots
         geometry, signature = CacheGeometry.from_model(self._model), self._watch.signature()
         kv = StaticKV(geometry, rows, room, dtype=self._kv_dtype)
-        model = decoder_copy(self._model)
-
-        def step(tokens: Tensor, made: Tensor, given: dict[str, Any]) -> Tensor:
-            return torch.as_tensor(model(input_ids=tokens[:, None], **given).logits[:, -1])
-
+        step = _Step(decoder_copy(self._model))
         sampler = Sampler(rows, vocabulary, TRANSFORMERS, geometry.device)
-        return Decoding(step, kv, sampler, backend, bucket=self._bucket, why_eager=signature.why_no_capture)
+        return Decoding(
+            step, kv, sampler, backend, bucket=self._bucket, why_eager=signature.why_no_capture, programs=self.programs
+        )
+
+
+class _Step(nn.Module):
+    """From a token to the logits of the next."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, made: Tensor, given: dict[str, Any]) -> Tensor:
+        return torch.as_tensor(self.model(input_ids=tokens[:, None], **given).logits[:, -1])
 
 
 def _why_not_tried(facts: ModelFacts) -> str | None:

@@ -13,10 +13,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from kvcache.decoding.backends import BUCKET, Backend, BackendName, Eager, backend_for
+from kvcache.decoding.backends import BUCKET, Backend, BackendName, Compiled, Eager, backend_for
 from kvcache.decoding.cache import StaticKV
+from kvcache.decoding.programs import Programs
 from kvcache.decoding.sampler import GREEDY, Drawing, Sampler, Sampling
 from kvcache.decoding.wiring import DecodeInputs, kernel_reason
 from kvcache.errors import GeometryError, InputError, KVCacheError
@@ -49,6 +50,7 @@ class Decoding:
         ahead: the most steps between two looks at the host.
         bucket: slots that a captured graph reads, or a multiple of so many; the Triton kernel reads as many as there are
             tokens, whatever this is.
+        programs: where compiled steps are kept; by default in the user's cache.
         why_eager: why steps can only run eagerly, whatever `backend` says; None if they can be compiled and captured.
 
     Attributes:
@@ -68,6 +70,7 @@ class Decoding:
         ahead: int = 64,
         bucket: int = BUCKET,
         why_eager: str | None = None,
+        programs: Programs | None = None,
     ) -> None:
         requests, vocabulary = sampler.seen.shape
         self.rows = 2 if sampler.guided else 1
@@ -94,7 +97,8 @@ class Decoding:
         self._named: BackendName = backend if why_eager is None else "eager"
         self._bucket = bucket
         self._backend: Backend
-        self._backend, self.fallback = backend_for(self._named, device, bucket)
+        self._programs = programs
+        self._backend, self.fallback = backend_for(self._named, device, bucket, programs)
         if self._named != backend:
             self.fallback = why_eager
         if self.fallback is not None:
@@ -108,6 +112,8 @@ class Decoding:
 
     def report(self) -> CacheReport:
         """The account of the cache, and of what runs the steps."""
+        if isinstance(self._backend, Compiled) and self._backend.pending:
+            return replace(self.kv.report(), backend="eager", fallback="its steps are being compiled")
         whys = [one.fallback for one in (self, *self._fronts.values()) if one.fallback is not None]
         return replace(self.kv.report(), backend=self.backend, fallback=whys[0] if whys else None)
 
@@ -131,7 +137,7 @@ class Decoding:
             new.token, new.made, new._out = self.token[:requests], self.made[:requests], self._out[:requests]
             new._begun = self._begun[:requests]
             new._noise = self._noise[:, :requests]
-            new._backend, new.fallback = backend_for(self._named, self.token.device, self._bucket)
+            new._backend, new.fallback = backend_for(self._named, self.token.device, self._bucket, self._programs)
             self._fronts[requests] = new
         return self._fronts[requests]
 
@@ -356,6 +362,15 @@ class Decoding:
     def reach(self) -> tuple[int, bool]:
         """How many slots the next step has to read, and whether every row sees all of them."""
         return (self.kv.slots, False) if self._inputs.kernel else self.kv.reach()
+
+    def program(self) -> tuple[nn.Module | None, str]:
+        """What decides which operations a step runs beside its tensors: the model, None if that is none, and the rest as text."""
+        kv, sampler = self.kv, self.sampler
+        kind = (
+            f"{type(self).__qualname__} {self.rows} rows of {len(self.token)}, {kv.slots} slots of {kv.keys[0].dtype}"
+        )
+        rest = f"{sampler.order} {sampler.guided} {sampler.vocabulary} {self._inputs.kernel} {self.ahead}"
+        return self._forward if isinstance(self._forward, nn.Module) else None, f"{kind}, {rest}"
 
     def state(self) -> list[Tensor]:
         """All that a step changes, but for keys and values, which it writes again to where it wrote them."""

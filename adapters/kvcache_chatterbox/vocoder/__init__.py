@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from kvcache import InputError
+from kvcache.decoding.programs import Programs
 from kvcache.events import Event, emit
 from kvcache_chatterbox.vocoder.flow import FRAMES_PER_TOKEN
 from kvcache_chatterbox.vocoder.noise import Noise, SeededNoise, UpstreamNoise
@@ -33,13 +34,16 @@ __all__ = [
 ]
 
 
-def vocoder_of(s3gen: Any, options: VocoderOptions | None, device: torch.device) -> Vocoder:
+def vocoder_of(
+    s3gen: Any, options: VocoderOptions | None, device: torch.device, programs: Programs | None = None
+) -> Vocoder:
     """What runs a model's vocoder: its parts, where it is upstream's S3Gen as it came; else its own `inference`.
 
     Args:
         s3gen: upstream's, or what stands in for it.
         options: how it runs; None is as upstream does.
         device: of speech tokens.
+        programs: where what is compiled is kept; by default in the user's cache.
 
     Raises:
         InputError: if options are given that this vocoder does not have, or that cannot be.
@@ -47,7 +51,7 @@ def vocoder_of(s3gen: Any, options: VocoderOptions | None, device: torch.device)
     options = options or VocoderOptions()
     reason = why_plain(s3gen)
     if reason is None:
-        return S3GenVocoder(s3gen, options)
+        return S3GenVocoder(s3gen, options, programs)
     if options != VocoderOptions():
         raise InputError(f"{options}: {reason}, which has no such settings; leave them out, or give upstream's S3Gen")
     if hasattr(s3gen, "flow"):  # else nothing was to be expected

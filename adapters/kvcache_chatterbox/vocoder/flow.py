@@ -8,6 +8,7 @@ steps and guidance are given. With upstream's noise the mel is upstream's.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -16,13 +17,16 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, pad
 
 from kvcache import InputError
+from kvcache.decoding.programs import Programs
 from kvcache.precision import Precision, with_precision
+from kvcache_chatterbox.vocoder.compiling import compiled_over
 
 FRAMES_PER_TOKEN = 2
 IDS = 6561  # of speech tokens
 TOKENS_PER_SECOND = 25
 LEAST_REFERENCE, LONGEST_REFERENCE = 1.0, 30.0  # seconds that are heard
 MELS = 80
+_FRAMES = {"x": (2,), "mu": (2,), "conditions": (2,), "mask": (1,)}  # which dimensions are frames
 _HIDDEN = -1e10  # what upstream adds to the scores of padded frames
 
 
@@ -84,6 +88,7 @@ class Flow:
         guidance: classifier-free guidance; by default upstream's 0.7. 0 runs one row instead of two.
         precision: of its linear layers; by default as they are. See `kvcache.precision`.
         compiled: let torch's compiler fuse what lies between the kernels of the estimator.
+        programs: where what it made is kept; by default in the user's cache.
     """
 
     def __init__(
@@ -95,13 +100,16 @@ class Flow:
         guidance: float | None = None,
         precision: Precision | None = None,
         compiled: bool = False,
+        programs: Programs | None = None,
     ) -> None:
         self._flow = flow
         self._meanflow = meanflow
         self._encoder = flow.encoder if precision is None else with_precision(flow.encoder, precision)
         estimator = flow.decoder.estimator
         self._estimator = estimator if precision is None else with_precision(estimator, precision)
-        self._slope = torch.compile(self._estimate, dynamic=True) if compiled else self._estimate
+        self._slope: Any = partial(estimate, self._estimator)
+        if compiled:
+            self._slope = compiled_over(estimate, self._estimator, _FRAMES, "the flow's estimator", programs)
         self.steps = steps or (2 if meanflow else 10)
         rate = float(flow.decoder.inference_cfg_rate) if guidance is None else guidance
         self.guidance = 0.0 if meanflow else rate
@@ -220,37 +228,37 @@ class Flow:
             x = x + (then - now) * slope
         return x.to(given)
 
-    def _estimate(
-        self,
-        x: Tensor,
-        mu: Tensor,
-        speakers: Tensor,
-        conditions: Tensor,
-        mask: Tensor | None,
-        now: Tensor,
-        then: Tensor,
-    ) -> Tensor:
-        """Upstream's `ConditionalDecoder.forward`, whose attention has no mask where no frame is padded."""
-        net = self._estimator
-        time = net.time_mlp(net.time_embeddings(now).to(now.dtype))
-        if net.meanflow:
-            end = net.time_mlp(net.time_embeddings(then).to(now.dtype))
-            time = net.time_embed_mixer(torch.cat([time, end], 1))
-        x = torch.cat([x, mu, speakers[..., None].expand(-1, -1, x.shape[-1]), conditions], 1)
-        shown = x.new_ones(1, 1, 1) if mask is None else mask[:, None].to(x.dtype)
-        bias = None if mask is None else (1.0 - shown) * _HIDDEN
-        skipped = []
-        for resnet, blocks, down in net.down_blocks:
-            x = _attended(resnet(x, shown, time), blocks, bias, time)
-            skipped.append(x)
-            x = down(x * shown)
-        for resnet, blocks in net.mid_blocks:
-            x = _attended(resnet(x, shown, time), blocks, bias, time)
-        for resnet, blocks, up in net.up_blocks:
-            x = torch.cat([x, skipped.pop()], 1)
-            x = up(_attended(resnet(x, shown, time), blocks, bias, time) * shown)
-        x = net.final_block(x, shown)
-        return torch.as_tensor(net.final_proj(x * shown) * shown)
+
+def estimate(
+    net: Any,
+    x: Tensor,
+    mu: Tensor,
+    speakers: Tensor,
+    conditions: Tensor,
+    mask: Tensor | None,
+    now: Tensor,
+    then: Tensor,
+) -> Tensor:
+    """Upstream's `ConditionalDecoder.forward`, whose attention has no mask where no frame is padded."""
+    time = net.time_mlp(net.time_embeddings(now).to(now.dtype))
+    if net.meanflow:
+        end = net.time_mlp(net.time_embeddings(then).to(now.dtype))
+        time = net.time_embed_mixer(torch.cat([time, end], 1))
+    x = torch.cat([x, mu, speakers[..., None].expand(-1, -1, x.shape[-1]), conditions], 1)
+    shown = x.new_ones(1, 1, 1) if mask is None else mask[:, None].to(x.dtype)
+    bias = None if mask is None else (1.0 - shown) * _HIDDEN
+    skipped = []
+    for resnet, blocks, down in net.down_blocks:
+        x = _attended(resnet(x, shown, time), blocks, bias, time)
+        skipped.append(x)
+        x = down(x * shown)
+    for resnet, blocks in net.mid_blocks:
+        x = _attended(resnet(x, shown, time), blocks, bias, time)
+    for resnet, blocks, up in net.up_blocks:
+        x = torch.cat([x, skipped.pop()], 1)
+        x = up(_attended(resnet(x, shown, time), blocks, bias, time) * shown)
+    x = net.final_block(x, shown)
+    return torch.as_tensor(net.final_proj(x * shown) * shown)
 
 
 def _attended(x: Tensor, blocks: Any, bias: Tensor | None, time: Tensor) -> Tensor:

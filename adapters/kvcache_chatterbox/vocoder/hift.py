@@ -1,13 +1,16 @@
 """HiFT of S3Gen: mel to waveform, by upstream's own modules, with noise that is given and weights that are ready."""
 
 import copy
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from kvcache.decoding.programs import Programs
 from kvcache.precision import Precision
+from kvcache_chatterbox.vocoder.compiling import compiled_over
 from kvcache_chatterbox.vocoder.noise import HARMONICS, SAMPLES_PER_FRAME, Noise
 
 CONTEXT = 20  # frames to either side of a frame that its samples depend on
@@ -21,13 +24,19 @@ class Hift:
             its norm and direction at every call.
         precision: of its convolutions, ``"bf16"`` or ``"fp16"``; others leave them as they are.
         compiled: let torch's compiler fuse what lies between them.
+        programs: where what it made is kept; by default in the user's cache.
     """
 
-    def __init__(self, hift: Any, precision: Precision | None = None, compiled: bool = False) -> None:
+    def __init__(
+        self, hift: Any, precision: Precision | None = None, compiled: bool = False, programs: Programs | None = None
+    ) -> None:
         self._hift = ready(hift)
         if precision in ("bf16", "fp16"):
             _narrow(self._hift, torch.bfloat16 if precision == "bf16" else torch.float16)
-        self._decode = torch.compile(self._hift.decode, dynamic=True) if compiled else self._hift.decode
+        self._decode: Any = self._hift.decode
+        if compiled:
+            decode = type(self._hift).decode
+            self._decode = compiled_over(decode, self._hift, {"x": (2,), "s": (2,)}, "HiFT", programs)
 
     @property
     def module(self) -> nn.Module:
@@ -50,7 +59,9 @@ class Hift:
         """
         pitch = self._hift.f0_predictor(mel[None])
         source, turns = self._source(pitch[0], noise, start, turned)
-        return self._decode(x=mel[None, :, skip:], s=source[..., SAMPLES_PER_FRAME * skip :])[0], turns
+        return self._decode(mel[None, :, skip:].contiguous(), source[..., SAMPLES_PER_FRAME * skip :].contiguous())[
+            0
+        ], turns
 
     def _source(self, pitch: Tensor, noise: Noise, start: int, turned: Tensor | None) -> tuple[Tensor, Tensor]:
         """Upstream's `SineGen` and `SourceModuleHnNSF`: sines where there is a pitch, noise elsewhere ``[1, 1, samples]``."""
@@ -96,6 +107,13 @@ def ready(module: nn.Module) -> Any:
     """
     module = copy.deepcopy(module)
     for part in module.modules():
+        for name, value in list(
+            vars(part).items()
+        ):  # upstream reckons sizes with numpy, whose numbers are none of Python's
+            if isinstance(value, tuple) and any(map(_of_numpy, value)):
+                setattr(part, name, tuple(int(one) for one in value))
+            elif _of_numpy(value):
+                setattr(part, name, int(value))
         held = part._modules.get("parametrizations")
         if held is None:
             continue
@@ -106,3 +124,7 @@ def ready(module: nn.Module) -> Any:
         for name, weight in weights.items():
             part.register_parameter(name, nn.Parameter(weight, requires_grad=False))
     return module.requires_grad_(False)
+
+
+def _of_numpy(value: Any) -> bool:
+    return isinstance(value, Integral) and type(value).__module__ == "numpy"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kvcache import InputError
+from kvcache.decoding.programs import Programs
 from kvcache.models import Following, signature_of
 from kvcache.precision import check_precision
 from kvcache_chatterbox.requests import without_autocast
@@ -61,13 +62,14 @@ class S3GenVocoder:
     Args:
         s3gen: upstream's `S3Gen`, whose weights may give way to others: see `VocoderOptions.weights`.
         options: how it runs.
+        programs: where what is compiled is kept; by default in the user's cache.
 
     Raises:
         InputError: if this device cannot compute in `options.precision`, or the weights are not to be had.
     """
 
-    def __init__(self, s3gen: Any, options: VocoderOptions) -> None:
-        self.options = options
+    def __init__(self, s3gen: Any, options: VocoderOptions, programs: Programs | None = None) -> None:
+        self.options, self._programs = options, programs
         self.s3gen = s3gen if options.own else distilled(options.weights, s3gen)
         if options.precision is not None:
             check_precision(options.precision, self.device)
@@ -89,8 +91,9 @@ class S3GenVocoder:
             guidance=options.guidance,
             precision=options.precision,
             compiled=options.compiled,
+            programs=self._programs,
         )
-        return _Parts(flow, Hift(self.s3gen.mel2wav, options.precision, options.compiled))
+        return _Parts(flow, Hift(self.s3gen.mel2wav, options.precision, options.compiled, self._programs))
 
     @property
     def device(self) -> torch.device:

@@ -1,0 +1,87 @@
+"""`ChatterboxEngine.warm_up` and `kvcache warm`: what a first request would wait for."""
+
+import json
+
+import pytest
+import torch
+from support.families import build, token_ids
+from t3_models import tiny_t3
+
+from kvcache import InputError, KVCacheManager
+from kvcache.cli import main
+from kvcache.decoding import programs as module
+from kvcache_chatterbox import ChatterboxEngine, byte_tokens, random_conditionals
+from kvcache_chatterbox.standin import stand_in
+
+
+def tokens(engine):
+    given = {"text_tokens": byte_tokens(engine.t3, "Hello."), "t3_cond": random_conditionals(engine.t3)}
+    return torch.cat(list(engine.inference_stream(max_new_tokens=12, seed=3, **given)), 1)
+
+
+@pytest.mark.parametrize("kind", ["english", "gpt"])
+def test_a_warm_engine_says_what_a_cold_one_says(kind):
+    t3 = tiny_t3(kind)
+    expected = tokens(ChatterboxEngine(t3, backend="off"))
+    for background in (False, True):
+        engine, told = ChatterboxEngine(t3), []
+        state = torch.get_rng_state()
+        warming = engine.warm_up(max_new_tokens=20, background=background, told=told.append).wait(60)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert torch.equal(tokens(engine), expected)
+        assert told == ["decoding the first tokens"]
+        assert warming.over
+        assert warming.seconds > 0
+        assert warming.made == ()
+
+
+def test_the_vocoder_is_run_at_sizes_that_tell_what_its_runs_take():
+    engine, told = ChatterboxEngine(stand_in(tiny_t3("gpt"))), []
+    cost = engine._speaker.cost
+    assert cost.of(100) == 0
+    engine.warm_up(max_new_tokens=20, told=told.append)
+    assert cost.of(100) > 0
+    assert told == ["decoding the first tokens", *(f"making audio of {size} tokens" for size in (25, 50, 100))]
+
+
+def test_what_cannot_be_warmed_is_said_before_anything_runs():
+    engine = ChatterboxEngine(tiny_t3("gpt"))
+    with pytest.raises(InputError, match="nobody"):
+        engine.warm_up(voice="nobody")
+    with pytest.raises(InputError, match="max_new_tokens"):
+        engine.warm_up(max_new_tokens=0, background=True)
+
+
+def test_a_manager_that_was_warmed_in_a_thread_never_waits_for_a_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("KVCACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(module, "_failed", {})
+    monkeypatch.setattr(module, "compiled", _no_compiler)
+    manager = KVCacheManager(build("llama"), max_cache_length=64)
+    given = {"max_new_tokens": 12, "do_sample": False}
+    expected = torch.cat(list(manager.stream(token_ids(1, 9), backend="eager", **given)), 1)
+    manager.warm_up(token_ids(1, 9), backend="compile", background=True, **given).wait(60)
+    assert torch.equal(torch.cat(list(manager.stream(token_ids(1, 9), backend="compile", **given)), 1), expected)
+
+
+def _no_compiler(function, args):
+    raise RuntimeError("there is no compiler")
+
+
+def test_the_command_says_what_it_made_or_why_not(monkeypatch, tmp_path, capsys):
+    build("llama").save_pretrained(tmp_path / "model")
+    monkeypatch.setenv("KVCACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(module, "_failed", {})
+    monkeypatch.setattr(module, "compiled", _no_compiler)
+    monkeypatch.setattr(torch, "compile", _no_compiler_either)
+    arguments = ["warm", str(tmp_path / "model"), "--context", "9", "--tokens", "12"]
+    assert main([*arguments, "--json"]) == 1
+    captured = capsys.readouterr()
+    answer = json.loads(captured.out)
+    assert answer["made"] == []
+    assert answer["files"] == 0
+    assert "there is no compiler" in answer["reasons"][0]
+    assert "nothing was compiled: " in captured.err
+
+
+def _no_compiler_either(*args, **given):
+    raise RuntimeError("nor this one")
