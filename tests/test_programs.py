@@ -161,8 +161,9 @@ def written(tmp_path_factory):
     """A folder with the program of `scaled`, and the file's name."""
     files = ProgramFiles(tmp_path_factory.mktemp("home") / "programs")
     function = ahead(Scaled(), files)
-    x = torch.ones(5, 8)
-    assert torch.allclose(function(x, True), scaled(function.root, x, True))
+    with torch.inference_mode():
+        x = torch.ones(8, 5).T
+        assert torch.allclose(function(x, True), scaled(function.root, x, True))
     assert function.refused is None
     return files
 
@@ -181,6 +182,10 @@ def test_another_model_of_the_same_shape_takes_the_program_with_its_own_weights(
     with torch.no_grad():
         function.root.weight.mul_(3)
     torch.testing.assert_close(function(x, True), scaled(function.root, x, True))
+    turned = torch.randn(
+        8, 20, generator=torch.Generator().manual_seed(0)
+    ).T  # lies otherwise than what it was made with
+    torch.testing.assert_close(function(turned, True), scaled(function.root, turned, True))
     one = torch.ones(1, 8)  # no size that the program is for
     assert torch.equal(function(one, True), scaled(function.root, one, True))
 

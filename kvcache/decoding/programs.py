@@ -105,15 +105,14 @@ class Bound:
         """Run it, if it is for arguments of these sizes; None if it is not, and nothing has run."""
         inputs, known = list(self._held), dict[str, int]()
         for place, name, dims in self._given:
-            tensor = args[name]
-            if not self._fits(tensor, dims, known):
+            if not self._fits(args[name], dims, known):
                 return None
-            inputs[place] = tensor.detach()
+            inputs[place] = args[name].detach().contiguous()
         found: list[Tensor] = self._library.run(inputs)
         return found
 
     def _fits(self, tensor: Tensor, dims: list[Any], known: dict[str, int]) -> bool:
-        if tensor.ndim != len(dims) or not tensor.is_contiguous():
+        if tensor.ndim != len(dims):
             return False
         for size, wanted in zip(tensor.shape, dims, strict=True):
             if isinstance(wanted, int):
@@ -358,7 +357,8 @@ def compiled(function: Ahead, args: Mapping[str, Any]) -> tuple[dict[str, Any], 
         warnings.simplefilter("ignore")
         args = {name: _plain(value) for name, value in function.example(args).items()}
         graph, names = _captured(function, args)
-        inputs = [_plain(_resolved(function.root, args, name)) for name in names]
+        inputs = [_resolved(function.root, args, name) for name in names]
+        inputs = [tensor.clone() if tensor.is_inference() else tensor for tensor in inputs]  # as they lie
         exported, shapes = _exported(graph, names, inputs, function.dynamic)
         found = [
             _layout(t) if _split(n)[0] == _SELF else {"dims": s} for n, t, s in zip(names, inputs, shapes, strict=True)
@@ -511,8 +511,11 @@ def _ranges(exported: Any, shapes: Sequence[Sequence[Any]]) -> dict[str, tuple[i
 
 
 def _plain(value: Any) -> Any:
-    """A tensor that the compiler takes for one like any other: not made in inference mode."""
-    return value.detach().clone() if isinstance(value, Tensor) and value.is_inference() else value
+    """A tensor that the compiler takes for one like any other: not made in inference mode, and its elements in a row."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.detach()
+    return value.clone(memory_format=torch.contiguous_format) if value.is_inference() else value.contiguous()
 
 
 def _like(value: Any) -> Any:
