@@ -117,7 +117,7 @@ def test_a_profile_says_how_the_vocoder_runs_and_an_engine_takes_it(saved):
 
 
 def test_what_was_asked_for_of_the_sound_is_given_to_the_engine(saved, tmp_path):
-    model, out, made = saved
+    model, _, made = saved
     setting = VocoderSetting("own", "int8", True, 3.0)
     trial = replace(made.vocoder_trials[0], setting=setting)
     replace(made, vocoder=setting, vocoder_trials=(trial,)).save(tmp_path / "other.json")
