@@ -19,10 +19,11 @@ from kvcache.fingerprint import model_fingerprint, model_outline
 from kvcache.hf import shape_of
 from kvcache.precision import Precision, check_precision, has_half, with_precision
 from kvcache.quantized import Quantization, quantized_bytes
-from kvcache.setting import Backend, Setting
-from kvcache.subjects import Prepared, Subject
-from kvcache.tuning_profile import Goal, Trial, TuningProfile, machine, versions
+from kvcache.setting import Backend, Setting, VocoderSetting
+from kvcache.subjects import Prepared, Subject, check_vocoder
+from kvcache.tuning_profile import Goal, Trial, TuningProfile, VocoderTrial, machine, versions
 from kvcache.tuning_search import Bench, Refusal, Space, Tuner, shown
+from kvcache.tuning_vocoder import tuned_vocoder
 
 __all__ = [
     "Bench",
@@ -81,6 +82,8 @@ def tune(
     device: str = "cpu",
     exhaustive: bool = False,
     space: Space | None = None,
+    vocoder: VocoderSetting | None = None,
+    change_sound: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Tuned:
     """Find the fastest setting of a model on this machine.
@@ -96,6 +99,8 @@ def tune(
         device: where.
         exhaustive: measure all settings, not few.
         space: what to choose between; by default all that `space_of` finds.
+        vocoder: tune what makes audio of the tokens, too, and keep of it what this says; None leaves it as it is.
+        change_sound: try the vocoder in fewer bits, which changes the sound.
         say: is told what was found, line by line.
 
     Raises:
@@ -109,6 +114,7 @@ def tune(
         raise InputError(
             f"fidelity {bound:g} must be at least 0 nats a token, and the time limit {time_limit} above 0 seconds"
         )
+    check_vocoder(subject, Setting(vocoder=vocoder))
     start = time.monotonic()
     if space is None:
         space = space_of(subject, goal, max_requests, device, context)
@@ -122,6 +128,13 @@ def tune(
         say=say,
     )
     best = tuner.sweep() if exhaustive else tuner.search()
+    spoken: tuple[VocoderTrial, ...] = ()
+    said: tuple[str, ...] = ()
+    if vocoder is not None:
+        until = None if time_limit is None else start + time_limit
+        vocoder, spoken, said = tuned_vocoder(
+            subject, best, vocoder, device=device, change_sound=change_sound, until=until, say=say
+        )
     seconds = time.monotonic() - start
     model = subject.load(device)
     trial = tuner.trials[best]
@@ -136,9 +149,11 @@ def tune(
         versions=versions(),
         setting=best,
         trials=tuple(tuner.trials.values()),
-        explanation=(*tuner.explanation(best), *_remarks(tuner)),
+        explanation=(*tuner.explanation(best), *_remarks(tuner), *said),
         outline=model_outline(model),
         random=subject.random,
+        vocoder=vocoder,
+        vocoder_trials=spoken,
     )
     return Tuned(profile, seconds, trial.milliseconds / 1e3, len(tuner.untried), len(space.settings()), bench.note)
 

@@ -20,13 +20,14 @@ from kvcache.files import write_given
 from kvcache.fingerprint import model_fingerprint, model_outline
 from kvcache.precision import Precision
 from kvcache.quantized import Quantization
-from kvcache.setting import Setting
+from kvcache.setting import Setting, VocoderSetting
 
 Goal = Literal["latency", "throughput"]
 
 _FORMAT = "kvcache-tuning"
 _LARGEST = 2**24  # bytes of a file that is read at all
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_APART = {"policy", "vocoder"}  # of a setting, what is not written with it
 _AGAIN = "tune again with kvcache tune"
 _log = logging.getLogger("kvcache")
 
@@ -51,6 +52,21 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class VocoderTrial:
+    """A way to run the vocoder that was looked at.
+
+    Attributes:
+        setting: which.
+        milliseconds: per token; None if it was refused.
+        refused: why it cannot be chosen; None if it can.
+    """
+
+    setting: VocoderSetting
+    milliseconds: float | None = None
+    refused: str | None = None
+
+
+@dataclass(frozen=True)
 class TuningProfile:
     """The setting that was found best, and what that rests on.
 
@@ -66,6 +82,8 @@ class TuningProfile:
         explanation: of the choice, a line for each axis.
         outline: of the model, see `kvcache.fingerprint.model_outline`; "" where it is not known.
         random: whether its weights were random, of which a divergence tells nothing.
+        vocoder: how what makes audio of the tokens runs; None where that was not asked for.
+        vocoder_trials: the ways to run it that were looked at.
     """
 
     name: str
@@ -80,6 +98,8 @@ class TuningProfile:
     explanation: tuple[str, ...]
     outline: str = ""
     random: bool = False
+    vocoder: VocoderSetting | None = None
+    vocoder_trials: tuple[VocoderTrial, ...] = ()
 
     def save(self, path: Path | str) -> None:
         """Write it as JSON; a file that is there is replaced at once or not at all.
@@ -99,6 +119,8 @@ class TuningProfile:
             "setting": setting_as_dict(self.setting),
             "trials": trials,
             "explanation": list(self.explanation),
+            "vocoder": None if self.vocoder is None else dict(vars(self.vocoder)),
+            "vocoder_trials": [{**vars(one), "setting": dict(vars(one.setting))} for one in self.vocoder_trials],
         }
         return {"format": _FORMAT, "version": 1, **plain}
 
@@ -133,7 +155,8 @@ class TuningProfile:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What the setting is for `ChatterboxEngine` and, but for the precision, `KVCacheManager`: arguments by name."""
+        """What the setting is for `KVCacheManager`, but for the precision, and for an adapter's engine, which makes its own
+        options of how the vocoder runs: arguments by name."""
         one = self.setting
         named = {
             "backend": one.backend,
@@ -142,6 +165,7 @@ class TuningProfile:
             "bucket": one.bucket,
             "quantization": None if one.quantization is None else Quantization(one.quantization),
             "max_cache_length": one.max_length,
+            "vocoder": self.vocoder,
         }
         return {name: value for name, value in named.items() if value is not None}
 
@@ -195,7 +219,7 @@ def dtype_name(dtype: torch.dtype | None) -> str | None:
 
 def setting_as_dict(setting: Setting) -> dict[str, Any]:
     """A setting as plain values; tuning knows no policies."""
-    plain = {name: value for name, value in vars(setting).items() if name != "policy"}
+    plain = {name: value for name, value in vars(setting).items() if name not in _APART}
     return {**plain, "kv_dtype": dtype_name(setting.kv_dtype)}
 
 
@@ -207,7 +231,13 @@ def _profile(content: Any) -> TuningProfile:
         raise ValueError("it has not the format kvcache-tuning")
     if type(content.get("version")) is not int or content["version"] != 1:
         raise ValueError(f"it has version {content.get('version')!r}, this kvcache reads version 1")
-    content = {"outline": "", "random": False, **content}  # which the first profiles had not
+    content = {
+        "outline": "",
+        "random": False,
+        "vocoder": None,
+        "vocoder_trials": [],
+        **content,
+    }  # which the first profiles had not
     _names(content, {"format", "version", *TuningProfile.__dataclass_fields__}, "the profile")
     model, outline = _text(content, "model"), _text(content, "outline")
     for name, digest in (("model", model), ("outline", outline or model)):
@@ -223,6 +253,10 @@ def _profile(content: Any) -> TuningProfile:
     setting = _setting(content["setting"])
     if not any(trial.setting == setting and trial.refused is None for trial in trials):
         raise ValueError("its setting is not among the trials that were not refused")
+    spoken = tuple(_vocoder_trial(one) for one in _list(content, "vocoder_trials"))
+    vocoder = None if content["vocoder"] is None else _vocoder(content["vocoder"])
+    if vocoder is not None and not any(one.setting == vocoder and one.refused is None for one in spoken):
+        raise ValueError("its vocoder is not among the trials that were not refused")
     explanation = _list(content, "explanation")
     if not all(isinstance(line, str) for line in explanation):
         raise TypeError("explanation has what is no text")
@@ -242,6 +276,8 @@ def _profile(content: Any) -> TuningProfile:
         explanation=tuple(explanation),
         outline=outline,
         random=content["random"],
+        vocoder=vocoder,
+        vocoder_trials=spoken,
     )
 
 
@@ -263,7 +299,7 @@ def _trial(content: Any) -> Trial:
 
 
 def _setting(content: Any) -> Setting:
-    _names(content, set(Setting.__dataclass_fields__) - {"policy"}, "a setting")
+    _names(content, set(Setting.__dataclass_fields__) - _APART, "a setting")
     setting = Setting(
         backend=_one_of(content, "backend", ("off", *get_args(BackendName))),  # type: ignore[arg-type]
         precision=_one_of(content, "precision", (None, *get_args(Precision))),  # type: ignore[arg-type]
@@ -279,6 +315,28 @@ def _setting(content: Any) -> Setting:
         check_bucket(bucket)
         setting = replace(setting, bucket=bucket)
     return setting
+
+
+def _vocoder_trial(content: Any) -> VocoderTrial:
+    _names(content, set(VocoderTrial.__dataclass_fields__), "a trial of the vocoder")
+    refused = None if content["refused"] is None else _text(content, "refused")
+    milliseconds = None if content["milliseconds"] is None else _number(content, "milliseconds")
+    if (milliseconds is None) != (refused is not None):
+        raise ValueError("a trial is either measured or refused")
+    return VocoderTrial(_vocoder(content["setting"]), milliseconds, refused)
+
+
+def _vocoder(content: Any) -> VocoderSetting:
+    _names(content, set(VocoderSetting.__dataclass_fields__), "the vocoder")
+    if not isinstance(content["compiled"], bool):
+        raise TypeError(f"compiled is {str(content['compiled'])[:80]!r}, and neither true nor false")
+    return VocoderSetting(
+        _text(content, "weights"),
+        _one_of(content, "precision", (None, *get_args(Precision))),  # type: ignore[arg-type]
+        content["compiled"],
+        None if content["reference_seconds"] is None else _number(content, "reference_seconds"),
+        None if content["max_chunk"] is None else _count(content, "max_chunk"),
+    )
 
 
 def _names(content: Any, known: set[str], what: str) -> None:

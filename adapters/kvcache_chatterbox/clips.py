@@ -6,6 +6,7 @@ made of it: weights, code and settings of what encodes, and the releases of what
 
 import dataclasses
 import hashlib
+import sys
 import types
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -50,7 +51,7 @@ def encoder_of(tts: Any) -> str | None:
         said = [
             *(f"{name} {model_fingerprint(module)}" for name, module in modules.items() if module is not None),
             *(f"{name} {value!r}" for name, value in plain.items()),
-            *(f"{name} {function.__qualname__} {function_code(function)}" for name, function in bound.items()),
+            *(f"{name} {_named(function)}" for name, function in bound.items()),
             *(f"{kind.__qualname__} {class_code(kind)}" for kind in (type(tts), type(s3gen))),
             *(f"{name} {_version(name)}" for name in _PACKAGES),
             f"prompt {tts.t3.hp.speech_cond_prompt_len} {tts.t3.hp.speaker_embed_size}",
@@ -117,6 +118,15 @@ def kept_bytes(t3_cond: Any, heard: int) -> int:
     voice = Voice(t3_cond, {**blank_reference(heard), "prompt_feat_len": None})
     kept = packed(clip_key("planned", bytes(32)), voice)
     return kept.key.content.nbytes + sum(part.nbytes for part in kept.extra.values())
+
+
+def _named(function: types.FunctionType) -> str:
+    """A function of upstream's by its name: what it reads of its module are caches, which fill up. Any other by what it does."""
+    name = f"{function.__module__}.{function.__qualname__}"
+    upstream = function.__module__.startswith("chatterbox.")
+    if upstream and getattr(sys.modules.get(function.__module__), function.__qualname__, None) is function:
+        return name
+    return f"{name} {function_code(function)}"
 
 
 def _version(name: str) -> str:

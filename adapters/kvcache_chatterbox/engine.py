@@ -45,6 +45,7 @@ from kvcache_chatterbox.speaker import Speaker, heard
 from kvcache_chatterbox.utterance import rows_alone
 from kvcache_chatterbox.utterances import UtteranceDecoder
 from kvcache_chatterbox.vocoder import Vocoder, VocoderOptions
+from kvcache_chatterbox.vocoder.planned import options_of
 from kvcache_chatterbox.voices import Voice, Voices, check_name, read_conds
 
 log = logging.getLogger("kvcache_chatterbox")
@@ -137,7 +138,7 @@ class ChatterboxEngine(UtteranceDecoder):
     def from_profile(cls, model: Any, path: str | os.PathLike[str], **overrides: Any) -> "ChatterboxEngine":
         """An engine with the setting that `kvcache tune` found for this model.
 
-        How many requests to decode together is `TuningProfile.setting.requests`: give it as ``max_rows``.
+        Where it was tuned with a vocoder, a whole model's runs so, too. How many requests to decode together is `TuningProfile.setting.requests`: give it as ``max_rows``.
 
         Args:
             model: that the profile is of, as it was then.
@@ -151,6 +152,9 @@ class ChatterboxEngine(UtteranceDecoder):
         arguments = TuningProfile.load(Path(path), getattr(model, "t3", model)).arguments
         if "quantization" in arguments:
             raise InputError(f"{path} has a quantized cache, which Chatterbox's engine has not; tune with kvcache tune")
+        vocoder = arguments.pop("vocoder", None)
+        if vocoder is not None and hasattr(model, "s3gen"):
+            arguments["vocoder"] = options_of(vocoder)
         return cls(model, **{**arguments, **overrides})
 
     # ------------------------------------------------------------------ voices

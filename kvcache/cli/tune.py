@@ -10,6 +10,9 @@ import typer
 
 from kvcache.cli.common import (
     Json,
+    ReferenceSeconds,
+    Vocoder,
+    VocoderPrecision,
     at_least,
     bytes_of,
     display,
@@ -19,6 +22,7 @@ from kvcache.cli.common import (
     shown_bytes,
     table,
     threads_of,
+    vocoder_setting,
 )
 from kvcache.errors import InputError
 from kvcache.files import check_given
@@ -54,6 +58,12 @@ def command(
     device: Annotated[
         str | None, typer.Option(help="Such as cpu or cuda; by default a GPU where there is one.")
     ] = None,
+    vocoder: Vocoder = "none",
+    vocoder_precision: VocoderPrecision = None,
+    reference_seconds: ReferenceSeconds = None,
+    change_sound: Annotated[
+        bool, typer.Option("--change-sound", help="Try the vocoder in fewer bits, which changes the sound.")
+    ] = False,
     exhaustive: Annotated[
         bool, typer.Option("--exhaustive", help="Measure every setting: slow, the reference.")
     ] = False,
@@ -70,6 +80,11 @@ def command(
         raise InputError(f"--time-limit {time_limit:g}: give a number of seconds above 0")
     if not 0 <= fidelity < math.inf:
         raise InputError(f"--fidelity {fidelity:g}: give a number of nats of at least 0; 0.03 is the default")
+    speaks = vocoder_setting(vocoder, vocoder_precision, reference_seconds)
+    if change_sound and (speaks is None or vocoder_precision is not None):
+        raise InputError(
+            "--change-sound: it goes with --vocoder own, and without --vocoder-precision, which is kept as given"
+        )
     found = subject(model)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -88,6 +103,8 @@ def command(
         memory=budget,
         device=device,
         exhaustive=exhaustive,
+        vocoder=speaks,
+        change_sound=change_sound,
         say=lambda line: told.print(line),
     )
     tuned.profile.save(out)
