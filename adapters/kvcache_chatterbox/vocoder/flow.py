@@ -18,8 +18,9 @@ from torch.nn.functional import normalize, pad
 
 from kvcache import InputError
 from kvcache.decoding.programs import Programs
-from kvcache.precision import Precision, with_precision
+from kvcache.precision import Precision
 from kvcache_chatterbox.vocoder.compiling import compiled_over
+from kvcache_chatterbox.vocoder.narrow import at_precision
 
 FRAMES_PER_TOKEN = 2
 IDS = 6561  # of speech tokens
@@ -86,7 +87,7 @@ class Flow:
         meanflow: whether its weights are distilled (MeanFlow, arXiv:2505.13447): no guidance, even steps.
         steps: of Euler's method; by default upstream's, 10, or 2 of distilled weights.
         guidance: classifier-free guidance; by default upstream's 0.7. 0 runs one row instead of two.
-        precision: of its linear layers; by default as they are. See `kvcache.precision`.
+        precision: it computes in, see `at_precision`; by default as it is.
         compiled: let torch's compiler fuse what lies between the kernels of the estimator.
         programs: where what it made is kept; by default in the user's cache.
     """
@@ -104,9 +105,10 @@ class Flow:
     ) -> None:
         self._flow = flow
         self._meanflow = meanflow
-        self._encoder = flow.encoder if precision is None else with_precision(flow.encoder, precision)
-        estimator = flow.decoder.estimator
-        self._estimator = estimator if precision is None else with_precision(estimator, precision)
+        self._encoder = at_precision(flow.encoder, precision)
+        self._estimator = at_precision(flow.decoder.estimator, precision)
+        computed = flow.decoder.estimator if self.device.type in ("cpu", "meta") else self._estimator
+        self._dtype = next(computed.parameters()).dtype  # between its layers
         self._slope: Any = partial(estimate, self._estimator)
         if compiled:
             self._slope = compiled_over(estimate, self._estimator, _FRAMES, "the flow's estimator", programs)
@@ -201,7 +203,7 @@ class Flow:
         """Euler's method from noise at 0 to the mel at 1, as upstream's `basic_euler` and `solve_euler`."""
         estimator = self._estimator
         given = x.dtype
-        x, mu, speakers, conditions = (part.to(estimator.dtype) for part in (x, mu, speakers, conditions))
+        x, mu, speakers, conditions = (part.to(self._dtype) for part in (x, mu, speakers, conditions))
         times = torch.linspace(0, 1, self.steps + 1, device=x.device, dtype=x.dtype)
         if not self._meanflow and self._flow.decoder.t_scheduler == "cosine":
             times = 1 - torch.cos(times * 0.5 * torch.pi)

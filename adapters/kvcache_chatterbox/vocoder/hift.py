@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 from kvcache.decoding.programs import Programs
 from kvcache.precision import Precision
 from kvcache_chatterbox.vocoder.compiling import compiled_over
+from kvcache_chatterbox.vocoder.narrow import half_of, narrowed
 from kvcache_chatterbox.vocoder.noise import HARMONICS, SAMPLES_PER_FRAME, Noise
 
 CONTEXT = 20  # frames to either side of a frame that its samples depend on
@@ -22,7 +23,7 @@ class Hift:
     Args:
         hift: S3Gen's ``mel2wav``. It stays as it is: the weights are held ready in a copy, where upstream computes each from
             its norm and direction at every call.
-        precision: of its convolutions, ``"bf16"`` or ``"fp16"``; others leave them as they are.
+        precision: of its convolutions, see `half_of`; by default as they are.
         compiled: let torch's compiler fuse what lies between them.
         programs: where what it made is kept; by default in the user's cache.
     """
@@ -30,9 +31,8 @@ class Hift:
     def __init__(
         self, hift: Any, precision: Precision | None = None, compiled: bool = False, programs: Programs | None = None
     ) -> None:
-        self._hift = ready(hift)
-        if precision in ("bf16", "fp16"):
-            _narrow(self._hift, torch.bfloat16 if precision == "bf16" else torch.float16)
+        # Not those of the pitch, which would be heard as another melody.
+        self._hift = narrowed(ready(hift), half_of(precision, next(hift.parameters()).device), "f0_predictor")
         self._decode: Any = self._hift.decode
         if compiled:
             decode = type(self._hift).decode
@@ -59,9 +59,8 @@ class Hift:
         """
         pitch = self._hift.f0_predictor(mel[None])
         source, turns = self._source(pitch[0], noise, start, turned)
-        return self._decode(mel[None, :, skip:].contiguous(), source[..., SAMPLES_PER_FRAME * skip :].contiguous())[
-            0
-        ], turns
+        mel, source = mel[None, :, skip:].contiguous(), source[..., SAMPLES_PER_FRAME * skip :].contiguous()
+        return self._decode(mel, source)[0], turns
 
     def _source(self, pitch: Tensor, noise: Noise, start: int, turned: Tensor | None) -> tuple[Tensor, Tensor]:
         """Upstream's `SineGen` and `SourceModuleHnNSF`: sines where there is a pitch, noise elsewhere ``[1, 1, samples]``."""
@@ -78,26 +77,6 @@ class Hift:
         wave = wave * voiced + loud * noise.source(start, pitch.numel()).to(pitch)
         merged = module.l_tanh(module.l_linear(wave.T))
         return merged.T[None], periods[0, SAMPLES_PER_FRAME - 1 :: SAMPLES_PER_FRAME] % 1
-
-
-class _Narrow(nn.Module):
-    """A convolution that computes in 16 bits, fp32 in and out."""
-
-    def __init__(self, convolution: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        self._dtype = dtype
-        self.convolution = convolution.to(dtype)
-
-    def forward(self, states: Tensor) -> Tensor:
-        return torch.as_tensor(self.convolution(states.to(self._dtype))).to(states.dtype)
-
-
-def _narrow(hift: nn.Module, dtype: torch.dtype) -> None:
-    """All convolutions in place, but for those of the pitch, which would be heard as another melody."""
-    for name, module in list(hift.named_modules()):
-        if type(module) in (nn.Conv1d, nn.ConvTranspose1d) and not name.startswith("f0_predictor"):
-            parent, _, own = name.rpartition(".")
-            hift.get_submodule(parent).add_module(own, _Narrow(module, dtype))
 
 
 def ready(module: nn.Module) -> Any:

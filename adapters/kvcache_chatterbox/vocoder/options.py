@@ -28,8 +28,9 @@ class VocoderOptions:
             place of two, and halves the flow's time. Distilled weights have none.
         reference_seconds: of the voice's clip that the flow hears, its first ones, which change the sound; by default all, at
             most 10. Every run goes over all of them.
-        precision: of the linear layers of the flow, and of the convolutions of HiFT but for int8: ``"bf16"``, ``"fp16"`` or
-            ``"int8"``, see `kvcache.precision`; by default as the model is.
+        precision: ``"bf16"``, ``"fp16"`` or ``"int8"``: of the flow's linear layers, see `kvcache.precision`, and of all
+            convolutions but those of the pitch, which with ``"int8"`` compute in bf16 where a CPU does so fast. By default as
+            the model is.
         compiled: let torch's compiler fuse what lies between the large kernels. The first runs take a minute, see
             `ChatterboxEngine.warm_up`.
         lookahead: a chunk's last three tokens are heard by those before, as in a whole text, and said with the next chunk.
