@@ -201,7 +201,6 @@ class Flow:
 
     def _solve(self, x: Tensor, mu: Tensor, speakers: Tensor, conditions: Tensor, mask: Tensor | None) -> Tensor:
         """Euler's method from noise at 0 to the mel at 1, as upstream's `basic_euler` and `solve_euler`."""
-        estimator = self._estimator
         given = x.dtype
         x, mu, speakers, conditions = (part.to(self._dtype) for part in (x, mu, speakers, conditions))
         times = torch.linspace(0, 1, self.steps + 1, device=x.device, dtype=x.dtype)
