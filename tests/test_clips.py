@@ -284,6 +284,7 @@ def test_the_entry_of_a_clip_takes_what_is_planned():
     assert store.nbytes == kept_bytes(model.conds.t3, 250)
 
 
+@pytest.mark.audio
 def test_upstreams_own_encoding_is_kept(tmp_path):
     model, file = whole("english"), clip(tmp_path / "clip.wav", 3)
     store = DiskStore(tmp_path / "store")

@@ -100,6 +100,7 @@ def test_a_scheduler_refuses_such_a_voice(idle):
     asyncio.run(submit())
 
 
+@pytest.mark.audio
 @pytest.mark.parametrize(
     ("kind", "says"), [("english", "is 0.30 s long, and a voice needs 1 s"), ("gpt", "0.30 s long")]
 )
@@ -115,12 +116,14 @@ def test_a_clip_of_a_third_of_a_second_is_refused_before_it_is_encoded(kind, say
     assert not ours.voices
 
 
+@pytest.mark.audio
 def test_a_clip_that_turbo_does_not_take_says_so(tmp_path):
     ours = ChatterboxEngine(whole("gpt"), speakers=SpeakerCache(MemoryStore("32MiB")))
     with pytest.raises(InputError, match=r"clip.*longer than 5 seconds"):
         ours.add_voice("short", clip(tmp_path / "clip.wav", 3))
 
 
+@pytest.mark.audio
 def test_of_a_clip_of_a_minute_the_first_ten_seconds_are_heard(tmp_path):
     ours = ChatterboxEngine(whole("english"), speakers=SpeakerCache(MemoryStore("32MiB")))
     voice = ours.add_voice("long", clip(tmp_path / "long.wav", 60))
@@ -173,6 +176,7 @@ def test_a_vocoder_without_settings_is_given_none(options):
         ChatterboxEngine(tiny_t3("gpt"), vocoder=options)
 
 
+@pytest.mark.audio
 def test_a_precision_that_this_device_does_not_have_is_refused(monkeypatch):
     model = stand_in(tiny_t3("english"))
     model.s3gen = s3gen(False)
@@ -181,6 +185,7 @@ def test_a_precision_that_this_device_does_not_have_is_refused(monkeypatch):
         ChatterboxEngine(model, vocoder=VocoderOptions(precision="bf16"))
 
 
+@pytest.mark.audio
 def test_guidance_of_a_model_whose_weights_are_distilled_is_refused():
     model = stand_in(tiny_t3("gpt"))
     model.s3gen = s3gen(True)
@@ -219,6 +224,7 @@ def test_distilled_weights_that_are_not_there_are_refused_with_the_way_to_get_th
         distilled(tmp_path, OWN)
 
 
+@pytest.mark.audio
 def test_weights_of_something_else_are_refused(tmp_path):
     own = s3gen(False)
     (tmp_path / FILE).write_bytes(b"what is no file of tensors")
@@ -226,6 +232,7 @@ def test_weights_of_something_else_are_refused(tmp_path):
         distilled(tmp_path, own)
 
 
+@pytest.mark.audio
 def test_an_engine_asks_for_the_weights_when_it_is_made(monkeypatch):
     model = stand_in(tiny_t3("english"))
     model.s3gen = s3gen(False)

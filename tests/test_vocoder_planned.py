@@ -46,6 +46,7 @@ def peak(run, tmp_path):
     return most
 
 
+@pytest.mark.audio
 @pytest.mark.parametrize("options", [{}, {"guidance": 0}, {"precision": "int8"}, {"reference_seconds": 1}], ids=str)
 def test_the_largest_run_takes_what_was_planned(options, tmp_path):
     ours = engine(s3gen(False), "english", steps=2, **options)
@@ -76,6 +77,7 @@ def held_by(model):
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
+@pytest.mark.audio
 @pytest.mark.parametrize("distilled", [False, True])
 def test_planned_weights_and_voice_are_what_is_held(distilled):
     own = s3gen(False)
@@ -98,6 +100,7 @@ def test_planned_weights_and_voice_are_what_is_held(distilled):
     assert abs(rest) < 2**20
 
 
+@pytest.mark.audio
 def test_a_plan_by_name_has_the_vocoder_in_it():
     s3gen(True)
     nano = subject("chatterbox-nano")
@@ -118,6 +121,7 @@ def test_a_plan_by_name_has_the_vocoder_in_it():
     assert 0 <= small.prefixes - without.prefixes - told - made - kept < 2**13
 
 
+@pytest.mark.audio
 def test_distilled_weights_stand_beside_the_models_own_and_fewer_bits_beside_both():
     s3gen(False)
     english = subject("chatterbox-english")
@@ -145,6 +149,7 @@ def test_without_the_audio_stack_a_plan_says_so(monkeypatch):
         plan(subject("chatterbox-nano"), Setting(vocoder=VocoderSetting()), 600, process=0)
 
 
+@pytest.mark.audio
 def test_weights_that_no_vocoder_has_are_refused():
     s3gen(True)
     with pytest.raises(InputError, match="vocoder 'best': give one of own, meanflow"):
@@ -166,6 +171,7 @@ def vocoders():
     ]
 
 
+@pytest.mark.audio
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", vocoders())
 def test_200_requests_of_which_many_are_cancelled_leave_nothing(kind):

@@ -116,6 +116,7 @@ def test_a_profile_says_how_the_vocoder_runs_and_an_engine_takes_it(saved):
     assert ChatterboxEngine.from_profile(model.t3, out)._speaker is None  # a bare T3 has none
 
 
+@pytest.mark.audio
 def test_what_was_asked_for_of_the_sound_is_given_to_the_engine(saved, tmp_path):
     model, _, made = saved
     setting = VocoderSetting("own", "int8", True, 3.0)
@@ -174,6 +175,7 @@ def test_each_field_of_the_vocoder_is_checked(saved, tmp_path, name, value, says
         TuningProfile.load(tmp_path / "bad.json")
 
 
+@pytest.mark.audio
 def test_parts_of_the_audio_are_told_apart(monkeypatch):
     clock = Ticking()
     monkeypatch.setattr("time.perf_counter", clock)
@@ -235,6 +237,7 @@ def test_wrong_options_are_said_in_one_line(arguments, says, capsys, tmp_path, m
     assert says in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.audio
 @pytest.mark.slow
 def test_a_name_is_profiled_with_random_weights(capsys):
     short_s3gen(True)
