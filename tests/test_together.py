@@ -46,7 +46,7 @@ def slow():
 
 
 def test_who_has_least_to_hear_goes_first_and_what_is_as_long_goes_along(slow):
-    together = Together(lambda: slow, most=1000)
+    together = Together(slow, most=1000)
     with ThreadPoolExecutor(8) as pool:
         first = pool.submit(together.waves, [run(10, 0.0)])
         assert slow.busy.acquire(timeout=30)
@@ -63,7 +63,7 @@ def test_who_has_least_to_hear_goes_first_and_what_is_as_long_goes_along(slow):
 
 
 def test_no_more_go_along_than_are_allowed(slow):
-    together = Together(lambda: slow, most=210)  # of 70 tokens each
+    together = Together(slow, most=210)  # of 70 tokens each
     with ThreadPoolExecutor(8) as pool:
         first = pool.submit(together.waves, [run(1, 0.0)])
         assert slow.busy.acquire(timeout=30)
@@ -76,7 +76,7 @@ def test_no_more_go_along_than_are_allowed(slow):
 
 
 def test_an_error_is_told_to_whom_it_concerns(slow):
-    together = Together(lambda: slow, most=1000)
+    together = Together(slow, most=1000)
     with ThreadPoolExecutor(8) as pool:
         first = pool.submit(together.waves, [run(10, 0.0)])
         assert slow.busy.acquire(timeout=30)
@@ -89,19 +89,8 @@ def test_an_error_is_told_to_whom_it_concerns(slow):
         assert together.waves([run(5, 3.0)])[0].audio.numel() == 5 * SAMPLES_PER_TOKEN
 
 
-def test_a_model_without_a_vocoder_is_told_to_all_who_wait():
-    def gone():
-        raise LookupError("gone")
-
-    together = Together(gone, most=10)
-    with ThreadPoolExecutor(3) as pool:
-        for future in [pool.submit(together.waves, [run(5, float(i))]) for i in range(3)]:
-            with pytest.raises(LookupError):
-                future.result(30)
-
-
 def test_its_thread_ends_when_nothing_is_to_be_done(slow):
-    together = Together(lambda: slow, most=10, name="kvcache-vocoder-test")
+    together = Together(slow, most=10, name="kvcache-vocoder-test")
     slow.free.release(10)
     for _ in range(3):
         together.waves([run(2, 0.0)])

@@ -67,8 +67,7 @@ class SpeechScheduler:
         self._slots, self.rows = engine.room(max_rows, slots, memory_budget)
         self._max_characters = max_characters
         self._aside = Aside(engine.speakers)
-        cpu = engine.t3.device.type == "cpu"
-        self._vocoder = Together(lambda: engine.vocoder, VOCODED_CPU if cpu else VOCODED)
+        self._together = self._shared(None)
         self._scheduler = Scheduler(
             lambda: engine.batch(self.rows, self._slots),
             self.rows,
@@ -162,10 +161,18 @@ class SpeechScheduler:
                 slots=self._slots,
                 **sampling,
             )
-            audio = self._engine.audio(who, watermark, long, chunking=rule, pause=pause, vocoder=self._vocoder)
+            self._together = self._shared(self._together)  # one thread prepares
+            audio = self._engine.audio(who, watermark, long, chunking=rule, pause=pause, vocoder=self._together)
             return self._work(long, audio)
 
         return self._scheduler.submit_prepared(prepare, size=rule.step, alone=rule.opening)
+
+    def _shared(self, before: Together | None) -> Together:
+        """The one vocoder of all streams: that of `before`, unless the model has another by now."""
+        vocoder = self._engine.vocoder
+        if before is not None and before.vocoder is vocoder:
+            return before
+        return Together(vocoder, VOCODED_CPU if self._engine.t3.device.type == "cpu" else VOCODED)
 
     def _chosen(self, voice: str | Voice | None, clip: str | os.PathLike[str] | None) -> Callable[[], Voice]:
         """Who speaks, as of now; that there is no such voice is said by the call, and so by the stream."""

@@ -79,6 +79,13 @@ def check_reference(gen: Mapping[str, Any], seconds: float | None = None) -> Non
         )
 
 
+def reference_tokens(gen: Mapping[str, Any], seconds: float | None = None) -> int:
+    """Speech tokens that the flow hears of a voice's reference, both of which `check_reference` has seen."""
+    mel = torch.as_tensor(gen["prompt_feat"])
+    length = min(torch.as_tensor(gen["prompt_token"]).numel(), mel.numel() // MELS // FRAMES_PER_TOKEN)
+    return length if seconds is None else min(length, math.ceil(seconds * TOKENS_PER_SECOND))
+
+
 class Flow:
     """Upstream's flow, driven from outside.
 
@@ -137,9 +144,7 @@ class Flow:
         tokens = torch.as_tensor(gen["prompt_token"]).reshape(-1).to(self.device)
         mel = torch.as_tensor(gen["prompt_feat"]).reshape(-1, MELS).to(weight)
         embedding = torch.as_tensor(gen["embedding"]).reshape(1, -1).to(weight)
-        length = min(tokens.numel(), mel.shape[0] // FRAMES_PER_TOKEN)
-        if seconds is not None:
-            length = min(length, math.ceil(seconds * TOKENS_PER_SECOND))
+        length = reference_tokens(gen, seconds)
         speaker = self._flow.spk_embed_affine_layer(normalize(embedding, dim=1))[0]
         return Reference(tokens[:length].clone(), mel[: FRAMES_PER_TOKEN * length].clone(), speaker.clone())
 

@@ -15,7 +15,7 @@ from kvcache.decoding.programs import Programs
 from kvcache.models import Following, signature_of
 from kvcache.precision import check_precision
 from kvcache_chatterbox.requests import without_autocast
-from kvcache_chatterbox.vocoder.flow import FRAMES_PER_TOKEN, Flow, Reference, check_reference
+from kvcache_chatterbox.vocoder.flow import FRAMES_PER_TOKEN, Flow, Reference, check_reference, reference_tokens
 from kvcache_chatterbox.vocoder.hift import CONTEXT, Hift
 from kvcache_chatterbox.vocoder.noise import SAMPLES_PER_FRAME
 from kvcache_chatterbox.vocoder.options import VocoderOptions
@@ -123,7 +123,7 @@ class S3GenVocoder:
         check_reference(voice.gen, self.options.reference_seconds)
 
     def before(self, voice: Voice) -> int:
-        return int(self._reference(self._made.now().flow, voice).tokens.numel())
+        return reference_tokens(voice.gen, self.options.reference_seconds)
 
     @contextmanager
     def timed(self) -> Iterator[dict[str, float]]:

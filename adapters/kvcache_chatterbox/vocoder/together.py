@@ -1,7 +1,7 @@
 """One vocoder for many streams: a thread of its own, which runs what is most urgent, and with it what is as long."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 
 from kvcache_chatterbox.vocoder.run import Made, Run, Vocoder
@@ -17,7 +17,7 @@ class Together:
     padded, go over at most `most` tokens, and the longest is at most a quarter longer than the shortest.
 
     Args:
-        vocoder: gives the one that runs, as it is by then.
+        vocoder: the one that runs.
         most: tokens of a run of several, those of the references among them. A GPU takes as long for many as for one; a CPU
             computes one after the other anyway, and who is first would wait for all.
         name: of the thread.
@@ -27,8 +27,8 @@ class Together:
         chunks: that came of them.
     """
 
-    def __init__(self, vocoder: Callable[[], Vocoder], most: int, name: str = "kvcache-vocoder") -> None:
-        self._vocoder, self._most, self._name = vocoder, most, name
+    def __init__(self, vocoder: Vocoder, most: int, name: str = "kvcache-vocoder") -> None:
+        self.vocoder, self._most, self._name = vocoder, most, name
         self._lock = threading.Lock()
         self._waiting: list[_Waits] = []
         self._working = False
@@ -37,17 +37,17 @@ class Together:
 
     @property
     def lookahead(self) -> int:
-        return self._vocoder().lookahead
+        return self.vocoder.lookahead
 
     @property
     def nbytes(self) -> int:
-        return self._vocoder().nbytes
+        return self.vocoder.nbytes
 
     def check(self, voice: Voice) -> None:
-        self._vocoder().check(voice)
+        self.vocoder.check(voice)
 
     def before(self, voice: Voice) -> int:
-        return self._vocoder().before(voice)
+        return self.vocoder.before(voice)
 
     def waves(self, runs: Sequence[Run]) -> list[Made]:
         """See `Vocoder`. What one run raises is raised for that one."""
@@ -73,22 +73,19 @@ class Together:
             waiting.sort(key=lambda one: one[0].due)
             try:
                 chosen = self._chosen(waiting)
-            except BaseException as error:  # of a model that has no vocoder any more
-                waiting[0][1].set_exception(error)
+            except Exception:  # of what a voice holds, which its own run says
                 chosen = waiting[:1]
-            else:
-                self._run(chosen)
+            self._run(chosen)
             with self._lock:
                 self._waiting += [one for one in waiting if one not in chosen]
             del waiting, chosen
 
     def _chosen(self, waiting: Sequence["_Waits"]) -> list["_Waits"]:
         """The first, and those that run with it."""
-        vocoder = self._vocoder()
         chosen: list[_Waits] = []
         lengths: list[int] = []
         for one in waiting:
-            tried = [*lengths, vocoder.before(one[0].voice) + one[0].tokens.numel()]
+            tried = [*lengths, self.vocoder.before(one[0].voice) + one[0].tokens.numel()]
             if not chosen or (max(tried) * len(tried) <= self._most and max(tried) <= _ALIKE * min(tried)):
                 chosen.append(one)
                 lengths = tried
@@ -96,7 +93,7 @@ class Together:
 
     def _run(self, chosen: Sequence["_Waits"]) -> None:
         try:
-            made = self._vocoder().waves([run for run, _ in chosen])
+            made = self.vocoder.waves([run for run, _ in chosen])
         except BaseException as error:  # told to who waits: the thread serves others
             if len(chosen) == 1:
                 chosen[0][1].set_exception(error)
