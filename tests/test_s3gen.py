@@ -19,7 +19,11 @@ from kvcache_chatterbox.standin import stand_in
 from kvcache_chatterbox.vocoder import LEAD, Run, S3GenVocoder, SeededNoise, VocoderOptions
 from kvcache_chatterbox.vocoder.weights import random_s3gen
 
-pytestmark = [pytest.mark.slow, pytest.mark.audio, pytest.mark.filterwarnings("ignore")]  # of diffusers, librosa and torchaudio
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.audio,
+    pytest.mark.filterwarnings("ignore"),
+]  # of diffusers, librosa and torchaudio
 
 SILENCED = 480  # samples at the start of every text, which are zero, and as many that rise
 AHEAD = 3  # tokens
