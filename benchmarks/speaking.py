@@ -391,6 +391,9 @@ class Speaking:
         t3._modules.pop("patched_model", None)  # upstream registers its backbone a second time
 
 
+SLOTS = 1536  # of a cache that holds the longest request: one compiled step serves all
+
+
 def engine_of(tts: Any, side: Side) -> Engine:
     """Our engine on a model, with a side's settings; voices are kept in memory alone."""
     settings = dict(side.vocoder or {})
@@ -401,6 +404,7 @@ def engine_of(tts: Any, side: Side) -> Engine:
         speakers=SpeakerCache(MemoryStore("1GiB")),
         backend=side.backend,  # type: ignore[arg-type]
         precision=None if side.precision == "fp32" else side.precision,  # type: ignore[arg-type]
+        bucket=SLOTS,
         vocoder=VocoderOptions(**settings) if settings else None,
     )
 

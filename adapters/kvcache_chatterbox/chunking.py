@@ -37,7 +37,8 @@ class Chunking:
 
     Attributes:
         sizes: tokens of the chunks, the last one again and again; None as the listener's buffer allows, see the module.
-        first: then, tokens of the first chunk at least. Where that is known not to last until the next, up to 25.
+        first: then, tokens of the first chunk that are heard at least: those that are looked ahead at, faded or waited for by
+            a watermark come on top. Where that is known not to last until the next, up to 25 in all.
         most: then, tokens of a chunk at most.
 
     Raises:
@@ -85,8 +86,8 @@ def chunking_of(chunking: Chunks = "auto", first_chunk: int | None = None, max_c
         chunking: ``"auto"``, as large as the listener's buffer allows; ``"fixed"``, all of `first_chunk` tokens, 25 by
             default; or sizes, the last one again and again: with those, and with fixed ones, a seed always gives the same
             samples.
-        first_chunk: tokens of the first chunk, 25 are a second; with ``"auto"`` 10 by default, and more where that would not
-            last until the next.
+        first_chunk: tokens of the first chunk, 25 are a second; with ``"auto"`` of what is heard of it, 10 by default, and more
+            where that would not last until the next.
         max_chunk: tokens of a chunk at most, with ``"auto"``; by default 250, or as many as the first has.
 
     Raises:
@@ -208,7 +209,9 @@ class Pace:
     def _now(self, waiting: int, left: float) -> bool:
         rule = self._rule
         if self._last == 0:
-            return waiting >= rule.first and (waiting + rule.step > SECOND or self._lasts(waiting))
+            # What is held back is not heard yet, and a first chunk is there to be heard.
+            least = min(rule.first + int(self._held * TOKENS_PER_SECOND), rule.opening)
+            return waiting >= least and (waiting + rule.step > rule.opening or self._lasts(waiting))
         if waiting + rule.step > rule.most:
             return True
         lasting = self._lasting()
