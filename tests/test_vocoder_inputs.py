@@ -34,7 +34,9 @@ class Hears(PlainVocoder):
 def idle(monkeypatch):
     """An engine in which nothing may run: no T3, no vocoder."""
     ours = ChatterboxEngine(stand_in(tiny_t3("gpt")), speakers=SpeakerCache(MemoryStore("32MiB")))
-    monkeypatch.setattr("kvcache_chatterbox.speaker.vocoder_of", lambda s3gen, options, device: Hears(s3gen, device))
+    monkeypatch.setattr(
+        "kvcache_chatterbox.speaker.vocoder_of", lambda s3gen, options, device, programs: Hears(s3gen, device)
+    )
 
     def runs(*args, **given):
         raise AssertionError("it ran")

@@ -402,9 +402,10 @@ def _state(device: torch.device) -> int:
 
 def heard(audio: SegmentedAudio, pieces: Iterable[tuple[int, Tensor]]) -> Iterator[Tensor]:
     """Audio chunks ``[1, samples]`` of segments, as their speech tokens come."""
-    begin = time.perf_counter()
+    begin: float | None = None  # what comes first waits for its prefill, and tells nothing of those behind it
     for index, tokens in pieces:
-        if (chunk := audio.push(index, tokens, time.perf_counter() - begin)).numel():
+        took = 0.0 if begin is None else time.perf_counter() - begin
+        if (chunk := audio.push(index, tokens, took)).numel():
             yield chunk
         begin = time.perf_counter()
     if (chunk := audio.finish()).numel():

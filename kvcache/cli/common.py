@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,23 +13,10 @@ from rich.text import Text
 
 from kvcache.errors import InputError
 from kvcache.policies import parse_bytes
-from kvcache.precision import Precision
 from kvcache.redact import printable
-from kvcache.setting import VocoderSetting
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 """The option that every command has."""
-Vocoder = Annotated[
-    str,
-    typer.Option(help="Of a model that speaks: none, own, or other weights that its adapter knows, such as meanflow."),
-]
-VocoderPrecision = Annotated[
-    str | None, typer.Option(help="Of its vocoder: fp32, bf16, fp16 or int8. Others than as loaded change the sound.")
-]
-ReferenceSeconds = Annotated[
-    float | None, typer.Option(help="Of a voice's clip that its vocoder hears. Fewer than all change the sound.")
-]
-MaxChunk = Annotated[int | None, typer.Option(help="Most speech tokens that become audio at once.")]
 
 _GIGA, _MEGA, _KILO = 2**30, 2**20, 2**10
 
@@ -117,35 +104,6 @@ def bytes_of(option: str, given: str | None) -> int | None:
         raise InputError(
             f"{option} {given} is no size; give a number of bytes, or one such as 512MiB, 2G, 2Gi or 1.5GB"
         ) from error
-
-
-def vocoder_setting(
-    weights: str,
-    precision: str | None = None,
-    reference_seconds: float | None = None,
-    max_chunk: int | None = None,
-) -> VocoderSetting | None:
-    """How the options of a command let the vocoder run; None for ``--vocoder none``.
-
-    Raises:
-        InputError: for what cannot be, or goes with a vocoder only.
-    """
-    given = {
-        "--vocoder-precision": precision,
-        "--reference-seconds": reference_seconds,
-        "--max-chunk": max_chunk,
-    }
-    if weights == "none":
-        for option, value in given.items():
-            if value is not None:
-                raise InputError(f"{option} {value}: it goes with a vocoder; give --vocoder own as well")
-        return None
-    if precision not in (None, *get_args(Precision)):
-        raise InputError(f"--vocoder-precision {precision}: give one of {', '.join(get_args(Precision))}")
-    at_least("--max-chunk", max_chunk, 1)
-    if reference_seconds is not None and not 0 < reference_seconds < math.inf:
-        raise InputError(f"--reference-seconds {reference_seconds:g}: give a number of seconds above 0")
-    return VocoderSetting(weights, precision, reference_seconds=reference_seconds, max_chunk=max_chunk)  # type: ignore[arg-type]
 
 
 def at_least(option: str, given: int | None, least: int) -> None:

@@ -9,10 +9,6 @@ from rich.text import Text
 
 from kvcache.cli.common import (
     Json,
-    MaxChunk,
-    ReferenceSeconds,
-    Vocoder,
-    VocoderPrecision,
     Wanting,
     at_least,
     bar,
@@ -23,8 +19,8 @@ from kvcache.cli.common import (
     progress,
     shown_bytes,
     table,
-    vocoder_setting,
 )
+from kvcache.cli.vocoding import MaxChunk, ReferenceSeconds, Vocoder, VocoderPrecision, vocoder_setting
 from kvcache.errors import InputError
 from kvcache.planning import MOST_REQUESTS, Device, MemoryPlan, Room, plan, room
 from kvcache.policies import MaxBytes, SizePolicy, SlidingWindow

@@ -12,9 +12,6 @@ from rich.text import Text
 
 from kvcache.cli.common import (
     Json,
-    ReferenceSeconds,
-    Vocoder,
-    VocoderPrecision,
     at_least,
     bar,
     console,
@@ -24,8 +21,8 @@ from kvcache.cli.common import (
     shown_bytes,
     table,
     threads_of,
-    vocoder_setting,
 )
+from kvcache.cli.vocoding import ReferenceSeconds, Vocoder, VocoderPrecision, vocoder_setting
 from kvcache.decoding.backends import BackendName
 from kvcache.errors import InputError
 from kvcache.precision import Precision

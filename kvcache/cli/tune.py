@@ -10,9 +10,6 @@ import typer
 
 from kvcache.cli.common import (
     Json,
-    ReferenceSeconds,
-    Vocoder,
-    VocoderPrecision,
     at_least,
     bytes_of,
     display,
@@ -22,8 +19,8 @@ from kvcache.cli.common import (
     shown_bytes,
     table,
     threads_of,
-    vocoder_setting,
 )
+from kvcache.cli.vocoding import ReferenceSeconds, Vocoder, VocoderPrecision, vocoder_setting
 from kvcache.errors import InputError
 from kvcache.files import check_given
 from kvcache.subjects import subject
