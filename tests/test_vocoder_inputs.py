@@ -75,7 +75,7 @@ def without(*names):
         ),
         ({**reference(3), "prompt_feat": torch.zeros(1, 20, 80)}, "0.40 s long"),
         ({**reference(3), "prompt_feat": torch.zeros(1, 150, 100)}, r"a mel [1, 150, 100]"),
-        ({**reference(3), "prompt_token": torch.zeros(1, 75)}, "tokens [1, 75] of torch.float32"),
+        ({**reference(3), "prompt_token": torch.full((1, 75), 0.5)}, "tokens [1, 75] of torch.float32"),
         ({**reference(3), "prompt_token": torch.zeros(1, 0, dtype=torch.long)}, "tokens [1, 0]"),
         ({**reference(3), "embedding": torch.zeros(1, 0)}, "an embedding [1, 0]"),
     ],
