@@ -64,7 +64,8 @@ def check_reference(gen: Mapping[str, Any], seconds: float | None = None) -> Non
         )
     tokens, mel, embedding = (torch.as_tensor(gen[name]) for name in ("prompt_token", "prompt_feat", "embedding"))
     # Upstream's own runs turn the ids into fp32, in the dictionary that they were given.
-    known = tokens.numel() > 0 and bool(((tokens == tokens.round()) & (tokens >= 0) & (tokens < IDS)).all())
+    ids = tokens.is_meta or bool(((tokens == tokens.round()) & (tokens >= 0) & (tokens < IDS)).all())
+    known = tokens.numel() > 0 and ids
     if not known or mel.shape[-1:] != (MELS,) or embedding.numel() == 0:
         raise InputError(
             f"the voice's reference has tokens {list(tokens.shape)} of {tokens.dtype}, a mel {list(mel.shape)} and an embedding "

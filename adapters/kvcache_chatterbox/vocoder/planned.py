@@ -115,7 +115,7 @@ def _blank_vocoder(s3gen: Any, options: VocoderOptions) -> S3GenVocoder:
 @torch.inference_mode()
 def workspace_of(vocoder: S3GenVocoder, voice: Voice, tokens: int, rows: int = 1) -> int:
     """Bytes that a run over so many tokens of each text takes at most, of a vocoder on the meta device."""
-    vocoder.before(voice)  # the reference stays, and is no workspace
+    vocoder.held(voice)  # its parts and the reference stay, and are no workspace
     with without_numbers() as watch:
         said = torch.zeros(tokens, dtype=torch.long)
         known = min(TOKENS_PER_SECOND, tokens - 1)
