@@ -138,6 +138,23 @@ def any_ratios(result: Result) -> str:
 # ---------------------------------------------------------------------- text to audio
 
 
+def heard(rows: Sequence[Row]) -> str:
+    """What a listener waits for at the longest speech that each variant was measured with, a line for each side."""
+    longest = {name: max(row["speech, s"] for row in rows if row["variant"] == name) for name in _names(rows)}
+    header = ["", "side", "T3", "speech, s", "first audio, s", "without audio behind it, s", "RTF"]
+    lines = []
+    for row in rows:
+        if row["speech, s"] == longest[row["variant"]]:
+            behind = max(0.0, row["silence in all, s"] - row["first audio, s"])
+            figures = (row["speech, s"], row["first audio, s"], behind, row["RTF"])
+            lines.append([_variant(row), row["how"], row["T3"], *(digits(value) for value in figures)])
+    return table(header, lines, words=3)
+
+
+def _names(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row["variant"] for row in rows))
+
+
 def end_to_end(rows: Sequence[Row]) -> str:
     """What a listener waits for, a line for each side and length of speech."""
     header = [
