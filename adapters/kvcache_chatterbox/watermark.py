@@ -7,6 +7,8 @@ that hop and overlap; what is too near to a window's edge is not handed out.
 """
 
 import importlib
+import io
+from contextlib import redirect_stdout
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -66,7 +68,8 @@ def marked(watermarker: Watermarker, audio: Tensor, sample_rate: int) -> Tensor:
 def perth_or_none() -> Watermarker | None:
     """Upstream's watermarker with its own weights; None where that does not load."""
     try:
-        found: Watermarker = importlib.import_module("perth").PerthImplicitWatermarker()
+        with redirect_stdout(io.StringIO()):  # it says there which weights it has loaded
+            found: Watermarker = importlib.import_module("perth").PerthImplicitWatermarker()
     except Exception:  # the package sets it to None where a part of it is missing
         return None
     return found
