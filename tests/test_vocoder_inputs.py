@@ -1,12 +1,11 @@
 """What a vocoder cannot do is said in one line, before anything runs: voices, settings, weights, chunks."""
 
 import asyncio
-import importlib
 import types
 
 import pytest
 import torch
-from support.whole import clip, reference, s3gen, whole
+from support.whole import clip, reference, s3gen, take_away_the_audio_stack, whole
 from t3_models import tiny_t3
 
 from kvcache import InputError, MemoryStore, MissingDependencyError, SpeakerCache
@@ -199,14 +198,7 @@ def test_guidance_of_a_model_whose_weights_are_distilled_is_refused():
 
 
 def test_without_the_audio_stack_the_error_says_what_to_install(monkeypatch):
-    load = importlib.import_module
-
-    def lacking(name, *args):
-        if name == "chatterbox.models.s3gen":
-            raise ImportError("No module named 'torchaudio'", name="torchaudio")
-        return load(name, *args)
-
-    monkeypatch.setattr(importlib, "import_module", lacking)
+    take_away_the_audio_stack(monkeypatch)
     with pytest.raises(MissingDependencyError, match=r"does not load \(No module named 'torchaudio'\).*chatterbox\.md"):
         s3gen_module()
 

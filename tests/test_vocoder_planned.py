@@ -2,12 +2,11 @@
 
 import asyncio
 import gc
-import importlib
 import json
 
 import pytest
 import torch
-from support.whole import reference, s3gen, short_s3gen
+from support.whole import reference, s3gen, short_s3gen, take_away_the_audio_stack
 from t3_models import UPSTREAMS_WARNINGS, tiny_t3
 from torch.profiler import ProfilerActivity, profile
 
@@ -137,14 +136,7 @@ def test_distilled_weights_stand_beside_the_models_own_and_fewer_bits_beside_bot
 
 
 def test_without_the_audio_stack_a_plan_says_so(monkeypatch):
-    load = importlib.import_module
-
-    def lacking(name, *args):
-        if name == "chatterbox.models.s3gen":
-            raise ImportError("No module named 'torchaudio'", name="torchaudio")
-        return load(name, *args)
-
-    monkeypatch.setattr(importlib, "import_module", lacking)
+    take_away_the_audio_stack(monkeypatch)
     with pytest.raises(InputError, match=r"the vocoder cannot be planned.*torchaudio.*chatterbox\.md"):
         plan(subject("chatterbox-nano"), Setting(vocoder=VocoderSetting()), 600, process=0)
 

@@ -71,3 +71,15 @@ def clip(path: Path, seconds: float, seed: int = 0) -> Path:
 def reference(seconds: float, seed: int = 0) -> dict[str, Any]:
     """A made-up reference of a voice, as S3Gen's `embed_ref` makes it."""
     return made_up_reference(seconds, seed)
+
+
+def take_away_the_audio_stack(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let upstream's S3Gen not load, as where torchaudio is not installed."""
+    load = importlib.import_module
+
+    def lacking(name: str, *args: Any) -> Any:
+        if name == "chatterbox.models.s3gen":
+            raise ImportError("No module named 'torchaudio'", name="torchaudio")
+        return load(name, *args)
+
+    monkeypatch.setattr(importlib, "import_module", lacking)
