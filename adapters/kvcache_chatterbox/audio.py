@@ -10,13 +10,21 @@ from torch import Tensor
 
 from kvcache import InputError
 from kvcache_chatterbox.chunking import TOKENS_PER_SECOND, Chunking, Cost, Listener, Pace
-from kvcache_chatterbox.vocoder import FRAMES_PER_TOKEN, LEAD, SAMPLES_PER_TOKEN, Noise, Run, SeededNoise, Vocoder
+from kvcache_chatterbox.vocoder import (
+    FRAMES_PER_TOKEN,
+    LEAD,
+    SAMPLES_PER_TOKEN,
+    SPEECH_TOKENS,
+    Noise,
+    Run,
+    SeededNoise,
+    Vocoder,
+)
 from kvcache_chatterbox.voices import Voice
 from kvcache_chatterbox.watermark import LATER, StreamMarker
 
 __all__ = ["CONTEXT", "SAMPLES_PER_TOKEN", "SAMPLE_RATE", "SPEECH_TOKENS", "AudioStream", "SegmentedAudio", "speech_of"]
 
-SPEECH_TOKENS = 6561  # tokens from here on are start and stop, not speech
 SAMPLE_RATE = 24_000
 CONTEXT = 25  # tokens before a chunk that are run again with it; S3Gen silences the first one of any run
 _EDGE = (

@@ -7,7 +7,7 @@ import torch
 from kvcache import InputError
 from kvcache.decoding.programs import Programs
 from kvcache.events import Event, emit
-from kvcache_chatterbox.vocoder.flow import FRAMES_PER_TOKEN
+from kvcache_chatterbox.vocoder.flow import FRAMES_PER_TOKEN, SPEECH_TOKENS
 from kvcache_chatterbox.vocoder.noise import Noise, SeededNoise, UpstreamNoise
 from kvcache_chatterbox.vocoder.options import VocoderOptions
 from kvcache_chatterbox.vocoder.plain import PlainVocoder
@@ -19,6 +19,7 @@ __all__ = [
     "FRAMES_PER_TOKEN",
     "LEAD",
     "SAMPLES_PER_TOKEN",
+    "SPEECH_TOKENS",
     "Made",
     "Noise",
     "PlainVocoder",

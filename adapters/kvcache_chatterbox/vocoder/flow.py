@@ -23,7 +23,7 @@ from kvcache_chatterbox.vocoder.compiling import compiled_over
 from kvcache_chatterbox.vocoder.narrow import at_precision
 
 FRAMES_PER_TOKEN = 2
-IDS = 6561  # of speech tokens
+SPEECH_TOKENS = 6561  # ids from here on are start and stop, not speech
 TOKENS_PER_SECOND = 25
 LEAST_REFERENCE, LONGEST_REFERENCE = 1.0, 30.0  # seconds that are heard
 MELS = 80
@@ -64,12 +64,12 @@ def check_reference(gen: Mapping[str, Any], seconds: float | None = None) -> Non
         )
     tokens, mel, embedding = (torch.as_tensor(gen[name]) for name in ("prompt_token", "prompt_feat", "embedding"))
     # Upstream's own runs turn the ids into fp32, in the dictionary that they were given.
-    ids = tokens.is_meta or bool(((tokens == tokens.round()) & (tokens >= 0) & (tokens < IDS)).all())
+    ids = tokens.is_meta or bool(((tokens == tokens.round()) & (tokens >= 0) & (tokens < SPEECH_TOKENS)).all())
     known = tokens.numel() > 0 and ids
     if not known or mel.shape[-1:] != (MELS,) or embedding.numel() == 0:
         raise InputError(
             f"the voice's reference has tokens {list(tokens.shape)} of {tokens.dtype}, a mel {list(mel.shape)} and an embedding "
-            f"{list(embedding.shape)}; expected ids below {IDS} [1, p], [1, 2 p, {MELS}] and [1, 192]: encode its clip again"
+            f"{list(embedding.shape)}; expected ids below {SPEECH_TOKENS} [1, p], [1, 2 p, {MELS}] and [1, 192]: encode its clip again"
         )
     has = min(tokens.numel(), mel.numel() // MELS // FRAMES_PER_TOKEN) / TOKENS_PER_SECOND
     heard = has if seconds is None else min(has, seconds)
