@@ -214,7 +214,6 @@ def measure(
         memory=options.memory,
         reference=FIXED if FIXED in sides else None,
     ).run([Phase(options.rounds, warmup=0, word=task) for task in tasks])
-    far = measured_distances(case, sides, options)
     rows, arrivals = [], {}
     for name, side in sides.items():
         note = measured.notes.get(name, {})
@@ -226,7 +225,7 @@ def measure(
                 | ({} if text is None else {"characters": len(text)})
                 | row_of(runs)
                 | {"cold, s": note.get("cold"), "new voice, s": note.get("new voice"), "peak, MiB": note.get("MiB, peak")}
-                | far_of(far.get(name), side)
+                | far_of(None, side)
                 | measured.mark(name)
             )  # fmt: skip
             if runs:
@@ -460,7 +459,7 @@ def main() -> None:
     options = options_of()
     torch.set_num_threads(options.threads)
     imported(CLASSES[options.variants[0]][0])
-    parts, failed = Parts(options.parts), {}
+    parts, failed = Parts(options.parts), dict[str, str]()
     lasting = [(f"{seconds:g}", round(seconds * TOKENS_PER_SECOND), None) for seconds in options.seconds]
     more: dict[str, Any] = {"weights": "random", "tokenizer": "a stand-in", "reference, s": options.reference}
 
@@ -469,30 +468,32 @@ def main() -> None:
         told = more | rest | {"arrivals": parts.arrivals, "parts": parts.made}
         write("end_to_end", parts.lists["rows"], ratios_of(parts.lists["rows"]), options, failed, **told)
 
+    def take(name: str, case: Case, sides: Mapping[str, Side], tasks: Sequence[tuple[str, int, str | None]]) -> None:
+        rows, arrivals, measured = measure(case, sides, tasks, options)
+        if name == "rows":
+            parts.arrivals |= arrivals
+            more.update(measured.facts())
+        if name == "levers":
+            rows = with_gains(rows, sides)
+        failed.update({f"{case.variant}, {name}, {side}": why for side, why in measured.failed.items()})
+        parts.add(name, rows)
+        kept()  # as the distances may take minutes
+        far = measured_distances(case, sides, options)
+        parts.add(name, [row | far_of(far.get(row["side"]), sides[row["side"]]) for row in rows])
+        kept()
+
     for variant in options.variants:
         case = Case(variant, options.reference, options.layers)
         sides = sides_of(options, variant)
         chosen = {name: sides[name] for name in options.sides or sides}
         if options.main:
-            rows, arrivals, measured = measure(case, chosen, lasting, options)
-            parts.add("rows", rows)
-            parts.arrivals |= arrivals
-            more |= measured.facts()
-            failed |= {f"{variant}, {name}": why for name, why in measured.failed.items()}
-            kept()
+            take("rows", case, chosen, lasting)
         if options.levers is not None:
             levers = levers_of(options, variant)
-            wanted = with_bases(levers, options.levers or list(levers))
-            rows, _, measured = measure(case, wanted, lasting, options)
-            parts.add("levers", with_gains(rows, wanted))
-            failed |= {f"{variant}, lever {name}": why for name, why in measured.failed.items()}
-            kept()
+            take("levers", case, with_bases(levers, options.levers or list(levers)), lasting)
         if options.texts:
-            tasks = [(f"text {len(text)}", tokens_of(text), text) for text in TEXTS[: 1 if options.quick else None]]
-            rows, _, measured = measure(case, chosen, tasks, options)
-            parts.add("texts", rows)
-            failed |= {f"{variant}, text {name}": why for name, why in measured.failed.items()}
-            kept()
+            texts = [(f"text {len(text)}", tokens_of(text), text) for text in TEXTS[: 1 if options.quick else None]]
+            take("texts", case, chosen, texts)
         if options.streams is not None:
             rows, measured = streams_of(case, sides[FAST], options)
             parts.add("streams", rows)

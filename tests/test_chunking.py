@@ -170,3 +170,28 @@ def test_the_cost_of_a_run_is_the_line_through_those_that_were():
     for _ in range(16):
         cost.took(100, 5.0)
     assert cost.of(100) == pytest.approx(5.0), "what was long ago is forgotten"
+
+
+@search(100)
+@given(
+    speeds,
+    st.lists(st.integers(1, 300), min_size=12, max_size=12, unique=True),
+    st.lists(st.tuples(st.integers(1, 300), st.floats(0, 200)), max_size=4),
+    st.randoms(use_true_random=False),
+)
+def test_runs_that_compiled_or_were_held_up_do_not_tell_what_the_next_takes(speed, sizes, held_up, random):
+    """One run in four may have taken any time: a first one that compiled once made every later chunk four times the one before."""
+    machine = Machine(*speed, known=False)
+    runs = [(size, machine.took(size)) for size in sizes] + held_up
+    random.shuffle(runs)
+    for tokens, took in runs:
+        machine.cost.took(tokens, took)
+    assert machine.cost.of(200) == pytest.approx(machine.took(200), rel=1e-6, abs=1e-6)
+
+
+def test_after_a_first_run_that_compiled_the_second_request_is_as_good_as_any():
+    machine = Machine(0.008, 0.1, 0.003, known=False)
+    machine.cost.took(BEFORE + 10, 60.0)
+    machine.say(Chunking(), 750)
+    _, listener, first, _ = machine.say(Chunking(), 750)
+    assert listener.silence == 0 and first < 0.8

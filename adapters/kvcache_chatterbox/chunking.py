@@ -12,6 +12,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
+from statistics import median
 from typing import Literal, cast
 
 from kvcache import InputError
@@ -123,18 +125,19 @@ class Cost:
         self._runs.append((tokens, seconds))
 
     def of(self, tokens: int) -> float:
-        """Seconds that a run over so many tokens probably takes, on the straight line through those that were; 0 if there
-        were none."""
+        """Seconds that a run over so many tokens probably takes; 0 if there were none.
+
+        On the straight line of the median slope (Theil-Sen), which one run in four may miss by any amount: a first run sets
+        libraries up or compiles, and tells nothing of those behind it.
+        """
         runs = list(self._runs)
         if not runs:
             return 0.0
-        mean = sum(n for n, _ in runs) / len(runs)
-        level = sum(took for _, took in runs) / len(runs)
-        spread = sum((n - mean) ** 2 for n, _ in runs)
-        if spread == 0:  # all of one size: others in proportion
-            return level * tokens / mean
-        slope = max(0.0, sum((n - mean) * (took - level) for n, took in runs) / spread)
-        return max(0.0, level + slope * (tokens - mean))
+        slopes = [(b - a) / (m - n) for (n, a), (m, b) in combinations(runs, 2) if m != n]
+        if not slopes:  # all of one size: others in proportion
+            return median(took for _, took in runs) * tokens / runs[0][0]
+        slope = max(0.0, median(slopes))
+        return max(0.0, median(took - slope * n for n, took in runs) + slope * tokens)
 
 
 class Listener:
