@@ -347,6 +347,10 @@ class LanguageSubject(Subject):
         return _Language(self.load(device), setting)
 
     def warm_up(self, setting: Setting, context: int, tokens: int, told: Told) -> WarmUp:
+        if setting.requests > 1:
+            raise InputError(
+                f"{self.name} decodes its requests one by one, not {setting.requests} together; leave that out"
+            )
         language = _Language(self.load(), setting)
         prompt, settings = language._request(context, tokens)
         if (reason := language.manager.why_not(prompt, **settings)) is not None:

@@ -186,8 +186,62 @@ def test_another_model_of_the_same_shape_takes_the_program_with_its_own_weights(
         8, 20, generator=torch.Generator().manual_seed(0)
     ).T  # lies otherwise than what it was made with
     torch.testing.assert_close(function(turned, True), scaled(function.root, turned, True))
-    one = torch.ones(1, 8)  # no size that the program is for
-    assert torch.equal(function(one, True), scaled(function.root, one, True))
+
+
+def test_a_size_of_one_has_a_program_of_its_own(tmp_path):
+    function, one = ahead(Scaled(), ProgramFiles(tmp_path / "programs")), torch.ones(1, 8)
+    torch.testing.assert_close(function(one, True), scaled(function.root, one, True))
+    assert function.key({"x": one, "twice": True}) != function.key({"x": torch.ones(2, 8), "twice": True})
+    assert told(function) == [("scaled", "compiled")] and function.refused is None
+
+
+class Ring:
+    """Remembers as much as it has room for."""
+
+    def __init__(self, room):
+        self.model = Scaled()
+        self.held = torch.zeros(room, 8)
+        self.at = torch.zeros(1, dtype=torch.long)
+
+
+def remembered(root, x, order):
+    """Writes ``[8]`` down, and gives the sum of what stands in these places."""
+    root.held.index_copy_(0, root.at % root.held.shape[0], (x @ root.model.weight)[None])
+    root.at.add_(1)
+    torch._check(order.shape[0] <= root.held.shape[0])
+    return (root.held[: order.shape[0]] * (order >= 0)[:, None]).sum(0)
+
+
+def ring(room, files):
+    root = Ring(room)
+    return Ahead(
+        remembered,
+        root,
+        name="remembered",
+        model=root.model,
+        dynamic={"order": (0,)},
+        sized=[(root.held, (0,))],
+        programs=Programs(files),
+        example=lambda given: {**given, "order": torch.arange(room // 2)},
+    )
+
+
+def test_one_program_serves_roots_whose_tensors_are_of_another_size(tmp_path):
+    files, made = ProgramFiles(tmp_path / "programs"), []
+    for room in (12, 5, 40):
+        function, plain = ring(room, files), Ring(room)
+        for turn in range(2 * room):
+            x, order = torch.full((8,), float(turn)), torch.arange(2 + turn % (room - 1))
+            torch.testing.assert_close(function(x, order), remembered(plain, x, order))
+            torch.testing.assert_close(function.root.held, plain.held)
+        assert function.refused is None
+        made += told(function)
+    assert made == [("remembered", "compiled")]  # and then it was at hand
+    assert len(files.held()) == 1
+    turned = ring(12, files)
+    turned.root.held = torch.zeros(8, 12).T  # whose elements lie otherwise
+    turned(torch.ones(8), torch.arange(3))
+    assert "was made for a self.held" in turned.refused
 
 
 @pytest.mark.parametrize("spoil", SPOILT, ids=lambda spoil: spoil.__name__)
@@ -281,7 +335,7 @@ from support.families import build, token_ids
 from kvcache import KVCacheManager, subscribe
 reasons = []
 subscribe(lambda event: reasons.append(str(event)), ["fell_back"])
-manager = KVCacheManager(build("llama"), max_cache_length=64)
+manager = KVCacheManager(build("llama"), max_cache_length={slots})
 given = dict(max_new_tokens=12, do_sample=False)
 eager = torch.cat(list(manager.stream(token_ids(1, 9), backend="eager", **given)), 1)
 times = []
@@ -289,7 +343,7 @@ for _ in range(3):
     began = time.perf_counter()
     tokens = torch.cat(list(manager.stream(token_ids(1, 9), backend="compile", **given)), 1)
     times.append(time.perf_counter() - began)
-print(json.dumps(dict(same=torch.equal(tokens, eager), times=times, reasons=reasons, backend=manager.report().backend,
+print(json.dumps(dict(slots=manager.report().layers[0].capacity, same=torch.equal(tokens, eager), times=times, reasons=reasons, backend=manager.report().backend,
       how=[one.how for one in manager._decoder.programs.made], dynamo="torch._dynamo.convert_frame" in sys.modules)))
 """
 
@@ -302,17 +356,18 @@ def test_the_second_process_traces_nothing(tmp_path):
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "torch"),
     }
 
-    def process():
-        script = _PROCESS.format(path=[path for path in sys.path if path])
+    def process(slots):
+        script = _PROCESS.format(path=[path for path in sys.path if path], slots=slots)
         ran = subprocess.run(
             [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=1200
         )
         assert ran.returncode == 0, ran.stderr
         return json.loads(ran.stdout.splitlines()[-1])
 
-    first, second = process(), process()
-    for one in (first, second):
+    first, second = process(64), process(90)
+    for one, slots in ((first, 64), (second, 90)):
         assert one["same"]
+        assert one["slots"] == slots
         assert one["reasons"] == []
         assert one["backend"] == "compile"
     assert first["how"] == ["compiled"]

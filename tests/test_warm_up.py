@@ -44,6 +44,24 @@ def test_the_vocoder_is_run_at_sizes_that_tell_what_its_runs_take():
     assert told == ["decoding the first tokens", *(f"making audio of {size} tokens" for size in (25, 50, 100))]
 
 
+def test_what_speaks_at_once_is_warmed_together():
+    engine, told = ChatterboxEngine(stand_in(tiny_t3("english"))), []
+    engine.warm_up(max_new_tokens=20, requests=3, told=told.append)
+    assert told == [
+        "decoding the first tokens",
+        *(f"decoding the first tokens of {n} at once" for n in (1, 2, 3)),
+        "making audio of 25 and 25 tokens at once",
+        "making audio of 25 and 50 tokens at once",
+        *(f"making audio of {size} tokens" for size in (25, 50, 100)),
+    ]
+    with pytest.raises(InputError, match="requests=0 must"):
+        engine.warm_up(requests=0)
+    with pytest.raises(InputError, match="one utterance at a time"):
+        ChatterboxEngine(stand_in(tiny_t3("english")), backend="off").warm_up(requests=2)
+    with pytest.raises(InputError, match="bare T3"):
+        ChatterboxEngine(tiny_t3("english")).warm_up(requests=2)
+
+
 def test_what_cannot_be_warmed_is_said_before_anything_runs():
     engine = ChatterboxEngine(tiny_t3("gpt"))
     with pytest.raises(InputError, match="nobody"):
@@ -85,3 +103,14 @@ def test_the_command_says_what_it_made_or_why_not(monkeypatch, tmp_path, capsys)
 
 def _no_compiler_either(*args, **given):
     raise RuntimeError("nor this one")
+
+
+def test_the_command_is_for_what_a_model_has(tmp_path, capsys):
+    build("llama").save_pretrained(tmp_path / "model")
+    for arguments, said in (
+        (["--requests", "2"], "decodes its requests one by one"),
+        (["--vocoder", "own"], "is no model that speaks"),
+        (["--vocoder-precision", "bf16"], "goes with a vocoder"),
+    ):
+        assert main(["warm", str(tmp_path / "model"), *arguments]) == 2
+        assert said in capsys.readouterr().err

@@ -210,6 +210,7 @@ class ChatterboxEngine(UtteranceDecoder):
         voice: str | Voice | None = None,
         language_id: str | None = None,
         max_new_tokens: int | None = None,
+        requests: int = 1,
         background: bool = False,
         told: Told = untold,
         **sampling: Unpack[SamplingOptions],
@@ -217,13 +218,14 @@ class ChatterboxEngine(UtteranceDecoder):
         """Do what a first request would wait for: compiled steps are loaded from their files or made, what runs of the vocoder
         take is measured.
 
-        It runs a little of a request of its own. Requests with other settings (more text and tokens than these, greedy draws)
-        may still need a compiled step of their own.
+        It runs a little of a request of its own. Requests with other settings (greedy draws, no guidance) may still need a
+        compiled step of their own.
 
         Args:
             text: that is begun.
             voice: who speaks; by default the voice that the model was loaded with, or for a bare T3 a made-up one.
             language_id, max_new_tokens, **sampling: as requests will have them, see `generate_stream`.
+            requests: that speak at once at most. Each number of them has a compiled step of its own.
             background: return at once and do it in a thread. From then on no request waits for a compiler: it runs eagerly
                 until its compiled step is there, and says the same tokens.
             told: is told what is done next, in the thread that does it.
@@ -232,16 +234,21 @@ class ChatterboxEngine(UtteranceDecoder):
             What was made and how long that took, see `WarmUp`.
 
         Raises:
-            InputError, CapacityError: as `generate_stream`, before anything has run.
+            InputError, CapacityError: as `generate_stream`, before anything has run; or if so many cannot speak at once.
         """
+        check_count("requests", requests)
+        if requests > 1:
+            self.room(requests)
         if self._speaker is None:
+            if requests > 1:
+                raise InputError(f"requests={requests}: this engine is around a bare T3; give it a whole model")
             run = self._warm_tokens(voice, max_new_tokens, told, sampling)
         else:
             who = self.voice_of(voice)
             given = {"language_id": language_id, "max_new_tokens": max_new_tokens, "seed": 0, "max_rows": 1}
             long = self.long_text(text, who, **given, **sampling)  # type: ignore[arg-type]
             self._speaker.checked(who)
-            run = partial(self._warm_audio, who, long, told)
+            run = partial(self._warm_audio, who, long, requests, told)
         warming = WarmUp(self._programs, run)
         return warming.in_background() if background else warming.here()
 
@@ -256,9 +263,16 @@ class ChatterboxEngine(UtteranceDecoder):
         )
         return partial(_begun, stream, told)
 
-    def _warm_audio(self, voice: Voice, text: LongText, told: Told) -> None:
+    def _warm_audio(self, voice: Voice, text: LongText, requests: int, told: Told) -> None:
         _begun(self._in_order(text.utterances[:1], 1, _FEW, None, text.plan.slots), told)
-        self._with_vocoder().warm(voice, told)
+        if requests > 1:
+            utterance = text.utterances[0]
+            with self.batch(requests, text.plan.slots) as batch:
+                for speaking in range(1, requests + 1):
+                    told(f"decoding the first tokens of {speaking} at once")
+                    batch.enter(self.job(utterance))
+                    batch.turn()
+        self._with_vocoder().warm(voice, told, requests)
 
     # ------------------------------------------------------------------ speech tokens
 

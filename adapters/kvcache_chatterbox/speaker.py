@@ -157,19 +157,26 @@ class Speaker:
         """The voice that the model has now. Errors are those of `conds`."""
         return Voice.of(self._tts.t3, self.conds)
 
-    def warm(self, voice: Voice, told: Callable[[str], object]) -> None:
+    def warm(self, voice: Voice, told: Callable[[str], object], requests: int = 1) -> None:
         """Run the vocoder at a few sizes, so that what it compiles is there, and what its runs take is known.
 
         Args:
             told: is told what is done next.
+            requests: that speak at once at most: with several, chunks of two are run together, too.
         """
         vocoder, noise = self.checked(voice), SeededNoise(0)
         before = vocoder.before(voice) + CONTEXT
-        generator = torch.Generator().manual_seed(0)
-        for size in _WARMED:
+        tokens = torch.randint(0, SPEECH_TOKENS, (CONTEXT + max(_WARMED),), generator=torch.Generator().manual_seed(0))
+        runs = {size: Run(tokens[: CONTEXT + size], voice, noise, known=CONTEXT) for size in _WARMED}
+        if requests > 1:
+            few, more, _ = runs.values()
+            for together in ((few, few), (few, more)):  # as long as one another, and padded
+                told(
+                    f"making audio of {' and '.join(str(run.tokens.numel() - CONTEXT) for run in together)} tokens at once"
+                )
+                vocoder.waves(together)
+        for size, run in runs.items():
             told(f"making audio of {size} tokens")
-            tokens = torch.randint(0, SPEECH_TOKENS, (CONTEXT + size,), generator=generator)
-            run = Run(tokens, voice, noise, known=CONTEXT)
             if size == _WARMED[0]:
                 vocoder.waves([run])  # which loads, compiles, or sets up
             began = time.perf_counter()

@@ -28,7 +28,7 @@ from kvcache_chatterbox.requests import prefill
 from kvcache_chatterbox.scheduling import VOCODED, VOCODED_CPU
 from kvcache_chatterbox.speaker import ENDING, Speaker, heard
 from kvcache_chatterbox.standin import stand_in
-from kvcache_chatterbox.vocoder import S3GenVocoder, why_plain
+from kvcache_chatterbox.vocoder import S3GenVocoder, VocoderOptions, why_plain
 from kvcache_chatterbox.vocoder.flow import TOKENS_PER_SECOND
 from kvcache_chatterbox.vocoder.planned import (
     LONGEST_HEARD,
@@ -117,10 +117,12 @@ class ChatterboxSubject(Subject):
         return speech
 
     def warm_up(self, setting: Setting, context: int, tokens: int, told: Told) -> WarmUp:
-        engine = engine_of(self.load(), setting)
+        self.load()
+        model, options = self._whole(setting, "cpu")
+        engine = engine_of(model, setting, vocoder=options)
         if engine._why_not is not None:
             raise InputError(f"{self.name} has no steps to compile: {engine._why_not}")
-        return engine.warm_up(max_new_tokens=tokens, told=told)
+        return engine.warm_up(max_new_tokens=tokens, requests=setting.requests, told=told)
 
     def longest(self, setting: Setting) -> int | None:
         return setting.max_length or _LONGEST
@@ -154,18 +156,23 @@ class ChatterboxSubject(Subject):
         return blank_s3gen(self.gpt)
 
     def _speaker(self, setting: Setting, device: str) -> Speaker | None:
-        """What makes audio, as a setting asks for it: upstream's S3Gen with a made-up voice."""
+        """What makes audio, as a setting asks for it."""
+        model, options = self._whole(setting, device)
+        return None if options is None else Speaker(model, options)
+
+    def _whole(self, setting: Setting, device: str) -> tuple[Any, VocoderOptions | None]:
+        """A whole model with a made-up voice, and how its vocoder runs: upstream's S3Gen, or tones where none is asked for."""
+        model = stand_in(self._t3)
         if setting.vocoder is None:
-            return None
+            return model, None
         options = options_of(setting.vocoder)
         if not options.own and not self.gpt and self._folder is None:
             options = replace(options, weights=random_s3gen(meanflow=True, seed=1).to(device))
-        model = stand_in(self._t3)
         model.s3gen = self._s3gen.to(device)
         model.watermarker = perth_or_none()
         assert model.conds is not None
         model.conds.gen = made_up_reference()
-        return Speaker(model, options)
+        return model, options
 
     @cached_property
     def _s3gen(self) -> Any:
@@ -221,12 +228,12 @@ def endless(t3: Any) -> Any:
     return rebuilt(t3, lambda name, module: head.eval() if module is t3.speech_head else None)
 
 
-def engine_of(t3: Any, setting: Setting, tokens: int = 0) -> ChatterboxEngine:
-    """The engine that decodes so, without a voice, for requests of so many tokens."""
+def engine_of(model: Any, setting: Setting, tokens: int = 0, vocoder: VocoderOptions | None = None) -> ChatterboxEngine:
+    """The engine that decodes so, for requests of so many tokens, around a T3 or a whole model."""
     if setting.quantization is not None:
         raise InputError("Chatterbox's engine has no quantized caches; leave the bits out")
     return ChatterboxEngine(
-        t3,
+        model,
         setting.policy,
         setting.max_length or max(_SLOTS, tokens),
         speakers=SpeakerCache(MemoryStore("1GiB")),
@@ -234,6 +241,7 @@ def engine_of(t3: Any, setting: Setting, tokens: int = 0) -> ChatterboxEngine:
         precision=setting.precision,
         kv_dtype=setting.kv_dtype,
         bucket=setting.bucket or BUCKET,
+        vocoder=vocoder,
     )
 
 

@@ -1,17 +1,18 @@
 """`kvcache warm`: compile a model's steps before anybody waits for them."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated, get_args
 
 import typer
 
 from kvcache.cli.common import Json, Wanting, at_least, display, print_json, progress, shown_bytes, table, threads_of
+from kvcache.cli.vocoding import Vocoder, VocoderPrecision, vocoder_setting
 from kvcache.decoding.program_files import ProgramFiles
 from kvcache.errors import InputError
 from kvcache.events import Event, subscribe
 from kvcache.precision import Precision
 from kvcache.profiling import shown_seconds
-from kvcache.subjects import Setting, subject
+from kvcache.subjects import Setting, check_vocoder, subject
 
 
 def command(
@@ -27,10 +28,16 @@ def command(
         int | None, typer.Option(help="Tokens of the cache, where the manager or engine is told so.")
     ] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16, fp16 or int8; as loaded if left out.")] = None,
+    requests: Annotated[
+        int, typer.Option(help="That a model decodes together at most; each number takes a minute.")
+    ] = 1,
+    vocoder: Vocoder = "none",
+    vocoder_precision: VocoderPrecision = None,
     threads: Annotated[int | None, typer.Option(help="torch threads; torch's own choice if left out.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Compile a model's steps for backend='compile' on a CPU, and keep them for the processes that serve it.
+    """Compile a model's steps for backend='compile' on a CPU, its vocoder's with VocoderOptions(compiled=True), and keep them for
+    the processes that serve it.
 
     What is kept is for this machine, these versions, and as many torch threads. It is never needed: what is missing is compiled
     by the first request.
@@ -38,11 +45,20 @@ def command(
     at_least("--context", context, 1)
     at_least("--tokens", tokens, 8)
     at_least("--max-length", max_length, 8)
+    at_least("--requests", requests, 1)
+    speaks = vocoder_setting(vocoder, vocoder_precision)
     if precision not in (None, *get_args(Precision)):
         raise InputError(f"--precision {precision}: give one of {', '.join(get_args(Precision))}")
     found, files = subject(model), ProgramFiles()
     threads_of(threads)
-    setting = Setting(backend="compile", precision=precision, max_length=max_length)  # type: ignore[arg-type]
+    setting = Setting(
+        backend="compile",
+        precision=precision,  # type: ignore[arg-type]
+        requests=requests,
+        max_length=max_length,
+        vocoder=None if speaks is None else replace(speaks, compiled=True),
+    )
+    check_vocoder(found, setting)
     reasons: list[str] = []
 
     def fell_back(event: Event) -> None:

@@ -36,6 +36,9 @@ class Steps(Protocol):
     def order(self) -> Tensor:
         """``arange(slots)``."""
 
+    def sized(self) -> Sequence[tuple[Tensor, Sequence[int]]]:
+        """The tensors that are as large as there are slots, and in which dimension; their elements are in a row."""
+
     def program(self) -> tuple[nn.Module | None, str]:
         """What decides which operations a step runs beside its tensors: the model, None if that is none, and the rest as text."""
 
@@ -183,6 +186,7 @@ class Compiled:
                     about=about,
                     dynamic={"order": (0,)},
                     programs=self._programs,
+                    sized=steps.sized(),
                     example=example,
                 )
             self._ahead = steps, ahead

@@ -46,7 +46,7 @@ class StaticKV:
     def __init__(self, geometry: CacheGeometry, rows: int, slots: int, *, dtype: torch.dtype | None = None) -> None:
         if rows < 1 or slots < 1:
             raise GeometryError(f"a cache of {rows} rows and {slots} slots holds nothing; give at least 1 of each")
-        self.rows, self.slots = rows, slots
+        self.rows = rows
         device, dtype = geometry.device, dtype or geometry.dtype
         shape = rows, geometry.kv_heads, slots
         with torch.inference_mode(False):
@@ -66,6 +66,11 @@ class StaticKV:
         # Of the step that is running:
         self.slot = self.length
         self.columns = slots
+
+    @property
+    def slots(self) -> int:
+        """Tokens that a row has room for. It is read off a tensor, so that a compiled step serves any number of them."""
+        return self.keys[0].shape[2]
 
     @property
     def nbytes(self) -> int:
@@ -261,6 +266,7 @@ class StaticKV:
 
     def begin(self, columns: int) -> None:
         """Say where this step's tokens go, and how many slots are read."""
+        torch._check(columns <= self.slots)  # what a compiler that knows neither number has to be told
         self.slot = ring_slot(self.length, self.pinned, self.slots)
         self.columns = columns
 

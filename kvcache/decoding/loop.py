@@ -363,12 +363,14 @@ class Decoding:
         """How many slots the next step has to read, and whether every row sees all of them."""
         return (self.kv.slots, False) if self._inputs.kernel else self.kv.reach()
 
+    def sized(self) -> list[tuple[Tensor, tuple[int, ...]]]:
+        """The tensors that are as large as there are slots, and in which dimension."""
+        return [(held, (2,)) for held in (*self.kv.keys, *self.kv.values)]
+
     def program(self) -> tuple[nn.Module | None, str]:
         """What decides which operations a step runs beside its tensors: the model, None if that is none, and the rest as text."""
         kv, sampler = self.kv, self.sampler
-        kind = (
-            f"{type(self).__qualname__} {self.rows} rows of {len(self.token)}, {kv.slots} slots of {kv.keys[0].dtype}"
-        )
+        kind = f"{type(self).__qualname__} {self.rows} rows of {len(self.token)}, slots of {kv.keys[0].dtype}"
         rest = f"{sampler.order} {sampler.guided} {sampler.vocabulary} {self._inputs.kernel} {self.ahead}"
         return self._forward if isinstance(self._forward, nn.Module) else None, f"{kind}, {rest}"
 

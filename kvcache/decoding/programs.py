@@ -39,7 +39,7 @@ from kvcache.fingerprint import model_program
 _PACKAGES = ("kvcache", "torch", "transformers", "chatterbox-tts", "diffusers")
 _SELF = "self"
 _STEP = re.compile(r"\.([A-Za-z_]\w*)|\[(\d+)\]|\['([^'\\]*)'\]")
-_SIZE = re.compile(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]")
+_SIZE = re.compile(r"(L\['\w+'\].*)\.size\(\)\[(\d+)\]")
 
 _making = threading.Lock()  # torch's compiler makes one at a time
 _loaded: dict[str, "Program"] = {}
@@ -76,6 +76,7 @@ class Program:
         """
         held: list[Tensor | None] = []
         given: list[tuple[int, str, list[Any]]] = []
+        known = dict[str, int]()
         for place, (name, shape) in enumerate(zip(self._names, self._shapes, strict=True)):
             begin, path = _split(name)
             if begin != _SELF:
@@ -83,10 +84,39 @@ class Program:
                 given.append((place, begin, shape["dims"]))
                 continue
             tensor = _at(root, path)
-            if not isinstance(tensor, Tensor) or _layout(tensor) != shape:
+            if not isinstance(tensor, Tensor) or not self._suits(tensor, shape, known):
                 raise CorruptError(f"it was made for a {name} of {shape}; it is made anew")
             held.append(tensor.detach())
-        return Bound(self._library, held, given, self._sizes)
+        return Bound(self._library, held, given, self._sizes, known)
+
+    def _suits(self, tensor: Tensor, shape: Mapping[str, Any], known: dict[str, int]) -> bool:
+        if shape["strides"] is not None:
+            return _layout(tensor) == shape
+        alike = _layout(tensor) | {"dims": shape["dims"], "strides": None} == shape
+        return alike and tensor.is_contiguous() and fits(tensor, shape["dims"], self._sizes, known)
+
+
+def fits(tensor: Tensor, dims: Sequence[Any], sizes: Mapping[str, tuple[int, int]], known: dict[str, int]) -> bool:
+    """Whether a tensor is of these dimensions, each a number or ``[times, size]``.
+
+    Args:
+        sizes: what each size may be, least and most.
+        known: what each is, as far as that is settled; what this tensor settles is added.
+    """
+    if tensor.ndim != len(dims):
+        return False
+    for size, wanted in zip(tensor.shape, dims, strict=True):
+        if isinstance(wanted, int):
+            if size != wanted:
+                return False
+            continue
+        times, name = wanted
+        least, most = sizes[name]
+        if size % times or known.setdefault(name, size // times) != size // times:
+            return False
+        if not least <= size // times <= most:
+            return False
+    return True
 
 
 class Bound:
@@ -98,34 +128,19 @@ class Bound:
         held: list[Tensor | None],
         given: list[tuple[int, str, list[Any]]],
         sizes: Mapping[str, tuple[int, int]],
+        known: Mapping[str, int],
     ) -> None:
-        self._library, self._held, self._given, self._sizes = library, held, given, sizes
+        self._library, self._held, self._given, self._sizes, self._known = library, held, given, sizes, known
 
     def __call__(self, args: Mapping[str, Any]) -> list[Tensor] | None:
         """Run it, if it is for arguments of these sizes; None if it is not, and nothing has run."""
-        inputs, known = list(self._held), dict[str, int]()
+        inputs, known = list(self._held), dict(self._known)
         for place, name, dims in self._given:
-            if not self._fits(args[name], dims, known):
+            if not fits(args[name], dims, self._sizes, known):
                 return None
             inputs[place] = args[name].detach().contiguous()
         found: list[Tensor] = self._library.run(inputs)
         return found
-
-    def _fits(self, tensor: Tensor, dims: list[Any], known: dict[str, int]) -> bool:
-        if tensor.ndim != len(dims):
-            return False
-        for size, wanted in zip(tensor.shape, dims, strict=True):
-            if isinstance(wanted, int):
-                if size != wanted:
-                    return False
-                continue
-            times, name = wanted
-            least, most = self._sizes[name]
-            if size % times or known.setdefault(name, size // times) != size // times:
-                return False
-            if not least <= size // times <= most:
-                return False
-        return True
 
 
 @dataclass(frozen=True)
@@ -259,8 +274,11 @@ class Ahead:
         name: for events.
         model: what decides what it computes, beside `about` and the arguments.
         about: what else does, as text.
-        dynamic: by argument, the dimensions that differ from call to call.
+        dynamic: by argument, the dimensions that differ from call to call. Where one of them is 1, the program is for that
+            alone: torch's compiler takes no 1 for a size like others.
         programs: where programs are found.
+        sized: tensors of the root, and which of their dimensions differ from root to root: one program serves all. Their
+            elements are in a row.
         example: gives arguments like some others, in sizes that stand for all; by default those themselves.
 
     Attributes:
@@ -278,9 +296,10 @@ class Ahead:
         about: str = "",
         dynamic: Mapping[str, Sequence[int]],
         programs: Programs,
+        sized: Sequence[tuple[Tensor, Sequence[int]]] = (),
         example: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda given: given,
     ) -> None:
-        self.example = example
+        self.example, self._sized = example, sized
         self.pending = False
         self.function, self.root, self.name, self.dynamic = function, root, name, dynamic
         self._model, self._about, self._programs = model, about, programs
@@ -314,12 +333,22 @@ class Ahead:
                 return None
         return self._bound[variant]
 
+    def moving(self, name: str, tensor: Tensor) -> tuple[int, ...]:
+        """The dimensions of an argument, or of another input of the program, that differ from call to call."""
+        held = next((dims for one, dims in self._sized if one is tensor), ())
+        return tuple(dim for dim in self.dynamic.get(name, held) if tensor.shape[dim] > 1)
+
+    @property
+    def sized(self) -> Iterator[tuple[Tensor, int]]:
+        """The root's tensors that differ from root to root, with each dimension in which they do."""
+        return ((tensor, dim) for tensor, _ in self._sized for dim in self.moving(_SELF, tensor))
+
     def _variant(self, given: Mapping[str, Any]) -> tuple[Any, ...]:
         """What of the arguments one program is for."""
         said: list[Any] = []
         for name, value in given.items():
             if isinstance(value, Tensor):
-                moves = self.dynamic.get(name, ())
+                moves = self.moving(name, value)
                 dims = tuple(-1 if dim in moves else size for dim, size in enumerate(value.shape))
                 said.append((name, value.dtype, dims, value.device.type))
             else:
@@ -358,10 +387,13 @@ def compiled(function: Ahead, args: Mapping[str, Any]) -> tuple[dict[str, Any], 
         args = {name: _plain(value) for name, value in function.example(args).items()}
         graph, names = _captured(function, args)
         inputs = [_resolved(function.root, args, name) for name in names]
+        moves = [function.moving(name, tensor) for name, tensor in zip(names, inputs, strict=True)]
         inputs = [tensor.clone() if tensor.is_inference() else tensor for tensor in inputs]  # as they lie
-        exported, shapes = _exported(graph, names, inputs, function.dynamic)
+        exported, shapes = _exported(graph, names, inputs, moves)
         found = [
-            _layout(t) if _split(n)[0] == _SELF else {"dims": s} for n, t, s in zip(names, inputs, shapes, strict=True)
+            (_layout(tensor) if _split(name)[0] == _SELF else {"dims": None})
+            | ({"dims": dims, "strides": None} if moving or _split(name)[0] != _SELF else {})
+            for name, tensor, dims, moving in zip(names, inputs, shapes, moves, strict=True)
         ]
         with tempfile.TemporaryDirectory(prefix="kvcache-") as place:
             path = torch._inductor.aoti_compile_and_package(exported, package_path=os.path.join(place, "program.pt2"))
@@ -386,10 +418,11 @@ def _captured(function: Ahead, args: Mapping[str, Any]) -> tuple[Any, list[str]]
     own = types.FunctionType(
         code.__code__.replace(), code.__globals__, code.__name__, code.__defaults__, code.__closure__
     )
-    for name, dims in function.dynamic.items():
-        if args[name] is not None:
-            for dim in dims:
-                torch._dynamo.maybe_mark_dynamic(args[name], dim)
+    for name, value in args.items():
+        for dim in function.moving(name, value) if isinstance(value, Tensor) else ():
+            torch._dynamo.maybe_mark_dynamic(value, dim)
+    for tensor, dim in function.sized:
+        torch._dynamo.maybe_mark_dynamic(tensor, dim)
     try:
         torch.compile(own, fullgraph=True, backend=take)(function.root, *args.values())
     except Exception:
@@ -406,10 +439,10 @@ def _captured(function: Ahead, args: Mapping[str, Any]) -> tuple[Any, list[str]]
             if not isinstance(node.meta.get("example_value"), Tensor):
                 raise Refused(f"it depends on the number {name}")
             continue
-        tensor = f"L['{size[1]}']"
+        tensor = size[1]
         if tensor not in inputs:
             with graph.graph.inserting_after(nodes[-1]):
-                inputs[tensor] = graph.graph.placeholder(f"sized_{size[1]}")
+                inputs[tensor] = graph.graph.placeholder(re.sub(r"\W+", "_", f"sized_{tensor}"))
             nodes.append(inputs[tensor])
         with graph.graph.inserting_after(nodes[-1]):
             read = graph.graph.call_function(torch.ops.aten.sym_size.int, (inputs[tensor], int(size[2])))
@@ -476,10 +509,9 @@ class _Flat(nn.Module):
 
 
 def _exported(
-    graph: Any, names: Sequence[str], inputs: Sequence[Tensor], dynamic: Mapping[str, Sequence[int]]
+    graph: Any, names: Sequence[str], inputs: Sequence[Tensor], moves: Sequence[Sequence[int]]
 ) -> tuple[Any, list[list[Any]]]:
     """The graph exported for all sizes, and each input's dimensions: numbers, or ``[times, size]``."""
-    moves = [dynamic.get(name, ()) for name in names]
     auto = torch.export.Dim.AUTO
     wanted = tuple(dict.fromkeys(dims, auto) or None for dims in moves)
     exported = torch.export.export(_Flat(graph), tuple(inputs), dynamic_shapes={"inputs": wanted}, strict=False)

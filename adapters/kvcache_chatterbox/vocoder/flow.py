@@ -27,7 +27,10 @@ SPEECH_TOKENS = 6561  # ids from here on are start and stop, not speech
 TOKENS_PER_SECOND = 25
 LEAST_REFERENCE, LONGEST_REFERENCE = 1.0, 30.0  # seconds that are heard
 MELS = 80
-_FRAMES = {"x": (2,), "mu": (2,), "conditions": (2,), "mask": (1,)}  # which dimensions are frames
+# Which dimensions are rows and frames.
+_MOVING = {
+    "x": (0, 2), "mu": (0, 2), "speakers": (0,), "conditions": (0, 2), "mask": (0, 1), "now": (0,), "then": (0,),
+}  # fmt: skip
 _HIDDEN = -1e10  # what upstream adds to the scores of padded frames
 
 
@@ -119,7 +122,7 @@ class Flow:
         self._dtype = next(computed.parameters()).dtype  # between its layers
         self._slope: Any = partial(estimate, self._estimator)
         if compiled:
-            self._slope = compiled_over(estimate, self._estimator, _FRAMES, "the flow's estimator", programs)
+            self._slope = compiled_over(estimate, self._estimator, _MOVING, "the flow's estimator", programs)
         self.steps = steps or (2 if meanflow else 10)
         rate = float(flow.decoder.inference_cfg_rate) if guidance is None else guidance
         self.guidance = 0.0 if meanflow else rate
