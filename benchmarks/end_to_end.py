@@ -44,8 +44,7 @@ from torch import Tensor
 
 from kvcache_chatterbox import SpeechScheduler
 from kvcache_chatterbox.audio import SAMPLE_RATE, SPEECH_TOKENS
-from kvcache_chatterbox.chunking import TOKENS_PER_SECOND
-from kvcache_chatterbox.vocoder import Run, S3GenVocoder, SeededNoise, VocoderOptions
+from kvcache_chatterbox.vocoder import TOKENS_PER_SECOND, Run, S3GenVocoder, SeededNoise, VocoderOptions
 from kvcache_chatterbox.vocoder.weights import random_s3gen
 from kvcache_chatterbox.voices import Voice
 

@@ -25,11 +25,10 @@ from torch import Tensor
 from kvcache import MemoryStore, SpeakerCache
 from kvcache_chatterbox import ChatterboxEngine, load_t3, stand_in
 from kvcache_chatterbox.audio import SAMPLE_RATE, SPEECH_TOKENS
-from kvcache_chatterbox.chunking import TOKENS_PER_SECOND
 from kvcache_chatterbox.loading import random_conditionals, upstream_t3
 from kvcache_chatterbox.pace import CHARACTERS_PER_SECOND
 from kvcache_chatterbox.subjects import endless
-from kvcache_chatterbox.vocoder import PlainVocoder, VocoderOptions
+from kvcache_chatterbox.vocoder import TOKENS_PER_SECOND, PlainVocoder, VocoderOptions
 from kvcache_chatterbox.vocoder import s3gen as parts_of_s3gen
 from kvcache_chatterbox.vocoder.flow import Flow
 from kvcache_chatterbox.vocoder.hift import Hift

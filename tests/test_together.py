@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.waiting import until
 
-from kvcache_chatterbox.vocoder import SAMPLES_PER_TOKEN, Made, Run, SeededNoise, Together
+from kvcache_chatterbox.vocoder import SAMPLES_PER_TOKEN, Run, SeededNoise, Together, Waveform
 from kvcache_chatterbox.voices import Voice
 
 WHO = Voice(None, {"embedding": torch.zeros(1)})
@@ -33,7 +33,7 @@ class Slow:
         if any(13 in run.tokens for run in runs):
             raise ValueError("13")
         self.ran.append([run.tokens.numel() for run in runs])
-        return [Made(torch.full((run.tokens.numel() * SAMPLES_PER_TOKEN,), float(run.due))) for run in runs]
+        return [Waveform(torch.full((run.tokens.numel() * SAMPLES_PER_TOKEN,), float(run.due))) for run in runs]
 
 
 def run(count, due, token=1):

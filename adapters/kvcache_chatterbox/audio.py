@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from kvcache import InputError
-from kvcache_chatterbox.chunking import TOKENS_PER_SECOND, Chunking, Cost, Listener, Pace
+from kvcache_chatterbox.chunking import Chunking, Cost, Listener, Pace
 from kvcache_chatterbox.vocoder import (
     FRAMES_PER_TOKEN,
     LEAD,
     SAMPLES_PER_TOKEN,
     SPEECH_TOKENS,
+    TOKENS_PER_SECOND,
     Noise,
     Run,
     SeededNoise,

@@ -17,8 +17,8 @@ from statistics import median
 from typing import Literal, cast
 
 from kvcache import InputError
+from kvcache_chatterbox.vocoder import TOKENS_PER_SECOND
 
-TOKENS_PER_SECOND = 25
 GROWTH = 4
 STEP = 5  # speech tokens at most between two looks at the clock
 SECOND = 25  # tokens of a fixed chunk, and of a first one at most where a smaller one would not last until the next

@@ -11,11 +11,11 @@ from kvcache.policies import parse_bytes
 from kvcache.redact import printable
 from kvcache_chatterbox.pace import CHARACTERS_PER_SECOND, seconds
 from kvcache_chatterbox.segments import Segment, primary_language
+from kvcache_chatterbox.vocoder.run import TOKENS_PER_SECOND
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-TOKENS_PER_SECOND = 25
 # Most speech tokens of a segment: upstream's own default, 40 seconds.
 _MOST = 1000
 _QUOTED = 40  # characters of a segment that a message or a table repeats

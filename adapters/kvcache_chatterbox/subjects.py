@@ -28,8 +28,7 @@ from kvcache_chatterbox.requests import prefill
 from kvcache_chatterbox.scheduling import VOCODED, VOCODED_CPU
 from kvcache_chatterbox.speaker import ENDING, Speaker, heard
 from kvcache_chatterbox.standin import stand_in
-from kvcache_chatterbox.vocoder import S3GenVocoder, VocoderOptions, why_plain
-from kvcache_chatterbox.vocoder.flow import TOKENS_PER_SECOND
+from kvcache_chatterbox.vocoder import TOKENS_PER_SECOND, S3GenVocoder, VocoderOptions, why_plain
 from kvcache_chatterbox.vocoder.planned import (
     LONGEST_HEARD,
     blank_s3gen,
@@ -45,7 +44,6 @@ _BEGINS = "chatterbox-"
 _VOICE = "made up"
 _LONGEST = 4096  # tokens of a request, where a setting does not say
 _SLOTS = 2048  # of an engine that is told nothing, as the pages have it; a longer request needs one that is told
-_SECOND = 25  # tokens
 
 
 def subject(name: str) -> "ChatterboxSubject | None":
@@ -296,7 +294,7 @@ class _Speech:
     def _chunk(self) -> int:
         """Tokens that become audio at once."""
         vocoder = self._setting.vocoder
-        return _SECOND if vocoder is None or vocoder.max_chunk is None else vocoder.max_chunk
+        return TOKENS_PER_SECOND if vocoder is None or vocoder.max_chunk is None else vocoder.max_chunk
 
     @property
     def vocoder(self) -> nn.Module | None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from kvcache_chatterbox.vocoder import SAMPLES_PER_TOKEN, Made, Run
+from kvcache_chatterbox.vocoder import SAMPLES_PER_TOKEN, Run, Waveform
 from kvcache_chatterbox.voices import Voice
 
 NOBODY = Voice(None, {})
@@ -33,9 +33,9 @@ class Told:
     def before(self, voice: Voice) -> int:
         return 0
 
-    def waves(self, runs: Sequence[Run]) -> list[Made]:
+    def waves(self, runs: Sequence[Run]) -> list[Waveform]:
         self.runs += runs
-        return [Made(self._wave(run)) for run in runs]
+        return [Waveform(self._wave(run)) for run in runs]
 
     def _wave(self, run: Run) -> Tensor:
         said = run.tokens.numel() - (0 if run.ended else self.lookahead)

@@ -11,7 +11,7 @@ from kvcache_chatterbox.vocoder.flow import FRAMES_PER_TOKEN, SPEECH_TOKENS
 from kvcache_chatterbox.vocoder.noise import Noise, SeededNoise, UpstreamNoise
 from kvcache_chatterbox.vocoder.options import VocoderOptions
 from kvcache_chatterbox.vocoder.plain import PlainVocoder
-from kvcache_chatterbox.vocoder.run import LEAD, SAMPLES_PER_TOKEN, Made, Run, Vocoder
+from kvcache_chatterbox.vocoder.run import LEAD, SAMPLES_PER_TOKEN, TOKENS_PER_SECOND, Run, Vocoder, Waveform
 from kvcache_chatterbox.vocoder.s3gen import S3GenVocoder, why_plain
 from kvcache_chatterbox.vocoder.together import Together
 
@@ -20,7 +20,7 @@ __all__ = [
     "LEAD",
     "SAMPLES_PER_TOKEN",
     "SPEECH_TOKENS",
-    "Made",
+    "TOKENS_PER_SECOND",
     "Noise",
     "PlainVocoder",
     "Run",
@@ -30,6 +30,7 @@ __all__ = [
     "UpstreamNoise",
     "Vocoder",
     "VocoderOptions",
+    "Waveform",
     "vocoder_of",
     "why_plain",
 ]

@@ -21,10 +21,10 @@ from kvcache.decoding.programs import Programs
 from kvcache.precision import Precision
 from kvcache_chatterbox.vocoder.compiling import compiled_over
 from kvcache_chatterbox.vocoder.narrow import at_precision
+from kvcache_chatterbox.vocoder.run import TOKENS_PER_SECOND
 
 FRAMES_PER_TOKEN = 2
 SPEECH_TOKENS = 6561  # ids from here on are start and stop, not speech
-TOKENS_PER_SECOND = 25
 LEAST_REFERENCE, LONGEST_REFERENCE = 1.0, 30.0  # seconds that are heard
 MELS = 80
 # Which dimensions are rows and frames.

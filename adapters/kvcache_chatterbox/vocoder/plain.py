@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from kvcache_chatterbox.requests import without_autocast
-from kvcache_chatterbox.vocoder.run import SAMPLES_PER_TOKEN, Made, Run
+from kvcache_chatterbox.vocoder.run import SAMPLES_PER_TOKEN, Run, Waveform
 from kvcache_chatterbox.voices import Voice
 
 
@@ -31,14 +31,14 @@ class PlainVocoder:
         tokens = voice.gen.get("prompt_token")
         return 0 if tokens is None else int(torch.as_tensor(tokens).shape[-1])
 
-    def waves(self, runs: Sequence[Run]) -> list[Made]:
+    def waves(self, runs: Sequence[Run]) -> list[Waveform]:
         return [self._wave(run) for run in runs]
 
-    def _wave(self, run: Run) -> Made:
+    def _wave(self, run: Run) -> Waveform:
         steps = {"n_cfm_timesteps": 2} if getattr(self.s3gen, "meanflow", False) else {}
         reference = dict(run.voice.gen)  # it writes into it
         with without_autocast(self):
             audio, _ = self.s3gen.inference(speech_tokens=run.tokens.to(self.device), ref_dict=reference, **steps)
         audio = torch.as_tensor(audio).squeeze(0).detach().cpu()
         new = (run.tokens.numel() - run.known) * SAMPLES_PER_TOKEN
-        return Made(audio[audio.numel() - new - run.lead :].clone())
+        return Waveform(audio[audio.numel() - new - run.lead :].clone())

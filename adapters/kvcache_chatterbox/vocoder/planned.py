@@ -13,10 +13,10 @@ from kvcache.meta import without_numbers
 from kvcache.modules import rebuilt
 from kvcache.precision import check_precision, planned
 from kvcache.setting import VocoderSetting
-from kvcache_chatterbox.vocoder.flow import FRAMES_PER_TOKEN, MELS, TOKENS_PER_SECOND
+from kvcache_chatterbox.vocoder.flow import FRAMES_PER_TOKEN, MELS
 from kvcache_chatterbox.vocoder.noise import HARMONICS, SAMPLES_PER_FRAME
 from kvcache_chatterbox.vocoder.options import VocoderOptions
-from kvcache_chatterbox.vocoder.run import LEAD, Run
+from kvcache_chatterbox.vocoder.run import LEAD, TOKENS_PER_SECOND, Run
 from kvcache_chatterbox.vocoder.s3gen import S3GenVocoder
 from kvcache_chatterbox.vocoder.weights import s3gen_module
 from kvcache_chatterbox.voices import Voice

@@ -9,7 +9,8 @@ from torch import Tensor
 from kvcache_chatterbox.vocoder.noise import Noise
 from kvcache_chatterbox.voices import Voice
 
-SAMPLES_PER_TOKEN = 960  # 25 tokens a second
+TOKENS_PER_SECOND = 25  # of speech
+SAMPLES_PER_TOKEN = 960
 LEAD = 480  # samples at most that may be wanted of the tokens before: half a token
 
 
@@ -41,7 +42,7 @@ class Run:
 
 
 @dataclass(frozen=True, eq=False)
-class Made:
+class Waveform:
     """What came of a run.
 
     Attributes:
@@ -75,6 +76,6 @@ class Vocoder(Protocol):
         """Tokens that each run goes over besides its own: those of the voice's reference."""
         ...
 
-    def waves(self, runs: Sequence[Run]) -> list[Made]:
+    def waves(self, runs: Sequence[Run]) -> list[Waveform]:
         """The audio of some runs, in one go where that can be."""
         ...

@@ -19,7 +19,7 @@ from kvcache_chatterbox.vocoder.flow import FRAMES_PER_TOKEN, Flow, Reference, c
 from kvcache_chatterbox.vocoder.hift import CONTEXT, Hift
 from kvcache_chatterbox.vocoder.noise import SAMPLES_PER_FRAME
 from kvcache_chatterbox.vocoder.options import VocoderOptions
-from kvcache_chatterbox.vocoder.run import SAMPLES_PER_TOKEN, Made, Run
+from kvcache_chatterbox.vocoder.run import SAMPLES_PER_TOKEN, Run, Waveform
 from kvcache_chatterbox.vocoder.weights import distilled
 from kvcache_chatterbox.voices import Voice
 
@@ -160,7 +160,7 @@ class S3GenVocoder:
             found = references[voice] = flow.reference(voice.gen, self.options.reference_seconds)
         return found
 
-    def waves(self, runs: Sequence[Run]) -> list[Made]:
+    def waves(self, runs: Sequence[Run]) -> list[Waveform]:
         with without_autocast(self), torch.inference_mode():
             parts = self._made.now()
             references = [self._reference(parts.flow, run.voice) for run in runs]
@@ -176,7 +176,7 @@ class S3GenVocoder:
             with self._part("hift"):
                 waves = [self._wave(parts.hift, run, mel) for run, mel in zip(runs, mels, strict=True)]
         # Outside, as tensors of inference mode cannot be written into where they are used.
-        return [Made(audio.clone(), turned.clone()) for audio, turned in waves]
+        return [Waveform(audio.clone(), turned.clone()) for audio, turned in waves]
 
     def _wave(self, hift: Hift, run: Run, mel: Tensor) -> tuple[Tensor, Tensor]:
         # What comes before a frame's context is heard by the flow alone.

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 
-from kvcache_chatterbox.vocoder.run import Made, Run, Vocoder
+from kvcache_chatterbox.vocoder.run import Run, Vocoder, Waveform
 from kvcache_chatterbox.voices import Voice
 
 _ALIKE = 1.25  # a run joins one that is so many times as long at most: what is padded is computed, too
@@ -49,7 +49,7 @@ class Together:
     def before(self, voice: Voice) -> int:
         return self.vocoder.before(voice)
 
-    def waves(self, runs: Sequence[Run]) -> list[Made]:
+    def waves(self, runs: Sequence[Run]) -> list[Waveform]:
         """See `Vocoder`. What one run raises is raised for that one."""
         mine: list[_Waits] = [(run, Future()) for run in runs]
         with self._lock:
@@ -107,4 +107,4 @@ class Together:
             future.set_result(audio)
 
 
-_Waits = tuple[Run, "Future[Made]"]
+_Waits = tuple[Run, "Future[Waveform]"]
