@@ -17,6 +17,7 @@ A run can be taken in parts: `--with` keeps the rows of earlier ones. Ratios are
 import argparse
 import asyncio
 import json
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -33,6 +34,7 @@ from speaking import (
     TEXT,
     Case,
     Side,
+    begin,
     chatterbox,
     engine_of,
     imported,
@@ -110,6 +112,13 @@ def levers_of(options: argparse.Namespace, variant: str) -> dict[str, Side]:
     three = short(variant)
     found |= {
         "three": replace(exact, label="meanflow, reference of 3 s", vocoder=three, over="meanflow"),
+        # The end of what was said, heard in place of most of the reference, would be as many tokens.
+        "rolling": replace(
+            exact,
+            label="reference of 1 s, as a rolling prompt would cost",
+            vocoder=three | {"reference_seconds": 1.0},
+            over="three",
+        ),
         "bf16": replace(exact, label="vocoder in bf16", vocoder=three | {"precision": "bf16"}, over="three"),
         "int8": replace(exact, label="vocoder in int8", vocoder=three | {"precision": "int8"}, over="three"),
         "compiled": replace(exact, label="vocoder compiled", vocoder=three | {"compiled": True}, over="three"),
@@ -322,8 +331,8 @@ def at_once(gate: Gate, case: Case, side: Side, counts: Sequence[int], tokens: i
     tts = chatterbox(case)
     engine = engine_of(tts, side)
     voice = Voice.of(tts.t3, tts.conds)
-    for _ in range(2):  # libraries are loaded, what is compiled is compiled, runs have been timed
-        asyncio.run(spoken(engine, voice, max(counts), 1, tokens))
+    engine.warm_up(voice=voice, max_new_tokens=tokens, requests=max(counts))
+    asyncio.run(spoken(engine, voice, max(counts), max(counts), tokens))
     gate.notes["streams"] = []
     gate()
     while True:
@@ -384,6 +393,31 @@ def streams_of(case: Case, side: Side, options: argparse.Namespace) -> tuple[lis
     return rows, measured
 
 
+# ---------------------------------------------------------------------- new processes
+
+
+def cold_of(case: Case, side: Side, options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """A row for the first process of a machine, one for the next, and one for a next whose engine warms up before its first
+    request."""
+    tokens = round(min(options.seconds) * TOKENS_PER_SECOND)
+    rows, failed = [], {}
+    with tempfile.TemporaryDirectory() as home:
+        for process, warm_up in (("first of the machine", False), ("second", False), ("third, warmed up", True)):
+            measured = Processes({process: (begin, case, side, tokens, home, warm_up)}, options.threads).run([])
+            failed |= measured.failed
+            note = measured.notes.get(process, {})
+            if "first" not in note:
+                continue
+            later = spread(note["later"])
+            rows.append(
+                {"variant": case.variant, "process": process, "T3": side.t3, "vocoder": side.voiced,
+                 "warm-up, s": note["warm-up"], "first request's first audio, s": note["first"],
+                 "later ones', s": later["median"], "q1": later["q1"], "q3": later["q3"],
+                 "first / later": note["first"] / later["median"]}
+            )  # fmt: skip
+    return rows, failed
+
+
 # ---------------------------------------------------------------------- all of it
 
 
@@ -399,6 +433,7 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--levers", nargs="*", metavar="NAME", help="levers, each apart; all without a name")
     parser.add_argument("--texts", action="store_true", help="three texts of the report's lengths, by --sides")
     parser.add_argument("--streams", type=int, nargs="*", metavar="N", help="so many at once (1 2 4 8), fast side")
+    parser.add_argument("--cold", action="store_true", help="the first requests of new processes, fast side")
     parser.add_argument("--seconds", type=float, nargs="+", default=[10.0, 30.0], help="of speech (default: 10 30)")
     parser.add_argument("--stream-seconds", type=float, default=10.0, help="of each stream's speech (default: 10)")
     parser.add_argument("--rounds", type=int, default=3, help="requests of each side and length (default: 3)")
@@ -421,7 +456,7 @@ def options_of() -> argparse.Namespace:
         options.fast_precision, options.fast_backend, options.fast_vocoder = "fp32", "eager", "fp32"
         options.streams = options.streams and options.streams[:1]
     options.streams = [1, 2, 4, 8] if options.streams == [] else options.streams
-    alone = options.levers is not None or options.texts or options.streams is not None
+    alone = options.levers is not None or options.texts or options.streams is not None or options.cold
     options.main = not alone or (options.sides is not None and not options.texts)
     return options
 
@@ -429,7 +464,7 @@ def options_of() -> argparse.Namespace:
 class Parts:
     """What has been measured, in this run and in earlier ones."""
 
-    LISTS = ("rows", "levers", "texts", "streams")
+    LISTS = ("rows", "levers", "texts", "streams", "cold")
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.lists: dict[str, list[dict[str, Any]]] = {name: [] for name in self.LISTS}
@@ -451,7 +486,7 @@ class Parts:
     def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
         speech = row.get("speech, s")
         length = None if speech is None else round(speech)
-        return (*(row.get(name) for name in ("variant", "side", "streams", "characters")), length)
+        return (*(row.get(name) for name in ("variant", "side", "streams", "process", "characters")), length)
 
 
 def main() -> None:
@@ -498,9 +533,14 @@ def main() -> None:
             parts.add("streams", rows)
             failed |= {f"{variant}, {name}": why for name, why in measured.failed.items()}
             kept()
+        if options.cold:
+            rows, why = cold_of(case, sides[FAST], options)
+            parts.add("cold", rows)
+            failed |= {f"{variant}, {process} process": reason for process, reason in why.items()}
+            kept()
     for name in Parts.LISTS[1:]:
-        if parts.lists[name]:
-            show(f"end_to_end, {name}", parts.lists[name] if name == "streams" else only(parts.lists[name], PRINTED))
+        if found := parts.lists[name]:
+            show(f"end_to_end, {name}", found if name in ("streams", "cold") else only(found, PRINTED))
     kept(partial(finish, columns=PRINTED))
 
 

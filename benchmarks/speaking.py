@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import io
 import logging
+import os
 import time
 import warnings
 from collections import Counter
@@ -23,6 +24,7 @@ from s3gen import load
 from torch import Tensor
 
 from kvcache import MemoryStore, SpeakerCache
+from kvcache.decoding.warming import WarmUp
 from kvcache_chatterbox import ChatterboxEngine, load_t3, stand_in
 from kvcache_chatterbox.audio import SAMPLE_RATE, SPEECH_TOKENS
 from kvcache_chatterbox.loading import random_conditionals, upstream_t3
@@ -338,6 +340,11 @@ class Speaking:
             conds.t3.emotion_adv = 0.5 * torch.ones(1, 1, 1)
         self._voice = Voice.of(self._tts.t3, conds)
 
+    def warm_up(self, tokens: int) -> WarmUp:
+        """Do what the first request would wait for."""
+        assert self._engine is not None
+        return self._engine.warm_up(voice=self._voice, max_new_tokens=tokens)
+
     def segments(self, text: str) -> int:
         """How many it divides a text into."""
         return 1 if self._engine is None else len(self._engine.plan(text, voice=self._voice, **self._language).segments)
@@ -415,6 +422,21 @@ def peak_from_here() -> None:
     """Count this process's peak memory anew, where the system can."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def begin(gate: Gate, case: Case, side: Side, tokens: int, home: str, warm_up: bool) -> None:
+    """The first request of a process, and three more, in its notes: seconds to the first audio.
+
+    Args:
+        home: folder in which compiled programs are kept.
+        warm_up: let the engine warm up before; its seconds are in the notes, too.
+    """
+    os.environ["KVCACHE_HOME"] = home
+    speaking = Speaking(case, side)
+    gate.notes["warm-up"] = speaking.warm_up(tokens).seconds if warm_up else None
+    firsts = [listen(speaking.say(tokens).arrivals).first for _ in range(4)]
+    gate.notes |= {"first": firsts[0], "later": firsts[1:]}
+    gate()
 
 
 def serve(gate: Gate, case: Case, side: Side, tokens: int, patience: float) -> None:

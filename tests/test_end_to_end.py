@@ -194,6 +194,7 @@ def result():
         "benchmark": "end_to_end", "rows": ROWS, "ratios": ratios_of(ROWS), "arrivals": arrivals, "parts": [],
         "reference, s": 10.0, "levers": levers, "texts": [a_row("nano", FAST, 10, 5.0, characters=63)],
         "streams": [{"variant": "nano", "streams": 4, "together / one by one": 1.625}],
+        "cold": [{"variant": "nano", "process": "second", "first / later": 1.125}],
     }  # fmt: skip
     return Result("end_to_end", shape | more)
 
@@ -209,6 +210,7 @@ def test_the_page_says_what_was_measured(result):
     assert "| English 520M | as fast | 1.50 | 12.0 |" in section and "not judged by ear here" in section
     assert "| Nano 110M | grow | fp32, eager | as grow | fixed | 1.00 | 1.20 | 7.00 | 2.00× | 2.00× | 1 |" in section
     assert "| nano | 4 | 1.625 |" in section
+    assert "| nano | second | 1.125 |" in section
     assert section.count("are not at hand") == 1
 
 
@@ -242,7 +244,7 @@ def test_a_small_run_measures_every_side(tmp_path):
     pytest.importorskip("torchaudio")
     pytest.importorskip("perth")
     file = tmp_path / "result.json"
-    given = ["--json", str(file), "--streams", "2", "--levers", "grow", "--sides", "fixed", "exact", "fast"]
+    given = ["--json", str(file), "--streams", "2", "--cold", "--levers", "grow", "--sides", "fixed", "exact", "fast"]
     command = [sys.executable, str(ROOT / "benchmarks" / "end_to_end.py"), "--quick", *given]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -250,6 +252,9 @@ def test_a_small_run_measures_every_side(tmp_path):
     assert [row["side"] for row in found["rows"]] == [FIXED, EXACT, FAST]
     assert all(row["n"] == 1 and row["s"] > 0 and row["first chunk, tokens"] <= 25 for row in found["rows"])
     assert {row["side"] for row in found["levers"]} == {FIXED, "grow"} and found["streams"][0]["streams"] == 2
+    assert [row["process"] for row in found["cold"]] == ["first of the machine", "second", "third, warmed up"]
+    assert all(row["first / later"] > 0 for row in found["cold"])
+    assert [row["warm-up, s"] is None for row in found["cold"]] == [True, True, False]
     assert {"nano_fast_over_fixed", "nano_realtime", "nano_first_audio", "nano_underruns"} <= set(found["ratios"])
     assert found["weights"] == "random" and found["quick"]
 
