@@ -266,7 +266,7 @@ class StaticKV:
 
     def begin(self, columns: int) -> None:
         """Say where this step's tokens go, and how many slots are read."""
-        torch._check(columns <= self.slots)  # what a compiler that knows neither number has to be told
+        torch._check(columns <= self.slots)  # type: ignore[no-untyped-call]  # what a compiler that knows neither number has to be told
         self.slot = ring_slot(self.length, self.pinned, self.slots)
         self.columns = columns
 

@@ -421,8 +421,8 @@ def _captured(function: Ahead, args: Mapping[str, Any]) -> tuple[Any, list[str]]
     for name, value in args.items():
         for dim in function.moving(name, value) if isinstance(value, Tensor) else ():
             torch._dynamo.maybe_mark_dynamic(value, dim)
-    for tensor, dim in function.sized:
-        torch._dynamo.maybe_mark_dynamic(tensor, dim)
+    for held, dim in function.sized:
+        torch._dynamo.maybe_mark_dynamic(held, dim)
     try:
         torch.compile(own, fullgraph=True, backend=take)(function.root, *args.values())
     except Exception:
