@@ -76,8 +76,8 @@ def engine_with_voices(t3: Any, s3gen: str | None) -> Any:
 
     # Every T3 speaks through the distilled weights where it shall be fast.
     tts.s3gen, reference = load(t3.is_gpt or s3gen == "fast", "cpu", REFERENCE)
-    options = VocoderOptions(weights="meanflow", reference_seconds=3.0) if s3gen == "fast" else None
-    engine = ChatterboxEngine(tts, vocoder=options)
+    fast = VocoderOptions(weights="meanflow", reference_seconds=3.0, precision="bf16", compiled=True)
+    engine = ChatterboxEngine(tts, vocoder=fast if s3gen == "fast" else None)
     for seed, name in enumerate(MADE_UP_VOICES):
         conditionals = stand_in(t3, seed).conds
         assert conditionals is not None
@@ -100,6 +100,8 @@ def serve(
     logging.getLogger("chatterbox").setLevel(logging.ERROR)
     t3 = tiny() if variant == "tiny" else load_t3(variant)  # type: ignore[arg-type]
     engine = engine_with_voices(t3, s3gen)
+    if s3gen is not None:
+        engine.warm_up(voice=next(iter(engine.voices)), requests=rows)
     limits = Limits(grace_seconds=10)
     app = create_app(SpeechScheduler(engine, max_rows=rows, max_waiting=waiting), engine.voices, limits=limits)
     server = Server(app, app.state.gate, limits, log_level="warning")
