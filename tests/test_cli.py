@@ -20,7 +20,7 @@ pytest.importorskip("rich")
 import typer
 
 from kvcache.archive import pack
-from kvcache.cli import application, main
+from kvcache.cli import application, main, overview
 from kvcache.stores import DiskStore
 
 pytestmark = pytest.mark.one_release
@@ -369,3 +369,21 @@ def test_the_page_tells_of_every_command_and_no_other():
         parsed(["plan", "m", "--no-such-option"])
     [one, two] = shown("```console\n$ kvcache a 'b c'\nout\n$ kvcache d\n```\n```sh\n$ kvcache e\n```\n")
     assert (one.values, two.values) == ((["a", "b c"], False, "out\n"), (["d"], False, ""))
+
+
+# ---------------------------------------------------------------------- the list of all
+
+
+def test_the_list_of_commands_says_of_each_what_its_own_help_says():
+    whole, short = (typer.main.get_command(app) for app in (application(), overview()))
+    assert {name: command.get_short_help_str(1000) for name, command in short.commands.items()} == {
+        name: command.get_short_help_str(1000) for name, command in whole.commands.items()
+    }
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["nothing"]])
+def test_the_list_of_commands_imports_nothing_heavy(arguments):
+    script = f"import sys; from kvcache.cli import main; main({arguments}); sys.exit('torch' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr
+    assert "nothing" in ran.stderr or all(name in ran.stdout for name in ("doctor", "profile", "voices"))

@@ -13,14 +13,14 @@ from typing import Any
 from kvcache.errors import InputError, KVCacheError, said
 from kvcache.redact import printable
 
-_COMMANDS = {  # name of the command: where its function is, and whether it is a group of commands
-    "doctor": "kvcache.cli.doctor",
-    "plan": "kvcache.cli.plan",
-    "profile": "kvcache.cli.profile",
-    "tune": "kvcache.cli.tune",
-    "warm": "kvcache.cli.warm",
-    "bench": "kvcache.cli.bench",
-    "voices": "kvcache.cli.voices",
+_COMMANDS = {  # each in the module of its name; what it is for stands here too, as the list of all shall import none of them
+    "doctor": "What works here and why something does not: packages, devices, precisions, back ends, stores.",
+    "plan": "Say what serving a model takes, before it is loaded: weights, KV cache, workspace, and what fits.",
+    "profile": "Decode a little and say where time and memory go: attention, MLP, cache, sampling, host; weights, KV, the rest.",
+    "tune": "Find the fastest way to decode a model on this machine, say why, and save it for from_profile().",
+    "warm": "Compile a model's steps for backend='compile' on a CPU, and its vocoder's, before anybody waits for them.",
+    "bench": "List the project's benchmarks, or run one; what stands behind its name goes to it.",
+    "voices": "Voices and other prefixes in a store: list, check, copy, pin and remove them.",
 }
 _INTERRUPTED = 128 + signal.SIGINT  # as a shell has it
 _LONGEST = 900  # characters of a line
@@ -55,8 +55,7 @@ def _run(arguments: list[str]) -> Any:
             import typer  # noqa: F401
         except ImportError:
             raise InputError('the command needs typer and rich; run: pip install "kvcache[cli]"') from None
-        asked = arguments[:1] if arguments[:1] and arguments[0] in _COMMANDS else _COMMANDS
-        app = application(asked)
+        app = application(arguments[:1]) if arguments[:1] and arguments[0] in _COMMANDS else overview()
     return app(arguments, prog_name="kvcache", standalone_mode=False)
 
 
@@ -149,6 +148,25 @@ def _leaving_at_once() -> Iterator[None]:
 
 def application(names: Iterable[str] = _COMMANDS) -> Any:
     """These commands, all by default, as a `typer.Typer`; only what they need is imported."""
+    app = _group()
+    for name in names:
+        module = import_module(f"{__name__}.{name}")
+        if hasattr(module, "app"):
+            app.add_typer(module.app, name=name)
+        else:
+            app.command(name, context_settings=getattr(module, "SETTINGS", None))(module.command)
+    return app
+
+
+def overview() -> Any:
+    """All commands by name and by what they are for, as a `typer.Typer` that runs none of them: nothing heavy is imported."""
+    app = _group()
+    for name, about in _COMMANDS.items():
+        app.command(name, help=about)(lambda: None)
+    return app
+
+
+def _group() -> Any:
     import typer
 
     app = typer.Typer(name="kvcache", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -159,10 +177,4 @@ def application(names: Iterable[str] = _COMMANDS) -> Any:
     def group() -> None:
         """Of commands, however few there are."""
 
-    for name in names:
-        module = import_module(_COMMANDS[name])
-        if hasattr(module, "app"):
-            app.add_typer(module.app, name=name)
-        else:
-            app.command(name, context_settings=getattr(module, "SETTINGS", None))(module.command)
     return app

@@ -36,8 +36,9 @@ def command(
     threads: Annotated[int | None, typer.Option(help="torch threads; torch's own choice if left out.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Compile a model's steps for backend='compile' on a CPU, its vocoder's with VocoderOptions(compiled=True), and keep them for
-    the processes that serve it.
+    """Compile a model's steps for backend='compile' on a CPU, and its vocoder's, before anybody waits for them.
+
+    They are kept for the processes that serve it; the vocoder's are those of VocoderOptions(compiled=True).
 
     What is kept is for this machine, these versions, and as many torch threads. It is never needed: what is missing is compiled
     by the first request.
