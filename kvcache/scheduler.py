@@ -4,6 +4,7 @@ Whose turn it is, and how long anybody waits for it at most, is said in `kvcache
 """
 
 import asyncio
+import contextvars
 import logging
 import statistics
 import threading
@@ -11,6 +12,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -122,6 +124,8 @@ class Scheduler:
         self._open_batch = batch
         self._rows, self._max_waiting, self._max_running, self._ahead = rows, max_waiting, max_running, ahead
         self._order = prefills, reserved, max_running
+        # As many as streams: one may wait long in its thread, for a vocoder that all share, and the loop's own threads are few.
+        self._makers = ThreadPoolExecutor(max_waiting + max_running + rows, "kvcache-consumer")
         self._changed = threading.Condition()
         self._unprepared: deque[tuple[_Inbox, Callable[[], Work[Any]]]] = deque()
         self._added: list[Request] = []
@@ -167,6 +171,7 @@ class Scheduler:
         self._stop()
         for thread in self._threads:
             await asyncio.to_thread(thread.join)
+        self._makers.shutdown(wait=False)
         if self._loop is not None:
             self._abandoned.detach()
 
@@ -193,6 +198,14 @@ class Scheduler:
         inbox = self._accepted(size, alone)
         self._add(inbox, work)
         return Stream(self, inbox)
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        loop, run = asyncio.get_running_loop(), contextvars.copy_context().run
+        try:
+            made = loop.run_in_executor(self._makers, run, work)
+        except RuntimeError:  # closed: what came before that is given all the same
+            made = loop.run_in_executor(None, run, work)
+        return await made
 
     def submit_prepared(self, prepare: Callable[[], Work[T]], *, size: int, alone: int = 1) -> "Stream[T]":
         """`submit` what takes a while to prepare: `prepare` runs in a thread, once there is room, and one at a time.
@@ -537,7 +550,7 @@ class Stream(AsyncIterator[T], Generic[T]):
                     self._scheduler._took(self._inbox)
                     if item.cut_off:
                         self.cut_off.append(item.index)
-                    made = await asyncio.to_thread(self._made, item)
+                    made = await self._scheduler._in_thread(partial(self._made, item))
                     if not self._ended:  # closed by another task meanwhile
                         self._items.extend(made)
         except StopAsyncIteration:

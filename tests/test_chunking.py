@@ -128,6 +128,7 @@ def test_what_the_arguments_stand_for(given_, rule):
     [
         ({"chunking": "slow"}, "'auto', 'fixed' or a list"),
         ({"chunking": 25}, "a list of sizes"),
+        ({"chunking": b"fixed"}, "a list of sizes"),
         ({"chunking": []}, "no size"),
         ({"chunking": [25, 0]}, r"chunking\[1\]=0"),
         ({"first_chunk": 0}, "at least 1"),

@@ -7,6 +7,7 @@ import random
 import re
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 
@@ -676,6 +677,24 @@ def test_what_is_made_of_a_chunk_is_made_in_another_thread(lazily):
 
     asyncio.run(main())
     assert len(seen) == 3 and threading.main_thread() not in seen
+
+
+def test_any_number_of_streams_may_wait_in_their_threads_for_what_they_share():
+    """A vocoder, for one: the threads of an event loop are six on two cores, and the seventh stream came to it last."""
+    together = threading.Barrier(9)
+
+    def waits(chunk):
+        together.wait(60)
+        return [chunk.index]
+
+    async def main():
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        async with Scheduler(Opened(9), 9) as scheduler:
+            streams = [ask(scheduler, [4], through=waits) for _ in range(9)]
+            assert await asyncio.gather(*map(anext, streams)) == [0] * 9
+            await asyncio.gather(*(stream.aclose() for stream in streams))
+
+    asyncio.run(main())
 
 
 def test_one_that_cannot_begin_fails_alone_and_a_step_that_fails_fails_all_that_run():

@@ -95,9 +95,8 @@ def chunking_of(chunking: Chunks = "auto", first_chunk: int | None = None, max_c
     Raises:
         InputError: if they cannot be.
     """
-    if (isinstance(chunking, str) and chunking not in ("auto", "fixed")) or not isinstance(
-        chunking, Chunking | Sequence
-    ):
+    named = chunking in ("auto", "fixed") if isinstance(chunking, str) else not isinstance(chunking, bytes | bytearray)
+    if not named or not isinstance(chunking, Chunking | Sequence):
         raise InputError(f"chunking={chunking!r:.80} must be 'auto', 'fixed' or a list of sizes such as [25, 50, 100]")
     if first_chunk is not None:
         _check_size("first_chunk", first_chunk)
