@@ -104,6 +104,7 @@ def levers_of(options: argparse.Namespace, variant: str) -> dict[str, Side]:
         "hift": replace(fixed, label="HiFT over its context alone", vocoder={"lookahead": False}, over="outside"),
         "lookahead": replace(fixed, label="lookahead", vocoder={}, over="hift"),
         EXACT: replace(exact, label="chunks that grow, with all before", over="lookahead"),
+        "onednn": replace(exact, label="without oneDNN", onednn=False, over=EXACT),
         "steps": replace(exact, label="5 steps", vocoder={"steps": 5}, over=EXACT),
         "guidance": replace(exact, label="no guidance", vocoder={"guidance": 0.0}, over=EXACT),
         "reference": replace(exact, label="reference of 3 s", vocoder={"reference_seconds": 3.0}, over=EXACT),

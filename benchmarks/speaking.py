@@ -79,6 +79,7 @@ class Side:
         chunking: of the audio.
         precision, backend: of T3.
         overlap: T3 decodes in a thread of its own, and each of the two has half of the threads.
+        onednn: let oneDNN multiply where it is faster.
         whole_hift: HiFT hears all that the flow hears, in place of the context that it needs.
         over: the side from which this one differs in one thing, for levers.
     """
@@ -90,6 +91,7 @@ class Side:
     precision: str = "fp32"
     backend: str = "eager"
     overlap: bool = False
+    onednn: bool = True
     whole_hift: bool = False
     over: str | None = None
 
@@ -98,7 +100,11 @@ class Side:
         """T3's settings, in words."""
         if self.upstream:
             return "upstream's loop, fp32"
-        return f"{self.precision}, {self.backend}" + (", in a thread of its own" if self.overlap else "")
+        return (
+            f"{self.precision}, {self.backend}"
+            + (", in a thread of its own" if self.overlap else "")
+            + ("" if self.onednn else ", without oneDNN")
+        )
 
     @property
     def voiced(self) -> str:
@@ -412,6 +418,7 @@ def engine_of(tts: Any, side: Side) -> Engine:
         precision=None if side.precision == "fp32" else side.precision,  # type: ignore[arg-type]
         bucket=SLOTS,
         vocoder=VocoderOptions(**settings) if settings else None,
+        onednn=side.onednn,
     )
 
 

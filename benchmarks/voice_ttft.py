@@ -25,7 +25,7 @@ import torch
 from common import ROOT, arguments, finish, interleaved, paired_ratio, spread
 
 from kvcache import CacheGeometry, DiskStore, KVCacheManager, MemoryStore, RedisStore, SpeakerCache
-from kvcache.cpu import few_rows
+from kvcache.cpu import onednn_linear
 from kvcache.hf import new_cache
 from kvcache.stores import Store
 from kvcache_chatterbox import ChatterboxEngine, load_t3, random_conditionals
@@ -85,7 +85,7 @@ class RestAlone:
 
     @torch.inference_mode()
     def __call__(self) -> None:
-        with few_rows(self._decoder) if self._onednn else nullcontext():
+        with onednn_linear(self._decoder) if self._onednn else nullcontext():
             self._run()
 
     def _run(self) -> None:

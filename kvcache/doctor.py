@@ -20,7 +20,7 @@ import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from kvcache.cpu import has_few_rows
+from kvcache.cpu import has_onednn, onednn_rows
 from kvcache.decoding.backends import BackendName, backend_for
 from kvcache.decoding.program_files import ProgramFiles
 from kvcache.decoding.wiring import kernel_reason
@@ -256,11 +256,13 @@ def _devices() -> Iterator[Finding]:
         yield Finding("devices", "cpu", "note", f"{said}: more threads than CPUs, which wait for each other", advice)
     else:
         yield Finding("devices", "cpu", "ok", said)
-    if has_few_rows():
-        yield Finding("devices", "cpu, few rows", "ok", "oneDNN runs prefills and batches of 4 to 256 rows")
+    if has_onednn():
+        rows = onednn_rows()
+        which = f"prefills and batches of {rows.start} to {rows.stop - 1} rows" if rows.start > 1 else "all of speech"
+        yield Finding("devices", "cpu, fp32", "ok", f"oneDNN multiplies in {which}")
     else:
         said = "this torch has no oneDNN: prefills of a few rows are slower, and there is no bf16, fp16 or int8"
-        yield Finding("devices", "cpu, few rows", "missing", said, "install torch from PyPI or pytorch.org")
+        yield Finding("devices", "cpu, fp32", "missing", said, "install torch from PyPI or pytorch.org")
     yield from _gpus()
 
 

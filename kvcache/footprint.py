@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.pytorch_utils import Conv1D
 
 from kvcache import hf
 from kvcache.decoding.cache import StaticKV
@@ -141,7 +142,8 @@ def step_bytes(decoding: Decoding, seen: int) -> int:
 
 def onednn_bytes(modules: Iterable[nn.Module]) -> int:
     """What oneDNN takes to multiply with plain weights: it lays out a layer's weights anew at each call."""
-    return max((held([m.weight]) for module in modules for m in module.modules() if type(m) is nn.Linear), default=0)
+    layers = (m for module in modules for m in module.modules() if type(m) is nn.Linear or type(m) is Conv1D)
+    return max((held([m.weight]) for m in layers), default=0)
 
 
 # ---------------------------------------------------------------------- language models

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kvcache.cpu import few_rows
+from kvcache.cpu import onednn_linear
 from kvcache.errors import InputError
 from kvcache.footprint import Moment, Weights, bytes_in, weights_of
 from kvcache.memory import resident_bytes
@@ -142,7 +142,7 @@ def _run_kernels(precision: Precision | None) -> None:
         layers.append(PackedLinear([linear], precision))
     for rows in (1, 64):
         states = torch.zeros(rows, _WIDTH)
-        with few_rows(linear):
+        with onednn_linear(linear):
             for layer in layers:
                 states = layer(states)
         heads = states.view(1, rows, -1, 64).transpose(1, 2)

@@ -138,7 +138,7 @@ def test_each_lever_differs_from_its_base_in_one_thing_and_has_settings_that_exi
             assert name == FIXED
             continue
         base = levers[side.over]
-        fields = ("chunking", "precision", "backend", "overlap", "whole_hift")
+        fields = ("chunking", "precision", "backend", "overlap", "onednn", "whole_hift")
         changed = [name for name in fields if getattr(side, name) != getattr(base, name)]
         mine, its = (dict(one.vocoder or {}) for one in (side, base))
         changed += [name for name in mine.keys() | its.keys() if mine.get(name) != its.get(name)]

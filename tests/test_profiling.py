@@ -440,7 +440,7 @@ def test_a_watch_that_is_left_by_an_error_leaves_nothing():
 
 def test_a_mode_around_a_pass_ends_as_it_began():
     class Other(TorchFunctionMode):
-        """As `few_rows` is one."""
+        """As `onednn_linear` is one."""
 
         def __torch_function__(self, func, types, args=(), kwargs=None):
             return func(*args, **(kwargs or {}))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcache.cpu import few_rows
+from kvcache.cpu import onednn_linear
 from kvcache.decoding import Sampling
 from kvcache.past import handed
 from kvcache_chatterbox.alignment import AlignmentCheck
@@ -28,7 +28,7 @@ class Decoder:
         cache: what to pass as `past_key_values`; None recomputes everything at every token.
         generator: of the draws; None takes torch's global one, as upstream does.
         start: prefills the request into the cache, from what is known of its voice; None runs all of it.
-        onednn: let oneDNN prefill where it is faster, see `kvcache.cpu`.
+        onednn: let oneDNN multiply where it is faster, see `kvcache.cpu`.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Decoder:
         self._pending = request.embeds  # what the next forward pass runs
         self.prefix = request.embeds.shape[1]  # tokens before the speech
         self._start = None if start is None else partial(start, request, cache)
-        self._onednn = onednn and not t3.is_gpt  # whose layers are no `linear`
+        self._onednn = onednn
         self._alignment = AlignmentCheck(t3, request.text) if AlignmentCheck.wanted(t3) else None
         self._ids = torch.full((1, max_new_tokens + 1), t3.hp.start_speech_token, device=t3.device)
 
@@ -92,7 +92,8 @@ class Decoder:
 
     def _run(self, made: int) -> FirstPass:
         reading = nullcontext() if self._alignment is None else self._alignment.reader.reading()
-        with reading, few_rows(self._t3.tfmr) if self._onednn and made == 0 else nullcontext():
+        rows = None if made == 0 else self._pending.shape[0] * self._pending.shape[1]
+        with reading, onednn_linear(self._t3.tfmr, rows) if self._onednn else nullcontext():
             return self._start() if self._start is not None and made == 0 else self._forward()
 
     def _logits(self, made: int) -> Tensor:

@@ -69,7 +69,7 @@ class ChatterboxEngine(UtteranceDecoder):
         speakers: where what is known of voices lives; by default memory over disk, from the first voice on.
         reuse: ``"all"`` runs of a request only what is not known of its voice; ``"conditioning"`` does without the
             unconditional text, which guidance needs; ``"none"`` runs everything.
-        onednn: let oneDNN prefill the Llama variants where it is faster: in fp32, on a CPU. See `kvcache.cpu`.
+        onednn: let oneDNN multiply in fp32 on a CPU, where it is faster, T3 and the vocoder. See `kvcache.cpu`.
         backend: what decodes, see `kvcache.decoding.Decoding`: ``"eager"``, ``"compile"``, ``"graph"`` or
             ``"graph+compile"``; ``"auto"`` is graph on a GPU, eager elsewhere; ``"off"`` is the token loop that looks at
             the host for every token. What cannot be done falls back to that, and the report says why.
@@ -131,7 +131,9 @@ class ChatterboxEngine(UtteranceDecoder):
             raise InputError(
                 f"vocoder={vocoder}: a bare T3 has no vocoder; give the whole ChatterboxTTS, or leave it out"
             )
-        self._speaker = Speaker(model, vocoder, self.speakers, self._programs) if hasattr(model, "s3gen") else None
+        self._speaker = None
+        if hasattr(model, "s3gen"):
+            self._speaker = Speaker(model, vocoder, self.speakers, self._programs, onednn)
         self._defaults = {} if self._speaker is None else generate_defaults(model)
 
     @classmethod

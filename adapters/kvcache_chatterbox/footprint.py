@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kvcache import InputError, PrefixKey, PrefixSnapshot
-from kvcache.cpu import FEWEST
+from kvcache.cpu import onednn_rows
 from kvcache.decoding import Decoding
 from kvcache.footprint import Footprint, Moment, buffers, fill, onednn_bytes, step_bytes, written_static
 from kvcache.hf import kv_layers
@@ -112,8 +112,8 @@ def speech_footprint(engine: ChatterboxEngine, requests: int, context: int, toke
     prefix = reuse.nbytes(reuse.kept)
     filled = buffers(layers)
     prefill = max(0, watch.peak - buffers(layers))
-    plain = device == "cpu" and engine.onednn and not t3.is_gpt and logits.dtype == torch.float32
-    # `few_rows` multiplies with oneDNN, whose copy of the largest layer comes on top.
+    plain = device == "cpu" and engine.onednn and logits.dtype == torch.float32
+    # `onednn_linear` multiplies with oneDNN, whose copy of the largest layer comes on top.
     scratch = onednn_bytes([t3.tfmr]) if plain else 0
     prefill += scratch
     seen = context + tokens - 1  # the last token drawn is never run
@@ -141,7 +141,7 @@ def speech_footprint(engine: ChatterboxEngine, requests: int, context: int, toke
     head = _own_weights(decoding)
     fixed -= head
     step = step_bytes(decoding, seen)
-    if requests * rows >= FEWEST:
+    if requests * rows in onednn_rows():
         step += scratch
 
     def used(tokens: int, requests: int) -> int:

@@ -56,6 +56,7 @@ class Speaker:
         options: how its vocoder runs; by default as upstream does.
         speakers: where what is made of clips is kept; by default only the last few are, here.
         programs: where what is compiled is kept; by default in the user's cache.
+        onednn: let oneDNN multiply in fp32 where it is faster; see `kvcache.cpu`.
 
     Attributes:
         cost: what runs of the vocoder take.
@@ -70,8 +71,9 @@ class Speaker:
         options: VocoderOptions | None = None,
         speakers: SpeakerCache | None = None,
         programs: Programs | None = None,
+        onednn: bool = True,
     ) -> None:
-        self._tts, self._programs = tts, programs
+        self._tts, self._programs, self._onednn = tts, programs, onednn
         self._options = options
         self._vocoder: tuple[Any, str | None, Vocoder] | None = None
         self._planned: tuple[Vocoder, PlannedRuns] | None = None
@@ -88,7 +90,9 @@ class Speaker:
         s3gen = self._tts.s3gen
         reason = why_plain(s3gen)
         if self._vocoder is None or self._vocoder[0] is not s3gen or self._vocoder[1] != reason:
-            self._vocoder = s3gen, reason, vocoder_of(s3gen, self._options, self._tts.t3.device, self._programs)
+            device = self._tts.t3.device
+            made = vocoder_of(s3gen, self._options, device, self._programs, self._onednn)
+            self._vocoder = s3gen, reason, made
         return self._vocoder[2]
 
     def checked(self, voice: Voice) -> Vocoder:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kvcache import CacheGeometry, CacheReport
-from kvcache.cpu import FEWEST, few_rows
+from kvcache.cpu import onednn_linear
 from kvcache.decoding import BackendName, Batch, Decoding, Job, Pool, Sampler, Sampling, StaticKV, decoder_copy
 from kvcache.decoding.programs import Programs
 from kvcache.decoding.sampler import GREEDY
@@ -42,7 +42,7 @@ class T3Step(nn.Module):
         t3: whose step.
         rows: 2 with guidance.
         precision: of the backbone. The head takes as many bits on a CPU, but no fewer than 16: what it gives is compared.
-        onednn: let oneDNN multiply where rows are few and it is faster; see `kvcache.cpu`.
+        onednn: let oneDNN multiply where it is faster; see `kvcache.cpu`.
     """
 
     def __init__(self, t3: Any, rows: int, precision: Precision | None = None, onednn: bool = True) -> None:
@@ -55,15 +55,15 @@ class T3Step(nn.Module):
             narrow = has_half(half) and is_plain(t3.speech_head)
             self.head = PackedLinear([t3.speech_head], half) if narrow else t3.speech_head
         self.rows = rows
-        self._onednn = onednn and not t3.is_gpt  # whose layers are no `linear`
+        self._onednn = onednn and precision in (None, "fp32")
 
     def forward(self, tokens: Tensor, made: Tensor, given: dict[str, Any]) -> Tensor:
         embeds = self.embed(tokens)
         if self.positions is not None:
             embeds = embeds + self.positions.emb(made)
         embeds = embeds[:, None].repeat_interleave(self.rows, 0)
-        faster = self._onednn and embeds.shape[0] >= FEWEST and not torch.compiler.is_compiling()
-        with few_rows(self.tfmr) if faster else nullcontext():
+        faster = self._onednn and not torch.compiler.is_compiling()
+        with onednn_linear(self.tfmr, embeds.shape[0]) if faster else nullcontext():
             hidden = self.tfmr(inputs_embeds=embeds, **given)[0]
             return torch.as_tensor(self.head(hidden[:, -1]))
 

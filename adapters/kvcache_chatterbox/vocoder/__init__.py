@@ -37,7 +37,11 @@ __all__ = [
 
 
 def vocoder_of(
-    s3gen: Any, options: VocoderOptions | None, device: torch.device, programs: Programs | None = None
+    s3gen: Any,
+    options: VocoderOptions | None,
+    device: torch.device,
+    programs: Programs | None = None,
+    onednn: bool = True,
 ) -> Vocoder:
     """What runs a model's vocoder: its parts, where it is upstream's S3Gen as it came; else its own `inference`.
 
@@ -46,6 +50,7 @@ def vocoder_of(
         options: how it runs; None is as upstream does.
         device: of speech tokens.
         programs: where what is compiled is kept; by default in the user's cache.
+        onednn: see `S3GenVocoder`.
 
     Raises:
         InputError: if options are given that this vocoder does not have, or that cannot be.
@@ -53,7 +58,7 @@ def vocoder_of(
     options = options or VocoderOptions()
     reason = why_plain(s3gen)
     if reason is None:
-        return S3GenVocoder(s3gen, options, programs)
+        return S3GenVocoder(s3gen, options, programs, onednn)
     if options != VocoderOptions():
         raise InputError(f"{options}: {reason}, which has no such settings; leave them out, or give upstream's S3Gen")
     if hasattr(s3gen, "flow"):  # else nothing was to be expected

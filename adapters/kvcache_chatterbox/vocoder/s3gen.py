@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kvcache import InputError
+from kvcache.cpu import onednn_linear
 from kvcache.decoding.programs import Programs
 from kvcache.models import Following, signature_of
 from kvcache.precision import check_precision
@@ -63,13 +64,17 @@ class S3GenVocoder:
         s3gen: upstream's `S3Gen`, whose weights may give way to others: see `VocoderOptions.weights`.
         options: how it runs.
         programs: where what is compiled is kept; by default in the user's cache.
+        onednn: let oneDNN multiply in fp32 where it is faster; see `kvcache.cpu`.
 
     Raises:
         InputError: if this device cannot compute in `options.precision`, or the weights are not to be had.
     """
 
-    def __init__(self, s3gen: Any, options: VocoderOptions, programs: Programs | None = None) -> None:
+    def __init__(
+        self, s3gen: Any, options: VocoderOptions, programs: Programs | None = None, onednn: bool = True
+    ) -> None:
         self.options, self._programs = options, programs
+        self._onednn = onednn and options.precision is None and not options.compiled
         self.s3gen = s3gen if options.own else distilled(options.weights, s3gen)
         if options.precision is not None:
             check_precision(options.precision, self.device)
@@ -171,7 +176,7 @@ class S3GenVocoder:
                 for run, reference in zip(runs, references, strict=True)
             ]
             ended = [run.ended or self.lookahead == 0 for run in runs]
-            with self._part("flow"):
+            with self._part("flow"), onednn_linear(self.s3gen.flow) if self._onednn else nullcontext():
                 mels = parts.flow.mels([run.tokens for run in runs], references, noises, ended)
             with self._part("hift"):
                 waves = [self._wave(parts.hift, run, mel) for run, mel in zip(runs, mels, strict=True)]
