@@ -34,7 +34,7 @@ def idle(monkeypatch):
     """An engine in which nothing may run: no T3, no vocoder."""
     ours = ChatterboxEngine(stand_in(tiny_t3("gpt")), speakers=SpeakerCache(MemoryStore("32MiB")))
     monkeypatch.setattr(
-        "kvcache_chatterbox.speaker.vocoder_of", lambda s3gen, options, device, programs: Hears(s3gen, device)
+        "kvcache_chatterbox.speaker.vocoder_of", lambda s3gen, options, device, programs, onednn: Hears(s3gen, device)
     )
 
     def runs(*args, **given):
