@@ -101,6 +101,14 @@ def test_where_speech_takes_longer_than_it_lasts_chunks_grow_at_once():
     assert ended < Machine(0.1, 10.0, 0.03).say(Chunking((SECOND,)), 750)[3] / 2
 
 
+def test_at_the_edge_of_what_a_machine_can_no_chunk_is_smaller_than_what_lasts():
+    """Small ones in time cost a run each, and the silence came all the same: 17, 10 and 5 tokens were, where 45 last."""
+    machine = Machine(0.026, 0.28, 0.001)
+    sizes, listener, _, _ = machine.say(Chunking(), 250)
+    assert all(n / 25 >= n * machine.token + machine.took(BEFORE + n) for n in sizes[1:-1])
+    assert listener.underruns == 1
+
+
 def test_given_sizes_are_kept_and_the_last_goes_on():
     assert Machine(0.01, 0.1, 0.001).say(Chunking((5, 10, 20)), 60)[0] == [5, 10, 20, 20, 5]
     assert Machine(0.01, 0.1, 0.001).say(chunking_of("fixed"), 60)[0] == [25, 25, 10]

@@ -219,9 +219,8 @@ class Pace:
         lasting = self._lasting()
         if lasting is None:
             return waiting >= min(GROWTH * self._last, rule.most)
-        if left < self._run(waiting):  # too late whatever is done now
-            return waiting >= lasting
-        return left < self._run(waiting + rule.step) + self._step_seconds
+        # A smaller one would be heard in time, and leave less time for the next: a silence all the same, and a run more.
+        return waiting >= lasting and left < self._run(waiting + rule.step) + self._step_seconds
 
     def ran(self, tokens: int, seconds: float) -> None:
         """A run over so many new tokens has taken so long."""
