@@ -414,7 +414,7 @@ def cold_of(case: Case, side: Side, options: argparse.Namespace) -> tuple[list[d
                 {"variant": case.variant, "process": process, "T3": side.t3, "vocoder": side.voiced,
                  "warm-up, s": note["warm-up"], "first request's first audio, s": note["first"],
                  "later ones', s": later["median"], "q1": later["q1"], "q3": later["q3"],
-                 "first / later": note["first"] / later["median"]}
+                 "first / later": note["first"] / later["median"], "fell back": len(note["fell back"])}
             )  # fmt: skip
     return rows, failed
 

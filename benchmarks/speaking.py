@@ -23,7 +23,7 @@ from processes import Gate
 from s3gen import load
 from torch import Tensor
 
-from kvcache import MemoryStore, SpeakerCache
+from kvcache import MemoryStore, SpeakerCache, subscribe
 from kvcache.decoding.warming import WarmUp
 from kvcache_chatterbox import ChatterboxEngine, load_t3, stand_in
 from kvcache_chatterbox.audio import SAMPLE_RATE, SPEECH_TOKENS
@@ -435,10 +435,12 @@ def begin(gate: Gate, case: Case, side: Side, tokens: int, home: str, warm_up: b
     """The first request of a process, and three more, in its notes: seconds to the first audio.
 
     Args:
-        home: folder in which compiled programs are kept.
+        home: folder in which compiled programs are kept, torch's own among them.
         warm_up: let the engine warm up before; its seconds are in the notes, too.
     """
-    os.environ["KVCACHE_HOME"] = home
+    os.environ |= {"KVCACHE_HOME": home, "TORCHINDUCTOR_CACHE_DIR": str(Path(home) / "torch")}
+    reasons = gate.notes["fell back"] = []
+    subscribe(lambda event: reasons.append(str(event)), ["fell_back"])
     speaking = Speaking(case, side)
     gate.notes["warm-up"] = speaking.warm_up(tokens).seconds if warm_up else None
     firsts = [listen(speaking.say(tokens).arrivals).first for _ in range(4)]

@@ -199,6 +199,15 @@ def test_runs_that_compiled_or_were_held_up_do_not_tell_what_the_next_takes(spee
     assert machine.cost.of(200) == pytest.approx(machine.took(200), rel=1e-6, abs=1e-6)
 
 
+@pytest.mark.parametrize("odd", [(355, 5.0), (345, 5.0), (20, 60.0), (350, 60.0)])
+def test_one_odd_run_among_others_of_one_size_makes_none_cost_nothing(odd):
+    cost = Cost()
+    for _ in range(15):
+        cost.took(350, 0.9)
+    cost.took(*odd)
+    assert 0.2 < cost.of(110) <= 0.9 + 1e-9 and 0.8 < cost.of(350) < 1.0
+
+
 def test_after_a_first_run_that_compiled_the_second_request_is_as_good_as_any():
     machine = Machine(0.008, 0.1, 0.003, known=False)
     machine.cost.took(BEFORE + 10, 60.0)

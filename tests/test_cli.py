@@ -387,3 +387,8 @@ def test_the_list_of_commands_imports_nothing_heavy(arguments):
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
     assert "nothing" in ran.stderr or all(name in ran.stdout for name in ("doctor", "profile", "voices"))
+
+
+def test_a_command_behind_two_dashes_is_run(capsys):
+    assert main(["--", "bench", "nothing of that name"]) == 2
+    assert "nothing of that name" in capsys.readouterr().err

@@ -7,7 +7,7 @@ import torch
 from support.families import build, token_ids
 from t3_models import tiny_t3
 
-from kvcache import InputError, KVCacheManager
+from kvcache import InputError, KVCacheManager, subscribe
 from kvcache.cli import main
 from kvcache.decoding import programs as module
 from kvcache_chatterbox import ChatterboxEngine, byte_tokens, random_conditionals
@@ -60,6 +60,19 @@ def test_what_speaks_at_once_is_warmed_together():
         ChatterboxEngine(stand_in(tiny_t3("english")), backend="off").warm_up(requests=2)
     with pytest.raises(InputError, match="bare T3"):
         ChatterboxEngine(tiny_t3("english")).warm_up(requests=2)
+
+
+@pytest.mark.slow
+def test_what_is_compiled_for_one_request_serves_one_of_a_batch_too(monkeypatch, tmp_path):
+    """Its inputs lie alike, however many places there are: where they did not, each took the other's program for spoilt."""
+    monkeypatch.setenv("KVCACHE_HOME", str(tmp_path / "home"))
+    for made in (["compiled"] * 2, ["loaded"] * 2):
+        monkeypatch.setattr(module, "_loaded", {})
+        engine, fell_back = ChatterboxEngine(stand_in(tiny_t3("gpt")), backend="compile"), []
+        with subscribe(fell_back.append, ["fell_back"]):
+            warming = engine.warm_up(max_new_tokens=20, requests=3)
+        assert [one.how for one in warming.made] == made  # one, and all
+        assert fell_back == []
 
 
 def test_what_cannot_be_warmed_is_said_before_anything_runs():

@@ -114,29 +114,30 @@ def chunking_of(chunking: Chunks = "auto", first_chunk: int | None = None, max_c
 
 
 class Cost:
-    """What runs of a vocoder took, by the tokens that they went over."""
+    """What runs of a vocoder took, by the tokens that they went over.
+
+    A run probably takes what the straight line of the median slope says (Theil-Sen), which one run in four may miss by any
+    amount: a first run sets libraries up or compiles, and tells nothing of those behind it. Where runs are too much alike to tell
+    what a token takes, it is taken in proportion.
+    """
 
     def __init__(self) -> None:
         self._runs: deque[tuple[int, float]] = deque(maxlen=_REMEMBERED)
+        self._token = self._run = 0.0  # seconds of each token, and of a run by itself
 
     def took(self, tokens: int, seconds: float) -> None:
-        """A run over so many tokens, the reference among them, has taken so long."""
+        """A run over so many tokens, at least one and the reference among them, has taken so long."""
         self._runs.append((tokens, seconds))
+        runs = list(self._runs)
+        slopes = [(b - a) / (m - n) for (n, a), (m, b) in combinations(runs, 2) if m != n]
+        self._token = max(0.0, median(slopes)) if slopes else math.inf
+        self._run = median(took - self._token * n for n, took in runs)
+        if self._run < 0:
+            self._token, self._run = median(took / n for n, took in runs), 0.0
 
     def of(self, tokens: int) -> float:
-        """Seconds that a run over so many tokens probably takes; 0 if there were none.
-
-        On the straight line of the median slope (Theil-Sen), which one run in four may miss by any amount: a first run sets
-        libraries up or compiles, and tells nothing of those behind it.
-        """
-        runs = list(self._runs)
-        if not runs:
-            return 0.0
-        slopes = [(b - a) / (m - n) for (n, a), (m, b) in combinations(runs, 2) if m != n]
-        if not slopes:  # all of one size: others in proportion
-            return median(took for _, took in runs) * tokens / runs[0][0]
-        slope = max(0.0, median(slopes))
-        return max(0.0, median(took - slope * n for n, took in runs) + slope * tokens)
+        """Seconds that a run over so many tokens probably takes; 0 if there were none."""
+        return self._run + self._token * tokens
 
 
 class Listener:

@@ -42,7 +42,7 @@ from kvcache_chatterbox.reuse import Reuse
 from kvcache_chatterbox.sampling import OPTIONS, SamplingOptions, sampling_of
 from kvcache_chatterbox.segments import split
 from kvcache_chatterbox.speaker import Speaker, heard
-from kvcache_chatterbox.utterance import rows_alone
+from kvcache_chatterbox.utterance import Utterance, rows_alone
 from kvcache_chatterbox.utterances import UtteranceDecoder
 from kvcache_chatterbox.vocoder import Vocoder, VocoderOptions
 from kvcache_chatterbox.vocoder.planned import options_of
@@ -227,7 +227,8 @@ class ChatterboxEngine(UtteranceDecoder):
             text: that is begun.
             voice: who speaks; by default the voice that the model was loaded with, or for a bare T3 a made-up one.
             language_id, max_new_tokens, **sampling: as requests will have them, see `generate_stream`.
-            requests: that speak at once at most. Each number of them has a compiled step of its own.
+            requests: rows of the scheduler that will serve, its ``max_rows``: its steps are those of one request and of all, or
+                of powers of two as graphs.
             background: return at once and do it in a thread. From then on no request waits for a compiler: it runs eagerly
                 until its compiled step is there, and says the same tokens.
             told: is told what is done next, in the thread that does it.
@@ -268,13 +269,18 @@ class ChatterboxEngine(UtteranceDecoder):
     def _warm_audio(self, voice: Voice, text: LongText, requests: int, told: Told) -> None:
         _begun(self._in_order(text.utterances[:1], 1, _FEW, None, text.plan.slots), told)
         if requests > 1:
-            utterance = text.utterances[0]
-            with self.batch(requests, text.plan.slots) as batch:
-                for speaking in range(1, requests + 1):
-                    told(f"decoding the first tokens of {speaking} at once")
-                    batch.enter(self.job(utterance))
-                    batch.turn()
+            self._warm_batch(text.utterances[0], requests, told)
         self._with_vocoder().warm(voice, told, requests)
+
+    def _warm_batch(self, utterance: Utterance, requests: int, told: Told) -> None:
+        """Of as many places as a scheduler with so many rows has: each number that a step may run."""
+        slots, _ = self.room(requests)
+        with self.batch(requests, slots) as batch:
+            for size in batch.sizes:
+                told(f"decoding the first tokens of {size} at once")
+                while batch.busy < size:
+                    batch.enter(self.job(utterance))
+                batch.turn()
 
     # ------------------------------------------------------------------ speech tokens
 

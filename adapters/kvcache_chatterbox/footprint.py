@@ -114,7 +114,7 @@ def speech_footprint(engine: ChatterboxEngine, requests: int, context: int, toke
     prefill = max(0, watch.peak - buffers(layers))
     plain = device == "cpu" and engine.onednn and logits.dtype == torch.float32
     # `onednn_linear` multiplies with oneDNN, whose copy of the largest layer comes on top.
-    scratch = onednn_bytes([t3.tfmr]) if plain else 0
+    scratch = onednn_bytes([t3.tfmr]) if plain and (onednn_rows().start == 1 or not t3.is_gpt) else 0
     prefill += scratch
     seen = context + tokens - 1  # the last token drawn is never run
 
@@ -125,7 +125,7 @@ def speech_footprint(engine: ChatterboxEngine, requests: int, context: int, toke
             with Watch() as watch:
                 out = t3.tfmr(inputs_embeds=logits.new_empty(rows, 1, t3.dim), **handed(t3.tfmr, cache), use_cache=True)
                 t3.speech_head(out[0][:, -1])
-            step = max(0, watch.peak - buffers(layers) + before)
+            step = max(0, watch.peak - buffers(layers) + before) + (scratch if rows in onednn_rows() else 0)
         else:
             step = 0
         token_loop = (
@@ -141,7 +141,7 @@ def speech_footprint(engine: ChatterboxEngine, requests: int, context: int, toke
     head = _own_weights(decoding)
     fixed -= head
     step = step_bytes(decoding, seen)
-    if requests * rows in onednn_rows():
+    if requests * rows in onednn_rows() and decoding.backend != "compile":
         step += scratch
 
     def used(tokens: int, requests: int) -> int:

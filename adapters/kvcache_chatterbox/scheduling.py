@@ -20,11 +20,10 @@ from kvcache_chatterbox.long_text import Carry, LongText
 from kvcache_chatterbox.requests import check_count
 from kvcache_chatterbox.sampling import SamplingOptions
 from kvcache_chatterbox.utterance import tell_cut_off
-from kvcache_chatterbox.vocoder import Together
+from kvcache_chatterbox.vocoder import Together, most_together
 from kvcache_chatterbox.voices import Voice
 
 _LAST_WRITES = 2.0  # seconds
-VOCODED, VOCODED_CPU = 8192, 512  # tokens of a run of the vocoder for several streams
 
 
 class SpeechScheduler:
@@ -172,7 +171,7 @@ class SpeechScheduler:
         vocoder = self._engine.vocoder
         if before is not None and before.vocoder is vocoder:
             return before
-        return Together(vocoder, VOCODED_CPU if self._engine.t3.device.type == "cpu" else VOCODED)
+        return Together(vocoder, most_together(self._engine.t3.device))
 
     def _chosen(self, voice: str | Voice | None, clip: str | os.PathLike[str] | None) -> Callable[[], Voice]:
         """Who speaks, as of now; that there is no such voice is said by the call, and so by the stream."""

@@ -35,6 +35,7 @@ from kvcache_chatterbox.vocoder import (
     UpstreamNoise,
     Vocoder,
     VocoderOptions,
+    most_together,
     vocoder_of,
     why_plain,
 )
@@ -166,14 +167,14 @@ class Speaker:
 
         Args:
             told: is told what is done next.
-            requests: that speak at once at most: with several, chunks of two are run together, too.
+            requests: that speak at once at most: with several, chunks of two are run together, too, where they will be.
         """
         vocoder, noise = self.checked(voice), SeededNoise(0)
         before = vocoder.before(voice) + CONTEXT
         tokens = torch.randint(0, SPEECH_TOKENS, (CONTEXT + max(_WARMED),), generator=torch.Generator().manual_seed(0))
         runs = {size: Run(tokens[: CONTEXT + size], voice, noise, known=CONTEXT) for size in _WARMED}
-        if requests > 1:
-            few, more, _ = runs.values()
+        few, more, _ = runs.values()
+        if requests > 1 and 2 * (vocoder.before(voice) + few.tokens.numel()) <= most_together(self._tts.t3.device):
             for together in ((few, few), (few, more)):  # as long as one another, and padded
                 told(
                     f"making audio of {' and '.join(str(run.tokens.numel() - CONTEXT) for run in together)} tokens at once"

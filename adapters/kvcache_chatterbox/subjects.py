@@ -25,10 +25,9 @@ from kvcache_chatterbox.engine import ChatterboxEngine
 from kvcache_chatterbox.footprint import check_together, speech_footprint, text_room
 from kvcache_chatterbox.loading import WEIGHTS, load_t3, random_conditionals
 from kvcache_chatterbox.requests import prefill
-from kvcache_chatterbox.scheduling import VOCODED, VOCODED_CPU
 from kvcache_chatterbox.speaker import ENDING, Speaker, heard
 from kvcache_chatterbox.standin import stand_in
-from kvcache_chatterbox.vocoder import TOKENS_PER_SECOND, S3GenVocoder, VocoderOptions, why_plain
+from kvcache_chatterbox.vocoder import TOKENS_PER_SECOND, S3GenVocoder, VocoderOptions, most_together, why_plain
 from kvcache_chatterbox.vocoder.planned import (
     LONGEST_HEARD,
     blank_s3gen,
@@ -117,10 +116,14 @@ class ChatterboxSubject(Subject):
     def warm_up(self, setting: Setting, context: int, tokens: int, told: Told) -> WarmUp:
         self.load()
         model, options = self._whole(setting, "cpu")
-        engine = engine_of(model, setting, vocoder=options)
-        if engine._why_not is not None:
-            raise InputError(f"{self.name} has no steps to compile: {engine._why_not}")
-        return engine.warm_up(max_new_tokens=tokens, requests=setting.requests, told=told)
+        alone = options is None and setting.requests == 1
+        engine = engine_of(model.t3 if alone else model, setting, vocoder=options)
+        if engine._why_not is not None and options is None:
+            raise InputError(
+                f"{self.name} has no steps to compile: {engine._why_not}; its vocoder has: give --vocoder own"
+            )
+        language = {"language_id": "en"} if engine.t3.hp.is_multilingual and not alone else {}
+        return engine.warm_up(max_new_tokens=tokens, requests=setting.requests, told=told, **language)
 
     def longest(self, setting: Setting) -> int | None:
         return setting.max_length or _LONGEST
@@ -140,7 +143,7 @@ class ChatterboxSubject(Subject):
         longest = CONTEXT + (MOST if setting.max_chunk is None else setting.max_chunk)
         tokens = longest + self._blank_s3gen.flow.pre_lookahead_len + (ENDING if self.gpt else 0)
         # As `Together` puts them together; fewer longer ones take less than so many of these.
-        together = (VOCODED_CPU if device == "cpu" else VOCODED) // (heard + tokens)
+        together = most_together(torch.device(device)) // (heard + tokens)
         rows = max(1, min(requests, together))
         if (setting, rows, device) not in self._vocoders:
             place = torch.device(device)

@@ -55,7 +55,8 @@ def _run(arguments: list[str]) -> Any:
             import typer  # noqa: F401
         except ImportError:
             raise InputError('the command needs typer and rich; run: pip install "kvcache[cli]"') from None
-        app = application(arguments[:1]) if arguments[:1] and arguments[0] in _COMMANDS else overview()
+        first = next((word for word in arguments if word != "--"), None)
+        app = application([first]) if first in _COMMANDS else overview()
     return app(arguments, prog_name="kvcache", standalone_mode=False)
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, get_args
 import typer
 
 from kvcache.cli.common import Json, Wanting, at_least, display, print_json, progress, shown_bytes, table, threads_of
-from kvcache.cli.vocoding import Vocoder, VocoderPrecision, vocoder_setting
+from kvcache.cli.vocoding import ReferenceSeconds, Vocoder, VocoderPrecision, vocoder_setting
 from kvcache.decoding.program_files import ProgramFiles
 from kvcache.errors import InputError
 from kvcache.events import Event, subscribe
@@ -29,10 +29,11 @@ def command(
     ] = None,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16, fp16 or int8; as loaded if left out.")] = None,
     requests: Annotated[
-        int, typer.Option(help="That a model decodes together at most; each number takes a minute.")
+        int, typer.Option(help="Rows of the scheduler that will serve: a step of one and one of all are compiled.")
     ] = 1,
     vocoder: Vocoder = "none",
     vocoder_precision: VocoderPrecision = None,
+    reference_seconds: ReferenceSeconds = None,
     threads: Annotated[int | None, typer.Option(help="torch threads; torch's own choice if left out.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -47,7 +48,7 @@ def command(
     at_least("--tokens", tokens, 8)
     at_least("--max-length", max_length, 8)
     at_least("--requests", requests, 1)
-    speaks = vocoder_setting(vocoder, vocoder_precision)
+    speaks = vocoder_setting(vocoder, vocoder_precision, reference_seconds)
     if precision not in (None, *get_args(Precision)):
         raise InputError(f"--precision {precision}: give one of {', '.join(get_args(Precision))}")
     found, files = subject(model), ProgramFiles()

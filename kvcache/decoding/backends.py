@@ -36,6 +36,10 @@ class Steps(Protocol):
     def order(self) -> Tensor:
         """``arange(slots)``."""
 
+    @property
+    def requests(self) -> int:
+        """How many decode together."""
+
     def sized(self) -> Sequence[tuple[Tensor, Sequence[int]]]:
         """The tensors that are as large as there are slots, and in which dimension; their elements are in a row."""
 
@@ -151,7 +155,8 @@ class Compiled:
 
     def __call__(self, steps: Steps, drawing: Drawing | None) -> None:
         columns, whole = steps.reach()
-        self.run(steps, steps.order[:columns], whole, drawing)
+        # Several are of one length by chance, and not for long: it would be another program.
+        self.run(steps, steps.order[:columns], whole and steps.requests == 1, drawing)
 
     def run(self, steps: Steps, order: Tensor, whole: bool, drawing: Drawing | None) -> None:
         ahead = self._kept(steps)

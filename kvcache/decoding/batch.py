@@ -109,6 +109,11 @@ class Batch:
         return len(self._jobs)
 
     @property
+    def sizes(self) -> list[int]:
+        """How many places a step may run."""
+        return list(self._sizes)
+
+    @property
     def busy(self) -> int:
         """How many do."""
         return sum(job is not None for job in self._jobs)

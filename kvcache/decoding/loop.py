@@ -91,7 +91,7 @@ class Decoding:
             )
             self._column = torch.zeros(1, dtype=torch.long, device=device)
             self._out = torch.zeros(requests, self.ahead, dtype=torch.long, device=device)
-            self._noise = torch.ones(self.ahead, requests, vocabulary, device=device)
+            self._noise = torch.ones(requests, self.ahead, vocabulary, device=device)
         self._generators: list[torch.Generator | None] = [None] * requests  # None where nothing is drawn
         self._states: dict[torch.Generator, Tensor] = {}  # as they were before the last chunk
         self._named: BackendName = backend if why_eager is None else "eager"
@@ -122,6 +122,11 @@ class Decoding:
         """``arange(slots)``."""
         return self.kv.order
 
+    @property
+    def requests(self) -> int:
+        """How many decode together."""
+        return len(self.token)
+
     def front(self, requests: int) -> "Decoding":
         """The first requests as a decoding of their own, for steps that cost only as much as they need.
 
@@ -136,7 +141,7 @@ class Decoding:
             new._inputs = DecodeInputs(new.kv, self._inputs.kernel)
             new.token, new.made, new._out = self.token[:requests], self.made[:requests], self._out[:requests]
             new._begun = self._begun[:requests]
-            new._noise = self._noise[:, :requests]
+            new._noise = self._noise[:requests]
             new._backend, new.fallback = backend_for(self._named, self.token.device, self._bucket, self._programs)
             self._fronts[requests] = new
         return self._fronts[requests]
@@ -177,7 +182,7 @@ class Decoding:
             self._generators[request] = generators[i] or default
         self._states = {}
         drawing = self.sampler.drawing_of(which)
-        noise = self._noise[0, which]
+        noise = self._noise[which, 0]
         if drawing is not None:
             self._draw(noise, which)
         token = self.sampler(logits, noise, drawing, which)
@@ -221,7 +226,7 @@ class Decoding:
         if drawing is not None:
             default = default_generator(self.token.device)
             self._states = {g: g.get_state() for g in self._generators if g is default}
-            for noise in self._noise[:steps]:
+            for noise in self._noise[:, :steps].unbind(1):
                 self._draw(noise)
         self._column.zero_()
         before = self.kv.evicted() if heard("evicted") else None
@@ -320,7 +325,7 @@ class Decoding:
         for generator, state in self._states.items():
             generator.set_state(state)
         if self._states:
-            for noise in self._noise[:steps]:
+            for noise in self._noise[:, :steps].unbind(1):
                 self._draw(noise)
         self._states = {}
 
@@ -352,7 +357,7 @@ class Decoding:
     def step(self, order: Tensor, whole: bool, drawing: Drawing | None) -> None:
         """One token for every request. `order` is ``arange(columns)``: so many slots are read."""
         logits = self._forward(self.token, self.made, self._inputs.of_step(order, whole))
-        token = self.sampler(logits, self._noise.index_select(0, self._column)[0], drawing)
+        token = self.sampler(logits, self._noise.index_select(1, self._column)[:, 0], drawing)
         self._out.index_copy_(1, self._column, token.masked_fill(self.sampler.failed, FAILED)[:, None])
         self.token.copy_(token)
         self._column.add_(1)

@@ -121,8 +121,8 @@ class Sampler:
         with torch.inference_mode(False):
             self.seen = torch.zeros(requests, vocabulary, dtype=torch.bool, device=device)
             self.failed = torch.zeros(requests, dtype=torch.bool, device=device)
-            # One setting a row, so that a new request is one copy to the device: all of them as fp32 ``[requests, 1]``.
-            self._settings = torch.zeros(6, requests, 1, device=device)
+            # One setting a row, so that a new request is one copy to the device: all of them as fp32 ``[requests, 6]``.
+            self._settings = torch.zeros(requests, 6, device=device)
             self._top_k = torch.full((requests, 1), vocabulary, dtype=torch.long, device=device)
         self._chosen = [GREEDY] * requests
         for request in range(requests):
@@ -132,12 +132,12 @@ class Sampler:
         """The sampler of the first requests: the same settings and marks."""
         new = copy.copy(self)
         new.seen, new.failed = self.seen[:requests], self.failed[:requests]
-        new._settings, new._top_k = self._settings[:, :requests], self._top_k[:requests]
+        new._settings, new._top_k = self._settings[:requests], self._top_k[:requests]
         return new
 
     def move(self, request: int, to: int) -> None:
         """Bring a request's settings and marks to another place."""
-        for held in (self.seen, self.failed, self._settings[:, :, 0].t(), self._top_k):
+        for held in (self.seen, self.failed, self._settings, self._top_k):
             held[to] = held[request].clone()
         self._chosen[to] = self._chosen[request]
 
@@ -155,7 +155,7 @@ class Sampler:
             0.0 if greedy else sampling.min_p,
             sampling.cfg_weight,
         ]
-        self._settings[:, request, 0] = torch.tensor(values, device=device)
+        self._settings[request] = torch.tensor(values, device=device)
         self._top_k[request] = self.vocabulary if greedy or not sampling.top_k else sampling.top_k
         self.failed[request] = False
         self._chosen[request] = sampling
@@ -195,7 +195,7 @@ class Sampler:
         if drawing is not None:
             share = torch.softmax(scores, -1)
             drawn = (share / noise).argmax(-1)
-            greedy = self._settings[0, which, 0] > 0
+            greedy = self._settings[which, 0] > 0
             # `multinomial` refuses what is no distribution: softmax makes NaN of all of it, whatever was wrong.
             self.failed[which].logical_or_(share.gather(1, drawn[:, None])[:, 0].isnan() & ~greedy)
             tokens = torch.where(greedy, tokens, drawn)
@@ -204,7 +204,7 @@ class Sampler:
 
     def process(self, logits: Tensor, drawing: Drawing | None, which: slice = _ALL) -> Tensor:
         """The scores ``[requests, vocabulary]`` that are drawn from; what is filtered out is ``-inf``."""
-        _, penalty, temperature, drop, min_p, guidance = self._settings[:, which].unbind()
+        _, penalty, temperature, drop, min_p, guidance = self._settings[which][:, :, None].unbind(1)
         scores = logits.float()
         if self.guided:
             conditional, unconditional = scores.view(-1, 2, scores.shape[1]).unbind(1)

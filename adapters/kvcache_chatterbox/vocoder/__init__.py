@@ -13,7 +13,7 @@ from kvcache_chatterbox.vocoder.options import VocoderOptions
 from kvcache_chatterbox.vocoder.plain import PlainVocoder
 from kvcache_chatterbox.vocoder.run import LEAD, SAMPLES_PER_TOKEN, TOKENS_PER_SECOND, Run, Vocoder, Waveform
 from kvcache_chatterbox.vocoder.s3gen import S3GenVocoder, why_plain
-from kvcache_chatterbox.vocoder.together import Together
+from kvcache_chatterbox.vocoder.together import Together, most_together
 
 __all__ = [
     "FRAMES_PER_TOKEN",
@@ -31,6 +31,7 @@ __all__ = [
     "Vocoder",
     "VocoderOptions",
     "Waveform",
+    "most_together",
     "vocoder_of",
     "why_plain",
 ]

@@ -4,9 +4,12 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 
+import torch
+
 from kvcache_chatterbox.vocoder.run import Run, Vocoder, Waveform
 from kvcache_chatterbox.voices import Voice
 
+_MOST, _MOST_CPU = 8192, 512  # tokens of one run for several streams
 _ALIKE = 1.25  # a run joins one that is so many times as long at most: what is padded is computed, too
 
 
@@ -18,8 +21,7 @@ class Together:
 
     Args:
         vocoder: the one that runs.
-        most: tokens of a run of several, those of the references among them. A GPU takes as long for many as for one; a CPU
-            computes one after the other anyway, and who is first would wait for all.
+        most: tokens of a run of several, those of the references among them; see `most_together`.
         name: of the thread.
 
     Attributes:
@@ -105,6 +107,12 @@ class Together:
         self.chunks += len(chosen)
         for (_, future), audio in zip(chosen, made, strict=True):
             future.set_result(audio)
+
+
+def most_together(device: torch.device) -> int:
+    """Tokens of a run of several streams at most: a GPU takes as long for many as for one; a CPU computes one after the other
+    anyway, and who is first would wait for all."""
+    return _MOST_CPU if device.type in ("cpu", "meta") else _MOST
 
 
 _Waits = tuple[Run, "Future[Waveform]"]
