@@ -114,6 +114,8 @@ def test_ratios_are_of_the_longest_speech_that_both_have_spoken():
         }
     )
     assert longest(ROWS, "turbo", FIXED) is None
+    often = [a_row("nano", side, 2, 5.0, first, n=3) for side, first in ((FIXED, 2.0), (FAST, 1.0))]
+    assert ratios_of([*ROWS, *often]) == pytest.approx(ratios | {"nano_first_audio": 2.0})  # of most requests
 
 
 def test_what_was_not_measured_has_no_ratio():
