@@ -122,8 +122,8 @@ class ChatterboxSubject(Subject):
             raise InputError(
                 f"{self.name} has no steps to compile: {engine._why_not}; its vocoder has: give --vocoder own"
             )
-        language = {"language_id": "en"} if engine.t3.hp.is_multilingual and not alone else {}
-        return engine.warm_up(max_new_tokens=tokens, requests=setting.requests, told=told, **language)
+        language = "en" if engine.t3.hp.is_multilingual and not alone else None
+        return engine.warm_up(language_id=language, max_new_tokens=tokens, requests=setting.requests, told=told)
 
     def longest(self, setting: Setting) -> int | None:
         return setting.max_length or _LONGEST
