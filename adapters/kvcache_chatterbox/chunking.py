@@ -25,7 +25,7 @@ SECOND = 25  # tokens of a fixed chunk, and of a first one at most where a small
 _FIRST = 10
 MOST = 250
 _REMEMBERED = 16  # runs of the vocoder that tell what the next will take
-_CAUTION = 1.2  # what a run is taken to take, of what it probably takes
+_CAUTION = 1.2  # times as long as it probably takes is what something is reckoned to take
 
 
 def _check_size(name: str, tokens: int) -> None:
@@ -234,7 +234,7 @@ class Pace:
         size = self._lasting()
         if size is None:
             return True
-        took = size / self._rule.step * self._step_seconds + self._run(size)
+        took = _CAUTION * size / self._rule.step * self._step_seconds + self._run(size)
         return tokens / TOKENS_PER_SECOND - self._held >= took
 
     def _lasting(self) -> int | None:
