@@ -41,7 +41,7 @@ def test_the_vocoder_is_run_at_sizes_that_tell_what_its_runs_take():
     assert cost.of(100) == 0
     engine.warm_up(max_new_tokens=20, told=told.append)
     assert cost.of(100) > 0
-    assert told == ["decoding the first tokens", *(f"making audio of {size} tokens" for size in (25, 50, 100))]
+    assert told == ["decoding the first tokens", *(f"making audio of {size} tokens" for size in (25, 50, 100, 200))]
 
 
 def test_what_speaks_at_once_is_warmed_together():
@@ -52,7 +52,7 @@ def test_what_speaks_at_once_is_warmed_together():
         *(f"decoding the first tokens of {n} at once" for n in (1, 2, 3)),
         "making audio of 25 and 25 tokens at once",
         "making audio of 25 and 50 tokens at once",
-        *(f"making audio of {size} tokens" for size in (25, 50, 100)),
+        *(f"making audio of {size} tokens" for size in (25, 50, 100, 200)),
     ]
     with pytest.raises(InputError, match="requests=0 must"):
         engine.warm_up(requests=0)

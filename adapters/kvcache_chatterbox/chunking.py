@@ -25,6 +25,7 @@ SECOND = 25  # tokens of a fixed chunk, and of a first one at most where a small
 _FIRST = 10
 MOST = 250
 _REMEMBERED = 16  # runs of the vocoder that tell what the next will take
+_NEAREST = 5  # of them in size
 _CAUTION = 1.2  # times as long as it probably takes is what something is reckoned to take
 
 
@@ -116,28 +117,35 @@ def chunking_of(chunking: Chunks = "auto", first_chunk: int | None = None, max_c
 class Cost:
     """What runs of a vocoder took, by the tokens that they went over.
 
-    A run probably takes what the straight line of the median slope says (Theil-Sen), which one run in four may miss by any
-    amount: a first run sets libraries up or compiles, and tells nothing of those behind it. Where runs are too much alike to tell
-    what a token takes, it is taken in proportion.
+    A run probably takes what the straight line of the median slope says (Theil-Sen), and as much more or less as those that were
+    nearest to it in size: attention makes long ones longer than in proportion. One run in eight may have taken any time: a first
+    one sets libraries up or compiles, and tells nothing of those behind it. Where runs are too much alike to tell what a token
+    takes, it is taken in proportion.
     """
 
     def __init__(self) -> None:
         self._runs: deque[tuple[int, float]] = deque(maxlen=_REMEMBERED)
-        self._token = self._run = 0.0  # seconds of each token, and of a run by itself
+        self._line = 0.0, 0.0  # seconds of each token, and of a run by itself
+        self._known: dict[int, float] = {}
 
     def took(self, tokens: int, seconds: float) -> None:
         """A run over so many tokens, at least one and the reference among them, has taken so long."""
         self._runs.append((tokens, seconds))
+        self._known.clear()
         runs = list(self._runs)
         slopes = [(b - a) / (m - n) for (n, a), (m, b) in combinations(runs, 2) if m != n]
-        self._token = max(0.0, median(slopes)) if slopes else math.inf
-        self._run = median(took - self._token * n for n, took in runs)
-        if self._run < 0:
-            self._token, self._run = median(took / n for n, took in runs), 0.0
+        each = max(0.0, median(slopes)) if slopes else math.inf
+        level = median(took - each * n for n, took in runs)
+        self._line = (each, level) if level >= 0 else (median(took / n for n, took in runs), 0.0)
 
     def of(self, tokens: int) -> float:
         """Seconds that a run over so many tokens probably takes; 0 if there were none."""
-        return self._run + self._token * tokens
+        if tokens not in self._known:
+            each, level = self._line
+            nearest = sorted(self._runs, key=lambda run: abs(run[0] - tokens))[:_NEAREST]
+            beside = median(took - level - each * n for n, took in nearest) if nearest else 0.0
+            self._known[tokens] = max(0.0, level + each * tokens + beside)
+        return self._known[tokens]
 
 
 class Listener:

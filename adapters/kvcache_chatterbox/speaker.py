@@ -46,7 +46,7 @@ from kvcache_chatterbox.watermark import StreamMarker, Watermarker, check_waterm
 
 ENDING = 3  # tokens that upstream puts behind Turbo's
 _CLIPS = 32
-_WARMED = (25, 50, 100)  # tokens of the runs that a warm-up times
+_WARMED = (25, 50, 100, 200)  # tokens of the runs that a warm-up times
 
 
 class Speaker:
@@ -173,7 +173,7 @@ class Speaker:
         before = vocoder.before(voice) + CONTEXT
         tokens = torch.randint(0, SPEECH_TOKENS, (CONTEXT + max(_WARMED),), generator=torch.Generator().manual_seed(0))
         runs = {size: Run(tokens[: CONTEXT + size], voice, noise, known=CONTEXT) for size in _WARMED}
-        few, more, _ = runs.values()
+        few, more, *_ = runs.values()
         if requests > 1 and 2 * (vocoder.before(voice) + few.tokens.numel()) <= most_together(self._tts.t3.device):
             for together in ((few, few), (few, more)):  # as long as one another, and padded
                 told(
