@@ -109,6 +109,16 @@ def test_at_the_edge_of_what_a_machine_can_no_chunk_is_smaller_than_what_lasts()
     assert listener.underruns == 1
 
 
+def test_a_little_slower_than_time_the_last_chunk_is_not_all_that_is_waited_for():
+    """English, fast, at an RTF of 1.0: the last chunk was ten seconds long, and so was the silence before it."""
+    machine = Machine(0.034, 0.28, 0.0015)
+    sizes, listener, first, ended = machine.say(Chunking(), 750)
+    assert ended > 30 and max(sizes) <= 100
+    assert first + listener.silence < 5
+    slow = Machine(0.1, 10.0, 0.03).say(Chunking(), 750)[0]
+    assert max(slow) == 250  # where a run takes ten seconds, few runs are all that counts
+
+
 def test_given_sizes_are_kept_and_the_last_goes_on():
     assert Machine(0.01, 0.1, 0.001).say(Chunking((5, 10, 20)), 60)[0] == [5, 10, 20, 20, 5]
     assert Machine(0.01, 0.1, 0.001).say(chunking_of("fixed"), 60)[0] == [25, 25, 10]

@@ -3,8 +3,9 @@
 A vocoder run costs much by itself and little by token, as each hears the voice's reference again. So the first chunk is small,
 and each further one as large as what the listener still has to hear pays for. Where that is too little for any, the least
 silence is one: that before the smallest chunk which lasts as long as one of its size takes to make. Where there is none, as
-speech takes longer to make than it lasts, a listener waits at each chunk and all silence is the time of all runs, so each chunk
-is `GROWTH` times the one before.
+speech takes longer to make than it lasts, a listener waits at each chunk: for all runs, of which large chunks have few, and for
+the last chunk, which nothing plays before. Both together are least where a chunk lasts as long as the square root of the text's
+length times what a run takes by itself; chunks grow to that, each `GROWTH` times the one before.
 """
 
 import math
@@ -26,6 +27,7 @@ _FIRST = 10
 MOST = 250
 _REMEMBERED = 16  # runs of the vocoder that tell what the next will take
 _NEAREST = 5  # of them in size
+_TEXT = 500  # speech tokens of a text, where chunks are weighed against it: 20 seconds
 _CAUTION = 1.2  # times as long as it probably takes is what something is reckoned to take
 
 
@@ -226,10 +228,9 @@ class Pace:
         if waiting + rule.step > rule.most:
             return True
         lasting = self._lasting()
-        if lasting is None:
-            return waiting >= min(GROWTH * self._last, rule.most)
+        least = min(GROWTH * self._last, self._largest()) if lasting is None else lasting
         # A smaller one would be heard in time, and leave less time for the next: a silence all the same, and a run more.
-        return waiting >= lasting and left < self._run(waiting + rule.step) + self._step_seconds
+        return waiting >= least and left < self._run(waiting + rule.step) + self._step_seconds
 
     def ran(self, tokens: int, seconds: float) -> None:
         """A run over so many new tokens has taken so long."""
@@ -245,11 +246,16 @@ class Pace:
         took = _CAUTION * size / self._rule.step * self._step_seconds + self._run(size)
         return tokens / TOKENS_PER_SECOND - self._held >= took
 
+    def _largest(self) -> int:
+        """Tokens of a chunk with which a listener waits least, where it waits at each."""
+        best = math.sqrt(TOKENS_PER_SECOND * _TEXT * self._run(0))
+        return min(max(round(best), SECOND), self._rule.most)
+
     def _lasting(self) -> int | None:
-        """The least tokens that last as long as it takes to make so many; None if there are none."""
+        """The least tokens that last as long as it takes to make so many; None if it would be better to wait at each chunk."""
         step = self._rule.step
         each = self._step_seconds / step
-        sizes = range(step, self._rule.most + 1, step)
+        sizes = range(step, self._largest() + 1, step)
         return next((n for n in sizes if n / TOKENS_PER_SECOND >= n * each + self._run(n)), None)
 
     def _run(self, tokens: int) -> float:
