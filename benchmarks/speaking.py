@@ -205,12 +205,15 @@ class Engine(ChatterboxEngine):
     """Ours, whose T3 is timed, and which tells the vocoder's runs.
 
     Attributes:
-        clock: counts T3's time; to be set before a request.
+        clock: counts T3's time.
         said: the audio of the last request.
     """
 
-    clock: Clock
     said: Any = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.clock = Clock()
 
     def _in_order(self, *args: Any, **kwargs: Any) -> Iterator[tuple[int, Tensor]]:
         return self.clock.timed_pieces("T3", super()._in_order(*args, **kwargs))
