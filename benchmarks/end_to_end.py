@@ -347,8 +347,9 @@ def at_once(gate: Gate, case: Case, side: Side, counts: Sequence[int], tokens: i
     tts = chatterbox(case)
     engine = engine_of(tts, side)
     voice = Voice.of(tts.t3, tts.conds)
-    engine.warm_up(voice=voice, max_new_tokens=tokens, requests=max(counts))
-    asyncio.run(spoken(engine, voice, max(counts), max(counts), tokens))
+    for count in counts:  # each number of rows has a compiled step of its own
+        engine.warm_up(voice=voice, max_new_tokens=tokens, requests=count)
+        asyncio.run(spoken(engine, voice, count, count, tokens))
     gate.notes["streams"] = []
     gate()
     while True:
