@@ -197,8 +197,7 @@ class Clock:
 
     def timed_pieces(self, part: str, pieces: Iterator[Any]) -> Iterator[Any]:
         """What an iterator gives, whose time is counted."""
-        following = self.timed(part, lambda: next(pieces, None))
-        return iter(following, None)
+        yield from iter(self.timed(part, lambda: next(pieces, None)), None)
 
 
 class Engine(ChatterboxEngine):

@@ -26,6 +26,7 @@ SECOND = 25  # tokens of a fixed chunk, and of a first one at most where a small
 _FIRST = 10
 MOST = 250
 _REMEMBERED = 16  # runs of the vocoder that tell what the next will take
+_SLACK = 0.05  # seconds that a chunk comes before there is nothing to play
 _NEAREST = 5  # of them in size
 _TEXT = 500  # speech tokens of a text, where chunks are weighed against it: 20 seconds
 _CAUTION = 1.2  # times as long as it probably takes is what something is reckoned to take
@@ -230,7 +231,7 @@ class Pace:
         lasting = self._lasting()
         least = min(GROWTH * self._last, self._largest()) if lasting is None else lasting
         # A smaller one would be heard in time, and leave less time for the next: a silence all the same, and a run more.
-        return waiting >= least and left < self._run(waiting + rule.step) + self._step_seconds
+        return waiting >= least and left < self._run(waiting + rule.step) + self._step_seconds + _SLACK
 
     def ran(self, tokens: int, seconds: float) -> None:
         """A run over so many new tokens has taken so long."""
@@ -256,7 +257,8 @@ class Pace:
         step = self._rule.step
         each = self._step_seconds / step
         sizes = range(step, self._largest() + 1, step)
-        return next((n for n in sizes if n / TOKENS_PER_SECOND >= n * each + self._run(n)), None)
+        took = ((n, n * each + self._cost.of(self._before + n)) for n in sizes)
+        return next((n for n, seconds in took if n / TOKENS_PER_SECOND >= seconds), None)
 
     def _run(self, tokens: int) -> float:
         return _CAUTION * self._cost.of(self._before + tokens)
