@@ -26,8 +26,8 @@ SECOND = 25  # tokens of a fixed chunk, and of a first one at most where a small
 _FIRST = 10
 MOST = 250
 _REMEMBERED = 16  # runs of the vocoder that tell what the next will take
+_NEAREST = 5  # of these, those that are nearest in size
 _SLACK = 0.1  # seconds that a chunk comes before there is nothing to play
-_NEAREST = 5  # of them in size
 _TEXT = 500  # speech tokens of a text, where chunks are weighed against it: 20 seconds
 _CAUTION = 1.2  # times as long as it probably takes is what something is reckoned to take
 
@@ -132,7 +132,7 @@ class Cost:
         self._known: dict[int, float] = {}
 
     def took(self, tokens: int, seconds: float) -> None:
-        """A run over so many tokens, at least one and the reference among them, has taken so long."""
+        """Remember a run: the tokens that it went over, at least one, those of the reference included, and its seconds."""
         self._runs.append((tokens, seconds))
         self._known.clear()
         runs = list(self._runs)
@@ -142,7 +142,7 @@ class Cost:
         self._line = (each, level) if level >= 0 else (median(took / n for n, took in runs), 0.0)
 
     def of(self, tokens: int) -> float:
-        """Seconds that a run over so many tokens probably takes; 0 if there were none."""
+        """An estimate of the seconds that a run over this many tokens takes; 0 before the first run."""
         if tokens not in self._known:
             each, level = self._line
             nearest = sorted(self._runs, key=lambda run: abs(run[0] - tokens))[:_NEAREST]
@@ -253,7 +253,7 @@ class Pace:
         return min(max(round(best), SECOND), self._rule.most)
 
     def _lasting(self) -> int | None:
-        """The least tokens that last as long as it takes to make so many; None if it would be better to wait at each chunk."""
+        """The smallest chunk that plays for as long as it takes to make; None if small waits at each chunk are better."""
         step = self._rule.step
         each = self._step_seconds / step
         sizes = range(step, self._largest() + 1, step)

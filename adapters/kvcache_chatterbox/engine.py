@@ -220,8 +220,8 @@ class ChatterboxEngine(UtteranceDecoder):
         """Do what a first request would wait for: compiled steps are loaded from their files or made, what runs of the vocoder
         take is measured.
 
-        It runs a little of a request of its own. Requests with other settings (greedy draws, no guidance) may still need a
-        compiled step of their own.
+        It runs the beginning of a made-up request. Requests with other settings (greedy draws, no guidance) may still need
+        another compiled step.
 
         Args:
             text: that is begun.
@@ -237,7 +237,7 @@ class ChatterboxEngine(UtteranceDecoder):
             What was made and how long that took, see `WarmUp`.
 
         Raises:
-            InputError, CapacityError: as `generate_stream`, before anything has run; or if so many cannot speak at once.
+            InputError, CapacityError: as `generate_stream`, before anything has run; or if this engine cannot decode `requests` together.
         """
         check_count("requests", requests)
         if requests > 1:

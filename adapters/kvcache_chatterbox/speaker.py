@@ -174,7 +174,7 @@ class Speaker:
         tokens = torch.randint(0, SPEECH_TOKENS, (CONTEXT + max(_WARMED),), generator=torch.Generator().manual_seed(0))
         runs = {size: Run(tokens[: CONTEXT + size], voice, noise, known=CONTEXT) for size in _WARMED}
         few, more, *_ = runs.values()
-        if requests > 1 and 2 * (vocoder.before(voice) + few.tokens.numel()) <= most_together(self._tts.t3.device):
+        if requests > 1 and 2 * (before + _WARMED[0]) <= most_together(self._tts.t3.device):
             for together in ((few, few), (few, more)):  # as long as one another, and padded
                 told(
                     f"making audio of {' and '.join(str(run.tokens.numel() - CONTEXT) for run in together)} tokens at once"

@@ -158,8 +158,7 @@ class ChatterboxSubject(Subject):
 
     def _speaker(self, setting: Setting, device: str) -> Speaker | None:
         """What makes audio, as a setting asks for it."""
-        model, options = self._whole(setting, device)
-        return None if options is None else Speaker(model, options)
+        return None if setting.vocoder is None else Speaker(*self._whole(setting, device))
 
     def _whole(self, setting: Setting, device: str) -> tuple[Any, VocoderOptions | None]:
         """A whole model with a made-up voice, and how its vocoder runs: upstream's S3Gen, or tones where none is asked for."""

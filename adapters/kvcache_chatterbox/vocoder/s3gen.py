@@ -74,7 +74,8 @@ class S3GenVocoder:
         self, s3gen: Any, options: VocoderOptions, programs: Programs | None = None, onednn: bool = True
     ) -> None:
         self.options, self._programs = options, programs
-        self._onednn = onednn and options.precision in (None, "fp32")
+        # Not where parts are compiled: torch's compiler would trace into it, and makes nothing of what it finds there.
+        self._onednn = onednn and options.precision in (None, "fp32") and not options.compiled
         self.s3gen = s3gen if options.own else distilled(options.weights, s3gen)
         if options.precision is not None:
             check_precision(options.precision, self.device)
