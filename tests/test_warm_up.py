@@ -44,6 +44,20 @@ def test_the_vocoder_is_run_at_sizes_that_tell_what_its_runs_take():
     assert told == ["decoding the first tokens", *(f"making audio of {size} tokens" for size in (25, 50, 100, 200))]
 
 
+def test_the_watermarker_is_run_once_as_its_first_run_may_take_long():
+    model, told, marked = stand_in(tiny_t3("gpt")), [], []
+
+    class Marker:
+        def apply_watermark(self, wav, sample_rate):
+            marked.append(len(wav) / sample_rate)
+            return wav
+
+    model.watermarker = Marker()
+    ChatterboxEngine(model).warm_up(max_new_tokens=20, told=told.append)
+    assert told[-1] == "marking audio"
+    assert marked == [200 / 25]
+
+
 def test_what_speaks_at_once_is_warmed_together():
     engine, told = ChatterboxEngine(stand_in(tiny_t3("english"))), []
     engine.warm_up(max_new_tokens=20, requests=3, told=told.append)

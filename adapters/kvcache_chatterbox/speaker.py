@@ -163,7 +163,8 @@ class Speaker:
         return Voice.of(self._tts.t3, self.conds)
 
     def warm(self, voice: Voice, told: Callable[[str], object], requests: int = 1) -> None:
-        """Run the vocoder at a few sizes, so that what it compiles is there, and what its runs take is known.
+        """Run the vocoder at a few sizes, so that what it compiles is there, and what its runs take is known; and the
+        watermarker, once.
 
         Args:
             told: is told what is done next.
@@ -185,8 +186,11 @@ class Speaker:
             if size == _WARMED[0]:
                 vocoder.waves([run])  # which loads, compiles, or sets up
             began = time.perf_counter()
-            vocoder.waves([run])
+            [made] = vocoder.waves([run])
             self.cost.took(before + size, time.perf_counter() - began)
+        if (watermarker := self._watermarker(True)) is not None:
+            told("marking audio")
+            marked(watermarker, made.audio, self._tts.sr)  # Perth's first run imports, and compiles
 
     def encode(self, audio_prompt_path: str | os.PathLike[str]) -> Voice:
         """The voice of a clip. It takes seconds, so each clip is encoded once: it is kept, by content, in the store of what is

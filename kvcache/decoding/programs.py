@@ -302,11 +302,14 @@ class Ahead:
         self.example, self._sized = example, sized
         self.pending = False
         self.function, self.root, self.name, self.dynamic = function, root, name, dynamic
-        self._model, self._about, self._programs = model, about, programs
+        self._programs = programs
         self._names = list(inspect.signature(function).parameters)[1:]
-        self._outline: str | None = None
         self._bound: dict[Any, Bound] = {}
         self.refused: str | None = None
+        try:  # here, where no request waits for it
+            self._outline = f"{model_program(model)} {about} {_source(function)}"
+        except InputError as error:
+            self._refuse(str(error))
 
     def __call__(self, *args: Any) -> Any:
         given = dict(zip(self._names, args, strict=True))
@@ -327,11 +330,13 @@ class Ahead:
                 if program is None:
                     return None
                 self._bound[variant] = program.bound(self.root)
-            except (Refused, CorruptError, InputError) as error:
-                self.refused = str(error)
-                emit(Event("fell_back", f"{self.name}, compiled, to eager", reason=self.refused))
-                return None
+            except (Refused, CorruptError) as error:
+                return self._refuse(str(error))
         return self._bound[variant]
+
+    def _refuse(self, reason: str) -> None:
+        self.refused = reason
+        emit(Event("fell_back", f"{self.name}, compiled, to eager", reason=reason))
 
     def moving(self, name: str, tensor: Tensor) -> tuple[int, ...]:
         """The dimensions of an argument, or of another input of the program, that differ from call to call."""
@@ -356,13 +361,7 @@ class Ahead:
         return tuple(said)
 
     def key(self, given: Mapping[str, Any]) -> str:
-        """A digest of all that decides the program, and of what makes it.
-
-        Raises:
-            InputError: if the model cannot be told from others.
-        """
-        if self._outline is None:
-            self._outline = f"{model_program(self._model)} {self._about} {_source(self.function)}"
+        """A digest of all that decides the program, and of what makes it."""
         name = f"{self.function.__module__}.{self.function.__qualname__}"
         text = f"{name} {self._outline} {self._variant(given)} {sorted(made_by().items())}"
         return hashlib.sha256(text.encode()).hexdigest()

@@ -86,6 +86,7 @@ class S3GenVocoder:
         self._references: WeakKeyDictionary[Voice, Reference] = WeakKeyDictionary()
         self._made = Following(self.s3gen, self._make)
         self._seconds: dict[str, float] | None = None
+        self._made.now()  # here, where no request waits for it
 
     def _make(self) -> _Parts:
         options = self.options
