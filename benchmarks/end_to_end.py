@@ -342,29 +342,33 @@ def with_gains(rows: Sequence[dict[str, Any]], sides: Mapping[str, Side]) -> lis
 # ---------------------------------------------------------------------- streams at once
 
 
-def at_once(gate: Gate, case: Case, side: Side, counts: Sequence[int], tokens: int) -> None:
+def at_once(gate: Gate, case: Case, side: Side, counts: Sequence[int], tokens: int, by_turns: bool) -> None:
     """So many requests one by one and together, by turns; each turn is all of them, and its notes what was heard."""
     tts = chatterbox(case)
     engine = engine_of(tts, side)
     voice = Voice.of(tts.t3, tts.conds)
     for count in counts:  # each number of rows has a compiled step of its own
         engine.warm_up(voice=voice, max_new_tokens=tokens, requests=count)
-        asyncio.run(spoken(engine, voice, count, count, tokens))
+        asyncio.run(spoken(engine, voice, count, count, tokens, by_turns))
     gate.notes["streams"] = []
     gate()
     while True:
         for count in counts:
-            alone, together = (asyncio.run(spoken(engine, voice, count, rows, tokens)) for rows in (1, count))
+            alone, together = (asyncio.run(spoken(engine, voice, count, rows, tokens, by_turns)) for rows in (1, count))
             gate.notes["streams"].append((count, alone, together))
         gate()
 
 
-async def spoken(engine: Any, voice: Voice, count: int, rows: int, tokens: int) -> dict[str, Any]:
-    """So many requests through a scheduler, `rows` at a time: seconds in all, of audio, and to each first audio."""
+async def spoken(engine: Any, voice: Voice, count: int, rows: int, tokens: int, by_turns: bool) -> dict[str, Any]:
+    """So many requests through a scheduler, `rows` at a time: seconds in all, of audio, and to each first audio.
+
+    Args:
+        by_turns: T3 and the vocoder compute one at a time.
+    """
     firsts: list[float] = []
     audio = 0.0
 
-    async def one(index: int) -> None:
+    async def one(index: int, tokens: int = tokens) -> None:
         nonlocal audio
         begin, first = time.perf_counter(), None
         stream = scheduler.submit(TEXT, voice=voice, max_new_tokens=tokens, seed=index, segment_characters=None)
@@ -373,8 +377,10 @@ async def spoken(engine: Any, voice: Voice, count: int, rows: int, tokens: int) 
             audio += piece.shape[-1] / SAMPLE_RATE
         firsts.append(first or 0.0)
 
-    async with SpeechScheduler(engine, max_rows=rows) as scheduler:
-        start = time.perf_counter()
+    async with SpeechScheduler(engine, max_rows=rows, one_at_a_time=by_turns) as scheduler:
+        await asyncio.gather(*(one(index, tokens // 8) for index in range(rows)))  # it has served before
+        firsts.clear()
+        audio, start = 0.0, time.perf_counter()
         if rows == 1:
             for index in range(count):
                 await one(index)
@@ -388,7 +394,9 @@ def streams_of(case: Case, side: Side, options: argparse.Namespace) -> tuple[lis
     """A row for each number of streams."""
     tokens = round(options.stream_seconds * TOKENS_PER_SECOND)
     measured = Processes(
-        {"streams": (at_once, case, side, options.streams, tokens)}, options.threads, memory=options.memory
+        {"streams": (at_once, case, side, options.streams, tokens, not options.both_at_once)},
+        options.threads,
+        memory=options.memory,
     ).run([Phase(options.rounds, warmup=0)])
     note = measured.notes.get("streams", {})
     rows = []
@@ -399,7 +407,8 @@ def streams_of(case: Case, side: Side, options: argparse.Namespace) -> tuple[lis
         speed = [[run["audio"] / run["seconds"] for run in runs] for runs in zip(*pairs, strict=True)]
         firsts = torch.tensor([first for _, run in pairs for first in run["firsts"]], dtype=torch.float64)
         rows.append(
-            {"variant": case.variant, "streams": count, "T3": side.t3, "vocoder": side.voiced, "n": len(pairs),
+            {"variant": case.variant, "streams": count,
+             "computed": "both at once" if options.both_at_once else "by turns", "T3": side.t3, "vocoder": side.voiced, "n": len(pairs),
              "speech of each, s": options.stream_seconds,
              "audio s / s, one by one": spread(speed[0])["median"],
              "audio s / s, together": spread(speed[1])["median"],
@@ -450,6 +459,9 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--levers", nargs="*", metavar="NAME", help="levers, each apart; all without a name")
     parser.add_argument("--texts", action="store_true", help="three texts of the report's lengths, by --sides")
     parser.add_argument("--streams", type=int, nargs="*", metavar="N", help="so many at once (1 2 4 8), fast side")
+    parser.add_argument(
+        "--both-at-once", action="store_true", help="streams whose T3 and vocoder compute beside one another"
+    )
     parser.add_argument("--cold", action="store_true", help="the first requests of new processes, fast side")
     parser.add_argument("--seconds", type=float, nargs="+", default=[10.0, 30.0], help="of speech (default: 10 30)")
     parser.add_argument("--stream-seconds", type=float, default=10.0, help="of each stream's speech (default: 10)")
@@ -503,7 +515,10 @@ class Parts:
     def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
         speech = row.get("speech, s")
         length = None if speech is None else round(speech)
-        return (*(row.get(name) for name in ("variant", "side", "streams", "process", "characters")), length)
+        return (
+            *(row.get(name) for name in ("variant", "side", "streams", "computed", "process", "characters")),
+            length,
+        )
 
 
 def main() -> None:

@@ -38,6 +38,7 @@ from kvcache.generation import STEPWISE, Emitter, Wanted, asks, mode_of, own_way
 from kvcache.geometry import CacheGeometry
 from kvcache.heads import AdaptiveLayer, share
 from kvcache.managed import MadeFor, ManagedCache
+from kvcache.memory import release_threads
 from kvcache.models import Following, facts_of
 from kvcache.modules import rebuilt
 from kvcache.past import handed, returned, take, takes
@@ -146,6 +147,7 @@ class KVCacheManager:
         self.speakers = SpeakerCache(default_store(geometry.device)) if speakers is None else speakers
         self._decoder = LanguageDecoder(model, kv_dtype, max_cache_length, bucket)
         self._prompts = Prompts(model, self.speakers, max_cache_length, geometry.max_positions)
+        release_threads()  # who has loaded the model may not be who decodes
 
     @classmethod
     def from_profile(cls, model: Any, path: Path | str, **overrides: Any) -> "KVCacheManager":

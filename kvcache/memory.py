@@ -1,16 +1,19 @@
-"""Memory of this process: what it has, handing some back, and zeros that take none before they are written to."""
+"""Memory and threads of this process: what it has, handing some back, and zeros that take none before they are written to."""
 
 import ctypes
 import math
 import mmap
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 _STATM = Path("/proc/self/statm")
+_MAPS = Path("/proc/self/maps")
+_SOFT = 1  # omp_pause_soft
 
 
 def resident_bytes() -> int | None:
@@ -58,6 +61,32 @@ def give_back() -> bool:
     if trim is not None:
         trim(0)
     return trim is not None
+
+
+def release_threads() -> bool:
+    """End the threads that OpenMP keeps for the calling one, which starts others with its next parallel work; whether it can.
+
+    GNU's OpenMP, which comes with torch on Linux, lets a thread's workers wait for their next work awake only while all threads
+    of the process together have no more workers than there are cores. With more they sleep after each piece of work, and a
+    decode step, which has hundreds of small ones, takes up to twice as long. A second thread that decodes, where the first has
+    loaded the model, is enough for that. So what has done its work lets go of its workers before another begins.
+
+    OpenMP 5.0, ``omp_pause_resource_all``. Nothing is done with other libraries than GNU's.
+    """
+    ended = [pause(_SOFT) == 0 for pause in _pauses()]  # of each, also behind one that fails
+    return bool(ended) and all(ended)
+
+
+@cache
+def _pauses() -> list[Callable[[int], int]]:
+    """Of each of GNU's OpenMP libraries in this process: packages may bring their own."""
+    try:
+        lines = _MAPS.read_text().splitlines()
+    except OSError:  # not on Linux
+        return []
+    paths = {line.split(maxsplit=5)[-1] for line in lines if "libgomp" in line}
+    found = (getattr(ctypes.CDLL(path), "omp_pause_resource_all", None) for path in sorted(paths))
+    return [pause for pause in found if pause is not None]
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -13,7 +13,7 @@ import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, TypeVar
@@ -25,6 +25,7 @@ from kvcache.arguments import check_whole
 from kvcache.decoding.batch import Batch, Job
 from kvcache.decoding.turns import Chunk, Request, Turns
 from kvcache.errors import BusyError, ClosedError, InputError, KVCacheError
+from kvcache.memory import release_threads
 
 __all__ = ["Chunk", "Request", "Scheduler", "SchedulerMetrics", "Stream", "Turns", "Work"]
 
@@ -99,6 +100,7 @@ class Scheduler:
         ahead: chunks that may lie undelivered before no further job of that request begins.
         prefills, reserved: see `Turns`; by default a place of several is reserved, so that a newcomer does not wait
             behind all the segments of a long text.
+        within: gives what each turn of the batch runs in, such as the block of a lock.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class Scheduler:
         ahead: int = 32,
         prefills: int = 8,
         reserved: int | None = None,
+        within: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         check_whole("rows", rows, 1)
         max_running = 2 * rows if max_running is None else max_running
@@ -121,7 +124,7 @@ class Scheduler:
         check_whole("reserved", reserved, 0)
         if reserved >= rows:
             raise InputError(f"reserved={reserved} must be at least 0 and leave one of the {rows} rows")
-        self._open_batch = batch
+        self._open_batch, self._within = batch, within
         self._rows, self._max_waiting, self._max_running, self._ahead = rows, max_waiting, max_running, ahead
         self._order = prefills, reserved, max_running
         # As many as streams: one may wait long in its thread, for a vocoder that all share, and the loop's own threads are few.
@@ -157,6 +160,7 @@ class Scheduler:
         try:
             self._start(self._run, "kvcache-scheduler")
             self._start(self._prepare, "kvcache-prepare")
+            release_threads()  # this thread has loaded the model, maybe, and decodes no more
             await started
         except BaseException:
             self._stop()
@@ -367,6 +371,7 @@ class Scheduler:
             except BaseException as error:  # handed to whoever waits for the first item
                 self._call(self._over, inbox, error, "refused" if isinstance(error, KVCacheError) else "failed")
             del inbox, prepare
+            release_threads()
 
     def _add(self, inbox: "_Inbox", work: Work[Any]) -> None:
         def make(index: int, before: Tensor | None) -> Job:
@@ -439,7 +444,9 @@ class Scheduler:
             turns.add(request)
         for request in dropped:
             turns.drop(request)
-        for request in turns.turn():
+        with self._within():
+            over = turns.turn()
+        for request in over:
             self._call(self._request_over, request)
 
     def _request_over(self, request: Request) -> None:
@@ -569,6 +576,8 @@ class Stream(AsyncIterator[T], Generic[T]):
         except BaseException as error:
             told = _handed_on(error)
             raise told from told.__cause__
+        finally:
+            release_threads()
 
     async def aclose(self) -> None:
         """End the request. Nothing happens if it has ended."""

@@ -109,6 +109,14 @@ def test_at_the_edge_of_what_a_machine_can_no_chunk_is_smaller_than_what_lasts()
     assert listener.underruns == 1
 
 
+def test_just_above_what_lasts_chunks_grow_and_do_not_stay_as_small_as_they_may_be():
+    """Nano on a quiet machine: 25 chunks of 10 tokens, each made in 0.39 s and heard in 0.4, at twice the work of growing ones."""
+    machine = Machine(0.007, 0.12, 0.0017)
+    sizes, listener, _, ended = machine.say(Chunking(), 250)
+    assert listener.silence == 0 and len(sizes) <= 6 and ended < 5
+    assert sizes[1] / 25 >= 1.1 * (sizes[1] * machine.token + machine.took(BEFORE + sizes[1]))
+
+
 def test_a_little_slower_than_time_the_last_chunk_is_not_all_that_is_waited_for():
     """English, fast, at an RTF of 1.0: the last chunk was ten seconds long, and so was the silence before it."""
     machine = Machine(0.034, 0.28, 0.0015)

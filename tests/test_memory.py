@@ -1,5 +1,9 @@
 """Estimates against the bytes of the storages that caches really hold."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
@@ -133,3 +137,26 @@ def test_report_adds_up_and_joins_equal_neighbours():
     ]
     assert str(CacheReport((), enabled=False)) == "KV cache disabled: every token is recomputed"
     assert CacheReport(()).seen == CacheReport(()).nbytes == 0
+
+
+def test_workers_that_are_let_go_end_and_come_again():
+    """In a process of its own, as what else has run in this one decides how many there are."""
+    script = """
+import os, torch
+from kvcache.memory import release_threads
+torch.set_num_threads(2)
+count = lambda: len(os.listdir("/proc/self/task"))
+work = lambda: (torch.ones(2000, 2000) * 2).sum()
+assert float(work()) == 8e6
+with_workers, ended = count(), release_threads()
+without = count()
+assert float(work()) == 8e6
+print(ended, with_workers - without, count() - without)
+"""
+    if not Path("/proc/self/task").exists():
+        pytest.skip("the system does not tell its threads")
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    ended, gone, back = run.stdout.split()
+    assert (ended, gone, back) in (("True", "1", "1"), ("False", "0", "0"))
+    if "libgomp" in Path("/proc/self/maps").read_text():
+        assert ended == "True"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.waiting import until
 
-from kvcache_chatterbox.vocoder import SAMPLES_PER_TOKEN, Run, SeededNoise, Together, Waveform
+from kvcache_chatterbox.vocoder import SAMPLES_PER_TOKEN, OneAtATime, Run, SeededNoise, Together, Waveform
 from kvcache_chatterbox.voices import Voice
 
 WHO = Voice(None, {"embedding": torch.zeros(1)})
@@ -96,3 +96,52 @@ def test_its_thread_ends_when_nothing_is_to_be_done(slow):
         together.waves([run(2, 0.0)])
         until(lambda: not any(thread.name == "kvcache-vocoder-test" for thread in threading.enumerate()))
     assert together.runs == 3
+
+
+def test_tokens_and_audio_go_by_turns_and_audio_first():
+    turns, order, inside, most = OneAtATime(), [], [], []
+    begun, go = threading.Event(), threading.Event()
+
+    def work(name, block, wait=None):
+        with block():
+            inside.append(name)
+            most.append(len(inside))
+            begun.set()
+            if wait is not None:
+                assert wait.wait(30)
+            order.append(name)
+            inside.remove(name)
+
+    with ThreadPoolExecutor(8) as pool:
+        first = pool.submit(work, "first", turns.tokens, go)
+        assert begun.wait(30)
+        others = [pool.submit(work, f"tokens {i}", turns.tokens) for i in range(2)]
+        others += [pool.submit(work, f"audio {i}", turns.audio) for i in range(2)]
+        until(lambda: turns._audio == 2)
+        go.set()
+        for future in [first, *others]:
+            future.result(30)
+    assert order[0] == "first"
+    assert {name.split()[0] for name in order[1:3]} == {"audio"}
+    assert set(most) == {1}
+
+
+def test_a_turn_that_fails_is_over():
+    turns = OneAtATime()
+    for block in (turns.tokens, turns.audio):
+        with pytest.raises(ValueError, match="so it is"), block():
+            raise ValueError("so it is")
+    with turns.tokens():
+        pass
+
+
+def test_the_vocoder_runs_within_what_it_is_given(slow):
+    turns = OneAtATime()
+    together = Together(slow, most=1000, within=turns.audio)
+    with ThreadPoolExecutor(2) as pool:
+        with turns.tokens():
+            future = pool.submit(together.waves, [run(10, 0.0)])
+            until(lambda: turns._audio == 1)
+            assert not slow.busy.acquire(timeout=0.05)
+        slow.free.release()
+        assert future.result(30)[0].audio.numel() == 10 * SAMPLES_PER_TOKEN

@@ -2,10 +2,11 @@
 
 A vocoder run costs much by itself and little by token, as each hears the voice's reference again. So the first chunk is small,
 and each further one as large as what the listener still has to hear pays for. Where that is too little for any, the least
-silence is one: that before the smallest chunk which lasts as long as one of its size takes to make. Where there is none, as
-speech takes longer to make than it lasts, a listener waits at each chunk: for all runs, of which large chunks have few, and for
-the last chunk, which nothing plays before. Both together are least where a chunk lasts as long as the square root of the text's
-length times what a run takes by itself; chunks grow to that, each `GROWTH` times the one before.
+silence is one: that before the smallest chunk which lasts as long as one of its size takes to make. One that lasts a little
+longer is waited for up to the last moment, as the next ones grow by that. Where there is none, as speech takes longer to make
+than it lasts, a listener waits at each chunk: for all runs, of which large chunks have few, and for the last chunk, which nothing
+plays before. Both together are least where a chunk lasts as long as the square root of the text's length times what a run takes
+by itself; chunks grow to that, each `GROWTH` times the one before.
 """
 
 import math
@@ -29,6 +30,7 @@ _REMEMBERED = 16  # runs of the vocoder that tell what the next will take
 _NEAREST = 5  # of these, those that are nearest in size
 _SLACK = 0.1  # seconds that a chunk comes before there is nothing to play
 _TEXT = 500  # speech tokens of a text, where chunks are weighed against it: 20 seconds
+_LONGER = 1.15  # times as long as it takes to make is what a chunk plays from which the next can grow
 _CAUTION = 1.2  # times as long as it probably takes is what something is reckoned to take
 
 
@@ -228,10 +230,14 @@ class Pace:
             return waiting >= least and (waiting + rule.step > rule.opening or self._lasts(waiting))
         if waiting + rule.step > rule.most:
             return True
-        lasting = self._lasting()
+        lasting, growing = self._lasting(), self._lasting(_LONGER)
         least = min(GROWTH * self._last, self._largest()) if lasting is None else lasting
-        # A smaller one would be heard in time, and leave less time for the next: a silence all the same, and a run more.
-        return waiting >= least and left < self._run(waiting + rule.step) + self._step_seconds + _SLACK
+        if waiting < least:
+            # A smaller one would be heard in time, and leave less time for the next: a silence all the same, and a run more.
+            return False
+        if growing is not None and waiting < growing:  # no time to spare: it is what the next ones grow by
+            return left < self._cost.of(self._before + waiting + rule.step) + self._step_seconds
+        return left < self._run(waiting + rule.step) + self._step_seconds + _SLACK
 
     def ran(self, tokens: int, seconds: float) -> None:
         """A run over so many new tokens has taken so long."""
@@ -252,13 +258,14 @@ class Pace:
         best = math.sqrt(TOKENS_PER_SECOND * _TEXT * self._run(0))
         return min(max(round(best), SECOND), self._rule.most)
 
-    def _lasting(self) -> int | None:
-        """The smallest chunk that plays for as long as it takes to make; None if small waits at each chunk are better."""
+    def _lasting(self, times: float = 1.0) -> int | None:
+        """The smallest chunk that plays so many times as long as it takes to make; None if small waits at each chunk are better
+        than the wait for such a one."""
         step = self._rule.step
         each = self._step_seconds / step
         sizes = range(step, self._largest() + 1, step)
         took = ((n, n * each + self._cost.of(self._before + n)) for n in sizes)
-        return next((n for n, seconds in took if n / TOKENS_PER_SECOND >= seconds), None)
+        return next((n for n, seconds in took if n / TOKENS_PER_SECOND >= times * seconds), None)
 
     def _run(self, tokens: int) -> float:
         return _CAUTION * self._cost.of(self._before + tokens)

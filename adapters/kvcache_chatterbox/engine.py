@@ -21,6 +21,7 @@ from kvcache import (
 from kvcache.decoding import BUCKET, BackendName
 from kvcache.decoding.warming import Told, WarmUp, untold
 from kvcache.hf import PositionMode
+from kvcache.memory import release_threads
 from kvcache.precision import Precision
 from kvcache.streaming import as_async, in_thread
 from kvcache.tuning_profile import TuningProfile
@@ -135,6 +136,7 @@ class ChatterboxEngine(UtteranceDecoder):
         if hasattr(model, "s3gen"):
             self._speaker = Speaker(model, vocoder, self.speakers, self._programs, onednn)
         self._defaults = {} if self._speaker is None else generate_defaults(model)
+        release_threads()  # who has loaded the model may not be who decodes
 
     @classmethod
     def from_profile(cls, model: Any, path: str | os.PathLike[str], **overrides: Any) -> "ChatterboxEngine":

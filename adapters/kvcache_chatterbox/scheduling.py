@@ -3,6 +3,7 @@
 import asyncio
 import os
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -20,7 +21,7 @@ from kvcache_chatterbox.long_text import Carry, LongText
 from kvcache_chatterbox.requests import check_count
 from kvcache_chatterbox.sampling import SamplingOptions
 from kvcache_chatterbox.utterance import tell_cut_off
-from kvcache_chatterbox.vocoder import Together, most_together
+from kvcache_chatterbox.vocoder import OneAtATime, Together, most_together
 from kvcache_chatterbox.voices import Voice
 
 _LAST_WRITES = 2.0  # seconds
@@ -41,6 +42,8 @@ class SpeechScheduler:
         max_characters: of a text.
         slots: tokens that a segment may come to, voice, text and speech; by default the engine's `max_cache_length`.
         ahead, prefills, reserved: see `kvcache.scheduler.Scheduler`.
+        one_at_a_time: tokens and audio are computed by turns, audio first; by default on a CPU, whose cores both would divide
+            their work among. Elsewhere both run at once.
 
     Raises:
         InputError: if the engine decodes one utterance at a time, or has no vocoder.
@@ -60,8 +63,12 @@ class SpeechScheduler:
         ahead: int = 32,
         prefills: int = 8,
         reserved: int | None = None,
+        one_at_a_time: bool | None = None,
     ) -> None:
         check_count("max_characters", max_characters)
+        if one_at_a_time is None:
+            one_at_a_time = torch.device(engine.t3.device).type == "cpu"
+        self._by_turns = OneAtATime() if one_at_a_time else None
         self._engine = engine
         self._slots, self.rows = engine.room(max_rows, slots, memory_budget)
         self._max_characters = max_characters
@@ -75,6 +82,7 @@ class SpeechScheduler:
             ahead=ahead,
             prefills=prefills,
             reserved=reserved,
+            within=nullcontext if self._by_turns is None else self._by_turns.tokens,
         )
 
     async def __aenter__(self) -> Self:
@@ -171,7 +179,8 @@ class SpeechScheduler:
         vocoder = self._engine.vocoder
         if before is not None and before.vocoder is vocoder:
             return before
-        return Together(vocoder, most_together(self._engine.t3.device))
+        within = nullcontext if self._by_turns is None else self._by_turns.audio
+        return Together(vocoder, most_together(self._engine.t3.device), within=within)
 
     def _chosen(self, voice: str | Voice | None, clip: str | os.PathLike[str] | None) -> Callable[[], Voice]:
         """Who speaks, as of now; that there is no such voice is said by the call, and so by the stream."""

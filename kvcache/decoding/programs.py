@@ -331,7 +331,8 @@ class Ahead:
                     return None
                 self._bound[variant] = program.bound(self.root)
             except (Refused, CorruptError) as error:
-                return self._refuse(str(error))
+                self._refuse(str(error))
+                return None
         return self._bound[variant]
 
     def _refuse(self, reason: str) -> None:

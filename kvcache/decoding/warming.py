@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 
 from kvcache.decoding.programs import Made, Programs
+from kvcache.memory import release_threads
 
 Told = Callable[[str], object]
 """Is told, in the thread that does it, what is done next."""
@@ -77,4 +78,5 @@ class WarmUp:
             self._error = error
         finally:
             self.seconds = time.perf_counter() - began
+            release_threads()  # of the thread that warmed up; those that serve are others
             self._over.set()

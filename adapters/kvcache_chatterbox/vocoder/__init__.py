@@ -13,7 +13,7 @@ from kvcache_chatterbox.vocoder.options import VocoderOptions
 from kvcache_chatterbox.vocoder.plain import PlainVocoder
 from kvcache_chatterbox.vocoder.run import LEAD, SAMPLES_PER_TOKEN, TOKENS_PER_SECOND, Run, Vocoder, Waveform
 from kvcache_chatterbox.vocoder.s3gen import S3GenVocoder, why_plain
-from kvcache_chatterbox.vocoder.together import Together, most_together
+from kvcache_chatterbox.vocoder.together import OneAtATime, Together, most_together
 
 __all__ = [
     "FRAMES_PER_TOKEN",
@@ -22,6 +22,7 @@ __all__ = [
     "SPEECH_TOKENS",
     "TOKENS_PER_SECOND",
     "Noise",
+    "OneAtATime",
     "PlainVocoder",
     "Run",
     "S3GenVocoder",

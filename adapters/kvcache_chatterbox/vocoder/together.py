@@ -1,11 +1,13 @@
 """One vocoder for many streams: a thread of its own, which runs what is most urgent, and with it what is as long."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
+from kvcache.memory import release_threads
 from kvcache_chatterbox.vocoder.run import Run, Vocoder, Waveform
 from kvcache_chatterbox.voices import Voice
 
@@ -23,14 +25,21 @@ class Together:
         vocoder: the one that runs.
         most: tokens of a run of several, those of the references among them; see `most_together`.
         name: of the thread.
+        within: gives what each run happens in, see `OneAtATime`.
 
     Attributes:
         runs: of the vocoder so far.
         chunks: that came of them.
     """
 
-    def __init__(self, vocoder: Vocoder, most: int, name: str = "kvcache-vocoder") -> None:
-        self.vocoder, self._most, self._name = vocoder, most, name
+    def __init__(
+        self,
+        vocoder: Vocoder,
+        most: int,
+        name: str = "kvcache-vocoder",
+        within: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        self.vocoder, self._most, self._name, self._within = vocoder, most, name, within
         self._lock = threading.Lock()
         self._waiting: list[_Waits] = []
         self._working = False
@@ -95,7 +104,8 @@ class Together:
 
     def _run(self, chosen: Sequence["_Waits"]) -> None:
         try:
-            made = self.vocoder.waves([run for run, _ in chosen])
+            with self._within():
+                made = self.vocoder.waves([run for run, _ in chosen])
         except BaseException as error:  # told to who waits: the thread serves others
             if len(chosen) == 1:
                 chosen[0][1].set_exception(error)
@@ -107,6 +117,48 @@ class Together:
         self.chunks += len(chosen)
         for (_, future), audio in zip(chosen, made, strict=True):
             future.set_result(audio)
+
+
+class OneAtATime:
+    """Two threads that compute by turns: audio, for which somebody waits, before tokens.
+
+    On the same cores each would take more than twice as long beside the other, as each divides its work among all of them and
+    waits for the slowest part. Whose turn ends lets go of its workers, see `release_threads`.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._busy = False
+        self._audio = 0
+
+    @contextmanager
+    def audio(self) -> Iterator[None]:
+        """A block that begins once nothing else runs."""
+        with self._changed:
+            self._audio += 1
+            try:
+                self._changed.wait_for(lambda: not self._busy)
+                self._busy = True
+            finally:
+                self._audio -= 1
+        yield from self._running()
+
+    @contextmanager
+    def tokens(self) -> Iterator[None]:
+        """A block that begins once nothing else runs, and no audio is to be made."""
+        with self._changed:
+            self._changed.wait_for(lambda: not (self._busy or self._audio))
+            self._busy = True
+        yield from self._running()
+
+    def _running(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            release_threads()
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
 
 
 def most_together(device: torch.device) -> int:
