@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 from kvcache import CacheGeometry, InputError
 from kvcache.decoding import StaticKV, decoder_copy
-from kvcache.decoding.wiring import DecodeInputs
-from kvcache.hf import kv_layers, new_cache
-from kvcache.precision import check_precision, with_precision
+from kvcache.decoding._wiring import DecodeInputs
+from kvcache.models._cache import kv_layers, new_cache
+from kvcache.models._precision import check_precision, with_precision
 
 sys.path.insert(0, str(ROOT / "examples"))
 from llm_stream import load

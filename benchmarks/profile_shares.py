@@ -28,8 +28,8 @@ from torch.profiler import profile as trace_of
 from tqdm import tqdm
 
 from kvcache.memory import resident_bytes
-from kvcache.profiling import Profile, plot, profile
-from kvcache.subjects import Setting, subject
+from kvcache.tools._profiling import Profile, plot, profile
+from kvcache.tools._targets import Setting, subject
 
 EAGER = Setting(precision="fp32")
 BEST = Setting("compile", "int8", torch.float32)  # what `kvcache tune` chooses on processors with VNNI and no AMX

@@ -57,7 +57,7 @@ from kvcache import (
     measure_heads,
     pyramid,
 )
-from kvcache.hf import exact_windows
+from kvcache.models._cache import exact_windows
 
 sys.path.insert(0, str(ROOT / "examples"))
 from llm_stream import load

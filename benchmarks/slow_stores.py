@@ -27,7 +27,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from kvcache import DiskStore, MemoryStore, RedisStore, SpeakerCache
-from kvcache.stores import Store
+from kvcache.prefixes.stores import Store
 from kvcache_chatterbox import ChatterboxEngine, SpeechScheduler, Voice, load_t3, random_conditionals, stand_in
 
 sys.path.insert(0, str(ROOT / "examples"))

@@ -31,11 +31,11 @@ from torch import Tensor, nn
 from transformers import StaticCache
 from transformers.pytorch_utils import Conv1D
 
-import kvcache.precision
+import kvcache.models._precision
 from kvcache import CacheGeometry
 from kvcache.decoding import Decoding, Sampler, StaticKV
-from kvcache.hf import decoding_arguments, kv_layers, new_cache
 from kvcache.memory import give_back
+from kvcache.models._cache import decoding_arguments, kv_layers, new_cache
 from kvcache_chatterbox import byte_tokens, load_t3, random_conditionals
 from kvcache_chatterbox.decoding import Decoder
 from kvcache_chatterbox.loading import upstream_t3
@@ -442,7 +442,7 @@ def serve(gate: Gate, case: Case, side: Side) -> None:
     """Run a side, a turn at a time."""
     logging.getLogger("chatterbox").setLevel(logging.ERROR)
     if not side.together:
-        kvcache.precision._TOGETHER = ()  # type: ignore[assignment]
+        kvcache.models._precision._TOGETHER = ()  # type: ignore[assignment]
     model = make(case, side)
     if case.device != "cpu":
         torch.cuda.reset_peak_memory_stats()  # the weights' way through fp32 is not what decoding takes

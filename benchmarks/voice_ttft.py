@@ -25,9 +25,9 @@ import torch
 from common import ROOT, arguments, finish, interleaved, paired_ratio, spread
 
 from kvcache import CacheGeometry, DiskStore, KVCacheManager, MemoryStore, RedisStore, SpeakerCache
-from kvcache.cpu import onednn_linear
-from kvcache.hf import new_cache
-from kvcache.stores import Store
+from kvcache.models._cache import new_cache
+from kvcache.models._onednn import onednn_linear
+from kvcache.prefixes.stores import Store
 from kvcache_chatterbox import ChatterboxEngine, load_t3, random_conditionals
 
 sys.path.insert(0, str(ROOT / "examples"))

@@ -29,7 +29,7 @@ from rich.progress import track
 from rich.table import Table
 
 from kvcache import DiskStore, MemoryStore, RedisStore, SpeakerCache
-from kvcache.stores import Store
+from kvcache.prefixes.stores import Store
 from kvcache_chatterbox import ChatterboxEngine, Voice, byte_tokens, load_t3, random_conditionals
 
 TEXT = "The birch canoe slid on planks."

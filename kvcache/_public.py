@@ -1,5 +1,26 @@
 """What `kvcache` hands out, all of it; brought by the first name that is asked for."""
 
+from kvcache.cache._geometry import CacheGeometry
+from kvcache.cache._growing import KVLayer
+from kvcache.cache._per_head import Adaptive, PerHead
+from kvcache.cache._policies import KeepAll, MaxBytes, MaxTokens, Pinned, SizePolicy, SlidingWindow
+from kvcache.cache._quantized import Quantization
+from kvcache.cache._ranking import (
+    TOVA,
+    ExpectedAttention,
+    FarLooks,
+    HeavyHitters,
+    KeyDiff,
+    KeyNorm,
+    RankingPolicy,
+    Rehearsed,
+    SnapKV,
+    pyramid,
+)
+from kvcache.cache._report import CacheReport, LayerReport, estimate_bytes
+from kvcache.cache._rope import KeyRotation
+from kvcache.decoding._scheduler import Scheduler, SchedulerMetrics
+from kvcache.decoding._tuning_profile import TuningProfile
 from kvcache.errors import (
     BusyError,
     CapacityError,
@@ -14,36 +35,15 @@ from kvcache.errors import (
     RollbackError,
 )
 from kvcache.events import Event, subscribe
-from kvcache.fingerprint import model_fingerprint
-from kvcache.geometry import CacheGeometry
-from kvcache.head_profile import HeadProfile, measure_heads
-from kvcache.heads import Adaptive, PerHead
-from kvcache.layers import KVLayer
 from kvcache.manager import KVCacheManager
-from kvcache.occupancy_map import Occupancy, occupancy
-from kvcache.policies import KeepAll, MaxBytes, MaxTokens, Pinned, SizePolicy, SlidingWindow
-from kvcache.precision import with_precision
-from kvcache.prefix import PrefixKey, PrefixSnapshot
-from kvcache.quantized import Quantization
-from kvcache.report import CacheReport, LayerReport, estimate_bytes
-from kvcache.rope import KeyRotation
-from kvcache.scheduler import Scheduler, SchedulerMetrics
-from kvcache.scoring import (
-    TOVA,
-    ExpectedAttention,
-    FarLooks,
-    HeavyHitters,
-    KeyDiff,
-    KeyNorm,
-    RankingPolicy,
-    Rehearsed,
-    SnapKV,
-    pyramid,
-)
-from kvcache.speakers import SpeakerCache, SpeakerStats, default_store
-from kvcache.stores import DiskStore, MemoryStore, RedisStore, RemoteStore, TieredStore
-from kvcache.timeline import MemoryTimeline, Sample
-from kvcache.tuning_profile import TuningProfile
+from kvcache.models._fingerprint import model_fingerprint
+from kvcache.models._head_profile import HeadProfile, measure_heads
+from kvcache.models._precision import with_precision
+from kvcache.monitoring._occupancy import Occupancy, occupancy
+from kvcache.monitoring._timeline import MemoryTimeline, Sample
+from kvcache.prefixes._cache import SpeakerCache, SpeakerStats, default_store
+from kvcache.prefixes._snapshot import PrefixKey, PrefixSnapshot
+from kvcache.prefixes.stores import DiskStore, MemoryStore, RedisStore, RemoteStore, TieredStore
 
 __all__ = [
     "TOVA",

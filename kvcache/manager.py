@@ -15,8 +15,26 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
-from kvcache import hf
-from kvcache.arguments import (
+from kvcache.cache._geometry import CacheGeometry
+from kvcache.cache._per_head import AdaptiveLayer, share
+from kvcache.cache._policies import KeepAll, Pinned, SizePolicy
+from kvcache.cache._quantized import Quantization
+from kvcache.cache._ranking import Rehearsed
+from kvcache.cache._report import CacheReport, estimate_cache
+from kvcache.cache._saved import check_states, read_saved, restore_layers, save_layers
+from kvcache.decoding._backends import BUCKET, BackendName, backend_on, check_bucket
+from kvcache.decoding._generation_settings import GenerationSettings
+from kvcache.decoding._language import LanguageDecoder
+from kvcache.decoding._streaming import as_async, chunked, from_worker
+from kvcache.decoding._tuning_profile import TuningProfile
+from kvcache.decoding._warming import Told, WarmUp, untold
+from kvcache.errors import GeometryError, InputError, PolicyError
+from kvcache.events import Event, emit
+from kvcache.generation import STEPWISE, Emitter, Wanted, asks, mode_of, own_way, running, speaker
+from kvcache.memory import release_threads
+from kvcache.models import Following, facts_of
+from kvcache.models import _cache as hf
+from kvcache.models._arguments import (
     BESIDE_TEXT,
     check_generate_arguments,
     check_generates,
@@ -26,32 +44,14 @@ from kvcache.arguments import (
     check_quantization,
     check_whole,
 )
-from kvcache.attention import observed_copy
-from kvcache.decoding.backends import BUCKET, BackendName, backend_on, check_bucket
-from kvcache.decoding.language import LanguageDecoder
-from kvcache.decoding.settings import GenerationSettings
-from kvcache.decoding.warming import Told, WarmUp, untold
-from kvcache.errors import GeometryError, InputError, PolicyError
-from kvcache.events import Event, emit
-from kvcache.fingerprint import check_named, model_fingerprint
-from kvcache.generation import STEPWISE, Emitter, Wanted, asks, mode_of, own_way, running, speaker
-from kvcache.geometry import CacheGeometry
-from kvcache.heads import AdaptiveLayer, share
-from kvcache.managed import MadeFor, ManagedCache
-from kvcache.memory import release_threads
-from kvcache.models import Following, facts_of
-from kvcache.modules import rebuilt
-from kvcache.past import handed, returned, take, takes
-from kvcache.policies import KeepAll, Pinned, SizePolicy
-from kvcache.precision import with_precision
-from kvcache.prompts import Prompts
-from kvcache.quantized import Quantization
-from kvcache.report import CacheReport, estimate_cache
-from kvcache.saved import check_states, read_saved, restore_layers, save_layers
-from kvcache.scoring import Rehearsed
-from kvcache.speakers import SpeakerCache, default_store
-from kvcache.streaming import as_async, chunked, from_worker
-from kvcache.tuning_profile import TuningProfile
+from kvcache.models._attention import observed_copy
+from kvcache.models._compat import handed, returned, take, takes
+from kvcache.models._copies import rebuilt
+from kvcache.models._fingerprint import check_named, model_fingerprint
+from kvcache.models._managed import MadeFor, ManagedCache
+from kvcache.models._precision import with_precision
+from kvcache.prefixes._cache import SpeakerCache, default_store
+from kvcache.prefixes._prompts import Prompts
 
 # ``[rows, tokens]``: which are text, which stand for a picture.
 _KINDS_OF_TOKENS = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
@@ -319,7 +319,7 @@ class KVCacheManager:
 
         Args:
             cache: one of ours, of rows without pads.
-            secret: sign the file with it, see `kvcache.archive`.
+            secret: sign the file with it, see `kvcache.cache._archive`.
 
         Raises:
             GeometryError: if the model manages some of its layers itself, or rows have pads.

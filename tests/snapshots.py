@@ -14,8 +14,8 @@ from support.ports import held
 from support.waiting import until
 
 from kvcache import PrefixKey, PrefixSnapshot
-from kvcache.fingerprint import tensor_bytes
-from kvcache.stores import DiskStore, MemoryStore, RedisStore, RemoteStore, TieredStore
+from kvcache.models._fingerprint import tensor_bytes
+from kvcache.prefixes.stores import DiskStore, MemoryStore, RedisStore, RemoteStore, TieredStore
 
 torch.set_num_threads(1)  # in child processes too, which do not load conftest.py
 
@@ -27,7 +27,7 @@ KINDS = ("memory", *BLOBS, "memory+disk", "memory+disk+redis")
 # Forked from a server with one thread that has imported all this once, so that a child is there within milliseconds,
 # whatever threads the tests have started.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["pytest", "hypothesis", "redis", "fsspec", "kvcache.stores"])
+PROCESSES.set_forkserver_preload(["pytest", "hypothesis", "redis", "fsspec", "kvcache.prefixes.stores"])
 
 
 def ids(*tokens, model="m"):

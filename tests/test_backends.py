@@ -19,9 +19,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
 from kvcache import CapacityError, GeometryError, InputError, KVCacheManager, MaxBytes, MaxTokens, SlidingWindow
-from kvcache.attention import own_attention
 from kvcache.decoding import why_not
-from kvcache.decoding.wiring import attend
+from kvcache.decoding._wiring import attend
+from kvcache.models._attention import own_attention
 
 NATIVE = {"llama", "mistral", "qwen2", "qwen3", "phi3", "gpt2", "gpt-neox", "opt", "cohere"}
 NATIVE |= {"gptj"} if RELEASE >= (5, 24) else set()  # before, it brought its own attention
@@ -232,7 +232,7 @@ def test_a_backend_that_fails_is_left_for_the_eager_one(monkeypatch, caplog):
     manager = KVCacheManager(tiny("llama"))
     ids = token_ids(1, 9)
     expected, _ = text(manager, ids, "off", max_new_tokens=30, do_sample=True)
-    monkeypatch.setattr("kvcache.decoding.backends.make_fx", lambda step: _breaking)
+    monkeypatch.setattr("kvcache.decoding._backends.make_fx", lambda step: _breaking)
     with caplog.at_level(logging.WARNING, "kvcache"):
         tokens, _ = text(manager, ids, "graph", max_new_tokens=30, do_sample=True)
     assert torch.equal(tokens, expected)

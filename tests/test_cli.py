@@ -19,9 +19,9 @@ pytest.importorskip("rich")
 
 import typer
 
-from kvcache.archive import pack
+from kvcache.cache._archive import pack
 from kvcache.cli import application, main, overview
-from kvcache.stores import DiskStore
+from kvcache.prefixes.stores import DiskStore
 
 pytestmark = pytest.mark.one_release
 

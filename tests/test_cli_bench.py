@@ -10,9 +10,9 @@ import pytest
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 
-from kvcache.bench import benchmarks, benchmarks_folder
 from kvcache.cli import main
 from kvcache.errors import InputError
+from kvcache.tools._bench import benchmarks, benchmarks_folder
 
 pytestmark = pytest.mark.one_release
 
@@ -93,7 +93,7 @@ def test_its_exit_code_is_passed_on(checkout, capfd):
 
 
 def test_without_a_checkout_it_says_where_to_get_one(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("kvcache.bench.__file__", str(tmp_path / "site-packages" / "kvcache" / "bench.py"))
+    monkeypatch.setattr("kvcache.tools._bench.__file__", str(tmp_path / "site-packages" / "kvcache" / "bench.py"))
     with pytest.raises(InputError, match="clone the repository"):
         benchmarks_folder()
     assert main(["bench"]) == 2

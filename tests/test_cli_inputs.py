@@ -16,12 +16,12 @@ from test_cli import COMMANDS, NEEDED, WRONG, places, refused  # noqa: F401
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvcache import InputError, MissingDependencyError, subjects
-from kvcache.bench import benchmarks
 from kvcache.cli import main
-from kvcache.cli.common import bytes_of
-from kvcache.cli.plan import _room
-from kvcache.planning import Room, room
-from kvcache.subjects import LanguageSubject, subject
+from kvcache.cli._common import bytes_of
+from kvcache.cli._plan import _room
+from kvcache.tools._bench import benchmarks
+from kvcache.tools._planning import Room, room
+from kvcache.tools._targets import LanguageSubject, subject
 
 pytestmark = pytest.mark.one_release
 
@@ -84,7 +84,7 @@ def whole(tmp_path_factory):
 def one_line(monkeypatch, capsys):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("kvcache.planning.process_bytes", lambda precision: 400 * 2**20)
+    monkeypatch.setattr("kvcache.tools._planning.process_bytes", lambda precision: 400 * 2**20)
 
     def ask(arguments):
         code = main(arguments)
@@ -162,7 +162,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_meets_twenty_kinds_of_bad_input(name, refused, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("kvcache.bench.benchmarks", cache(benchmarks))  # which reads all of them each time
+    monkeypatch.setattr("kvcache.tools._bench.benchmarks", cache(benchmarks))  # which reads all of them each time
     assert len(HOSTILE) >= 20
     arguments = NEEDED[name]
     for hostile in HOSTILE:
@@ -202,7 +202,7 @@ def room_of(whole, capsys, *options):
 
 @pytest.fixture
 def light(monkeypatch):
-    monkeypatch.setattr("kvcache.planning.process_bytes", lambda precision: 400 * 2**20)
+    monkeypatch.setattr("kvcache.tools._planning.process_bytes", lambda precision: 400 * 2**20)
 
 
 @pytest.mark.slow

@@ -17,12 +17,12 @@ pytest.importorskip("rich")
 from snapshots import cold, voice
 
 from kvcache import cli
-from kvcache.archive import pack
+from kvcache.cache._archive import pack
 from kvcache.cli import main
-from kvcache.cli.common import print_json, shown_bytes
-from kvcache.doctor import Finding
-from kvcache.redact import Redactor, printable
-from kvcache.stores import DiskStore
+from kvcache.cli._common import print_json, shown_bytes
+from kvcache.io._redact import Redactor, printable
+from kvcache.prefixes.stores import DiskStore
+from kvcache.tools._doctor import Finding
 
 pytestmark = pytest.mark.one_release
 
@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
 def places(monkeypatch, tmp_path):
     monkeypatch.setenv("KVCACHE_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("KVCACHE_STORE", raising=False)
-    monkeypatch.setattr("kvcache.planning.process_bytes", lambda precision: 400 * 2**20)
+    monkeypatch.setattr("kvcache.tools._planning.process_bytes", lambda precision: 400 * 2**20)
 
 
 def told(monkeypatch, arguments, encoding):
@@ -102,7 +102,7 @@ def test_c8_an_interrupt_in_a_command(folder, monkeypatch, capsys):
     def interrupted(*given, **more):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kvcache.cli.plan.plan", interrupted)
+    monkeypatch.setattr("kvcache.cli._plan.plan", interrupted)
     assert main(["plan", folder]) == 130
     assert "Traceback" not in capsys.readouterr().err
     monkeypatch.setattr(cli, "application", interrupted)
@@ -233,7 +233,9 @@ def test_names_are_no_markup(name, tmp_path, capsys, folder, monkeypatch):
     model.symlink_to(folder)
     assert main(["plan", str(model), "--length", "20"]) == 0
     assert name in capsys.readouterr().out
-    monkeypatch.setattr("kvcache.doctor.diagnose", lambda *given, **named: [Finding(name, name, "ok", name, name)])
+    monkeypatch.setattr(
+        "kvcache.tools._doctor.diagnose", lambda *given, **named: [Finding(name, name, "ok", name, name)]
+    )
     assert main(["doctor"]) == 0
     assert capsys.readouterr().out.count(name) == 4
 

@@ -10,7 +10,7 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 
 from kvcache.cli import main
-from kvcache.subjects import Setting, subject
+from kvcache.tools._targets import Setting, subject
 
 pytestmark = pytest.mark.one_release
 
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def process(monkeypatch):
     """As much as a new process holds: this one may hold what other tests left, and more at the second call."""
-    monkeypatch.setattr("kvcache.planning.process_bytes", lambda precision: 400 * 2**20)
+    monkeypatch.setattr("kvcache.tools._planning.process_bytes", lambda precision: 400 * 2**20)
 
 
 def test_json_says_what_the_cache_will_hold(folder, capsys):

@@ -6,8 +6,8 @@ import pytest
 from support.families import build
 
 from kvcache.cli import main
-from kvcache.profiling import MEMORY
-from kvcache.watching import PARTS
+from kvcache.tools._module_timer import PARTS
+from kvcache.tools._profiling import MEMORY
 
 pytestmark = pytest.mark.one_release
 

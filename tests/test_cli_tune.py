@@ -7,7 +7,7 @@ from support.families import build
 
 from kvcache import KVCacheManager, TuningProfile
 from kvcache.cli import main
-from kvcache.subjects import LanguageSubject
+from kvcache.tools._targets import LanguageSubject
 
 pytestmark = pytest.mark.one_release
 

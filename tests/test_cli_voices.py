@@ -14,10 +14,10 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 
 from kvcache import PrefixSnapshot
-from kvcache.archive import pack
+from kvcache.cache._archive import pack
 from kvcache.cli import main
-from kvcache.stores import DiskStore
-from kvcache.stores.upkeep import open_store, shown_place
+from kvcache.prefixes.stores import DiskStore
+from kvcache.prefixes.stores._upkeep import open_store, shown_place
 
 pytestmark = pytest.mark.one_release
 
@@ -292,8 +292,8 @@ def test_a_file_of_which_no_sense_can_be_made_is_said_to_be_that(error, place, v
     def raising(*given, **named):
         raise error
 
-    monkeypatch.setattr("kvcache.cli.voices.describe", raising)
-    monkeypatch.setattr("kvcache.cli.voices.unpack", raising)
+    monkeypatch.setattr("kvcache.cli._voices.describe", raising)
+    monkeypatch.setattr("kvcache.cli._voices.unpack", raising)
     problems = [row["problem"] for row in voices(here, "list", "--json").json["prefixes"]]
     assert [type(error).__name__ in problem for problem in problems] == [True, True]
     assert type(error).__name__ in voices(here, "show", str(file), code=1).err

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from kvcache import cpu
-from kvcache.cpu import onednn_linear, onednn_rows
+from kvcache.models import _onednn as cpu
+from kvcache.models._onednn import onednn_linear, onednn_rows
 
 
 class Watch(torch.utils._python_dispatch.TorchDispatchMode):

@@ -29,11 +29,11 @@ from kvcache import (
     PolicyError,
     SlidingWindow,
 )
+from kvcache.cache._slots import ring_sees, ring_slot, staying_of
 from kvcache.decoding import Decoding, Pool, Sampler, Sampling, StaticKV, decoder_copy, why_not
-from kvcache.decoding.backends import Compiled, Graph, traced
-from kvcache.decoding.sampler import TRANSFORMERS, Drawing
-from kvcache.hf import exact_windows, kv_layers
-from kvcache.slots import ring_sees, ring_slot, staying_of
+from kvcache.decoding._backends import Compiled, Graph, traced
+from kvcache.decoding._sampler import TRANSFORMERS, Drawing
+from kvcache.models._cache import exact_windows, kv_layers
 
 CPU = torch.device("cpu")
 LAYERS, HEADS, KEY_DIM, VALUE_DIM = 2, 2, 4, 3
@@ -543,7 +543,9 @@ def fake_decoding(model, plant):
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_step_asks_the_host_nothing(name, plant, monkeypatch):
     # The system's own pages cannot be faked.
-    monkeypatch.setattr("kvcache.decoding.cache.zeros", lambda shape, dtype, device: torch.zeros(shape, dtype=dtype))
+    monkeypatch.setattr(
+        "kvcache.decoding._static_cache.zeros", lambda shape, dtype, device: torch.zeros(shape, dtype=dtype)
+    )
     family = FAMILIES[name]
     with FakeTensorMode(), torch.no_grad():
         model = {"llama": LlamaForCausalLM, "gpt2": GPT2LMHeadModel}[name](family.config(**family.settings)).eval()

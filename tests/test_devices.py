@@ -16,12 +16,12 @@ from kvcache import (
     SnapKV,
     SpeakerCache,
 )
+from kvcache.cache._rope import KeyRotation
 from kvcache.decoding import backend_on, check_backend
-from kvcache.decoding.backends import backend_for
-from kvcache.decoding.loop import default_generator
-from kvcache.decoding.wiring import kernel_reason
+from kvcache.decoding._backends import backend_for
+from kvcache.decoding._engine import default_generator
+from kvcache.decoding._wiring import kernel_reason
 from kvcache.models import looks_on
-from kvcache.rope import KeyRotation
 
 XPU = torch.device("xpu", 0)
 GREEDY = {"max_new_tokens": 12, "do_sample": False}

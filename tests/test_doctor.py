@@ -15,10 +15,10 @@ from support.ports import deserted
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 
-from kvcache import doctor
 from kvcache.cli import main
 from kvcache.errors import InputError
-from kvcache.stores import DiskStore
+from kvcache.prefixes.stores import DiskStore
+from kvcache.tools import _doctor as doctor
 
 pytestmark = pytest.mark.one_release
 

@@ -129,7 +129,7 @@ def test_falling_back_says_why(seen, monkeypatch, caplog):
     def breaking():
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr("kvcache.decoding.backends.make_fx", lambda step: breaking)
+    monkeypatch.setattr("kvcache.decoding._backends.make_fx", lambda step: breaking)
     manager = KVCacheManager(tiny("llama"))
     with caplog.at_level(logging.WARNING):
         list(manager.stream(token_ids(1, 5), backend="graph", **GREEDY))
@@ -196,6 +196,8 @@ def test_nothing_is_put_together_while_nobody_listens(monkeypatch):
     monkeypatch.setattr(events, "Event", lambda *args, **kwargs: pytest.fail("nobody listens"))
     manager = KVCacheManager(tiny("llama"), SlidingWindow(8))
     monkeypatch.setattr(events.Evictions, "_tell", lambda *args: pytest.fail("nobody listens"))
-    monkeypatch.setattr("kvcache.decoding.cache.StaticKV.tell_evicted", lambda *args: pytest.fail("nobody listens"))
+    monkeypatch.setattr(
+        "kvcache.decoding._static_cache.StaticKV.tell_evicted", lambda *args: pytest.fail("nobody listens")
+    )
     manager.generate(token_ids(1, 20), **GREEDY)
     list(manager.stream(token_ids(1, 20), backend="eager", **GREEDY))

@@ -13,8 +13,8 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from kvcache import CacheGeometry, GeometryError, PositionsError, SlidingWindow
-from kvcache.hf import exact_windows, new_cache
 from kvcache.models import facts_of
+from kvcache.models._cache import exact_windows, new_cache
 
 # Three layers, four heads of which two hold keys and values, and a width of 48: no two numbers may be mistaken.
 LLAMA = {"hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4}

@@ -46,9 +46,9 @@ from kvcache import (
     measure_heads,
     model_fingerprint,
 )
-from kvcache.heads import AdaptiveLayer, SplitLayer, layer_for
-from kvcache.layers import KVLayer
-from kvcache.ranked import Piece, RankedLayer
+from kvcache.cache._growing import KVLayer
+from kvcache.cache._per_head import AdaptiveLayer, SplitLayer, layer_for
+from kvcache.cache._ranked import Piece, RankedLayer
 
 WINDOW = SlidingWindow(6, sinks=2)
 HEAVY = HeavyHitters(12, sinks=1, recent=3)
@@ -629,7 +629,7 @@ def interrupted(policy, where, monkeypatch):
         if where == "between layers":
             patch.setattr(manager.runner.model.layers[1], "forward", fail)
         else:
-            patch.setattr("kvcache.attention._piece_attention", fail)
+            patch.setattr("kvcache.models._attention._piece_attention", fail)
         with pytest.raises(MemoryError):
             manager.compress(store, ids, 9)
     return manager, store, filled(policy)[1], ids

@@ -22,8 +22,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from kvcache import GeometryError, InputError
-from kvcache.decoding import kernel
-from kvcache.decoding.kernel import decode_attention
+from kvcache.decoding import _kernel as kernel
+from kvcache.decoding._kernel import decode_attention
 
 pytest.importorskip("triton", reason="triton is not installed")
 # Triton 3.9 announces a default of 3.10 when it first compiles; fused or not, the bounds below hold.
@@ -352,7 +352,7 @@ def test_without_triton_it_says_so():
 import sys
 sys.modules["triton"] = None  # as if it were not installed
 import torch
-from kvcache.decoding import kernel
+from kvcache.decoding import _kernel as kernel
 print(kernel.available())
 counts = torch.ones(1, dtype=torch.int64)
 try:

@@ -34,7 +34,7 @@ from kvcache import (
     SizePolicy,
     SlidingWindow,
 )
-from kvcache.testing.laws import (
+from kvcache.testing._laws import (
     HEADS,
     KEY_DIM,
     LAWS,

@@ -43,7 +43,7 @@ from kvcache import (
     SnapKV,
     hf,
 )
-from kvcache.past import taken
+from kvcache.models._compat import taken
 
 GREEDY: dict[str, Any] = {"do_sample": False}
 
@@ -365,7 +365,7 @@ def test_a_slow_consumer_holds_the_run_back(monkeypatch: pytest.MonkeyPatch) -> 
                 full.set()
             super().put(*args, **kwargs)
 
-    monkeypatch.setattr("kvcache.streaming.queue", SimpleNamespace(Queue=Told, Full=queue.Full))
+    monkeypatch.setattr("kvcache.decoding._streaming.queue", SimpleNamespace(Queue=Told, Full=queue.Full))
     steps, kv = Steps(), KVCacheManager(tiny("llama"))
     given = {"max_new_tokens": 230, **GREEDY}
     stream = kv.stream(token_ids(), chunk_size=1, stopping_criteria=StoppingCriteriaList([steps]), **given)

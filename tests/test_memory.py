@@ -20,9 +20,9 @@ from kvcache import (
     SlidingWindow,
     estimate_bytes,
 )
-from kvcache.hf import cache_layers, new_cache
-from kvcache.report import account
-from kvcache.slots import slots_for
+from kvcache.cache._report import account
+from kvcache.cache._slots import slots_for
+from kvcache.models._cache import cache_layers, new_cache
 
 pytestmark = pytest.mark.one_release
 

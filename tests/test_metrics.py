@@ -8,8 +8,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from support.families import tiny, token_ids
 
 from kvcache import InputError, KVCacheManager, MemoryStore, SlidingWindow, SpeakerCache, TieredStore, events
-from kvcache.metrics import CacheMetrics
-from kvcache.stores import DiskStore
+from kvcache.monitoring._metrics import CacheMetrics
+from kvcache.prefixes.stores import DiskStore
 
 GREEDY = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": -1, "pad_token_id": 0}  # no token is -1
 
@@ -72,6 +72,6 @@ def test_what_cannot_be_watched():
 
 def test_without_prometheus_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "prometheus_client.core", None)
-    monkeypatch.delitem(sys.modules, "kvcache.metrics")
+    monkeypatch.delitem(sys.modules, "kvcache.monitoring._metrics")
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'kvcache\[metrics\]'"):
-        __import__("kvcache.metrics")
+        __import__("kvcache.monitoring._metrics")

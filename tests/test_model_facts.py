@@ -29,7 +29,7 @@ from kvcache import (
     hf,
 )
 from kvcache.models import facts_of
-from kvcache.past import handed, returned, taken
+from kvcache.models._compat import handed, returned, taken
 
 CLOSE = 2e-4  # fp32 logits of size 1 to 30; a window that is off by one token is off by more than 0.05
 WINDOW = SlidingWindow(8, sinks=4)

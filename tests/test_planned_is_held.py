@@ -22,8 +22,8 @@ from kvcache import (
     SlidingWindow,
     SpeakerCache,
 )
-from kvcache.decoding.cache import StaticKV
-from kvcache.decoding.pool import Pool
+from kvcache.decoding._pool import Pool
+from kvcache.decoding._static_cache import StaticKV
 from kvcache_chatterbox import ChatterboxEngine, byte_tokens, stand_in, stepping
 
 pytestmark = pytest.mark.one_release

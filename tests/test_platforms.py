@@ -10,7 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvcache import memory, planning, profiling, timeline
+from kvcache import memory
+from kvcache.monitoring import _timeline as timeline
+from kvcache.tools import _planning as planning
+from kvcache.tools import _profiling as profiling
 
 pytestmark = pytest.mark.one_release
 
@@ -114,6 +117,6 @@ def test_the_memory_of_a_plan_that_is_not_told_is_said(monkeypatch, tmp_path, ca
 
     LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
                 num_key_value_heads=2, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)  # fmt: skip
-    monkeypatch.setattr("kvcache.planning.resident_bytes", lambda: None)
+    monkeypatch.setattr("kvcache.tools._planning.resident_bytes", lambda: None)
     assert main(["plan", str(tmp_path), "--length", "20"]) == 0
     assert "does not tell what a process holds" in capsys.readouterr().out

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from support.searching import search
 
 from kvcache import KeepAll, KVLayer, MaxBytes, MaxTokens, Pinned, PolicyError, SizePolicy, SlidingWindow
-from kvcache.policies import check_policy, parse_bytes, schedule
+from kvcache.cache._policies import check_policy, parse_bytes, schedule
 
 pytestmark = pytest.mark.one_release
 

@@ -12,10 +12,10 @@ from support.searching import search
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-import kvcache.precision as precision_module
+import kvcache.models._precision as precision_module
 from kvcache import InputError
-from kvcache.fingerprint import model_fingerprint
-from kvcache.precision import PackedLinear, check_precision, planned, with_precision
+from kvcache.models._fingerprint import model_fingerprint
+from kvcache.models._precision import PackedLinear, check_precision, planned, with_precision
 
 pytestmark = pytest.mark.one_release
 

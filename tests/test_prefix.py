@@ -27,7 +27,7 @@ from test_laws import KINDS, Kind
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
-import kvcache.fingerprint
+import kvcache.models._fingerprint
 from kvcache import (
     CapacityError,
     CorruptError,
@@ -52,10 +52,10 @@ from kvcache import (
     hf,
     model_fingerprint,
 )
-from kvcache.fingerprint import forget
-from kvcache.managed import ManagedCache, ManagedLayer
 from kvcache.models import looks_on, trains
-from kvcache.testing.laws import BUFFERS, Pair, tokens
+from kvcache.models._fingerprint import forget
+from kvcache.models._managed import ManagedCache, ManagedLayer
+from kvcache.testing._laws import BUFFERS, Pair, tokens
 
 NEW = 12
 PREFIX = token_ids(1, 13, seed=3)[0]  # longer than the windows of families that have their own
@@ -1050,7 +1050,7 @@ def never(*_: Any) -> PrefixSnapshot:
 
 def test_what_is_served_is_counted(key: PrefixKey, monkeypatch: pytest.MonkeyPatch) -> None:
     speakers, clock = in_memory(), Clock()
-    monkeypatch.setattr("kvcache.speakers.time", clock)
+    monkeypatch.setattr("kvcache.prefixes._cache.time", clock)
     whole = some(key, seconds=6.0)
     starts: list[int | None] = []
 
@@ -1275,7 +1275,7 @@ def test_the_same_weights_elsewhere_are_the_same_model() -> None:
 def test_another_release_of_transformers_is_another_model(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama")
     before = model_fingerprint(model)
-    monkeypatch.setattr(kvcache.fingerprint.transformers, "__version__", "9.0.0")
+    monkeypatch.setattr(kvcache.models._fingerprint.transformers, "__version__", "9.0.0")
     assert fresh_print(model) != before
 
 
@@ -1298,13 +1298,13 @@ def test_bytes_alone_do_not_make_a_tensor() -> None:
 
 def test_an_unchanged_model_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model, read = build("llama"), []
-    digest = kvcache.fingerprint.tensor_digest
+    digest = kvcache.models._fingerprint.tensor_digest
 
     def counting(tensor: Tensor) -> str:
         read.append(1)
         return digest(tensor)
 
-    monkeypatch.setattr(kvcache.fingerprint, "tensor_digest", counting)
+    monkeypatch.setattr(kvcache.models._fingerprint, "tensor_digest", counting)
     tensors = len([*model.parameters(), *model.buffers()])
 
     def reads(ask: Callable[[], Any]) -> int:
@@ -1352,7 +1352,7 @@ def test_memory_that_was_freed_and_taken_again_is_another() -> None:
 
 
 def test_a_model_that_is_gone_is_not_kept() -> None:
-    known = kvcache.fingerprint._known
+    known = kvcache.models._fingerprint._known
     model = build("llama")
     model_fingerprint(model)
     assert model in known

@@ -14,9 +14,9 @@ from support.waiting import until
 from torch import nn
 
 from kvcache import CorruptError, KVCacheManager, subscribe
-from kvcache.decoding import programs as module
-from kvcache.decoding.program_files import ProgramFiles
-from kvcache.decoding.programs import Ahead, Programs, Refused
+from kvcache.decoding import _programs as module
+from kvcache.decoding._program_files import ProgramFiles
+from kvcache.decoding._programs import Ahead, Programs, Refused
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="this system does not tell whose a file is")
 KEY, BY, ABOUT = "ab" * 32, {"torch": "1"}, {"names": ["x"]}
@@ -127,7 +127,7 @@ def test_what_another_user_owns_is_not_used(files, monkeypatch):
 
 
 def test_the_least_recently_used_leave_when_there_is_no_more_room(files, monkeypatch):
-    monkeypatch.setattr("kvcache.decoding.program_files._ALL", 900)
+    monkeypatch.setattr("kvcache.decoding._program_files._ALL", 900)
     for i in range(4):
         files.write(f"{i:064}", BY, ABOUT, bytes(250))
         os.utime(files.folder / f"{i:064}.kvcache-program", ns=(i, i))

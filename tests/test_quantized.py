@@ -24,8 +24,8 @@ from kvcache import (
     RollbackError,
     SlidingWindow,
 )
-from kvcache.archive import pack, unpack
-from kvcache.quantized import Quantization, QuantizedLayer, quantized_bytes
+from kvcache.cache._archive import pack, unpack
+from kvcache.cache._quantized import Quantization, QuantizedLayer, quantized_bytes
 
 pytestmark = pytest.mark.one_release
 

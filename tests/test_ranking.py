@@ -25,7 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-import kvcache.slots
+import kvcache.cache._slots
 from kvcache import (
     TOVA,
     ExpectedAttention,
@@ -50,8 +50,8 @@ from kvcache import (
     hf,
     pyramid,
 )
-from kvcache.ranked import RankedLayer
-from kvcache.scoring import Seen
+from kvcache.cache._ranked import RankedLayer
+from kvcache.cache._ranking import Seen
 
 KEY_DIM, VALUE_DIM = 4, 3
 CLOSE = 1e-5  # fp32 sums of some forty numbers of size one; a wrong token shows as 0.01 and more
@@ -621,7 +621,7 @@ def hold(law: Callable[..., None], name: str, examples: int, make: type[RankedLa
 def short_ladder():
     """Buffers of 4, 6, 9, 13 … slots, so that they grow within a few tokens."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kvcache.slots, "_FIRST_SLOTS", 4)
+        patch.setattr(kvcache.cache._slots, "_FIRST_SLOTS", 4)
         yield
 
 
@@ -665,7 +665,7 @@ def test_low_precision_and_many_queries_at_once(monkeypatch):
     fresh = Pair(RankedLayer, "heavy-sum", s).fresh(23)
     layers = []
     for at_once in (128, 5):
-        monkeypatch.setattr("kvcache.scoring._QUERIES_AT_ONCE", at_once)
+        monkeypatch.setattr("kvcache.cache._ranking._QUERIES_AT_ONCE", at_once)
         layers.append(Pair(RankedLayer, "heavy-sum", s).layer)
         forward(layers[-1], *fresh)
     assert torch.equal(layers[0].positions(), layers[1].positions())

@@ -10,8 +10,8 @@ from support.ports import deserted, held
 
 from kvcache import InputError, SpeakerCache
 from kvcache.errors import KVCacheError, StoreError
-from kvcache.stores import RedisStore
-from kvcache.stores.base import Patience
+from kvcache.prefixes.stores import RedisStore
+from kvcache.prefixes.stores._base import Patience
 
 pytestmark = pytest.mark.one_release
 

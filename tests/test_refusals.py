@@ -136,7 +136,7 @@ def test_d9_numbers_are_checked_at_the_call() -> None:
 
 def test_d9_only_a_cache_of_ours_has_a_report() -> None:
     manager = KVCacheManager(tiny("llama"), speakers=memory())
-    for other in (kvcache.hf.DynamicCache(), "x"):
+    for other in (kvcache.models._cache.DynamicCache(), "x"):
         with pytest.raises(GeometryError, match=r"no cache of ours: make one with new_cache\(\)"):
             manager.report(other)
     assert manager.report(manager.new_cache()).seen == 0

@@ -17,7 +17,7 @@ from transformers import (
 
 from kvcache import InputError
 from kvcache.decoding import Sampler, Sampling
-from kvcache.decoding.sampler import TRANSFORMERS
+from kvcache.decoding._sampler import TRANSFORMERS
 from kvcache_chatterbox.sampling import order
 
 CPU = torch.device("cpu")

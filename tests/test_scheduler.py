@@ -22,7 +22,7 @@ from test_batch import SYMBOLS, TABLE, Breaks, assert_empty, chain, link, linked
 
 from kvcache import BusyError, ClosedError, InputError
 from kvcache.decoding import Batch, Piece, Pool
-from kvcache.scheduler import Request, Scheduler, SchedulerMetrics, Turns
+from kvcache.decoding._scheduler import Request, Scheduler, SchedulerMetrics, Turns
 
 pytestmark = pytest.mark.one_release
 
@@ -827,7 +827,7 @@ def test_a_slow_consumer_holds_up_no_other_and_no_job_of_its_own_that_has_begun(
 
 def test_the_time_to_the_first_item_is_told_in_percentiles(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr("kvcache.scheduler.time", clock)
+    monkeypatch.setattr("kvcache.decoding._scheduler.time", clock)
 
     async def main():
         opened = Opened(1)

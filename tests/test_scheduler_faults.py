@@ -25,8 +25,8 @@ from test_scheduler import Asked, Opened, Places, World, ask, both, counted, due
 
 from kvcache import BusyError, ClosedError, InputError, MemoryStore, SpeakerCache, TieredStore
 from kvcache.decoding import Batch
-from kvcache.scheduler import Request, Scheduler, Turns
-from kvcache.stores.aside import Aside
+from kvcache.decoding._scheduler import Request, Scheduler, Turns
+from kvcache.prefixes.stores._aside import Aside
 from kvcache_chatterbox import ChatterboxEngine, SpeechScheduler, Voice, byte_tokens, random_conditionals, stand_in
 
 pytestmark = pytest.mark.one_release
@@ -169,7 +169,7 @@ def test_s2_what_is_no_request_is_not_held():
 
 def test_s2_a_refusal_says_when_to_come_again(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr("kvcache.scheduler.time", clock)
+    monkeypatch.setattr("kvcache.decoding._scheduler.time", clock)
 
     async def main():
         opened = Opened(2)

@@ -8,11 +8,11 @@ from snapshots import cold, voice
 from support.ports import deserted
 
 from kvcache import KVCacheError, SpeakerCache
-from kvcache.arguments import check_prefix_cache
 from kvcache.events import subscribe
-from kvcache.redact import Redactor, shown_url
-from kvcache.stores import DiskStore, MemoryStore, RedisStore, RemoteStore, TieredStore
-from kvcache.stores.upkeep import open_store, shown_place
+from kvcache.io._redact import Redactor, shown_url
+from kvcache.models._arguments import check_prefix_cache
+from kvcache.prefixes.stores import DiskStore, MemoryStore, RedisStore, RemoteStore, TieredStore
+from kvcache.prefixes.stores._upkeep import open_store, shown_place
 
 pytestmark = pytest.mark.one_release
 

@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-import kvcache.decoding.language as language
+import kvcache.decoding._language as language
 from kvcache import (
     TOVA,
     DiskStore,
@@ -34,12 +34,12 @@ from kvcache import (
     SpeakerCache,
     model_fingerprint,
 )
-from kvcache.fingerprint import forget
-from kvcache.hf import exact_windows
 from kvcache.models import Following, looks_on, signature_of, watch_of
+from kvcache.models._cache import exact_windows
+from kvcache.models._copies import rebuilt
+from kvcache.models._fingerprint import forget
+from kvcache.models._precision import PackedLinear, with_precision
 from kvcache.models._stores import stored_by
-from kvcache.modules import rebuilt
-from kvcache.precision import PackedLinear, with_precision
 
 # ---------------------------------------------------------------------- what is a change
 

@@ -17,19 +17,19 @@ from fsspec.implementations.memory import MemoryFileSystem
 from snapshots import PROCESSES, cold, exact, running_redis, voice
 
 from kvcache import CorruptError, InputError, PrefixSnapshot, SpeakerCache
-from kvcache.archive import _checksum, pack
+from kvcache.cache._archive import _checksum, pack
+from kvcache.decoding._setting import Setting
+from kvcache.decoding._tuning_profile import TuningProfile
 from kvcache.errors import StoreError
 from kvcache.events import subscribe
-from kvcache.files import check_given, make_private_folder, set_aside, write_given, write_private
-from kvcache.head_profile import HeadProfile
+from kvcache.io._files import check_given, make_private_folder, set_aside, write_given, write_private
 from kvcache.memory import resident_bytes
-from kvcache.prefix import Layout
-from kvcache.setting import Setting
-from kvcache.stores import DiskStore, MemoryStore, RedisStore, RemoteStore, TieredStore
-from kvcache.stores.base import Patience
-from kvcache.stores.index import Index
-from kvcache.stores.upkeep import describe, prunable, verify
-from kvcache.tuning_profile import TuningProfile
+from kvcache.models._head_profile import HeadProfile
+from kvcache.prefixes._snapshot import Layout
+from kvcache.prefixes.stores import DiskStore, MemoryStore, RedisStore, RemoteStore, TieredStore
+from kvcache.prefixes.stores._base import Patience
+from kvcache.prefixes.stores._index import Index
+from kvcache.prefixes.stores._upkeep import describe, prunable, verify
 
 pytestmark = pytest.mark.one_release
 

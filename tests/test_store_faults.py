@@ -27,7 +27,7 @@ from support.waiting import until
 
 from kvcache import CorruptError, PrefixSnapshot, SpeakerCache
 from kvcache.errors import StoreError
-from kvcache.stores import DiskStore, MemoryStore, RedisStore, RemoteStore, TieredStore
+from kvcache.prefixes.stores import DiskStore, MemoryStore, RedisStore, RemoteStore, TieredStore
 
 pytestmark = pytest.mark.one_release
 
@@ -285,7 +285,7 @@ def test_what_is_deleted_under_a_store_is_computed_again(deleted, tmp_path):
 
 def test_a_server_that_leaves_and_comes_back(tmp_path, caplog, monkeypatch):
     random, clock = Random(0), Clock()
-    monkeypatch.setattr("kvcache.stores.base.time", clock)
+    monkeypatch.setattr("kvcache.prefixes.stores._base.time", clock)
     with running_redis(tmp_path) as server:
         far = RedisStore(server.url, max_bytes="20kB", timeout=20)
         far.retry_after = 0.2

@@ -23,12 +23,12 @@ from support.clocks import Clock
 from support.waiting import until
 
 from kvcache import CorruptError, InputError, PrefixKey, PrefixSnapshot, SpeakerCache
-from kvcache.archive import beginning, beginning_length, pack
+from kvcache.cache._archive import beginning, beginning_length, pack
 from kvcache.errors import SignatureError
-from kvcache.stores import DiskStore, MemoryStore, RedisStore, RemoteStore, TieredStore, default_folder
-from kvcache.stores.base import check_address
-from kvcache.stores.remote import _written
-from kvcache.stores.upkeep import open_store
+from kvcache.prefixes.stores import DiskStore, MemoryStore, RedisStore, RemoteStore, TieredStore, default_folder
+from kvcache.prefixes.stores._base import check_address
+from kvcache.prefixes.stores._remote import _written
+from kvcache.prefixes.stores._upkeep import open_store
 
 pytestmark = pytest.mark.one_release
 
@@ -327,7 +327,7 @@ def test_threads_may_share_a_store(kind, stores):
 def test_what_is_old_is_forgotten_unless_it_is_pinned(todo):
     with pytest.MonkeyPatch.context() as patch:
         clock = Clock()
-        patch.setattr("kvcache.stores.memory.time", clock)
+        patch.setattr("kvcache.prefixes.stores._memory.time", clock)
         store, stored, pinned = MemoryStore(ttl=5), {}, set()
         for action, i in todo:
             match action:
@@ -853,7 +853,7 @@ def test_without_writing_behind_all_tiers_have_it_at_once(tmp_path):
 def test_sixteen_that_ask_for_the_same_wait_for_one_that_builds(kind, stores, monkeypatch):
     store, key, built, all_there = stores(kind), voice(0), [], threading.Barrier(16)
     cache, clock = SpeakerCache(store), Clock()
-    monkeypatch.setattr("kvcache.speakers.time", clock)
+    monkeypatch.setattr("kvcache.prefixes._cache.time", clock)
 
     def build():
         built.append(threading.get_ident())

@@ -34,10 +34,10 @@ from kvcache import (
     SlidingWindow,
     SnapKV,
 )
-from kvcache.quantized import QuantizedLayer
-from kvcache.ranked import RankedLayer
+from kvcache.cache._quantized import QuantizedLayer
+from kvcache.cache._ranked import RankedLayer
 from kvcache.testing import check_layer, check_policy, no_leaks
-from kvcache.testing.checks import TRIED
+from kvcache.testing._checks import TRIED
 
 pytestmark = pytest.mark.one_release
 
@@ -104,7 +104,7 @@ def test_a_file_that_is_left_open_is_found(keeper, tmp_path):
 
 
 def test_a_thread_that_goes_on_is_found(monkeypatch):
-    monkeypatch.setattr("kvcache.testing.leaks._GRACE", 0.05)
+    monkeypatch.setattr("kvcache.testing._leaks._GRACE", 0.05)
     over = threading.Event()
     thread = threading.Thread(target=over.wait, name="forgotten")
     with pytest.raises(AssertionError) as found, no_leaks():
@@ -308,7 +308,7 @@ class ForgetsItsPositionsBytes(RankedLayer):
     ],
 )
 def test_mistakes_of_layers_that_rank_are_caught(layer, says, monkeypatch):
-    monkeypatch.setattr("kvcache.testing.checks.layer_for", layer)
+    monkeypatch.setattr("kvcache.testing._checks.layer_for", layer)
     with pytest.raises(AssertionError, match=says):
         check_policy(KeyNorm(10, sinks=1, recent=2), examples=20)
 
@@ -414,7 +414,7 @@ def test_without_hypothesis_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "hypothesis", None)
     for name in ("checks", "laws"):
         monkeypatch.delitem(sys.modules, f"kvcache.testing.{name}", raising=False)
-    monkeypatch.delattr("kvcache.testing.checks", raising=False)
+    monkeypatch.delattr("kvcache.testing._checks", raising=False)
     with pytest.raises(InputError, match="pip install hypothesis"):
         check_policy(KeepAll())
     with no_leaks():

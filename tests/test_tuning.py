@@ -20,12 +20,12 @@ from kvcache import (
     TuningProfile,
     with_precision,
 )
-from kvcache.decoding.backends import Graph, traced
-from kvcache.fingerprint import model_fingerprint, model_outline
-from kvcache.subjects import LanguageSubject
-from kvcache.tuning import Refusal, Setting, Space, SubjectBench, Trial, Tuner, space_of, tune
-from kvcache.tuning_profile import machine, versions
-from kvcache.tuning_search import AXES
+from kvcache.decoding._backends import Graph, traced
+from kvcache.decoding._tuning_profile import machine, versions
+from kvcache.models._fingerprint import model_fingerprint, model_outline
+from kvcache.tools._targets import LanguageSubject
+from kvcache.tools._tuning import Refusal, Setting, Space, SubjectBench, Trial, Tuner, space_of, tune
+from kvcache.tools._tuning_search import AXES
 
 pytestmark = pytest.mark.one_release
 

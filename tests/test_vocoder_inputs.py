@@ -181,7 +181,7 @@ def test_a_vocoder_without_settings_is_given_none(options):
 def test_a_precision_that_this_device_does_not_have_is_refused(monkeypatch):
     model = stand_in(tiny_t3("english"))
     model.s3gen = s3gen(False)
-    monkeypatch.setattr("kvcache.precision.has_half", lambda precision: False)
+    monkeypatch.setattr("kvcache.models._precision.has_half", lambda precision: False)
     with pytest.raises(InputError, match="no fast bf16 arithmetic"):
         ChatterboxEngine(model, vocoder=VocoderOptions(precision="bf16"))
 

@@ -13,11 +13,11 @@ pytest.importorskip("typer")
 
 from kvcache import CorruptError, InputError, TuningProfile
 from kvcache.cli import main
-from kvcache.profiling import profile
-from kvcache.subjects import LanguageSubject, Setting, VocoderSetting
-from kvcache.tuning import Space, tune
-from kvcache.tuning_vocoder import tuned_vocoder
-from kvcache.watching import AUDIO
+from kvcache.tools._module_timer import AUDIO
+from kvcache.tools._profiling import profile
+from kvcache.tools._targets import LanguageSubject, Setting, VocoderSetting
+from kvcache.tools._tuning import Space, tune
+from kvcache.tools._tuning_vocoder import tuned_vocoder
 from kvcache_chatterbox import ChatterboxEngine, VocoderOptions, stand_in
 from kvcache_chatterbox.subjects import LoadedSubject
 

@@ -9,7 +9,7 @@ from t3_models import tiny_t3
 
 from kvcache import InputError, KVCacheManager, subscribe
 from kvcache.cli import main
-from kvcache.decoding import programs as module
+from kvcache.decoding import _programs as module
 from kvcache_chatterbox import ChatterboxEngine, byte_tokens, random_conditionals
 from kvcache_chatterbox.standin import stand_in
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcache.cpu import onednn_linear
 from kvcache.decoding import Sampling
-from kvcache.past import handed
+from kvcache.models._compat import handed
+from kvcache.models._onednn import onednn_linear
 from kvcache_chatterbox.alignment import AlignmentCheck
 from kvcache_chatterbox.requests import Prefill, embed_speech, without_autocast
 from kvcache_chatterbox.reuse import FirstPass
@@ -28,7 +28,7 @@ class Decoder:
         cache: what to pass as `past_key_values`; None recomputes everything at every token.
         generator: of the draws; None takes torch's global one, as upstream does.
         start: prefills the request into the cache, from what is known of its voice; None runs all of it.
-        onednn: let oneDNN multiply where it is faster, see `kvcache.cpu`.
+        onednn: let oneDNN multiply where it is faster, see `kvcache.models._onednn`.
     """
 
     def __init__(

@@ -19,12 +19,12 @@ from kvcache import (
     SpeakerCache,
 )
 from kvcache.decoding import BUCKET, BackendName
-from kvcache.decoding.warming import Told, WarmUp, untold
-from kvcache.hf import PositionMode
+from kvcache.decoding._streaming import as_async, in_thread
+from kvcache.decoding._tuning_profile import TuningProfile
+from kvcache.decoding._warming import Told, WarmUp, untold
 from kvcache.memory import release_threads
-from kvcache.precision import Precision
-from kvcache.streaming import as_async, in_thread
-from kvcache.tuning_profile import TuningProfile
+from kvcache.models._cache import PositionMode
+from kvcache.models._precision import Precision
 from kvcache_chatterbox.audio import SegmentedAudio
 from kvcache_chatterbox.chunking import Chunks, chunking_of
 from kvcache_chatterbox.defaults import generate_defaults, most_tokens
@@ -70,11 +70,11 @@ class ChatterboxEngine(UtteranceDecoder):
         speakers: where what is known of voices lives; by default memory over disk, from the first voice on.
         reuse: ``"all"`` runs of a request only what is not known of its voice; ``"conditioning"`` does without the
             unconditional text, which guidance needs; ``"none"`` runs everything.
-        onednn: let oneDNN multiply in fp32 on a CPU, where it is faster, T3 and the vocoder. See `kvcache.cpu`.
+        onednn: let oneDNN multiply in fp32 on a CPU, where it is faster, T3 and the vocoder. See `kvcache.models._onednn`.
         backend: what decodes, see `kvcache.decoding.Decoding`: ``"eager"``, ``"compile"``, ``"graph"`` or
             ``"graph+compile"``; ``"auto"`` is graph on a GPU, eager elsewhere; ``"off"`` is the token loop that looks at
             the host for every token. What cannot be done falls back to that, and the report says why.
-        precision: of the backbone: ``"bf16"``, ``"fp16"``, ``"int8"``, see `kvcache.precision`; by default as the model is.
+        precision: of the backbone: ``"bf16"``, ``"fp16"``, ``"int8"``, see `kvcache.models._precision`; by default as the model is.
         kv_dtype: of the cache while decoding; by default bf16 where the precision is bf16 or int8 and the CPU has AMX, else the
             model's.
         tf32: let a GPU round the inputs of fp32 products to TF32 while decoding.

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from kvcache import InputError, PrefixKey, PrefixSnapshot
-from kvcache.cpu import onednn_rows
 from kvcache.decoding import Decoding
-from kvcache.footprint import Footprint, Moment, buffers, fill, onednn_bytes, step_bytes, written_static
-from kvcache.hf import kv_layers
-from kvcache.meta import Watch
-from kvcache.past import handed
+from kvcache.models._cache import kv_layers
+from kvcache.models._compat import handed
+from kvcache.models._meta import Watch
+from kvcache.models._onednn import onednn_rows
+from kvcache.tools._footprint import Footprint, Moment, buffers, fill, onednn_bytes, step_bytes, written_static
 from kvcache_chatterbox.engine import ChatterboxEngine
 from kvcache_chatterbox.loading import random_conditionals
 from kvcache_chatterbox.requests import condition

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvcache import InputError
 from kvcache.decoding import Batch, Job
-from kvcache.scheduler import Chunk, Request, Turns
+from kvcache.decoding._scheduler import Chunk, Request, Turns
 from kvcache_chatterbox.plan import LongTextPlan
 from kvcache_chatterbox.utterance import Utterance
 

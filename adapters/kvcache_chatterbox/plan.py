@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvcache import CapacityError, InputError
-from kvcache.policies import parse_bytes
-from kvcache.redact import printable
+from kvcache.cache._policies import parse_bytes
+from kvcache.io._redact import printable
 from kvcache_chatterbox.pace import CHARACTERS_PER_SECOND, seconds
 from kvcache_chatterbox.segments import Segment, primary_language
 from kvcache_chatterbox.vocoder.run import TOKENS_PER_SECOND

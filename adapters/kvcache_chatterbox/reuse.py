@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from kvcache import CacheGeometry, PrefixKey, PrefixSnapshot, SpeakerCache, model_fingerprint
-from kvcache.fingerprint import tensor_bytes
-from kvcache.hf import extend_prefix, kv_layers, new_cache
 from kvcache.models import watch_of
-from kvcache.past import handed
-from kvcache.prefix import Layout
-from kvcache.stores.aside import Aside
+from kvcache.models._cache import extend_prefix, kv_layers, new_cache
+from kvcache.models._compat import handed
+from kvcache.models._fingerprint import tensor_bytes
+from kvcache.prefixes._snapshot import Layout
+from kvcache.prefixes.stores._aside import Aside
 from kvcache_chatterbox.requests import Prefill, condition, without_autocast
 
 Reuse = Literal["all", "conditioning", "none"]

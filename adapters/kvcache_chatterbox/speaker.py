@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from kvcache import InputError, PrefixKey, PrefixSnapshot, SpeakerCache
-from kvcache.decoding.programs import Programs
+from kvcache.decoding._programs import Programs
 from kvcache.errors import said
 from kvcache.events import Event, emit
-from kvcache.footprint import bytes_in
+from kvcache.tools._footprint import bytes_in
 from kvcache_chatterbox.audio import CONTEXT, SPEECH_TOKENS, SegmentedAudio
 from kvcache_chatterbox.chunking import FIXED, Chunking, Cost
 from kvcache_chatterbox.clips import clip_key, encoder_of, packed, unpacked
@@ -57,7 +57,7 @@ class Speaker:
         options: how its vocoder runs; by default as upstream does.
         speakers: where what is made of clips is kept; by default only the last few are, here.
         programs: where what is compiled is kept; by default in the user's cache.
-        onednn: let oneDNN multiply in fp32 where it is faster; see `kvcache.cpu`.
+        onednn: let oneDNN multiply in fp32 where it is faster; see `kvcache.models._onednn`.
 
     Attributes:
         cost: what runs of the vocoder take.

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from kvcache import CacheGeometry, CacheReport
-from kvcache.cpu import onednn_linear
 from kvcache.decoding import BackendName, Batch, Decoding, Job, Pool, Sampler, Sampling, StaticKV, decoder_copy
-from kvcache.decoding.programs import Programs
-from kvcache.decoding.sampler import GREEDY
-from kvcache.decoding.wiring import why_not
-from kvcache.hf import kv_layers
+from kvcache.decoding._programs import Programs
+from kvcache.decoding._sampler import GREEDY
+from kvcache.decoding._wiring import why_not
 from kvcache.models import Following
-from kvcache.modules import rebuilt
-from kvcache.precision import PackedLinear, Precision, has_half, is_plain, with_precision
+from kvcache.models._cache import kv_layers
+from kvcache.models._copies import rebuilt
+from kvcache.models._onednn import onednn_linear
+from kvcache.models._precision import PackedLinear, Precision, has_half, is_plain, with_precision
 from kvcache_chatterbox.alignment import AlignmentCheck
 from kvcache_chatterbox.sampling import order
 
@@ -42,7 +42,7 @@ class T3Step(nn.Module):
         t3: whose step.
         rows: 2 with guidance.
         precision: of the backbone. The head takes as many bits on a CPU, but no fewer than 16: what it gives is compared.
-        onednn: let oneDNN multiply where it is faster; see `kvcache.cpu`.
+        onednn: let oneDNN multiply where it is faster; see `kvcache.models._onednn`.
     """
 
     def __init__(self, t3: Any, rows: int, precision: Precision | None = None, onednn: bool = True) -> None:

@@ -22,15 +22,15 @@ from kvcache import (
     SpeakerCache,
     default_store,
 )
-from kvcache.arguments import check_kv_dtype, check_prefix_cache
+from kvcache.cache._per_head import chosen_by_head
 from kvcache.decoding import BackendName, Batch, Job, backend_on, check_bucket
-from kvcache.decoding.programs import Programs
+from kvcache.decoding._programs import Programs
+from kvcache.decoding._streaming import chunked
 from kvcache.events import Event, emit
-from kvcache.heads import chosen_by_head
-from kvcache.hf import PositionMode, new_cache
-from kvcache.precision import Precision, reads_half_caches
-from kvcache.stores.aside import Aside
-from kvcache.streaming import chunked
+from kvcache.models._arguments import check_kv_dtype, check_prefix_cache
+from kvcache.models._cache import PositionMode, new_cache
+from kvcache.models._precision import Precision, reads_half_caches
+from kvcache.prefixes.stores._aside import Aside
 from kvcache_chatterbox.decoding import Decoder
 from kvcache_chatterbox.long_text import Carry, Watch, in_batch, unwatched
 from kvcache_chatterbox.plan import RowLayout, check_plan

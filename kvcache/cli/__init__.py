@@ -1,4 +1,4 @@
-"""The command `kvcache`: plan, profile, tune, warm, bench, voices, doctor. A file for each, and `kvcache.cli.common` for what they share."""
+"""The command `kvcache`: plan, profile, tune, warm, bench, voices, doctor. A file for each, and `kvcache.cli._common` for what they share."""
 
 import errno
 import os
@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any
 
 from kvcache.errors import InputError, KVCacheError, said
-from kvcache.redact import printable
+from kvcache.io._redact import printable
 
 _COMMANDS = {  # each in the module of its name; what it is for stands here too, as the list of all shall import none of them
     "doctor": "What works here and why something does not: packages, devices, precisions, back ends, stores.",
@@ -69,7 +69,7 @@ def _ended(run: Callable[[], Any]) -> int:
     except ImportError as error:
         return _say(f"{said(error)}; install what is missing, and see kvcache doctor", 2)
     except Exception as error:
-        from kvcache.cli.common import Wanting, usage
+        from kvcache.cli._common import Wanting, usage
 
         if isinstance(error, Wanting):
             return _say(error, 1)

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache
 
+from kvcache.cache._geometry import WHY_NO_EVICTION, CacheGeometry, Positions, positions_of
+from kvcache.cache._rope import KeyRotation
 from kvcache.errors import GeometryError, PositionsError
-from kvcache.geometry import WHY_NO_EVICTION, CacheGeometry, Positions, positions_of
+from kvcache.models._compat import handed
 from kvcache.models._probe import (
     TOKENS,
     Call,
@@ -29,8 +31,6 @@ from kvcache.models._probe import (
     untouched,
 )
 from kvcache.models._signature import signature_of
-from kvcache.past import handed
-from kvcache.rope import KeyRotation
 
 _SHIFT = 7  # positions between the two runs that show how keys are turned
 _HIDDEN = 2  # the token that a probe hides

@@ -28,9 +28,9 @@ from transformers.cache_utils import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
-from kvcache.autocast import without_autocast
+from kvcache.models._autocast import without_autocast
+from kvcache.models._compat import handed
 from kvcache.models._forwards import trying
-from kvcache.past import handed
 
 _LOCK = threading.RLock()  # one probe at a time: it sets modules to evaluation and back
 

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 
+from kvcache.cache._growing import KVLayer
+from kvcache.cache._policies import schedule
 from kvcache.errors import PolicyError
-from kvcache.layers import KVLayer
 from kvcache.models._facts import Seat
 from kvcache.models._probe import cache_among, layers_of, parameters, replaced
-from kvcache.policies import schedule
 
 _tokens: ContextVar[Tensor | None] = ContextVar("kvcache_tokens", default=None)
 """Which tokens are seen, ``[rows, tokens]``, in a forward of which not only pads on the left are hidden."""
@@ -122,7 +122,7 @@ class Windows:
             return
         raise PolicyError(
             f"{fresh} tokens at once run past {kv.policy!r}: each of them sees a window of its own, and the model was given "
-            "no mask that says so; run it by manager.generate() or within kvcache.hf.exact_windows(model), or give it fewer "
+            "no mask that says so; run it by manager.generate() or within kvcache.models._cache.exact_windows(model), or give it fewer "
             "tokens at once"
         )
 

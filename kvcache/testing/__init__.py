@@ -8,10 +8,10 @@ The laws need hypothesis: ``pip install hypothesis``.
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from kvcache.cache._growing import KVLayer
+from kvcache.cache._policies import SizePolicy
 from kvcache.errors import MissingDependencyError
-from kvcache.layers import KVLayer
-from kvcache.policies import SizePolicy
-from kvcache.testing.leaks import no_leaks
+from kvcache.testing._leaks import no_leaks
 
 __all__ = ["check_layer", "check_policy", "no_leaks"]
 
@@ -71,7 +71,7 @@ def check_layer(
 def _laws() -> Any:
     """The module that needs hypothesis."""
     try:
-        from kvcache.testing import checks
+        from kvcache.testing import _checks as checks
     except ModuleNotFoundError as error:
         if error.name != "hypothesis":
             raise

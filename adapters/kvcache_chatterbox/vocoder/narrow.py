@@ -1,4 +1,4 @@
-"""The vocoder's networks in fewer bits: linear layers as `kvcache.precision` has them, and convolutions in 16 bits."""
+"""The vocoder's networks in fewer bits: linear layers as `kvcache.models._precision` has them, and convolutions in 16 bits."""
 
 import copy
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvcache.modules import rebuilt
-from kvcache.precision import LINEAR, Precision, has_half, with_precision
+from kvcache.models._copies import rebuilt
+from kvcache.models._precision import LINEAR, Precision, has_half, with_precision
 
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.bfloat16}
 

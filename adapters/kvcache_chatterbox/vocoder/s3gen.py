@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from kvcache import InputError
-from kvcache.cpu import onednn_linear
-from kvcache.decoding.programs import Programs
+from kvcache.decoding._programs import Programs
 from kvcache.models import Following, signature_of
-from kvcache.precision import check_precision
+from kvcache.models._onednn import onednn_linear
+from kvcache.models._precision import check_precision
 from kvcache_chatterbox.requests import without_autocast
 from kvcache_chatterbox.vocoder.flow import FRAMES_PER_TOKEN, Flow, Reference, check_reference, reference_tokens
 from kvcache_chatterbox.vocoder.hift import CONTEXT, Hift
@@ -64,7 +64,7 @@ class S3GenVocoder:
         s3gen: upstream's `S3Gen`, whose weights may give way to others: see `VocoderOptions.weights`.
         options: how it runs.
         programs: where what is compiled is kept; by default in the user's cache.
-        onednn: let oneDNN multiply in fp32 where it is faster; see `kvcache.cpu`.
+        onednn: let oneDNN multiply in fp32 where it is faster; see `kvcache.models._onednn`.
 
     Raises:
         InputError: if this device cannot compute in `options.precision`, or the weights are not to be had.

@@ -1,0 +1,205 @@
+"""Requests that decode together and come and go one by one.
+
+Each has a place in a `Decoding`: its rows of the cache, its settings, its random numbers. A request enters a free place
+while others are under way and leaves when it has ended. Those that are left move together, so that a step runs no more
+places than it must. What a request says does not depend on who decodes beside it, but for the last bits of its logits:
+matrix products of more rows add up in another order.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvcache.cache._growing import KVLayer
+from kvcache.cache._report import CacheReport
+from kvcache.decoding._engine import FAILED, Decoding, check_drawn
+from kvcache.decoding._sampler import Sampling
+from kvcache.errors import CapacityError, GeometryError, InputError
+from kvcache.models._arguments import check_whole
+from kvcache.models._cache import check_positions
+
+QUANTUM = 8
+"""Steps between two looks at who has ended."""
+
+
+@dataclass(eq=False)
+class Job:
+    """One request.
+
+    Attributes:
+        prefill: runs when a place is free; gives the logits of the last position, ``[rows, vocabulary]``, and the layers
+            that it filled. Called once.
+        sampling: how tokens are drawn.
+        generator: of its draws; its own, or one request's draws would depend on another.
+        total: the most tokens.
+        ends: the tokens that end it.
+        seen: the token ids that the repetition penalty is about from the start.
+        first_may_end: whether it may end with its first token.
+        forgets: from the second token on, the penalty is only about what was drawn.
+        says_end: whether the token that ends it is part of what it says.
+    """
+
+    prefill: Callable[[], tuple[Tensor, Sequence[KVLayer]]]
+    sampling: Sampling
+    generator: torch.Generator
+    total: int
+    ends: Sequence[int]
+    seen: Tensor
+    first_may_end: bool = True
+    forgets: bool = False
+    says_end: bool = True
+
+    def __post_init__(self) -> None:
+        check_whole("total", self.total, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """What a job has said since it was last looked at.
+
+    Attributes:
+        job: whose.
+        tokens: ``[n]``, on the host; none where all that came was an end that is not said.
+        over: whether it has ended.
+        error: why it could not go on; what it said before is in `tokens`.
+        cut_off: whether it has ended at its most tokens, and not with one that ends it.
+    """
+
+    job: Job
+    tokens: Tensor
+    over: bool
+    error: InputError | None = None
+    cut_off: bool = False
+
+
+class Batch:
+    """Jobs in the places of a `Decoding`.
+
+    Not safe for threads: one drives it.
+
+    Args:
+        decoding: with nothing in it.
+        sizes: how many places a step may run; by default any number, or where steps are captured or compiled those that
+            are worth their memory and time: powers of two for graphs, one and all for compiled steps.
+        compact: move jobs together when others have left, and run no more places than needed; False always runs all.
+        quantum: steps between two looks at who has ended.
+    """
+
+    def __init__(
+        self, decoding: Decoding, sizes: Sequence[int] | None = None, compact: bool = True, quantum: int = QUANTUM
+    ) -> None:
+        places = len(decoding.token)
+        self._decoding = decoding
+        self._jobs: list[Job | None] = [None] * places
+        self._made = [0] * places
+        self._compact = compact
+        self._quantum = max(1, min(quantum, decoding.ahead))
+        if sizes is None:
+            powers = {2**i for i in range(places.bit_length())}
+            sizes = {"eager": range(1, places + 1), "graph": sorted(powers)}.get(decoding.backend, [1])
+        if any(not 1 <= size <= places for size in sizes):
+            raise GeometryError(f"sizes={list(sizes)}: a step can run 1 to {places} places")
+        self._sizes = sorted({*sizes, places})
+
+    @property
+    def places(self) -> int:
+        """How many jobs can decode together."""
+        return len(self._jobs)
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many places a step may run."""
+        return list(self._sizes)
+
+    @property
+    def busy(self) -> int:
+        """How many do."""
+        return sum(job is not None for job in self._jobs)
+
+    def report(self) -> CacheReport:
+        """The account of the cache, and of what runs the steps."""
+        return self._decoding.report()
+
+    def enter(self, job: Job) -> Piece:
+        """Prefill a job, give it a place, and draw its first token.
+
+        Raises:
+            CapacityError: if there is no place, or not enough room in one. What the prefill raises comes through. Nothing
+                has changed then.
+            InputError: if its first token cannot be drawn, as its logits are no numbers. It has left then.
+        """
+        if None not in self._jobs:
+            raise CapacityError(f"all {self.places} places are taken; wait until one of the jobs has left")
+        place = self._jobs.index(None)
+        decoding, rows = self._decoding, self._decoding.rows
+        logits, layers = job.prefill()
+        policy, stored = layers[0].policy, layers[0].stored
+        if policy.limit is None and (needed := stored + job.total - 1) > decoding.kv.slots:
+            raise CapacityError(
+                f"a job of {stored} tokens and {job.total} new ones needs {needed} slots, there are {decoding.kv.slots}; "
+                "ask for fewer tokens, or make a batch with more slots"
+            )
+        check_positions(decoding.kv.positions, layers[0].seen, job.total - 1)
+        decoding.load(place * rows, layers)
+        try:
+            first = decoding.start(place, logits, [job.sampling], [job.generator], [job.seen])
+        except BaseException:
+            decoding.free(place, 1)
+            raise
+        if job.forgets:
+            decoding.sampler.begin(place, first)
+        self._jobs[place], self._made[place] = job, 0
+        piece = self._piece(place, job, first.cpu(), job.ends if job.first_may_end else ())
+        if piece.over:
+            self.leave(job)
+        if piece.error is not None:
+            raise piece.error
+        return piece
+
+    def leave(self, job: Job) -> None:
+        """End a job. Nothing happens if it is not here."""
+        if job in self._jobs:
+            place = self._jobs.index(job)
+            self._jobs[place] = None
+            self._decoding.free(place, 1)
+
+    def turn(self) -> list[Piece]:
+        """Decode some steps, and say what came of them: one piece for each job, the places of those that ended are free."""
+        if self.busy == 0:
+            return []
+        front = self._decoding.front(self._gather() if self._compact else self.places)
+        running = [(place, job) for place, job in enumerate(self._jobs) if job is not None]
+        steps = min(self._quantum, *(job.total - self._made[place] for place, job in running))
+        tokens = front.chunk(steps).cpu()  # the one look at the device
+        pieces = [self._piece(place, job, tokens[place], job.ends) for place, job in running]
+        for piece in pieces:
+            if piece.over:
+                self.leave(piece.job)
+        return pieces
+
+    def _piece(self, place: int, job: Job, tokens: Tensor, ends: Sequence[int]) -> Piece:
+        """What these tokens are of a job: up to its end, if that is among them."""
+        self._made[place] += len(tokens)
+        try:
+            check_drawn(tokens[None])
+        except InputError as error:
+            return Piece(job, tokens[tokens != FAILED], True, error)
+        stops = torch.isin(tokens, torch.tensor(ends, dtype=torch.long)).nonzero()
+        if len(stops):
+            return Piece(job, tokens[: int(stops[0]) + job.says_end], True)
+        over = self._made[place] == job.total
+        return Piece(job, tokens, over, cut_off=over)
+
+    def _gather(self) -> int:
+        """Move jobs to lower places as far as steps get cheaper by it. How many places the next step runs."""
+        wanted = next(size for size in self._sizes if size >= self.busy)
+        for place in range(wanted, self.places):
+            job = self._jobs[place]
+            if job is not None:
+                to = self._jobs.index(None)
+                self._decoding.move(place, to)
+                self._jobs[to], self._made[to] = job, self._made[place]
+                self._jobs[place] = None
+        return wanted

@@ -1,0 +1,417 @@
+"""The decode loop: whole steps on the device, a chunk at a time.
+
+A step runs the model on each request's last token, draws the next, writes it down and moves on, without a look at the
+host. Whether a request has ended is looked at once a chunk, by whoever asked for it; what was decoded beyond the end is
+thrown away.
+"""
+
+import copy
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvcache.cache._growing import KVLayer
+from kvcache.cache._report import CacheReport
+from kvcache.decoding._backends import BUCKET, Backend, BackendName, Compiled, Eager, backend_for
+from kvcache.decoding._programs import Programs
+from kvcache.decoding._sampler import GREEDY, Drawing, Sampler, Sampling
+from kvcache.decoding._static_cache import StaticKV
+from kvcache.decoding._wiring import DecodeInputs, kernel_reason
+from kvcache.errors import GeometryError, InputError, KVCacheError
+from kvcache.events import Event, emit, heard
+
+Forward = Callable[[Tensor, Tensor, dict[str, Any]], Tensor]
+"""Runs a model on one token per request: token ids ``[requests]``; how many tokens each request has made so far,
+``[requests]``; what else to hand to the model. Gives logits ``[rows, vocabulary]``."""
+
+FAILED = -1
+"""Stands for a token that could not be drawn, as its logits were no numbers, and for those after it."""
+
+_NOISE_BYTES = 64 * 2**20
+
+
+class Decoding:
+    """Requests that decode together on a `StaticKV`.
+
+    Args:
+        forward: the model, see `Forward`.
+        kv: its cache: as many rows as requests, or twice as many with guidance.
+        sampler: how tokens are drawn.
+        backend: ``"eager"``; ``"compile"`` by torch's compiler, which takes a minute or so at the first chunk;
+            ``"graph"`` records a step once and replays it (a CUDA graph; on a CPU a trace, which shows that a step can be
+            captured and is no faster); ``"graph+compile"`` records the compiled step.
+        kernel: read the cache with the Triton kernel where there is a GPU for it; False takes torch's own attention.
+        tf32: let a CUDA GPU round the inputs of fp32 products to TF32.
+        ahead: the most steps between two looks at the host.
+        bucket: slots that a captured graph reads, or a multiple of so many; the Triton kernel reads as many as there are
+            tokens, whatever this is.
+        programs: where compiled steps are kept; by default in the user's cache.
+        why_eager: why steps can only run eagerly, whatever `backend` says; None if they can be compiled and captured.
+
+    Attributes:
+        token: each request's last token, ``[requests]``.
+        fallback: why something else than `backend` runs; None if it does.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        kv: StaticKV,
+        sampler: Sampler,
+        backend: BackendName = "eager",
+        *,
+        kernel: bool = True,
+        tf32: bool = False,
+        ahead: int = 64,
+        bucket: int = BUCKET,
+        why_eager: str | None = None,
+        programs: Programs | None = None,
+    ) -> None:
+        requests, vocabulary = sampler.seen.shape
+        self.rows = 2 if sampler.guided else 1
+        if kv.rows != requests * self.rows:
+            raise GeometryError(
+                f"{requests} requests of {self.rows} rows need a cache of {requests * self.rows} rows, this one has {kv.rows}"
+            )
+        device = kv.length.device
+        self.kv = kv
+        self.sampler = sampler
+        self._forward = forward
+        self._inputs = DecodeInputs(kv, kernel and kernel_reason(device) is None)
+        self._tf32 = tf32 and device.type == "cuda"
+        self.ahead = max(1, min(ahead, _NOISE_BYTES // (4 * requests * vocabulary)))
+        with torch.inference_mode(False):
+            self.token, self.made, self._begun = (
+                torch.zeros(requests, dtype=torch.long, device=device) for _ in range(3)
+            )
+            self._column = torch.zeros(1, dtype=torch.long, device=device)
+            self._out = torch.zeros(requests, self.ahead, dtype=torch.long, device=device)
+            self._noise = torch.ones(requests, self.ahead, vocabulary, device=device)
+        self._generators: list[torch.Generator | None] = [None] * requests  # None where nothing is drawn
+        self._states: dict[torch.Generator, Tensor] = {}  # as they were before the last chunk
+        self._named: BackendName = backend if why_eager is None else "eager"
+        self._bucket = bucket
+        self._backend: Backend
+        self._programs = programs
+        self._backend, self.fallback = backend_for(self._named, device, bucket, programs)
+        if self._named != backend:
+            self.fallback = why_eager
+        if self.fallback is not None:
+            emit(Event("fell_back", f"{backend} to {self.backend}", reason=self.fallback))
+        self._fronts: dict[int, Decoding] = {}
+
+    @property
+    def backend(self) -> str:
+        """What runs the steps."""
+        return self._backend.name
+
+    def report(self) -> CacheReport:
+        """The account of the cache, and of what runs the steps."""
+        if isinstance(self._backend, Compiled) and self._backend.pending:
+            return replace(self.kv.report(), backend="eager", fallback="its steps are being compiled")
+        whys = [one.fallback for one in (self, *self._fronts.values()) if one.fallback is not None]
+        return replace(self.kv.report(), backend=self.backend, fallback=whys[0] if whys else None)
+
+    @property
+    def order(self) -> Tensor:
+        """``arange(slots)``."""
+        return self.kv.order
+
+    @property
+    def requests(self) -> int:
+        """How many decode together."""
+        return len(self.token)
+
+    def front(self, requests: int) -> "Decoding":
+        """The first requests as a decoding of their own, for steps that cost only as much as they need.
+
+        The same memory throughout; what runs the steps is captured or compiled for each number of requests.
+        """
+        if requests == len(self.token):
+            return self
+        if requests not in self._fronts:
+            new = copy.copy(self)
+            new._fronts = {}
+            new.kv, new.sampler = self.kv.front(requests * self.rows), self.sampler.front(requests)
+            new._inputs = DecodeInputs(new.kv, self._inputs.kernel)
+            new.token, new.made, new._out = self.token[:requests], self.made[:requests], self._out[:requests]
+            new._begun = self._begun[:requests]
+            new._noise = self._noise[:requests]
+            new._backend, new.fallback = backend_for(self._named, self.token.device, self._bucket, self._programs)
+            self._fronts[requests] = new
+        return self._fronts[requests]
+
+    # ------------------------------------------------------------------ requests
+
+    def load(self, first: int, layers: Sequence[KVLayer], pads: Tensor | None = None) -> None:
+        """As `StaticKV.load`, but copied only before the next step: a request's first token does not wait for it."""
+        self.kv.load(first, layers, pads, later=True)
+
+    @torch.no_grad()
+    def start(
+        self,
+        first: int,
+        logits: Tensor,
+        sampling: Sequence[Sampling],
+        generators: Sequence[torch.Generator | None],
+        seen: Sequence[Tensor],
+    ) -> Tensor:
+        """Begin requests whose rows have been loaded: draw the first token of each, ``[requests]``.
+
+        Args:
+            first: the first of these requests.
+            logits: of the last position of their prefill, ``[rows, vocabulary]``.
+            sampling: their settings.
+            generators: of their draws; None takes torch's default one. Requests with the same share its draws, as the
+                rows of a batch do in `generate`.
+            seen: the token ids that their repetition penalty is about from the start.
+
+        Returns:
+            The tokens, or `FAILED`, see `check_drawn`.
+        """
+        which = slice(first, first + len(sampling))
+        default = default_generator(self.token.device)
+        for i, request in enumerate(range(*which.indices(len(self._generators)))):
+            self.sampler.set(request, sampling[i])
+            self.sampler.begin(request, seen[i])
+            self._generators[request] = generators[i] or default
+        self._states = {}
+        drawing = self.sampler.drawing_of(which)
+        noise = self._noise[which, 0]
+        if drawing is not None:
+            self._draw(noise, which)
+        token = self.sampler(logits, noise, drawing, which)
+        self.token[which] = token
+        self.made[which] = self._begun[which] = 1
+        return token.masked_fill(self.sampler.failed[which], FAILED)
+
+    def free(self, first: int, requests: int) -> None:
+        """End these requests. Their rows are empty, draw nothing, and take part in steps for nothing."""
+        self.kv.free(first * self.rows, requests * self.rows)
+        self.made[first : first + requests] = self._begun[first : first + requests] = 0
+        for request in range(first, first + requests):
+            self.sampler.set(request, GREEDY)
+            self._generators[request] = None
+
+    @torch.no_grad()
+    def move(self, request: int, to: int) -> None:
+        """Bring a request to another place, which must be free."""
+        self.kv.move(request * self.rows, to * self.rows, self.rows)
+        self.sampler.move(request, to)
+        for held in (self.token, self.made, self._begun):
+            held[to] = held[request].clone()
+        self._generators[to] = self._generators[request]
+        self.free(request, 1)
+
+    @torch.no_grad()
+    def chunk(self, steps: int) -> Tensor:
+        """The next tokens of every request, ``[requests, steps]``; `FAILED` from where one could not be drawn.
+
+        Args:
+            steps: at most `ahead`.
+
+        Raises:
+            CapacityError: if a row has no room for them; nothing has changed then.
+        """
+        if not 1 <= steps <= self.ahead:
+            raise GeometryError(f"a chunk of {steps} steps: give 1 to {self.ahead}")
+        self.kv.check(steps)
+        self.kv.settle()
+        drawing = self.sampler.drawing
+        if drawing is not None:
+            default = default_generator(self.token.device)
+            self._states = {g: g.get_state() for g in self._generators if g is default}
+            for noise in self._noise[:, :steps].unbind(1):
+                self._draw(noise)
+        self._column.zero_()
+        before = self.kv.evicted() if heard("evicted") else None
+        with _tf32(self._tf32):
+            for _ in range(steps):
+                self._step(drawing)
+                self.kv.advance(1)
+        if before is not None:
+            self.kv.tell_evicted(before)
+        return self._out[:, :steps].clone()
+
+    def chunks(
+        self, total: int, size: int, ends: Sequence[int], pad: int = 0, first_may_end: bool = True
+    ) -> Iterator[Tensor]:
+        """The tokens of all requests in chunks ``[requests, size]``, from the first on; the last may be shorter.
+
+        Over when every request has ended; what a request that has ended would say further is `pad`.
+
+        Args:
+            total: the most tokens of a request.
+            size: tokens in a chunk. The host looks at the device once for each, and every `ahead` tokens.
+            ends: the tokens that end a request.
+            pad: the token behind an end.
+            first_may_end: whether a request may end with its first token.
+
+        Raises:
+            InputError: if a token cannot be drawn, as its logits are NaN or infinite. The chunks before have been given;
+                what was drawn before it in its own chunk has not.
+            CapacityError: where a row has no room for more, after all tokens that there was room for.
+        """
+        stops = torch.tensor(ends, dtype=torch.long, device=self.token.device)
+        ended = torch.zeros_like(self.token, dtype=torch.bool)
+        held, made, over = self.token.masked_fill(self.sampler.failed, FAILED)[:, None], 1, False
+        if first_may_end:
+            held, ended, over = self._ended(held, ended, stops, pad)
+        else:
+            check_drawn(held)
+        while True:
+            while not over and made < total and held.shape[1] < size:
+                if (room := self.kv.room()) == 0:
+                    if held.shape[1]:
+                        yield held
+                    self.kv.check(1)
+                steps = min(size - held.shape[1], total - made, self.ahead, room)
+                new, ended, over = self._ended(self.chunk(steps), ended, stops, pad)
+                if new.shape[1] < steps:
+                    self.rewind(new.shape[1])
+                held = torch.cat([held, new], 1)
+                made += new.shape[1]
+            yield held
+            if over or made == total:
+                return
+            held = held[:, :0]
+
+    @torch.no_grad()
+    def told(self, ids: Tensor) -> Tensor:
+        """The logits ``[n, rows, vocabulary]`` after each of these token ids ``[n]``, given to every request in turn whatever
+        it would have drawn; to judge by what a cache or a precision costs. Steps run eagerly.
+
+        Raises:
+            CapacityError: if a row has no room for them; nothing has changed then.
+        """
+        self.kv.check(len(ids))
+        self.kv.settle()
+        said = []
+        for token in ids.to(self.token):
+            self.token.copy_(token)
+            columns, whole = self.reach()
+            said.append(self._forward(self.token, self.made, self._inputs.of_step(self.order[:columns], whole)))
+            self.made.add_(self._begun)
+            self.kv.length.add_(self.kv.taken)
+            self.kv.advance(1)
+        return torch.stack(said)
+
+    @staticmethod
+    def _ended(tokens: Tensor, ended: Tensor, stops: Tensor, pad: int) -> tuple[Tensor, Tensor, bool]:
+        """The tokens up to where the last request ends, padded behind each end; which have ended; whether all have.
+
+        Raises:
+            InputError: if one of them could not be drawn.
+        """
+        stopping = torch.isin(tokens, stops) & ~ended[:, None]
+        after = (stopping.cumsum(1) - stopping.long() > 0) | ended[:, None]
+        tokens = tokens.masked_fill(after, pad)
+        columns = (~(after | stopping)).any(0).sum()  # after which some request still runs
+        running, failed = torch.stack([columns, (tokens == FAILED).sum()]).tolist()  # the one look at the device
+        if failed:
+            check_drawn(tokens)
+        needed = min(running + 1, tokens.shape[1])
+        tokens, stopping = tokens[:, :needed], stopping[:, :needed]
+        ended = ended | stopping.any(1)
+        return tokens, ended, running < needed
+
+    def rewind(self, steps: int) -> None:
+        """Leave torch's default generator as if the last chunk had ended after so many steps."""
+        for generator, state in self._states.items():
+            generator.set_state(state)
+        if self._states:
+            for noise in self._noise[:, :steps].unbind(1):
+                self._draw(noise)
+        self._states = {}
+
+    def _draw(self, noise: Tensor, which: slice = slice(None)) -> None:
+        """Exponential noise ``[requests, vocabulary]``, as `torch.multinomial` draws it."""
+        generators = self._generators[: len(self.token)][which]
+        if all(generator is generators[0] for generator in generators):
+            generators, noise = generators[:1], noise[None]
+        for generator, row in zip(generators, noise, strict=True):
+            if generator is not None:
+                row.exponential_(generator=generator)
+
+    def _step(self, drawing: Drawing | None) -> None:
+        try:
+            self._backend(self, drawing)
+        except KVCacheError:
+            raise
+        except Exception as error:
+            if isinstance(self._backend, Eager):
+                raise
+            self.fallback = f"{self._backend.name} failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            reason = f"{self.fallback}; decoding goes on in eager mode"
+            emit(Event("fell_back", f"{self._backend.name} to eager", reason=reason), logging.WARNING)
+            self._backend = Eager()
+            self._backend(self, drawing)
+
+    # ------------------------------------------------------------------ what is captured
+
+    def step(self, order: Tensor, whole: bool, drawing: Drawing | None) -> None:
+        """One token for every request. `order` is ``arange(columns)``: so many slots are read."""
+        logits = self._forward(self.token, self.made, self._inputs.of_step(order, whole))
+        token = self.sampler(logits, self._noise.index_select(1, self._column)[:, 0], drawing)
+        self._out.index_copy_(1, self._column, token.masked_fill(self.sampler.failed, FAILED)[:, None])
+        self.token.copy_(token)
+        self._column.add_(1)
+        self.made.add_(self._begun)
+        self.kv.length.add_(self.kv.taken)
+
+    def reach(self) -> tuple[int, bool]:
+        """How many slots the next step has to read, and whether every row sees all of them."""
+        return (self.kv.slots, False) if self._inputs.kernel else self.kv.reach()
+
+    def sized(self) -> list[tuple[Tensor, tuple[int, ...]]]:
+        """The tensors that are as large as there are slots, and in which dimension."""
+        return [(held, (2,)) for held in (*self.kv.keys, *self.kv.values)]
+
+    def program(self) -> tuple[nn.Module | None, str]:
+        """What decides which operations a step runs beside its tensors: the model, None if that is none, and the rest as text."""
+        kv, sampler = self.kv, self.sampler
+        kind = f"{type(self).__qualname__} {self.rows} rows of {len(self.token)}, slots of {kv.keys[0].dtype}"
+        rest = f"{sampler.order} {sampler.guided} {sampler.vocabulary} {self._inputs.kernel} {self.ahead}"
+        return self._forward if isinstance(self._forward, nn.Module) else None, f"{kind}, {rest}"
+
+    def state(self) -> list[Tensor]:
+        """All that a step changes, but for keys and values, which it writes again to where it wrote them."""
+        return [self.token, self.made, self._column, self._out, self.kv.length, self.sampler.seen, self.sampler.failed]
+
+
+def check_drawn(tokens: Tensor) -> None:
+    """Raise `InputError` if one of these tokens ``[requests, n]`` could not be drawn."""
+    if bool((tokens == FAILED).any()):
+        raise InputError(
+            "a token cannot be drawn: the logits of its step were NaN, infinite, or all of them -inf; look for NaN in the "
+            "model's weights and inputs, or run it in a wider dtype"
+        )
+
+
+def default_generator(device: torch.device) -> torch.Generator:
+    """What torch draws with on a device where it is given no generator."""
+    if device.type in ("cpu", "meta"):
+        return torch.default_generator
+    if device.type == "mps":
+        return torch.mps._get_default_mps_generator()
+    module = torch.get_device_module(device)
+    module.init()
+    return module.default_generators[module.current_device() if device.index is None else device.index]  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    if not allowed:
+        yield
+        return
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

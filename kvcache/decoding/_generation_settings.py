@@ -1,0 +1,164 @@
+"""What `generate` was asked for, read by `generate` itself, as far as the decode engine can do it."""
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+
+from kvcache.decoding._sampler import Sampling
+from kvcache.errors import InputError
+
+_KNOWN = {
+    "max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
+    "eos_token_id", "pad_token_id", "bos_token_id", "use_cache", "transformers_version", "decoder_start_token_id",
+    "num_return_sequences", "cache_implementation",
+}  # fmt: skip
+_INPUTS = {"inputs", "input_ids", "inputs_embeds", "attention_mask"}
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """Settings of a generation, and why the decode engine cannot follow them.
+
+    Attributes:
+        sampling: how tokens are drawn.
+        new_tokens: the most that follow the prompt.
+        copies: sequences for each row of the prompt.
+        ends: tokens that end a row.
+        pad: what stands behind an end.
+        unpenalized: how many tokens at the start of each row the repetition penalty is not about.
+        prefill: the same as a generation of one token, whose logits and cache it returns.
+        why_not: None if the engine can.
+    """
+
+    sampling: Sampling
+    new_tokens: int
+    copies: int
+    ends: tuple[int, ...]
+    pad: int
+    unpenalized: tuple[int, ...]
+    prefill: GenerationConfig
+    why_not: str | None
+
+    @classmethod
+    def of(cls, model: Any, inputs: Tensor | None, given: Mapping[str, Any]) -> "GenerationSettings":
+        """As `model.generate` finds them: it prepares a run, which ends before anything has been computed.
+
+        Args:
+            model: whose `generate` is transformers' own.
+            inputs: token ids ``[rows, tokens]``, or None where they are among `given`.
+            given: its other arguments.
+
+        Raises:
+            InputError: for what `generate` refuses.
+        """
+        arguments = {name: value for name, value in given.items() if name != "generation_config"}
+        try:
+            config, others = model._prepare_generation_config(given.get("generation_config"), **arguments)
+            first = _prefill_of(config)
+            if odd := _unknown(config, others):
+                reason = f"the decode engine does not know {', '.join(sorted(odd))}"
+            else:
+                reason = "use_cache=False" if config.use_cache is False else ""
+            if reason:
+                return cls(Sampling(), 1, 1, (), 0, (), first, reason)
+            return _read(cls, first, _Prepared.by(model, inputs, given))
+        except (ValueError, TypeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"generate refuses these settings: {error}") from error
+
+
+def _prefill_of(config: GenerationConfig) -> GenerationConfig:
+    first: Any = copy.deepcopy(config)
+    first.update(
+        max_new_tokens=1, max_length=None, do_sample=False, temperature=1.0, top_k=50, top_p=1.0, min_p=None, repetition_penalty=1.0,
+        num_return_sequences=1, cache_implementation=None, return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+    return first  # type: ignore[no-any-return]
+
+
+def _unknown(config: GenerationConfig, others: Mapping[str, Any]) -> list[str]:
+    """The settings and inputs, by name, that say something and are not known here."""
+    defaults = {**type(config)().to_dict(), **config._get_default_generation_params()}
+    odd = [
+        name
+        for name, value in config.to_dict().items()
+        if name not in _KNOWN
+        and not name.startswith("_")
+        and not (value is None or value is False)
+        and (type(value), value) != (type(defaults.get(name)), defaults.get(name))  # 0 is a token, False is none
+    ]
+    return odd + [
+        name for name, value in others.items() if name not in _INPUTS and value is not None and value is not False
+    ]
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A run of `generate` as it stands before its first forward: what it has made of its arguments."""
+
+    config: GenerationConfig
+    prompt: int
+    processors: Sequence[Any]
+    criteria: Sequence[Any]
+
+    @classmethod
+    def by(cls, model: Any, inputs: Tensor | None, given: Mapping[str, Any]) -> "_Prepared":
+        found: list[_Prepared] = []
+
+        def stop_here(model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any,
+                      generation_config: Any, **model_kwargs: Any) -> Tensor:  # fmt: skip
+            found.append(cls(generation_config, input_ids.shape[1], logits_processor, stopping_criteria))
+            return input_ids
+
+        first = () if inputs is None else (inputs,)
+        model.generate(*first, **given, custom_generate=stop_here)
+        return found[0]
+
+
+def _read(kind: type[GenerationSettings], first: GenerationConfig, run: _Prepared) -> GenerationSettings:
+    config, found, odd = run.config, Sampling(0.0, 1.0, 0.0, 0, 1.0).__dict__.copy(), []
+    ignored: Any = None
+    found["temperature"] = 1.0 if config.do_sample else 0.0
+    for one in run.processors:
+        if isinstance(one, RepetitionPenaltyLogitsProcessor):
+            found["repetition_penalty"], ignored = one.penalty, one.prompt_ignore_length
+        elif isinstance(one, TemperatureLogitsWarper):
+            found["temperature"] = one.temperature
+        elif isinstance(one, TopKLogitsWarper):
+            found["top_k"] = one.top_k
+        elif isinstance(one, TopPLogitsWarper):
+            found["top_p"] = one.top_p
+        elif isinstance(one, MinPLogitsWarper):
+            found["min_p"] = float(one.min_p)
+        else:
+            odd.append(type(one).__name__)
+    odd += [type(one).__name__ for one in run.criteria if not isinstance(one, MaxLengthCriteria | EosTokenCriteria)]
+    ends = [] if config._eos_token_tensor is None else config._eos_token_tensor.flatten().tolist()
+    pad = (ends or [0])[0] if config._pad_token_tensor is None else int(config._pad_token_tensor)
+    rows: tuple[int, ...] = tuple(ignored.tolist()) if isinstance(ignored, Tensor) else (ignored,) if ignored else ()
+    if any(pads > run.prompt for pads in rows):
+        odd.append("a repetition penalty on embeddings with pads")
+    return kind(
+        Sampling(**found),
+        math.ceil(config.max_length - run.prompt),
+        config.num_return_sequences or 1,
+        tuple(ends),
+        pad,
+        rows,
+        first,
+        f"the decode engine does not know {', '.join(odd)}" if odd else None,
+    )

@@ -1,0 +1,180 @@
+"""A transformers language model on the decode engine: what `generate` would say, decoded in whole steps."""
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvcache.cache._geometry import CacheGeometry
+from kvcache.cache._policies import SizePolicy
+from kvcache.cache._report import CacheReport
+from kvcache.cache._slots import slots_for
+from kvcache.decoding._backends import BUCKET, BackendName
+from kvcache.decoding._engine import Decoding
+from kvcache.decoding._generation_settings import GenerationSettings
+from kvcache.decoding._pool import Pool
+from kvcache.decoding._programs import Programs
+from kvcache.decoding._sampler import GREEDY, TRANSFORMERS, Sampler
+from kvcache.decoding._static_cache import StaticKV
+from kvcache.decoding._wiring import decoder_copy, why_not
+from kvcache.errors import GeometryError
+from kvcache.models import ModelFacts, alike, facts_of, untouched, watch_of
+from kvcache.models._autocast import autocasts, each_without_autocast
+from kvcache.models._cache import kv_layers, new_cache
+from kvcache.models._compat import handed
+
+
+class LanguageDecoder:
+    """Decodes what a language model's prefill has begun.
+
+    What it is made of follows the model: after a change the next request has a new one. A request that is under way ends
+    with the parts that the model had when it began; numbers that change in place count at once, as in `generate`.
+
+    Args:
+        model: with its head.
+        kv_dtype: of the static cache; by default the model's.
+        max_length: the most tokens of a row. A cache that keeps all of them is made as long at once.
+        bucket: see `Decoding`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        kv_dtype: torch.dtype | None,
+        max_length: int | None,
+        bucket: int = BUCKET,
+    ) -> None:
+        self._model = model
+        self._watch = watch_of(model)
+        self._kv_dtype = kv_dtype
+        self._max_length = max_length
+        self._bucket = bucket
+        self._pool = Pool()
+        self.programs = Programs()
+
+    def why_not(self) -> str | None:
+        """Why the model cannot be decoded so; None if it can. Tried once on a few tokens: the answer must be its own."""
+        if autocasts(self._model.device.type):
+            return "its steps, which wait for later requests, are not taken under torch.autocast"
+        return why_not(self._model) or facts_of(self._model).once("engine", _why_not_tried)
+
+    def release(self) -> None:
+        """Let go of the memory that waits for the next request."""
+        self._pool.clear()
+
+    def chunks(
+        self,
+        prefill: Callable[[], tuple[Tensor, Any, Sequence[Tensor], Tensor | None]],
+        settings: GenerationSettings,
+        backend: BackendName,
+        size: int,
+    ) -> Iterator[tuple[Tensor, CacheReport]]:
+        """New tokens ``[rows, n]`` as `generate` would give them, and the account of the cache.
+
+        They are made without autocast, wherever the consumer asks for the next: steps are captured for later requests.
+
+        Args:
+            prefill: gives the logits of the last position ``[rows, vocabulary]``, the cache, the token ids that each row
+                began with, and how many of them are pads.
+            settings: of the generation.
+            backend: see `Decoding`.
+            size: tokens in a chunk.
+        """
+        return each_without_autocast([self._model.device.type], self._chunks(prefill, settings, backend, size))
+
+    def _chunks(
+        self,
+        prefill: Callable[[], tuple[Tensor, Any, Sequence[Tensor], Tensor | None]],
+        settings: GenerationSettings,
+        backend: BackendName,
+        size: int,
+    ) -> Generator[tuple[Tensor, CacheReport], None, None]:
+        with self._watch.running() as signature:
+            logits, cache, seen, pads = prefill()
+        layers, copies = kv_layers(cache), settings.copies
+        if copies > 1:
+            for layer in layers:
+                layer.repeat(copies)
+            logits, seen = logits.repeat_interleave(copies, 0), [ids for ids in seen for _ in range(copies)]
+            pads = None if pads is None else pads.repeat_interleave(copies, 0)
+        if any(settings.unpenalized):
+            few = settings.unpenalized * (len(seen) // len(settings.unpenalized))  # one for each row, or one for all
+            seen = [ids[skip:] for ids, skip in zip(seen, few, strict=True)]
+        policy, total = layers[0].policy, settings.new_tokens
+        needed = self.needed(policy, layers[0].stored, total)
+        rows, vocabulary = logits.shape
+
+        def make(slots: int) -> Decoding:
+            return self.decoding(policy, rows, slots, vocabulary, backend)
+
+        with self._pool.lent((rows, backend), needed, make, signature=signature) as decoding:
+            decoding.load(0, layers, pads)
+            del cache, layers
+            decoding.start(0, logits, [settings.sampling] * rows, [None] * rows, seen)
+            for chunk in decoding.chunks(total, size, settings.ends, settings.pad):
+                yield chunk, decoding.report()
+
+    def told(self, logits: Tensor, cache: Any, ids: Tensor) -> Tensor:
+        """The logits ``[n, vocabulary]`` after each of these token ids ``[n]``, behind what a cache of one row holds.
+
+        Args:
+            logits: of the last position, ``[1, vocabulary]``.
+        """
+        layers = kv_layers(cache)
+        decoding = self.decoding(layers[0].policy, 1, layers[0].stored + len(ids), logits.shape[1], "eager")
+        decoding.load(0, layers)
+        decoding.start(0, logits, [GREEDY], [None], [ids[:0]])
+        return decoding.told(ids)[:, 0]
+
+    def needed(self, policy: SizePolicy, stored: int, total: int) -> int:
+        """Slots of a row that needs room for `total` new tokens behind so many stored ones."""
+        if policy.limit is not None:
+            return policy.limit
+        needed = stored + total - 1  # the last token drawn is never run
+        return needed if self._max_length is None else min(needed, self._max_length)
+
+    def decoding(self, policy: SizePolicy, rows: int, slots: int, vocabulary: int, backend: BackendName) -> Decoding:
+        """What decodes so many rows of at least so many slots each."""
+        room = slots_for(slots, self._max_length, preallocate=True) if policy.limit is None else slots
+        geometry, signature = CacheGeometry.from_model(self._model), self._watch.signature()
+        kv = StaticKV(geometry, rows, room, dtype=self._kv_dtype)
+        step = _Step(decoder_copy(self._model))
+        sampler = Sampler(rows, vocabulary, TRANSFORMERS, geometry.device)
+        return Decoding(
+            step, kv, sampler, backend, bucket=self._bucket, why_eager=signature.why_no_capture, programs=self.programs
+        )
+
+
+class _Step(nn.Module):
+    """From a token to the logits of the next."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, made: Tensor, given: dict[str, Any]) -> Tensor:
+        return torch.as_tensor(self.model(input_ids=tokens[:, None], **given).logits[:, -1])
+
+
+def _why_not_tried(facts: ModelFacts) -> str | None:
+    model = facts.model
+    if model.device.type == "meta":
+        return None  # nothing is computed
+    try:
+        ids, told = facts.trial()
+    except GeometryError:
+        if facts.why_not_probed is not None and facts.runs():
+            return facts.why_not_probed
+        return None  # it runs on more than text, which is known only with a request
+    half = ids.shape[1] // 2
+    try:
+        with untouched(model):
+            cache = new_cache(model)
+            model(ids[:, :half], **handed(model, cache), use_cache=True)
+            found = LanguageDecoder(model, None, None).told(told[:, half - 1], cache, ids[0, half:])
+    except Exception as error:  # code of any model; the reason is told where it is asked for
+        return f"a short trial of {type(model).__name__} failed with {type(error).__name__}: {str(error)[:200]}"
+    if alike(found, told[0, half:], None if told.dtype == torch.float32 else 0.3):
+        return None
+    return f"step by step on a static cache, {type(model).__name__} says something else"

@@ -1,0 +1,173 @@
+"""How a transformers decoder reads and writes a `StaticKV`: its cache layers, its mask, its attention."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.masking_utils import AttentionMaskInterface
+
+from kvcache.cache._geometry import CacheGeometry
+from kvcache.decoding._kernel import available, decode_attention
+from kvcache.decoding._static_cache import StaticKV
+from kvcache.errors import GeometryError
+from kvcache.models import facts_of, rope_by_length, signature_of
+from kvcache.models._attention import own_attention, told_more
+from kvcache.models._cache import decoding_arguments
+from kvcache.models._copies import rebuilt
+
+_ATTENTION = "kvcache_decode"
+
+
+def why_not(model: Any) -> str | None:
+    """Why a model cannot decode on a `StaticKV`; None if it can."""
+    config = model.config
+    text = config.get_text_config(decoder=True)
+    name = type(model).__name__
+    if config.is_encoder_decoder:
+        return f"{name} is an encoder-decoder"
+    if not getattr(model, "_supports_attention_backend", False):
+        return f"{name} brings its own attention, which takes no other"
+    other = [layer for layer in DynamicCache(config=config).layers if type(layer) is not DynamicLayer]
+    if other or getattr(model, "_is_stateful", False):
+        kind = type(other[0]).__name__ if other else "state"
+        return f"{name} manages layers its own way ({kind})"
+    geometry = CacheGeometry.from_model(model)
+    if geometry.positions not in ("rope", "learned"):
+        return f"the positions of {name} are {geometry.positions}"
+    if rope_by_length(model) is not None:
+        return f"{name} has rotary positions that depend on the length"
+    if getattr(text, "attn_logit_softcapping", None) or getattr(text, "qk_nope_head_dim", None):
+        return f"{name} has attention of a kind of its own"
+    if getattr(text, "scale_attn_by_inverse_layer_idx", False):
+        return f"{name} scales its attention by layer"
+    facts = facts_of(model)
+    # Asked of all modules once: another function under the same name makes it another model.
+    if (own := facts.once("own attention", lambda facts: own_attention(facts.model))) is not None:
+        return f"{name} attends by {own!r}, which is none of transformers' own ways"
+    if (why := facts.why_no_positions) is not None:
+        return f"{name} cannot be told where its tokens stand: {why}"
+    return signature_of(model).why_no_copy
+
+
+def decoder_copy(model: Any) -> Any:
+    """A copy of a decoder that shares its tensors and attends to a `StaticKV`. The model itself stays as it is.
+
+    Raises:
+        GeometryError: if this model cannot.
+    """
+    if (reason := why_not(model)) is not None:
+        raise GeometryError(f"cannot decode on a static cache: {reason}; decode without a backend")
+    AttentionInterface.register(_ATTENTION, attend)
+    AttentionMaskInterface.register(_ATTENTION, _no_mask)
+    new = rebuilt(model, lambda name, module: None)
+    configs: dict[int, Any] = {}
+    for module in new.modules():
+        config = module.__dict__.get("config")
+        if config is not None and hasattr(config, "_attn_implementation"):
+            if id(config) not in configs:
+                configs[id(config)] = copy.copy(config)
+                configs[id(config)]._attn_implementation_internal = _ATTENTION
+            module.config = configs[id(config)]
+    return new
+
+
+class DecodeInputs:
+    """What a model is given beside the token, to decode one step on a `StaticKV`.
+
+    Args:
+        kv: the cache.
+        kernel: read with the Triton kernel, which needs neither a mask nor a bound.
+    """
+
+    def __init__(self, kv: StaticKV, kernel: bool) -> None:
+        self._kv = kv
+        self.kernel = kernel
+        layers: list[Any] = [StaticLayer(kv, i) for i in range(len(kv.keys))]
+        self._cache = Cache(layers=layers)
+
+    def of_step(self, order: Tensor, whole: bool) -> dict[str, Any]:
+        """The arguments of the model's next call.
+
+        Args:
+            order: ``arange(columns)``: so many slots are read.
+            whole: every row sees all of them, so that no mask is needed.
+        """
+        kv = self._kv
+        kv.begin(order.shape[0])
+        # The kernel works out itself what a row sees. A 4-D tensor is what transformers hands through untouched.
+        mask = kv.counts()[:, None, None] if self.kernel else None if whole else kv.mask(order)
+        return {"attention_mask": mask, **decoding_arguments(self._cache, kv.length[:, None])}
+
+
+class StaticLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """One layer of a `StaticKV` as transformers sees it during a step."""
+
+    is_sliding = False
+    is_compileable = True
+    is_initialized = True
+    supports_early_init = False
+
+    def __init__(self, kv: StaticKV, index: int) -> None:
+        # Not super().__init__(): it would assign keys and values, which are the cache's.
+        self._kv = kv
+        self._index = index
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
+        """There is nothing to do."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        return self._kv.write(self._index, key_states, value_states)
+
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        return self._kv.columns, 0
+
+    def get_seq_length(self, cache_position: Tensor | None = None) -> int:
+        return 0  # positions are given; a number here would be baked into a captured step
+
+    def get_max_length(self) -> int:
+        return self._kv.slots
+
+    get_max_cache_shape = get_max_length
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """The mask is given, or there is none."""
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one query per row and head, ``[rows, heads, 1, dim]``, over the slots of a `StaticKV`.
+
+    Raises:
+        GeometryError: if it is told of more (sinks, a cap of its scores, a window), which would be left out.
+    """
+    if (more := told_more(dropout=dropout, **kwargs)) is not None:
+        raise GeometryError(f"its attention depends on {more}; decode without a backend")
+    rows, heads, _, _ = query.shape
+    if attention_mask is not None and attention_mask.dtype == torch.long:
+        length, stored, pinned = attention_mask[:, 0, 0].unbind(1)
+        out = decode_attention(query, keys, values, length, stored, pinned, scaling)
+    else:
+        # The query heads of one KV head are so many queries to it: keys and values need not be repeated.
+        grouped = query.view(rows, keys.shape[1], -1, query.shape[3]).to(keys.dtype)
+        if attention_mask is not None and attention_mask.shape[1] > 1:  # one for each head
+            attention_mask = attention_mask.expand(rows, heads, -1, -1).reshape(*grouped.shape[:3], -1)
+        out = nn.functional.scaled_dot_product_attention(grouped, keys, values, attention_mask, scale=scaling)
+        out = out.reshape(rows, heads, 1, -1)
+    return out.transpose(1, 2).to(query.dtype), None
+
+
+def kernel_reason(device: torch.device) -> str | None:
+    """Why the Triton kernel is not used on a device; None if it is."""
+    return available() if device.type == "cuda" else "it is for CUDA GPUs"

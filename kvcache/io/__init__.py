@@ -1,0 +1,1 @@
+"""What comes in and goes out: private files, tables, secrets that are not shown."""

@@ -1,0 +1,548 @@
+"""What we know of transformers' models: caches for them, their masks, their rotary embeddings, from 5.2 to the newest.
+
+Two rules make a cache right while tokens leave it: its length is counted in tokens *seen*, and its mask sizes are
+``(kept + new, seen - kept)``. What a release changed is bridged here and nowhere else.
+"""
+
+import time
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.cache_utils import (
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
+)
+
+from kvcache.cache._geometry import CacheGeometry
+from kvcache.cache._growing import KVLayer
+from kvcache.cache._per_head import SplitLayer, chosen_by_head, layer_for, turns
+from kvcache.cache._policies import KeepAll, SizePolicy, budgeted, check_policy
+from kvcache.cache._quantized import Quantization, QuantizedLayer
+from kvcache.cache._ranking import SnapKV
+from kvcache.cache._report import CacheReport, account
+from kvcache.cache._rope import KeyRotation
+from kvcache.errors import GeometryError, InputError, PolicyError, PositionsError
+from kvcache.events import Evictions
+from kvcache.models import ModelFacts, Windows, alike, announced, facts_of, parameters, rope_by_length
+from kvcache.models import _attention as attention
+from kvcache.models import _export as export
+from kvcache.models._arguments import check_model, check_quantization
+from kvcache.models._compat import MADE_AS, handed
+from kvcache.models._managed import Crossed, ManagedCache, ManagedEncoderDecoderCache, check_rollback
+from kvcache.models._managed import ManagedLayer as ManagedLayer
+from kvcache.models._managed import check_positions as check_positions
+from kvcache.models._shapes import CacheShape, cache_shape
+from kvcache.prefixes._snapshot import PrefixKey, PrefixSnapshot
+
+TESTED = ("5.2", "5.24")
+"""The lowest and the newest release of transformers that the tests have run on."""
+
+_VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+
+PositionMode = Literal["absolute", "rerotated"]
+
+export.register()
+
+
+# ---------------------------------------------------------------------- caches
+
+
+def new_cache(
+    model: Any,
+    policy: SizePolicy | Sequence[SizePolicy] | None = None,
+    *,
+    max_length: int | None = None,
+    preallocate: bool = False,
+    positions: PositionMode = "absolute",
+    rows: int | None = None,
+    padding: Tensor | None = None,
+    geometry: CacheGeometry | None = None,
+    quantization: Quantization | None = None,
+    crossing: bool | None = None,
+) -> Any:
+    """A cache to pass as ``past_key_values`` (``cache`` from transformers 5.24 on); for an encoder-decoder, its decoder's.
+
+    Layers that a model manages its own way (the sliding layers of Gemma3, the state-space layers of a hybrid) stay its
+    own; ours take the place of the full-attention layers.
+
+    Args:
+        model: a transformers model.
+        policy: which tokens stay; one for all layers or a sequence of one per layer.
+        max_length: refuse to hold more tokens than this.
+        preallocate: take the memory for all of them at once.
+        positions: ``"rerotated"`` moves the pinned keys next to the window (needs RoPE).
+        rows: refuse another batch size.
+        padding: pads on the left of each row, ``[batch]``; see `left_padding`.
+        geometry: the model's, where it is known already.
+        quantization: hold keys and values in few bits.
+        crossing: whether the model attends to an encoder, whose keys and values need a place of their own; by default
+            whether it is an encoder-decoder.
+
+    Raises:
+        PositionsError, PolicyError, GeometryError: if that cannot work for this model.
+    """
+    check_model(model)
+    check_quantization(quantization)
+    if positions not in ("absolute", "rerotated"):
+        raise PositionsError(f"positions={positions!r} must be 'absolute' or 'rerotated'")
+    geometry = CacheGeometry.from_model(model) if geometry is None else geometry
+    layers = list(DynamicCache(config=model.config).layers)[: geometry.layers]  # T5's has as many as its encoder
+    layers += [_full_layer() for _ in range(geometry.layers - len(layers))]
+    managed = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
+    policies = _policy_per_layer(policy, len(layers))
+    evicting = [policies[i] for i in managed if policies[i].evicts]
+    rerotated = positions == "rerotated"
+    if evicting or rerotated:
+        _check_eviction(model, geometry, [policies[i] for i in managed] if evicting else [], rerotated)
+    idle = policy if any(p.evicts for p in policies) else quantization
+    if not managed and idle is not None:
+        raise PolicyError(
+            f"{idle!r} has no layer to work on: each of the {len(layers)} layers is managed by the model in its own way "
+            f"({type(layers[0]).__name__}); leave it out, or unset config.sliding_window where the model has one"
+        )
+    for one in (policies[i] for i in managed if preallocate):
+        if max_length is None and not one.evicts:
+            raise PolicyError(
+                f"preallocate=True takes the memory of all tokens at once, and under {one!r} without a limit there is no "
+                "telling how many: give max_length (max_cache_length), or a policy with a limit"
+            )
+    if any(chosen_by_head(policies[i]) for i in managed):
+        _check_latent(model, policy)
+    ours: list[KVLayer] = []
+    evictions = Evictions(ours)
+    masked = evicting and not all(chosen_by_head(policies[i]) for i in managed)
+    windows = Windows(model, facts_of(model).seats, layers) if masked else None
+    counted = [i for i in managed if budgeted(policies[i]) and not chosen_by_head(policies[i])]
+    shape = shape_of(model) if counted else None
+    for i in managed:
+        own = geometry.of(i)
+        given: dict[str, Any] = {"max_length": max_length, "padding": padding, "layers": len(managed), "rows": rows}
+        rotation = facts_of(model).rotation(i) if rerotated and policies[i].evicts else None
+        if rerotated and evicting and padding is not None and bool((padding > 0).any()):
+            raise PositionsError(
+                "re-rotated positions need rows without padding; run the rows apart, or keep positions='absolute'"
+            )
+        if shape is not None and i in counted:
+            given["whole"] = shape.whole()
+        if quantization is not None:
+            if rerotated and evicting:
+                raise PositionsError("quantized keys cannot be re-rotated; keep positions='absolute'")
+            kv: KVLayer = _quantized(policies[i], quantization, preallocate, own, given)
+        else:
+            given |= {"preallocate": preallocate, "token_bytes": own.layer_token_bytes}
+            kv = layer_for(policies[i], rotation, turn=_turn(model, geometry, policies[i], i), **given)
+        if kv.by_head and rerotated:
+            raise PositionsError(
+                f"under {policies[i]!r} each head keeps tokens of its own, so there is no window to turn sinks towards; "
+                "use positions='absolute'"
+            )
+        if isinstance(kv, SplitLayer) and kv.parts and len(kv.heads) != own.kv_heads:
+            raise GeometryError(
+                f"{policies[i]!r} is for {len(kv.heads)} KV heads, the model has {own.kv_heads}; give a policy for each"
+            )
+        ours.append(kv)
+        layers[i] = ManagedLayer(kv, geometry.max_positions, ours, evictions, windows)
+    if shape is not None and rows is None:
+        for kv in ours:
+            kv.share(shape.whole())  # says now what does not hold one row
+    cache = ManagedCache(layers)
+    crossing = model.config.is_encoder_decoder if crossing is None else crossing
+    return ManagedEncoderDecoderCache(cache, Crossed(ours, shape)) if crossing else cache
+
+
+def shape_of(model: Any) -> CacheShape:
+    """What a cache of this model holds of each row, see `kvcache.models._shapes`.
+
+    Raises:
+        GeometryError: if it cannot be found out.
+    """
+    return cache_shape(model, new_cache)
+
+
+def _check_eviction(model: Any, geometry: CacheGeometry, policies: Sequence[SizePolicy], rerotated: bool) -> None:
+    """Refuse what a model's positions or its attention would make silently wrong.
+
+    Raises:
+        PositionsError: with the reason.
+    """
+    geometry.check_eviction(rerotate=rerotated)
+    if not policies:
+        return
+    facts = facts_of(model)
+    if (why := facts.why_no_eviction) is not None:
+        raise PositionsError(
+            f"tokens cannot be evicted from this model's cache: {why}; use KeepAll(), with a max_length"
+        )
+    by_age = next((policy for policy in policies if not chosen_by_head(policy)), None)
+    if by_age is not None and (why := facts.why_no_long_prompt) is not None:
+        raise PositionsError(
+            f"under {by_age!r} a prompt can be longer than the window, and its tokens cannot each see their own: {why}; use "
+            "KeepAll(), with a max_length, or another attn_implementation"
+        )
+
+
+def _check_latent(model: Any, policy: Any) -> None:
+    """Refuse to rank the tokens of a cache of latents, which are made into keys only behind the cache."""
+    if any(hasattr(module, "expand_kv") for module in model.modules()):
+        raise PolicyError(
+            f"{policy!r} ranks keys, and {type(model).__name__} caches latents that it makes into keys afterwards "
+            "(multi-head latent attention); use a policy by age, such as SlidingWindow(1024, sinks=4)"
+        )
+
+
+def _turn(model: Any, geometry: CacheGeometry, policy: SizePolicy, layer: int) -> KeyRotation | None:
+    """What turns the queries of a layer, where its policy does that and they carry a rotary embedding."""
+    if not turns(policy) or geometry.positions == "learned":
+        return None
+    try:
+        return facts_of(model).rotation(layer)
+    except PositionsError as error:
+        reason = str(error).split(": ", 1)[-1].split(";")[0]
+        raise PositionsError(
+            f"{policy!r} turns queries to positions to come, which it cannot here: {reason}; rank by FarLooks or SnapKV"
+        ) from error
+
+
+def _quantized(
+    policy: SizePolicy,
+    quantization: Quantization,
+    preallocate: bool,
+    geometry: CacheGeometry,
+    given: dict[str, Any],
+) -> QuantizedLayer:
+    if chosen_by_head(policy):
+        raise PolicyError(
+            f"{policy!r} chooses tokens by head, and tokens that are quantized leave in groups; use one of the two, or a "
+            "policy by age, such as SlidingWindow"
+        )
+    if preallocate:
+        raise PolicyError("a quantized cache grows by groups; leave preallocate out")
+    return QuantizedLayer(policy, quantization, geometry=geometry, **given)
+
+
+def prefix_cache(model: Any) -> Any:
+    """A cache that keeps everything in every layer, also where the model has a window of its own: to compute a prefix on.
+
+    What a layer's window hides, its mask hides; so any cache can begin with what this one holds.
+
+    Raises:
+        InputError: for an encoder-decoder, whose decoder depends on the encoder's input.
+        GeometryError: for a model with layers that keep a state instead of keys and values.
+        PositionsError: for a model whose rotation of the first keys depends on how many follow.
+    """
+    if model.config.is_encoder_decoder:
+        raise InputError(
+            f"{type(model).__name__} is an encoder-decoder: what its decoder computes depends on the encoder's input, "
+            "so no prefix can be reused; keep the encoder's output instead"
+        )
+    layers = DynamicCache(config=model.config).layers
+    other = next((layer for layer in layers if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)), None)
+    if other is not None:
+        raise GeometryError(
+            f"{type(model).__name__} has a {type(other).__name__}, which keeps no keys and values to reuse; "
+            "prefixes need attention in every layer"
+        )
+    kinds = set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ())
+    # Up to 5.13 such layers do not show in a cache.
+    if getattr(model, "_is_stateful", False) or not kinds <= _ATTENTION:
+        raise GeometryError(
+            f"{type(model).__name__} has a layer with a state, which keeps no keys and values to reuse; "
+            "prefixes need attention in every layer"
+        )
+    if (rope_type := rope_by_length(model)) is not None:
+        raise PositionsError(
+            f"no prefix can be reused: {rope_type!r} RoPE turns the first keys by how many tokens follow; "
+            "use a model with another rope_type"
+        )
+    if (why := facts_of(model).why_no_prefix) is not None:
+        raise PositionsError(f"no prefix of {type(model).__name__} can be reused: {why}; give it with each request")
+    return ManagedCache([ManagedLayer(KVLayer()) for _ in layers])
+
+
+def extend_prefix(
+    run: Callable[[Tensor], Any], key: PrefixKey, start: PrefixSnapshot | None, cache: Any, device: torch.device
+) -> PrefixSnapshot:
+    """The snapshot of `key`, computed on an empty cache.
+
+    Args:
+        run: runs ``[1, tokens]`` ids or ``[1, tokens, dim]`` embeddings on that cache.
+        key: of what.
+        start: a beginning of it that is known and need not be run; None if nothing is.
+        cache: of ours, which keeps everything; see `prefix_cache`.
+        device: where the model wants its input.
+    """
+    began, known, spent = time.perf_counter(), 0, 0.0
+    if start is not None:
+        start.to(device).fork(cache)
+        known, spent = len(start), start.build_seconds
+    run(key.content[None, known:].to(device))
+    return PrefixSnapshot.of(kv_layers(cache), key, build_seconds=spent + time.perf_counter() - began)
+
+
+def _full_layer() -> DynamicLayer:
+    return DynamicLayer()  # type: ignore[no-untyped-call]
+
+
+def _policy_per_layer(policy: SizePolicy | Sequence[SizePolicy] | None, layers: int) -> list[SizePolicy]:
+    if policy is None or isinstance(policy, SizePolicy):
+        return [policy or KeepAll()] * layers
+    if not isinstance(policy, Sequence) or isinstance(policy, str) or len(policy) != layers:
+        raise PolicyError(
+            f"policy={policy!r} must be one SizePolicy, or a sequence of one for each of the {layers} layers"
+        )
+    for one in policy:
+        check_policy(one)
+    return list(policy)
+
+
+def decoding_arguments(cache: Any, positions: Tensor) -> dict[str, Any]:
+    """How a model is given a cache, and the positions of one token per row, ``[rows, 1]``, by a tensor on its device."""
+    # Up to 5.3 models take it for the slots of their cache, which ours know better, and GPT-2 counts it out on the host
+    # where it is missing.
+    given = {MADE_AS: cache, "use_cache": True, "position_ids": positions}
+    return given | ({"cache_position": positions[0]} if _VERSION < (5, 4) else {})
+
+
+def cache_layers(cache: Any) -> list[Any]:
+    """The self-attention layers of a cache, ours and the model's own."""
+    return list(cache.self_attention_cache.layers if isinstance(cache, EncoderDecoderCache) else cache.layers)
+
+
+def cross_layers(cache: Any) -> list[Any]:
+    """The layers of a cache that hold what attends to an encoder."""
+    return list(cache.cross_attention_cache.layers) if isinstance(cache, EncoderDecoderCache) else []
+
+
+def report_of(cache: Any) -> CacheReport:
+    """The account of all that a cache holds."""
+    return account(cache_layers(cache), cross_layers(cache))
+
+
+def kv_layers(cache: Any, some: bool = True) -> list[KVLayer]:
+    """The layers of a cache that kvcache manages.
+
+    Raises:
+        GeometryError: if there are none, because the cache is not ours, and `some` must be.
+    """
+    managed = [layer.kv for layer in cache_layers(cache) if isinstance(layer, ManagedLayer)]
+    if not managed and some:
+        raise GeometryError(
+            f"{type(cache).__name__} has no layer that kvcache manages; make the cache with new_cache()"
+        )
+    return managed
+
+
+def check_ours(cache: Any) -> None:
+    """Raise `GeometryError` for something else than one of our caches, or None."""
+    own = getattr(cache, "self_attention_cache", cache)
+    if own is not None and not isinstance(own, ManagedCache):
+        raise GeometryError(f"{type(cache).__name__} is no cache of ours: make one with new_cache(), or give none")
+
+
+def truncate(cache: Any, length: int) -> None:
+    """Roll a whole cache back to its first `length` tokens; all of its layers or none.
+
+    Raises:
+        RollbackError: if one of them cannot.
+    """
+    layers, kept = cache_layers(cache), kv_layers(cache)
+    for kv in kept:
+        kv.check_truncate(length)
+    check_rollback(layers, length, kept[0].seen)
+    own = getattr(cache, "self_attention_cache", cache)
+    if length == 0:
+        own.reset()
+        return
+    if (removed := kept[0].seen - length) > 0:
+        for layer in layers:
+            if not isinstance(layer, ManagedLayer):
+                layer.crop(-removed)
+    for kv in kept:
+        kv.truncate(length)
+    if isinstance(cache, ManagedCache):
+        cache.forget_read(length)
+    count_anew(cache)
+
+
+def check_continues(cache: Any, ids: Tensor | None, given: int) -> None:
+    """Refuse what a cache already holds, or does not continue.
+
+    Args:
+        ids: the whole text so far, ``[rows, tokens]``; None where it is not known.
+        given: its tokens.
+
+    Raises:
+        InputError: with the length to `truncate` to.
+    """
+    held = kv_layers(cache, some=False)
+    seen = held[0].seen if held else 0
+    if given <= seen:
+        raise InputError(
+            f"the cache has seen {seen} tokens, and {given} were given: give the whole text so far and what follows it, or go "
+            f"back with truncate(cache, {max(0, given - 1)}) first, or use a new cache"
+        )
+    read = cache.read if isinstance(cache, ManagedCache) else None
+    if read is None or ids is None or ids.dim() != 2 or ids.shape[0] != len(read):
+        return
+    known = min(len(read[0]), seen)
+    before = torch.tensor([row[:known].tolist() for row in read])
+    same = (ids[:, :known].cpu() == before).all(0)
+    if not bool(same.all()):
+        common = int(same.long().cumprod(0).sum())
+        raise InputError(
+            f"the cache has seen another text: only the first {common} of its {seen} tokens are those given; go back with "
+            f"truncate(cache, {common}) first, or use a new cache"
+        )
+
+
+def note_read(cache: Any, ids: Tensor | None) -> None:
+    """Remember which token ids ``[rows, tokens]`` a cache of ours has seen; None forgets them."""
+    if isinstance(cache, ManagedCache):
+        held = kv_layers(cache, some=False)
+        known = ids is not None and held and held[0].rows == ids.shape[0]
+        cache.read = (
+            tuple(array("q", row[: held[0].seen].tolist()) for row in ids) if known and ids is not None else None
+        )
+
+
+def tell_evicted(cache: Any) -> None:
+    """Tell what has left a cache and was not told yet: nothing follows its last forward."""
+    managed = next((layer for layer in cache_layers(cache) if isinstance(layer, ManagedLayer)), None)
+    if managed is not None and managed.evictions is not None:
+        managed.evictions.after()
+
+
+def count_anew(cache: Any) -> None:
+    """Take the tokens that have left a cache so far for told, see `kvcache.events`."""
+    for layer in cache_layers(cache):
+        if isinstance(layer, ManagedLayer):
+            layer.count_anew()
+
+
+def check_ranking(model: Any, runner: Any) -> None:
+    """Try a policy that ranks tokens on a few of them, of which none leaves: the answer must be the model's own.
+
+    Args:
+        runner: the model's `observed_copy`.
+
+    Raises:
+        PolicyError: with the reason, if it is not.
+    """
+
+    def why_not(facts: ModelFacts) -> str | None:
+        if facts.why_not_probed is not None and model.device.type == "meta":
+            return None  # nothing is computed
+        try:
+            ids, told = facts.trial()
+        except GeometryError:
+            return None  # attention itself refuses what it cannot honour
+        cache = new_cache(model, SnapKV(1024))
+        try:
+            with facts.as_fresh(runner):
+                parts = [runner(part, **handed(runner, cache), use_cache=True)[0] for part in (ids[:, :4], ids[:, 4:])]
+        except PolicyError as error:
+            return str(error).split(";")[0]
+        same = alike(torch.cat(parts, 1), told, None if told.dtype == torch.float32 else 0.3)
+        return (
+            None if same else f"{type(model).__name__} attends in a way of its own, which heads cannot do by themselves"
+        )
+
+    if (why := facts_of(model).once("ranking", why_not)) is not None:
+        raise PolicyError(f"{why}; use a policy by age, such as SlidingWindow")
+
+
+_REHEARSED = 2048  # tokens read again at a time
+_LEAD = 8  # tokens before them, which say where it goes on
+
+
+def rehearse(model: Any, cache: Any, ids: Tensor, instruction: Tensor | None) -> None:
+    """Run a text again on a cache that holds it, whose ranked layers look at what is looked at and store nothing.
+
+    Args:
+        model: that tells the cache what it attends to; see `kvcache.models._attention`.
+        cache: of ours.
+        ids: ``[rows, tokens]``.
+        instruction: token ids ``[1, tokens]`` before each part.
+    """
+    layers: list[Any] = kv_layers(cache)
+    body = getattr(model, "base_model", model)
+    before = [layer.begin_rehearsal() for layer in layers]
+    try:
+        for start in range(0, ids.shape[1], _REHEARSED):
+            part = ids[:, max(0, start - _LEAD) : start + _REHEARSED]
+            for layer in layers:
+                layer.rehearsing = range(start, min(start + _REHEARSED, ids.shape[1]))
+            if instruction is not None:
+                part = torch.cat([instruction.to(ids.device).expand(ids.shape[0], -1), part], 1)
+            body(part, **handed(body, cache), use_cache=True)
+    except BaseException:
+        for undo in before:
+            undo()
+        raise
+    finally:
+        for layer in layers:
+            layer.rehearsing = None
+
+
+def left_padding(attention_mask: Tensor | None) -> Tensor | None:
+    """Pads on the left of each row of a 2-D attention mask, ``[batch]``; None without a mask."""
+    if attention_mask is None or attention_mask.dim() != 2:
+        return None
+    return (attention_mask.cumsum(1) == 0).sum(1)
+
+
+# ---------------------------------------------------------------------- exact windows
+
+
+@contextmanager
+def exact_windows(model: nn.Module) -> Iterator[None]:
+    """Within this block, each token of a chunk sees what its layer's policy says, whatever else the mask hides.
+
+    A cache of `new_cache` sees to its windows itself where a model asks it for the sizes of its mask, as nearly all do. Here
+    it is told before the model begins; what more that gives is: models with masks of their own making, and rows in which
+    more is hidden than pads on the left. The hooks look at our caches only, and are gone after the block.
+
+    Raises:
+        PositionsError: for an attention that takes no 4-D mask.
+    """
+    implementation = getattr(model.config, "_attn_implementation", "eager")
+    if implementation not in ("sdpa", "eager", attention.ATTENTION):
+        raise PositionsError(
+            f"eviction inside a chunk needs a 4-D mask, which {implementation!r} attention does not take; "
+            "call model.set_attn_implementation('sdpa')"
+        )
+    with announced(model):
+        yield
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module is the attention of a layer, or one that hands its mask to it."""
+    return isinstance(getattr(module, "layer_idx", None), int) and "attention_mask" in parameters(module)
+
+
+# ---------------------------------------------------------------------- rotary embeddings
+
+
+def key_rotation(model: Any) -> KeyRotation:
+    """How to turn this model's keys, found on the keys that it writes; layers without a rotation are left out.
+
+    Raises:
+        PositionsError: if it has none, or one whose keys cannot be turned.
+    """
+    facts = facts_of(model)
+    turns = [facts.rotation(i) for i in facts.shapes]
+    found = [turn for turn in turns if turn is not None]
+    if not found:
+        raise PositionsError("keys cannot be re-rotated: they carry no rotation; keep positions='absolute'")
+    if len(set(map(id, found))) > 1:
+        raise PositionsError("keys cannot be re-rotated by one rotation: layers turn theirs differently")
+    return found[0]

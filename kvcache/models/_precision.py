@@ -1,0 +1,476 @@
+"""A model's linear layers in fewer bits: bf16, fp16 or int8, on the kernels that are fastest where it runs.
+
+Decoding a token reads every weight once and does little with it, so half the bits are half the time. What is converted
+is a copy: it shares all that stays as it is, and the model itself is not touched. It is a copy of the moment: weights that
+are packed are as they were then, whatever becomes of the model's; make another after a change.
+
+On a CPU only the linear layers change, each with its weights packed for its kernel; norms, rotary positions, the residual
+stream and the head stay in fp32. int8 keeps one scale per output channel for the weights (symmetric, rounded to nearest)
+and one range per token for the activations, from its least number to its greatest, found as it comes (as ZeroQuant has it,
+Yao et al., arXiv:2206.01861). On a GPU bf16 and fp16 convert the whole module, as is usual there: casts around each layer
+would cost more than they save.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import cache, lru_cache
+from typing import Any, Literal, get_args
+from weakref import finalize
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from kvcache.errors import InputError
+from kvcache.memory import give_back
+from kvcache.models import signature_of, unwrapped
+from kvcache.models._copies import rebuilt
+from kvcache.models._fingerprint import tensor_digest
+from kvcache.models._forwards import forward_of, hooks_of, patched, reached
+from kvcache.models._walk import ASIDE
+
+Precision = Literal["fp32", "bf16", "fp16", "int8"]
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Refuse what cannot be computed on `device`.
+
+    Raises:
+        InputError: with what can.
+    """
+    if precision not in get_args(Precision):
+        raise InputError(f"precision={precision!r} must be one of {', '.join(map(repr, get_args(Precision)))}")
+    if _like_cpu(device) and precision in ("bf16", "fp16") and not has_half(precision):
+        raise InputError(
+            f"precision={precision!r}: this CPU has no fast {precision} arithmetic (AVX-512 or AMX); use 'int8' or 'fp32'"
+        )
+    if (
+        _like_cpu(device)
+        and precision == "int8"
+        and not (torch._C._has_mkldnn and hasattr(torch.ops.onednn, "qlinear_prepack"))
+    ):
+        raise InputError("precision='int8': this build of torch has no int8 kernels for CPUs; use 'bf16' or 'fp32'")
+    if not _like_cpu(device) and precision == "int8":
+        raise InputError(
+            f"precision='int8' runs on CPUs; on {device.type} use 'bf16', or quantize the model with torchao before it is wrapped"
+        )
+
+
+def _like_cpu(device: torch.device) -> bool:
+    """A model on the meta device is one that is planned for a CPU: it gets the same layers, of shapes without numbers."""
+    return device.type in ("cpu", "meta")
+
+
+def with_precision(model: nn.Module, precision: Precision, *, wide: Collection[str] = ()) -> Any:
+    """A copy of `model` whose linear layers compute in `precision`; what does not change is shared with it.
+
+    Args:
+        model: in fp32 where it shall run on a CPU; a bare decoder, or a model with its head, which is left as it is.
+        precision: ``"fp32"``, ``"bf16"``, ``"fp16"`` or ``"int8"``. On a CPU only plain linear layers change: those that do
+            more (LoRA's, quantized ones, with hooks or a forward of their own) stay as they are, with all that is in them.
+        wide: linear layers that stay as they are, by the end of their names, such as ``"mlp.down_proj"`` or
+            ``"layers.0.mlp.down_proj"``.
+
+    Raises:
+        InputError: if this device cannot, the model is not fp32, a name in `wide` is no linear layer, no plain linear layer
+            is left, or the model cannot be copied.
+    """
+    model = unwrapped(model)
+    weight = next(model.parameters())
+    check_precision(precision, weight.device)
+    linear = {name: module for name, module in _named(model) if isinstance(module, nn.Linear | Conv1D)}
+    for end in wide:
+        if not any(_ends(name, end) for name in linear):
+            raise InputError(
+                f"wide names {end!r}, and no linear layer's name ends so; there are, for example, {list(linear)[:3]}"
+            )
+    if weight.dtype == _DTYPES.get(precision) and (precision == "fp32" or not _like_cpu(weight.device)):
+        return model
+    if (why := signature_of(model).why_no_copy) is not None:
+        raise InputError(f"{type(model).__name__} cannot be copied to compute in {precision}: {why}")
+    if not _like_cpu(weight.device):
+        return cast(model, _DTYPES[precision])
+    if weight.dtype != torch.float32:
+        raise InputError(
+            f"the model is {weight.dtype}: on a CPU precision={precision!r} starts from fp32; load it with dtype=torch.float32"
+        )
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    plain = {name: module for name, module in _plain_linear(model).items() if module is not head}
+    if not plain and any(module is not head for module in linear.values()):
+        raise InputError(
+            f"precision={precision!r}: none of the {len(linear)} linear layers of {type(model).__name__} is a plain one, "
+            "which could be converted; merge adapters and remove hooks first"
+        )
+    packed: dict[str, nn.Module] = {}
+    for name, module in plain.items():
+        if name not in packed and not any(_ends(name, end) for end in wide):
+            packed |= _packed(name, module, plain, precision, wide)
+    if weight.device.type == "cpu":
+        give_back()  # what packing took for a moment: of SmolLM2 in int8, 329 MiB
+    return rebuilt(model, lambda name, module: packed.get(name))
+
+
+@torch.no_grad()
+def sensitive(
+    model: Any,
+    precision: Precision,
+    batches: Sequence[Any],
+    *,
+    bound: float = 0.01,
+    forward: Callable[[Any, Any], Tensor] = lambda model, batch: model(batch).logits,
+) -> list[str]:
+    """The linear layers to keep wide, for `with_precision`, so that the model says nearly what it says in fp32.
+
+    Each layer (queries, keys and values together, as gate and up) is converted alone. How far the prediction of the next
+    token moves by it is the divergence KL(fp32 || converted), in nats per token. Divergences of layers about add up: those
+    that move it most stay wide, until the others' come to no more than `bound`. This runs the model as often as it has such
+    layers; some hundreds of tokens are enough.
+
+    Args:
+        model: in fp32, on a CPU.
+        precision: what it is to become.
+        batches: samples of what it will read: token ids ``[rows, tokens]``, or what else `forward` takes.
+        bound: of the divergence. 0.01 nats change a perplexity by about a percent at most; 0 keeps every layer wide.
+        forward: from a model and a batch to logits ``[..., vocabulary]``.
+
+    Returns:
+        Full names, the most sensitive first.
+
+    Raises:
+        InputError: if there is no batch, this device cannot, or the model is not fp32.
+    """
+    weight = next(model.parameters())
+    if not batches or weight.device.type != "cpu":
+        raise InputError(
+            f"{len(batches)} batches and a model on {weight.device}: give at least one, and a model on a CPU; elsewhere all "
+            "layers are converted"
+        )
+    expected = [forward(model, batch).float().log_softmax(-1) for batch in batches]
+    tokens = sum(logits.shape[:-1].numel() for logits in expected)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    names = [name for name, part in _plain_linear(model).items() if part is not head]
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        parent, _, own = name.rpartition(".")
+        first = next((group[0] for group in _TOGETHER if own in group), own)
+        groups.setdefault(f"{parent}.{first}", []).append(name)
+    moved: dict[str, float] = {}
+    for group, inside in groups.items():
+        converted = with_precision(model, precision, wide=[name for name in names if name not in inside])
+        moved[group] = (
+            sum(
+                float((ours.exp() * (ours - forward(converted, batch).float().log_softmax(-1))).sum())
+                for batch, ours in zip(batches, expected, strict=True)
+            )
+            / tokens
+        )
+    wide: list[str] = []
+    left = sum(moved.values())
+    for group in sorted(moved, key=lambda name: moved[name], reverse=True):
+        if left <= bound and bound > 0:
+            break
+        left -= moved[group]
+        wide += groups[group]
+    return wide
+
+
+_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def _named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """A model's modules by name, as if none were wrapped by `torch.compile`."""
+    for name, module in model.named_modules():
+        if unwrapped(module) is module:
+            yield name.replace("_orig_mod.", ""), module
+
+
+def _plain_linear(model: nn.Module) -> dict[str, nn.Linear | Conv1D]:
+    """The layers that can be converted, by name: plain ones, which whoever holds them calls.
+
+    Who reads their weights (the layers of adapters, some gated MLPs) keeps them.
+    """
+    modules = dict(_named(model))
+    found = {name: module for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
+    return {
+        name: module
+        for name, module in found.items()
+        if is_plain(module) and "weight" not in _names_used(_holder(name, modules))
+    }
+
+
+def _holder(name: str, modules: Mapping[str, nn.Module]) -> nn.Module:
+    """The module whose code calls this one: a list of modules calls none."""
+    parent = modules[name.rpartition(".")[0]]
+    while isinstance(parent, nn.ModuleDict | nn.ModuleList) and name:
+        name = name.rpartition(".")[0]
+        parent = modules[name.rpartition(".")[0]]
+    return parent
+
+
+def _names_used(module: nn.Module) -> frozenset[str]:
+    return _names_in(type(module))  # type: ignore[arg-type]  # a class, which mypy takes for what it makes
+
+
+@lru_cache(maxsize=1024)
+def _names_in(kind: type) -> frozenset[str]:
+    return frozenset(name for function in reached(kind) for name in function.__code__.co_names)
+
+
+def is_plain(module: nn.Linear | Conv1D) -> bool:
+    """Whether a layer is its weights and nothing else: ``nn.Linear``, GPT-2's ``Conv1D``, or one that says the same."""
+    base = Conv1D if isinstance(module, Conv1D) else nn.Linear
+    held, plain = vars(module), vars(_smallest(base))
+    if hooks_of(module) or forward_of(module) is not None or patched(type(module)):
+        return False
+    if held.keys() - plain.keys() - ASIDE or held["_parameters"].keys() - plain["_parameters"].keys():
+        return False
+    if module._buffers or module._modules or type(module.weight) not in (Tensor, nn.Parameter):
+        return False
+    return type(module) is base or _says_the_same(module, base)
+
+
+@cache
+def _smallest(base: type[nn.Linear | Conv1D]) -> nn.Linear | Conv1D:
+    with torch.random.fork_rng(devices=[]):  # its weights are drawn, and nobody asked for that
+        return base(1, 1)
+
+
+def _says_the_same(module: nn.Linear | Conv1D, base: type[nn.Linear | Conv1D]) -> bool:
+    """Whether a layer of a derived class gives what one of `base` would, tried with weights of a few numbers."""
+    weight, states = torch.linspace(-1, 1, 15).view(3, 5).sin(), torch.linspace(-2, 3, 10).view(2, 5)
+    bias = None if module.bias is None else torch.linspace(1, 2, 3)
+    twin = nn.Module.__new__(type(module))
+    sizes = {"nx": 5, "nf": 3} if base is Conv1D else {"in_features": 5, "out_features": 3}
+    twin.__dict__.update(vars(module), **sizes)
+    twin.__dict__["_parameters"] = {"weight": weight.t() if base is Conv1D else weight, "bias": bias}
+    try:
+        with torch.no_grad():
+            return torch.allclose(twin(states), nn.functional.linear(states, weight, bias), atol=1e-5)
+    except (RuntimeError, TypeError, ValueError, AttributeError):  # it wants other inputs
+        return False
+
+
+def _packed(
+    name: str,
+    module: nn.Linear | Conv1D,
+    plain: Mapping[str, nn.Linear | Conv1D],
+    precision: str,
+    wide: Collection[str],
+) -> dict[str, nn.Module]:
+    """What takes the place of a linear layer, and of those that read the same input, by name."""
+    parent, _, own = name.rpartition(".")
+    for group in _TOGETHER:
+        if own == group[0]:
+            names = [f"{parent}.{other}" if parent else other for other in group]
+            layers = [layer for n in names if isinstance(layer := plain.get(n), nn.Linear)]
+            if len(layers) == len(group) and not any(_ends(n, end) for n in names for end in wide):
+                together = PackedLinear(layers, precision)
+                parts = [_Part(together, i) for i in range(len(group))]
+                return {n: part.of(parts[0]) for n, part in zip(names, parts, strict=True)}
+    return {name: PackedLinear([module], precision)}
+
+
+def planned(model: nn.Module, precision: Precision | None, device: torch.device) -> Any:
+    """A model on the meta device as `with_precision` would make it on another, which need not be there.
+
+    Raises:
+        InputError: if that device cannot.
+    """
+    if precision is None:
+        return model
+    check_precision(precision, device)
+    if device.type == "cpu":
+        return with_precision(model, precision)
+    return model if next(model.parameters()).dtype == _DTYPES[precision] else cast(model, _DTYPES[precision])
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of a model in another dtype, but for its rotary frequencies."""
+    new: nn.Module = rebuilt(model, lambda name, module: None)
+    with torch.no_grad():
+        for module in new.modules():
+            kinds: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for held in kinds:
+                for name, tensor in held.items():
+                    # Rotary frequencies stay in fp32: in bf16 the positions of a long text would melt into each other.
+                    if tensor is not None and tensor.is_floating_point() and "inv_freq" not in name:
+                        cast = tensor.to(dtype)
+                        held[name] = nn.Parameter(cast, False) if isinstance(tensor, nn.Parameter) else cast
+    return new
+
+
+def _ends(name: str, end: str) -> bool:
+    return name == end or name.endswith("." + end)
+
+
+# ---------------------------------------------------------------------- kernels on a CPU
+
+_TINY = torch.finfo(torch.float32).tiny
+# Without VNNI kernels add pairs of products in 16 bits, where activations of 8 bits could overflow.
+_LEVELS = 127 if getattr(torch.cpu, "_is_vnni_supported", lambda: False)() else 63
+
+# The packed weights of torch's CPU kernels are opaque to its compiler, so compiled and traced steps name them by number. That
+# is a tensor: an input of what is compiled, which another process has with a number of its own.
+_kernels: dict[int, tuple[Callable[..., Tensor], tuple[Any, ...]]] = {}  # an operator, and what follows its input
+_numbers = itertools.count()
+_torch_library: Any = torch.library  # has no types
+_library = _torch_library.Library("kvcache", "FRAGMENT")
+_library.define("packed_linear(Tensor states, Tensor kernel, int out_features) -> Tensor")
+
+
+def _run(states: Tensor, kernel: Tensor, out_features: int) -> Tensor:
+    operator, others = _kernels[int(kernel)]
+    return operator(states, *others)
+
+
+_library.impl("packed_linear", _run, "CPU")
+_torch_library.register_fake(
+    "kvcache::packed_linear",
+    lambda states, kernel, out_features: states.new_empty(
+        (*states.shape[:-1], out_features), dtype=states.dtype if states.is_floating_point() else torch.float32
+    ),
+    lib=_library,
+)
+
+
+class PackedLinear(nn.Module):
+    """Linear layers of packed weights on a CPU, fp32 in and out.
+
+    Layers that read the same input (queries, keys and values; gate and up) are one product, computed by whoever asks
+    first: fewer and larger calls.
+
+    Args:
+        sources: ``nn.Linear`` layers or GPT-2's ``Conv1D`` in fp32, with the same input.
+        precision: what their weights become.
+    """
+
+    ASIDE = frozenset(("kernel", "number"))  # of this process's own, which says nothing of the weights
+
+    digest: Tensor
+    bias: Tensor | None
+    sums: Tensor | None
+
+    def __init__(self, sources: Sequence[nn.Linear | Conv1D], precision: str) -> None:
+        super().__init__()
+        weight = torch.cat([_rows_out(source) for source in sources])
+        self.widths = [_rows_out(source).shape[0] for source in sources]
+        self.out_features, self.in_features = weight.shape
+        self.precision = precision
+        biases = [source.bias for source in sources]
+        zeros = [weight.new_zeros(width) for width in self.widths]
+        bias = (
+            None
+            if all(b is None for b in biases)
+            else torch.cat([b.detach() if b is not None else z for b, z in zip(biases, zeros, strict=True)])
+        )
+        self.register_buffer("bias", bias)
+        self.kernel = next(_numbers)
+        self.number = torch.tensor(self.kernel, device="cpu")
+        sums = None
+        if weight.is_meta:
+            self.register_buffer("digest", weight.new_empty(hashlib.sha256().digest_size, dtype=torch.uint8))
+            self.register_buffer("sums", weight.new_empty(self.out_features) if precision == "int8" else None)
+            return
+        # So that a model's fingerprint still tells weights apart that it can no longer read.
+        said = hashlib.sha256(f"{precision} {tensor_digest(weight)}".encode()).digest()
+        self.register_buffer("digest", torch.tensor(list(said), dtype=torch.uint8))
+        if precision == "int8":
+            _kernels[self.kernel], sums = _int8(weight)
+        else:
+            _kernels[self.kernel] = _half(weight, precision)
+        self.register_buffer("sums", sums)
+        finalize(self, _kernels.pop, self.kernel, None)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the weights in the kernel's hands; int8 ones have a scale and a zero point for each output."""
+        if self.precision == "int8":
+            return self.out_features * (self.in_features + 8)
+        return self.out_features * self.in_features * _DTYPES[self.precision].itemsize
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.widths}, {self.precision}"
+
+    def forward(self, states: Tensor) -> Tensor:
+        if self.sums is not None:
+            # Each token's numbers are told apart between its own least and greatest, and 0 stays 0: where one channel is
+            # huge, all others stand close to it. What moves them to 0 and above comes back as it is a constant: times the
+            # sum of each output's weights. Unsigned, as VNNI multiplies: with signed ones, oneDNN is a thousand times
+            # slower on processors without AMX.
+            low, high = states.amin(-1, keepdim=True).clamp_max(0), states.amax(-1, keepdim=True).clamp_min(0)
+            scale = ((high - low) / (2 * _LEVELS)).clamp_min(_TINY)
+            middle = ((high + low) / (2 * scale)).round()
+            levels = ((states / scale).round() - (middle - _LEVELS)).clamp(0, 2 * _LEVELS)
+            out = (self._product(levels.to(torch.uint8)) + (middle - _LEVELS) * self.sums) * scale
+        else:
+            out = self._product(states.to(_DTYPES[self.precision])).to(states.dtype)
+        return out if self.bias is None else out + self.bias
+
+    def _product(self, states: Tensor) -> Tensor:
+        flat = states.reshape(-1, self.in_features)  # as the kernels would do, at each call
+        out = torch.ops.kvcache.packed_linear(flat, self.number, self.out_features)
+        return torch.as_tensor(out).view(*states.shape[:-1], self.out_features)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedLinear":
+        return self  # immutable, and the number stands for weights that cannot be copied
+
+
+class _Part(nn.Module):
+    """One of several layers that are computed together."""
+
+    def __init__(self, together: PackedLinear, index: int) -> None:
+        super().__init__()
+        self.together = together
+        self.index = index
+        self.shared: list[tuple[Tensor, tuple[Tensor, ...]] | None] = [None]
+
+    def of(self, first: "_Part") -> "_Part":
+        self.shared = first.shared
+        return self
+
+    def forward(self, states: Tensor) -> Tensor:
+        held = self.shared[0]
+        if held is None or held[0] is not states:  # also where another thread has taken the place meanwhile
+            held = (states, self.together(states).split(self.together.widths, -1))
+        self.shared[0] = None if self.index == len(self.together.widths) - 1 else held
+        return held[1][self.index]
+
+
+LINEAR = (nn.Linear, Conv1D, PackedLinear, _Part)
+"""What a linear layer is."""
+
+
+def _rows_out(source: nn.Linear | Conv1D) -> Tensor:
+    """The weights as ``[out, in]``."""
+    weight = source.weight.detach()
+    return weight.t() if isinstance(source, Conv1D) else weight
+
+
+def _int8(weight: Tensor) -> tuple[tuple[Callable[..., Tensor], tuple[Any, ...]], Tensor]:
+    """The product with these weights, and the sum of each output's weights as they are after rounding."""
+    scale = weight.abs().amax(1).clamp_min(_TINY) / 127
+    rounded = (weight / scale[:, None]).round()
+    packed = torch.ops.onednn.qlinear_prepack(rounded.to(torch.int8), None)
+    zero = torch.zeros(len(scale), dtype=torch.int32)
+    others: tuple[Any, ...] = (1.0, 0, packed, scale, zero, None, 1.0, 0, torch.float32, "none", [], "")
+    return (torch.ops.onednn.qlinear_pointwise.default, others), rounded.sum(1) * scale
+
+
+def _half(weight: Tensor, precision: str) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(_DTYPES[precision]).contiguous())
+    return torch.ops.mkldnn._linear_pointwise.default, (packed, None, "none", [], "")
+
+
+def has_half(precision: str) -> bool:
+    """Whether this CPU computes fast in ``"bf16"`` or ``"fp16"``."""
+    able = getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported", None)
+    return bool(torch._C._has_mkldnn and able is not None and able())
+
+
+def reads_half_caches() -> bool:
+    """Whether attention over a bf16 cache is fast on this CPU. Without AMX it takes several times as long as over one in fp32."""
+    tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(tiles is not None and tiles())

@@ -1,0 +1,1 @@
+"""Beginnings computed once: snapshots, what keeps them, and the stores behind that."""

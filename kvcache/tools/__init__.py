@@ -1,0 +1,1 @@
+"""Plan, profile, tune and examine anything that has a name."""

@@ -1,0 +1,480 @@
+"""What `kvcache plan`, `profile` and `tune` are about: a model by its name, and ways to let it decode.
+
+A transformers language model is named by a folder, a ``.gguf`` file or a hub id; adapters bring other names through the
+entry point group ``kvcache.tools._targets``, as the Chatterbox adapter does with ``chatterbox-nano``.
+"""
+
+import io
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import redirect_stderr
+from functools import cached_property
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kvcache.cache._geometry import CacheGeometry
+from kvcache.cache._policies import KeepAll
+from kvcache.cache._quantized import Quantization
+from kvcache.cache._report import CacheReport
+from kvcache.decoding import BUCKET
+from kvcache.decoding._setting import Backend, Setting, VocoderSetting
+from kvcache.decoding._warming import Told, WarmUp
+from kvcache.errors import InputError, KVCacheError, MissingDependencyError, said
+from kvcache.manager import KVCacheManager
+from kvcache.models._compat import handed
+from kvcache.models._precision import planned, with_precision
+from kvcache.models._shapes import encoder_input, reads_text
+from kvcache.tools._footprint import Footprint, language_footprint
+
+__all__ = [
+    "GROUP",
+    "Backend",
+    "LanguageSubject",
+    "Prepared",
+    "Setting",
+    "Source",
+    "Subject",
+    "VocoderSetting",
+    "check_vocoder",
+    "subject",
+]
+
+GROUP = "kvcache.subjects"
+
+
+class Prepared(Protocol):
+    """A model that is set up to decode in one way, as often as asked."""
+
+    @property
+    def module(self) -> nn.Module:
+        """What runs at each step, so that its layers can be watched."""
+
+    def stream(self, context: int, tokens: int, chunk_size: int = 16) -> Iterator[int]:
+        """Decode `tokens` tokens for every request behind `context` tokens of it; how many of all requests came, chunk by
+        chunk. The first chunk waits for the prefill. Nothing ends it early."""
+
+    def run(self, context: int, tokens: int) -> None:
+        """The same at once and in this thread, for tools that look at one thread only."""
+
+    def vocode(self, tokens: int) -> Mapping[str, float] | None:
+        """Make audio of so many made-up tokens, chunk by chunk: the seconds of those parts of it that can be told apart, by
+        their names in `kvcache.tools._module_timer.AUDIO`; None if the model does not speak."""
+
+    @property
+    def vocoder(self) -> nn.Module | None:
+        """All that makes the audio, where that has weights: as loaded, and what is made of it to run."""
+
+    @property
+    def kept(self) -> int:
+        """Bytes of prefixes, such as voices, that wait in memory for the next request."""
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """What the model says after each of these tokens ``[n]``, at this precision: ``[n, vocabulary]``; to judge
+        fidelity by. At least the second half goes through a cache as the setting has it."""
+
+    def report(self) -> CacheReport:
+        """The account of the last run's cache."""
+
+    def release(self) -> None:
+        """Let go of caches and of what was compiled or captured."""
+
+
+class Subject(ABC):
+    """A model that the commands know by name.
+
+    Attributes:
+        name: as it was given.
+        rows: cache rows of a request; 2 under guidance.
+        shortest: the fewest tokens of context that a request has.
+        quantizes: whether its token loop can hold its cache in few bits.
+        batches_off: whether several requests can decode together without the decode engine.
+        random: whether its weights are made up, for their shapes and speed alone.
+        speaks: whether it is part of a model that speaks.
+    """
+
+    name: str
+    rows: int = 1
+    shortest: int = 1
+    quantizes: bool = True
+    batches_off: bool = True
+    random: bool = False
+    speaks: bool = False
+
+    @abstractmethod
+    def skeleton(self) -> nn.Module:
+        """The model without its weights, on the meta device, in the dtype it is loaded in."""
+
+    @abstractmethod
+    def decoder(self, model: nn.Module) -> nn.Module:
+        """The part of a model that has the cache: a transformers decoder, with a config."""
+
+    @abstractmethod
+    def load(self, device: str = "cpu") -> nn.Module:
+        """The model with its weights; loaded once."""
+
+    @abstractmethod
+    def prepared(self, setting: Setting, device: str = "cpu") -> Prepared:
+        """The loaded model, set up to decode so.
+
+        Raises:
+            KVCacheError: if it cannot.
+        """
+
+    @abstractmethod
+    def warm_up(self, setting: Setting, context: int, tokens: int, told: Told) -> WarmUp:
+        """Do on a CPU what the first request of the loaded model would wait for.
+
+        Args:
+            setting: how it decodes.
+            context: tokens of a request before those that it makes.
+            tokens: that it makes at most.
+            told: is told what is done next.
+
+        Raises:
+            KVCacheError: if it cannot decode so.
+        """
+
+    def sample(self, tokens: int) -> tuple[Tensor, str | None]:
+        """Token ids ``[tokens]`` to judge fidelity on, and what else must be known to read that judgement, if anything."""
+        return torch.randint(1, 200, (tokens,), generator=torch.Generator().manual_seed(0)), "judged on made-up tokens"
+
+    def longest(self, setting: Setting) -> int | None:
+        """The most tokens that a request can have; None where nothing says."""
+        return setting.max_length
+
+    @abstractmethod
+    def footprint(self, setting: Setting, context: int, tokens: int, device: str) -> Footprint:
+        """What requests that decode so would take on ``"cpu"`` or ``"cuda"``, without any weights.
+
+        Args:
+            setting: how they decode.
+            context: tokens of a request before those it makes.
+            tokens: that it makes.
+            device: what is planned for; it need not be there.
+
+        Raises:
+            KVCacheError: if they cannot.
+        """
+
+    @cached_property
+    def blank(self) -> nn.Module:
+        """The skeleton, made once; not to be changed."""
+        return self.skeleton()
+
+    def geometry(self, setting: Setting | None = None) -> CacheGeometry:
+        """Of its cache, in the dtype that a setting gives it."""
+        return CacheGeometry.from_model(self.decoder(self.skeleton()))
+
+
+Source = Callable[[str], Subject | None]
+"""What an entry point of the group names: gives the subject of a name, or None for a name that is not its own."""
+
+
+def check_vocoder(subject: Subject, setting: Setting) -> None:
+    """Raise `InputError` if a vocoder is asked for of a model that does not speak."""
+    if setting.vocoder is not None and not subject.speaks:
+        raise InputError(f"{subject.name} is no model that speaks, and has no vocoder; leave the vocoder out")
+
+
+def subject(name: str) -> Subject:
+    """The model of that name.
+
+    Adapters whose entry point's name the model's name begins with are asked first; a folder and a ``.gguf`` file are no
+    adapter's; then all others are asked, but for those that lack a package.
+
+    Raises:
+        InputError: if there is none, with what there is.
+        MissingDependencyError: if the adapter that it belongs to lacks a package.
+    """
+    found = sorted(entry_points(group=GROUP), key=lambda entry: entry.name)
+    own = [entry for entry in found if name.startswith(entry.name)]
+    for entry in own:
+        if (made := _source(entry, name)(name)) is not None:
+            return made
+    if not Path(name).exists():
+        for entry in found:
+            if entry in own:
+                continue
+            try:
+                source = _source(entry, name)
+            except MissingDependencyError:  # nothing says that the name is its own
+                continue
+            if (made := source(name)) is not None:
+                return made
+    return LanguageSubject(name)
+
+
+def _source(entry: EntryPoint, name: str) -> Source:
+    try:
+        source: Source = entry.load()
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"{name} is a model of {entry.name}, which does not load: {said(error)}; run: pip install "
+            f'"{lacking(entry, error)}"'
+        ) from error
+    return source
+
+
+def lacking(entry: EntryPoint, error: ImportError) -> str:
+    """What to install for an adapter that does not load: its package's extra of the same name, or the module that is missing."""
+    extras = () if entry.dist is None else entry.dist.metadata.get_all("Provides-Extra") or ()
+    if entry.dist is not None and entry.name in extras:
+        return f"{entry.dist.name}[{entry.name}]"
+    return error.name or entry.name
+
+
+class LanguageSubject(Subject):
+    """A transformers language model: a folder, a ``.gguf`` file, or an id of the Hugging Face hub.
+
+    Raises:
+        InputError: if it is none of these.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        path = Path(name)
+        if not name.strip():
+            raise InputError(
+                "the model's name is empty; give a folder, a .gguf file, a hub id or a name such as chatterbox-nano"
+            )
+        self._options: dict[str, Any] = {}
+        self._from = name
+        if path.suffix == ".gguf" and path.is_file():
+            if find_spec("gguf") is None:
+                raise MissingDependencyError(
+                    f"{name}: a .gguf file needs the package gguf; run: pip install gguf accelerate"
+                )
+            self._options = {"gguf_file": path.name, "local_files_only": True}
+            self._from = str(path.parent)
+        elif path.is_dir():
+            if not (path / "config.json").is_file():
+                raise InputError(f"{name}: the folder has no config.json; give one that save_pretrained wrote")
+            self._options = {"local_files_only": True}
+        elif path.suffix or name.startswith((".", "/", "~")) or name.count("/") != 1:
+            raise InputError(
+                f"{name!r} is no folder with a config.json, no .gguf file and no hub id (owner/name), nor a name that an "
+                "installed adapter knows, such as 'chatterbox-nano'"
+            )
+
+    @cached_property
+    def _config(self) -> Any:
+        from transformers import AutoConfig
+
+        return self._read(lambda: AutoConfig.from_pretrained(self._from, **self._options))
+
+    def skeleton(self) -> nn.Module:
+        def made() -> nn.Module:
+            with torch.device("meta"):
+                model: nn.Module = self._auto.from_config(self._config, dtype=self._dtype)
+            return model.eval()
+
+        found: nn.Module = self._read(made)
+        return found
+
+    @property
+    def _auto(self) -> Any:
+        """What transformers makes such a model with."""
+        from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq
+
+        decoders: tuple[Any, ...] = (AutoModelForCausalLM,)
+        if getattr(self._config, "is_encoder_decoder", False):
+            decoders = (AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq, AutoModelForCausalLM)
+        return next((auto for auto in decoders if type(self._config) in auto._model_mapping), decoders[-1])
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """What `load` makes of the weights: as transformers does, the dtype that the config names, else fp32."""
+        named = getattr(self._config, "dtype", None)
+        return named if isinstance(named, torch.dtype) and "gguf_file" not in self._options else torch.float32
+
+    def decoder(self, model: nn.Module) -> nn.Module:
+        return model
+
+    def load(self, device: str = "cpu") -> nn.Module:
+        return self._model.to(device)
+
+    @cached_property
+    def _model(self) -> nn.Module:
+        model: nn.Module = self._read(
+            lambda: self._auto.from_pretrained(self._from, dtype=self._dtype, **self._options)
+        )
+        return model.eval()
+
+    def _read(self, read: Callable[[], Any]) -> Any:
+        level = logging.getLogger("transformers").level
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+        try:
+            with redirect_stderr(io.StringIO()):  # progress bars that cannot be switched off
+                return read()
+        except KVCacheError:
+            raise
+        except Exception as error:  # whatever transformers, torch and safetensors make of such a file
+            lines = said(error).strip().splitlines() or [""]
+            known = isinstance(error, (OSError, ValueError, KeyError))  # whose words are for users
+            line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+            line = line if known and line else f"{type(error).__name__}: {line}"
+            if isinstance(error, MemoryError):
+                line = "there is not enough memory for it"
+            elif "ignore_mismatched_sizes" in line:
+                line = "its weights are not of the sizes that its config.json says"
+            raise InputError(
+                f"{self.name} cannot be loaded: {line.rstrip('.')}; check the name and the files, or give another folder"
+            ) from error
+        finally:
+            logging.getLogger("transformers").setLevel(level)
+
+    def sample(self, tokens: int) -> tuple[Tensor, str | None]:
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = self._read(lambda: AutoTokenizer.from_pretrained(self._from, **self._options))
+            ids = tokenizer(_TEXT).input_ids
+        except InputError:
+            ids = []
+        if len(ids) >= tokens:
+            return torch.as_tensor(ids[:tokens]), None
+        vocabulary = self._config.get_text_config().vocab_size
+        made_up = torch.randint(0, vocabulary, (tokens,), generator=torch.Generator().manual_seed(0))
+        return made_up, "there is no tokenizer beside the weights: judged on made-up tokens"
+
+    def prepared(self, setting: Setting, device: str = "cpu") -> "Prepared":
+        return _Language(self.load(device), setting)
+
+    def warm_up(self, setting: Setting, context: int, tokens: int, told: Told) -> WarmUp:
+        if setting.requests > 1:
+            raise InputError(
+                f"{self.name} decodes its requests one by one, not {setting.requests} together; leave that out"
+            )
+        language = _Language(self.load(), setting)
+        prompt, settings = language._request(context, tokens)
+        if (reason := language.manager.why_not(prompt, **settings)) is not None:
+            raise InputError(f"{self.name} has no steps to compile: {reason}")
+        return language.manager.warm_up(prompt, backend=setting.backend, told=told, **settings)
+
+    def longest(self, setting: Setting) -> int | None:
+        text, names = self._config.get_text_config(), ("max_position_embeddings", "max_target_positions")
+        given = [setting.max_length, *(getattr(text, name, None) for name in names)]
+        return min((most for most in given if most is not None), default=None)
+
+    def footprint(self, setting: Setting, context: int, tokens: int, device: str) -> Footprint:
+        manager = _managed(planned(self.blank, setting.precision, torch.device(device)), setting)
+        return language_footprint(manager, setting, context, tokens, device)
+
+
+def _managed(model: Any, setting: Setting) -> KVCacheManager:
+    return KVCacheManager(
+        model,
+        KeepAll() if setting.policy is None else setting.policy,
+        setting.max_length,
+        kv_dtype=setting.kv_dtype,
+        bucket=setting.bucket or BUCKET,
+        quantization=None if setting.quantization is None else Quantization(setting.quantization),
+    )
+
+
+class _Language:
+    """A language model that decodes in one way."""
+
+    def __init__(self, model: Any, setting: Setting) -> None:
+        self._model = model if setting.precision is None else with_precision(model, setting.precision)
+        self._setting = setting
+        self.manager = _managed(self._model, setting)
+
+    @property
+    def module(self) -> nn.Module:
+        found: nn.Module = self.manager.runner
+        return found
+
+    def stream(self, context: int, tokens: int, chunk_size: int = 16) -> Iterator[int]:
+        prompt, settings = self._request(context, tokens)
+        for chunk in self.manager.stream(prompt, chunk_size=chunk_size, backend=self._setting.backend, **settings):
+            yield chunk.numel()
+
+    def run(self, context: int, tokens: int) -> None:
+        prompt, settings = self._request(context, tokens)
+        if self._setting.backend == "off" or self.manager.why_not(prompt, **settings) is not None:
+            self.manager.generate(prompt, **settings)
+        else:
+            for _ in self.stream(context, tokens):
+                pass
+
+    def vocode(self, tokens: int) -> Mapping[str, float] | None:
+        return None
+
+    @property
+    def vocoder(self) -> nn.Module | None:
+        return None
+
+    @property
+    def kept(self) -> int:
+        return 0
+
+    def _request(self, context: int, tokens: int) -> tuple[Tensor, dict[str, Any]]:
+        """What `generate` is given: the tokens, or what an encoder hears, and how many to make."""
+        ids = self._ids(context)
+        # An end that the vocabulary does not have: only the length ends it.
+        end = self._model.config.get_text_config().vocab_size
+        settings = {"do_sample": False, "max_new_tokens": tokens, "eos_token_id": end, "pad_token_id": end}
+        if not self._hears:
+            return ids, {"attention_mask": torch.ones_like(ids), **settings}
+        (features,) = encoder_input(self._model, self._setting.requests, context, self._model.device).values()
+        return features, {"decoder_input_ids": ids, **settings}
+
+    @property
+    def _hears(self) -> bool:
+        return bool(self._model.config.is_encoder_decoder) and not reads_text(self._model)
+
+    def _ids(self, context: int) -> Tensor:
+        """Made-up prompts ``[requests, context]``."""
+        vocabulary = self._model.config.get_text_config().vocab_size
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, vocabulary, (self._setting.requests, context), generator=generator)
+        return ids.to(self._model.device)
+
+    @torch.inference_mode()
+    def logits(self, ids: Tensor) -> Tensor:
+        ids = ids[None].to(self._model.device)
+        cache, half = self.manager.new_cache(), (ids.shape[1] + 1) // 2
+        given = {**handed(self.module, cache), "use_cache": True}
+        if self._model.config.is_encoder_decoder:
+            return self._translated(ids, half, given)
+        said = [self.module(ids[:, :half], **given).logits[0]]
+        some = max(1, half // 32)  # tokens at a time, of a long text
+        if self._setting.backend != "off":
+            return torch.cat([*said, self.manager.told(said[0][-1:], cache, ids[0, half:])])
+        rest = torch.split(ids[:, half:], some, 1)
+        return torch.cat(said + [self.module(one, **given).logits[0] for one in rest])
+
+    def _translated(self, ids: Tensor, half: int, given: dict[str, Any]) -> Tensor:
+        """The logits of a decoder that says the text that its encoder has read, or what it would of silence."""
+        heard = encoder_input(self._model, 1, ids.shape[1], ids.device)
+        heard = heard if self._hears else {"input_ids": ids}
+        given["encoder_outputs"] = self._model.get_encoder()(**heard)
+        parts = [ids[:, :half], *torch.split(ids[:, half:], 1, 1)]
+        return torch.cat([self.module(decoder_input_ids=part, **given).logits[0] for part in parts])
+
+    def report(self) -> CacheReport:
+        return self.manager.report()
+
+    def release(self) -> None:
+        self.manager.release()
+
+
+_TEXT = """The tide had gone out further than anyone in the village could remember, and along the wet sand people walked \
+slowly, looking at what the sea had kept to itself. There were the ribs of a boat, black and soft as bread; a chain whose \
+links had grown together; bottles, some of them whole. An old man who had fished there all his life said that his father \
+had told him of such a day, and that it would be followed by a year of good catches or by none at all. Nobody asked which \
+of the two it had been. The children found a bell. It was too heavy for them, so they dug around it with their hands until \
+it stood free, and when the eldest struck it with a stone it gave a note so clear that everybody on the beach stopped and \
+turned. Later they would not agree on what it had sounded like. The teacher, who played the organ on Sundays, was sure that \
+it was an A, a little flat, and wrote that down in the book where she noted the weather. By four the light had changed. The \
+first to see the line of water was the dog of the postman, which stood still and would not be called; then all of them saw it, \
+grey and quite straight, and heard it too. They took what they could carry. The bell they left where it was, upright, and for \
+some years, when the wind came from the west and the sea was high, there were people who said that they could hear it."""
+"""What fidelity is judged on: plain prose."""
