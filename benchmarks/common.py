@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from kvcache.cache._policies import parse_bytes
+from kvcache.io import parse_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 

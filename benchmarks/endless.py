@@ -32,7 +32,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from kvcache import KeepAll, KVCacheManager, SlidingWindow
-from kvcache.models._cache import exact_windows
+from kvcache.models import exact_windows
 
 sys.path.insert(0, str(ROOT / "examples"))
 from llm_stream import load

@@ -20,9 +20,9 @@ from transformers.cache_utils import (
 )
 
 from kvcache import KVCacheManager, Quantization, SlidingWindow
-from kvcache.cache._ranking import SnapKV
+from kvcache.cache import SnapKV
 from kvcache.errors import KVCacheError
-from kvcache.models._compat import handed
+from kvcache.models import handed
 
 WINDOW, SINKS = 8, 2
 LIMIT = WINDOW + SINKS

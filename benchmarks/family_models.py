@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto import modeling_auto
 
-from kvcache.models._compat import MADE_AS
+from kvcache.models import MADE_AS
 
 VOCABULARY = 99
 WINDOW = 6  # of layers that have one of their own

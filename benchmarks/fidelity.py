@@ -22,11 +22,9 @@ from common import ROOT, arguments, finish
 from torch import Tensor
 from tqdm import tqdm
 
-from kvcache import CacheGeometry, InputError
-from kvcache.decoding import StaticKV, decoder_copy
-from kvcache.decoding._wiring import DecodeInputs
-from kvcache.models._cache import kv_layers, new_cache
-from kvcache.models._precision import check_precision, with_precision
+from kvcache import InputError
+from kvcache.decoding import DecodeInputs, StaticKV, decoder_copy
+from kvcache.models import check_precision, geometry_of, kv_layers, new_cache, with_precision
 
 sys.path.insert(0, str(ROOT / "examples"))
 from llm_stream import load
@@ -90,7 +88,7 @@ def decoded(model: Any, text: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
     rows, length = text.shape
     cache = new_cache(model, max_length=length, rows=rows)
     model.model(text[:, :BEGINNING], past_key_values=cache, use_cache=True)
-    kv = StaticKV(CacheGeometry.from_model(model), rows, length, dtype=dtype)
+    kv = StaticKV(geometry_of(model), rows, length, dtype=dtype)
     kv.load(0, kv_layers(cache))
     inputs, decoder = DecodeInputs(kv, kernel=False), decoder_copy(model)
     for i in range(BEGINNING, length - 1):
@@ -160,7 +158,7 @@ def speech_rows(options: argparse.Namespace, steps: int) -> list[dict[str, Any]]
         own = at_precision(t3, precision)  # type: ignore[arg-type]
         cache = new_cache(own.tfmr, rows=rows)
         own.tfmr(inputs_embeds=request.embeds, past_key_values=cache, use_cache=True)
-        kv = StaticKV(CacheGeometry.from_model(t3.tfmr), rows, request.embeds.shape[1] + steps, dtype=dtype)
+        kv = StaticKV(geometry_of(t3.tfmr), rows, request.embeds.shape[1] + steps, dtype=dtype)
         kv.load(0, kv_layers(cache))
         inputs, step, logits = DecodeInputs(kv, kernel=False), T3Step(own, rows, precision), []
         for i in range(steps):

@@ -22,7 +22,7 @@ from common import arguments, chosen, finish, known, memory_option, spread
 from processes import Gate, Measured, Phase, Processes, memory
 from torch import nn
 
-from kvcache.decoding._scheduler import Request, Turns
+from kvcache.decoding import Request, Turns
 from kvcache.memory import give_back
 from kvcache_chatterbox import ChatterboxEngine, load_t3, stand_in
 from kvcache_chatterbox.loading import upstream_t3

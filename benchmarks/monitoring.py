@@ -28,9 +28,8 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvcache import KVCacheManager, MemoryTimeline, SlidingWindow, SnapKV, events, occupancy
-from kvcache.models._cache import cache_layers
-from kvcache.models._compat import handed
-from kvcache.monitoring._metrics import CacheMetrics
+from kvcache.models import cache_layers, handed
+from kvcache.monitoring import CacheMetrics
 
 sys.path.insert(0, str(ROOT / "examples"))
 from llm_stream import load

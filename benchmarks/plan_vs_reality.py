@@ -25,10 +25,10 @@ import torch
 from common import arguments, finish
 from tqdm import tqdm
 
+from kvcache.decoding import Setting
 from kvcache.memory import give_back
-from kvcache.models._precision import has_half
-from kvcache.tools._planning import plan
-from kvcache.tools._targets import Setting, subject
+from kvcache.models import has_half
+from kvcache.tools import plan, subject
 
 MIB = 2**20
 _SHAPES = {  # tokens in the end, and those of them before the first that is made: a short request and a long one

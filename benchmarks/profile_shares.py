@@ -27,9 +27,9 @@ from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as trace_of
 from tqdm import tqdm
 
+from kvcache.decoding import Setting
 from kvcache.memory import resident_bytes
-from kvcache.tools._profiling import Profile, plot, profile
-from kvcache.tools._targets import Setting, subject
+from kvcache.tools import Profile, plot, profile, subject
 
 EAGER = Setting(precision="fp32")
 BEST = Setting("compile", "int8", torch.float32)  # what `kvcache tune` chooses on processors with VNNI and no AMX

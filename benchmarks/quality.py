@@ -42,7 +42,6 @@ from transformers import DynamicCache
 from kvcache import (
     TOVA,
     Adaptive,
-    CacheGeometry,
     ExpectedAttention,
     FarLooks,
     HeavyHitters,
@@ -57,7 +56,7 @@ from kvcache import (
     measure_heads,
     pyramid,
 )
-from kvcache.models._cache import exact_windows
+from kvcache.models import exact_windows, geometry_of
 
 sys.path.insert(0, str(ROOT / "examples"))
 from llm_stream import load
@@ -405,7 +404,7 @@ def main() -> None:
     rows = measure(model, task, options)
     theirs, by = of_kvpress(task, options)
     tokens = options.pieces * options.after
-    geometry = CacheGeometry.from_model(model)
+    geometry = geometry_of(model)
     fp16 = options.context * geometry.layers * geometry.kv_heads * (geometry.head_dim + geometry.value_dim) * 2
     full, other = rows[0], next((row for row in theirs if row.side == "full"), rows[0])
     table = [row.shown(full, tokens, fp16) for row in rows]

@@ -13,7 +13,7 @@ from common import arguments, finish
 from tqdm import tqdm
 
 from kvcache import KeepAll, Quantization
-from kvcache.cache._quantized import QuantizedLayer
+from kvcache.cache import QuantizedLayer
 
 SHAPES = {"SmolLM2-135M": (30, 3, 64), "Chatterbox T3, English": (30, 16, 64)}  # layers, KV heads, head_dim
 CHUNK = 512

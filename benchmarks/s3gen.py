@@ -23,7 +23,7 @@ import torch
 from common import arguments, finish, interleaved, keep, paired_ratio, spread, synchronize
 from torch import Tensor
 
-from kvcache.decoding._backends import Recorder, cuda_graph, traced
+from kvcache.decoding import Recorder, cuda_graph, traced
 from kvcache_chatterbox.audio import SAMPLE_RATE, SAMPLES_PER_TOKEN, SPEECH_TOKENS
 from kvcache_chatterbox.loading import upstream_t3
 

@@ -24,7 +24,7 @@ from s3gen import load
 from torch import Tensor
 
 from kvcache import MemoryStore, SpeakerCache, subscribe
-from kvcache.decoding._warming import WarmUp
+from kvcache.decoding import WarmUp
 from kvcache_chatterbox import ChatterboxEngine, load_t3, stand_in
 from kvcache_chatterbox.audio import SAMPLE_RATE, SPEECH_TOKENS
 from kvcache_chatterbox.loading import random_conditionals, upstream_t3

@@ -32,10 +32,9 @@ from transformers import StaticCache
 from transformers.pytorch_utils import Conv1D
 
 import kvcache.models._precision
-from kvcache import CacheGeometry
 from kvcache.decoding import Decoding, Sampler, StaticKV
 from kvcache.memory import give_back
-from kvcache.models._cache import decoding_arguments, kv_layers, new_cache
+from kvcache.models import decoding_arguments, geometry_of, kv_layers, new_cache
 from kvcache_chatterbox import byte_tokens, load_t3, random_conditionals
 from kvcache_chatterbox.decoding import Decoder
 from kvcache_chatterbox.loading import upstream_t3
@@ -198,7 +197,7 @@ def make(case: Case, side: Side) -> Model:
     on_cpu = case.device == "cpu"
     head_bytes = BYTES["fp32" if on_cpu and side.head in (None, "fp32") else "bf16" if on_cpu else side.precision]
     weights = backbone * BYTES[side.precision] + head.weight.numel() * head_bytes
-    geometry = CacheGeometry.from_model(t3.tfmr)
+    geometry = geometry_of(t3.tfmr)
     states = geometry.layers * geometry.kv_heads * (geometry.head_dim + geometry.value_dim)
     if side.precision != "fp32":
         t3 = at_precision(t3, side.precision)  # type: ignore[arg-type]
@@ -210,7 +209,7 @@ def make(case: Case, side: Side) -> Model:
 @torch.inference_mode()
 def grow(cache: Any, t3: Any, context: int) -> None:
     """Fill a cache up to `context` tokens as decoding would, a few at a time."""
-    geometry = CacheGeometry.from_model(t3.tfmr)
+    geometry = geometry_of(t3.tfmr)
     rows = 1 if t3.is_gpt else 2
     while (missing := context - int(cache.get_seq_length())) > 0:
         new = (rows, geometry.kv_heads, min(GROWTH, missing), geometry.head_dim)
@@ -382,7 +381,7 @@ class Engine:
         self.processors = processors(self.sampling, t3.is_gpt)
         rows = model.text.shape[0]
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[side.kv_precision]
-        self.kv = StaticKV(CacheGeometry.from_model(t3.tfmr), rows, SLOTS, dtype=dtype)
+        self.kv = StaticKV(geometry_of(t3.tfmr), rows, SLOTS, dtype=dtype)
         kind = Sampler if side.sampler else HostSampler
         sampler = kind(1, t3.speech_head.out_features, order(t3.is_gpt), t3.device, guided=rows == 2)
         self.decoding = Decoding(T3Step(t3, rows, side.head), self.kv, sampler, side.backend, kernel=side.kernel)  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from common import arguments, finish, known, memory_option, paired_ratio, spread
 from processes import Gate, Phase, Processes
 from transformers import DynamicCache
 
-from kvcache.models._cache import new_cache
+from kvcache.models import new_cache
 from kvcache_chatterbox import byte_tokens, load_t3, random_conditionals
 from kvcache_chatterbox.decoding import Decoder
 from kvcache_chatterbox.loading import upstream_t3

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from common import arguments, finish, spread
 
-from kvcache.tools._targets import subject
-from kvcache.tools._tuning import Setting, Space, SubjectBench, shown, space_of, tune
+from kvcache.decoding import Setting
+from kvcache.tools import Space, SubjectBench, shown, space_of, subject, tune
 
 _FINALISTS = 3
 _TOKENS = 64

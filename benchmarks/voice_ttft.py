@@ -24,9 +24,8 @@ from typing import Any
 import torch
 from common import ROOT, arguments, finish, interleaved, paired_ratio, spread
 
-from kvcache import CacheGeometry, DiskStore, KVCacheManager, MemoryStore, RedisStore, SpeakerCache
-from kvcache.models._cache import new_cache
-from kvcache.models._onednn import onednn_linear
+from kvcache import DiskStore, KVCacheManager, MemoryStore, RedisStore, SpeakerCache
+from kvcache.models import geometry_of, new_cache, onednn_linear
 from kvcache.prefixes.stores import Store
 from kvcache_chatterbox import ChatterboxEngine, load_t3, random_conditionals
 
@@ -77,7 +76,7 @@ class RestAlone:
     @torch.inference_mode()
     def ready(self) -> None:
         """A fresh cache with so many made-up tokens."""
-        geometry = CacheGeometry.from_model(self._decoder)
+        geometry = geometry_of(self._decoder)
         self._cache = new_cache(self._decoder)
         states = torch.randn(1, geometry.kv_heads, self._known, geometry.head_dim)
         for layer in range(geometry.layers):

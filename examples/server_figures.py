@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from prometheus_client import CollectorRegistry, Histogram
 from server_errors import REFUSED
 
-from kvcache.monitoring._metrics import SchedulerCollector
+from kvcache.monitoring import SchedulerCollector
 from kvcache_chatterbox import SpeechScheduler
 
 SECONDS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 30, 60, 120)  # buckets of the histograms

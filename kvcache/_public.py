@@ -1,26 +1,33 @@
 """What `kvcache` hands out, all of it; brought by the first name that is asked for."""
 
-from kvcache.cache._geometry import CacheGeometry
-from kvcache.cache._growing import KVLayer
-from kvcache.cache._per_head import Adaptive, PerHead
-from kvcache.cache._policies import KeepAll, MaxBytes, MaxTokens, Pinned, SizePolicy, SlidingWindow
-from kvcache.cache._quantized import Quantization
-from kvcache.cache._ranking import (
+from kvcache.cache import (
     TOVA,
+    Adaptive,
+    CacheGeometry,
+    CacheReport,
     ExpectedAttention,
     FarLooks,
     HeavyHitters,
+    KeepAll,
     KeyDiff,
     KeyNorm,
+    KeyRotation,
+    KVLayer,
+    LayerReport,
+    MaxBytes,
+    MaxTokens,
+    PerHead,
+    Pinned,
+    Quantization,
     RankingPolicy,
     Rehearsed,
+    SizePolicy,
+    SlidingWindow,
     SnapKV,
+    estimate_bytes,
     pyramid,
 )
-from kvcache.cache._report import CacheReport, LayerReport, estimate_bytes
-from kvcache.cache._rope import KeyRotation
-from kvcache.decoding._scheduler import Scheduler, SchedulerMetrics
-from kvcache.decoding._tuning_profile import TuningProfile
+from kvcache.decoding import Scheduler, SchedulerMetrics, TuningProfile
 from kvcache.errors import (
     BusyError,
     CapacityError,
@@ -36,13 +43,9 @@ from kvcache.errors import (
 )
 from kvcache.events import Event, subscribe
 from kvcache.manager import KVCacheManager
-from kvcache.models._fingerprint import model_fingerprint
-from kvcache.models._head_profile import HeadProfile, measure_heads
-from kvcache.models._precision import with_precision
-from kvcache.monitoring._occupancy import Occupancy, occupancy
-from kvcache.monitoring._timeline import MemoryTimeline, Sample
-from kvcache.prefixes._cache import SpeakerCache, SpeakerStats, default_store
-from kvcache.prefixes._snapshot import PrefixKey, PrefixSnapshot
+from kvcache.models import HeadProfile, measure_heads, model_fingerprint, with_precision
+from kvcache.monitoring import MemoryTimeline, Occupancy, Sample, occupancy
+from kvcache.prefixes import PrefixKey, PrefixSnapshot, SpeakerCache, SpeakerStats, default_store
 from kvcache.prefixes.stores import DiskStore, MemoryStore, RedisStore, RemoteStore, TieredStore
 
 __all__ = [

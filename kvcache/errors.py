@@ -1,5 +1,7 @@
 """What can go wrong. Every message says what was given, the limit, and the next step; what failed has changed nothing."""
 
+from typing import Any
+
 
 class KVCacheError(Exception):
     """Base of all errors that kvcache raises on purpose."""
@@ -64,3 +66,9 @@ class StoreError(KVCacheError):
 def said(error: BaseException) -> str:
     """What an error says, in words where it is a `KeyError`, which only says a name."""
     return f"{error.args[0]!r} is missing" if isinstance(error, KeyError) and error.args else str(error)
+
+
+def check_whole(name: str, given: Any, least: int) -> None:
+    """Raise `InputError` for what is no whole number of at least `least`."""
+    if isinstance(given, bool) or not isinstance(given, int) or given < least:
+        raise InputError(f"{name}={given!r} must be a whole number of at least {least}")

@@ -17,10 +17,9 @@ from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
-from kvcache.cache._geometry import CacheGeometry
+from kvcache.cache import CacheGeometry
 from kvcache.errors import GeometryError, InputError
-from kvcache.models import rope_by_length
-from kvcache.models._compat import MADE_AS, handed, taken
+from kvcache.models import MADE_AS, handed, rope_by_length, taken
 
 STEPWISE = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 """The modes that say one token a row at a time."""

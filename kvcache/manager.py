@@ -15,43 +15,81 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
-from kvcache.cache._geometry import CacheGeometry
-from kvcache.cache._per_head import AdaptiveLayer, share
-from kvcache.cache._policies import KeepAll, Pinned, SizePolicy
-from kvcache.cache._quantized import Quantization
-from kvcache.cache._ranking import Rehearsed
-from kvcache.cache._report import CacheReport, estimate_cache
-from kvcache.cache._saved import check_states, read_saved, restore_layers, save_layers
-from kvcache.decoding._backends import BUCKET, BackendName, backend_on, check_bucket
-from kvcache.decoding._generation_settings import GenerationSettings
-from kvcache.decoding._language import LanguageDecoder
-from kvcache.decoding._streaming import as_async, chunked, from_worker
-from kvcache.decoding._tuning_profile import TuningProfile
-from kvcache.decoding._warming import Told, WarmUp, untold
-from kvcache.errors import GeometryError, InputError, PolicyError
+from kvcache.cache import (
+    AdaptiveLayer,
+    CacheGeometry,
+    CacheReport,
+    KeepAll,
+    Pinned,
+    Quantization,
+    Rehearsed,
+    SizePolicy,
+    check_quantization,
+    check_states,
+    estimate_cache,
+    read_saved,
+    restore_layers,
+    save_layers,
+    share,
+)
+from kvcache.decoding import (
+    BUCKET,
+    BackendName,
+    GenerationSettings,
+    LanguageDecoder,
+    Told,
+    TuningProfile,
+    WarmUp,
+    as_async,
+    backend_on,
+    check_bucket,
+    chunked,
+    from_worker,
+    untold,
+)
+from kvcache.errors import GeometryError, InputError, PolicyError, check_whole
 from kvcache.events import Event, emit
 from kvcache.generation import STEPWISE, Emitter, Wanted, asks, mode_of, own_way, running, speaker
 from kvcache.memory import release_threads
-from kvcache.models import Following, facts_of
-from kvcache.models import _cache as hf
-from kvcache.models._arguments import (
+from kvcache.models import (
     BESIDE_TEXT,
+    Following,
+    MadeFor,
+    ManagedCache,
+    PositionMode,
+    cache_layers,
+    check_continues,
     check_generate_arguments,
     check_generates,
     check_kv_dtype,
     check_model,
-    check_prefix_cache,
-    check_quantization,
-    check_whole,
+    check_named,
+    check_ours,
+    check_positions,
+    check_ranking,
+    count_anew,
+    exact_windows,
+    facts_of,
+    geometry_of,
+    handed,
+    kv_layers,
+    left_padding,
+    model_fingerprint,
+    new_cache,
+    note_read,
+    observed_copy,
+    rebuilt,
+    rehearse,
+    report_of,
+    returned,
+    shape_of,
+    take,
+    takes,
+    tell_evicted,
+    truncate,
+    with_precision,
 )
-from kvcache.models._attention import observed_copy
-from kvcache.models._compat import handed, returned, take, takes
-from kvcache.models._copies import rebuilt
-from kvcache.models._fingerprint import check_named, model_fingerprint
-from kvcache.models._managed import MadeFor, ManagedCache
-from kvcache.models._precision import with_precision
-from kvcache.prefixes._cache import SpeakerCache, default_store
-from kvcache.prefixes._prompts import Prompts
+from kvcache.prefixes import Prompts, SpeakerCache, check_prefix_cache, default_store
 
 # ``[rows, tokens]``: which are text, which stand for a picture.
 _KINDS_OF_TOKENS = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
@@ -108,7 +146,7 @@ class KVCacheManager:
         policy: SizePolicy | Sequence[SizePolicy] | None = None,
         max_cache_length: int | None = None,
         *,
-        positions: hf.PositionMode = "absolute",
+        positions: PositionMode = "absolute",
         preallocate: bool = False,
         speakers: SpeakerCache | None = None,
         kv_dtype: torch.dtype | None = None,
@@ -124,7 +162,7 @@ class KVCacheManager:
         self.model = model
         self.policy: SizePolicy | Sequence[SizePolicy] = KeepAll() if policy is None else policy
         self.max_cache_length = max_cache_length
-        self.positions: hf.PositionMode = positions
+        self.positions: PositionMode = positions
         self.preallocate = preallocate
         self.backend: Backends = backend
         self.enabled = True
@@ -132,7 +170,7 @@ class KVCacheManager:
         self._last = CacheReport(())
         self._running: weakref.ref[Any] | None = None  # the cache of a run that is under way
         # Says now, not at the first request, what cannot work.
-        first = hf.new_cache(
+        first = new_cache(
             model,
             policy,
             max_length=max_cache_length,
@@ -140,7 +178,7 @@ class KVCacheManager:
             positions=positions,
             quantization=quantization,
         )
-        self._observed = any(kv.by_head for kv in hf.kv_layers(first, some=False))
+        self._observed = any(kv.by_head for kv in kv_layers(first, some=False))
         self._from_model = Following(model, self._make)
         geometry = self._from_model.now().geometry
         backend_on(backend, geometry.device)
@@ -192,10 +230,10 @@ class KVCacheManager:
         return self._from_model.now().geometry
 
     def _make(self) -> "_FromModel":
-        geometry = CacheGeometry.from_model(self.model)
+        geometry = geometry_of(self.model)
         if self._observed:
             runner = observed_copy(self.model)
-            hf.check_ranking(self.model, runner)
+            check_ranking(self.model, runner)
             return _FromModel(geometry, runner)
         signature = self._from_model.watch.signature()
         if signature.compiled and signature.why_no_copy is None and self._evicts:
@@ -261,7 +299,7 @@ class KVCacheManager:
             raise PolicyError(
                 "what a cache takes whose heads keep tokens of their own depends on the text; ask report(cache) afterwards"
             )
-        shape = hf.shape_of(self.model)
+        shape = shape_of(self.model)
         if shape.cross and encoder_tokens is None:
             raise InputError(
                 "what attends to an encoder is held as well; give encoder_tokens, the positions that it gives for a row"
@@ -285,7 +323,7 @@ class KVCacheManager:
         Raises:
             RollbackError: if tokens have been evicted from what should remain.
         """
-        hf.truncate(cache, length)
+        truncate(cache, length)
 
     def trim(self, cache: Any, max_tokens: int | None = None) -> int:
         """Evict unpinned tokens of `cache` now, at a moment of your choice, and give back the memory they took.
@@ -303,7 +341,7 @@ class KVCacheManager:
             PositionsError: if this model's tokens cannot be evicted.
             PolicyError: if more than `max_tokens` are pinned.
         """
-        layers = hf.kv_layers(cache)
+        layers = kv_layers(cache)
         if max_tokens is not None:
             self.geometry.check_eviction()
             for layer in layers:
@@ -335,8 +373,8 @@ class KVCacheManager:
         return self._saved(cache, model_fingerprint(self.model), secret)
 
     def _saved(self, cache: Any, model: str, secret: bytes | None) -> bytes:
-        layers = hf.kv_layers(cache)
-        if len(layers) != len(hf.cache_layers(cache)) or self.model.config.is_encoder_decoder:
+        layers = kv_layers(cache)
+        if len(layers) != len(cache_layers(cache)) or self.model.config.is_encoder_decoder:
             raise GeometryError(
                 f"{type(self.model).__name__} keeps a part of its cache in its own way, which cannot be saved"
             )
@@ -355,7 +393,7 @@ class KVCacheManager:
 
     def _restored(self, tensors: dict[str, Tensor], header: dict[str, Any]) -> Any:
         cache = self._empty_cache(header["rows"])
-        restore_layers(hf.kv_layers(cache), tensors, header, self.geometry.device)
+        restore_layers(kv_layers(cache), tensors, header, self.geometry.device)
         return cache
 
     def fork(self, cache: Any) -> Any:
@@ -383,7 +421,7 @@ class KVCacheManager:
             InputError: if the cache holds another number of tokens or rows.
             PolicyError: if its policy is another, or protects more than `max_tokens`.
         """
-        layers = hf.kv_layers(cache)
+        layers = kv_layers(cache)
         given = tuple(inputs.shape) if isinstance(inputs, Tensor) else inputs
         if not isinstance(inputs, Tensor) or inputs.dim() != 2 or inputs.shape[1] != layers[0].seen:
             raise InputError(
@@ -403,7 +441,7 @@ class KVCacheManager:
         for layer in layers:
             layer.check_trim(max_tokens)
         before, evicted = [layer.stored for layer in layers], [layer.evicted for layer in layers]
-        hf.rehearse(self.runner, cache, inputs.to(self.model.device), instruction)
+        rehearse(self.runner, cache, inputs.to(self.model.device), instruction)
         adaptive = [layer for layer in layers if isinstance(layer, AdaptiveLayer)]
         if len(adaptive) == len(layers):
             if before[0] > max_tokens:
@@ -416,8 +454,8 @@ class KVCacheManager:
         return max(0, before[0] - max_tokens)
 
     def _tell_trimmed(self, cache: Any, left: Sequence[int]) -> None:
-        hf.count_anew(cache)
-        layers, total = hf.kv_layers(cache), sum(left)
+        count_anew(cache)
+        layers, total = kv_layers(cache), sum(left)
         if total:
             rows = layers[0].rows or 1
             numbers = {"tokens": total * rows, "layers": sum(n > 0 for n in left), "rows": rows, "seen": layers[0].seen}
@@ -631,10 +669,10 @@ class KVCacheManager:
         Raises:
             GeometryError: for a cache that is none of ours.
         """
-        hf.check_ours(cache)
+        check_ours(cache)
         running = self._running if cache is None else None
         cache = running() if running is not None else cache
-        return self._last if cache is None else hf.report_of(cache)
+        return self._last if cache is None else report_of(cache)
 
     # ------------------------------------------------------------------ inside
 
@@ -657,7 +695,7 @@ class KVCacheManager:
         given = take(kwargs) if on else None
         if given is not None:
             self._check_continues(given, inputs, kwargs)
-            hf.note_read(given, None)
+            note_read(given, None)
         mine: list[weakref.ref[Any]] = []
 
         def make(wanted: Wanted) -> Any:
@@ -695,8 +733,8 @@ class KVCacheManager:
                 raise
             finally:
                 if run.cache is not None:
-                    self._last = hf.report_of(run.cache)
-                    hf.tell_evicted(run.cache)
+                    self._last = report_of(run.cache)
+                    tell_evicted(run.cache)
                 if self._running in mine:
                     self._running = None
             if not run.asked and given is None and self._matters:
@@ -710,9 +748,9 @@ class KVCacheManager:
         """Some models look into their table of positions before they ask the cache, and find nothing there."""
         if cache is not None:
             prompt = self._prompt(inputs, kwargs)
-            seen = hf.cache_layers(cache)[0].get_seq_length()
+            seen = cache_layers(cache)[0].get_seq_length()
             fresh = 1 if prompt is None else max(1, prompt.shape[1] - seen)
-            hf.check_positions(self.geometry.max_positions, seen, fresh)
+            check_positions(self.geometry.max_positions, seen, fresh)
 
     def _refuse_cache_of_another_kind(self, kwargs: dict[str, Any]) -> None:
         """What a checkpoint's config asks for is a default, which this manager stands for; what a request asks for is not."""
@@ -755,7 +793,7 @@ class KVCacheManager:
         if prefix is not None:
             return self.new_cache(wanted.rows or 1, prefix=prefix)
         cache = self._empty_cache(wanted.rows if self._evicts else None, wanted.mask, crossing=wanted.crossing)
-        return cache if hf.kv_layers(cache, some=False) else None
+        return cache if kv_layers(cache, some=False) else None
 
     def _empty_cache(
         self,
@@ -765,14 +803,14 @@ class KVCacheManager:
         crossing: bool | None = None,
     ) -> Any:
         """A cache for so many rows, padded as the mask says, under this manager's policy or another."""
-        cache = hf.new_cache(
+        cache = new_cache(
             self.model,
             self.policy if policy is None else policy,
             max_length=self.max_cache_length,
             preallocate=self.preallocate,
             positions=self.positions,
             rows=rows,
-            padding=hf.left_padding(attention_mask) if self._evicts else None,
+            padding=left_padding(attention_mask) if self._evicts else None,
             geometry=self.geometry,
             quantization=self.quantization,
             crossing=crossing,
@@ -865,7 +903,7 @@ class KVCacheManager:
 
         def prefill() -> tuple[Tensor, Any, Sequence[Tensor], Tensor | None]:
             out = self.generate(inputs, prefix=prefix, generation_config=settings.prefill, **given)
-            pads = None if prefix is not None else hf.left_padding(self._mask_of(inputs, kwargs))
+            pads = None if prefix is not None else left_padding(self._mask_of(inputs, kwargs))
             return out.logits[0], returned(out), list(out.sequences[:, :-1]), pads
 
         for chunk, report in self._decoder.chunks(prefill, settings, backend, chunk_size):
@@ -873,7 +911,7 @@ class KVCacheManager:
             yield chunk
 
     def _exactly(self) -> AbstractContextManager[None]:
-        return hf.exact_windows(self.runner) if self._evicts else nullcontext()
+        return exact_windows(self.runner) if self._evicts else nullcontext()
 
     def _check_continues(self, cache: Any, inputs: Tensor | None, kwargs: dict[str, Any]) -> None:
         """Refuse a text that a cache holds already, or that does not begin with what it holds."""
@@ -887,7 +925,7 @@ class KVCacheManager:
             not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] <= given
         )  # else only what is new is given
         given = given if whole or mask is None else mask.shape[1]
-        hf.check_continues(cache, ids if whole and ids is not None and not ids.is_floating_point() else None, given)
+        check_continues(cache, ids if whole and ids is not None and not ids.is_floating_point() else None, given)
 
     def _note_read(self, cache: Any, prompt: Tensor | None, kwargs: dict[str, Any], out: Any) -> None:
         """Remember which tokens a cache holds, where the result says it: rows as they came, ids from the beginning."""
@@ -898,7 +936,7 @@ class KVCacheManager:
             told = mask.dim() == 2 and mask.shape[1] == prompt.shape[1]
         one = self._setting("num_beams", kwargs) == 1 and not self.model.config.is_encoder_decoder
         text = isinstance(ids, Tensor) and ids.dim() == 2  # and no sound, nor several numbers a token
-        hf.note_read(cache, ids if told and one and text else None)
+        note_read(cache, ids if told and one and text else None)
 
     def _prompt(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
         """What the model is given to start from: token ids, embeddings, or an encoder's features or pictures."""

@@ -14,7 +14,7 @@ from support.ports import held
 from support.waiting import until
 
 from kvcache import PrefixKey, PrefixSnapshot
-from kvcache.models._fingerprint import tensor_bytes
+from kvcache.models import tensor_bytes
 from kvcache.prefixes.stores import DiskStore, MemoryStore, RedisStore, RemoteStore, TieredStore
 
 torch.set_num_threads(1)  # in child processes too, which do not load conftest.py

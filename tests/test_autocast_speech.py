@@ -6,7 +6,7 @@ from t3_models import tiny_t3
 
 from kvcache import MemoryStore, SpeakerCache
 from kvcache.events import subscribe
-from kvcache.models._precision import has_half
+from kvcache.models import has_half
 from kvcache_chatterbox import ChatterboxEngine, byte_tokens, random_conditionals, stand_in
 
 pytestmark = pytest.mark.one_release

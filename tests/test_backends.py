@@ -21,7 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from kvcache import CapacityError, GeometryError, InputError, KVCacheManager, MaxBytes, MaxTokens, SlidingWindow
 from kvcache.decoding import why_not
 from kvcache.decoding._wiring import attend
-from kvcache.models._attention import own_attention
+from kvcache.models import own_attention
 
 NATIVE = {"llama", "mistral", "qwen2", "qwen3", "phi3", "gpt2", "gpt-neox", "opt", "cohere"}
 NATIVE |= {"gptj"} if RELEASE >= (5, 24) else set()  # before, it brought its own attention

@@ -43,7 +43,7 @@ from kvcache.decoding import Batch, Decoding, Job, Sampler, Sampling, StaticKV
 from kvcache.decoding import _backends as backends
 from kvcache.decoding._backends import Graph
 from kvcache.decoding._sampler import TRANSFORMERS
-from kvcache.models._cache import exact_windows, kv_layers
+from kvcache.models import exact_windows, kv_layers
 
 pytestmark = pytest.mark.one_release
 

@@ -17,8 +17,9 @@ from support.waiting import until, until_async
 from t3_models import tiny_t3
 
 from kvcache import KVCacheManager, MemoryStore, SpeakerCache
-from kvcache.decoding._streaming import AsyncItems, as_async, from_worker
-from kvcache.testing import no_leaks
+from kvcache.decoding import as_async, from_worker
+from kvcache.decoding._streaming import AsyncItems
+from kvcache.testing._leaks import no_leaks
 from kvcache_chatterbox import ChatterboxEngine, SpeechScheduler, byte_tokens, random_conditionals, stand_in
 
 pytestmark = pytest.mark.one_release

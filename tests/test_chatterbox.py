@@ -15,7 +15,7 @@ from t3_models import UPSTREAMS_WARNINGS, fingerprint, likely_end, tiny_t3
 
 from kvcache import CapacityError, InputError, MaxBytes, MaxTokens, PolicyError, SlidingWindow
 from kvcache.decoding import _backends as backends
-from kvcache.models._precision import check_precision
+from kvcache.models import check_precision
 from kvcache_chatterbox import ChatterboxEngine, byte_tokens, load_t3, random_conditionals, stand_in
 from kvcache_chatterbox.standin import punc_norm
 from kvcache_chatterbox.stepping import Stepper

@@ -19,7 +19,7 @@ pytest.importorskip("rich")
 
 import typer
 
-from kvcache.cache._archive import pack
+from kvcache.cache import pack
 from kvcache.cli import application, main, overview
 from kvcache.prefixes.stores import DiskStore
 

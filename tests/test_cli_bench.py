@@ -12,7 +12,7 @@ pytest.importorskip("rich")
 
 from kvcache.cli import main
 from kvcache.errors import InputError
-from kvcache.tools._bench import benchmarks, benchmarks_folder
+from kvcache.tools import benchmarks, benchmarks_folder
 
 pytestmark = pytest.mark.one_release
 

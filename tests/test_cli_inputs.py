@@ -19,9 +19,8 @@ from kvcache import InputError, MissingDependencyError, subjects
 from kvcache.cli import main
 from kvcache.cli._common import bytes_of
 from kvcache.cli._plan import _room
-from kvcache.tools._bench import benchmarks
-from kvcache.tools._planning import Room, room
-from kvcache.tools._targets import LanguageSubject, subject
+from kvcache.tools import Room, benchmarks, room, subject
+from kvcache.tools._targets import LanguageSubject
 
 pytestmark = pytest.mark.one_release
 

@@ -17,12 +17,12 @@ pytest.importorskip("rich")
 from snapshots import cold, voice
 
 from kvcache import cli
-from kvcache.cache._archive import pack
+from kvcache.cache import pack
 from kvcache.cli import main
 from kvcache.cli._common import print_json, shown_bytes
-from kvcache.io._redact import Redactor, printable
+from kvcache.io import Redactor, printable
 from kvcache.prefixes.stores import DiskStore
-from kvcache.tools._doctor import Finding
+from kvcache.tools import Finding
 
 pytestmark = pytest.mark.one_release
 

@@ -10,7 +10,8 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 
 from kvcache.cli import main
-from kvcache.tools._targets import Setting, subject
+from kvcache.decoding import Setting
+from kvcache.tools import subject
 
 pytestmark = pytest.mark.one_release
 

@@ -6,8 +6,7 @@ import pytest
 from support.families import build
 
 from kvcache.cli import main
-from kvcache.tools._module_timer import PARTS
-from kvcache.tools._profiling import MEMORY
+from kvcache.tools import MEMORY, PARTS
 
 pytestmark = pytest.mark.one_release
 

@@ -14,10 +14,9 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 
 from kvcache import PrefixSnapshot
-from kvcache.cache._archive import pack
+from kvcache.cache import pack
 from kvcache.cli import main
-from kvcache.prefixes.stores import DiskStore
-from kvcache.prefixes.stores._upkeep import open_store, shown_place
+from kvcache.prefixes.stores import DiskStore, open_store, shown_place
 
 pytestmark = pytest.mark.one_release
 

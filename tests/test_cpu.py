@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from kvcache.models import _onednn as cpu
-from kvcache.models._onednn import onednn_linear, onednn_rows
+from kvcache.models import onednn_linear, onednn_rows
 
 
 class Watch(torch.utils._python_dispatch.TorchDispatchMode):

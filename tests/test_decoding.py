@@ -29,11 +29,11 @@ from kvcache import (
     PolicyError,
     SlidingWindow,
 )
-from kvcache.cache._slots import ring_sees, ring_slot, staying_of
-from kvcache.decoding import Decoding, Pool, Sampler, Sampling, StaticKV, decoder_copy, why_not
-from kvcache.decoding._backends import Compiled, Graph, traced
-from kvcache.decoding._sampler import TRANSFORMERS, Drawing
-from kvcache.models._cache import exact_windows, kv_layers
+from kvcache.cache import ring_sees, ring_slot, staying_of
+from kvcache.decoding import Decoding, Drawing, Pool, Sampler, Sampling, StaticKV, decoder_copy, traced, why_not
+from kvcache.decoding._backends import Compiled, Graph
+from kvcache.decoding._sampler import TRANSFORMERS
+from kvcache.models import exact_windows, geometry_of, kv_layers
 
 CPU = torch.device("cpu")
 LAYERS, HEADS, KEY_DIM, VALUE_DIM = 2, 2, 4, 3
@@ -357,7 +357,7 @@ def test_room_is_asked_for_before_anything_changes():
 
 def decoding_of(model, rows, slots, backend="eager", dtype=None, **options):
     """A decoding of a language model; "aot_eager" is torch's compiler without its slow half."""
-    kv = StaticKV(CacheGeometry.from_model(model), rows, slots, dtype=dtype)
+    kv = StaticKV(geometry_of(model), rows, slots, dtype=dtype)
     decoder = decoder_copy(model)
 
     def forward(tokens, made, given):
@@ -525,7 +525,7 @@ def test_the_compiler_makes_one_graph_for_all_lengths(whole):
 
 
 def fake_decoding(model, plant):
-    kv = StaticKV(CacheGeometry.from_model(model), 2, 16)
+    kv = StaticKV(geometry_of(model), 2, 16)
     decoder = decoder_copy(model)
 
     def forward(tokens, made, given):
@@ -563,7 +563,7 @@ def test_a_step_asks_the_host_nothing(name, plant, monkeypatch):
 
 
 def guided_decoding(model, slots, requests, backend):
-    kv = StaticKV(CacheGeometry.from_model(model), 2 * requests, slots)
+    kv = StaticKV(geometry_of(model), 2 * requests, slots)
     decoder = decoder_copy(model)
 
     def forward(tokens, made, given):

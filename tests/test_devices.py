@@ -16,11 +16,10 @@ from kvcache import (
     SnapKV,
     SpeakerCache,
 )
-from kvcache.cache._rope import KeyRotation
-from kvcache.decoding import backend_on, check_backend
-from kvcache.decoding._backends import backend_for
+from kvcache.cache import KeyRotation
+from kvcache.decoding import backend_for, backend_on, kernel_reason
+from kvcache.decoding._backends import check_backend
 from kvcache.decoding._engine import default_generator
-from kvcache.decoding._wiring import kernel_reason
 from kvcache.models import looks_on
 
 XPU = torch.device("xpu", 0)

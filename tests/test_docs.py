@@ -1,7 +1,6 @@
 """The documentation: its Python blocks run and print what they say, its links lead somewhere, and the figures it quotes
 have their files."""
 
-import ast
 import copy
 import functools
 import io
@@ -132,21 +131,3 @@ def test_these_checks_find_what_they_look_for(tmp_path):
     assert not any(
         map(ELSEWHERE.fullmatch, ("http://x.example", "https://x", "https://x.example/a b", "ftp://x.example"))
     )
-
-
-def test_the_map_of_the_house_names_every_module_and_nothing_is_imported_from_further_down():
-    text = (ROOT / "CONTRIBUTING.md").read_text()
-    rows = re.findall(r"^\| [^|]+ \| ([^|]*`[^|]*) \|$", text[text.index("## Where things are") :], re.MULTILINE)
-    place = {name.rstrip("/"): i for i, row in enumerate(rows) for name in re.findall(r"`([\w/]+)`", row)}
-    house = ROOT / "kvcache"
-    assert set(place) == {file.stem for file in house.glob("*.py")} - {"__init__"} | {
-        folder.parent.name for folder in house.glob("*/__init__.py")
-    }
-    for file in house.rglob("*.py"):
-        own = file.relative_to(house).parts[0].removesuffix(".py")
-        for node in ast.walk(ast.parse(file.read_text())):
-            if own != "__init__" and isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kvcache"):
-                package, *inner = (node.module or "").split(".")
-                assert package == "kvcache", f"{file} imports an adapter"
-                for name in inner[:1] or [alias.name for alias in node.names]:
-                    assert place.get(name, -1) <= place[own], f"{own} imports {name}, which stands below it"

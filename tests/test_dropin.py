@@ -25,8 +25,8 @@ from kvcache import (
     SnapKV,
     hf,
 )
-from kvcache.models._compat import MADE_AS
-from kvcache.models._managed import ManagedCache, chosen
+from kvcache.models import MADE_AS, ManagedCache
+from kvcache.models._managed import chosen
 
 
 def filled(model: Any, ids: Tensor, **given: Any) -> tuple[Any, Any]:

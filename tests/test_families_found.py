@@ -20,9 +20,9 @@ from transformers import (
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 from kvcache import KeepAll, KVCacheManager, MaxBytes, SlidingWindow, SnapKV
-from kvcache.cache._report import estimate_cache
+from kvcache.cache import CacheShape, estimate_cache
 from kvcache.errors import GeometryError, PositionsError
-from kvcache.models._shapes import CacheShape, LayerShape
+from kvcache.models import LayerShape
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import family_models

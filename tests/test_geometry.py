@@ -13,8 +13,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from kvcache import CacheGeometry, GeometryError, PositionsError, SlidingWindow
-from kvcache.models import facts_of
-from kvcache.models._cache import exact_windows, new_cache
+from kvcache.models import exact_windows, facts_of, geometry_of, new_cache
 
 # Three layers, four heads of which two hold keys and values, and a width of 48: no two numbers may be mistaken.
 LLAMA = {"hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -85,7 +84,7 @@ def test_geometry_is_what_the_model_caches(family):
     with torch.no_grad():
         cache = model(**given, use_cache=True).past_key_values
     layers = getattr(cache, "self_attention_cache", cache).layers
-    geometry = CacheGeometry.from_model(model)
+    geometry = geometry_of(model)
     assert geometry.layers == len(layers) == 3
     for layer in layers:
         assert layer.keys.shape == (1, geometry.kv_heads, 5, geometry.head_dim)
@@ -98,7 +97,7 @@ def test_geometry_is_what_the_model_caches(family):
 
 def test_position_table_is_as_long_as_told():
     model, _ = tiny("gpt2")
-    tokens = torch.arange(CacheGeometry.from_model(model).max_positions)[None]
+    tokens = torch.arange(geometry_of(model).max_positions)[None]
     with torch.no_grad():
         model(tokens)
         with pytest.raises(IndexError):

@@ -46,9 +46,7 @@ from kvcache import (
     measure_heads,
     model_fingerprint,
 )
-from kvcache.cache._growing import KVLayer
-from kvcache.cache._per_head import AdaptiveLayer, SplitLayer, layer_for
-from kvcache.cache._ranked import Piece, RankedLayer
+from kvcache.cache import AdaptiveLayer, KVLayer, Piece, RankedLayer, SplitLayer, layer_for
 
 WINDOW = SlidingWindow(6, sinks=2)
 HEAVY = HeavyHitters(12, sinks=1, recent=3)

@@ -23,7 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from kvcache import GeometryError, InputError
 from kvcache.decoding import _kernel as kernel
-from kvcache.decoding._kernel import decode_attention
+from kvcache.decoding import decode_attention
 
 pytest.importorskip("triton", reason="triton is not installed")
 # Triton 3.9 announces a default of 3.10 when it first compiles; fused or not, the bounds below hold.

@@ -34,6 +34,7 @@ from kvcache import (
     SizePolicy,
     SlidingWindow,
 )
+from kvcache.cache import short_ladder
 from kvcache.testing._laws import (
     HEADS,
     KEY_DIM,
@@ -49,7 +50,6 @@ from kvcache.testing._laws import (
     rows_commute,
     run,
     scenarios,
-    short_ladder,
     state,
     tokens,
     truncate_then_append,

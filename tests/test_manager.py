@@ -43,7 +43,7 @@ from kvcache import (
     SnapKV,
     hf,
 )
-from kvcache.models._compat import taken
+from kvcache.models import taken
 
 GREEDY: dict[str, Any] = {"do_sample": False}
 

@@ -20,9 +20,8 @@ from kvcache import (
     SlidingWindow,
     estimate_bytes,
 )
-from kvcache.cache._report import account
-from kvcache.cache._slots import slots_for
-from kvcache.models._cache import cache_layers, new_cache
+from kvcache.cache import account, slots_for
+from kvcache.models import cache_layers, geometry_of, new_cache
 
 pytestmark = pytest.mark.one_release
 
@@ -104,7 +103,7 @@ def test_estimate_for_a_model_is_what_its_cache_holds(policy, positions, rows):
     layers = [layer.kv for layer in cache_layers(cache)]
     held = sum(held_bytes([x for x in vars(kv).values() if torch.is_tensor(x) and x.dim() == 4]) for kv in layers)
     rerotate = positions == "rerotated"
-    geometry = CacheGeometry.from_model(model)
+    geometry = geometry_of(model)
     assert account(cache_layers(cache)).nbytes == held
     assert estimate_bytes(geometry, 24, rows=2, rerotate=rerotate, **given) == held
     if "MaxBytes" in repr(policy):

@@ -8,7 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from support.families import tiny, token_ids
 
 from kvcache import InputError, KVCacheManager, MemoryStore, SlidingWindow, SpeakerCache, TieredStore, events
-from kvcache.monitoring._metrics import CacheMetrics
+from kvcache.monitoring import CacheMetrics
 from kvcache.prefixes.stores import DiskStore
 
 GREEDY = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": -1, "pad_token_id": 0}  # no token is -1

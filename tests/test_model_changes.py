@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from kvcache import TOVA, KVCacheError, KVCacheManager, MemoryStore, SpeakerCache
-from kvcache.models import unwrapped
+from kvcache.models._forwards import unwrapped
 
 PREFIX, REST = token_ids(1, 24, seed=3), token_ids(1, 6, seed=4)
 WHOLE = torch.cat([PREFIX, REST], 1)

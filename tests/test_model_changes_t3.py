@@ -8,7 +8,7 @@ import torch
 from t3_models import UPSTREAMS_WARNINGS, tiny_t3
 
 from kvcache import MemoryStore, SpeakerCache
-from kvcache.models._precision import PackedLinear
+from kvcache.models import PackedLinear
 from kvcache_chatterbox import ChatterboxEngine, byte_tokens, random_conditionals
 
 pytestmark = UPSTREAMS_WARNINGS

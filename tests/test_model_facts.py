@@ -28,8 +28,7 @@ from kvcache import (
     SpeakerCache,
     hf,
 )
-from kvcache.models import facts_of
-from kvcache.models._compat import handed, returned, taken
+from kvcache.models import facts_of, geometry_of, handed, returned, taken
 
 CLOSE = 2e-4  # fp32 logits of size 1 to 30; a window that is off by one token is off by more than 0.05
 WINDOW = SlidingWindow(8, sinks=4)
@@ -182,7 +181,7 @@ def test_a_probe_leaves_nothing_behind_and_is_made_once() -> None:
     attributes = [set(vars(module)) for module in model.modules()]
     before = torch.random.get_rng_state()
     facts = facts_of(model)
-    assert facts.geometry == CacheGeometry.from_model(model) and len(seen) == 1  # plain caches cost one forward
+    assert facts.geometry == geometry_of(model) and len(seen) == 1  # plain caches cost one forward
     assert facts.why_no_eviction is None and facts.why_no_rerotation is None
     assert len(seen) == 8
     KVCacheManager(model, SlidingWindow(8, sinks=2), positions="rerotated").new_cache()

@@ -28,8 +28,8 @@ from kvcache import (
     hf,
     occupancy,
 )
-from kvcache.cache._report import LayerReport
-from kvcache.monitoring._timeline import resident_bytes
+from kvcache.cache import LayerReport
+from kvcache.memory import resident_bytes
 
 GREEDY = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": -1, "pad_token_id": 0}  # no token is -1
 

@@ -15,7 +15,7 @@ from support.searching import search
 from torch import Tensor
 
 from kvcache import Adaptive, KVCacheManager, PolicyError, RankingPolicy, Rehearsed, SnapKV, hf, pyramid
-from kvcache.cache._ranking import Seen
+from kvcache.cache import Seen
 
 # ---------------------------------------------------------------------- D3: PyramidKV
 

@@ -13,12 +13,11 @@ from support import holding
 from torch import Tensor
 
 from kvcache import InputError, KVCacheManager, MaxBytes, MaxTokens, Pinned, PolicyError, SizePolicy, SlidingWindow, hf
-from kvcache.cache._quantized import Quantization
-from kvcache.decoding._setting import Setting
-from kvcache.models._compat import handed
+from kvcache.cache import Quantization
+from kvcache.decoding import Setting
+from kvcache.models import handed
+from kvcache.tools import plan, subject
 from kvcache.tools._footprint import language_footprint
-from kvcache.tools._planning import plan
-from kvcache.tools._targets import subject
 
 FEW = ("llama", "gemma3", "deepseek-v3", "whisper")  # tried with everything; the others at leisure
 FRAMES = 60  # of sound, twice Whisper's positions

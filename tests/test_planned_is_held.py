@@ -22,8 +22,7 @@ from kvcache import (
     SlidingWindow,
     SpeakerCache,
 )
-from kvcache.decoding._pool import Pool
-from kvcache.decoding._static_cache import StaticKV
+from kvcache.decoding import Pool, StaticKV
 from kvcache_chatterbox import ChatterboxEngine, byte_tokens, stand_in, stepping
 
 pytestmark = pytest.mark.one_release

@@ -9,13 +9,11 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from kvcache import InputError, KeepAll, MaxBytes, MaxTokens, Pinned, PolicyError, SlidingWindow
-from kvcache.cache._geometry import CacheGeometry
-from kvcache.decoding import StaticKV
-from kvcache.models._meta import Watch
-from kvcache.models._precision import PackedLinear, has_half, with_precision
-from kvcache.tools._footprint import held, written_static
-from kvcache.tools._planning import plan, room
-from kvcache.tools._targets import Setting, subject
+from kvcache.cache import CacheGeometry
+from kvcache.decoding import Setting, StaticKV
+from kvcache.models import PackedLinear, Watch, has_half, with_precision
+from kvcache.tools import plan, room, subject, written_static
+from kvcache.tools._footprint import held
 
 FEWER = "bf16" if has_half("bf16") else "int8"  # where it is as fast as it can be
 TINY = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

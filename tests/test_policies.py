@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from support.searching import search
 
 from kvcache import KeepAll, KVLayer, MaxBytes, MaxTokens, Pinned, PolicyError, SizePolicy, SlidingWindow
-from kvcache.cache._policies import check_policy, parse_bytes, schedule
+from kvcache.cache import check_policy, schedule
+from kvcache.io import parse_bytes
 
 pytestmark = pytest.mark.one_release
 

@@ -14,8 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 import kvcache.models._precision as precision_module
 from kvcache import InputError
-from kvcache.models._fingerprint import model_fingerprint
-from kvcache.models._precision import PackedLinear, check_precision, planned, with_precision
+from kvcache.models import PackedLinear, check_precision, model_fingerprint, planned, with_precision
 
 pytestmark = pytest.mark.one_release
 

@@ -5,7 +5,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from kvcache import InputError
-from kvcache.models._precision import check_precision, sensitive, with_precision
+from kvcache.models import check_precision, sensitive, with_precision
 
 pytestmark = pytest.mark.one_release
 

@@ -52,9 +52,7 @@ from kvcache import (
     hf,
     model_fingerprint,
 )
-from kvcache.models import looks_on, trains
-from kvcache.models._fingerprint import forget
-from kvcache.models._managed import ManagedCache, ManagedLayer
+from kvcache.models import ManagedCache, ManagedLayer, forget, looks_on, trains
 from kvcache.testing._laws import BUFFERS, Pair, tokens
 
 NEW = 12

@@ -13,13 +13,13 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from kvcache import InputError
+from kvcache.decoding import Setting
 from kvcache.decoding._wiring import StaticLayer
-from kvcache.models._cache import ManagedLayer
-from kvcache.models._copies import rebuilt
-from kvcache.models._precision import LINEAR, has_half, with_precision
-from kvcache.tools._module_timer import AUDIO, PARTS, Watch, part_of
-from kvcache.tools._profiling import MEMORY, plot, profile, weight_bytes
-from kvcache.tools._targets import LanguageSubject, Setting, _Language
+from kvcache.models import LINEAR, ManagedLayer, has_half, rebuilt, with_precision
+from kvcache.tools import MEMORY, PARTS, Watch, plot, profile
+from kvcache.tools._module_timer import AUDIO, part_of
+from kvcache.tools._profiling import weight_bytes
+from kvcache.tools._targets import LanguageSubject, _Language
 
 CONTEXT, TOKENS = 30, 20
 SLOW = 1.0  # second, of the test's clock; beside it its ticks are nothing
@@ -208,7 +208,7 @@ def test_scores_are_told_from_products(monkeypatch, clock):
 
 
 def test_torch_between_two_passes_is_sampling_and_python_is_host(monkeypatch, clock):
-    from kvcache.decoding._sampler import Sampler
+    from kvcache.decoding import Sampler
 
     draw = Sampler.__call__
     model = build("llama")

@@ -9,9 +9,9 @@ import torch
 from support.clocks import Ticking
 from t3_models import UPSTREAMS_WARNINGS, fingerprint, tiny_t3
 
+from kvcache.decoding import Setting
+from kvcache.tools import profile
 from kvcache.tools._module_timer import AUDIO
-from kvcache.tools._profiling import profile
-from kvcache.tools._targets import Setting
 from kvcache_chatterbox import ChatterboxEngine, byte_tokens, random_conditionals
 from kvcache_chatterbox.standin import stand_in
 from kvcache_chatterbox.subjects import LoadedSubject

@@ -14,9 +14,8 @@ from support.waiting import until
 from torch import nn
 
 from kvcache import CorruptError, KVCacheManager, subscribe
+from kvcache.decoding import Ahead, ProgramFiles, Programs, Refused
 from kvcache.decoding import _programs as module
-from kvcache.decoding._program_files import ProgramFiles
-from kvcache.decoding._programs import Ahead, Programs, Refused
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="this system does not tell whose a file is")
 KEY, BY, ABOUT = "ab" * 32, {"torch": "1"}, {"names": ["x"]}

@@ -24,8 +24,7 @@ from kvcache import (
     RollbackError,
     SlidingWindow,
 )
-from kvcache.cache._archive import pack, unpack
-from kvcache.cache._quantized import Quantization, QuantizedLayer, quantized_bytes
+from kvcache.cache import Quantization, QuantizedLayer, pack, quantized_bytes, unpack
 
 pytestmark = pytest.mark.one_release
 

@@ -50,8 +50,7 @@ from kvcache import (
     hf,
     pyramid,
 )
-from kvcache.cache._ranked import RankedLayer
-from kvcache.cache._ranking import Seen
+from kvcache.cache import RankedLayer, Seen
 
 KEY_DIM, VALUE_DIM = 4, 3
 CLOSE = 1e-5  # fp32 sums of some forty numbers of size one; a wrong token shows as 0.01 and more

@@ -25,7 +25,7 @@ from kvcache import (
     SlidingWindow,
     SnapKV,
 )
-from kvcache.cache._archive import pack, unpack
+from kvcache.cache import pack, unpack
 
 POLICIES = {
     "all": KeepAll(),
@@ -58,7 +58,7 @@ def manager_of(kind, model=None):
 
 @torch.no_grad()
 def run(manager, cache, ids, chunk):
-    from kvcache.models._cache import exact_windows
+    from kvcache.models import exact_windows
 
     with exact_windows(manager.runner):
         return torch.cat([manager.runner(part, past_key_values=cache).logits for part in ids.split(chunk, 1)], 1)

@@ -21,8 +21,7 @@ from support.waiting import until_async
 from test_batch import SYMBOLS, TABLE, Breaks, assert_empty, chain, link, linked
 
 from kvcache import BusyError, ClosedError, InputError
-from kvcache.decoding import Batch, Piece, Pool
-from kvcache.decoding._scheduler import Request, Scheduler, SchedulerMetrics, Turns
+from kvcache.decoding import Batch, Piece, Pool, Request, Scheduler, SchedulerMetrics, Turns
 
 pytestmark = pytest.mark.one_release
 

@@ -24,9 +24,8 @@ from test_long_text import SHORT, TEXT, audio
 from test_scheduler import Asked, Opened, Places, World, ask, both, counted, due, read, threads
 
 from kvcache import BusyError, ClosedError, InputError, MemoryStore, SpeakerCache, TieredStore
-from kvcache.decoding import Batch
-from kvcache.decoding._scheduler import Request, Scheduler, Turns
-from kvcache.prefixes.stores._aside import Aside
+from kvcache.decoding import Batch, Request, Scheduler, Turns
+from kvcache.prefixes.stores import Aside
 from kvcache_chatterbox import ChatterboxEngine, SpeechScheduler, Voice, byte_tokens, random_conditionals, stand_in
 
 pytestmark = pytest.mark.one_release

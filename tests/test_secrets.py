@@ -9,10 +9,17 @@ from support.ports import deserted
 
 from kvcache import KVCacheError, SpeakerCache
 from kvcache.events import subscribe
-from kvcache.io._redact import Redactor, shown_url
-from kvcache.models._arguments import check_prefix_cache
-from kvcache.prefixes.stores import DiskStore, MemoryStore, RedisStore, RemoteStore, TieredStore
-from kvcache.prefixes.stores._upkeep import open_store, shown_place
+from kvcache.io import Redactor, shown_url
+from kvcache.prefixes import check_prefix_cache
+from kvcache.prefixes.stores import (
+    DiskStore,
+    MemoryStore,
+    RedisStore,
+    RemoteStore,
+    TieredStore,
+    open_store,
+    shown_place,
+)
 
 pytestmark = pytest.mark.one_release
 

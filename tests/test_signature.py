@@ -34,11 +34,17 @@ from kvcache import (
     SpeakerCache,
     model_fingerprint,
 )
-from kvcache.models import Following, looks_on, signature_of, watch_of
-from kvcache.models._cache import exact_windows
-from kvcache.models._copies import rebuilt
-from kvcache.models._fingerprint import forget
-from kvcache.models._precision import PackedLinear, with_precision
+from kvcache.models import (
+    Following,
+    PackedLinear,
+    exact_windows,
+    forget,
+    looks_on,
+    rebuilt,
+    signature_of,
+    watch_of,
+    with_precision,
+)
 from kvcache.models._stores import stored_by
 
 # ---------------------------------------------------------------------- what is a change

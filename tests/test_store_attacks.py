@@ -17,19 +17,27 @@ from fsspec.implementations.memory import MemoryFileSystem
 from snapshots import PROCESSES, cold, exact, running_redis, voice
 
 from kvcache import CorruptError, InputError, PrefixSnapshot, SpeakerCache
-from kvcache.cache._archive import _checksum, pack
-from kvcache.decoding._setting import Setting
-from kvcache.decoding._tuning_profile import TuningProfile
+from kvcache.cache import pack
+from kvcache.cache._archive import _checksum
+from kvcache.decoding import Setting, TuningProfile
 from kvcache.errors import StoreError
 from kvcache.events import subscribe
-from kvcache.io._files import check_given, make_private_folder, set_aside, write_given, write_private
+from kvcache.io import check_given, make_private_folder, set_aside, write_given, write_private
 from kvcache.memory import resident_bytes
-from kvcache.models._head_profile import HeadProfile
-from kvcache.prefixes._snapshot import Layout
-from kvcache.prefixes.stores import DiskStore, MemoryStore, RedisStore, RemoteStore, TieredStore
+from kvcache.models import HeadProfile
+from kvcache.prefixes import Layout
+from kvcache.prefixes.stores import (
+    DiskStore,
+    MemoryStore,
+    RedisStore,
+    RemoteStore,
+    TieredStore,
+    describe,
+    prunable,
+    verify,
+)
 from kvcache.prefixes.stores._base import Patience
 from kvcache.prefixes.stores._index import Index
-from kvcache.prefixes.stores._upkeep import describe, prunable, verify
 
 pytestmark = pytest.mark.one_release
 

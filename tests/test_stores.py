@@ -23,12 +23,19 @@ from support.clocks import Clock
 from support.waiting import until
 
 from kvcache import CorruptError, InputError, PrefixKey, PrefixSnapshot, SpeakerCache
-from kvcache.cache._archive import beginning, beginning_length, pack
+from kvcache.cache import beginning, beginning_length, pack
 from kvcache.errors import SignatureError
-from kvcache.prefixes.stores import DiskStore, MemoryStore, RedisStore, RemoteStore, TieredStore, default_folder
+from kvcache.prefixes.stores import (
+    DiskStore,
+    MemoryStore,
+    RedisStore,
+    RemoteStore,
+    TieredStore,
+    default_folder,
+    open_store,
+)
 from kvcache.prefixes.stores._base import check_address
 from kvcache.prefixes.stores._remote import _written
-from kvcache.prefixes.stores._upkeep import open_store
 
 pytestmark = pytest.mark.one_release
 

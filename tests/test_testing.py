@@ -34,10 +34,10 @@ from kvcache import (
     SlidingWindow,
     SnapKV,
 )
-from kvcache.cache._quantized import QuantizedLayer
-from kvcache.cache._ranked import RankedLayer
-from kvcache.testing import check_layer, check_policy, no_leaks
+from kvcache.cache import QuantizedLayer, RankedLayer
+from kvcache.testing import check_layer, check_policy
 from kvcache.testing._checks import TRIED
+from kvcache.testing._leaks import no_leaks
 
 pytestmark = pytest.mark.one_release
 

@@ -20,11 +20,11 @@ from kvcache import (
     TuningProfile,
     with_precision,
 )
-from kvcache.decoding._backends import Graph, traced
-from kvcache.decoding._tuning_profile import machine, versions
-from kvcache.models._fingerprint import model_fingerprint, model_outline
+from kvcache.decoding import Setting, Trial, machine, traced, versions
+from kvcache.decoding._backends import Graph
+from kvcache.models import model_fingerprint, model_outline
+from kvcache.tools import Refusal, Space, SubjectBench, Tuner, space_of, tune
 from kvcache.tools._targets import LanguageSubject
-from kvcache.tools._tuning import Refusal, Setting, Space, SubjectBench, Trial, Tuner, space_of, tune
 from kvcache.tools._tuning_search import AXES
 
 pytestmark = pytest.mark.one_release

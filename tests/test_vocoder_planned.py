@@ -11,9 +11,9 @@ from t3_models import UPSTREAMS_WARNINGS, tiny_t3
 from torch.profiler import ProfilerActivity, profile
 
 from kvcache import InputError, MemoryStore, SpeakerCache
-from kvcache.testing import no_leaks
-from kvcache.tools._planning import plan
-from kvcache.tools._targets import Setting, VocoderSetting, subject
+from kvcache.decoding import Setting, VocoderSetting
+from kvcache.testing._leaks import no_leaks
+from kvcache.tools import plan, subject
 from kvcache_chatterbox import ChatterboxEngine, SpeechScheduler, VocoderOptions, random_conditionals, stand_in
 from kvcache_chatterbox.vocoder import Run, SeededNoise
 from kvcache_chatterbox.voices import Voice
@@ -128,7 +128,7 @@ def test_distilled_weights_stand_beside_the_models_own_and_fewer_bits_beside_bot
         english.footprint(Setting(vocoder=VocoderSetting(max_chunk=25, reference_seconds=1, **more)), 100, 10, "cpu")
         for more in ({}, {"weights": "meanflow"}, {"precision": "int8"})
     )
-    from kvcache.tools._footprint import bytes_in
+    from kvcache.tools import bytes_in
 
     sizes = [bytes_in(one.vocoder.modules) for one in (own, distilled, narrow)]
     assert sizes[1] > 1.9 * sizes[0]

@@ -13,10 +13,10 @@ pytest.importorskip("typer")
 
 from kvcache import CorruptError, InputError, TuningProfile
 from kvcache.cli import main
+from kvcache.decoding import Setting, VocoderSetting
+from kvcache.tools import Space, profile, tune
 from kvcache.tools._module_timer import AUDIO
-from kvcache.tools._profiling import profile
-from kvcache.tools._targets import LanguageSubject, Setting, VocoderSetting
-from kvcache.tools._tuning import Space, tune
+from kvcache.tools._targets import LanguageSubject
 from kvcache.tools._tuning_vocoder import tuned_vocoder
 from kvcache_chatterbox import ChatterboxEngine, VocoderOptions, stand_in
 from kvcache_chatterbox.subjects import LoadedSubject

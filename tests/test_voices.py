@@ -17,9 +17,8 @@ from test_chatterbox import MODELS, model, upstream
 from test_chatterbox_audio import tts
 
 from kvcache import CorruptError, DiskStore, InputError, MemoryStore, SlidingWindow, SpeakerCache, TieredStore
-from kvcache.cache._archive import pack, unpack
-from kvcache.models import looks_on
-from kvcache.models._cache import new_cache
+from kvcache.cache import pack, unpack
+from kvcache.models import looks_on, new_cache
 from kvcache_chatterbox import ChatterboxEngine, Voice, byte_tokens, load_t3, random_conditionals
 from kvcache_chatterbox.decoding import Decoder
 from kvcache_chatterbox.requests import check_text, condition, prefill

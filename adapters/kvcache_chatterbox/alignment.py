@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvcache.models._compat import taken
+from kvcache.models import taken
 from kvcache_chatterbox.upstream import beside, needed_beside
 
 _ANALYZER = "AlignmentStreamAnalyzer"

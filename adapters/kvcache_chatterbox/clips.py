@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kvcache import InputError, PrefixKey, PrefixSnapshot, model_fingerprint
-from kvcache.models._code import class_code, function_code
+from kvcache.models import class_code, function_code
 from kvcache_chatterbox.vocoder.planned import blank_reference
 from kvcache_chatterbox.voices import Voice, cond_class
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from kvcache.decoding import Sampling
-from kvcache.models._compat import handed
-from kvcache.models._onednn import onednn_linear
+from kvcache.models import handed, onednn_linear
 from kvcache_chatterbox.alignment import AlignmentCheck
 from kvcache_chatterbox.requests import Prefill, embed_speech, without_autocast
 from kvcache_chatterbox.reuse import FirstPass

@@ -18,13 +18,9 @@ from kvcache import (
     SizePolicy,
     SpeakerCache,
 )
-from kvcache.decoding import BUCKET, BackendName
-from kvcache.decoding._streaming import as_async, in_thread
-from kvcache.decoding._tuning_profile import TuningProfile
-from kvcache.decoding._warming import Told, WarmUp, untold
+from kvcache.decoding import BUCKET, BackendName, Told, TuningProfile, WarmUp, as_async, in_thread, untold
 from kvcache.memory import release_threads
-from kvcache.models._cache import PositionMode
-from kvcache.models._precision import Precision
+from kvcache.models import PositionMode, Precision
 from kvcache_chatterbox.audio import SegmentedAudio
 from kvcache_chatterbox.chunking import Chunks, chunking_of
 from kvcache_chatterbox.defaults import generate_defaults, most_tokens

@@ -7,11 +7,8 @@ from torch import Tensor, nn
 
 from kvcache import InputError, PrefixKey, PrefixSnapshot
 from kvcache.decoding import Decoding
-from kvcache.models._cache import kv_layers
-from kvcache.models._compat import handed
-from kvcache.models._meta import Watch
-from kvcache.models._onednn import onednn_rows
-from kvcache.tools._footprint import Footprint, Moment, buffers, fill, onednn_bytes, step_bytes, written_static
+from kvcache.models import Watch, handed, kv_layers, onednn_rows
+from kvcache.tools import Footprint, Moment, buffers, fill, onednn_bytes, step_bytes, written_static
 from kvcache_chatterbox.engine import ChatterboxEngine
 from kvcache_chatterbox.loading import random_conditionals
 from kvcache_chatterbox.requests import condition

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from kvcache import InputError
-from kvcache.decoding import Batch, Job
-from kvcache.decoding._scheduler import Chunk, Request, Turns
+from kvcache.decoding import Batch, Chunk, Job, Request, Turns
 from kvcache_chatterbox.plan import LongTextPlan
 from kvcache_chatterbox.utterance import Utterance
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvcache import CapacityError, InputError
-from kvcache.cache._policies import parse_bytes
-from kvcache.io._redact import printable
+from kvcache.io import parse_bytes, printable
 from kvcache_chatterbox.pace import CHARACTERS_PER_SECOND, seconds
 from kvcache_chatterbox.segments import Segment, primary_language
 from kvcache_chatterbox.vocoder.run import TOKENS_PER_SECOND

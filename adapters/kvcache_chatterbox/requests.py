@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvcache import InputError, autocast
-from kvcache.models._arguments import check_whole
+from kvcache.errors import check_whole
 
 _T = TypeVar("_T")
 _LONGEST_PAUSE = 600  # seconds: the silence is made as samples

@@ -17,13 +17,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kvcache import CacheGeometry, PrefixKey, PrefixSnapshot, SpeakerCache, model_fingerprint
-from kvcache.models import watch_of
-from kvcache.models._cache import extend_prefix, kv_layers, new_cache
-from kvcache.models._compat import handed
-from kvcache.models._fingerprint import tensor_bytes
-from kvcache.prefixes._snapshot import Layout
-from kvcache.prefixes.stores._aside import Aside
+from kvcache import PrefixKey, PrefixSnapshot, SpeakerCache, model_fingerprint
+from kvcache.models import geometry_of, handed, kv_layers, new_cache, tensor_bytes, watch_of
+from kvcache.prefixes import Layout, extend_prefix
+from kvcache.prefixes.stores import Aside
 from kvcache_chatterbox.requests import Prefill, condition, without_autocast
 
 Reuse = Literal["all", "conditioning", "none"]
@@ -58,7 +55,7 @@ class VoiceReuse:
     def __init__(self, t3: Any, speakers: SpeakerCache, mode: Reuse) -> None:
         self.speakers = speakers
         self._t3 = t3
-        self._geometry = CacheGeometry.from_model(t3.tfmr)
+        self._geometry = geometry_of(t3.tfmr)
         self._watch = watch_of(t3)  # held, so that whether the model has changed is cheap to ask
         self._conditionings: OrderedDict[tuple[Any, ...], Tensor] = OrderedDict()
         self._unconditional = mode == "all"
@@ -120,7 +117,7 @@ class VoiceReuse:
             return self._known(key)
 
     def _key(self, conditioning: Tensor, unconditional: int = 0) -> PrefixKey:
-        layout = Layout.of(CacheGeometry.from_model(self._t3.tfmr))  # of the model as it is now
+        layout = Layout.of(geometry_of(self._t3.tfmr))  # of the model as it is now
         return PrefixKey(model_fingerprint(self._t3), self._content(conditioning, unconditional), layout)
 
     def _content(self, conditioning: Tensor, unconditional: int = 0) -> Tensor:

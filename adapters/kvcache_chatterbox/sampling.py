@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 
 from kvcache import InputError
 from kvcache.decoding import Sampling
-from kvcache.models._arguments import check_whole
+from kvcache.errors import check_whole
 from kvcache_chatterbox.requests import check_number
 
 _LARGEST_K = 2**63 - 1  # what a tensor of whole numbers holds

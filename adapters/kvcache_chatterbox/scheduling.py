@@ -11,9 +11,8 @@ from torch import Tensor
 from typing_extensions import Self, Unpack
 
 from kvcache import InputError
-from kvcache.decoding import Job
-from kvcache.decoding._scheduler import Chunk, Scheduler, SchedulerMetrics, Stream, Work
-from kvcache.prefixes.stores._aside import Aside
+from kvcache.decoding import Chunk, Job, Scheduler, SchedulerMetrics, Stream, Work
+from kvcache.prefixes.stores import Aside
 from kvcache_chatterbox.audio import SegmentedAudio
 from kvcache_chatterbox.chunking import Chunks, chunking_of
 from kvcache_chatterbox.engine import ChatterboxEngine

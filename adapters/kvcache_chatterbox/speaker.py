@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from kvcache import InputError, PrefixKey, PrefixSnapshot, SpeakerCache
-from kvcache.decoding._programs import Programs
+from kvcache.decoding import Programs
 from kvcache.errors import said
 from kvcache.events import Event, emit
-from kvcache.tools._footprint import bytes_in
+from kvcache.tools import bytes_in
 from kvcache_chatterbox.audio import CONTEXT, SPEECH_TOKENS, SegmentedAudio
 from kvcache_chatterbox.chunking import FIXED, Chunking, Cost
 from kvcache_chatterbox.clips import clip_key, encoder_of, packed, unpacked

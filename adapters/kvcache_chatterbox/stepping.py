@@ -9,15 +9,32 @@ import torch
 from torch import Tensor, nn
 
 from kvcache import CacheGeometry, CacheReport
-from kvcache.decoding import BackendName, Batch, Decoding, Job, Pool, Sampler, Sampling, StaticKV, decoder_copy
-from kvcache.decoding._programs import Programs
-from kvcache.decoding._sampler import GREEDY
-from kvcache.decoding._wiring import why_not
-from kvcache.models import Following
-from kvcache.models._cache import kv_layers
-from kvcache.models._copies import rebuilt
-from kvcache.models._onednn import onednn_linear
-from kvcache.models._precision import PackedLinear, Precision, has_half, is_plain, with_precision
+from kvcache.decoding import (
+    GREEDY,
+    BackendName,
+    Batch,
+    Decoding,
+    Job,
+    Pool,
+    Programs,
+    Sampler,
+    Sampling,
+    StaticKV,
+    decoder_copy,
+    why_not,
+)
+from kvcache.models import (
+    Following,
+    PackedLinear,
+    Precision,
+    geometry_of,
+    has_half,
+    is_plain,
+    kv_layers,
+    onednn_linear,
+    rebuilt,
+    with_precision,
+)
 from kvcache_chatterbox.alignment import AlignmentCheck
 from kvcache_chatterbox.sampling import order
 
@@ -92,7 +109,7 @@ class Stepper:
         programs: Programs | None = None,
     ) -> None:
         self._t3, self._programs = t3, programs
-        self._from_model = Following(t3, lambda: (CacheGeometry.from_model(t3.tfmr), _why_not(t3)))
+        self._from_model = Following(t3, lambda: (geometry_of(t3.tfmr), _why_not(t3)))
         self._onednn, self._bucket = onednn, bucket
         self._backend: BackendName = backend
         self._kv_dtype, self._tf32, self._precision = kv_dtype, tf32, precision

@@ -12,12 +12,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from kvcache import CacheReport, InputError, MemoryStore, SpeakerCache
-from kvcache.decoding import BUCKET
-from kvcache.decoding._warming import Told, WarmUp
-from kvcache.models._copies import rebuilt
-from kvcache.models._precision import planned
-from kvcache.tools._footprint import Footprint, VocoderFootprint
-from kvcache.tools._targets import Prepared, Setting, Subject, VocoderSetting
+from kvcache.decoding import BUCKET, Setting, Told, VocoderSetting, WarmUp
+from kvcache.models import planned, rebuilt
+from kvcache.tools import Footprint, Prepared, Subject, VocoderFootprint
 from kvcache_chatterbox.audio import CONTEXT, SPEECH_TOKENS
 from kvcache_chatterbox.chunking import MOST
 from kvcache_chatterbox.clips import kept_bytes

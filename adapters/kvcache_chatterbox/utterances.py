@@ -22,15 +22,12 @@ from kvcache import (
     SpeakerCache,
     default_store,
 )
-from kvcache.cache._per_head import chosen_by_head
-from kvcache.decoding import BackendName, Batch, Job, backend_on, check_bucket
-from kvcache.decoding._programs import Programs
-from kvcache.decoding._streaming import chunked
+from kvcache.cache import chosen_by_head
+from kvcache.decoding import BackendName, Batch, Job, Programs, backend_on, check_bucket, chunked
 from kvcache.events import Event, emit
-from kvcache.models._arguments import check_kv_dtype, check_prefix_cache
-from kvcache.models._cache import PositionMode, new_cache
-from kvcache.models._precision import Precision, reads_half_caches
-from kvcache.prefixes.stores._aside import Aside
+from kvcache.models import PositionMode, Precision, check_kv_dtype, new_cache, reads_half_caches
+from kvcache.prefixes import check_prefix_cache
+from kvcache.prefixes.stores import Aside
 from kvcache_chatterbox.decoding import Decoder
 from kvcache_chatterbox.long_text import Carry, Watch, in_batch, unwatched
 from kvcache_chatterbox.plan import RowLayout, check_plan

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from kvcache import CorruptError, InputError, PrefixSnapshot
-from kvcache.cache._archive import pack, unpack
+from kvcache.cache import pack, unpack
 from kvcache.errors import said
-from kvcache.io._files import check_given, read_given, write_given
+from kvcache.io import check_given, read_given, write_given
 from kvcache_chatterbox.requests import check_number, check_path
 from kvcache_chatterbox.reuse import VoiceReuse
 from kvcache_chatterbox.upstream import needed_beside

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kvcache import InputError, KVCacheError
-from kvcache.models._autocast import without_autocast
+from kvcache.models import without_autocast
 
 HOPS = 100  # a second: a watermarker is given whole hops, as Perth drops what is behind the last whole one
 CONTEXT = 18  # hops around a sample that its mark depends on; with more Perth's comes no closer to that of the whole

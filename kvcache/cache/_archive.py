@@ -7,6 +7,7 @@ a secret the checksum is an HMAC, and what was not written by someone who knows 
 import hashlib
 import hmac
 import json
+import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -149,3 +150,17 @@ def _digests(chunks: list[memoryview]) -> list[bytes]:
         ):  # no thread starts when the program ends, or has too many
             return list(pool.map(digest, chunks))
     return list(map(digest, chunks))
+
+
+def check_finite(states: Tensor, where: str) -> None:
+    """Raise `CorruptError` unless all of these keys or values are finite numbers."""
+    if not states.is_floating_point():
+        raise CorruptError(f"{where} holds {states.dtype}, no keys and values")
+    if not states.numel():
+        return
+    try:
+        ends = (states.float() if states.dtype.itemsize == 1 else states).aminmax()  # of which float8 has none
+    except RuntimeError as error:  # a kind of number that torch can hold, and not read
+        raise CorruptError(f"{where} holds {states.dtype}, which cannot be read") from error
+    if not all(math.isfinite(end) for end in ends):  # NaN is both ends
+        raise CorruptError(f"{where} holds numbers that are not finite")

@@ -115,20 +115,6 @@ class CacheGeometry:
             shapes=() if len(set(shapes)) == 1 else shapes,
         )
 
-    @classmethod
-    def from_model(cls, model: Any) -> "CacheGeometry":
-        """The geometry of a loaded transformers model, in the dtype and on the device of its weights.
-
-        A model whose weights are in memory is run once on a few tokens, and what it caches is what counts; of one on the
-        meta device its config is asked.
-
-        Raises:
-            GeometryError: if neither says how many layers and heads there are.
-        """
-        from kvcache.models import facts_of  # which needs this module first
-
-        return facts_of(model).geometry
-
     def check_eviction(self, *, rerotate: bool = False) -> None:
         """Raise `PositionsError` if evicting tokens, or re-rotating what stays, would be silently wrong."""
         if (why := WHY_NO_EVICTION.get(self.positions)) is not None:

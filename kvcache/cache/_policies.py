@@ -13,14 +13,13 @@ stay of ``count``. That is all a policy is, so your own takes a few lines::
 Policies are frozen dataclasses: their repr is their configuration, and equal policies share their schedules.
 """
 
-import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from kvcache.errors import PolicyError
+from kvcache.io import parse_bytes
 
 
 class SizePolicy(ABC):
@@ -136,30 +135,6 @@ class MaxTokens(SizePolicy):
 
     def keep(self, count: int) -> int:
         return count if count <= self.limit else self._low
-
-
-# 2GB, 2G and 2g are 2 * 10**9; 2GiB, 2Gi and 2gib are 2 * 2**30.
-_UNITS = {"": 1, "B": 1}
-for _power, _letter in enumerate("KMGTP", 1):
-    _UNITS |= dict.fromkeys((_letter, f"{_letter}B"), 1000**_power)
-    _UNITS |= dict.fromkeys((f"{_letter}I", f"{_letter}IB"), 1024**_power)
-
-
-def parse_bytes(size: int | str) -> int:
-    """The number of bytes in ``"512MiB"``, ``"1.5 GB"``, ``"2G"``, ``"2Gi"`` or a plain number; up to PiB.
-
-    Raises:
-        PolicyError: if it is not a size of at least one byte.
-    """
-    if isinstance(size, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size)
-        if match is None or match[2].upper() not in _UNITS:
-            raise PolicyError(
-                f"cannot read {size!r} as a size; write for example '512MiB', '1.5GB' or a number of bytes"
-            )
-        size = int(Fraction(match[1]) * _UNITS[match[2].upper()])
-    _at_least("bytes", size, 1)
-    return size
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ the tokens stored. Everything is in the order of the tokens.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -655,3 +656,11 @@ def quantized_bytes(
     return rows * (
         full * (policy.pinned + quantization.group) + group * _most_groups(policy, quantization.group, tokens)
     )
+
+
+def check_quantization(quantization: Any) -> None:
+    """Raise `InputError` for what is no `Quantization`."""
+    if quantization is not None and not isinstance(quantization, Quantization):
+        raise InputError(
+            f"quantization={quantization!r} must be a Quantization; give Quantization(8) or Quantization(4)"
+        )

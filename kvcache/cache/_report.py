@@ -10,10 +10,10 @@ from kvcache.cache._budget import Token, Whole, bytes_of
 from kvcache.cache._geometry import CacheGeometry
 from kvcache.cache._policies import KeepAll, SizePolicy, budgeted
 from kvcache.cache._quantized import Quantization, quantized_bytes
+from kvcache.cache._shape import CacheShape, layer_bytes
 from kvcache.cache._slots import slots_for
 from kvcache.errors import MissingDependencyError
-from kvcache.io._tables import html_table
-from kvcache.models._shapes import CacheShape, layer_bytes
+from kvcache.io import html_table
 
 _COLUMNS = ("layers", "seen", "kept", "evicted", "slots", "MiB", "policy")
 

@@ -6,11 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcache.cache._archive import pack, unpack
+from kvcache.cache._archive import check_finite, pack, unpack
 from kvcache.cache._geometry import CacheGeometry
 from kvcache.cache._growing import KVLayer
 from kvcache.errors import CorruptError, InputError, KVCacheError, said
-from kvcache.prefixes._snapshot import check_finite
 
 _FORMAT = "kvcache-cache"
 _VERSION = 1

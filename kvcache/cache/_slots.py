@@ -3,6 +3,9 @@
 Rows may begin with pads. ``pads`` is always ``[batch, 1]``, or ``[1, 1]`` where all rows are alike.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -85,3 +88,14 @@ def staying_of(length: Tensor, limit: Tensor | int, low: Tensor | int) -> Tensor
     """How many of `length` tokens a policy keeps that trims to `low` when one more than `limit` comes, ``[rows]``."""
     over = length - limit
     return torch.where(over <= 0, length, low + (over - 1) % (limit + 1 - low))
+
+
+@contextmanager
+def short_ladder() -> Iterator[None]:
+    """Within it buffers have 4, 6, 9, 13 … slots, so that they grow within a few tokens: for tests."""
+    global _FIRST_SLOTS
+    before, _FIRST_SLOTS = _FIRST_SLOTS, 4
+    try:
+        yield
+    finally:
+        _FIRST_SLOTS = before

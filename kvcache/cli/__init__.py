@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any
 
 from kvcache.errors import InputError, KVCacheError, said
-from kvcache.io._redact import printable
+from kvcache.io import printable
 
 _COMMANDS = {  # each in the module of its name; what it is for stands here too, as the list of all shall import none of them
     "doctor": "What works here and why something does not: packages, devices, precisions, back ends, stores.",

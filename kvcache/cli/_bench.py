@@ -7,7 +7,7 @@ import typer
 
 from kvcache.cli._common import Json, display, print_json, table
 from kvcache.errors import InputError
-from kvcache.tools._bench import benchmarks, benchmarks_folder, run_benchmark
+from kvcache.tools import benchmarks, benchmarks_folder, run_benchmark
 
 SETTINGS = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 """What follows the name is the benchmark's own."""

@@ -11,9 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kvcache.cache._policies import parse_bytes
 from kvcache.errors import InputError
-from kvcache.io._redact import printable
+from kvcache.io import parse_bytes, printable
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 """The option that every command has."""

@@ -31,7 +31,7 @@ def command(
     """
     if mend:
         _mend()
-    from kvcache.tools._doctor import diagnose, healthy  # not when another command's options are read: it imports a lot
+    from kvcache.tools import diagnose, healthy  # not when another command's options are read: it imports a lot
 
     with progress().status("looking"):
         found = diagnose(store, secret=read_secret(secret_file), namespace=namespace, compiling=compiling)

@@ -7,7 +7,7 @@ import torch
 import typer
 from rich.text import Text
 
-from kvcache.cache._policies import MaxBytes, SizePolicy, SlidingWindow
+from kvcache.cache import MaxBytes, SizePolicy, SlidingWindow
 from kvcache.cli._common import (
     Json,
     Wanting,
@@ -22,10 +22,10 @@ from kvcache.cli._common import (
     table,
 )
 from kvcache.cli._vocoding import MaxChunk, ReferenceSeconds, Vocoder, VocoderPrecision, vocoder_setting
+from kvcache.decoding import Setting
 from kvcache.errors import InputError
-from kvcache.models._precision import Precision
-from kvcache.tools._planning import MOST_REQUESTS, Device, MemoryPlan, Room, plan, room
-from kvcache.tools._targets import Setting, Subject, subject
+from kvcache.models import Precision
+from kvcache.tools import MOST_REQUESTS, Device, MemoryPlan, Room, Subject, plan, room, subject
 
 _BAR = 80
 _COLOURS = (

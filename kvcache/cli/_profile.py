@@ -23,12 +23,10 @@ from kvcache.cli._common import (
     threads_of,
 )
 from kvcache.cli._vocoding import ReferenceSeconds, Vocoder, VocoderPrecision, vocoder_setting
-from kvcache.decoding._backends import BackendName
+from kvcache.decoding import BackendName, Setting
 from kvcache.errors import InputError
-from kvcache.models._precision import Precision
-from kvcache.tools._module_timer import PARTS
-from kvcache.tools._profiling import MEMORY, Profile, check_plot, plot, profile, shown_seconds
-from kvcache.tools._targets import Setting, subject
+from kvcache.models import Precision
+from kvcache.tools import MEMORY, PARTS, Profile, check_plot, plot, profile, shown_seconds, subject
 
 _BAR, _SHORT = 40, 10  # characters for all of it
 _WIDE = 100  # columns of a terminal that has room for the long one

@@ -21,11 +21,10 @@ from kvcache.cli._common import (
     threads_of,
 )
 from kvcache.cli._vocoding import ReferenceSeconds, Vocoder, VocoderPrecision, vocoder_setting
-from kvcache.decoding._tuning_profile import setting_as_dict
+from kvcache.decoding import setting_as_dict
 from kvcache.errors import InputError
-from kvcache.io._files import check_given
-from kvcache.tools._targets import subject
-from kvcache.tools._tuning import Tuned, shown, tune
+from kvcache.io import check_given
+from kvcache.tools import Tuned, shown, subject, tune
 
 
 class _Goal(str, Enum):

@@ -6,9 +6,9 @@ from typing import Annotated, get_args
 import typer
 
 from kvcache.cli._common import at_least
-from kvcache.decoding._setting import VocoderSetting
+from kvcache.decoding import VocoderSetting
 from kvcache.errors import InputError
-from kvcache.models._precision import Precision
+from kvcache.models import Precision
 
 Vocoder = Annotated[
     str,

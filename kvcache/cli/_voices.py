@@ -11,30 +11,22 @@ from typing import Annotated, Any
 import typer
 from rich.progress import track
 
-from kvcache.cache._archive import beginning, unpack
-from kvcache.cli._common import (
-    Json,
-    Wanting,
-    bytes_of,
-    display,
-    one_line,
-    print_json,
-    progress,
-    shown_bytes,
-    table,
-)
+from kvcache.cache import beginning, unpack
+from kvcache.cli._common import Json, Wanting, bytes_of, display, one_line, print_json, progress, shown_bytes, table
 from kvcache.errors import CorruptError, InputError, KVCacheError, SignatureError, StoreError
-from kvcache.io._files import check_given, read_given, write_given
-from kvcache.prefixes.stores._base import BlobStore, StoreEntry, store_secret
-from kvcache.prefixes.stores._disk import DiskStore
-from kvcache.prefixes.stores._upkeep import (
+from kvcache.io import check_given, read_given, write_given
+from kvcache.prefixes.stores import (
+    BlobStore,
     Described,
+    DiskStore,
+    StoreEntry,
     describe,
     described,
     find,
     open_store,
     prunable,
     shown_place,
+    store_secret,
     verify,
 )
 

@@ -7,12 +7,11 @@ import typer
 
 from kvcache.cli._common import Json, Wanting, at_least, display, print_json, progress, shown_bytes, table, threads_of
 from kvcache.cli._vocoding import ReferenceSeconds, Vocoder, VocoderPrecision, vocoder_setting
-from kvcache.decoding._program_files import ProgramFiles
+from kvcache.decoding import ProgramFiles, Setting
 from kvcache.errors import InputError
 from kvcache.events import Event, subscribe
-from kvcache.models._precision import Precision
-from kvcache.tools._profiling import shown_seconds
-from kvcache.tools._targets import Setting, check_vocoder, subject
+from kvcache.models import Precision
+from kvcache.tools import check_vocoder, shown_seconds, subject
 
 
 def command(

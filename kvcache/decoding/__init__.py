@@ -1,27 +1,101 @@
 """The decode engine: static caches, a sampler and whole steps on the device, run eagerly, compiled or as a graph."""
 
-from kvcache.decoding._backends import BUCKET, BackendName, backend_on, check_backend, check_bucket
+from kvcache.decoding._backends import (
+    BUCKET,
+    BackendName,
+    Recorder,
+    backend_for,
+    backend_on,
+    check_bucket,
+    cuda_graph,
+    traced,
+)
 from kvcache.decoding._batch import Batch, Job, Piece
 from kvcache.decoding._engine import Decoding
+from kvcache.decoding._generation_settings import GenerationSettings
+from kvcache.decoding._kernel import decode_attention
+from kvcache.decoding._language import LanguageDecoder
 from kvcache.decoding._pool import Pool
-from kvcache.decoding._sampler import Sampler, Sampling
+from kvcache.decoding._program_files import ProgramFiles
+from kvcache.decoding._programs import Ahead, Bound, Made, Program, Programs, Refused, compiled, fits, made_by
+from kvcache.decoding._sampler import GREEDY, Drawing, Sampler, Sampling
+from kvcache.decoding._scheduler import Scheduler, SchedulerMetrics, Stream, Work
+from kvcache.decoding._setting import Backend, Setting, VocoderSetting
 from kvcache.decoding._static_cache import StaticKV
-from kvcache.decoding._wiring import decoder_copy, why_not
+from kvcache.decoding._streaming import as_async, chunked, from_worker, in_thread
+from kvcache.decoding._tuning_profile import (
+    Goal,
+    Trial,
+    TuningProfile,
+    VocoderTrial,
+    dtype_name,
+    machine,
+    setting_as_dict,
+    versions,
+)
+from kvcache.decoding._turns import Chunk, Request, Turns
+from kvcache.decoding._warming import Told, WarmUp, untold
+from kvcache.decoding._wiring import DecodeInputs, decoder_copy, kernel_reason, why_not
 
 __all__ = [
     "BUCKET",
+    "GREEDY",
+    "Ahead",
+    "Backend",
     "BackendName",
     "Batch",
+    "Bound",
+    "Chunk",
+    "DecodeInputs",
     "Decoding",
+    "Drawing",
+    "GenerationSettings",
+    "Goal",
     "Job",
+    "LanguageDecoder",
+    "Made",
     "Piece",
     "Pool",
+    "Program",
+    "ProgramFiles",
+    "Programs",
+    "Recorder",
+    "Refused",
+    "Request",
     "Sampler",
     "Sampling",
+    "Scheduler",
+    "SchedulerMetrics",
+    "Setting",
     "StaticKV",
+    "Stream",
+    "Told",
+    "Trial",
+    "TuningProfile",
+    "Turns",
+    "VocoderSetting",
+    "VocoderTrial",
+    "WarmUp",
+    "Work",
+    "as_async",
+    "backend_for",
     "backend_on",
-    "check_backend",
     "check_bucket",
+    "chunked",
+    "compiled",
+    "cuda_graph",
+    "decode_attention",
     "decoder_copy",
+    "dtype_name",
+    "fits",
+    "from_worker",
+    "in_thread",
+    "kernel_reason",
+    "machine",
+    "made_by",
+    "setting_as_dict",
+    "traced",
+    "untold",
+    "versions",
     "why_not",
 ]

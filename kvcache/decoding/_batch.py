@@ -12,13 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvcache.cache._growing import KVLayer
-from kvcache.cache._report import CacheReport
+from kvcache.cache import CacheReport, KVLayer
 from kvcache.decoding._engine import FAILED, Decoding, check_drawn
 from kvcache.decoding._sampler import Sampling
-from kvcache.errors import CapacityError, GeometryError, InputError
-from kvcache.models._arguments import check_whole
-from kvcache.models._cache import check_positions
+from kvcache.errors import CapacityError, GeometryError, InputError, check_whole
+from kvcache.models import check_positions
 
 QUANTUM = 8
 """Steps between two looks at who has ended."""

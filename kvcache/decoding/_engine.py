@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvcache.cache._growing import KVLayer
-from kvcache.cache._report import CacheReport
+from kvcache.cache import CacheReport, KVLayer
 from kvcache.decoding._backends import BUCKET, Backend, BackendName, Compiled, Eager, backend_for
 from kvcache.decoding._programs import Programs
 from kvcache.decoding._sampler import GREEDY, Drawing, Sampler, Sampling

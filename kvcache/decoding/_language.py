@@ -6,10 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvcache.cache._geometry import CacheGeometry
-from kvcache.cache._policies import SizePolicy
-from kvcache.cache._report import CacheReport
-from kvcache.cache._slots import slots_for
+from kvcache.cache import CacheReport, SizePolicy, slots_for
 from kvcache.decoding._backends import BUCKET, BackendName
 from kvcache.decoding._engine import Decoding
 from kvcache.decoding._generation_settings import GenerationSettings
@@ -19,10 +16,19 @@ from kvcache.decoding._sampler import GREEDY, TRANSFORMERS, Sampler
 from kvcache.decoding._static_cache import StaticKV
 from kvcache.decoding._wiring import decoder_copy, why_not
 from kvcache.errors import GeometryError
-from kvcache.models import ModelFacts, alike, facts_of, untouched, watch_of
-from kvcache.models._autocast import autocasts, each_without_autocast
-from kvcache.models._cache import kv_layers, new_cache
-from kvcache.models._compat import handed
+from kvcache.models import (
+    ModelFacts,
+    alike,
+    autocasts,
+    each_without_autocast,
+    facts_of,
+    geometry_of,
+    handed,
+    kv_layers,
+    new_cache,
+    untouched,
+    watch_of,
+)
 
 
 class LanguageDecoder:
@@ -137,7 +143,7 @@ class LanguageDecoder:
     def decoding(self, policy: SizePolicy, rows: int, slots: int, vocabulary: int, backend: BackendName) -> Decoding:
         """What decodes so many rows of at least so many slots each."""
         room = slots_for(slots, self._max_length, preallocate=True) if policy.limit is None else slots
-        geometry, signature = CacheGeometry.from_model(self._model), self._watch.signature()
+        geometry, signature = geometry_of(self._model), self._watch.signature()
         kv = StaticKV(geometry, rows, room, dtype=self._kv_dtype)
         step = _Step(decoder_copy(self._model))
         sampler = Sampler(rows, vocabulary, TRANSFORMERS, geometry.device)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcache.errors import CorruptError
-from kvcache.io._files import is_regular, make_private_folder, opened_regular, write_private
+from kvcache.io import is_regular, make_private_folder, opened_regular, write_private
 from kvcache.prefixes.stores import default_folder
 
 FOLDER = "programs"

@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from kvcache.decoding._program_files import ProgramFiles, why_not_private
 from kvcache.errors import CorruptError, InputError, KVCacheError, said
 from kvcache.events import Event, emit
-from kvcache.io._files import make_private_folder
-from kvcache.models._fingerprint import model_program
+from kvcache.io import make_private_folder
+from kvcache.models import model_program
 
 _PACKAGES = ("kvcache", "torch", "transformers", "chatterbox-tts", "diffusers")
 _SELF = "self"

@@ -23,9 +23,8 @@ from typing_extensions import Self
 
 from kvcache.decoding._batch import Batch, Job
 from kvcache.decoding._turns import Chunk, Request, Turns
-from kvcache.errors import BusyError, ClosedError, InputError, KVCacheError
+from kvcache.errors import BusyError, ClosedError, InputError, KVCacheError, check_whole
 from kvcache.memory import release_threads
-from kvcache.models._arguments import check_whole
 
 __all__ = ["Chunk", "Request", "Scheduler", "SchedulerMetrics", "Stream", "Turns", "Work"]
 

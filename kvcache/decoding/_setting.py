@@ -5,9 +5,9 @@ from typing import Literal
 
 import torch
 
-from kvcache.cache._policies import SizePolicy
+from kvcache.cache import SizePolicy
 from kvcache.decoding._backends import BackendName
-from kvcache.models._precision import Precision
+from kvcache.models import Precision
 
 Backend = BackendName | Literal["off"]
 

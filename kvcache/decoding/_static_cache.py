@@ -14,15 +14,21 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kvcache.cache._geometry import CacheGeometry
-from kvcache.cache._growing import KVLayer
-from kvcache.cache._policies import KeepAll, SizePolicy
-from kvcache.cache._report import CacheReport, LayerReport
-from kvcache.cache._slots import ring_sees, ring_slot, staying_of
+from kvcache.cache import (
+    CacheGeometry,
+    CacheReport,
+    KeepAll,
+    KVLayer,
+    LayerReport,
+    SizePolicy,
+    ring_sees,
+    ring_slot,
+    staying_of,
+)
 from kvcache.errors import CapacityError, GeometryError, PolicyError
 from kvcache.events import Event, emit
 from kvcache.memory import zeros
-from kvcache.models._cache import check_positions
+from kvcache.models import check_positions
 
 _ENDLESS = 2**62
 

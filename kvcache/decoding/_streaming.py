@@ -17,7 +17,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from kvcache.errors import KVCacheError
-from kvcache.models._autocast import autocasts
+from kvcache.models import autocasts
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -14,13 +14,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from kvcache.cache._quantized import Quantization
+from kvcache.cache import Quantization
 from kvcache.decoding._backends import BackendName, check_bucket
 from kvcache.decoding._setting import Setting, VocoderSetting
 from kvcache.errors import CorruptError, InputError, said
-from kvcache.io._files import write_given
-from kvcache.models._fingerprint import model_fingerprint, model_outline
-from kvcache.models._precision import Precision
+from kvcache.io import write_given
+from kvcache.models import Precision, model_fingerprint, model_outline
 
 Goal = Literal["latency", "throughput"]
 

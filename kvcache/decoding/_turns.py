@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from kvcache.decoding._batch import Batch, Job, Piece
-from kvcache.errors import KVCacheError
-from kvcache.models._arguments import check_whole
+from kvcache.errors import KVCacheError, check_whole
 
 _FAILURES = 8  # turns in a row in which something failed and nothing worked, after which a batch is given up
 

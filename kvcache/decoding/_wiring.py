@@ -9,14 +9,19 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 from transformers.masking_utils import AttentionMaskInterface
 
-from kvcache.cache._geometry import CacheGeometry
 from kvcache.decoding._kernel import available, decode_attention
 from kvcache.decoding._static_cache import StaticKV
 from kvcache.errors import GeometryError
-from kvcache.models import facts_of, rope_by_length, signature_of
-from kvcache.models._attention import own_attention, told_more
-from kvcache.models._cache import decoding_arguments
-from kvcache.models._copies import rebuilt
+from kvcache.models import (
+    decoding_arguments,
+    facts_of,
+    geometry_of,
+    own_attention,
+    rebuilt,
+    rope_by_length,
+    signature_of,
+    told_more,
+)
 
 _ATTENTION = "kvcache_decode"
 
@@ -34,7 +39,7 @@ def why_not(model: Any) -> str | None:
     if other or getattr(model, "_is_stateful", False):
         kind = type(other[0]).__name__ if other else "state"
         return f"{name} manages layers its own way ({kind})"
-    geometry = CacheGeometry.from_model(model)
+    geometry = geometry_of(model)
     if geometry.positions not in ("rope", "learned"):
         return f"the positions of {name} are {geometry.positions}"
     if rope_by_length(model) is not None:

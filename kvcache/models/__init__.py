@@ -1,33 +1,158 @@
 """A transformers model: what is known of it, found by asking the model itself, and what is made from it."""
 
-from kvcache.models._facts import LayerShape, ModelFacts, Seat, alike, facts_of, rope_by_length, run_prefix
-from kvcache.models._forwards import looks_on, unwrapped
-from kvcache.models._probe import embedding_table, parameters, untouched
-from kvcache.models._signature import Following, Signature, Watch, signature_of, trains, watch_of
-from kvcache.models._windows import Windows, announced, hides_more, shows_later, unattended
+from kvcache.models._arguments import (
+    BESIDE_TEXT,
+    check_generate_arguments,
+    check_generates,
+    check_kv_dtype,
+    check_model,
+)
+from kvcache.models._attention import observed_copy, own_attention, told_more
+from kvcache.models._autocast import autocasts, each_without_autocast, without_autocast
+from kvcache.models._cache import (
+    TESTED,
+    PositionMode,
+    cache_layers,
+    check_continues,
+    check_ours,
+    check_ranking,
+    count_anew,
+    decoding_arguments,
+    exact_windows,
+    is_attention,
+    key_rotation,
+    kv_layers,
+    left_padding,
+    new_cache,
+    note_read,
+    rehearse,
+    report_of,
+    shape_of,
+    tell_evicted,
+    truncate,
+)
+from kvcache.models._code import class_code, function_code
+from kvcache.models._compat import MADE_AS, handed, returned, take, taken, takes
+from kvcache.models._copies import rebuilt
+from kvcache.models._facts import LayerShape, ModelFacts, Seat, alike, facts_of, geometry_of, rope_by_length, run_prefix
+from kvcache.models._fingerprint import (
+    check_named,
+    forget,
+    model_fingerprint,
+    model_outline,
+    model_program,
+    tensor_bytes,
+)
+from kvcache.models._forwards import looks_on
+from kvcache.models._head_profile import HeadProfile, measure_heads
+from kvcache.models._managed import MadeFor, ManagedCache, ManagedLayer, check_positions
+from kvcache.models._meta import Watch, meta_without_autocast, without_numbers
+from kvcache.models._onednn import has_onednn, onednn_linear, onednn_rows
+from kvcache.models._precision import (
+    LINEAR,
+    PackedLinear,
+    Precision,
+    cast,
+    check_precision,
+    has_half,
+    is_plain,
+    planned,
+    reads_half_caches,
+    sensitive,
+    with_precision,
+)
+from kvcache.models._probe import untouched
+from kvcache.models._shapes import encoder_input, reads_text, run_blank
+from kvcache.models._signature import Following, Signature, signature_of, trains, watch_of
+from kvcache.models._windows import unattended
 
 __all__ = [
+    "BESIDE_TEXT",
+    "LINEAR",
+    "MADE_AS",
+    "TESTED",
     "Following",
+    "HeadProfile",
     "LayerShape",
+    "MadeFor",
+    "ManagedCache",
+    "ManagedLayer",
     "ModelFacts",
+    "PackedLinear",
+    "PositionMode",
+    "Precision",
     "Seat",
     "Signature",
     "Watch",
-    "Windows",
     "alike",
-    "announced",
-    "embedding_table",
+    "autocasts",
+    "cache_layers",
+    "cast",
+    "check_continues",
+    "check_generate_arguments",
+    "check_generates",
+    "check_kv_dtype",
+    "check_model",
+    "check_named",
+    "check_ours",
+    "check_positions",
+    "check_precision",
+    "check_ranking",
+    "class_code",
+    "count_anew",
+    "decoding_arguments",
+    "each_without_autocast",
+    "encoder_input",
+    "exact_windows",
     "facts_of",
-    "hides_more",
+    "forget",
+    "function_code",
+    "geometry_of",
+    "handed",
+    "has_half",
+    "has_onednn",
+    "is_attention",
+    "is_plain",
+    "key_rotation",
+    "kv_layers",
+    "left_padding",
     "looks_on",
-    "parameters",
+    "measure_heads",
+    "meta_without_autocast",
+    "model_fingerprint",
+    "model_outline",
+    "model_program",
+    "new_cache",
+    "note_read",
+    "observed_copy",
+    "onednn_linear",
+    "onednn_rows",
+    "own_attention",
+    "planned",
+    "reads_half_caches",
+    "reads_text",
+    "rebuilt",
+    "rehearse",
+    "report_of",
+    "returned",
     "rope_by_length",
+    "run_blank",
     "run_prefix",
-    "shows_later",
+    "sensitive",
+    "shape_of",
     "signature_of",
+    "take",
+    "taken",
+    "takes",
+    "tell_evicted",
+    "tensor_bytes",
+    "told_more",
     "trains",
+    "truncate",
     "unattended",
     "untouched",
-    "unwrapped",
     "watch_of",
+    "with_precision",
+    "without_autocast",
+    "without_numbers",
 ]

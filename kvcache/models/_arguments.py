@@ -8,11 +8,8 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin
 
-from kvcache.cache._quantized import Quantization
 from kvcache.errors import InputError
-from kvcache.io._redact import shown_value
 from kvcache.models._compat import take
-from kvcache.prefixes._cache import SpeakerCache
 
 BESIDE_TEXT = frozenset(
     (
@@ -28,12 +25,6 @@ BESIDE_TEXT = frozenset(
 )  # fmt: skip
 """What transformers' models call pictures, films and sounds: inputs that stand at tokens of their own, and change no others
 before these."""
-
-
-def check_whole(name: str, given: Any, least: int) -> None:
-    """Raise `InputError` for what is no whole number of at least `least`."""
-    if isinstance(given, bool) or not isinstance(given, int) or given < least:
-        raise InputError(f"{name}={given!r} must be a whole number of at least {least}")
 
 
 def check_model(model: Any) -> None:
@@ -58,27 +49,10 @@ def check_generates(model: Any) -> None:
         )
 
 
-def check_prefix_cache(speakers: Any) -> None:
-    """Raise `InputError` for what is no `SpeakerCache`."""
-    if speakers is not None and not isinstance(speakers, SpeakerCache):
-        raise InputError(
-            f"speakers={shown_value(speakers)} must be a SpeakerCache; give for example SpeakerCache(MemoryStore('1GiB')), or "
-            "SpeakerCache(RedisStore('redis://…'))"
-        )
-
-
 def check_kv_dtype(kv_dtype: Any) -> None:
     """Raise `InputError` for what is no floating-point dtype of torch."""
     if kv_dtype is not None and not (isinstance(kv_dtype, torch.dtype) and kv_dtype.is_floating_point):
         raise InputError(f"kv_dtype={kv_dtype!r} must be a floating-point dtype of torch, such as torch.bfloat16")
-
-
-def check_quantization(quantization: Any) -> None:
-    """Raise `InputError` for what is no `Quantization`."""
-    if quantization is not None and not isinstance(quantization, Quantization):
-        raise InputError(
-            f"quantization={quantization!r} must be a Quantization; give Quantization(8) or Quantization(4)"
-        )
 
 
 def check_generate_arguments(model: Any, given: Mapping[str, Any]) -> None:

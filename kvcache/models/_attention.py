@@ -16,11 +16,12 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
-from kvcache.cache._ranked import Piece, place
+from kvcache.cache import Piece, place
 from kvcache.errors import PolicyError
-from kvcache.models import hides_more, shows_later, signature_of
 from kvcache.models._compat import taken
 from kvcache.models._copies import rebuilt
+from kvcache.models._signature import signature_of
+from kvcache.models._windows import hides_more, shows_later
 
 ATTENTION = "kvcache_observed"
 _BASE = "sdpa"

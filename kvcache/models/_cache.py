@@ -4,9 +4,8 @@ Two rules make a cache right while tokens leave it: its length is counted in tok
 ``(kept + new, seen - kept)``. What a release changed is bridged here and nowhere else.
 """
 
-import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -16,37 +15,47 @@ from torch import Tensor, nn
 from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
-    DynamicSlidingWindowLayer,
     EncoderDecoderCache,
 )
 
-from kvcache.cache._geometry import CacheGeometry
-from kvcache.cache._growing import KVLayer
-from kvcache.cache._per_head import SplitLayer, chosen_by_head, layer_for, turns
-from kvcache.cache._policies import KeepAll, SizePolicy, budgeted, check_policy
-from kvcache.cache._quantized import Quantization, QuantizedLayer
-from kvcache.cache._ranking import SnapKV
-from kvcache.cache._report import CacheReport, account
-from kvcache.cache._rope import KeyRotation
+from kvcache.cache import (
+    CacheGeometry,
+    CacheReport,
+    CacheShape,
+    KeepAll,
+    KeyRotation,
+    KVLayer,
+    Quantization,
+    QuantizedLayer,
+    SizePolicy,
+    SnapKV,
+    SplitLayer,
+    account,
+    budgeted,
+    check_policy,
+    check_quantization,
+    chosen_by_head,
+    layer_for,
+    turns,
+)
 from kvcache.errors import GeometryError, InputError, PolicyError, PositionsError
 from kvcache.events import Evictions
-from kvcache.models import ModelFacts, Windows, alike, announced, facts_of, parameters, rope_by_length
 from kvcache.models import _attention as attention
 from kvcache.models import _export as export
-from kvcache.models._arguments import check_model, check_quantization
+from kvcache.models._arguments import check_model
 from kvcache.models._compat import MADE_AS, handed
+from kvcache.models._facts import ModelFacts, alike, facts_of, geometry_of
 from kvcache.models._managed import Crossed, ManagedCache, ManagedEncoderDecoderCache, check_rollback
 from kvcache.models._managed import ManagedLayer as ManagedLayer
 from kvcache.models._managed import check_positions as check_positions
-from kvcache.models._shapes import CacheShape, cache_shape
-from kvcache.prefixes._snapshot import PrefixKey, PrefixSnapshot
+from kvcache.models._probe import parameters
+from kvcache.models._shapes import cache_shape
+from kvcache.models._windows import Windows, announced
 
 TESTED = ("5.2", "5.24")
 """The lowest and the newest release of transformers that the tests have run on."""
 
 _VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-
-_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
 PositionMode = Literal["absolute", "rerotated"]
 
@@ -94,7 +103,7 @@ def new_cache(
     check_quantization(quantization)
     if positions not in ("absolute", "rerotated"):
         raise PositionsError(f"positions={positions!r} must be 'absolute' or 'rerotated'")
-    geometry = CacheGeometry.from_model(model) if geometry is None else geometry
+    geometry = geometry_of(model) if geometry is None else geometry
     layers = list(DynamicCache(config=model.config).layers)[: geometry.layers]  # T5's has as many as its encoder
     layers += [_full_layer() for _ in range(geometry.layers - len(layers))]
     managed = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
@@ -227,65 +236,6 @@ def _quantized(
     if preallocate:
         raise PolicyError("a quantized cache grows by groups; leave preallocate out")
     return QuantizedLayer(policy, quantization, geometry=geometry, **given)
-
-
-def prefix_cache(model: Any) -> Any:
-    """A cache that keeps everything in every layer, also where the model has a window of its own: to compute a prefix on.
-
-    What a layer's window hides, its mask hides; so any cache can begin with what this one holds.
-
-    Raises:
-        InputError: for an encoder-decoder, whose decoder depends on the encoder's input.
-        GeometryError: for a model with layers that keep a state instead of keys and values.
-        PositionsError: for a model whose rotation of the first keys depends on how many follow.
-    """
-    if model.config.is_encoder_decoder:
-        raise InputError(
-            f"{type(model).__name__} is an encoder-decoder: what its decoder computes depends on the encoder's input, "
-            "so no prefix can be reused; keep the encoder's output instead"
-        )
-    layers = DynamicCache(config=model.config).layers
-    other = next((layer for layer in layers if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)), None)
-    if other is not None:
-        raise GeometryError(
-            f"{type(model).__name__} has a {type(other).__name__}, which keeps no keys and values to reuse; "
-            "prefixes need attention in every layer"
-        )
-    kinds = set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ())
-    # Up to 5.13 such layers do not show in a cache.
-    if getattr(model, "_is_stateful", False) or not kinds <= _ATTENTION:
-        raise GeometryError(
-            f"{type(model).__name__} has a layer with a state, which keeps no keys and values to reuse; "
-            "prefixes need attention in every layer"
-        )
-    if (rope_type := rope_by_length(model)) is not None:
-        raise PositionsError(
-            f"no prefix can be reused: {rope_type!r} RoPE turns the first keys by how many tokens follow; "
-            "use a model with another rope_type"
-        )
-    if (why := facts_of(model).why_no_prefix) is not None:
-        raise PositionsError(f"no prefix of {type(model).__name__} can be reused: {why}; give it with each request")
-    return ManagedCache([ManagedLayer(KVLayer()) for _ in layers])
-
-
-def extend_prefix(
-    run: Callable[[Tensor], Any], key: PrefixKey, start: PrefixSnapshot | None, cache: Any, device: torch.device
-) -> PrefixSnapshot:
-    """The snapshot of `key`, computed on an empty cache.
-
-    Args:
-        run: runs ``[1, tokens]`` ids or ``[1, tokens, dim]`` embeddings on that cache.
-        key: of what.
-        start: a beginning of it that is known and need not be run; None if nothing is.
-        cache: of ours, which keeps everything; see `prefix_cache`.
-        device: where the model wants its input.
-    """
-    began, known, spent = time.perf_counter(), 0, 0.0
-    if start is not None:
-        start.to(device).fork(cache)
-        known, spent = len(start), start.build_seconds
-    run(key.content[None, known:].to(device))
-    return PrefixSnapshot.of(kv_layers(cache), key, build_seconds=spent + time.perf_counter() - began)
 
 
 def _full_layer() -> DynamicLayer:

@@ -8,8 +8,7 @@ from torch.fx import _pytree as fx_pytree
 from torch.utils import _pytree as pytree
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from kvcache.cache._growing import KVLayer
-from kvcache.cache._policies import KeepAll
+from kvcache.cache import KeepAll, KVLayer
 from kvcache.events import Evictions
 from kvcache.models._managed import PLAIN, ManagedCache, ManagedLayer
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache
 
-from kvcache.cache._geometry import WHY_NO_EVICTION, CacheGeometry, Positions, positions_of
-from kvcache.cache._rope import KeyRotation
+from kvcache.cache import WHY_NO_EVICTION, CacheGeometry, KeyRotation, Positions, positions_of
 from kvcache.errors import GeometryError, PositionsError
 from kvcache.models._compat import handed
 from kvcache.models._probe import (
@@ -534,6 +533,18 @@ def facts_of(model: Any) -> ModelFacts:
     if known is None or known[0] != signature:
         known = _KNOWN[model] = signature, ModelFacts(model)
     return known[1]
+
+
+def geometry_of(model: Any) -> CacheGeometry:
+    """The geometry of a loaded transformers model, in the dtype and on the device of its weights.
+
+    A model whose weights are in memory is run once on a few tokens, and what it caches is what counts; of one on the meta device
+    its config is asked.
+
+    Raises:
+        GeometryError: if neither says how many layers and heads there are.
+    """
+    return facts_of(model).geometry
 
 
 def _banded(model: nn.Module) -> str | None:

@@ -19,9 +19,9 @@ import transformers
 from torch import Tensor, nn
 
 from kvcache.errors import InputError
-from kvcache.models import Signature, signature_of, unwrapped, watch_of
 from kvcache.models._code import class_code, function_code
-from kvcache.models._forwards import wrapper
+from kvcache.models._forwards import unwrapped, wrapper
+from kvcache.models._signature import Signature, signature_of, watch_of
 from kvcache.models._walk import Part, Walk
 
 # Which part of a model's attributes says where it came from or what it gives back, not what it computes.

@@ -9,14 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kvcache.cache._per_head import PerHead
-from kvcache.cache._policies import KeepAll, SizePolicy, SlidingWindow
-from kvcache.cache._ranked import RankedLayer
-from kvcache.cache._ranking import RankingPolicy, Seen
+from kvcache.cache import KeepAll, PerHead, RankedLayer, RankingPolicy, Seen, SizePolicy, SlidingWindow
 from kvcache.errors import CorruptError, InputError, said
-from kvcache.io._files import write_given
-from kvcache.models import _cache as hf
+from kvcache.io import write_given
 from kvcache.models._attention import observed_copy
+from kvcache.models._cache import kv_layers, new_cache
 from kvcache.models._compat import handed
 from kvcache.models._fingerprint import model_fingerprint
 
@@ -174,9 +171,9 @@ def measure_heads(model: Any, batches: Sequence[Tensor], *, sinks: int = 4, wind
     tokens = sum(ids.numel() for ids in batches)
     for ids in batches:
         room = ids.shape[1] + _Watching.recent + _Watching.sinks
-        cache = hf.new_cache(model, _Watching(limit=room, low_water=room))
+        cache = new_cache(model, _Watching(limit=room, low_water=room))
         body(ids.to(model.device), **handed(body, cache), use_cache=True)
-        layers = [kv for kv in hf.kv_layers(cache) if isinstance(kv, RankedLayer)]
+        layers = [kv for kv in kv_layers(cache) if isinstance(kv, RankedLayer)]
         shares = far_shares(layers, sinks, window)
         weight = ids.numel() / tokens
         sums = [

@@ -19,12 +19,11 @@ from transformers.cache_utils import (
     EncoderDecoderCache,
 )
 
-from kvcache.cache._growing import KVLayer
+from kvcache.cache import CacheShape, KVLayer
 from kvcache.errors import CapacityError, GeometryError, InputError, PolicyError, RollbackError
 from kvcache.events import Evictions
-from kvcache.models import Windows
 from kvcache.models import _attention as attention
-from kvcache.models._shapes import CacheShape
+from kvcache.models._windows import Windows
 
 _NOTHING: tuple[type, ...] = tuple(filter(None, [getattr(cache_utils, "DummyLayer", None)]))  # from 5.17 on
 

@@ -24,10 +24,10 @@ from transformers.pytorch_utils import Conv1D
 
 from kvcache.errors import InputError
 from kvcache.memory import give_back
-from kvcache.models import signature_of, unwrapped
 from kvcache.models._copies import rebuilt
 from kvcache.models._fingerprint import tensor_digest
-from kvcache.models._forwards import forward_of, hooks_of, patched, reached
+from kvcache.models._forwards import forward_of, hooks_of, patched, reached, unwrapped
+from kvcache.models._signature import signature_of
 from kvcache.models._walk import ASIDE
 
 Precision = Literal["fp32", "bf16", "fp16", "int8"]

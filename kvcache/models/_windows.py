@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 
-from kvcache.cache._growing import KVLayer
-from kvcache.cache._policies import schedule
+from kvcache.cache import KVLayer, schedule
 from kvcache.errors import PolicyError
 from kvcache.models._facts import Seat
 from kvcache.models._probe import cache_among, layers_of, parameters, replaced

@@ -11,11 +11,11 @@ from typing import Protocol, TypeVar
 
 from typing_extensions import Self
 
-from kvcache.cache._report import CacheReport
-from kvcache.decoding._scheduler import SchedulerMetrics
+from kvcache.cache import CacheReport
+from kvcache.decoding import SchedulerMetrics
 from kvcache.errors import InputError, MissingDependencyError
 from kvcache.events import Event, subscribe
-from kvcache.prefixes._cache import SpeakerCache
+from kvcache.prefixes import SpeakerCache
 from kvcache.prefixes.stores import Store
 
 try:

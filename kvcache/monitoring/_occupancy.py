@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcache.cache._growing import KVLayer
-from kvcache.cache._per_head import SplitLayer
+from kvcache.cache import KVLayer, SplitLayer
 from kvcache.errors import InputError
-from kvcache.io._tables import canvas
+from kvcache.io import canvas
 
 
 def positions_by_head(layer: KVLayer) -> list[tuple[tuple[int, ...] | None, Tensor]]:
@@ -123,7 +122,7 @@ def occupancy(cache: Any) -> Occupancy:
     if isinstance(cache, Sequence) and all(isinstance(layer, KVLayer) for layer in cache):
         layers: list[Any] = list(cache)
     else:
-        from kvcache.models._cache import cache_layers  # which needs this module's neighbours first
+        from kvcache.models import cache_layers  # which needs this module's neighbours first
 
         try:
             layers = [getattr(layer, "kv", layer) for layer in cache_layers(cache)]

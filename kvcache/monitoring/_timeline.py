@@ -11,12 +11,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from typing_extensions import Self
 
-from kvcache.cache._report import CacheReport
+from kvcache.cache import CacheReport, layer_bytes
 from kvcache.errors import InputError
-from kvcache.io._tables import canvas, html_table, text_table
+from kvcache.io import canvas, html_table, text_table
 from kvcache.memory import resident_bytes
-from kvcache.models._cache import cache_layers
-from kvcache.models._shapes import layer_bytes
+from kvcache.models import cache_layers
 
 
 @runtime_checkable

@@ -5,15 +5,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from threading import Lock
+from typing import Any
 
 import torch
 
 from kvcache.errors import CorruptError, InputError
 from kvcache.events import Event, emit, heard
-from kvcache.io._redact import shown_value
+from kvcache.io import shown_value
 from kvcache.prefixes._snapshot import PrefixKey, PrefixSnapshot
-from kvcache.prefixes.stores import DiskStore, MemoryStore, Store, TieredStore
-from kvcache.prefixes.stores._base import log
+from kvcache.prefixes.stores._base import Store, log
+from kvcache.prefixes.stores._disk import DiskStore
+from kvcache.prefixes.stores._memory import MemoryStore
+from kvcache.prefixes.stores._tiered import TieredStore
 
 
 @dataclass(frozen=True)
@@ -211,3 +214,12 @@ def default_store(device: torch.device | str | None = None) -> TieredStore:
         device: where the memory tier holds them; by default where they were computed.
     """
     return TieredStore(MemoryStore("1GiB", device=device), DiskStore())
+
+
+def check_prefix_cache(speakers: Any) -> None:
+    """Raise `InputError` for what is no `SpeakerCache`."""
+    if speakers is not None and not isinstance(speakers, SpeakerCache):
+        raise InputError(
+            f"speakers={shown_value(speakers)} must be a SpeakerCache; give for example SpeakerCache(MemoryStore('1GiB')), or "
+            "SpeakerCache(RedisStore('redis://…'))"
+        )

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from kvcache.errors import CapacityError, InputError
 from kvcache.events import Event, emit
-from kvcache.models import _cache as hf
-from kvcache.models import facts_of, run_prefix, trains
-from kvcache.models._fingerprint import model_fingerprint
+from kvcache.models import check_positions, facts_of, model_fingerprint, run_prefix, trains
+from kvcache.prefixes._build import extend_prefix, prefix_cache
 from kvcache.prefixes._cache import SpeakerCache
 from kvcache.prefixes._snapshot import Layout, PrefixKey, PrefixSnapshot
 
@@ -57,7 +56,7 @@ class Prompts(Mapping[str, Tensor]):
     def add(self, name: str, prefix: Tensor, pin: bool) -> None:
         """Compute a prefix, or find it; one of the same name is replaced. For what is refused see `KVCacheManager`."""
         self._refuse_training()
-        hf.prefix_cache(self._model)
+        prefix_cache(self._model)
         content = self._checked(name, prefix)
         key = self._key(content)
         self._compute(key)
@@ -120,7 +119,7 @@ class Prompts(Mapping[str, Tensor]):
                 f"the prefix {name!r} has {tokens} tokens, max_cache_length is {self._most}; "
                 "raise max_cache_length, or shorten the prefix"
             )
-        hf.check_positions(self._positions, 0, tokens)
+        check_positions(self._positions, 0, tokens)
         table = self._model.get_input_embeddings()
         known, width = getattr(table, "num_embeddings", None), getattr(table, "embedding_dim", None)
         if prefix.is_floating_point():
@@ -146,11 +145,11 @@ class Prompts(Mapping[str, Tensor]):
     @torch.no_grad()
     def _extend(self, key: PrefixKey, start: PrefixSnapshot | None) -> PrefixSnapshot:
         self._refuse_training()
-        cache = hf.prefix_cache(self._model)
+        cache = prefix_cache(self._model)
         kind = "inputs_embeds" if key.content.is_floating_point() else "input_ids"
         facts_of(self._model).clear_request_state()
 
         def run(rest: Tensor) -> None:
             run_prefix(self._model, {kind: rest}, cache, int(cache.get_seq_length()))
 
-        return hf.extend_prefix(run, key, start, cache, self._model.device)
+        return extend_prefix(run, key, start, cache, self._model.device)

@@ -6,7 +6,6 @@ fingerprint and the token ids or embeddings themselves, which are stored along a
 """
 
 import hashlib
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,12 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcache.cache._archive import longest_beginning, pack, unpack
-from kvcache.cache._geometry import CacheGeometry
-from kvcache.cache._growing import KVLayer
+from kvcache.cache import CacheGeometry, KVLayer, check_finite, longest_beginning, pack, unpack
 from kvcache.errors import CapacityError, CorruptError, GeometryError, InputError, said
-from kvcache.models import unattended
-from kvcache.models._fingerprint import tensor_bytes
+from kvcache.models import tensor_bytes, unattended
 
 _EXTRA = "extra."  # before the names of what is beside keys and values
 FORMAT = 1  # of what is stored; another number is another key
@@ -333,20 +329,6 @@ class PrefixSnapshot:
             CorruptError: if one byte of it has changed.
         """
         return cls.from_tensors(*unpack(data, secret))
-
-
-def check_finite(states: Tensor, where: str) -> None:
-    """Raise `CorruptError` unless all of these keys or values are finite numbers."""
-    if not states.is_floating_point():
-        raise CorruptError(f"{where} holds {states.dtype}, no keys and values")
-    if not states.numel():
-        return
-    try:
-        ends = (states.float() if states.dtype.itemsize == 1 else states).aminmax()  # of which float8 has none
-    except RuntimeError as error:  # a kind of number that torch can hold, and not read
-        raise CorruptError(f"{where} holds {states.dtype}, which cannot be read") from error
-    if not all(math.isfinite(end) for end in ends):  # NaN is both ends
-        raise CorruptError(f"{where} holds numbers that are not finite")
 
 
 def check_build_seconds(seconds: object) -> None:

@@ -8,8 +8,7 @@ The laws need hypothesis: ``pip install hypothesis``.
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from kvcache.cache._growing import KVLayer
-from kvcache.cache._policies import SizePolicy
+from kvcache.cache import KVLayer, SizePolicy
 from kvcache.errors import MissingDependencyError
 from kvcache.testing._leaks import no_leaks
 

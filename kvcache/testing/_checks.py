@@ -12,12 +12,24 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvcache.cache import _policies as size
-from kvcache.cache._growing import KVLayer
-from kvcache.cache._per_head import Adaptive, PerHead, SplitLayer, chosen_by_head, layer_for
-from kvcache.cache._policies import KeepAll, MaxBytes, MaxTokens, Pinned, SizePolicy, SlidingWindow
+from kvcache.cache import (
+    Adaptive,
+    KeepAll,
+    KVLayer,
+    MaxBytes,
+    MaxTokens,
+    PerHead,
+    Pinned,
+    SizePolicy,
+    SlidingWindow,
+    SplitLayer,
+    chosen_by_head,
+    layer_for,
+    short_ladder,
+)
+from kvcache.cache import check_policy as check_keeps
 from kvcache.errors import InputError
-from kvcache.monitoring._occupancy import positions_by_head
+from kvcache.monitoring import positions_by_head
 from kvcache.testing import _laws as held
 
 TRIED: dict[str, SizePolicy] = {
@@ -94,7 +106,7 @@ def check_layer(
     tried = TRIED if policies is None else policies
     if not isinstance(tried, Mapping):
         tried = {repr(policy): policy for policy in tried}
-    with held.short_ladder():
+    with short_ladder():
         for name, policy in tried.items():
             for variant in variants:
                 if variant == "rerotated" and not (policy.evicts and policy.pinned):
@@ -109,12 +121,12 @@ def check_layer(
 
 def check_policy(policy: SizePolicy, examples: int) -> None:
     """See `kvcache.testing.check_policy`."""
-    size.check_policy(policy)
+    check_keeps(policy)
     _check_value(policy)
     if isinstance(policy, MaxBytes) or (policy.evicts and policy.limit is None):
         token = held.HEADS * (held.KEY_DIM + held.VALUE_DIM) * 4
         policy = policy.resolve(token)  # as a cache of one row makes it
-        size.check_policy(policy)
+        check_keeps(policy)
     most = 4 * (policy.limit or 16)
     search(st.integers(1, most), 10 * examples, partial(_check_count, policy))
     for count in range(1, min(most, 2048) + 1):

@@ -3,8 +3,8 @@
 A law that is broken raises AssertionError. Laws 4 (save, load, fork) and 7 (a model's logits) need a model and are not here.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, is_dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -13,12 +13,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvcache.cache import _slots as slots
-from kvcache.cache._geometry import CacheGeometry
-from kvcache.cache._growing import KVLayer
-from kvcache.cache._policies import MaxBytes, Pinned, SizePolicy
-from kvcache.cache._report import estimate_bytes
-from kvcache.cache._rope import KeyRotation
+from kvcache.cache import CacheGeometry, KeyRotation, KVLayer, MaxBytes, Pinned, SizePolicy, estimate_bytes
 from kvcache.errors import CapacityError, GeometryError, PolicyError, RollbackError
 from kvcache.testing._oracle import Oracle
 
@@ -403,14 +398,3 @@ def layer_of(
         token_bytes=(HEADS * KEY_DIM * dtype.itemsize, HEADS * VALUE_DIM * dtype.itemsize),
         **options,
     )
-
-
-@contextmanager
-def short_ladder() -> Iterator[None]:
-    """Within it buffers have 4, 6, 9, 13 … slots, so that they grow within a few tokens."""
-    before = slots._FIRST_SLOTS
-    slots._FIRST_SLOTS = 4
-    try:
-        yield
-    finally:
-        slots._FIRST_SLOTS = before

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kvcache.cache._growing import KVLayer
+from kvcache.cache import KVLayer
 
 _FILES = Path("/proc/self/fd")
 _GRACE = 2.0  # seconds that threads on their way out have

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kvcache.cache._policies import SizePolicy
+from kvcache.cache import SizePolicy
 
 Token = tuple[int, Tensor, Tensor]
 Turn = Callable[[Tensor, int], Tensor]

@@ -1,1 +1,67 @@
 """Plan, profile, tune and examine anything that has a name."""
+
+from kvcache.tools._bench import benchmarks, benchmarks_folder, run_benchmark
+from kvcache.tools._doctor import Finding, diagnose, healthy
+from kvcache.tools._footprint import (
+    Footprint,
+    Moment,
+    VocoderFootprint,
+    buffers,
+    bytes_in,
+    fill,
+    onednn_bytes,
+    step_bytes,
+    written_static,
+)
+from kvcache.tools._module_timer import PARTS, Watch
+from kvcache.tools._planning import MOST_REQUESTS, Device, MemoryPlan, Room, plan, room
+from kvcache.tools._profiling import MEMORY, Memory, Profile, Times, check_plot, plot, profile, shown_seconds
+from kvcache.tools._targets import Prepared, Subject, check_vocoder, subject
+from kvcache.tools._tuning import SubjectBench, Tuned, space_of, tune
+from kvcache.tools._tuning_search import Refusal, Space, Tuner, shown
+
+__all__ = [
+    "MEMORY",
+    "MOST_REQUESTS",
+    "PARTS",
+    "Device",
+    "Finding",
+    "Footprint",
+    "Memory",
+    "MemoryPlan",
+    "Moment",
+    "Prepared",
+    "Profile",
+    "Refusal",
+    "Room",
+    "Space",
+    "Subject",
+    "SubjectBench",
+    "Times",
+    "Tuned",
+    "Tuner",
+    "VocoderFootprint",
+    "Watch",
+    "benchmarks",
+    "benchmarks_folder",
+    "buffers",
+    "bytes_in",
+    "check_plot",
+    "check_vocoder",
+    "diagnose",
+    "fill",
+    "healthy",
+    "onednn_bytes",
+    "plan",
+    "plot",
+    "profile",
+    "room",
+    "run_benchmark",
+    "shown",
+    "shown_seconds",
+    "space_of",
+    "step_bytes",
+    "subject",
+    "tune",
+    "written_static",
+]

@@ -20,19 +20,13 @@ import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from kvcache.decoding._backends import BackendName, backend_for
-from kvcache.decoding._program_files import ProgramFiles
-from kvcache.decoding._wiring import kernel_reason
+from kvcache.decoding import BackendName, ProgramFiles, backend_for, kernel_reason
 from kvcache.errors import InputError, KVCacheError
 from kvcache.installed import APART, MEND, audio_fault, torchaudio_fault
 from kvcache.manager import KVCacheManager
-from kvcache.models._cache import TESTED
-from kvcache.models._onednn import has_onednn, onednn_rows
-from kvcache.models._precision import Precision, check_precision
-from kvcache.prefixes._snapshot import PrefixKey, PrefixSnapshot
-from kvcache.prefixes.stores import BlobStore, DiskStore, default_folder
-from kvcache.prefixes.stores._base import store_secret
-from kvcache.prefixes.stores._upkeep import open_store, shown_place
+from kvcache.models import TESTED, Precision, check_precision, has_onednn, onednn_rows
+from kvcache.prefixes import PrefixKey, PrefixSnapshot
+from kvcache.prefixes.stores import BlobStore, DiskStore, default_folder, open_store, shown_place, store_secret
 from kvcache.tools._targets import GROUP, lacking
 
 State = Literal["ok", "note", "missing", "broken"]

@@ -15,17 +15,22 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.pytorch_utils import Conv1D
 
-from kvcache.cache._growing import KVLayer
-from kvcache.decoding._engine import Decoding
-from kvcache.decoding._sampler import Drawing
-from kvcache.decoding._static_cache import StaticKV
-from kvcache.models import _cache as hf
-from kvcache.models._meta import Watch, without_numbers
-from kvcache.models._precision import PackedLinear
-from kvcache.models._shapes import encoder_input, reads_text, run_blank
+from kvcache.cache import KVLayer
+from kvcache.decoding import Decoding, Drawing, StaticKV
+from kvcache.models import (
+    PackedLinear,
+    Watch,
+    cache_layers,
+    encoder_input,
+    kv_layers,
+    reads_text,
+    report_of,
+    run_blank,
+    without_numbers,
+)
 
 if TYPE_CHECKING:
-    from kvcache.decoding._setting import Setting
+    from kvcache.decoding import Setting
 
 
 @dataclass(frozen=True)
@@ -171,12 +176,12 @@ class _Blank:
             self.encoding = watch.peak
             self.states = held([self._more["encoder_outputs"][0]])
         self.cache = manager.new_cache(rows)
-        self.layers = hf.kv_layers(self.cache, some=False)
+        self.layers = kv_layers(self.cache, some=False)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the cache, written to or not: what a C library hands out again has been written to before."""
-        return hf.report_of(self.cache).nbytes
+        return report_of(self.cache).nbytes
 
     def run(self, count: int) -> tuple[int, Tensor]:
         """Bytes that a pass of so many tokens takes at most, beside the cache as it was before, and the logits."""
@@ -186,7 +191,7 @@ class _Blank:
 
     def fill(self, count: int) -> None:
         """Let the cache see so many tokens more."""
-        layers = hf.cache_layers(self.cache)
+        layers = cache_layers(self.cache)
         own = [i for i, layer in enumerate(layers) if isinstance(layer, DynamicLayer)]
         if any(type(layers[i]) is not DynamicSlidingWindowLayer for i in own):
             self.run(count)  # only the model knows what else belongs to a token

@@ -19,8 +19,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from transformers import cache_utils
 from transformers.cache_utils import CacheLayerMixin
 
-from kvcache.models._cache import is_attention
-from kvcache.models._precision import LINEAR
+from kvcache.models import LINEAR, is_attention
 
 PARTS: Mapping[str, str] = {
     "attention_products": "attention: products for queries, keys, values and output",

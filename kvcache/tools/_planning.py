@@ -10,13 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kvcache.decoding import Setting
 from kvcache.errors import InputError
 from kvcache.memory import resident_bytes
-from kvcache.models._meta import meta_without_autocast
-from kvcache.models._onednn import onednn_linear
-from kvcache.models._precision import PackedLinear, Precision
+from kvcache.models import PackedLinear, Precision, meta_without_autocast, onednn_linear
 from kvcache.tools._footprint import Moment, Weights, bytes_in, weights_of
-from kvcache.tools._targets import Setting, Subject, check_vocoder
+from kvcache.tools._targets import Subject, check_vocoder
 
 Device = Literal["cpu", "cuda"]
 

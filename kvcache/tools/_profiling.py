@@ -21,14 +21,15 @@ from torch import nn
 from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as trace_of
 
-from kvcache.cache._report import CacheReport
+from kvcache.cache import CacheReport
+from kvcache.decoding import Setting
 from kvcache.errors import InputError, MissingDependencyError
-from kvcache.io._files import check_given
+from kvcache.io import check_given
 from kvcache.memory import resident_bytes
-from kvcache.models._precision import PackedLinear
+from kvcache.models import PackedLinear
 from kvcache.tools._footprint import bytes_in
 from kvcache.tools._module_timer import AUDIO, PARTS, Watch, part_of
-from kvcache.tools._targets import Prepared, Setting, Subject, check_vocoder
+from kvcache.tools._targets import Prepared, Subject, check_vocoder
 
 MEMORY: Mapping[str, str] = {
     "attention_weights": "weights: attention",

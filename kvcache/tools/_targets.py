@@ -18,18 +18,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from kvcache.cache._geometry import CacheGeometry
-from kvcache.cache._policies import KeepAll
-from kvcache.cache._quantized import Quantization
-from kvcache.cache._report import CacheReport
-from kvcache.decoding import BUCKET
-from kvcache.decoding._setting import Backend, Setting, VocoderSetting
-from kvcache.decoding._warming import Told, WarmUp
+from kvcache.cache import CacheGeometry, CacheReport, KeepAll, Quantization
+from kvcache.decoding import BUCKET, Backend, Setting, Told, VocoderSetting, WarmUp
 from kvcache.errors import InputError, KVCacheError, MissingDependencyError, said
 from kvcache.manager import KVCacheManager
-from kvcache.models._compat import handed
-from kvcache.models._precision import planned, with_precision
-from kvcache.models._shapes import encoder_input, reads_text
+from kvcache.models import encoder_input, geometry_of, handed, planned, reads_text, with_precision
 from kvcache.tools._footprint import Footprint, language_footprint
 
 __all__ = [
@@ -169,7 +162,7 @@ class Subject(ABC):
 
     def geometry(self, setting: Setting | None = None) -> CacheGeometry:
         """Of its cache, in the dtype that a setting gives it."""
-        return CacheGeometry.from_model(self.decoder(self.skeleton()))
+        return geometry_of(self.decoder(self.skeleton()))
 
 
 Source = Callable[[str], Subject | None]

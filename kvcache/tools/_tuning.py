@@ -11,16 +11,30 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from kvcache.cache._budget import bytes_of
-from kvcache.cache._quantized import Quantization, quantized_bytes
-from kvcache.decoding._backends import BUCKET
-from kvcache.decoding._setting import Backend, Setting, VocoderSetting
-from kvcache.decoding._tuning_profile import Goal, Trial, TuningProfile, VocoderTrial, machine, versions
-from kvcache.decoding._wiring import kernel_reason
+from kvcache.cache import Quantization, bytes_of, quantized_bytes
+from kvcache.decoding import (
+    BUCKET,
+    Backend,
+    Goal,
+    Setting,
+    Trial,
+    TuningProfile,
+    VocoderSetting,
+    VocoderTrial,
+    kernel_reason,
+    machine,
+    versions,
+)
 from kvcache.errors import InputError, KVCacheError
-from kvcache.models._cache import shape_of
-from kvcache.models._fingerprint import model_fingerprint, model_outline
-from kvcache.models._precision import Precision, check_precision, has_half, with_precision
+from kvcache.models import (
+    Precision,
+    check_precision,
+    has_half,
+    model_fingerprint,
+    model_outline,
+    shape_of,
+    with_precision,
+)
 from kvcache.tools._targets import Prepared, Subject, check_vocoder
 from kvcache.tools._tuning_search import Bench, Refusal, Space, Tuner, shown
 from kvcache.tools._tuning_vocoder import tuned_vocoder

@@ -16,10 +16,9 @@ from typing import Any, Protocol
 
 import torch
 
-from kvcache.decoding._setting import Backend, Setting
-from kvcache.decoding._tuning_profile import Trial, dtype_name
+from kvcache.decoding import Backend, Setting, Trial, dtype_name
 from kvcache.errors import InputError, KVCacheError
-from kvcache.models._precision import Precision
+from kvcache.models import Precision
 
 AXES = ("backend", "requests", "precision", "kv_dtype", "quantization", "bucket")
 """In the order in which they are searched."""

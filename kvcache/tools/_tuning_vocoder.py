@@ -8,10 +8,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import get_args
 
-from kvcache.decoding._setting import Setting, VocoderSetting
-from kvcache.decoding._tuning_profile import VocoderTrial
+from kvcache.decoding import Setting, VocoderSetting, VocoderTrial
 from kvcache.errors import InputError, KVCacheError
-from kvcache.models._precision import Precision
+from kvcache.models import Precision
 from kvcache.tools._targets import Subject
 
 _SPOKEN = 50  # tokens, two seconds of speech

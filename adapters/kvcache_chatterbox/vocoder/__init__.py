@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from kvcache import InputError
-from kvcache.decoding._programs import Programs
+from kvcache.decoding import Programs
 from kvcache.events import Event, emit
 from kvcache_chatterbox.vocoder.flow import FRAMES_PER_TOKEN, SPEECH_TOKENS
 from kvcache_chatterbox.vocoder.noise import Noise, SeededNoise, UpstreamNoise

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kvcache.decoding._programs import Ahead, Programs
+from kvcache.decoding import Ahead, Programs
 
 
 def compiled_over(

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, pad
 
 from kvcache import InputError
-from kvcache.decoding._programs import Programs
-from kvcache.models._precision import Precision
+from kvcache.decoding import Programs
+from kvcache.models import Precision
 from kvcache_chatterbox.vocoder.compiling import compiled_over
 from kvcache_chatterbox.vocoder.narrow import at_precision
 from kvcache_chatterbox.vocoder.run import TOKENS_PER_SECOND

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from kvcache.decoding._programs import Programs
-from kvcache.models._precision import Precision
+from kvcache.decoding import Programs
+from kvcache.models import Precision
 from kvcache_chatterbox.vocoder.compiling import compiled_over
 from kvcache_chatterbox.vocoder.narrow import half_of, narrowed
 from kvcache_chatterbox.vocoder.noise import HARMONICS, SAMPLES_PER_FRAME, Noise

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvcache.models._copies import rebuilt
-from kvcache.models._precision import LINEAR, Precision, has_half, with_precision
+from kvcache.models import LINEAR, Precision, has_half, rebuilt, with_precision
 
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.bfloat16}
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from kvcache import InputError
-from kvcache.models._precision import Precision
+from kvcache.models import Precision
 from kvcache_chatterbox.vocoder.flow import LEAST_REFERENCE
 
 Weights = Literal["own", "meanflow"]

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from kvcache import InputError, MissingDependencyError
-from kvcache.decoding._setting import VocoderSetting
-from kvcache.models._copies import rebuilt
-from kvcache.models._meta import without_numbers
-from kvcache.models._precision import check_precision, planned
-from kvcache.tools._footprint import VocoderFootprint
+from kvcache.decoding import VocoderSetting
+from kvcache.models import check_precision, planned, rebuilt, without_numbers
+from kvcache.tools import VocoderFootprint
 from kvcache_chatterbox.vocoder.flow import FRAMES_PER_TOKEN, MELS
 from kvcache_chatterbox.vocoder.noise import HARMONICS, SAMPLES_PER_FRAME
 from kvcache_chatterbox.vocoder.options import VocoderOptions

@@ -11,10 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from kvcache import InputError
-from kvcache.decoding._programs import Programs
-from kvcache.models import Following, signature_of
-from kvcache.models._onednn import onednn_linear
-from kvcache.models._precision import check_precision
+from kvcache.decoding import Programs
+from kvcache.models import Following, check_precision, onednn_linear, signature_of
 from kvcache_chatterbox.requests import without_autocast
 from kvcache_chatterbox.vocoder.flow import FRAMES_PER_TOKEN, Flow, Reference, check_reference, reference_tokens
 from kvcache_chatterbox.vocoder.hift import CONTEXT, Hift

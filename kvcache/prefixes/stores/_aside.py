@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-from kvcache.io._redact import Redactor
+from kvcache.io import Redactor
 from kvcache.prefixes._snapshot import PrefixKey, PrefixSnapshot
 
 log = logging.getLogger("kvcache.stores")

@@ -14,11 +14,9 @@ from threading import Lock, Thread
 from types import TracebackType
 from typing import Any, TypeVar
 
-from kvcache.cache._policies import parse_bytes
 from kvcache.errors import CorruptError, InputError, KVCacheError, StoreError
 from kvcache.events import Event, emit
-from kvcache.io._files import LARGEST
-from kvcache.io._redact import Redactor, shown_value
+from kvcache.io import LARGEST, Redactor, parse_bytes, shown_value
 from kvcache.prefixes._snapshot import PrefixKey, PrefixSnapshot, is_address
 
 log = logging.getLogger("kvcache.stores")

@@ -12,9 +12,9 @@ from threading import Lock
 
 from filelock import FileLock, Timeout
 
-from kvcache.cache._archive import beginning, beginning_length
+from kvcache.cache import beginning, beginning_length
 from kvcache.errors import CorruptError, InputError, StoreError
-from kvcache.io._files import (
+from kvcache.io import (
     LARGEST,
     PARTIAL,
     is_folder,
@@ -24,9 +24,10 @@ from kvcache.io._files import (
     opened_regular,
     read_regular,
     set_aside,
+    shown_url,
+    shown_value,
     write_private,
 )
-from kvcache.io._redact import shown_url, shown_value
 from kvcache.prefixes._snapshot import is_address
 from kvcache.prefixes.stores._base import BlobStore, StoreEntry, check_address, check_room
 from kvcache.prefixes.stores._index import Index, Row, discard, nanoseconds

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvcache.io._files import is_regular, make_private_file, set_aside
+from kvcache.io import is_regular, make_private_file, set_aside
 from kvcache.prefixes._snapshot import is_address
 
 _VERSION = 1

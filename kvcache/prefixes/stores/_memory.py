@@ -8,7 +8,7 @@ from threading import RLock
 
 import torch
 
-from kvcache.cache._policies import parse_bytes
+from kvcache.io import parse_bytes
 from kvcache.prefixes._snapshot import PrefixKey, PrefixSnapshot
 from kvcache.prefixes.stores._base import LONGEST_LIFE, Store, StoreEntry, check_seconds, log
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from kvcache.errors import CorruptError, InputError, MissingDependencyError
-from kvcache.io._redact import Redactor, shown_url, shown_value
+from kvcache.io import Redactor, shown_url, shown_value
 from kvcache.prefixes._snapshot import is_address
 from kvcache.prefixes.stores._base import (
     LONGEST_LIFE,

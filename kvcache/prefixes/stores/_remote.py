@@ -7,8 +7,7 @@ from threading import Lock
 from typing import Any, TypeVar
 
 from kvcache.errors import CorruptError, InputError, MissingDependencyError, StoreError
-from kvcache.io._files import make_private_folder, read_regular, write_private
-from kvcache.io._redact import Redactor, shown_url
+from kvcache.io import Redactor, make_private_folder, read_regular, shown_url, write_private
 from kvcache.prefixes._snapshot import is_address
 from kvcache.prefixes.stores._base import (
     LONGEST_WAIT,

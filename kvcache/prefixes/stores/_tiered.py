@@ -6,7 +6,7 @@ from contextlib import suppress
 from threading import Lock
 
 from kvcache.errors import InputError
-from kvcache.io._redact import shown_value
+from kvcache.io import shown_value
 from kvcache.prefixes._snapshot import PrefixKey, PrefixSnapshot
 from kvcache.prefixes.stores._base import Store, StoreEntry, log
 from kvcache.prefixes.stores._memory import MemoryStore

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvcache.cache._archive import Beginning, beginning, beginning_length
+from kvcache.cache import Beginning, beginning, beginning_length
 from kvcache.errors import CorruptError, InputError, SignatureError, said
-from kvcache.io._redact import shown_url
+from kvcache.io import shown_url
 from kvcache.prefixes._snapshot import FORMAT, check_build_seconds
 from kvcache.prefixes.stores._base import BlobStore, StoreEntry
 from kvcache.prefixes.stores._disk import DiskStore, default_folder
