@@ -12,7 +12,7 @@ from kvcache import KVCacheError
 from kvcache.decoding import backend_on
 from kvcache.errors import said
 from kvcache_chatterbox import VocoderOptions
-from kvcache_chatterbox.chunking import chunking_of
+from kvcache_chatterbox.audio._chunking import chunking_of
 from kvcache_chatterbox.loading import WEIGHTS, upstream_t3
 
 CLASSES = {  # with the audio stack, by variant

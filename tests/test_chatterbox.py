@@ -17,8 +17,8 @@ from kvcache import CapacityError, InputError, MaxBytes, MaxTokens, PolicyError,
 from kvcache.decoding import _backends as backends
 from kvcache.models import check_precision
 from kvcache_chatterbox import ChatterboxEngine, byte_tokens, load_t3, random_conditionals, stand_in
-from kvcache_chatterbox.standin import punc_norm
-from kvcache_chatterbox.stepping import Stepper
+from kvcache_chatterbox.speech._step_engine import Stepper
+from kvcache_chatterbox.testing._stand_in import punc_norm
 
 pytestmark = UPSTREAMS_WARNINGS
 TEXT = "The birch canoe slid on the smooth planks."
@@ -106,7 +106,7 @@ def test_multilingual_tokens_are_upstreams_and_no_hook_stays(seed):
 
 
 def test_the_alignment_read_from_three_heads_is_upstreams():
-    alignment = importlib.import_module("kvcache_chatterbox.alignment")
+    alignment = importlib.import_module("kvcache_chatterbox.speech._alignment")
     reference, t3 = tiny_t3("multilingual"), model("multilingual")
     seen = []
     analyzer = importlib.import_module("chatterbox.models.t3.t3").AlignmentStreamAnalyzer
@@ -486,7 +486,7 @@ def precise(name):
 @pytest.mark.parametrize("tiles", [True, False])
 @pytest.mark.parametrize("kind", ["english", "gpt"])
 def test_fewer_bits_are_close_and_keep_requests_apart(kind, precision, tiles, monkeypatch):
-    monkeypatch.setattr("kvcache_chatterbox.utterances.reads_half_caches", lambda: tiles)
+    monkeypatch.setattr("kvcache_chatterbox.speech._decoder.reads_half_caches", lambda: tiles)
     t3 = model(kind)
     before = fingerprint(t3)
     seen = []

@@ -12,9 +12,9 @@ from t3_models import UPSTREAMS_WARNINGS, tiny_t3
 from kvcache import DiskStore, MemoryStore, PrefixSnapshot, RedisStore, RemoteStore, SpeakerCache, TieredStore
 from kvcache.events import subscribe
 from kvcache_chatterbox import ChatterboxEngine, stand_in
-from kvcache_chatterbox.clips import clip_key, encoder_of, kept_bytes, packed
-from kvcache_chatterbox.standin import StandIn
-from kvcache_chatterbox.voices import Voice
+from kvcache_chatterbox.testing._stand_in import StandIn
+from kvcache_chatterbox.voices._clips import clip_key, encoder_of, kept_bytes, packed
+from kvcache_chatterbox.voices._voices import Voice
 
 pytestmark = [*UPSTREAMS_WARNINGS, pytest.mark.one_release, pytest.mark.filterwarnings("ignore")]
 T3 = {}

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from support.searching import search
 
 from kvcache_chatterbox.vocoder import SeededNoise
-from kvcache_chatterbox.vocoder.noise import HARMONICS, MELS, SAMPLES_PER_FRAME
+from kvcache_chatterbox.vocoder._noise import HARMONICS, MELS, SAMPLES_PER_FRAME
 
 
 @search(100)

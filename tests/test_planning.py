@@ -102,7 +102,7 @@ def test_speech_is_planned_to_the_byte(kind, setting):
 def _speech(kind):
     from t3_models import tiny_t3
 
-    from kvcache_chatterbox.subjects import ChatterboxSubject
+    from kvcache_chatterbox.tools._targets import ChatterboxSubject
 
     class Tiny(ChatterboxSubject):
         shortest = 21 + 2 if kind == "gpt" else 22 + 3 + 2

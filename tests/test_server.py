@@ -24,7 +24,7 @@ from server_errors import for_clients  # isort: skip
 
 from kvcache.decoding import Batch
 from kvcache_chatterbox import SpeechScheduler
-from kvcache_chatterbox.standin import ToneVocoder
+from kvcache_chatterbox.testing._stand_in import ToneVocoder
 
 pytestmark = pytest.mark.one_release
 

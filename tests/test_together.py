@@ -7,8 +7,8 @@ import pytest
 import torch
 from support.waiting import until
 
-from kvcache_chatterbox.vocoder import SAMPLES_PER_TOKEN, OneAtATime, Run, SeededNoise, Together, Waveform
-from kvcache_chatterbox.voices import Voice
+from kvcache_chatterbox.vocoder import SAMPLES_PER_TOKEN, Run, SeededNoise, Together, Waveform
+from kvcache_chatterbox.voices._voices import Voice
 
 WHO = Voice(None, {"embedding": torch.zeros(1)})
 

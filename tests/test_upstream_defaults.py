@@ -12,8 +12,8 @@ from t3_models import likely_end, tiny_t3
 
 from kvcache import MemoryStore, SpeakerCache
 from kvcache_chatterbox import ChatterboxEngine, random_conditionals, stand_in
-from kvcache_chatterbox.defaults import _of_file
-from kvcache_chatterbox.standin import S3GEN_SIL, SUPPORTED_LANGUAGES, StandIn
+from kvcache_chatterbox.speech._defaults import _of_file
+from kvcache_chatterbox.testing._stand_in import S3GEN_SIL, SUPPORTED_LANGUAGES, StandIn
 
 pytestmark = pytest.mark.one_release
 

@@ -25,7 +25,7 @@ from kvcache_chatterbox.vocoder import (
     vocoder_of,
     why_plain,
 )
-from kvcache_chatterbox.voices import Voice
+from kvcache_chatterbox.voices._voices import Voice
 
 pytestmark = [pytest.mark.audio, pytest.mark.filterwarnings("ignore")]  # of diffusers, librosa and torchaudio
 

@@ -10,11 +10,11 @@ from t3_models import tiny_t3
 
 from kvcache import InputError, MemoryStore, MissingDependencyError, SpeakerCache
 from kvcache_chatterbox import ChatterboxEngine, SpeechScheduler, VocoderOptions, random_conditionals, stand_in
-from kvcache_chatterbox.chunking import Chunking, chunking_of
+from kvcache_chatterbox.audio._chunking import Chunking, chunking_of
 from kvcache_chatterbox.vocoder import PlainVocoder
-from kvcache_chatterbox.vocoder.flow import check_reference
-from kvcache_chatterbox.vocoder.weights import FILE, distilled, s3gen_module
-from kvcache_chatterbox.voices import Voice
+from kvcache_chatterbox.vocoder._flow import check_reference
+from kvcache_chatterbox.vocoder._weights import FILE, distilled, s3gen_module
+from kvcache_chatterbox.voices._voices import Voice
 
 pytestmark = [pytest.mark.one_release, pytest.mark.filterwarnings("ignore")]  # of diffusers, librosa and torchaudio
 
@@ -34,7 +34,8 @@ def idle(monkeypatch):
     """An engine in which nothing may run: no T3, no vocoder."""
     ours = ChatterboxEngine(stand_in(tiny_t3("gpt")), speakers=SpeakerCache(MemoryStore("32MiB")))
     monkeypatch.setattr(
-        "kvcache_chatterbox.speaker.vocoder_of", lambda s3gen, options, device, programs, onednn: Hears(s3gen, device)
+        "kvcache_chatterbox.audio._speaker.vocoder_of",
+        lambda s3gen, options, device, programs, onednn: Hears(s3gen, device),
     )
 
     def runs(*args, **given):

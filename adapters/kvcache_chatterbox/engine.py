@@ -21,13 +21,11 @@ from kvcache import (
 from kvcache.decoding import BUCKET, BackendName, Told, TuningProfile, WarmUp, as_async, in_thread, untold
 from kvcache.memory import release_threads
 from kvcache.models import PositionMode, Precision
-from kvcache_chatterbox.audio import SegmentedAudio
-from kvcache_chatterbox.chunking import Chunks, chunking_of
-from kvcache_chatterbox.defaults import generate_defaults, most_tokens
+from kvcache_chatterbox.audio._chunking import Chunks, chunking_of
+from kvcache_chatterbox.audio._segmented import SegmentedAudio
+from kvcache_chatterbox.audio._speaker import Speaker, heard
 from kvcache_chatterbox.loading import byte_tokens, random_conditionals
-from kvcache_chatterbox.long_text import Carry, LongText, Watch, check_carry, seeds, unwatched
-from kvcache_chatterbox.plan import LongTextPlan, check_plan, make_plan
-from kvcache_chatterbox.requests import (
+from kvcache_chatterbox.prefill import (
     check_conditionals,
     check_count,
     check_number,
@@ -35,15 +33,17 @@ from kvcache_chatterbox.requests import (
     check_pause,
     check_seed,
 )
-from kvcache_chatterbox.reuse import Reuse
-from kvcache_chatterbox.sampling import OPTIONS, SamplingOptions, sampling_of
-from kvcache_chatterbox.segments import split
-from kvcache_chatterbox.speaker import Speaker, heard
-from kvcache_chatterbox.utterance import Utterance, rows_alone
-from kvcache_chatterbox.utterances import UtteranceDecoder
+from kvcache_chatterbox.speech._decoder import UtteranceDecoder
+from kvcache_chatterbox.speech._defaults import generate_defaults, most_tokens
+from kvcache_chatterbox.speech._long_text import Carry, LongText, Watch, check_carry, seeds, unwatched
+from kvcache_chatterbox.speech._sampling import OPTIONS, SamplingOptions, sampling_of
+from kvcache_chatterbox.speech._utterance import Utterance, rows_alone
+from kvcache_chatterbox.text._plan import LongTextPlan, check_plan, make_plan
+from kvcache_chatterbox.text._segments import split
 from kvcache_chatterbox.vocoder import Vocoder, VocoderOptions
-from kvcache_chatterbox.vocoder.planned import options_of
-from kvcache_chatterbox.voices import Voice, Voices, check_name, read_conds
+from kvcache_chatterbox.vocoder._planned import options_of
+from kvcache_chatterbox.voices._reuse import Reuse
+from kvcache_chatterbox.voices._voices import Voice, Voices, check_name, read_conds
 
 log = logging.getLogger("kvcache_chatterbox")
 
@@ -489,7 +489,7 @@ class ChatterboxEngine(UtteranceDecoder):
             language_id: such as ``"fr"``: what the multilingual model speaks, and by whose rules sentences are told.
             max_new_tokens: speech tokens of a segment at most. By default 1000, as upstream, for a text of one segment;
                 of several, three times as many as it will probably take (see `plan`).
-            chunking, first_chunk, max_chunk: how much audio comes at once, see `kvcache_chatterbox.chunking.chunking_of`: by
+            chunking, first_chunk, max_chunk: how much audio comes at once, see `kvcache_chatterbox.audio._chunking.chunking_of`: by
                 default a small chunk first, and each next one as large as what there is to play allows.
             **sampling: see `inference_stream`.
             seed: of the first segment's draws, the vocoder's too; each further segment has the next number. Where chunks have

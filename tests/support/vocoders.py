@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from kvcache_chatterbox.vocoder import SAMPLES_PER_TOKEN, Run, Waveform
-from kvcache_chatterbox.voices import Voice
+from kvcache_chatterbox.voices._voices import Voice
 
 NOBODY = Voice(None, {})
 

@@ -7,13 +7,13 @@ import torch
 from kvcache import InputError
 from kvcache.decoding import Programs
 from kvcache.events import Event, emit
-from kvcache_chatterbox.vocoder.flow import FRAMES_PER_TOKEN, SPEECH_TOKENS
-from kvcache_chatterbox.vocoder.noise import Noise, SeededNoise, UpstreamNoise
-from kvcache_chatterbox.vocoder.options import VocoderOptions
-from kvcache_chatterbox.vocoder.plain import PlainVocoder
-from kvcache_chatterbox.vocoder.run import LEAD, SAMPLES_PER_TOKEN, TOKENS_PER_SECOND, Run, Vocoder, Waveform
-from kvcache_chatterbox.vocoder.s3gen import S3GenVocoder, why_plain
-from kvcache_chatterbox.vocoder.together import OneAtATime, Together, most_together
+from kvcache_chatterbox.vocoder._flow import FRAMES_PER_TOKEN, SPEECH_TOKENS
+from kvcache_chatterbox.vocoder._noise import Noise, SeededNoise, UpstreamNoise
+from kvcache_chatterbox.vocoder._options import VocoderOptions
+from kvcache_chatterbox.vocoder._plain import PlainVocoder
+from kvcache_chatterbox.vocoder._run import LEAD, SAMPLES_PER_TOKEN, TOKENS_PER_SECOND, Run, Vocoder, Waveform
+from kvcache_chatterbox.vocoder._s3gen import S3GenVocoder, why_plain
+from kvcache_chatterbox.vocoder._together import Together, most_together
 
 __all__ = [
     "FRAMES_PER_TOKEN",

@@ -1,0 +1,1 @@
+"""Speech tokens as audio: chunks, joints, the watermark."""

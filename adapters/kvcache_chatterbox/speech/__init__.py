@@ -1,0 +1,1 @@
+"""T3: a text's speech tokens, step by step."""

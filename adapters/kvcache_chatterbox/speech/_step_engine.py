@@ -1,0 +1,257 @@
+"""T3 on the decode engine: its step, and the decodings that wait between requests."""
+
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvcache import CacheGeometry, CacheReport
+from kvcache.decoding import (
+    GREEDY,
+    BackendName,
+    Batch,
+    Decoding,
+    Job,
+    Pool,
+    Programs,
+    Sampler,
+    Sampling,
+    StaticKV,
+    decoder_copy,
+    why_not,
+)
+from kvcache.models import (
+    Following,
+    PackedLinear,
+    Precision,
+    geometry_of,
+    has_half,
+    is_plain,
+    kv_layers,
+    onednn_linear,
+    rebuilt,
+    with_precision,
+)
+from kvcache_chatterbox.speech._alignment import AlignmentCheck
+from kvcache_chatterbox.speech._sampling import order
+
+
+def at_precision(t3: Any, precision: Precision) -> Any:
+    """A copy of a T3 that computes in `precision` and shares what does not change: on a CPU all but the backbone.
+
+    Queries and keys that the multilingual model's alignment check reads from their weights stay as they are.
+    """
+    if t3.device.type not in ("cpu", "meta"):  # on the meta device a model is planned for a CPU
+        return with_precision(t3, precision)
+    read = AlignmentCheck.layers(t3) if AlignmentCheck.wanted(t3) else []
+    wide = [f"layers.{layer}.self_attn.{name}" for layer in read for name in ("q_proj", "k_proj")]
+    backbone = with_precision(t3.tfmr, precision, wide=wide)
+    return rebuilt(t3, lambda name, module: backbone if module is t3.tfmr else None)
+
+
+class T3Step(nn.Module):
+    """From a speech token to the logits of the next, without a number from the host.
+
+    Args:
+        t3: whose step.
+        rows: 2 with guidance.
+        precision: of the backbone. The head takes as many bits on a CPU, but no fewer than 16: what it gives is compared.
+        onednn: let oneDNN multiply where it is faster; see `kvcache.models._onednn`.
+    """
+
+    def __init__(self, t3: Any, rows: int, precision: Precision | None = None, onednn: bool = True) -> None:
+        super().__init__()
+        self.tfmr = decoder_copy(t3.tfmr)
+        self.embed, self.positions = t3.speech_emb, t3.speech_pos_emb
+        self.head = t3.speech_head
+        if precision not in (None, "fp32") and t3.device.type in ("cpu", "meta"):
+            half = "fp16" if precision == "fp16" else "bf16"
+            narrow = has_half(half) and is_plain(t3.speech_head)
+            self.head = PackedLinear([t3.speech_head], half) if narrow else t3.speech_head
+        self.rows = rows
+        self._onednn = onednn and precision in (None, "fp32")
+
+    def forward(self, tokens: Tensor, made: Tensor, given: dict[str, Any]) -> Tensor:
+        embeds = self.embed(tokens)
+        if self.positions is not None:
+            embeds = embeds + self.positions.emb(made)
+        embeds = embeds[:, None].repeat_interleave(self.rows, 0)
+        faster = self._onednn and not torch.compiler.is_compiling()
+        with onednn_linear(self.tfmr, embeds.shape[0]) if faster else nullcontext():
+            hidden = self.tfmr(inputs_embeds=embeds, **given)[0]
+            return torch.as_tensor(self.head(hidden[:, -1]))
+
+
+class Stepper:
+    """Runs requests of a T3 on the decode engine.
+
+    Args:
+        t3: upstream's T3.
+        backend, tf32: see `Decoding`.
+        kv_dtype: of the cache; by default the model's.
+        precision: what `t3` computes in, see `at_precision`.
+        onednn: see `T3Step`.
+        bucket, programs: see `Decoding`.
+    """
+
+    def __init__(
+        self,
+        t3: Any,
+        backend: BackendName,
+        kv_dtype: torch.dtype | None,
+        tf32: bool,
+        precision: Precision | None,
+        onednn: bool,
+        bucket: int,
+        programs: Programs | None = None,
+    ) -> None:
+        self._t3, self._programs = t3, programs
+        self._from_model = Following(t3, lambda: (geometry_of(t3.tfmr), _why_not(t3)))
+        self._onednn, self._bucket = onednn, bucket
+        self._backend: BackendName = backend
+        self._kv_dtype, self._tf32, self._precision = kv_dtype, tf32, precision
+        self._pool = Pool(most=1)  # what a plan said is held, and nothing of an earlier text beside it
+
+    @property
+    def why_not(self) -> str | None:
+        """Why this T3, as it is now, cannot decode on the engine; None if it can."""
+        return self._from_model.now()[1]
+
+    @property
+    def _geometry(self) -> CacheGeometry:
+        return self._from_model.now()[0]
+
+    def release(self) -> None:
+        """Let go of the memory that waits for the next request."""
+        self._pool.clear()
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token in one cache row, over all layers."""
+        return replace(self._geometry, dtype=self._kv_dtype or self._geometry.dtype).token_bytes
+
+    @contextmanager
+    def batch(self, places: int, slots: int, compact: bool = True) -> Iterator[Batch]:
+        """A batch of so many utterances that decode together, each with so many slots, guided where the model can be."""
+        rows = 1 if self._t3.is_gpt else 2
+
+        def make(slots: int) -> Decoding:
+            return self.decoding(places, rows, slots)
+
+        signature = self._from_model.watch.signature()
+        with self._pool.lent(("batch", places), slots, make, exactly=True, signature=signature) as decoding:
+            yield Batch(decoding, compact=compact)
+
+    def job(
+        self, prefill: Callable[[], tuple[Tensor, Any]], sampling: Sampling, total: int, generator: torch.Generator
+    ) -> Job:
+        """One utterance for a batch, which ends as upstream's loop does.
+
+        Args:
+            prefill: gives the logits ``[rows, vocabulary]`` of its last position, and the cache.
+            sampling, generator: how tokens are drawn.
+            total: the most tokens.
+        """
+        hp, is_gpt = self._t3.hp, self._t3.is_gpt
+
+        def layers() -> tuple[Tensor, Any]:
+            logits, cache = prefill()
+            return logits, kv_layers(cache)
+
+        # Upstream's GPT-2 loop keeps its stop token to itself, speaks one that comes first, and penalizes the start token
+        # only as long as there is nothing else.
+        return Job(
+            layers,
+            sampling,
+            generator,
+            total,
+            ends=[hp.stop_speech_token],
+            seen=torch.tensor([hp.start_speech_token]),
+            first_may_end=not is_gpt,
+            forgets=is_gpt,
+            says_end=not is_gpt,
+        )
+
+    def decoding(self, requests: int, rows: int, slots: int) -> Decoding:
+        """What decodes so many requests of so many rows and slots each."""
+        t3, device = self._t3, self._t3.device
+        kv = StaticKV(self._geometry, requests * rows, slots, dtype=self._kv_dtype)
+        sampler = Sampler(requests, t3.speech_head.out_features, order(t3.is_gpt), device, guided=rows == 2)
+        step = T3Step(t3, rows, self._precision, self._onednn)
+        why_eager = self._from_model.watch.signature().why_no_capture
+        return Decoding(
+            step,
+            kv,
+            sampler,
+            self._backend,
+            tf32=self._tf32,
+            bucket=self._bucket,
+            why_eager=why_eager,
+            programs=self._programs,
+        )
+
+    def told(self, logits: Tensor, cache: Any, ids: Tensor) -> Tensor:
+        """The logits ``[n, vocabulary]`` after each of these speech tokens ``[n]``, behind what a cache of one row holds.
+
+        Args:
+            logits: of its prefill's last position, ``[1, vocabulary]``.
+        """
+        layers = kv_layers(cache)
+        decoding = self.decoding(1, 1, layers[0].stored + len(ids))
+        decoding.load(0, layers)
+        decoding.start(0, logits, [GREEDY], [None], [ids[:0]])
+        return decoding.told(ids)[:, 0]
+
+    def chunks(
+        self,
+        logits: Tensor,
+        cache: Any,
+        sampling: Sampling,
+        total: int,
+        size: int,
+        generator: torch.Generator | None,
+        slots: int,
+        exactly: bool,
+    ) -> Generator[tuple[Tensor, CacheReport], None, None]:
+        """A request's speech tokens ``[1, n]`` as upstream's loop returns them, and the account of its cache.
+
+        Args:
+            logits: of its prefill's last position, ``[rows, vocabulary]``.
+            cache: what was prefilled.
+            sampling, generator: how tokens are drawn.
+            total: the most tokens.
+            size: tokens in a chunk.
+            slots: of the static cache: as many as the request needs, or more.
+            exactly: so many; False also takes what waits from an earlier request and has more.
+        """
+        layers = kv_layers(cache)
+        t3, rows = self._t3, logits.shape[0]
+
+        def make(slots: int) -> Decoding:
+            return self.decoding(1, rows, slots)
+
+        signature = self._from_model.watch.signature()
+        with self._pool.lent(rows, slots, make, exactly, signature) as decoding:
+            decoding.load(0, layers)
+            begin = torch.tensor([t3.hp.start_speech_token], device=logits.device)
+            first = decoding.start(0, logits, [sampling], [generator], [begin])
+            if t3.is_gpt:  # penalizes the start token only as long as there is nothing else
+                decoding.sampler.begin(0, first)
+            del cache, layers
+            stop, spoken = t3.hp.stop_speech_token, 0
+            for chunk in decoding.chunks(total, size, [stop], first_may_end=not t3.is_gpt):
+                # Upstream's GPT-2 loop keeps its stop token to itself, and speaks one that comes first.
+                last = spoken + chunk.shape[1] - 1
+                ends = t3.is_gpt and last > 0 and int(chunk[0, -1]) == stop
+                spoken = last + 1
+                if chunk.shape[1] > ends:
+                    yield chunk[:, : chunk.shape[1] - ends], decoding.report()
+
+
+def _why_not(t3: Any) -> str | None:
+    if AlignmentCheck.wanted(t3):
+        return "the multilingual model's alignment check looks at every token on the host"
+    return why_not(t3.tfmr)

@@ -1,0 +1,1 @@
+"""A model that stands in for one whose parts are not there."""

@@ -1,0 +1,1 @@
+"""What kvcache's commands ask of a Chatterbox model."""

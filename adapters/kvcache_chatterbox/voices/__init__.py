@@ -1,0 +1,1 @@
+"""Voices: what upstream makes of a clip, kept and reused."""
