@@ -46,10 +46,9 @@ from speaking import (
 from torch import Tensor
 
 from kvcache_chatterbox import SpeechScheduler
-from kvcache_chatterbox.audio._segmented import SAMPLE_RATE, SPEECH_TOKENS
-from kvcache_chatterbox.vocoder import TOKENS_PER_SECOND, Run, S3GenVocoder, SeededNoise, VocoderOptions
-from kvcache_chatterbox.vocoder._weights import random_s3gen
-from kvcache_chatterbox.voices._voices import Voice
+from kvcache_chatterbox.units import SAMPLE_RATE, SPEECH_TOKENS, TOKENS_PER_SECOND
+from kvcache_chatterbox.vocoder import Run, S3GenVocoder, SeededNoise, VocoderOptions, random_s3gen
+from kvcache_chatterbox.voices import Voice
 
 UPSTREAM, FIXED, EXACT, FAST = "upstream", "fixed", "exact", "fast"
 PRINTED = (

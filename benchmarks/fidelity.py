@@ -146,7 +146,7 @@ def speech_rows(options: argparse.Namespace, steps: int) -> list[dict[str, Any]]
     """Chatterbox's T3 with random weights over so many teacher-forced steps."""
     from kvcache_chatterbox import byte_tokens, load_t3, random_conditionals
     from kvcache_chatterbox.prefill import check_text, condition, prefill
-    from kvcache_chatterbox.speech._step_engine import T3Step, at_precision
+    from kvcache_chatterbox.speech import T3Step, at_precision
 
     t3 = load_t3("nano" if options.quick else "english")
     rows = 1 if t3.is_gpt else 2

@@ -22,9 +22,9 @@ from t3_decode import SIDES, TEXT, UPSTREAM, Case, Model, make, run_upstream
 from torch import Tensor
 
 from kvcache_chatterbox import ChatterboxEngine
-from kvcache_chatterbox.audio._segmented import SAMPLE_RATE, SAMPLES_PER_TOKEN, SPEECH_TOKENS
-from kvcache_chatterbox.loading import upstream_t3
-from kvcache_chatterbox.testing._stand_in import stand_in
+from kvcache_chatterbox.testing import stand_in
+from kvcache_chatterbox.units import SAMPLE_RATE, SAMPLES_PER_TOKEN, SPEECH_TOKENS
+from kvcache_chatterbox.upstream import upstream_t3
 
 Side = Callable[[], Iterator[Tensor]]
 

@@ -25,8 +25,8 @@ from torch import nn
 from kvcache.decoding import Request, Turns
 from kvcache.memory import give_back
 from kvcache_chatterbox import ChatterboxEngine, load_t3, stand_in
-from kvcache_chatterbox.loading import upstream_t3
-from kvcache_chatterbox.speech._long_text import LongText
+from kvcache_chatterbox.speech import LongText
+from kvcache_chatterbox.upstream import upstream_t3
 
 # The Harvard sentences (IEEE, 1969), two a segment.
 TEXT = """

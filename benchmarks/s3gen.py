@@ -24,8 +24,8 @@ from common import arguments, finish, interleaved, keep, paired_ratio, spread, s
 from torch import Tensor
 
 from kvcache.decoding import Recorder, cuda_graph, traced
-from kvcache_chatterbox.audio._segmented import SAMPLE_RATE, SAMPLES_PER_TOKEN, SPEECH_TOKENS
-from kvcache_chatterbox.loading import upstream_t3
+from kvcache_chatterbox.units import SAMPLE_RATE, SAMPLES_PER_TOKEN, SPEECH_TOKENS
+from kvcache_chatterbox.upstream import upstream_t3
 
 UPSTREAM = "as upstream runs it"
 GRAPHED = "estimator graphed, bf16, and HiFT"

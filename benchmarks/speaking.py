@@ -26,16 +26,14 @@ from torch import Tensor
 from kvcache import MemoryStore, SpeakerCache, subscribe
 from kvcache.decoding import WarmUp
 from kvcache_chatterbox import ChatterboxEngine, load_t3, stand_in
-from kvcache_chatterbox.audio._segmented import SAMPLE_RATE, SPEECH_TOKENS
-from kvcache_chatterbox.loading import random_conditionals, upstream_t3
-from kvcache_chatterbox.text._pace import CHARACTERS_PER_SECOND
-from kvcache_chatterbox.tools._targets import endless
-from kvcache_chatterbox.vocoder import TOKENS_PER_SECOND, PlainVocoder, VocoderOptions
+from kvcache_chatterbox.loading import random_conditionals
+from kvcache_chatterbox.text import CHARACTERS_PER_SECOND
+from kvcache_chatterbox.tools import endless
+from kvcache_chatterbox.units import SAMPLE_RATE, SPEECH_TOKENS, TOKENS_PER_SECOND
+from kvcache_chatterbox.upstream import upstream_t3
+from kvcache_chatterbox.vocoder import Flow, Hift, PlainVocoder, VocoderOptions, random_s3gen
 from kvcache_chatterbox.vocoder import _s3gen as parts_of_s3gen
-from kvcache_chatterbox.vocoder._flow import Flow
-from kvcache_chatterbox.vocoder._hift import Hift
-from kvcache_chatterbox.vocoder._weights import random_s3gen
-from kvcache_chatterbox.voices._voices import Voice
+from kvcache_chatterbox.voices import Voice
 
 CLASSES = {
     "english": ("chatterbox.tts", "ChatterboxTTS"),

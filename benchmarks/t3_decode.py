@@ -36,11 +36,9 @@ from kvcache.decoding import Decoding, Sampler, StaticKV
 from kvcache.memory import give_back
 from kvcache.models import decoding_arguments, geometry_of, kv_layers, new_cache
 from kvcache_chatterbox import byte_tokens, load_t3, random_conditionals
-from kvcache_chatterbox.loading import upstream_t3
 from kvcache_chatterbox.prefill import Prefill, check_text, copy_conditionals, embed_speech, prefill
-from kvcache_chatterbox.speech._sampling import draw, order, processors, sampling_of
-from kvcache_chatterbox.speech._step_engine import T3Step, at_precision
-from kvcache_chatterbox.speech._token_loop import Decoder
+from kvcache_chatterbox.speech import Decoder, T3Step, at_precision, draw, order, processors, sampling_of
+from kvcache_chatterbox.upstream import upstream_t3
 
 TEXT = "The quick brown fox jumps over the lazy dog, and runs away. "  # 60 letters; Nano says the first 16
 GROWTH = 8  # tokens at a time

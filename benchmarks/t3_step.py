@@ -19,10 +19,9 @@ from transformers import DynamicCache
 
 from kvcache.models import new_cache
 from kvcache_chatterbox import byte_tokens, load_t3, random_conditionals
-from kvcache_chatterbox.loading import upstream_t3
 from kvcache_chatterbox.prefill import check_text, condition, prefill
-from kvcache_chatterbox.speech._sampling import sampling_of
-from kvcache_chatterbox.speech._token_loop import Decoder
+from kvcache_chatterbox.speech import Decoder, sampling_of
+from kvcache_chatterbox.upstream import upstream_t3
 
 TEXT = "The quick brown fox jumps over the lazy dog, and runs away. "  # 60 letters, 62 tokens with start and stop
 GROWTH = 8  # tokens at a time

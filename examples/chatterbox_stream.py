@@ -41,9 +41,9 @@ from rich.text import Text
 from kvcache import KeepAll, KVCacheError, SlidingWindow
 from kvcache.errors import said
 from kvcache_chatterbox import ChatterboxEngine, byte_tokens, load_t3, random_conditionals, stand_in
-from kvcache_chatterbox.audio._segmented import SAMPLE_RATE
 from kvcache_chatterbox.loading import WEIGHTS
-from kvcache_chatterbox.vocoder._weights import random_s3gen, s3gen_module
+from kvcache_chatterbox.units import SAMPLE_RATE
+from kvcache_chatterbox.vocoder import random_s3gen, s3gen_module
 
 TEXT = "The birch canoe slid on the smooth planks. Glue the sheet to the dark blue background."
 REPOSITORIES = {

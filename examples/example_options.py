@@ -12,8 +12,9 @@ from kvcache import KVCacheError
 from kvcache.decoding import backend_on
 from kvcache.errors import said
 from kvcache_chatterbox import VocoderOptions
-from kvcache_chatterbox.audio._chunking import chunking_of
-from kvcache_chatterbox.loading import WEIGHTS, upstream_t3
+from kvcache_chatterbox.audio import chunking_of
+from kvcache_chatterbox.loading import WEIGHTS
+from kvcache_chatterbox.upstream import upstream_t3
 
 CLASSES = {  # with the audio stack, by variant
     "english": ("chatterbox.tts", "ChatterboxTTS"),

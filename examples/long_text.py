@@ -39,7 +39,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from kvcache import KVCacheError
 from kvcache.errors import said
 from kvcache_chatterbox import ChatterboxEngine, LongTextPlan, load_t3, stand_in
-from kvcache_chatterbox.text._segments import primary_language
+from kvcache_chatterbox.text import primary_language
 
 TEXT = """The birch canoe slid on the smooth planks. Glue the sheet to the dark blue background. It is easy to tell the
 depth of a well. These days a chicken leg is a rare dish. Rice is often served in round bowls. The juice of lemons makes

@@ -48,7 +48,7 @@ from kvcache import (
     TieredStore,
 )
 from kvcache_chatterbox import ChatterboxEngine, SpeechScheduler, Voice, load_t3, stand_in
-from kvcache_chatterbox.loading import upstream_t3
+from kvcache_chatterbox.upstream import upstream_t3
 
 MOST_VOICES = 256  # that a replica keeps loaded; their prefixes have a budget of their own
 MOST_REPLICAS_LOST = 3  # by one request: it may be what kills them

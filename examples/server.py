@@ -43,7 +43,7 @@ from starlette.types import Receive, Scope, Send
 from kvcache import InputError, KVCacheError
 from kvcache.errors import said
 from kvcache_chatterbox import ChatterboxEngine, SpeechScheduler, load_t3, stand_in
-from kvcache_chatterbox.audio._segmented import SAMPLE_RATE
+from kvcache_chatterbox.units import SAMPLE_RATE
 from kvcache_chatterbox.upstream import beside
 
 PAGE = Path(__file__).parent

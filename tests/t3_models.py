@@ -12,7 +12,7 @@ if importlib.util.find_spec("chatterbox") is None:
         "chatterbox-tts is not installed (pip install --no-deps chatterbox-tts==0.1.7)", allow_module_level=True
     )
 
-from kvcache_chatterbox.loading import upstream_t3
+from kvcache_chatterbox.upstream import upstream_t3
 
 UPSTREAMS_WARNINGS = [  # from inside its own loop
     pytest.mark.filterwarnings("ignore::FutureWarning"),

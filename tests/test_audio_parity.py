@@ -14,8 +14,8 @@ from t3_models import likely_end, tiny_t3
 
 from kvcache import MemoryStore, SpeakerCache
 from kvcache_chatterbox import ChatterboxEngine, SpeechScheduler, VocoderOptions
-from kvcache_chatterbox.testing._stand_in import stand_in
-from kvcache_chatterbox.tools._targets import endless
+from kvcache_chatterbox.testing import stand_in
+from kvcache_chatterbox.tools import endless
 
 pytestmark = [pytest.mark.audio, pytest.mark.filterwarnings("ignore")]  # of diffusers, librosa and torchaudio
 

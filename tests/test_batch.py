@@ -295,7 +295,7 @@ def schedules(draw):
 
 
 def assert_schedule(kind, policy, backend, places, compact, schedule):
-    from kvcache_chatterbox.speech._sampling import order
+    from kvcache_chatterbox.speech import order
 
     for case, said, logits, over in run_schedule(kind, policy, backend, places, compact, schedule):
         utterance = cases(kind)[case]

@@ -15,10 +15,12 @@ from t3_models import tiny_t3
 from kvcache import InputError
 from kvcache.models import looks_on
 from kvcache_chatterbox import ChatterboxEngine, Chunking, byte_tokens
-from kvcache_chatterbox.audio._segmented import CONTEXT, SAMPLES_PER_TOKEN, AudioStream, SegmentedAudio
-from kvcache_chatterbox.audio._speaker import Speaker, heard
-from kvcache_chatterbox.loading import upstream_t3
-from kvcache_chatterbox.testing._stand_in import S3GEN_SIL, ToneVocoder, punc_norm, stand_in
+from kvcache_chatterbox.audio import CONTEXT, SegmentedAudio, Speaker, heard
+from kvcache_chatterbox.audio._segmented import AudioStream
+from kvcache_chatterbox.testing import stand_in
+from kvcache_chatterbox.testing._stand_in import S3GEN_SIL, ToneVocoder, punc_norm
+from kvcache_chatterbox.units import SAMPLES_PER_TOKEN
+from kvcache_chatterbox.upstream import upstream_t3
 from kvcache_chatterbox.vocoder import LEAD, SeededNoise
 
 pytestmark = pytest.mark.one_release

@@ -9,8 +9,9 @@ from support.clocks import Clock
 from support.searching import search
 
 from kvcache import InputError
-from kvcache_chatterbox.audio._chunking import GROWTH, SECOND, Chunking, Cost, Listener, Pace, chunking_of
-from kvcache_chatterbox.vocoder import TOKENS_PER_SECOND
+from kvcache_chatterbox.audio import Chunking, chunking_of
+from kvcache_chatterbox.audio._chunking import GROWTH, SECOND, Cost, Listener, Pace
+from kvcache_chatterbox.units import TOKENS_PER_SECOND
 
 BEFORE = 100  # tokens of reference and context
 

@@ -15,11 +15,12 @@ from support.searching import search
 from test_cli import COMMANDS, NEEDED, WRONG, places, refused  # noqa: F401
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kvcache import InputError, MissingDependencyError, subjects
+from kvcache import InputError, MissingDependencyError
 from kvcache.cli import main
 from kvcache.cli._common import bytes_of
 from kvcache.cli._plan import _room
 from kvcache.tools import Room, benchmarks, room, subject
+from kvcache.tools import _targets as subjects
 from kvcache.tools._targets import LanguageSubject
 
 pytestmark = pytest.mark.one_release

@@ -13,8 +13,7 @@ from kvcache import DiskStore, MemoryStore, PrefixSnapshot, RedisStore, RemoteSt
 from kvcache.events import subscribe
 from kvcache_chatterbox import ChatterboxEngine, stand_in
 from kvcache_chatterbox.testing._stand_in import StandIn
-from kvcache_chatterbox.voices._clips import clip_key, encoder_of, kept_bytes, packed
-from kvcache_chatterbox.voices._voices import Voice
+from kvcache_chatterbox.voices import Voice, clip_key, encoder_of, kept_bytes, packed
 
 pytestmark = [*UPSTREAMS_WARNINGS, pytest.mark.one_release, pytest.mark.filterwarnings("ignore")]
 T3 = {}

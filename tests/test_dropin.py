@@ -23,9 +23,9 @@ from kvcache import (
     RollbackError,
     SlidingWindow,
     SnapKV,
-    hf,
 )
 from kvcache.models import MADE_AS, ManagedCache
+from kvcache.models import _cache as hf
 from kvcache.models._managed import chosen
 
 

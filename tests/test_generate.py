@@ -11,7 +11,8 @@ from support.families import FAMILIES, RELEASE, SEQ2SEQ, build, cases, dynamic_c
 from torch import Tensor
 from transformers import GenerationConfig
 
-from kvcache import KVCacheManager, KVLayer, MaxBytes, MaxTokens, Pinned, SlidingWindow, hf
+from kvcache import KVCacheManager, KVLayer, MaxBytes, MaxTokens, Pinned, SlidingWindow
+from kvcache.models import _cache as hf
 
 NEW = 12
 DECODERS = [name for name in FAMILIES if name not in SEQ2SEQ]

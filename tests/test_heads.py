@@ -42,11 +42,11 @@ from kvcache import (
     RollbackError,
     SlidingWindow,
     SnapKV,
-    hf,
     measure_heads,
     model_fingerprint,
 )
 from kvcache.cache import AdaptiveLayer, KVLayer, Piece, RankedLayer, SplitLayer, layer_for
+from kvcache.models import _cache as hf
 
 WINDOW = SlidingWindow(6, sinks=2)
 HEAVY = HeavyHitters(12, sinks=1, recent=3)

@@ -11,7 +11,7 @@ from t3_models import likely_end, tiny_t3
 from kvcache import BusyError, CapacityError, ClosedError, InputError, SlidingWindow
 from kvcache.decoding import Batch
 from kvcache_chatterbox import ChatterboxEngine, SpeechScheduler, Voice, byte_tokens, random_conditionals, stand_in
-from kvcache_chatterbox.audio._segmented import SAMPLES_PER_TOKEN
+from kvcache_chatterbox.units import SAMPLES_PER_TOKEN
 
 TEXT = (
     "The birch canoe slid on the smooth planks. Glue the sheet to the dark blue background. "

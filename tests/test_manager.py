@@ -41,8 +41,8 @@ from kvcache import (
     SizePolicy,
     SlidingWindow,
     SnapKV,
-    hf,
 )
+from kvcache.models import _cache as hf
 from kvcache.models import taken
 
 GREEDY: dict[str, Any] = {"do_sample": False}

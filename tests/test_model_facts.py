@@ -26,8 +26,8 @@ from kvcache import (
     SlidingWindow,
     SnapKV,
     SpeakerCache,
-    hf,
 )
+from kvcache.models import _cache as hf
 from kvcache.models import facts_of, geometry_of, handed, returned, taken
 
 CLOSE = 2e-4  # fp32 logits of size 1 to 30; a window that is off by one token is off by more than 0.05

@@ -14,8 +14,9 @@ from support.families import logits, tiny, token_ids
 from support.searching import search
 from torch import Tensor
 
-from kvcache import Adaptive, KVCacheManager, PolicyError, RankingPolicy, Rehearsed, SnapKV, hf, pyramid
+from kvcache import Adaptive, KVCacheManager, PolicyError, RankingPolicy, Rehearsed, SnapKV, pyramid
 from kvcache.cache import Seen
+from kvcache.models import _cache as hf
 
 # ---------------------------------------------------------------------- D3: PyramidKV
 

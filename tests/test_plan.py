@@ -10,8 +10,8 @@ from rich.console import Console
 from support.searching import search
 
 from kvcache import CapacityError, InputError
-from kvcache_chatterbox.text._plan import make_plan, predicted_tokens
-from kvcache_chatterbox.text._segments import Segment, split
+from kvcache_chatterbox.text import Segment, make_plan, split
+from kvcache_chatterbox.text._plan import predicted_tokens
 
 pytestmark = pytest.mark.one_release
 

@@ -12,9 +12,10 @@ from plan_families import KINDS, NAMES, class_of, config_of, made
 from support import holding
 from torch import Tensor
 
-from kvcache import InputError, KVCacheManager, MaxBytes, MaxTokens, Pinned, PolicyError, SizePolicy, SlidingWindow, hf
+from kvcache import InputError, KVCacheManager, MaxBytes, MaxTokens, Pinned, PolicyError, SizePolicy, SlidingWindow
 from kvcache.cache import Quantization
 from kvcache.decoding import Setting
+from kvcache.models import _cache as hf
 from kvcache.models import handed
 from kvcache.tools import plan, subject
 from kvcache.tools._footprint import language_footprint

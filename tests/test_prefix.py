@@ -49,10 +49,10 @@ from kvcache import (
     SlidingWindow,
     SpeakerCache,
     TieredStore,
-    hf,
     model_fingerprint,
 )
 from kvcache.models import ManagedCache, ManagedLayer, forget, looks_on, trains
+from kvcache.models import _cache as hf
 from kvcache.testing._laws import BUFFERS, Pair, tokens
 
 NEW = 12

@@ -13,8 +13,8 @@ from kvcache.decoding import Setting
 from kvcache.tools import profile
 from kvcache.tools._module_timer import AUDIO
 from kvcache_chatterbox import ChatterboxEngine, byte_tokens, random_conditionals
-from kvcache_chatterbox.testing._stand_in import stand_in
-from kvcache_chatterbox.tools._targets import LoadedSubject
+from kvcache_chatterbox.testing import stand_in
+from kvcache_chatterbox.tools import LoadedSubject
 
 pytestmark = [*UPSTREAMS_WARNINGS, pytest.mark.one_release]
 CONTEXT, TOKENS = 70, 20

@@ -46,11 +46,11 @@ from kvcache import (
     SizePolicy,
     SlidingWindow,
     SnapKV,
-    attention,
-    hf,
     pyramid,
 )
 from kvcache.cache import RankedLayer, Seen
+from kvcache.models import _attention as attention
+from kvcache.models import _cache as hf
 
 KEY_DIM, VALUE_DIM = 4, 3
 CLOSE = 1e-5  # fp32 sums of some forty numbers of size one; a wrong token shows as 0.01 and more

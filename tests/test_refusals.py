@@ -27,9 +27,9 @@ from kvcache import (
     SlidingWindow,
     SnapKV,
     SpeakerCache,
-    hf,
     subscribe,
 )
+from kvcache.models import _cache as hf
 
 
 def memory() -> SpeakerCache:

@@ -13,11 +13,11 @@ from t3_models import tiny_t3
 
 from kvcache import MemoryStore, MissingDependencyError, SpeakerCache
 from kvcache_chatterbox import ChatterboxEngine, Chunking
-from kvcache_chatterbox.audio._segmented import CONTEXT, SAMPLES_PER_TOKEN, AudioStream
-from kvcache_chatterbox.audio._speaker import Speaker, heard
-from kvcache_chatterbox.testing._stand_in import stand_in
-from kvcache_chatterbox.vocoder import LEAD, Run, S3GenVocoder, SeededNoise, VocoderOptions
-from kvcache_chatterbox.vocoder._weights import random_s3gen
+from kvcache_chatterbox.audio import CONTEXT, Speaker, heard
+from kvcache_chatterbox.audio._segmented import AudioStream
+from kvcache_chatterbox.testing import stand_in
+from kvcache_chatterbox.units import SAMPLES_PER_TOKEN
+from kvcache_chatterbox.vocoder import LEAD, Run, S3GenVocoder, SeededNoise, VocoderOptions, random_s3gen
 
 pytestmark = [
     pytest.mark.slow,

@@ -18,7 +18,7 @@ from transformers import (
 from kvcache import InputError
 from kvcache.decoding import Sampler, Sampling
 from kvcache.decoding._sampler import TRANSFORMERS
-from kvcache_chatterbox.speech._sampling import order
+from kvcache_chatterbox.speech import order
 
 CPU = torch.device("cpu")
 ORDERS = {"transformers": TRANSFORMERS, "chatterbox": order(False), "turbo": order(True)}

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from support.searching import search
 
 from kvcache import InputError
+from kvcache_chatterbox.text import Segment, primary_language, split
 from kvcache_chatterbox.text import _pace as pace
 from kvcache_chatterbox.text import _segments as segments_module
 from kvcache_chatterbox.text._plan import predicted_tokens
-from kvcache_chatterbox.text._segments import Segment, primary_language, split
 
 pytestmark = pytest.mark.one_release
 

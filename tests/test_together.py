@@ -7,8 +7,10 @@ import pytest
 import torch
 from support.waiting import until
 
-from kvcache_chatterbox.vocoder import SAMPLES_PER_TOKEN, Run, SeededNoise, Together, Waveform
-from kvcache_chatterbox.voices._voices import Voice
+from kvcache_chatterbox.units import SAMPLES_PER_TOKEN
+from kvcache_chatterbox.vocoder import Run, SeededNoise, Together
+from kvcache_chatterbox.vocoder._run import Waveform
+from kvcache_chatterbox.voices import Voice
 
 WHO = Voice(None, {"embedding": torch.zeros(1)})
 

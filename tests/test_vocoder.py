@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from support.searching import search
 from support.whole import reference, s3gen, short_s3gen
 
+from kvcache_chatterbox.units import SAMPLES_PER_TOKEN
 from kvcache_chatterbox.vocoder import (
     LEAD,
-    SAMPLES_PER_TOKEN,
     Run,
     S3GenVocoder,
     SeededNoise,
@@ -25,7 +25,7 @@ from kvcache_chatterbox.vocoder import (
     vocoder_of,
     why_plain,
 )
-from kvcache_chatterbox.voices._voices import Voice
+from kvcache_chatterbox.voices import Voice
 
 pytestmark = [pytest.mark.audio, pytest.mark.filterwarnings("ignore")]  # of diffusers, librosa and torchaudio
 

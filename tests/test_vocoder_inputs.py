@@ -10,11 +10,11 @@ from t3_models import tiny_t3
 
 from kvcache import InputError, MemoryStore, MissingDependencyError, SpeakerCache
 from kvcache_chatterbox import ChatterboxEngine, SpeechScheduler, VocoderOptions, random_conditionals, stand_in
-from kvcache_chatterbox.audio._chunking import Chunking, chunking_of
-from kvcache_chatterbox.vocoder import PlainVocoder
+from kvcache_chatterbox.audio import Chunking, chunking_of
+from kvcache_chatterbox.vocoder import PlainVocoder, s3gen_module
 from kvcache_chatterbox.vocoder._flow import check_reference
-from kvcache_chatterbox.vocoder._weights import FILE, distilled, s3gen_module
-from kvcache_chatterbox.voices._voices import Voice
+from kvcache_chatterbox.vocoder._weights import FILE, distilled
+from kvcache_chatterbox.voices import Voice
 
 pytestmark = [pytest.mark.one_release, pytest.mark.filterwarnings("ignore")]  # of diffusers, librosa and torchaudio
 

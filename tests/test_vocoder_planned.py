@@ -16,7 +16,7 @@ from kvcache.testing._leaks import no_leaks
 from kvcache.tools import plan, subject
 from kvcache_chatterbox import ChatterboxEngine, SpeechScheduler, VocoderOptions, random_conditionals, stand_in
 from kvcache_chatterbox.vocoder import Run, SeededNoise
-from kvcache_chatterbox.voices._voices import Voice
+from kvcache_chatterbox.voices import Voice
 
 pytestmark = [*UPSTREAMS_WARNINGS, pytest.mark.one_release, pytest.mark.filterwarnings("ignore")]
 

@@ -19,7 +19,7 @@ from kvcache.tools._module_timer import AUDIO
 from kvcache.tools._targets import LanguageSubject
 from kvcache.tools._tuning_vocoder import tuned_vocoder
 from kvcache_chatterbox import ChatterboxEngine, VocoderOptions, stand_in
-from kvcache_chatterbox.tools._targets import LoadedSubject
+from kvcache_chatterbox.tools import LoadedSubject
 
 pytestmark = [*UPSTREAMS_WARNINGS, pytest.mark.one_release, pytest.mark.filterwarnings("ignore")]
 COSTS = {None: 10.0, "bf16": 6.0, "fp16": 9.9, "int8": 7.0}  # ms a token
@@ -182,8 +182,7 @@ def test_parts_of_the_audio_are_told_apart(monkeypatch):
     model = stand_in(tiny_t3("gpt"))
     model.s3gen = short_s3gen(True)
     model.conds.gen = reference(1)
-    from kvcache_chatterbox.vocoder._flow import Flow
-    from kvcache_chatterbox.vocoder._hift import Hift
+    from kvcache_chatterbox.vocoder import Flow, Hift
 
     for kind, name, seconds in ((Flow, "mels", 0.5), (Hift, "wave", 0.25)):
         plain = getattr(kind, name)

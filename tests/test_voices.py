@@ -21,8 +21,8 @@ from kvcache.cache import pack, unpack
 from kvcache.models import looks_on, new_cache
 from kvcache_chatterbox import ChatterboxEngine, Voice, byte_tokens, load_t3, random_conditionals
 from kvcache_chatterbox.prefill import check_text, condition, prefill
-from kvcache_chatterbox.speech._token_loop import Decoder
-from kvcache_chatterbox.voices._reuse import VoiceReuse
+from kvcache_chatterbox.speech import Decoder
+from kvcache_chatterbox.voices import VoiceReuse
 
 pytestmark = UPSTREAMS_WARNINGS
 KINDS = ["english", "multilingual", "gpt"]
@@ -657,7 +657,7 @@ def test_what_would_write_a_clips_voice_into_the_model_is_refused_before_it_runs
 def test_the_first_pass_is_the_decoders_own_where_nothing_is_reused():
     t3 = model("gpt")
     request = prefill(t3, condition(t3, random_conditionals(t3)), check_text(t3, text("gpt"), False))
-    from kvcache_chatterbox.speech._sampling import sampling_of
+    from kvcache_chatterbox.speech import sampling_of
 
     plain = Decoder(t3, request, sampling_of(True, {}), 5, None, torch.Generator().manual_seed(0))
     known = ChatterboxEngine(t3, reuse="none")

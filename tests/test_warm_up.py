@@ -11,7 +11,7 @@ from kvcache import InputError, KVCacheManager, subscribe
 from kvcache.cli import main
 from kvcache.decoding import _programs as module
 from kvcache_chatterbox import ChatterboxEngine, byte_tokens, random_conditionals
-from kvcache_chatterbox.testing._stand_in import stand_in
+from kvcache_chatterbox.testing import stand_in
 
 
 def tokens(engine):

@@ -13,10 +13,10 @@ from t3_models import tiny_t3
 
 from kvcache import InputError
 from kvcache_chatterbox import ChatterboxEngine, Chunking, SpeechScheduler
-from kvcache_chatterbox.audio._segmented import SAMPLE_RATE, SAMPLES_PER_TOKEN
-from kvcache_chatterbox.audio._speaker import Speaker, heard
+from kvcache_chatterbox.audio import Speaker, heard
 from kvcache_chatterbox.audio._watermark import StreamMarker, WatermarkError, marked
-from kvcache_chatterbox.testing._stand_in import stand_in
+from kvcache_chatterbox.testing import stand_in
+from kvcache_chatterbox.units import SAMPLE_RATE, SAMPLES_PER_TOKEN
 
 pytestmark = pytest.mark.one_release
 

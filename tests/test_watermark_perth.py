@@ -13,9 +13,10 @@ from t3_models import tiny_t3
 
 from kvcache import MemoryStore, SpeakerCache
 from kvcache_chatterbox import ChatterboxEngine
-from kvcache_chatterbox.audio._segmented import SAMPLE_RATE, SAMPLES_PER_TOKEN
 from kvcache_chatterbox.audio._watermark import marked
-from kvcache_chatterbox.testing._stand_in import S3GEN_SIL, ToneVocoder, stand_in
+from kvcache_chatterbox.testing import stand_in
+from kvcache_chatterbox.testing._stand_in import S3GEN_SIL, ToneVocoder
+from kvcache_chatterbox.units import SAMPLE_RATE, SAMPLES_PER_TOKEN
 
 pytestmark = [
     pytest.mark.slow,

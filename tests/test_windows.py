@@ -45,8 +45,8 @@ from kvcache import (
     RollbackError,
     SizePolicy,
     SlidingWindow,
-    hf,
 )
+from kvcache.models import _cache as hf
 
 LENGTH = 44
 # A chunk and the whole sum in other orders: in fp32 that is some 1e-6 on these logits, which are up to 5 in size. What

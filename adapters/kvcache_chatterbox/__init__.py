@@ -1,17 +1,15 @@
 """Chatterbox TTS on managed KV caches: the T3 backend's streaming loop, for the English, Multilingual, Turbo and Nano models."""
 
 from kvcache.decoding import Sampling
-from kvcache_chatterbox.audio._chunking import Chunking
+from kvcache_chatterbox.audio import Chunking
 from kvcache_chatterbox.engine import ChatterboxEngine
 from kvcache_chatterbox.loading import byte_tokens, load_t3, random_conditionals
 from kvcache_chatterbox.scheduler import SpeechScheduler
-from kvcache_chatterbox.speech._sampling import SamplingOptions
-from kvcache_chatterbox.speech._utterance import Utterance
-from kvcache_chatterbox.testing._stand_in import stand_in
-from kvcache_chatterbox.text._plan import LongTextPlan
-from kvcache_chatterbox.text._segments import Segment, split
+from kvcache_chatterbox.speech import SamplingOptions, Utterance
+from kvcache_chatterbox.testing import stand_in
+from kvcache_chatterbox.text import LongTextPlan, Segment, split
 from kvcache_chatterbox.vocoder import VocoderOptions
-from kvcache_chatterbox.voices._voices import Voice, Voices
+from kvcache_chatterbox.voices import Voice, Voices
 
 __all__ = [
     "ChatterboxEngine",

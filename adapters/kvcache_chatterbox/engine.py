@@ -21,29 +21,28 @@ from kvcache import (
 from kvcache.decoding import BUCKET, BackendName, Told, TuningProfile, WarmUp, as_async, in_thread, untold
 from kvcache.memory import release_threads
 from kvcache.models import PositionMode, Precision
-from kvcache_chatterbox.audio._chunking import Chunks, chunking_of
-from kvcache_chatterbox.audio._segmented import SegmentedAudio
-from kvcache_chatterbox.audio._speaker import Speaker, heard
+from kvcache_chatterbox.audio import Chunks, SegmentedAudio, Speaker, chunking_of, heard
+from kvcache_chatterbox.checks import check_conditionals, check_count, check_number, check_path, check_pause, check_seed
 from kvcache_chatterbox.loading import byte_tokens, random_conditionals
-from kvcache_chatterbox.prefill import (
-    check_conditionals,
-    check_count,
-    check_number,
-    check_path,
-    check_pause,
-    check_seed,
+from kvcache_chatterbox.speech import (
+    OPTIONS,
+    Carry,
+    LongText,
+    SamplingOptions,
+    Utterance,
+    UtteranceDecoder,
+    Watch,
+    check_carry,
+    generate_defaults,
+    most_tokens,
+    rows_alone,
+    sampling_of,
+    seeds,
+    unwatched,
 )
-from kvcache_chatterbox.speech._decoder import UtteranceDecoder
-from kvcache_chatterbox.speech._defaults import generate_defaults, most_tokens
-from kvcache_chatterbox.speech._long_text import Carry, LongText, Watch, check_carry, seeds, unwatched
-from kvcache_chatterbox.speech._sampling import OPTIONS, SamplingOptions, sampling_of
-from kvcache_chatterbox.speech._utterance import Utterance, rows_alone
-from kvcache_chatterbox.text._plan import LongTextPlan, check_plan, make_plan
-from kvcache_chatterbox.text._segments import split
-from kvcache_chatterbox.vocoder import Vocoder, VocoderOptions
-from kvcache_chatterbox.vocoder._planned import options_of
-from kvcache_chatterbox.voices._reuse import Reuse
-from kvcache_chatterbox.voices._voices import Voice, Voices, check_name, read_conds
+from kvcache_chatterbox.text import LongTextPlan, check_plan, make_plan, split
+from kvcache_chatterbox.vocoder import Vocoder, VocoderOptions, options_of
+from kvcache_chatterbox.voices import Reuse, Voice, Voices, check_name, read_conds
 
 log = logging.getLogger("kvcache_chatterbox")
 

@@ -2,8 +2,6 @@
 
 import importlib
 import importlib.util
-import sys
-import types
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from kvcache import InputError, MissingDependencyError
-from kvcache_chatterbox.upstream import needed_beside
+from kvcache import InputError
+from kvcache_chatterbox.upstream import needed_beside, upstream_t3
 
 Variant = Literal["english", "multilingual", "turbo", "nano"]
 
@@ -23,32 +21,6 @@ WEIGHTS: dict[str, tuple[str, ...]] = {
     "nano": ("t3_nano_v1.safetensors", "t3_nano.safetensors"),
 }
 _NANO = {"n_embd": 768, "hidden_size": 768, "n_head": 12, "n_layer": 12}  # chatterbox-tts 0.1.7 has no entry for it
-
-
-def upstream_t3() -> Any:
-    """Upstream's module `chatterbox.models.t3.t3`.
-
-    The package itself imports an audio stack that tokens do not need; where that is missing, T3's own modules are
-    imported without it.
-
-    Raises:
-        InputError: if chatterbox-tts is not installed.
-    """
-    name = "chatterbox.models.t3.t3"
-    if "chatterbox" in sys.modules:
-        return importlib.import_module(name)
-    spec = importlib.util.find_spec("chatterbox")
-    if spec is None or spec.submodule_search_locations is None:
-        raise MissingDependencyError(
-            "chatterbox-tts is not installed; run: pip install --no-deps chatterbox-tts==0.1.7"
-        )
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        bare = types.ModuleType("chatterbox")
-        bare.__path__ = list(spec.submodule_search_locations)
-        sys.modules["chatterbox"] = bare
-        return importlib.import_module(name)
 
 
 def load_t3(variant: Variant, checkpoint: str | Path | None = None, *, device: str = "cpu", seed: int = 0) -> Any:

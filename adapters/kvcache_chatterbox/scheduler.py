@@ -13,15 +13,12 @@ from typing_extensions import Self, Unpack
 from kvcache import InputError
 from kvcache.decoding import Chunk, Job, Scheduler, SchedulerMetrics, Stream, Work
 from kvcache.prefixes.stores import Aside
-from kvcache_chatterbox.audio._chunking import Chunks, chunking_of
-from kvcache_chatterbox.audio._segmented import SegmentedAudio
+from kvcache_chatterbox.audio import Chunks, SegmentedAudio, chunking_of
+from kvcache_chatterbox.checks import check_count
 from kvcache_chatterbox.engine import ChatterboxEngine
-from kvcache_chatterbox.prefill import check_count
-from kvcache_chatterbox.speech._long_text import Carry, LongText
-from kvcache_chatterbox.speech._sampling import SamplingOptions
-from kvcache_chatterbox.speech._utterance import tell_cut_off
+from kvcache_chatterbox.speech import Carry, LongText, SamplingOptions, tell_cut_off
 from kvcache_chatterbox.vocoder import Together, most_together
-from kvcache_chatterbox.voices._voices import Voice
+from kvcache_chatterbox.voices import Voice
 
 _LAST_WRITES = 2.0  # seconds
 

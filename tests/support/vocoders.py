@@ -4,8 +4,10 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from kvcache_chatterbox.vocoder import SAMPLES_PER_TOKEN, Run, Waveform
-from kvcache_chatterbox.voices._voices import Voice
+from kvcache_chatterbox.units import SAMPLES_PER_TOKEN
+from kvcache_chatterbox.vocoder import Run
+from kvcache_chatterbox.vocoder._run import Waveform
+from kvcache_chatterbox.voices import Voice
 
 NOBODY = Voice(None, {})
 

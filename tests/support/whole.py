@@ -13,8 +13,8 @@ import torch
 from t3_models import tiny_t3
 
 from kvcache import MissingDependencyError
-from kvcache_chatterbox.testing._stand_in import stand_in
-from kvcache_chatterbox.vocoder._weights import made_up_reference, random_s3gen
+from kvcache_chatterbox.testing import stand_in
+from kvcache_chatterbox.vocoder import made_up_reference, random_s3gen
 
 
 @cache

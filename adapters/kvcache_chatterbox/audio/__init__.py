@@ -1,1 +1,19 @@
 """Speech tokens as audio: chunks, joints, the watermark."""
+
+from kvcache_chatterbox.audio._chunking import MOST, Chunking, Chunks, chunking_of
+from kvcache_chatterbox.audio._segmented import SegmentedAudio
+from kvcache_chatterbox.audio._speaker import ENDING, Speaker, heard
+from kvcache_chatterbox.audio._watermark import CONTEXT, perth_or_none
+
+__all__ = [
+    "CONTEXT",
+    "ENDING",
+    "MOST",
+    "Chunking",
+    "Chunks",
+    "SegmentedAudio",
+    "Speaker",
+    "chunking_of",
+    "heard",
+    "perth_or_none",
+]

@@ -19,7 +19,7 @@ from statistics import median
 from typing import Literal, cast
 
 from kvcache import InputError
-from kvcache_chatterbox.vocoder import TOKENS_PER_SECOND
+from kvcache_chatterbox.units import TOKENS_PER_SECOND
 
 GROWTH = 4
 STEP = 5  # speech tokens at most between two looks at the clock

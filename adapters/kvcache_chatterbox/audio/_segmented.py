@@ -11,22 +11,10 @@ from torch import Tensor
 from kvcache import InputError
 from kvcache_chatterbox.audio._chunking import Chunking, Cost, Listener, Pace
 from kvcache_chatterbox.audio._watermark import LATER, StreamMarker
-from kvcache_chatterbox.vocoder import (
-    FRAMES_PER_TOKEN,
-    LEAD,
-    SAMPLES_PER_TOKEN,
-    SPEECH_TOKENS,
-    TOKENS_PER_SECOND,
-    Noise,
-    Run,
-    SeededNoise,
-    Vocoder,
-)
-from kvcache_chatterbox.voices._voices import Voice
+from kvcache_chatterbox.units import FRAMES_PER_TOKEN, SAMPLE_RATE, SPEECH_TOKENS, TOKENS_PER_SECOND
+from kvcache_chatterbox.vocoder import LEAD, Noise, Run, SeededNoise, Vocoder
+from kvcache_chatterbox.voices import Voice
 
-__all__ = ["CONTEXT", "SAMPLES_PER_TOKEN", "SAMPLE_RATE", "SPEECH_TOKENS", "AudioStream", "SegmentedAudio", "speech_of"]
-
-SAMPLE_RATE = 24_000
 CONTEXT = 25  # tokens before a chunk that are run again with it; S3Gen silences the first one of any run
 _EDGE = (
     120  # samples, 5 ms: less than an `AudioStream` holds back, so the end of a segment is at hand when the next comes

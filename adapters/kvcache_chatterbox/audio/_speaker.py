@@ -21,14 +21,17 @@ from kvcache.errors import said
 from kvcache.events import Event, emit
 from kvcache.tools import bytes_in
 from kvcache_chatterbox.audio._chunking import FIXED, Chunking, Cost
-from kvcache_chatterbox.audio._segmented import CONTEXT, SPEECH_TOKENS, SegmentedAudio
+from kvcache_chatterbox.audio._segmented import CONTEXT, SegmentedAudio
 from kvcache_chatterbox.audio._watermark import StreamMarker, Watermarker, check_watermarker, marked
-from kvcache_chatterbox.prefill import check_language, check_path, without_autocast
-from kvcache_chatterbox.speech._long_text import LongText
-from kvcache_chatterbox.text._plan import VocoderBytes
+from kvcache_chatterbox.checks import check_language, check_path, without_autocast
+from kvcache_chatterbox.speech import LongText
+from kvcache_chatterbox.text import VocoderBytes
+from kvcache_chatterbox.units import SPEECH_TOKENS
 from kvcache_chatterbox.upstream import beside, needed_beside
 from kvcache_chatterbox.vocoder import (
+    LEAST_REFERENCE,
     Noise,
+    PlannedRuns,
     Run,
     S3GenVocoder,
     SeededNoise,
@@ -39,10 +42,7 @@ from kvcache_chatterbox.vocoder import (
     vocoder_of,
     why_plain,
 )
-from kvcache_chatterbox.vocoder._flow import LEAST_REFERENCE
-from kvcache_chatterbox.vocoder._planned import PlannedRuns
-from kvcache_chatterbox.voices._clips import clip_key, encoder_of, packed, unpacked
-from kvcache_chatterbox.voices._voices import Voice
+from kvcache_chatterbox.voices import Voice, clip_key, encoder_of, packed, unpacked
 
 ENDING = 3  # tokens that upstream puts behind Turbo's
 _CLIPS = 32

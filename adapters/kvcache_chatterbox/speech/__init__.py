@@ -1,1 +1,33 @@
 """T3: a text's speech tokens, step by step."""
+
+from kvcache_chatterbox.speech._decoder import UtteranceDecoder
+from kvcache_chatterbox.speech._defaults import generate_defaults, most_tokens
+from kvcache_chatterbox.speech._long_text import Carry, LongText, Watch, check_carry, seeds, unwatched
+from kvcache_chatterbox.speech._sampling import OPTIONS, SamplingOptions, draw, order, processors, sampling_of
+from kvcache_chatterbox.speech._step_engine import T3Step, at_precision
+from kvcache_chatterbox.speech._token_loop import Decoder
+from kvcache_chatterbox.speech._utterance import Utterance, rows_alone, tell_cut_off
+
+__all__ = [
+    "OPTIONS",
+    "Carry",
+    "Decoder",
+    "LongText",
+    "SamplingOptions",
+    "T3Step",
+    "Utterance",
+    "UtteranceDecoder",
+    "Watch",
+    "at_precision",
+    "check_carry",
+    "draw",
+    "generate_defaults",
+    "most_tokens",
+    "order",
+    "processors",
+    "rows_alone",
+    "sampling_of",
+    "seeds",
+    "tell_cut_off",
+    "unwatched",
+]

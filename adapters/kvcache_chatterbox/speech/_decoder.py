@@ -28,23 +28,15 @@ from kvcache.events import Event, emit
 from kvcache.models import PositionMode, Precision, check_kv_dtype, new_cache, reads_half_caches
 from kvcache.prefixes import check_prefix_cache
 from kvcache.prefixes.stores import Aside
-from kvcache_chatterbox.prefill import (
-    autocast_on,
-    check_count,
-    check_seed,
-    check_text,
-    condition,
-    each_without_autocast,
-    prefill,
-)
+from kvcache_chatterbox.checks import autocast_on, check_count, check_seed, each_without_autocast
+from kvcache_chatterbox.prefill import check_text, condition, prefill
 from kvcache_chatterbox.speech._long_text import Carry, Watch, in_batch, unwatched
 from kvcache_chatterbox.speech._sampling import SamplingOptions, sampling_of
 from kvcache_chatterbox.speech._step_engine import Stepper, at_precision
 from kvcache_chatterbox.speech._token_loop import Decoder
 from kvcache_chatterbox.speech._utterance import CutOff, Utterance, rows_alone
-from kvcache_chatterbox.text._plan import RowLayout, check_plan
-from kvcache_chatterbox.voices._reuse import Prepared, Reuse, VoiceReuse
-from kvcache_chatterbox.voices._voices import Voice
+from kvcache_chatterbox.text import RowLayout, check_plan
+from kvcache_chatterbox.voices import Prepared, Reuse, Voice, VoiceReuse
 
 
 def _check_policy(policy: SizePolicy | None) -> None:

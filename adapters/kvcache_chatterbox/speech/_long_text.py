@@ -11,7 +11,7 @@ from torch import Tensor
 from kvcache import InputError
 from kvcache.decoding import Batch, Chunk, Job, Request, Turns
 from kvcache_chatterbox.speech._utterance import Utterance
-from kvcache_chatterbox.text._plan import LongTextPlan
+from kvcache_chatterbox.text import LongTextPlan
 
 Carry = Literal["tail"]
 

@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 from kvcache import InputError
 from kvcache.decoding import Sampling
 from kvcache.errors import check_whole
-from kvcache_chatterbox.prefill import check_number
+from kvcache_chatterbox.checks import check_number
 
 _LARGEST_K = 2**63 - 1  # what a tensor of whole numbers holds
 OPTIONS = tuple(field.name for field in fields(Sampling))

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from kvcache.decoding import Sampling
 from kvcache.models import handed, onednn_linear
-from kvcache_chatterbox.prefill import Prefill, embed_speech, without_autocast
+from kvcache_chatterbox.checks import without_autocast
+from kvcache_chatterbox.prefill import Prefill, embed_speech
 from kvcache_chatterbox.speech._alignment import AlignmentCheck
 from kvcache_chatterbox.speech._sampling import draw, processors
-from kvcache_chatterbox.voices._reuse import FirstPass
+from kvcache_chatterbox.voices import FirstPass
 
 
 class Decoder:

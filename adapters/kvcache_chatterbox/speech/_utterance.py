@@ -10,8 +10,8 @@ from torch import Tensor
 from kvcache import PrefixKey, PrefixSnapshot
 from kvcache.decoding import Sampling
 from kvcache.events import Event, emit
-from kvcache_chatterbox.audio._segmented import SPEECH_TOKENS
-from kvcache_chatterbox.voices._voices import Voice
+from kvcache_chatterbox.units import SPEECH_TOKENS
+from kvcache_chatterbox.voices import Voice
 
 _TAIL = 50  # two seconds
 

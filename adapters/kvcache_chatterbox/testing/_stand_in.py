@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcache_chatterbox.audio._segmented import SAMPLE_RATE, SAMPLES_PER_TOKEN
 from kvcache_chatterbox.loading import byte_tokens, random_conditionals
+from kvcache_chatterbox.units import SAMPLE_RATE, SAMPLES_PER_TOKEN
 
 S3GEN_SIL = 4299  # as in s3gen/const.py; asked for the GPT-2 variants alone
 SUPPORTED_LANGUAGES = {  # as in mtl_tts.py; asked for that variant alone

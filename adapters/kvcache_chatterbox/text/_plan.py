@@ -10,7 +10,7 @@ from kvcache import CapacityError, InputError
 from kvcache.io import parse_bytes, printable
 from kvcache_chatterbox.text._pace import CHARACTERS_PER_SECOND, seconds
 from kvcache_chatterbox.text._segments import Segment, primary_language
-from kvcache_chatterbox.vocoder._run import TOKENS_PER_SECOND
+from kvcache_chatterbox.units import TOKENS_PER_SECOND
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -12,10 +12,8 @@ from kvcache.tools import Footprint, Moment, buffers, fill, onednn_bytes, step_b
 from kvcache_chatterbox.engine import ChatterboxEngine
 from kvcache_chatterbox.loading import random_conditionals
 from kvcache_chatterbox.prefill import condition
-from kvcache_chatterbox.speech._sampling import sampling_of
-from kvcache_chatterbox.speech._utterance import Utterance
-from kvcache_chatterbox.voices._reuse import VoiceReuse
-from kvcache_chatterbox.voices._voices import Voice
+from kvcache_chatterbox.speech import Utterance, sampling_of
+from kvcache_chatterbox.voices import Voice, VoiceReuse
 
 
 def text_room(engine: ChatterboxEngine, voice: int, context: int) -> int:

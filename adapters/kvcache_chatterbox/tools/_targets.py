@@ -15,26 +15,29 @@ from kvcache import CacheReport, InputError, MemoryStore, SpeakerCache
 from kvcache.decoding import BUCKET, Setting, Told, VocoderSetting, WarmUp
 from kvcache.models import planned, rebuilt
 from kvcache.tools import Footprint, Prepared, Subject, VocoderFootprint
-from kvcache_chatterbox.audio._chunking import MOST
-from kvcache_chatterbox.audio._segmented import CONTEXT, SPEECH_TOKENS
-from kvcache_chatterbox.audio._speaker import ENDING, Speaker, heard
-from kvcache_chatterbox.audio._watermark import perth_or_none
+from kvcache_chatterbox.audio import CONTEXT, ENDING, MOST, Speaker, heard, perth_or_none
 from kvcache_chatterbox.engine import ChatterboxEngine
 from kvcache_chatterbox.loading import WEIGHTS, load_t3, random_conditionals
 from kvcache_chatterbox.prefill import prefill
-from kvcache_chatterbox.testing._stand_in import stand_in
+from kvcache_chatterbox.testing import stand_in
 from kvcache_chatterbox.tools._footprint import check_together, speech_footprint, text_room
-from kvcache_chatterbox.vocoder import TOKENS_PER_SECOND, S3GenVocoder, VocoderOptions, most_together, why_plain
-from kvcache_chatterbox.vocoder._planned import (
+from kvcache_chatterbox.units import SPEECH_TOKENS, TOKENS_PER_SECOND
+from kvcache_chatterbox.vocoder import (
     LONGEST_HEARD,
+    S3GenVocoder,
+    VocoderOptions,
     blank_s3gen,
     emptied,
     heard_tokens,
+    made_up_reference,
+    most_together,
     options_of,
     planned_vocoder,
+    random_s3gen,
+    s3gen_of,
+    why_plain,
 )
-from kvcache_chatterbox.vocoder._weights import made_up_reference, random_s3gen, s3gen_of
-from kvcache_chatterbox.voices._clips import kept_bytes
+from kvcache_chatterbox.voices import kept_bytes
 
 _BEGINS = "chatterbox-"
 _VOICE = "made up"

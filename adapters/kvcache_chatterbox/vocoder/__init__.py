@@ -1,29 +1,35 @@
 """The vocoder: speech tokens to a waveform, 78 to 97 % of what a listener waits for where nothing is done about it."""
 
-from typing import Any
-
-import torch
-
-from kvcache import InputError
-from kvcache.decoding import Programs
-from kvcache.events import Event, emit
-from kvcache_chatterbox.vocoder._flow import FRAMES_PER_TOKEN, SPEECH_TOKENS
+from kvcache_chatterbox.vocoder._choice import vocoder_of
+from kvcache_chatterbox.vocoder._flow import LEAST_REFERENCE, Flow
+from kvcache_chatterbox.vocoder._hift import Hift
 from kvcache_chatterbox.vocoder._noise import Noise, SeededNoise, UpstreamNoise
 from kvcache_chatterbox.vocoder._options import VocoderOptions
 from kvcache_chatterbox.vocoder._plain import PlainVocoder
-from kvcache_chatterbox.vocoder._run import LEAD, SAMPLES_PER_TOKEN, TOKENS_PER_SECOND, Run, Vocoder, Waveform
+from kvcache_chatterbox.vocoder._planned import (
+    LONGEST_HEARD,
+    PlannedRuns,
+    blank_s3gen,
+    emptied,
+    heard_tokens,
+    options_of,
+    planned_vocoder,
+)
+from kvcache_chatterbox.vocoder._run import LEAD, Run, Vocoder
 from kvcache_chatterbox.vocoder._s3gen import S3GenVocoder, why_plain
 from kvcache_chatterbox.vocoder._together import Together, most_together
+from kvcache_chatterbox.vocoder._weights import made_up_reference, random_s3gen, s3gen_module, s3gen_of
 
 __all__ = [
-    "FRAMES_PER_TOKEN",
     "LEAD",
-    "SAMPLES_PER_TOKEN",
-    "SPEECH_TOKENS",
-    "TOKENS_PER_SECOND",
+    "LEAST_REFERENCE",
+    "LONGEST_HEARD",
+    "Flow",
+    "Hift",
     "Noise",
     "OneAtATime",
     "PlainVocoder",
+    "PlannedRuns",
     "Run",
     "S3GenVocoder",
     "SeededNoise",
@@ -31,38 +37,16 @@ __all__ = [
     "UpstreamNoise",
     "Vocoder",
     "VocoderOptions",
-    "Waveform",
+    "blank_s3gen",
+    "emptied",
+    "heard_tokens",
+    "made_up_reference",
     "most_together",
+    "options_of",
+    "planned_vocoder",
+    "random_s3gen",
+    "s3gen_module",
+    "s3gen_of",
     "vocoder_of",
     "why_plain",
 ]
-
-
-def vocoder_of(
-    s3gen: Any,
-    options: VocoderOptions | None,
-    device: torch.device,
-    programs: Programs | None = None,
-    onednn: bool = True,
-) -> Vocoder:
-    """What runs a model's vocoder: its parts, where it is upstream's S3Gen as it came; else its own `inference`.
-
-    Args:
-        s3gen: upstream's, or what stands in for it.
-        options: how it runs; None is as upstream does.
-        device: of speech tokens.
-        programs: where what is compiled is kept; by default in the user's cache.
-        onednn: see `S3GenVocoder`.
-
-    Raises:
-        InputError: if options are given that this vocoder does not have, or that cannot be.
-    """
-    options = options or VocoderOptions()
-    reason = why_plain(s3gen)
-    if reason is None:
-        return S3GenVocoder(s3gen, options, programs, onednn)
-    if options != VocoderOptions():
-        raise InputError(f"{options}: {reason}, which has no such settings; leave them out, or give upstream's S3Gen")
-    if hasattr(s3gen, "flow"):  # else nothing was to be expected
-        emit(Event("fell_back", "S3Gen's parts to its inference", reason=reason))
-    return PlainVocoder(s3gen, device)

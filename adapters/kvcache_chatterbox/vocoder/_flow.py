@@ -19,14 +19,11 @@ from torch.nn.functional import normalize, pad
 from kvcache import InputError
 from kvcache.decoding import Programs
 from kvcache.models import Precision
+from kvcache_chatterbox.units import FRAMES_PER_TOKEN, MELS, SPEECH_TOKENS, TOKENS_PER_SECOND
 from kvcache_chatterbox.vocoder._compiling import compiled_over
 from kvcache_chatterbox.vocoder._narrow import at_precision
-from kvcache_chatterbox.vocoder._run import TOKENS_PER_SECOND
 
-FRAMES_PER_TOKEN = 2
-SPEECH_TOKENS = 6561  # ids from here on are start and stop, not speech
 LEAST_REFERENCE, LONGEST_REFERENCE = 1.0, 30.0  # seconds that are heard
-MELS = 80
 # Which dimensions are rows and frames.
 _MOVING = {
     "x": (0, 2), "mu": (0, 2), "speakers": (0,), "conditions": (0, 2), "mask": (0, 1), "now": (0,), "then": (0,),

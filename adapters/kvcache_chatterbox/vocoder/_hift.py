@@ -10,9 +10,10 @@ from torch.nn.utils import parametrize
 
 from kvcache.decoding import Programs
 from kvcache.models import Precision
+from kvcache_chatterbox.units import SAMPLES_PER_FRAME
 from kvcache_chatterbox.vocoder._compiling import compiled_over
 from kvcache_chatterbox.vocoder._narrow import half_of, narrowed
-from kvcache_chatterbox.vocoder._noise import HARMONICS, SAMPLES_PER_FRAME, Noise
+from kvcache_chatterbox.vocoder._noise import HARMONICS, Noise
 
 CONTEXT = 20  # frames to either side of a frame that its samples depend on
 

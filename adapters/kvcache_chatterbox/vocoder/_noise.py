@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-MELS = 80
+from kvcache_chatterbox.units import MELS, SAMPLES_PER_FRAME
+
 HARMONICS = 9  # of HiFT's source, the fundamental among them
-SAMPLES_PER_FRAME = 480
 _STRETCH = 50  # frames that are drawn together, a second
 _MEL, _SOURCE, _PHASES, _REFERENCE = range(4)
 

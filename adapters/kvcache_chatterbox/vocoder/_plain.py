@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 
-from kvcache_chatterbox.prefill import without_autocast
-from kvcache_chatterbox.vocoder._run import SAMPLES_PER_TOKEN, Run, Waveform
-from kvcache_chatterbox.voices._voices import Voice
+from kvcache_chatterbox.checks import without_autocast
+from kvcache_chatterbox.units import SAMPLES_PER_TOKEN
+from kvcache_chatterbox.vocoder._run import Run, Waveform
+from kvcache_chatterbox.voices import Voice
 
 
 class PlainVocoder:

@@ -11,13 +11,13 @@ from kvcache import InputError, MissingDependencyError
 from kvcache.decoding import VocoderSetting
 from kvcache.models import check_precision, planned, rebuilt, without_numbers
 from kvcache.tools import VocoderFootprint
-from kvcache_chatterbox.vocoder._flow import FRAMES_PER_TOKEN, MELS
-from kvcache_chatterbox.vocoder._noise import HARMONICS, SAMPLES_PER_FRAME
+from kvcache_chatterbox.units import MELS, SAMPLES_PER_FRAME, TOKENS_PER_SECOND
+from kvcache_chatterbox.vocoder._noise import HARMONICS
 from kvcache_chatterbox.vocoder._options import VocoderOptions
-from kvcache_chatterbox.vocoder._run import LEAD, TOKENS_PER_SECOND, Run
+from kvcache_chatterbox.vocoder._run import LEAD, Run
 from kvcache_chatterbox.vocoder._s3gen import S3GenVocoder
 from kvcache_chatterbox.vocoder._weights import s3gen_module
-from kvcache_chatterbox.voices._voices import Voice
+from kvcache_chatterbox.voices import Voice, blank_reference
 
 LONGEST_HEARD = 10  # seconds of a clip that upstream hears
 WEIGHTS = ("own", "meanflow")
@@ -34,17 +34,6 @@ class _Blank:
 
     def source(self, place: int, frames: int) -> Tensor:
         return torch.empty(HARMONICS, frames * SAMPLES_PER_FRAME)
-
-
-def blank_reference(tokens: int) -> dict[str, Any]:
-    """What upstream makes of a clip of so many speech tokens, without numbers."""
-    with torch.device("meta"):
-        return {
-            "prompt_token": torch.zeros(1, tokens, dtype=torch.long),
-            "prompt_token_len": torch.zeros(1, dtype=torch.long),
-            "prompt_feat": torch.zeros(1, FRAMES_PER_TOKEN * tokens, MELS),
-            "embedding": torch.zeros(1, 192),
-        }
 
 
 def blank_s3gen(meanflow: bool) -> Any:

@@ -7,10 +7,8 @@ from typing import Protocol
 from torch import Tensor
 
 from kvcache_chatterbox.vocoder._noise import Noise
-from kvcache_chatterbox.voices._voices import Voice
+from kvcache_chatterbox.voices import Voice
 
-TOKENS_PER_SECOND = 25  # of speech
-SAMPLES_PER_TOKEN = 960
 LEAD = 480  # samples at most that may be wanted of the tokens before: half a token
 
 

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from kvcache import InputError
 from kvcache.decoding import Programs
 from kvcache.models import Following, check_precision, onednn_linear, signature_of
-from kvcache_chatterbox.prefill import without_autocast
-from kvcache_chatterbox.vocoder._flow import FRAMES_PER_TOKEN, Flow, Reference, check_reference, reference_tokens
+from kvcache_chatterbox.checks import without_autocast
+from kvcache_chatterbox.units import FRAMES_PER_TOKEN, SAMPLES_PER_FRAME, SAMPLES_PER_TOKEN
+from kvcache_chatterbox.vocoder._flow import Flow, Reference, check_reference, reference_tokens
 from kvcache_chatterbox.vocoder._hift import CONTEXT, Hift
-from kvcache_chatterbox.vocoder._noise import SAMPLES_PER_FRAME
 from kvcache_chatterbox.vocoder._options import VocoderOptions
-from kvcache_chatterbox.vocoder._run import SAMPLES_PER_TOKEN, Run, Waveform
+from kvcache_chatterbox.vocoder._run import Run, Waveform
 from kvcache_chatterbox.vocoder._weights import distilled
-from kvcache_chatterbox.voices._voices import Voice
+from kvcache_chatterbox.voices import Voice
 
 _UPSTREAM = "chatterbox.models.s3gen."
 

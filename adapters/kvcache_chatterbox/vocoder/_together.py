@@ -9,7 +9,7 @@ import torch
 
 from kvcache.memory import release_threads
 from kvcache_chatterbox.vocoder._run import Run, Vocoder, Waveform
-from kvcache_chatterbox.voices._voices import Voice
+from kvcache_chatterbox.voices import Voice
 
 _MOST, _MOST_CPU = 8192, 512  # tokens of one run for several streams
 _ALIKE = 1.25  # a run joins one that is so many times as long at most: what is padded is computed, too

@@ -12,9 +12,8 @@ from torch import nn
 
 from kvcache import InputError, MissingDependencyError
 from kvcache.errors import said
-from kvcache_chatterbox.loading import upstream_t3
-from kvcache_chatterbox.vocoder._flow import FRAMES_PER_TOKEN, MELS
-from kvcache_chatterbox.vocoder._run import TOKENS_PER_SECOND
+from kvcache_chatterbox.units import FRAMES_PER_TOKEN, MELS, TOKENS_PER_SECOND
+from kvcache_chatterbox.upstream import upstream_t3
 
 REPOSITORY = "ResembleAI/chatterbox-turbo"
 FILE = "s3gen_meanflow.safetensors"

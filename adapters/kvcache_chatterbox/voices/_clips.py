@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kvcache import InputError, PrefixKey, PrefixSnapshot, model_fingerprint
 from kvcache.models import class_code, function_code
-from kvcache_chatterbox.vocoder._planned import blank_reference
+from kvcache_chatterbox.units import FRAMES_PER_TOKEN, MELS
 from kvcache_chatterbox.voices._voices import Voice, cond_class
 
 _ENCODES = ("tokenizer", "speaker_encoder")  # of S3Gen
@@ -134,3 +134,14 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "none"
+
+
+def blank_reference(tokens: int) -> dict[str, Any]:
+    """What upstream makes of a clip of so many speech tokens, without numbers."""
+    with torch.device("meta"):
+        return {
+            "prompt_token": torch.zeros(1, tokens, dtype=torch.long),
+            "prompt_token_len": torch.zeros(1, dtype=torch.long),
+            "prompt_feat": torch.zeros(1, FRAMES_PER_TOKEN * tokens, MELS),
+            "embedding": torch.zeros(1, 192),
+        }

@@ -21,7 +21,8 @@ from kvcache import PrefixKey, PrefixSnapshot, SpeakerCache, model_fingerprint
 from kvcache.models import geometry_of, handed, kv_layers, new_cache, tensor_bytes, watch_of
 from kvcache.prefixes import Layout, extend_prefix
 from kvcache.prefixes.stores import Aside
-from kvcache_chatterbox.prefill import Prefill, condition, without_autocast
+from kvcache_chatterbox.checks import without_autocast
+from kvcache_chatterbox.prefill import Prefill, condition
 
 Reuse = Literal["all", "conditioning", "none"]
 

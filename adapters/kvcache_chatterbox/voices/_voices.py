@@ -16,7 +16,7 @@ from kvcache import CorruptError, InputError, PrefixSnapshot
 from kvcache.cache import pack, unpack
 from kvcache.errors import said
 from kvcache.io import check_given, read_given, write_given
-from kvcache_chatterbox.prefill import check_number, check_path
+from kvcache_chatterbox.checks import check_number, check_path
 from kvcache_chatterbox.upstream import needed_beside
 from kvcache_chatterbox.voices._reuse import VoiceReuse
 
