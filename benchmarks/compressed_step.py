@@ -34,15 +34,15 @@ from tqdm import tqdm
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, QuantizedCache
 
 from kvcache import (
+    H2O,
     TOVA,
-    Adaptive,
+    AdaKV,
     ExpectedAttention,
-    FarLooks,
-    HeavyHitters,
     KeepAll,
     KeyDiff,
     KeyNorm,
     KVCacheManager,
+    LongRangeAttention,
     MaxTokens,
     PerHead,
     Quantization,
@@ -226,8 +226,8 @@ def policies(model: Any, limit: int) -> list[Side]:
         Side.ours("PerHead, half KeepAll", GROWING, model, halves),
     ]
     ranked = (
-        HeavyHitters(limit),
-        FarLooks(limit),
+        H2O(limit),
+        LongRangeAttention(limit),
         SnapKV(limit),
         ExpectedAttention(limit),
         TOVA(limit),
@@ -235,7 +235,7 @@ def policies(model: Any, limit: int) -> list[Side]:
         KeyDiff(limit),
     )
     sides += [Side.ours(type(policy).__name__, CYCLING, model, policy) for policy in (MaxTokens(limit), *ranked)]
-    return [*sides, Side.ours("Adaptive(SnapKV)", CYCLING, model, Adaptive(SnapKV(limit)))]
+    return [*sides, Side.ours("AdaKV(SnapKV)", CYCLING, model, AdaKV(SnapKV(limit)))]
 
 
 @torch.inference_mode()
@@ -334,9 +334,9 @@ def speech_rows(ratios: dict[str, float], options: argparse.Namespace) -> list[d
     read = torch.randn(tokens, model.config.hidden_size, generator=generator)
     kept = {
         "SlidingWindow": SlidingWindow(limit, sinks=4),
-        "HeavyHitters": HeavyHitters(limit),
-        "FarLooks": FarLooks(limit),
-        "Adaptive(SnapKV)": Adaptive(SnapKV(limit)),
+        "H2O": H2O(limit),
+        "LongRangeAttention": LongRangeAttention(limit),
+        "AdaKV(SnapKV)": AdaKV(SnapKV(limit)),
     }
     for name, policy in kept.items():
         side = Side.ours(name, GROWING, model, policy, rows=2)

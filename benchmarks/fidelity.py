@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from kvcache import InputError
 from kvcache.decoding import DecodeInputs, StaticKV, decoder_copy
-from kvcache.models import check_precision, geometry_of, kv_layers, new_cache, with_precision
+from kvcache.models import check_precision, geometry_of, kv_layers, new_cache, quantize_linear
 
 sys.path.insert(0, str(ROOT / "examples"))
 from llm_stream import load
@@ -105,7 +105,7 @@ def language_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
     count = max(1, options.tokens // options.length)
     text = pieces(tokenizer, count, options.length)
     found = precisions()
-    models = {name: with_precision(model, name) for name in found}  # type: ignore[arg-type]
+    models = {name: quantize_linear(model, name) for name in found}  # type: ignore[arg-type]
     ways = [("prefill", name, "–") for name in found]
     ways += [("decode", name, cache) for name in found for cache in CACHES]
     tallies = {way: Tally() for way in ways}

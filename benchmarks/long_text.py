@@ -23,7 +23,7 @@ from processes import Gate, Measured, Phase, Processes, memory
 from torch import nn
 
 from kvcache.decoding import Request, Turns
-from kvcache.memory import give_back
+from kvcache.memory import malloc_trim
 from kvcache_chatterbox import ChatterboxEngine, load_t3, stand_in
 from kvcache_chatterbox.speech import LongText
 from kvcache_chatterbox.upstream import upstream_t3
@@ -347,7 +347,7 @@ def main() -> None:
     options = options_of()
     torch.set_num_threads(options.threads)
     check()
-    give_back()  # 2 GB of its models, which glibc would keep beside the sides
+    malloc_trim()  # 2 GB of its models, which glibc would keep beside the sides
     case = Case(options.tokens, options.segments, options.layers)
     all_sides = sides(case.segments, options.ingredients or options.sides is not None)
     wanted = chosen(all_sides, options.sides)

@@ -3,7 +3,7 @@
 Predicted and held bytes of the KV cache, and predicted and measured peak of the process's memory. The process that runs
 loads the model, sets it up, then resets the system's mark of its peak (writes 5 to /proc/self/clear_refs), prefills and
 decodes, and reads the peak (VmHWM): what is planned is serving; loading may peak higher, and that is in the table as well.
-"loaded dropped" lets go of the fp32 weights and calls `give_back`. The token loop runs in a thread of its own, for which glibc
+"loaded dropped" lets go of the fp32 weights and calls `malloc_trim`. The token loop runs in a thread of its own, for which glibc
 keeps memory apart; "one arena" sets MALLOC_ARENA_MAX=1, so that it does not.
 
     python benchmarks/plan_vs_reality.py
@@ -26,7 +26,7 @@ from common import arguments, finish
 from tqdm import tqdm
 
 from kvcache.decoding import Setting
-from kvcache.memory import give_back
+from kvcache.memory import malloc_trim
 from kvcache.models import has_half
 from kvcache.tools import plan, subject
 
@@ -89,7 +89,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
 
 def predicted(case: Case) -> dict[str, Any]:
     made = plan(subject(case.name), case.setting, case.length, context=case.context, keep_loaded=not case.drop_loaded)
-    return made.as_dict()
+    return made.to_dict()
 
 
 def measured(case: Case) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def measured(case: Case) -> dict[str, Any]:
         del found
     gc.collect()
     if case.drop_loaded:
-        give_back()
+        malloc_trim()
     loading = _status("VmHWM")
     Path("/proc/self/clear_refs").write_text("5")
     ready = _status("VmRSS")

@@ -40,21 +40,21 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from kvcache import (
+    H2O,
     TOVA,
-    Adaptive,
+    AdaKV,
     ExpectedAttention,
-    FarLooks,
-    HeavyHitters,
     KeepAll,
     KeyDiff,
     KeyNorm,
     KVCacheManager,
+    KVzip,
+    LongRangeAttention,
     Pinned,
     Quantization,
-    Rehearsed,
     SnapKV,
-    measure_heads,
-    pyramid,
+    profile_retrieval_heads,
+    pyramid_kv,
 )
 from kvcache.models import exact_windows, geometry_of
 
@@ -77,18 +77,18 @@ PROFILES: dict[int, list[Any]] = {}  # by budget: the layers' policies, from pro
 # How ours keep so many tokens. StreamingLLM is trimmed to it after the context, what is rehearsed compressed.
 METHODS: dict[str, Callable[[int], Any]] = {
     "StreamingLLM": lambda limit: Pinned(4, KeepAll()),
-    "HeavyHitters": ranking(HeavyHitters),
-    "FarLooks": ranking(FarLooks),
+    "H2O": ranking(H2O),
+    "LongRangeAttention": ranking(LongRangeAttention),
     "SnapKV": ranking(SnapKV),
     "TOVA": ranking(TOVA),
     "ExpectedAttention": ranking(ExpectedAttention),
     "KeyNorm": ranking(KeyNorm),
     "KeyDiff": ranking(KeyDiff),
-    "pyramid of SnapKV": lambda limit: pyramid(ranking(SnapKV)(limit), LAYERS, tokens=1024),
-    "Adaptive SnapKV": lambda limit: Adaptive(ranking(SnapKV)(limit)),
-    "Adaptive ExpectedAttention": lambda limit: Adaptive(ranking(ExpectedAttention)(limit)),
-    "Rehearsed": lambda limit: Rehearsed(8192),
-    "Adaptive Rehearsed": lambda limit: Adaptive(Rehearsed(8192), floor=0),
+    "pyramid of SnapKV": lambda limit: pyramid_kv(ranking(SnapKV)(limit), LAYERS, tokens=1024),
+    "AdaKV SnapKV": lambda limit: AdaKV(ranking(SnapKV)(limit)),
+    "AdaKV ExpectedAttention": lambda limit: AdaKV(ranking(ExpectedAttention)(limit)),
+    "KVzip": lambda limit: KVzip(8192),
+    "AdaKV KVzip": lambda limit: AdaKV(KVzip(8192), floor=0),
     "head profile": PROFILES.__getitem__,
 }
 QUANTIZED = {"int8": 8, "int4": 4}  # bits
@@ -134,7 +134,7 @@ INSTRUCTION: Tensor | None = None
 def profiled(model: Any, sample: Tensor, limit: int, context: int) -> list[Any]:
     """Sinks and window are three quarters of the budget; as many heads as then fit keep all of the context."""
     near = 3 * limit // 4
-    profile = measure_heads(model, [row[None] for row in sample], sinks=4, window=near - 4)
+    profile = profile_retrieval_heads(model, [row[None] for row in sample], sinks=4, window=near - 4)
     return profile.policies((limit - near) / (context - near))
 
 
@@ -161,7 +161,7 @@ class Ours:
         cache = manager.new_cache()
         with exact_windows(manager.runner):
             manager.runner(ids, past_key_values=cache, logits_to_keep=1)
-        if self.row.budget < 1 and isinstance(getattr(manager.policy, "ranking", None), Rehearsed):
+        if self.row.budget < 1 and isinstance(getattr(manager.policy, "ranking", None), KVzip):
             manager.compress(cache, ids, limit, instruction=INSTRUCTION)
         elif self.row.budget < 1 and manager.policy == Pinned(4, KeepAll()):
             manager.trim(cache, max_tokens=limit)

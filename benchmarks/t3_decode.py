@@ -33,7 +33,7 @@ from transformers.pytorch_utils import Conv1D
 
 import kvcache.models._precision
 from kvcache.decoding import Decoding, Sampler, StaticKV
-from kvcache.memory import give_back
+from kvcache.memory import malloc_trim
 from kvcache.models import decoding_arguments, geometry_of, kv_layers, new_cache
 from kvcache_chatterbox import byte_tokens, load_t3, random_conditionals
 from kvcache_chatterbox.prefill import Prefill, check_text, copy_conditionals, embed_speech, prefill
@@ -697,7 +697,7 @@ def main() -> None:
             case = Case(variant, options.device, options.turn, options.layers)
             if options.quick:
                 check(replace(case, device="cpu"))
-                give_back()  # its models, which glibc would keep beside the sides
+                malloc_trim()  # its models, which glibc would keep beside the sides
             reached = contexts
             if variant == "nano":  # whose prefill alone takes nearly so many
                 reached = sorted({NANO_CONTEXT, *(context for context in contexts if context > NANO_CONTEXT)})

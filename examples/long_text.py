@@ -163,7 +163,7 @@ def main() -> None:
     except KVCacheError as error:
         raise SystemExit(f"cannot speak this: {error}") from error
     console.print(plan.table())
-    summary: dict[str, Any] = {"plan": plan.as_dict()}
+    summary: dict[str, Any] = {"plan": plan.to_dict()}
     if not options.plan:
         spoken = {**shared, **options.chunks, "seed": options.seed, "carry": "tail" if options.carry else None}
         audio, first, seconds = speak(engine, text, {**spoken, "watch": shown(plan, console)})

@@ -1,31 +1,31 @@
 """What `kvcache` hands out, all of it; brought by the first name that is asked for."""
 
 from kvcache.cache import (
+    H2O,
     TOVA,
-    Adaptive,
+    AdaKV,
     CacheGeometry,
     CacheReport,
     ExpectedAttention,
-    FarLooks,
-    HeavyHitters,
     KeepAll,
     KeyDiff,
     KeyNorm,
     KeyRotation,
     KVLayer,
+    KVzip,
     LayerReport,
+    LongRangeAttention,
     MaxBytes,
     MaxTokens,
     PerHead,
     Pinned,
     Quantization,
     RankingPolicy,
-    Rehearsed,
     SizePolicy,
     SlidingWindow,
     SnapKV,
     estimate_bytes,
-    pyramid,
+    pyramid_kv,
 )
 from kvcache.decoding import Scheduler, SchedulerMetrics, TuningProfile
 from kvcache.errors import (
@@ -43,14 +43,15 @@ from kvcache.errors import (
 )
 from kvcache.events import Event, subscribe
 from kvcache.manager import KVCacheManager
-from kvcache.models import HeadProfile, measure_heads, model_fingerprint, with_precision
+from kvcache.models import RetrievalHeadProfile, model_fingerprint, profile_retrieval_heads, quantize_linear
 from kvcache.monitoring import MemoryTimeline, Occupancy, Sample, occupancy
 from kvcache.prefixes import PrefixKey, PrefixSnapshot, SpeakerCache, SpeakerStats, default_store
 from kvcache.prefixes.stores import DiskStore, MemoryStore, RedisStore, RemoteStore, TieredStore
 
 __all__ = [
+    "H2O",
     "TOVA",
-    "Adaptive",
+    "AdaKV",
     "BusyError",
     "CacheGeometry",
     "CacheReport",
@@ -60,19 +61,18 @@ __all__ = [
     "DiskStore",
     "Event",
     "ExpectedAttention",
-    "FarLooks",
     "GeometryError",
-    "HeadProfile",
-    "HeavyHitters",
     "InputError",
     "KVCacheError",
     "KVCacheManager",
     "KVLayer",
+    "KVzip",
     "KeepAll",
     "KeyDiff",
     "KeyNorm",
     "KeyRotation",
     "LayerReport",
+    "LongRangeAttention",
     "MaxBytes",
     "MaxTokens",
     "MemoryStore",
@@ -88,8 +88,8 @@ __all__ = [
     "Quantization",
     "RankingPolicy",
     "RedisStore",
-    "Rehearsed",
     "RemoteStore",
+    "RetrievalHeadProfile",
     "RollbackError",
     "Sample",
     "Scheduler",
@@ -103,10 +103,10 @@ __all__ = [
     "TuningProfile",
     "default_store",
     "estimate_bytes",
-    "measure_heads",
     "model_fingerprint",
     "occupancy",
-    "pyramid",
+    "profile_retrieval_heads",
+    "pyramid_kv",
+    "quantize_linear",
     "subscribe",
-    "with_precision",
 ]

@@ -16,13 +16,13 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
 from kvcache.cache import (
-    AdaptiveLayer,
+    AdaKVLayer,
     CacheGeometry,
     CacheReport,
     KeepAll,
+    KVzip,
     Pinned,
     Quantization,
-    Rehearsed,
     SizePolicy,
     check_quantization,
     check_states,
@@ -67,7 +67,7 @@ from kvcache.models import (
     check_ours,
     check_positions,
     check_ranking,
-    count_anew,
+    emit_evictions,
     exact_windows,
     facts_of,
     geometry_of,
@@ -78,18 +78,18 @@ from kvcache.models import (
     new_cache,
     note_read,
     observed_copy,
-    rebuilt,
+    quantize_linear,
     rehearse,
     report_of,
+    reset_eviction_count,
     returned,
     shape_of,
+    structural_copy,
     take,
     takes,
-    tell_evicted,
     truncate,
-    with_precision,
 )
-from kvcache.prefixes import Prompts, SpeakerCache, check_prefix_cache, default_store
+from kvcache.prefixes import PrefixRegistry, SpeakerCache, check_prefix_cache, default_store
 
 # ``[rows, tokens]``: which are text, which stand for a picture.
 _KINDS_OF_TOKENS = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
@@ -184,8 +184,7 @@ class KVCacheManager:
         backend_on(backend, geometry.device)
         self.speakers = SpeakerCache(default_store(geometry.device)) if speakers is None else speakers
         self._decoder = LanguageDecoder(model, kv_dtype, max_cache_length, bucket)
-        self._prompts = Prompts(model, self.speakers, max_cache_length, geometry.max_positions)
-        release_threads()  # who has loaded the model may not be who decodes
+        self._prompts = PrefixRegistry(model, self.speakers, max_cache_length, geometry.max_positions)
 
     @classmethod
     def from_profile(cls, model: Any, path: Path | str, **overrides: Any) -> "KVCacheManager":
@@ -205,7 +204,7 @@ class KVCacheManager:
         """
         arguments = {**TuningProfile.load(path, model).arguments, **overrides}
         precision = arguments.pop("precision", None)
-        return cls(model if precision is None else with_precision(model, precision), **arguments)
+        return cls(model if precision is None else quantize_linear(model, precision), **arguments)
 
     def __repr__(self) -> str:
         limit = "" if self.max_cache_length is None else f", max_cache_length={self.max_cache_length}"
@@ -238,7 +237,7 @@ class KVCacheManager:
         signature = self._from_model.watch.signature()
         if signature.compiled and signature.why_no_copy is None and self._evicts:
             # Masks are put in by hooks, which compiled modules may not run.
-            return _FromModel(geometry, rebuilt(self.model, lambda name, module: None))
+            return _FromModel(geometry, structural_copy(self.model, lambda name, module: None))
         return _FromModel(geometry, self.model)
 
     @property
@@ -406,10 +405,10 @@ class KVCacheManager:
     def compress(self, cache: Any, inputs: Tensor, max_tokens: int, *, instruction: Tensor | None = None) -> int:
         """Read a text that `cache` holds a second time and keep what was looked at most (KVzip, arXiv:2505.23416).
 
-        Where the policy is `Adaptive`, all heads of all layers share the budget.
+        Where the policy is `AdaKV`, all heads of all layers share the budget.
 
         Args:
-            cache: one of ours under a `Rehearsed` policy, of which nothing has left, after the text has been run on it.
+            cache: one of ours under a `KVzip` policy, of which nothing has left, after the text has been run on it.
             inputs: the text again: token ids ``[rows, tokens]``.
             max_tokens: how many tokens a head keeps on average.
             instruction: token ids ``[1, tokens]`` to put before it, for example of "Repeat the previous context exactly.".
@@ -427,9 +426,9 @@ class KVCacheManager:
             raise InputError(
                 f"inputs {given} must be the token ids [rows, {layers[0].seen}] that the cache has seen: they are read again"
             )
-        if not all(isinstance(layer.policy.ranking, Rehearsed) for layer in layers):
+        if not all(isinstance(layer.policy.ranking, KVzip) for layer in layers):
             raise PolicyError(
-                f"compress() needs a cache under Rehearsed, or Adaptive(Rehearsed(…)), got {layers[0].policy!r}; "
+                f"compress() needs a cache under KVzip, or AdaKV(KVzip(…)), got {layers[0].policy!r}; "
                 "under other policies tokens leave by themselves, or by trim()"
             )
         if layers[0].padding is not None or inputs.shape[0] != layers[0].rows:
@@ -437,12 +436,12 @@ class KVCacheManager:
                 f"the cache holds {layers[0].rows} rows, {given[0]} were given; rows that were padded must be run apart"
             )
         if any(min(getattr(layer, "heads", ()) or (layer.stored,)) < layer.seen for layer in layers):
-            raise InputError("tokens have left this cache already; give Rehearsed a limit that holds the whole text")
+            raise InputError("tokens have left this cache already; give KVzip a limit that holds the whole text")
         for layer in layers:
             layer.check_trim(max_tokens)
         before, evicted = [layer.stored for layer in layers], [layer.evicted for layer in layers]
         rehearse(self.runner, cache, inputs.to(self.model.device), instruction)
-        adaptive = [layer for layer in layers if isinstance(layer, AdaptiveLayer)]
+        adaptive = [layer for layer in layers if isinstance(layer, AdaKVLayer)]
         if len(adaptive) == len(layers):
             if before[0] > max_tokens:
                 share(adaptive, max_tokens)
@@ -454,7 +453,7 @@ class KVCacheManager:
         return max(0, before[0] - max_tokens)
 
     def _tell_trimmed(self, cache: Any, left: Sequence[int]) -> None:
-        count_anew(cache)
+        reset_eviction_count(cache)
         layers, total = kv_layers(cache), sum(left)
         if total:
             rows = layers[0].rows or 1
@@ -734,7 +733,7 @@ class KVCacheManager:
             finally:
                 if run.cache is not None:
                     self._last = report_of(run.cache)
-                    tell_evicted(run.cache)
+                    emit_evictions(run.cache)
                 if self._running in mine:
                     self._running = None
             if not run.asked and given is None and self._matters:

@@ -52,7 +52,7 @@ def _working_set() -> int | None:
     return int(found.resident) if told else None
 
 
-def give_back() -> bool:
+def malloc_trim() -> bool:
     """Hand back to the system what this process has let go of, such as weights that nothing holds any more; whether it can.
 
     glibc keeps freed memory for the next time; other C libraries, which do not, need no such call.

@@ -21,7 +21,7 @@ from kvcache.cli._common import bytes_of
 from kvcache.cli._plan import _room
 from kvcache.tools import Room, benchmarks, room, subject
 from kvcache.tools import _targets as subjects
-from kvcache.tools._targets import LanguageSubject
+from kvcache.tools._targets import LanguageTarget
 
 pytestmark = pytest.mark.one_release
 
@@ -286,7 +286,7 @@ def lacking():
 
 def test_an_adapter_is_loaded_only_for_its_own_models(monkeypatch, whole):
     entries(monkeypatch, parrot=lacking)
-    assert isinstance(subject(str(whole)), LanguageSubject)
+    assert isinstance(subject(str(whole)), LanguageTarget)
     with pytest.raises(InputError, match="no folder"):
         subject("nothing-here")
     with pytest.raises(
@@ -296,7 +296,7 @@ def test_an_adapter_is_loaded_only_for_its_own_models(monkeypatch, whole):
 
 
 def test_an_adapter_may_give_its_models_other_names(monkeypatch, whole):
-    found = LanguageSubject(str(whole))
+    found = LanguageTarget(str(whole))
     entries(monkeypatch, parrot=lacking, zoo=lambda: lambda name: found if name == "owl" else None)
     assert subject("owl") is found
 

@@ -7,7 +7,7 @@ from support.families import build
 
 from kvcache import KVCacheManager, TuningProfile
 from kvcache.cli import main
-from kvcache.tools._targets import LanguageSubject
+from kvcache.tools._targets import LanguageTarget
 
 pytestmark = pytest.mark.one_release
 
@@ -32,9 +32,9 @@ def test_a_run_prints_json_and_saves_what_it_says(ran, folder, capsys):
     captured = capsys.readouterr()
     answer = json.loads(captured.out)  # nothing else is on standard output
     assert "best: " in captured.err
-    profile = TuningProfile.load(out, LanguageSubject(str(folder)).load())
-    assert answer["profile"] == json.loads(out.read_text()) == profile.as_dict()
-    assert answer["setting"] == profile.as_dict()["setting"]
+    profile = TuningProfile.load(out, LanguageTarget(str(folder)).load())
+    assert answer["profile"] == json.loads(out.read_text()) == profile.to_dict()
+    assert answer["setting"] == profile.to_dict()["setting"]
     assert answer["tokens_per_second"] == pytest.approx(1e3 / answer["milliseconds"])
     assert answer["untried"] > 0
     assert "no tokenizer" in answer["note"]
@@ -42,7 +42,7 @@ def test_a_run_prints_json_and_saves_what_it_says(ran, folder, capsys):
     assert [trial.milliseconds for trial in chosen] == [answer["milliseconds"]]
     assert profile.setting.requests == 1
     assert all(trial.divergence is None or trial.refused or trial.divergence <= 0.03 for trial in profile.trials)
-    assert KVCacheManager.from_profile(LanguageSubject(str(folder)).load(), out).backend == profile.setting.backend
+    assert KVCacheManager.from_profile(LanguageTarget(str(folder)).load(), out).backend == profile.setting.backend
 
 
 def test_a_run_explains_itself(ran, capsys):

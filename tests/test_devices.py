@@ -6,8 +6,8 @@ from fake_device import Away, an_mps_device, moved
 from support.families import build, tiny, token_ids
 
 from kvcache import (
-    Adaptive,
-    HeavyHitters,
+    H2O,
+    AdaKV,
     InputError,
     KVCacheManager,
     MemoryStore,
@@ -108,8 +108,8 @@ def test_prefixes_live_there(model, mps, how):
 KINDS = {
     "re-rotated": {"policy": SlidingWindow(16, sinks=2), "positions": "rerotated"},
     "few bits": {"quantization": Quantization(8)},
-    "ranked": {"policy": HeavyHitters(16, recent=8)},
-    "by head": {"policy": Adaptive(SnapKV(16, recent=6))},
+    "ranked": {"policy": H2O(16, recent=8)},
+    "by head": {"policy": AdaKV(SnapKV(16, recent=6))},
 }
 
 

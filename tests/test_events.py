@@ -197,7 +197,7 @@ def test_nothing_is_put_together_while_nobody_listens(monkeypatch):
     manager = KVCacheManager(tiny("llama"), SlidingWindow(8))
     monkeypatch.setattr(events.Evictions, "_tell", lambda *args: pytest.fail("nobody listens"))
     monkeypatch.setattr(
-        "kvcache.decoding._static_cache.StaticKV.tell_evicted", lambda *args: pytest.fail("nobody listens")
+        "kvcache.decoding._static_cache.StaticKV.emit_evictions", lambda *args: pytest.fail("nobody listens")
     )
     manager.generate(token_ids(1, 20), **GREEDY)
     list(manager.stream(token_ids(1, 20), backend="eager", **GREEDY))

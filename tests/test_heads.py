@@ -19,18 +19,18 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from kvcache import (
+    H2O,
     TOVA,
-    Adaptive,
+    AdaKV,
     CapacityError,
     CorruptError,
     GeometryError,
-    HeadProfile,
-    HeavyHitters,
     InputError,
     KeepAll,
     KeyDiff,
     KeyNorm,
     KVCacheManager,
+    KVzip,
     MaxBytes,
     MaxTokens,
     PerHead,
@@ -38,18 +38,18 @@ from kvcache import (
     PolicyError,
     PositionsError,
     Quantization,
-    Rehearsed,
+    RetrievalHeadProfile,
     RollbackError,
     SlidingWindow,
     SnapKV,
-    measure_heads,
     model_fingerprint,
+    profile_retrieval_heads,
 )
-from kvcache.cache import AdaptiveLayer, KVLayer, Piece, RankedLayer, SplitLayer, layer_for
+from kvcache.cache import AdaKVLayer, KVLayer, Piece, RankedLayer, SplitLayer, layer_for
 from kvcache.models import _cache as hf
 
 WINDOW = SlidingWindow(6, sinks=2)
-HEAVY = HeavyHitters(12, sinks=1, recent=3)
+HEAVY = H2O(12, sinks=1, recent=3)
 
 
 # ---------------------------------------------------------------------- a model whose heads are masked by hand
@@ -198,8 +198,8 @@ def test_report_counts_heads_and_bytes(name):
     [
         PerHead((KeepAll(), SlidingWindow(60, sinks=2))),
         PerHead((TOVA(60), SlidingWindow(60))),
-        Adaptive(SnapKV(80)),
-        Adaptive(KeyNorm(60)),
+        AdaKV(SnapKV(80)),
+        AdaKV(KeyNorm(60)),
     ],
     ids=repr,
 )
@@ -237,7 +237,7 @@ def drawn(seed, rows, heads, groups, count):
 
 
 LAYERS = {name: PerHead(heads) for name, heads in PER_HEAD.items()}
-LAYERS |= {"adaptive-heavy": Adaptive(HEAVY), "adaptive-norm": Adaptive(KeyNorm(12, sinks=1, recent=3))}
+LAYERS |= {"adaptive-heavy": AdaKV(HEAVY), "adaptive-norm": AdaKV(KeyNorm(12, sinks=1, recent=3))}
 
 
 def dump(layer):
@@ -402,9 +402,9 @@ def test_no_token_is_no_change(name):
 
 def check_shared(name, seed, rows, heads, groups, beside, floor, chunks, first):
     policy = RANKINGS[name](4 + beside, sinks=1, recent=2, low_water=4 + beside // 2)
-    adaptive = Adaptive(policy, floor=floor)
+    adaptive = AdaKV(policy, floor=floor)
     layer = layer_for(Pinned(first, adaptive) if first else adaptive)
-    assert isinstance(layer, AdaptiveLayer)
+    assert isinstance(layer, AdaKVLayer)
     endless = replace(policy, limit=10**6, low_water=10**6)
     endless = Pinned(first, endless) if first else endless
     lists = [Reference(endless, [0] * rows, 1, groups, KEY_DIM**-0.5) for _ in range(heads)]
@@ -475,7 +475,7 @@ def test_shares_are_those_of_a_sort_by_hand(name):
 @pytest.mark.parametrize("name", RANKINGS)
 def test_a_single_head_is_a_ranked_layer(name):
     policy = RANKINGS[name](10, sinks=1, recent=2, low_water=8)
-    shared, plain = layer_for(Adaptive(policy)), RankedLayer(policy)
+    shared, plain = layer_for(AdaKV(policy)), RankedLayer(policy)
     for i, count in enumerate([6, 5, 1, 1, 1, 9, 1, 1]):
         fresh = drawn(i, 1, 1, 2, count)
         assert forward(shared, *fresh).equal(forward(plain, *fresh))
@@ -484,10 +484,10 @@ def test_a_single_head_is_a_ranked_layer(name):
         assert shared.values.equal(plain.values)
 
 
-@pytest.mark.parametrize("policy", [HeavyHitters(12, sinks=1, recent=3), KeyDiff(12, sinks=1, recent=3)], ids=repr)
+@pytest.mark.parametrize("policy", [H2O(12, sinks=1, recent=3), KeyDiff(12, sinks=1, recent=3)], ids=repr)
 def test_shares_through_a_model(policy):
     """Heads come to differ, never hold more than allowed, and a bound of the manager is no bound of one head."""
-    manager = KVCacheManager(tiny("llama"), Adaptive(policy, floor=0), max_cache_length=20)
+    manager = KVCacheManager(tiny("llama"), AdaKV(policy, floor=0), max_cache_length=20)
     store, ids = manager.new_cache(1), token_ids(1, 60)
     counts = set()
     with torch.no_grad():
@@ -498,11 +498,11 @@ def test_shares_through_a_model(policy):
                 counts |= set(layer.heads)
     assert len(counts) > 3
     with pytest.raises(PolicyError, match="max_length"):
-        KVCacheManager(tiny("llama"), Adaptive(policy), max_cache_length=11)
+        KVCacheManager(tiny("llama"), AdaKV(policy), max_cache_length=11)
 
 
 def test_trim_between_append_and_observation_is_refused():
-    layer = layer_for(Adaptive(HEAVY))
+    layer = layer_for(AdaKV(HEAVY))
     layer.append(*drawn(0, 1, 2, 1, 9)[1:])
     with pytest.raises(PolicyError, match=r"observe\(\)"):
         layer.trim(5)
@@ -511,7 +511,7 @@ def test_trim_between_append_and_observation_is_refused():
 # ---------------------------------------------------------------------- a second reading
 
 
-REHEARSED = Rehearsed(64, sinks=2, recent=3)
+REHEARSED = KVzip(64, sinks=2, recent=3)
 
 
 def filled(policy, rows=1, tokens=24):
@@ -561,7 +561,7 @@ def kept_of(store):
 @pytest.mark.parametrize("together", [False, True])
 def test_second_reading_keeps_what_it_looked_at(together, most, instruct):
     instruction = token_ids(1, 4, seed=9) if instruct else None
-    manager, store, ids = filled(Adaptive(REHEARSED) if together else REHEARSED)
+    manager, store, ids = filled(AdaKV(REHEARSED) if together else REHEARSED)
     assert manager.compress(store, ids, most, instruction=instruction) == 24 - most
     kept = kept_of(store)
     assert kept == kept_by_hand(looks_by_hand(ids, instruction), 24, most, together)
@@ -579,13 +579,13 @@ def test_second_reading_keeps_what_it_looked_at(together, most, instruct):
 
 
 def test_compressing_what_fits_changes_nothing():
-    for policy in (REHEARSED, Adaptive(REHEARSED)):
+    for policy in (REHEARSED, AdaKV(REHEARSED)):
         manager, store, ids = filled(policy)
         assert manager.compress(store, ids, 24) == manager.compress(store, ids, 30) == 0
         assert all(held == set(range(24)) for held in kept_of(store).values())
 
 
-@pytest.mark.parametrize("policy", [REHEARSED, Adaptive(REHEARSED)], ids=["plain", "adaptive"])
+@pytest.mark.parametrize("policy", [REHEARSED, AdaKV(REHEARSED)], ids=["plain", "adaptive"])
 def test_compress_refuses(policy):
     manager, store, ids = filled(policy, rows=2)
     before = [dump(kv) for kv in hf.kv_layers(store)]
@@ -602,13 +602,13 @@ def test_compress_refuses(policy):
         manager.compress(store, ids, 8)
     for other in (KeepAll(), TOVA(64), PerHead((KeepAll(), WINDOW))):
         manager, store, ids = filled(other, tokens=6)
-        with pytest.raises(PolicyError, match="Rehearsed"):
+        with pytest.raises(PolicyError, match="KVzip"):
             manager.compress(store, ids, 5)
 
 
 def test_compress_refuses_where_the_fullest_head_keeps_all():
     """In each layer one head holds everything and the other has lost tokens: they cannot be ranked again."""
-    manager, store, ids = filled(Adaptive(REHEARSED))
+    manager, store, ids = filled(AdaKV(REHEARSED))
     for kv in hf.kv_layers(store):
         kv.parts[1][1].rank_to(9)
     assert [kv.heads for kv in hf.kv_layers(store)] == [(24, 9)] * 2
@@ -639,7 +639,7 @@ IN_THE_ATTENTION = pytest.param(
 
 
 @pytest.mark.parametrize("where", ["between layers", IN_THE_ATTENTION])
-@pytest.mark.parametrize("policy", [REHEARSED, Adaptive(REHEARSED)], ids=["plain", "adaptive"])
+@pytest.mark.parametrize("policy", [REHEARSED, AdaKV(REHEARSED)], ids=["plain", "adaptive"])
 def test_a_cache_goes_on_after_a_failed_second_reading(policy, where, monkeypatch):
     manager, store, other, _ = interrupted(policy, where, monkeypatch)
     assert not any(kv.rehearsing for kv in hf.kv_layers(store))
@@ -648,7 +648,7 @@ def test_a_cache_goes_on_after_a_failed_second_reading(policy, where, monkeypatc
     assert logits(manager.runner, more, store, [3, 1]).equal(logits(manager.runner, more, other, [3, 1]))
 
 
-@pytest.mark.parametrize("policy", [REHEARSED, Adaptive(REHEARSED)], ids=["plain", "adaptive"])
+@pytest.mark.parametrize("policy", [REHEARSED, AdaKV(REHEARSED)], ids=["plain", "adaptive"])
 def test_a_failed_second_reading_leaves_nothing(policy, monkeypatch):
     manager, store, other, ids = interrupted(policy, "between layers", monkeypatch)
     more = token_ids(1, 4, seed=6)
@@ -680,10 +680,10 @@ def far_by_hand(ids, sinks, window):
 
 def test_measured_shares_are_those_of_eager_attention():
     one, two = token_ids(2, 20, seed=1), token_ids(1, 31, seed=2)
-    profile = measure_heads(tiny("llama"), [one], sinks=2, window=6)
+    profile = profile_retrieval_heads(tiny("llama"), [one], sinks=2, window=6)
     torch.testing.assert_close(torch.tensor(profile.far), far_by_hand(one, 2, 6), atol=CLOSE, rtol=0)
     assert (profile.model, profile.tokens) == (model_fingerprint(tiny("llama")), 40)
-    both = measure_heads(tiny("llama"), [one, two], sinks=0, window=9)
+    both = profile_retrieval_heads(tiny("llama"), [one, two], sinks=0, window=9)
     expected = (far_by_hand(one, 0, 9) * 40 + far_by_hand(two, 0, 9) * 31) / 71
     torch.testing.assert_close(torch.tensor(both.far), expected, atol=CLOSE, rtol=0)
     assert 0.01 < min(map(min, both.far)) < max(map(max, both.far)) < 1
@@ -692,25 +692,25 @@ def test_measured_shares_are_those_of_eager_attention():
 def test_samples_that_are_too_short_are_refused():
     for batches in ([], [token_ids(1, 8)], [token_ids(1, 20), token_ids(1, 8)], [token_ids(1, 20)[0]]):
         with pytest.raises(InputError, match="more than 8"):
-            measure_heads(tiny("llama"), batches, sinks=2, window=6)
-    assert measure_heads(tiny("llama"), [token_ids(1, 9)], sinks=2, window=6).tokens == 9
+            profile_retrieval_heads(tiny("llama"), batches, sinks=2, window=6)
+    assert profile_retrieval_heads(tiny("llama"), [token_ids(1, 9)], sinks=2, window=6).tokens == 9
     with pytest.raises(PolicyError):
-        measure_heads(tiny("llama"), [token_ids(1, 20)], sinks=2, window=0)
+        profile_retrieval_heads(tiny("llama"), [token_ids(1, 20)], sinks=2, window=0)
     with pytest.raises(PolicyError):
-        measure_heads(tiny("llama", "eager"), [token_ids(1, 20)], sinks=2, window=6)
+        profile_retrieval_heads(tiny("llama", "eager"), [token_ids(1, 20)], sinks=2, window=6)
 
 
-PROFILE = HeadProfile("m", 2, 6, 100, ((0.5, 0.1), (0.0, 0.9), (0.3, 0.2)))
+PROFILE = RetrievalHeadProfile("m", 2, 6, 100, ((0.5, 0.1), (0.0, 0.9), (0.3, 0.2)))
 
 
 def test_profile_is_saved_and_loaded(tmp_path):
     path = tmp_path / "heads.json"
     PROFILE.save(path)
-    assert HeadProfile.load(path) == HeadProfile.load(str(path), model="m") == PROFILE
+    assert RetrievalHeadProfile.load(path) == RetrievalHeadProfile.load(str(path), model="m") == PROFILE
     with pytest.raises(InputError, match="another model"):
-        HeadProfile.load(path, model="n")
+        RetrievalHeadProfile.load(path, model="n")
     with pytest.raises(FileNotFoundError):
-        HeadProfile.load(tmp_path / "none.json")
+        RetrievalHeadProfile.load(tmp_path / "none.json")
 
 
 CHANGES = {
@@ -732,7 +732,7 @@ def test_changed_profiles_are_refused(tmp_path, name, value):
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, name: value}))
     with pytest.raises(CorruptError):
-        HeadProfile.load(path)
+        RetrievalHeadProfile.load(path)
 
 
 @pytest.mark.parametrize("name", ["format", "version", "model", "sinks", "window", "tokens", "far"])
@@ -743,7 +743,7 @@ def test_a_profile_without_a_field_or_with_more_is_refused(tmp_path, name):
     for wrong in ({key: value for key, value in content.items() if key != name}, {**content, name + "s": 1}):
         path.write_text(json.dumps(wrong))
         with pytest.raises(CorruptError):
-            HeadProfile.load(path)
+            RetrievalHeadProfile.load(path)
 
 
 def test_what_is_no_profile_is_refused(tmp_path):
@@ -755,7 +755,7 @@ def test_what_is_no_profile_is_refused(tmp_path):
     for content in (*cut, *deep):
         path.write_bytes(content)
         with pytest.raises(CorruptError):
-            HeadProfile.load(path)
+            RetrievalHeadProfile.load(path)
 
 
 def test_policies_are_of_the_heads_that_look_furthest():
@@ -775,7 +775,7 @@ def test_policies_are_of_the_heads_that_look_furthest():
 
 def test_measured_policies_run():
     model = tiny("llama")
-    policies = measure_heads(model, [token_ids(1, 30)], sinks=2, window=6).policies(0.5)
+    policies = profile_retrieval_heads(model, [token_ids(1, 30)], sinks=2, window=6).policies(0.5)
     manager = KVCacheManager(model, policies)
     manager.generate(token_ids(1, 20), max_new_tokens=4, do_sample=False)
     held = [count for layer in manager.report().layers for count in layer.heads or [layer.stored] * 2]
@@ -794,8 +794,8 @@ def test_measured_policies_run():
         (KeepAll(), MaxBytes("1KiB")),
         (KeepAll(), PerHead((WINDOW,))),
         (KeepAll(), PerHead((KeepAll(),))),
-        (KeepAll(), Adaptive(HEAVY)),
-        (KeepAll(), Pinned(2, Adaptive(HEAVY))),
+        (KeepAll(), AdaKV(HEAVY)),
+        (KeepAll(), Pinned(2, AdaKV(HEAVY))),
         (Pinned(2, Pinned(1, PerHead((KeepAll(),)))), WINDOW),
     ],
     ids=repr,
@@ -805,16 +805,16 @@ def test_heads_that_cannot_be(heads):
         PerHead(heads)
 
 
-@pytest.mark.parametrize("policy", [KeepAll(), WINDOW, Pinned(2, HEAVY), Adaptive(HEAVY), PerHead((WINDOW,)), None])
+@pytest.mark.parametrize("policy", [KeepAll(), WINDOW, Pinned(2, HEAVY), AdaKV(HEAVY), PerHead((WINDOW,)), None])
 def test_only_rankings_are_shared(policy):
     with pytest.raises(PolicyError, match="ranks no tokens"):
-        Adaptive(policy)
+        AdaKV(policy)
 
 
 @pytest.mark.parametrize("floor", [-0.1, 1.1, math.nan])
 def test_floors_are_shares(floor):
     with pytest.raises(PolicyError, match="floor"):
-        Adaptive(HEAVY, floor=floor)
+        AdaKV(HEAVY, floor=floor)
 
 
 @pytest.mark.parametrize(
@@ -839,7 +839,7 @@ def test_another_number_of_heads_is_refused(policy):
             assert not any(kv.initialized for kv in hf.kv_layers(store))
 
 
-@pytest.mark.parametrize("policy", [PerHead((KeepAll(), WINDOW)), Adaptive(HEAVY)], ids=["per head", "adaptive"])
+@pytest.mark.parametrize("policy", [PerHead((KeepAll(), WINDOW)), AdaKV(HEAVY)], ids=["per head", "adaptive"])
 def test_quantized_or_turned_heads_are_refused(policy):
     with pytest.raises(PolicyError, match="by head"):
         hf.new_cache(tiny("llama"), policy, quantization=Quantization(8, 8))
@@ -855,7 +855,7 @@ def test_quantized_heads_behind_a_prefix_are_refused():
         hf.new_cache(tiny("llama"), Pinned(3, PerHead((KeepAll(), WINDOW))), quantization=Quantization(8, 8))
 
 
-@pytest.mark.parametrize("policy", [PerHead((KeepAll(), WINDOW)), Adaptive(HEAVY)], ids=["per head", "adaptive"])
+@pytest.mark.parametrize("policy", [PerHead((KeepAll(), WINDOW)), AdaKV(HEAVY)], ids=["per head", "adaptive"])
 def test_the_model_itself_is_refused(policy):
     store = KVCacheManager(tiny("llama"), policy).new_cache()
     with pytest.raises(PolicyError, match=r"manager\.runner"):

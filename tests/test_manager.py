@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from kvcache import (
-    Adaptive,
+    H2O,
+    AdaKV,
     CapacityError,
     GeometryError,
-    HeavyHitters,
     InputError,
     KeepAll,
     KVCacheError,
@@ -511,7 +511,7 @@ def test_no_operation_changes_the_model(name: str) -> None:
     assert ("wrong positions" in failed) != FAMILIES[name].rope
 
 
-@pytest.mark.parametrize("policy", [SnapKV(8, sinks=2, recent=2), Adaptive(HeavyHitters(8, sinks=2, recent=2))])
+@pytest.mark.parametrize("policy", [SnapKV(8, sinks=2, recent=2), AdaKV(H2O(8, sinks=2, recent=2))])
 def test_ranking_tokens_changes_the_model_as_little(policy: SizePolicy) -> None:
     """It runs a copy with hooks of its own."""
     model = build("llama")

@@ -14,8 +14,8 @@ from support.families import logits, tiny, token_ids
 from support.searching import search
 from torch import Tensor
 
-from kvcache import Adaptive, KVCacheManager, PolicyError, RankingPolicy, Rehearsed, SnapKV, pyramid
-from kvcache.cache import Seen
+from kvcache import AdaKV, KVCacheManager, KVzip, PolicyError, RankingPolicy, SnapKV, pyramid_kv
+from kvcache.cache import ScoringContext
 from kvcache.models import _cache as hf
 
 # ---------------------------------------------------------------------- D3: PyramidKV
@@ -23,7 +23,7 @@ from kvcache.models import _cache as hf
 
 def test_d3_the_last_layer_keeps_one_more_than_what_is_protected() -> None:
     """137 / 2 rounds to the 68 that are protected, which is no limit that anybody gave."""
-    lows = [policy.low_water for policy in pyramid(SnapKV(157), 4, 2.0)]
+    lows = [policy.low_water for policy in pyramid_kv(SnapKV(157), 4, 2.0)]
     assert lows == [206, 160, 114, 69]
 
 
@@ -42,7 +42,7 @@ def test_d3_budgets_are_a_line_around_the_mean_for_any_setting(
     low = None if low is None else min(low, limit)
     policy = SnapKV(limit, low_water=low)
     protected, mean = 68, policy.keep(limit + 1)
-    policies = pyramid(policy, layers, beta, tokens=tokens)
+    policies = pyramid_kv(policy, layers, beta, tokens=tokens)
     lows = [one.keep(one.limit + 1) for one in policies]
     least = Fraction(mean) / Fraction(beta)
     if tokens is not None:
@@ -62,7 +62,7 @@ def test_d3_a_quotient_that_rounds_to_what_is_protected_is_more_than_it() -> Non
     policy = SnapKV(119, low_water=119, recent=66)
     assert policy.low_water / 1.7 == 70.0 == policy.sinks + policy.recent
     assert Fraction(119) / Fraction(1.7) > 70
-    assert [one.low_water for one in pyramid(policy, 3, 1.7)] == [168, 119, 71]
+    assert [one.low_water for one in pyramid_kv(policy, 3, 1.7)] == [168, 119, 71]
 
 
 # ---------------------------------------------------------------------- D4: KVzip
@@ -120,7 +120,7 @@ def test_d4_a_long_text_is_read_again_in_parts_as_the_paper_does(most: int, monk
     """Parts of 16 tokens instead of 2,048, so that a small model has several; the sets that stay are the paper's."""
     monkeypatch.setattr(hf, "_REHEARSED", 16)
     monkeypatch.setattr(hf, "_LEAD", 3)
-    policy = Rehearsed(96, sinks=2, recent=3)
+    policy = KVzip(96, sinks=2, recent=3)
     manager = KVCacheManager(tiny("llama"), policy)
     cache, ids = manager.new_cache(), token_ids(1, 57, seed=8)
     logits(manager.runner, ids, cache)
@@ -139,7 +139,7 @@ def test_d4_a_text_of_one_part_is_divided_among_all_of_it() -> None:
 def test_d4_heads_that_share_a_budget_read_in_parts_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hf, "_REHEARSED", 16)
     monkeypatch.setattr(hf, "_LEAD", 3)
-    manager = KVCacheManager(tiny("llama"), Adaptive(Rehearsed(96, sinks=2, recent=3), floor=1.0))
+    manager = KVCacheManager(tiny("llama"), AdaKV(KVzip(96, sinks=2, recent=3), floor=1.0))
     cache, ids = manager.new_cache(), token_ids(1, 40, seed=8)
     logits(manager.runner, ids, cache)
     manager.compress(cache, ids, 20)
@@ -153,7 +153,7 @@ def test_d4_heads_that_share_a_budget_read_in_parts_too(monkeypatch: pytest.Monk
 
 @dataclass(frozen=True)
 class Unasked(RankingPolicy):
-    def score(self, seen: Seen) -> Tensor:
+    def score(self, seen: ScoringContext) -> Tensor:
         return seen.mass
 
 

@@ -199,7 +199,7 @@ def test_what_the_caller_bounds_is_planned():
 
 def test_plan_as_json():
     plan = planned(split(TEXT, "en", target=150), memory_budget=2**22)
-    read = json.loads(json.dumps(plan.as_dict()))
+    read = json.loads(json.dumps(plan.to_dict()))
     assert [segment["text"] for segment in read["segments"]] == [segment.text for segment in plan.segments]
     for name in ("rows", "cache_rows", "slots", "kv_bytes", "row_bytes", "prefix", "attention", "kv_share"):
         assert read[name] == getattr(plan, name)

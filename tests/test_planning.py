@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from kvcache import InputError, KeepAll, MaxBytes, MaxTokens, Pinned, PolicyError, SlidingWindow
 from kvcache.cache import CacheGeometry
 from kvcache.decoding import Setting, StaticKV
-from kvcache.models import PackedLinear, Watch, has_half, with_precision
+from kvcache.models import PackedLinear, Watch, has_half, quantize_linear
 from kvcache.tools import plan, room, subject, written_static
 from kvcache.tools._footprint import held
 
@@ -102,9 +102,9 @@ def test_speech_is_planned_to_the_byte(kind, setting):
 def _speech(kind):
     from t3_models import tiny_t3
 
-    from kvcache_chatterbox.tools._targets import ChatterboxSubject
+    from kvcache_chatterbox.tools._targets import ChatterboxTarget
 
-    class Tiny(ChatterboxSubject):
+    class Tiny(ChatterboxTarget):
         shortest = 21 + 2 if kind == "gpt" else 22 + 3 + 2
         _t3 = tiny_t3(kind)
 
@@ -131,7 +131,7 @@ def test_weights_are_those_of_the_storages(folders, name):
 def test_weights_in_fewer_bits_stand_beside_those_they_were_made_from(folders, precision):
     model = subject(str(folders["llama"]))
     loaded = model.load()
-    copy = with_precision(loaded, precision)
+    copy = quantize_linear(loaded, precision)
     packed = {id(m): m for m in copy.modules() if isinstance(m, PackedLinear)}.values()
     per = {"int8": 1, "bf16": 2}[precision]
     # int8: a scale and a zero point for each output, in 4 bytes each, beside the sums, which are a buffer.

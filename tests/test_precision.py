@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 import kvcache.models._precision as precision_module
 from kvcache import InputError
-from kvcache.models import PackedLinear, check_precision, model_fingerprint, planned, with_precision
+from kvcache.models import PackedLinear, check_precision, model_fingerprint, planned, quantize_linear
 
 pytestmark = pytest.mark.one_release
 
@@ -169,7 +169,7 @@ def inputs_and_outputs(model, names, ids):
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
 def test_every_layer_of_a_model_is_close(name, precision):
     model = tiny(name)
-    new = with_precision(model, precision)
+    new = quantize_linear(model, precision)
     before = linear(model)
     packed = [name for name in before if name != "lm_head"]
     assert set(linear(new)) == {"lm_head"}
@@ -181,14 +181,14 @@ def test_every_layer_of_a_model_is_close(name, precision):
 
 
 def test_fp32_is_the_model_itself():
-    assert with_precision(tiny("llama"), "fp32") is tiny("llama")
+    assert quantize_linear(tiny("llama"), "fp32") is tiny("llama")
 
 
 @pytest.mark.parametrize("precision", NARROW)
 @pytest.mark.parametrize("wide", [["mlp.down_proj"], ["layers.0.mlp.down_proj"], ["k_proj", "layers.1.mlp.up_proj"]])
 def test_wide_layers_stay_as_they_are(precision, wide):
     model = tiny("llama")
-    new = with_precision(model, precision, wide=wide)
+    new = quantize_linear(model, precision, wide=wide)
     before, after = linear(model), linear(new)
     ends = tuple(wide)
     named = {n for n in before if any(n == end or n.endswith("." + end) for end in ends)}
@@ -210,7 +210,7 @@ def test_the_model_is_untouched_and_what_stays_is_shared(name, precision):
     tensors = {n: (t.data_ptr(), t._version) for n, t in model.state_dict().items()}
     modules = [(n, id(m), sorted(vars(m)), sorted(m._modules)) for n, m in model.named_modules()]
     print_before, config = model_fingerprint(model), model.config.to_dict()
-    new = with_precision(model, precision)
+    new = quantize_linear(model, precision)
     with torch.no_grad():
         new(token_ids(1, 9))
         assert torch.equal(model(token_ids(1, 9)).logits, logits)
@@ -228,21 +228,21 @@ def test_the_model_is_untouched_and_what_stays_is_shared(name, precision):
 def test_fingerprints_tell_precisions_and_weights_apart(name):
     names = [n for n in ("bf16", "fp16", "int8") if can(n)]
     model = build(name)
-    prints = {"fp32": model_fingerprint(model)} | {n: model_fingerprint(with_precision(model, n)) for n in names}
+    prints = {"fp32": model_fingerprint(model)} | {n: model_fingerprint(quantize_linear(model, n)) for n in names}
     assert len(set(prints.values())) == len(prints)
     other = build(name)
     for one in names:
-        assert model_fingerprint(with_precision(other, one)) == prints[one]
+        assert model_fingerprint(quantize_linear(other, one)) == prints[one]
     changed = next(m for n, m in linear(other).items() if n != "lm_head")
     with torch.no_grad():
         changed.weight.view(-1)[5] += 1e-4  # too little for 8 bits to notice
     for one in names:
-        assert model_fingerprint(with_precision(other, one)) != prints[one]
+        assert model_fingerprint(quantize_linear(other, one)) != prints[one]
 
 
 @pytest.mark.parametrize("precision", NARROW)
 def test_a_deep_copy_computes_the_same(precision):
-    new = with_precision(build("llama"), precision)
+    new = quantize_linear(build("llama"), precision)
     twin = copy.deepcopy(new)
     ids = token_ids(2, 9)
     with torch.no_grad():
@@ -259,7 +259,7 @@ def test_a_deep_copy_computes_the_same(precision):
 def test_packed_weights_die_with_the_copy(name, precision):
     gc.collect()
     model, before = build(name), len(precision_module._kernels)
-    new = with_precision(model, precision)
+    new = quantize_linear(model, precision)
     held = len(precision_module._kernels) - before
     assert held == sum(isinstance(m, PackedLinear) for m in new.modules()) == 8
     with torch.no_grad():
@@ -276,7 +276,7 @@ def test_what_a_cpu_cannot_is_refused(monkeypatch):
     monkeypatch.setattr(precision_module, "has_half", lambda precision: False)
     for precision in ("bf16", "fp16"):
         with pytest.raises(InputError, match=f"precision='{precision}': this CPU has no fast {precision}"):
-            with_precision(tiny("llama"), precision)
+            quantize_linear(tiny("llama"), precision)
     check_precision("fp32", CPU)
 
 
@@ -303,14 +303,14 @@ def test_a_whole_model_is_cast_elsewhere_but_for_its_frequencies():
 def test_names_that_are_none_are_refused():
     for name in ("int4", "float32", "", "BF16"):
         with pytest.raises(InputError, match="must be one of 'fp32', 'bf16', 'fp16', 'int8'"):
-            with_precision(tiny("llama"), name)
+            quantize_linear(tiny("llama"), name)
     for end in ("mlp.nothing", "own_proj", "embed_tokens", ""):
         with pytest.raises(InputError, match="no linear layer's name ends so"):
-            with_precision(tiny("llama"), "int8", wide=[end])
+            quantize_linear(tiny("llama"), "int8", wide=[end])
 
 
 @pytest.mark.parametrize("precision", ["fp32", *NARROW])
 def test_on_a_cpu_the_model_must_be_fp32(precision):
     model = copy.deepcopy(build("llama")).to(torch.bfloat16)
     with pytest.raises(InputError, match=r"the model is torch.bfloat16: .* starts from fp32"):
-        with_precision(model, precision)
+        quantize_linear(model, precision)

@@ -5,7 +5,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from kvcache import InputError
-from kvcache.models import check_precision, sensitive, with_precision
+from kvcache.models import check_precision, find_sensitive_layers, quantize_linear
 
 pytestmark = pytest.mark.one_release
 
@@ -53,17 +53,17 @@ def divergence(model, other, batches) -> float:
 
 
 def test_the_layer_that_int8_cannot_do_stays_wide(model, batches):
-    plain = divergence(model, with_precision(model, "int8"), batches)
-    wide = sensitive(model, "int8", batches, bound=plain / 4)
+    plain = divergence(model, quantize_linear(model, "int8"), batches)
+    wide = find_sensitive_layers(model, "int8", batches, bound=plain / 4)
     assert wide[0] == "model.layers.1.mlp.down_proj"
     assert len(wide) < 6
     # On other text than it was profiled on. Divergences add up only about, hence the half.
     others = [torch.randint(0, 50, (2, 40), generator=torch.Generator().manual_seed(2))]
-    assert divergence(model, with_precision(model, "int8", wide=wide), others) < plain / 2
+    assert divergence(model, quantize_linear(model, "int8", wide=wide), others) < plain / 2
 
 
 def test_layers_that_are_computed_together_stay_wide_together(model, batches):
-    wide = sensitive(model, "int8", batches, bound=0)
+    wide = find_sensitive_layers(model, "int8", batches, bound=0)
     linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
     assert sorted(wide) == sorted(linear)
     first = wide.index("model.layers.0.self_attn.q_proj")
@@ -71,7 +71,7 @@ def test_layers_that_are_computed_together_stay_wide_together(model, batches):
 
 
 def test_nothing_stays_wide_where_the_bound_allows_all(model, batches):
-    assert sensitive(model, "int8", batches, bound=100) == []
+    assert find_sensitive_layers(model, "int8", batches, bound=100) == []
 
 
 def test_other_models_and_inputs():
@@ -82,12 +82,12 @@ def test_other_models_and_inputs():
     def forward(model, batch):
         return gpt.lm_head(model(inputs_embeds=batch)[0])
 
-    wide = sensitive(gpt.transformer, "int8", embeds, bound=0, forward=forward)
+    wide = find_sensitive_layers(gpt.transformer, "int8", embeds, bound=0, forward=forward)
     assert len(wide) == 8
     assert "h.0.attn.c_attn" in wide
-    with_precision(gpt.transformer, "int8", wide=wide)  # takes the names
+    quantize_linear(gpt.transformer, "int8", wide=wide)  # takes the names
 
 
 def test_without_samples_there_is_nothing_to_go_by(model):
     with pytest.raises(InputError, match="at least one"):
-        sensitive(model, "int8", [])
+        find_sensitive_layers(model, "int8", [])

@@ -15,17 +15,17 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from kvcache import InputError
 from kvcache.decoding import Setting
 from kvcache.decoding._wiring import StaticLayer
-from kvcache.models import LINEAR, ManagedLayer, has_half, rebuilt, with_precision
+from kvcache.models import LINEAR, ManagedLayer, has_half, quantize_linear, structural_copy
 from kvcache.tools import MEMORY, PARTS, Watch, plot, profile
 from kvcache.tools._module_timer import AUDIO, part_of
 from kvcache.tools._profiling import weight_bytes
-from kvcache.tools._targets import LanguageSubject, _Language
+from kvcache.tools._targets import LanguageTarget, _Language
 
 CONTEXT, TOKENS = 30, 20
 SLOW = 1.0  # second, of the test's clock; beside it its ticks are nothing
 
 
-class Given(LanguageSubject):
+class Given(LanguageTarget):
     """A model that is there already."""
 
     def __init__(self, model):
@@ -57,7 +57,7 @@ def slower(model, chosen, clock):
         copy.__dict__.update(module.__dict__)
         return copy
 
-    return rebuilt(model, slow)
+    return structural_copy(model, slow)
 
 
 def _slowly(forward, clock):
@@ -299,7 +299,7 @@ def test_experts_are_the_mlp(clock):
         copy.__dict__.update(module.__dict__)
         return copy
 
-    assert profiled(rebuilt(model, slow), "off").step.parts["mlp"] > 1.99 * SLOW
+    assert profiled(structural_copy(model, slow), "off").step.parts["mlp"] > 1.99 * SLOW
 
 
 def test_the_caches_of_a_batch_are_all_counted():
@@ -346,7 +346,7 @@ def test_weights_are_counted_by_part(tied):
 @pytest.mark.skipif(not has_half("bf16"), reason="this CPU has no fast bf16")
 def test_weights_in_fewer_bits_are_counted_with_those_they_were_made_of():
     model = build("llama")
-    narrow = with_precision(model, "bf16")
+    narrow = quantize_linear(model, "bf16")
     found = weight_bytes(narrow, model)
     digests = sum(t.numel() for name, t in narrow.named_buffers() if name.endswith("digest"))
     layers = by_name(model, "self_attn", "mlp")

@@ -14,14 +14,14 @@ from kvcache.tools import profile
 from kvcache.tools._module_timer import AUDIO
 from kvcache_chatterbox import ChatterboxEngine, byte_tokens, random_conditionals
 from kvcache_chatterbox.testing import stand_in
-from kvcache_chatterbox.tools import LoadedSubject
+from kvcache_chatterbox.tools import LoadedTarget
 
 pytestmark = [*UPSTREAMS_WARNINGS, pytest.mark.one_release]
 CONTEXT, TOKENS = 70, 20
 
 
 def profiled(model, backend="eager", **settings):
-    return profile(LoadedSubject(model), Setting(backend=backend, **settings), CONTEXT, TOKENS, rounds=1)
+    return profile(LoadedTarget(model), Setting(backend=backend, **settings), CONTEXT, TOKENS, rounds=1)
 
 
 @pytest.mark.parametrize("backend", ["off", "eager"])

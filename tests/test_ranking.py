@@ -27,10 +27,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import kvcache.cache._slots
 from kvcache import (
+    H2O,
     TOVA,
     ExpectedAttention,
     GeometryError,
-    HeavyHitters,
     InputError,
     KeepAll,
     KeyDiff,
@@ -46,9 +46,9 @@ from kvcache import (
     SizePolicy,
     SlidingWindow,
     SnapKV,
-    pyramid,
+    pyramid_kv,
 )
-from kvcache.cache import RankedLayer, Seen
+from kvcache.cache import RankedLayer, ScoringContext
 from kvcache.models import _attention as attention
 from kvcache.models import _cache as hf
 
@@ -175,7 +175,7 @@ class Reference:
     def scores(self, b: int, h: int) -> list[float]:
         held, how = self.rows[b][h], self.how
         real = [token for token in held if self.stays(b, token)]
-        if isinstance(how, HeavyHitters):
+        if isinstance(how, H2O):
             return [token.mass / (self.seen - token.position if how.average else 1) for token in held]
         if isinstance(how, KeyNorm):
             return [-math.sqrt(dot(token.key, token.key)) for token in held]
@@ -260,8 +260,8 @@ class FewExpected(ExpectedAttention):
 
 
 RANKINGS: dict[str, Callable[..., RankingPolicy]] = {
-    "heavy-average": HeavyHitters,
-    "heavy-sum": partial(HeavyHitters, average=False),
+    "heavy-average": H2O,
+    "heavy-sum": partial(H2O, average=False),
     "snapkv": partial(FewQueries, kernel=3),
     "snapkv-wide": partial(MoreQueries, kernel=5),
     "snapkv-unsmoothed": partial(FewQueries, kernel=1),
@@ -758,7 +758,7 @@ class BlindQueriesLookEverywhere(RankedLayer):
 
 
 def _uniform_where_blind(seen):
-    for weights, at in Seen.parts(seen):
+    for weights, at in ScoringContext.parts(seen):
         yield weights + (weights.sum(-1, keepdim=True) == 0) / weights.shape[-1], at
 
 
@@ -891,8 +891,8 @@ def reference_of(family: str, policy, padding: Sequence[int]):
 
 MODELS = ["llama", "qwen3", "mistral", "gpt2", "gpt-neox", "phi3", "gemma3", "opt"]
 LIMITED: dict[str, SizePolicy] = {
-    "heavy": HeavyHitters(14, sinks=2, recent=4, low_water=11),
-    "heavy-sum": HeavyHitters(14, sinks=0, recent=3, average=False),
+    "heavy": H2O(14, sinks=2, recent=4, low_water=11),
+    "heavy-sum": H2O(14, sinks=0, recent=3, average=False),
     "snapkv": SnapKV(16, sinks=1, recent=6, kernel=3, low_water=16),
     "tova": TOVA(12, sinks=1, low_water=12),
     "expected": FewExpected(14, sinks=2, recent=4, following=6, low_water=14),
@@ -954,7 +954,7 @@ def test_beyond_the_limit_a_model_computes_what_the_policy_says(family, name, ch
 def test_within_the_limit_nothing_changes(family):
     model, (ids, mask, _) = tiny(family), padded([12, 9])
     expected = model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False)
-    for policy in (HeavyHitters(64), SnapKV(128), TOVA(64), KeyNorm(64), KeyDiff(64), Pinned(3, HeavyHitters(64))):
+    for policy in (H2O(64), SnapKV(128), TOVA(64), KeyNorm(64), KeyDiff(64), Pinned(3, H2O(64))):
         manager = KVCacheManager(model, policy)
         assert manager.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False).equal(expected)
         report = manager.report()
@@ -1011,7 +1011,7 @@ def test_prefix_is_pinned(name):
     for kv in hf.kv_layers(cache):
         assert kv.evicted > 0
         assert (kv.positions()[:, :, :7] == torch.arange(7)).all()
-    wide = KVCacheManager(model, HeavyHitters(64), speakers=manager.speakers)
+    wide = KVCacheManager(model, H2O(64), speakers=manager.speakers)
     wide.add_prefix("p", prefix[0])
     given_ = {"max_new_tokens": 12, "do_sample": False}
     together = torch.cat([prefix.expand(2, -1), rest], 1)
@@ -1020,12 +1020,12 @@ def test_prefix_is_pinned(name):
 
 MIXTURES = {
     "llama": [
-        pyramid(SnapKV(16, sinks=1, recent=4), 2, beta=2),
-        [KeepAll(), HeavyHitters(12, sinks=1, recent=3)],
-        [HeavyHitters(12, sinks=1, recent=3), KeepAll()],
+        pyramid_kv(SnapKV(16, sinks=1, recent=4), 2, beta=2),
+        [KeepAll(), H2O(12, sinks=1, recent=3)],
+        [H2O(12, sinks=1, recent=3), KeepAll()],
         [TOVA(12), KeyDiff(17, recent=3, sinks=0)],
     ],
-    "gemma3": [[KeepAll()] * 5 + [TOVA(12)], pyramid(KeyNorm(14, sinks=1, recent=3), 6, beta=2)],
+    "gemma3": [[KeepAll()] * 5 + [TOVA(12)], pyramid_kv(KeyNorm(14, sinks=1, recent=3), 6, beta=2)],
 }
 
 
@@ -1048,7 +1048,7 @@ def test_layers_may_differ(family, which):
 def test_window_beside_ranking():
     """A layer by age and one by rank in one cache: each is what it is in a cache of its own kind."""
     ids, chunks = token_ids(2, 30, seed=12), [13, 6, 1, 1, 1, 8]
-    window, ranked = SlidingWindow(6, sinks=2), HeavyHitters(12, sinks=1, recent=3)
+    window, ranked = SlidingWindow(6, sinks=2), H2O(12, sinks=1, recent=3)
     for policies in ([window, ranked], [ranked, window]):
         manager = KVCacheManager(tiny("llama"), policies)
         cache = manager.new_cache(2)
@@ -1122,7 +1122,7 @@ def same(a, b) -> bool:
 def test_model_is_left_as_it_was(family):
     model, ids = build(family), token_ids(1, 12)
     before, output = everything(model), logits(model, ids)
-    manager = KVCacheManager(model, HeavyHitters(10, sinks=1, recent=3))
+    manager = KVCacheManager(model, H2O(10, sinks=1, recent=3))
     manager.generate(ids, max_new_tokens=8)
     assert same(before, everything(model))
     assert manager.runner is not model
@@ -1216,14 +1216,14 @@ def test_what_cannot_tell_its_attention_is_refused():
             KVCacheManager(tiny(family), SnapKV(128))
 
 
-@pytest.mark.parametrize("policy", [HeavyHitters(64), Pinned(2, KeyNorm(64))], ids=repr)
+@pytest.mark.parametrize("policy", [H2O(64), Pinned(2, KeyNorm(64))], ids=repr)
 def test_rerotated_positions_are_refused(policy):
     with pytest.raises(PositionsError, match="positions='absolute'"):
         KVCacheManager(tiny("llama"), policy, positions="rerotated")
 
 
 @pytest.mark.parametrize("family", ["t5", "bloom", "mpt", "falcon-alibi"])
-@pytest.mark.parametrize("policy", [HeavyHitters(64), KeyNorm(64)], ids=repr)
+@pytest.mark.parametrize("policy", [H2O(64), KeyNorm(64)], ids=repr)
 def test_models_whose_tokens_cannot_leave_are_refused(family, policy):
     with pytest.raises(PositionsError, match="cannot be evicted"):
         KVCacheManager(tiny(family), policy)
@@ -1279,7 +1279,7 @@ def test_managers_own_calls():
 # ---------------------------------------------------------------------- policies and the pyramid
 
 
-@pytest.mark.parametrize("kind", [HeavyHitters, SnapKV, TOVA, ExpectedAttention, KeyNorm, KeyDiff])
+@pytest.mark.parametrize("kind", [H2O, SnapKV, TOVA, ExpectedAttention, KeyNorm, KeyDiff])
 @pytest.mark.parametrize(
     ("given_", "message"),
     [
@@ -1309,7 +1309,7 @@ def test_defaults():
     assert SnapKV(128).low_water == 112
     assert TOVA(8).low_water == 7
     assert TOVA(6).low_water == 6  # what is protected and one more
-    assert HeavyHitters(64).low_water == 56
+    assert H2O(64).low_water == 56
     assert Pinned(3, SnapKV(128)).keep(132) == 115
     assert RankedLayer(Pinned(3, TOVA(8))).policy.pinned == 7
     with pytest.raises(PolicyError, match="ranks no tokens"):
@@ -1327,7 +1327,7 @@ def test_what_cannot_be_turned_is_refused():
     manager.model.model.rotary_emb.rope_type = "dynamic"
     try:
         with pytest.raises(
-            PositionsError, match=r"turns queries to positions to come.*'dynamic' RoPE.*rank by FarLooks"
+            PositionsError, match=r"turns queries to positions to come.*'dynamic' RoPE.*rank by LongRangeAttention"
         ):
             manager.new_cache()
     finally:
@@ -1346,7 +1346,7 @@ def test_bad_kernels_are_refused(kernel):
 @pytest.mark.parametrize("beta", [1, 1.5, 4, 20, 1e9, math.inf])
 @pytest.mark.parametrize("policy", [SnapKV(128), KeyNorm(100, low_water=100), TOVA(64, recent=5), SnapKV(69)], ids=repr)
 def test_pyramid_keeps_the_mean(policy, layers, beta, tokens):
-    policies = pyramid(policy, layers, beta, tokens=tokens)
+    policies = pyramid_kv(policy, layers, beta, tokens=tokens)
     protected, mean = policy.sinks + policy.recent, policy.low_water
     lows = [one.low_water for one in policies]
     assert len(policies) == layers
@@ -1367,13 +1367,13 @@ def test_pyramid_keeps_the_mean(policy, layers, beta, tokens):
 
 
 def test_a_pyramid_gives_no_layer_more_than_the_text_has():
-    lows = [one.low_water for one in pyramid(SnapKV(800, low_water=700), 5, tokens=1000)]
+    lows = [one.low_water for one in pyramid_kv(SnapKV(800, low_water=700), 5, tokens=1000)]
     assert lows == [932, 816, 700, 584, 468]
-    assert pyramid(SnapKV(800, low_water=700), 5, beta=4)[0].low_water > 1000
+    assert pyramid_kv(SnapKV(800, low_water=700), 5, beta=4)[0].low_water > 1000
 
 
 def test_pyramid_of_one_layer_is_the_policy():
-    assert pyramid(SnapKV(128), 1) == [SnapKV(128)]
+    assert pyramid_kv(SnapKV(128), 1) == [SnapKV(128)]
 
 
 @pytest.mark.parametrize(
@@ -1397,24 +1397,24 @@ def test_pyramid_of_one_layer_is_the_policy():
 )
 def test_bad_pyramids_are_refused(given_):
     with pytest.raises(PolicyError):
-        pyramid(*given_)
+        pyramid_kv(*given_)
 
 
 @pytest.mark.parametrize("tokens", [0, -1, 2.5, True])
 def test_bad_lengths_of_a_text_are_refused(tokens):
     with pytest.raises(PolicyError, match="tokens"):
-        pyramid(SnapKV(128), 4, tokens=tokens)
+        pyramid_kv(SnapKV(128), 4, tokens=tokens)
 
 
 def test_wrong_number_of_policies_is_refused():
     with pytest.raises(PolicyError, match="one for each of the 2 layers"):
-        KVCacheManager(tiny("llama"), pyramid(SnapKV(128), 3))
+        KVCacheManager(tiny("llama"), pyramid_kv(SnapKV(128), 3))
 
 
 def test_a_new_policy_is_one_class_with_a_score():
     @dataclass(frozen=True)
     class LargeValues(RankingPolicy):
-        def score(self, seen: Seen) -> torch.Tensor:
+        def score(self, seen: ScoringContext) -> torch.Tensor:
             return seen.values.norm(dim=-1)
 
     layer = RankedLayer(LargeValues(8, sinks=1, recent=2, low_water=6))

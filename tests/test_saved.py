@@ -7,17 +7,17 @@ import torch
 from support.families import build, tiny, token_ids
 
 from kvcache import (
+    H2O,
     TOVA,
-    Adaptive,
+    AdaKV,
     CorruptError,
     ExpectedAttention,
-    FarLooks,
     GeometryError,
-    HeavyHitters,
     InputError,
     KeepAll,
     KeyDiff,
     KVCacheManager,
+    LongRangeAttention,
     MaxBytes,
     MaxTokens,
     PerHead,
@@ -33,14 +33,14 @@ POLICIES = {
     "max": MaxTokens(20),
     "bytes": MaxBytes("24KiB"),
     "snapkv": SnapKV(30, recent=8),
-    "heavy": HeavyHitters(24, recent=4),
-    "far": FarLooks(24, recent=4, near=4),
+    "heavy": H2O(24, recent=4),
+    "far": LongRangeAttention(24, recent=4, near=4),
     "expected": ExpectedAttention(48, recent=8),
     "tova": TOVA(20),
     "keydiff": KeyDiff(24, recent=4),
     "per-head": PerHead((KeepAll(), SlidingWindow(10, sinks=2))),
-    "ranked-heads": PerHead((TOVA(20), HeavyHitters(24, recent=4))),
-    "adaptive": Adaptive(SnapKV(24, recent=4)),
+    "ranked-heads": PerHead((TOVA(20), H2O(24, recent=4))),
+    "adaptive": AdaKV(SnapKV(24, recent=4)),
 }
 KINDS = {name: (policy, None, "absolute") for name, policy in POLICIES.items()}
 KINDS |= {

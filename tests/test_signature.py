@@ -40,10 +40,10 @@ from kvcache.models import (
     exact_windows,
     forget,
     looks_on,
-    rebuilt,
+    quantize_linear,
     signature_of,
+    structural_copy,
     watch_of,
-    with_precision,
 )
 from kvcache.models._stores import stored_by
 
@@ -566,7 +566,7 @@ def test_windows_reach_into_compiled_parts() -> None:
 
 
 def copied(module: nn.Module) -> Any:
-    return rebuilt(module, lambda name, part: None)
+    return structural_copy(module, lambda name, part: None)
 
 
 class Pair(nn.Module):
@@ -762,13 +762,13 @@ def test_w11_layers_that_do_more_stay_as_they_are() -> None:
     same = Reordered(64, 32, bias=False)
     same.weight = attention.k_proj.weight
     attention.k_proj = same
-    new = with_precision(model, "int8")
+    new = quantize_linear(model, "int8")
     kept = [name for name, part in new.model.layers[1].named_modules() if isinstance(part, nn.Linear)]
     assert sorted(kept) == ["mlp.down_proj", "mlp.up_proj", "self_attn.o_proj", "self_attn.q_proj"]
     assert isinstance(new.model.layers[1].self_attn.k_proj, PackedLinear)
     with torch.no_grad():
         ours, theirs = (one(WHOLE).logits.flatten() for one in (new, model))
-        plain = with_precision(llama(), "int8")(WHOLE).logits.flatten()
+        plain = quantize_linear(llama(), "int8")(WHOLE).logits.flatten()
     # Rounding to 8 bits moves these logits by about a tenth of their size; what was dropped, by all of it.
     assert float((ours - theirs).norm() / theirs.norm()) < 0.25 < float((plain - theirs).norm() / theirs.norm())
 
@@ -776,12 +776,12 @@ def test_w11_layers_that_do_more_stay_as_they_are() -> None:
 def test_w11_nothing_plain_is_refused() -> None:
     model = nn.Sequential(LoRALinear(nn.Linear(64, 64)), LoRALinear(nn.Linear(64, 64)))
     with pytest.raises(InputError, match="none of the 2 linear layers"):
-        with_precision(model, "int8")
+        quantize_linear(model, "int8")
 
 
 def test_w11_adapters_stay_as_they_are() -> None:
     model = CHANGES["another adapter"].make()
-    new = with_precision(model, "int8")
+    new = quantize_linear(model, "int8")
     kept = {name.rpartition(".")[2] for name, part in new.named_modules() if isinstance(part, nn.Linear)}
     assert {"base_layer", "one", "two"} <= kept
     assert any(isinstance(part, PackedLinear) for part in new.modules())
@@ -794,13 +794,13 @@ def test_w11_what_cannot_be_copied_is_refused() -> None:
     model = llama()
     CHANGES["an object bound"].change(model)
     with pytest.raises(InputError, match="cannot be copied to compute in int8"):
-        with_precision(model, "int8")
-    assert with_precision(model, "fp32") is model
+        quantize_linear(model, "int8")
+    assert quantize_linear(model, "fp32") is model
 
 
 def test_a_copy_in_fewer_bits_is_of_the_moment() -> None:
     model = build("llama")
-    new = with_precision(model, "int8")
+    new = quantize_linear(model, "int8")
     with torch.no_grad():
         before = new(WHOLE).logits
         model.model.layers[0].mlp.down_proj.weight.mul_(2)

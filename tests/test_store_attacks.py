@@ -24,7 +24,7 @@ from kvcache.errors import StoreError
 from kvcache.events import subscribe
 from kvcache.io import check_given, make_private_folder, set_aside, write_given, write_private
 from kvcache.memory import resident_bytes
-from kvcache.models import HeadProfile
+from kvcache.models import RetrievalHeadProfile
 from kvcache.prefixes import Layout
 from kvcache.prefixes.stores import (
     DiskStore,
@@ -763,7 +763,7 @@ def test_what_is_no_file_is_never_replaced_by_one_that_somebody_names(kind, tmp_
     writers = (
         lambda: write_given(path, b"x"),
         lambda: check_given(path),
-        lambda: HeadProfile("m", 1, 2, 3, ((0.5,),)).save(path),
+        lambda: RetrievalHeadProfile("m", 1, 2, 3, ((0.5,),)).save(path),
         lambda: TuningProfile("m", "", "latency", 1, 0.1, {}, {}, Setting(), (), ()).save(path),
     )
     for write in writers:

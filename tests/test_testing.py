@@ -13,10 +13,10 @@ from support.families import build, tiny, token_ids
 from support.searching import examples
 
 from kvcache import (
+    H2O,
     TOVA,
-    Adaptive,
+    AdaKV,
     ExpectedAttention,
-    HeavyHitters,
     InputError,
     KeepAll,
     KeyDiff,
@@ -175,7 +175,7 @@ HOUSE = [
     Pinned(3, MaxTokens(6)),
     Pinned(2, Pinned(1, SlidingWindow(4, sinks=1))),
     SnapKV(12, sinks=2, recent=3),
-    HeavyHitters(12, sinks=2, recent=3, low_water=6),
+    H2O(12, sinks=2, recent=3, low_water=6),
     TOVA(9, sinks=1, recent=1),
     KeyNorm(10, sinks=0, recent=2),
     KeyDiff(10, sinks=2, recent=2),
@@ -183,7 +183,7 @@ HOUSE = [
     Pinned(3, SnapKV(12, sinks=2, recent=3)),
     PerHead((KeepAll(), SlidingWindow(4, sinks=1))),
     PerHead((SnapKV(12, sinks=2, recent=3), MaxTokens(6))),
-    Adaptive(SnapKV(12, sinks=2, recent=3)),
+    AdaKV(SnapKV(12, sinks=2, recent=3)),
 ]
 
 

@@ -18,13 +18,13 @@ from kvcache import (
     PolicyError,
     Quantization,
     TuningProfile,
-    with_precision,
+    quantize_linear,
 )
 from kvcache.decoding import Setting, Trial, machine, traced, versions
 from kvcache.decoding._backends import Graph
 from kvcache.models import model_fingerprint, model_outline
 from kvcache.tools import Refusal, Space, SubjectBench, Tuner, space_of, tune
-from kvcache.tools._targets import LanguageSubject
+from kvcache.tools._targets import LanguageTarget
 from kvcache.tools._tuning_search import AXES
 
 pytestmark = pytest.mark.one_release
@@ -332,7 +332,7 @@ def test_each_field_is_checked(tmp_path, place):
     path = tmp_path / "profile.json"
     *above, last = place
     for value in TWISTS[place]:
-        content = profile().as_dict()
+        content = profile().to_dict()
         held = content
         for name in above:
             held = held[name]
@@ -340,7 +340,7 @@ def test_each_field_is_checked(tmp_path, place):
         path.write_text(json.dumps(content))
         with pytest.raises(CorruptError, match=r"is no tuning profile: .*tune again with kvcache tune"):
             TuningProfile.load(path)
-    content = profile().as_dict()
+    content = profile().to_dict()
     held = content
     for name in above:
         held = held[name]
@@ -406,7 +406,7 @@ def test_a_profile_is_bound_to_shapes(tmp_path, caplog, random):
 
 
 def test_the_first_profiles_are_still_read(tmp_path):
-    path, content = tmp_path / "profile.json", profile().as_dict()
+    path, content = tmp_path / "profile.json", profile().to_dict()
     del content["outline"], content["random"]
     path.write_text(json.dumps(content))
     assert TuningProfile.load(path) == profile()
@@ -452,7 +452,7 @@ def test_a_manager_from_a_profile_is_one_built_by_hand(tmp_path, setting):
     saved_for(model, path, setting)
     manager = KVCacheManager.from_profile(model, path)
     by_hand = KVCacheManager(
-        model if setting.precision is None else with_precision(model, setting.precision),
+        model if setting.precision is None else quantize_linear(model, setting.precision),
         kv_dtype=setting.kv_dtype,
         quantization=None if setting.quantization is None else Quantization(setting.quantization),
     )
@@ -528,7 +528,7 @@ def test_graphs_read_multiples_of_their_bucket(bucket):
 def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     build("llama").save_pretrained(folder)
-    return LanguageSubject(str(folder))
+    return LanguageTarget(str(folder))
 
 
 def test_the_space_of_a_model_on_a_cpu(tiny):
@@ -554,7 +554,7 @@ def test_divergence_is_that_of_the_cache_and_precision(tiny):
     model, ids = tiny.load(), tiny.sample(48)[0]
     with torch.inference_mode():
         ours, theirs = (
-            one(ids[None]).logits[0].double().log_softmax(-1) for one in (with_precision(model, "bf16"), model)
+            one(ids[None]).logits[0].double().log_softmax(-1) for one in (quantize_linear(model, "bf16"), model)
         )
     expected = float((theirs.exp() * (theirs - ours)).sum(-1).mean())
     # The bench reads half of it step by step, through a cache: the same but for the order of sums, of bf16 products.
@@ -572,7 +572,7 @@ def test_few_bits_are_judged_where_they_are_at_work(tiny):
 
 def test_bits_that_would_do_nothing_are_left_out(tmp_path):
     build("mistral-own-window").save_pretrained(tmp_path)
-    found = space_of(LanguageSubject(str(tmp_path)))
+    found = space_of(LanguageTarget(str(tmp_path)))
     assert found.quantization == (None,)
     (refused,) = (one for one in found.refused if one.axis == "quantization")
     assert "no layer of this model's cache is held in few bits" in refused.reason

@@ -16,10 +16,10 @@ from kvcache.cli import main
 from kvcache.decoding import Setting, VocoderSetting
 from kvcache.tools import Space, profile, tune
 from kvcache.tools._module_timer import AUDIO
-from kvcache.tools._targets import LanguageSubject
+from kvcache.tools._targets import LanguageTarget
 from kvcache.tools._tuning_vocoder import tuned_vocoder
 from kvcache_chatterbox import ChatterboxEngine, VocoderOptions, stand_in
-from kvcache_chatterbox.tools import LoadedSubject
+from kvcache_chatterbox.tools import LoadedTarget
 
 pytestmark = [*UPSTREAMS_WARNINGS, pytest.mark.one_release, pytest.mark.filterwarnings("ignore")]
 COSTS = {None: 10.0, "bf16": 6.0, "fp16": 9.9, "int8": 7.0}  # ms a token
@@ -101,7 +101,7 @@ def saved(tmp_path_factory):
     """A profile of a stand-in, tuned with its vocoder."""
     model, out = stand_in(tiny_t3("gpt")), tmp_path_factory.mktemp("tuned") / "profile.json"
     space = Space(("eager",))
-    found = tune(LoadedSubject(model), context=60, time_limit=0.01, space=space, vocoder=VocoderSetting())
+    found = tune(LoadedTarget(model), context=60, time_limit=0.01, space=space, vocoder=VocoderSetting())
     found.profile.save(out)
     return model, out, found.profile
 
@@ -192,7 +192,7 @@ def test_parts_of_the_audio_are_told_apart(monkeypatch):
             return plain(self, *args, **given)
 
         monkeypatch.setattr(kind, name, slow)
-    found = profile(LoadedSubject(model), Setting("eager"), 70, 20, rounds=1)
+    found = profile(LoadedTarget(model), Setting("eager"), 70, 20, rounds=1)
     # Three chunks of 25 tokens, and the three at the end that were only looked ahead at.
     assert found.step.parts["vocoder_mel"] == pytest.approx(4 * 0.5 / 75, rel=0.02)
     assert found.step.parts["vocoder_wave"] == pytest.approx(4 * 0.25 / 75, rel=0.02)
@@ -214,7 +214,7 @@ def test_a_model_that_does_not_speak_has_no_vocoder(tmp_path, capsys):
         assert main([*command, str(tmp_path), "--vocoder", "own"]) == 2
         assert "has no vocoder; leave the vocoder out" in " ".join(capsys.readouterr().err.split())
     with pytest.raises(InputError, match="has no vocoder"):
-        tune(LanguageSubject(str(tmp_path)), vocoder=VocoderSetting())
+        tune(LanguageTarget(str(tmp_path)), vocoder=VocoderSetting())
 
 
 @pytest.mark.parametrize(

@@ -8,18 +8,18 @@ from measured import Result, Row, cell, digits, listed, quartiles, signed, table
 # Ours, and kvpress's press of the same idea.
 COUNTERPARTS = {
     "StreamingLLM": "StreamingLLM",
-    "HeavyHitters": "ObservedAttention",
+    "H2O": "ObservedAttention",
     "SnapKV": "SnapKV",
     "TOVA": "TOVA",
     "ExpectedAttention": "ExpectedAttention",
     "KeyNorm": "Knorm",
     "KeyDiff": "KeyDiff",
     "pyramid of SnapKV": "PyramidKV",
-    "Adaptive SnapKV": "AdaKV(SnapKV)",
-    "Adaptive ExpectedAttention": "AdaKV(ExpectedAttention)",
-    "Adaptive Rehearsed": "KVzip",
+    "AdaKV SnapKV": "AdaKV(SnapKV)",
+    "AdaKV ExpectedAttention": "AdaKV(ExpectedAttention)",
+    "AdaKV KVzip": "KVzip",
 }
-TWICE = {"Rehearsed", "Adaptive Rehearsed", "KVzip"}  # these read the context a second time
+TWICE = {"KVzip", "AdaKV KVzip"}  # these read the context a second time
 BUDGET = "budget, %"
 
 

@@ -5,8 +5,8 @@ from kvcache.cache._budget import Token, bytes_of
 from kvcache.cache._geometry import WHY_NO_EVICTION, CacheGeometry, Positions, positions_of
 from kvcache.cache._growing import KVLayer
 from kvcache.cache._per_head import (
-    Adaptive,
-    AdaptiveLayer,
+    AdaKV,
+    AdaKVLayer,
     PerHead,
     SplitLayer,
     chosen_by_head,
@@ -28,17 +28,17 @@ from kvcache.cache._policies import (
 from kvcache.cache._quantized import Quantization, QuantizedLayer, check_quantization, quantized_bytes
 from kvcache.cache._ranked import Piece, RankedLayer, place
 from kvcache.cache._ranking import (
+    H2O,
     TOVA,
     ExpectedAttention,
-    FarLooks,
-    HeavyHitters,
     KeyDiff,
     KeyNorm,
+    KVzip,
+    LongRangeAttention,
     RankingPolicy,
-    Rehearsed,
-    Seen,
+    ScoringContext,
     SnapKV,
-    pyramid,
+    pyramid_kv,
 )
 from kvcache.cache._report import CacheReport, LayerReport, account, estimate_bytes, estimate_cache
 from kvcache.cache._rope import KeyRotation
@@ -47,24 +47,25 @@ from kvcache.cache._shape import CacheShape, LayerShape, layer_bytes, tensors_of
 from kvcache.cache._slots import ring_sees, ring_slot, short_ladder, slots_for, staying_of
 
 __all__ = [
+    "H2O",
     "TOVA",
     "WHY_NO_EVICTION",
-    "Adaptive",
-    "AdaptiveLayer",
+    "AdaKV",
+    "AdaKVLayer",
     "Beginning",
     "CacheGeometry",
     "CacheReport",
     "CacheShape",
     "ExpectedAttention",
-    "FarLooks",
-    "HeavyHitters",
     "KVLayer",
+    "KVzip",
     "KeepAll",
     "KeyDiff",
     "KeyNorm",
     "KeyRotation",
     "LayerReport",
     "LayerShape",
+    "LongRangeAttention",
     "MaxBytes",
     "MaxTokens",
     "PerHead",
@@ -75,8 +76,7 @@ __all__ = [
     "QuantizedLayer",
     "RankedLayer",
     "RankingPolicy",
-    "Rehearsed",
-    "Seen",
+    "ScoringContext",
     "SizePolicy",
     "SlidingWindow",
     "SnapKV",
@@ -100,7 +100,7 @@ __all__ = [
     "pack",
     "place",
     "positions_of",
-    "pyramid",
+    "pyramid_kv",
     "quantized_bytes",
     "read_saved",
     "restore_layers",

@@ -34,7 +34,7 @@ class PerHead(SizePolicy):
             inner = policy
             while isinstance(inner, Pinned):
                 inner = inner.policy
-            if isinstance(inner, PerHead | Adaptive) or (policy.evicts and policy.limit is None):
+            if isinstance(inner, PerHead | AdaKV) or (policy.evicts and policy.limit is None):
                 raise PolicyError(f"{policy!r} cannot be that of one head; give it a limit in tokens")
 
     @property
@@ -55,7 +55,7 @@ class PerHead(SizePolicy):
 
 
 @dataclass(frozen=True)
-class Adaptive(SizePolicy):
+class AdaKV(SizePolicy):
     """The heads of a layer share the budget of all of them: tokens stay where they score highest (Feng et al., Ada-KV,
     arXiv:2407.11550).
 
@@ -93,7 +93,7 @@ def chosen_by_head(policy: SizePolicy) -> bool:
     """Whether the heads of a layer may keep different tokens."""
     while isinstance(policy, Pinned):
         policy = policy.policy
-    return policy.ranking is not None or isinstance(policy, PerHead | Adaptive)
+    return policy.ranking is not None or isinstance(policy, PerHead | AdaKV)
 
 
 def turns(policy: SizePolicy) -> bool:
@@ -113,14 +113,14 @@ def layer_for(policy: SizePolicy, rotation: Any = None, *, turn: Any = None, **g
         rotation, **given: as for `KVLayer`.
     """
     count, inner = 0, policy
-    while isinstance(inner, Pinned) and isinstance(inner.policy, Pinned | PerHead | Adaptive):
+    while isinstance(inner, Pinned) and isinstance(inner.policy, Pinned | PerHead | AdaKV):
         count, inner = count + inner.count, inner.policy
     if isinstance(inner, PerHead):
         return SplitLayer(
             PerHead(tuple(Pinned(count, head) if count else head for head in inner.heads)), turn=turn, **given
         )
-    if isinstance(inner, Adaptive):
-        return AdaptiveLayer(inner, first=count, turn=turn, **given)
+    if isinstance(inner, AdaKV):
+        return AdaKVLayer(inner, first=count, turn=turn, **given)
     if policy.ranking is not None:
         return RankedLayer(policy, turn=turn, **given)
     return KVLayer(policy, rotation=rotation, **given)
@@ -371,15 +371,15 @@ def _mask(part: KVLayer, fresh: int, device: torch.device) -> Tensor | None:
     return part.mask(fresh).to(device)
 
 
-class AdaptiveLayer(SplitLayer):
-    """KV heads that share one budget, see `Adaptive`. In a batch a head's share is the same in all rows.
+class AdaKVLayer(SplitLayer):
+    """KV heads that share one budget, see `AdaKV`. In a batch a head's share is the same in all rows.
 
     Args:
         policy: of the layer.
         first: tokens that are pinned before the policy's own.
     """
 
-    def __init__(self, policy: Adaptive, *, first: int = 0, **given: Any) -> None:
+    def __init__(self, policy: AdaKV, *, first: int = 0, **given: Any) -> None:
         self._adaptive = policy
         self._first = first
         # No part has a bound of its own: one head may hold the budget of all.
@@ -472,7 +472,7 @@ class AdaptiveLayer(SplitLayer):
 
 
 @torch.no_grad()
-def share(layers: Sequence[AdaptiveLayer], mean: int) -> None:
+def share(layers: Sequence[AdaKVLayer], mean: int) -> None:
     """Rank the heads of all these layers together, down to `mean` tokens a head."""
     parts = [part for layer in layers for _, part in layer.parts if isinstance(part, RankedLayer)]
     floors = [layer.floor(mean) for layer in layers for _ in layer.parts]

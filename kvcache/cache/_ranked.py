@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kvcache.cache._growing import KVLayer
 from kvcache.cache._policies import SizePolicy
-from kvcache.cache._ranking import RankingPolicy, Seen
+from kvcache.cache._ranking import RankingPolicy, ScoringContext
 from kvcache.cache._rope import KeyRotation
 from kvcache.errors import CorruptError, GeometryError, PolicyError, RollbackError
 
@@ -208,7 +208,7 @@ class RankedLayer(KVLayer):
         if keys.shape[2] > self.policy.limit:
             self._rank(keys, values, at, self.policy.keep(keys.shape[2]))
 
-    def _add_mass(self, seen: Seen) -> None:
+    def _add_mass(self, seen: ScoringContext) -> None:
         assert seen.received is not None
         mass = seen.received
         for weights, at in seen.parts():
@@ -229,7 +229,7 @@ class RankedLayer(KVLayer):
         self._mass = None
         return undo
 
-    def _rehearse(self, seen: Seen) -> None:
+    def _rehearse(self, seen: ScoringContext) -> None:
         """Note the most attention that each token of a part got, divided among the sinks, that part and its repetition.
 
         Nothing has left and no row has pads, so tokens are where their positions say.
@@ -299,11 +299,11 @@ class RankedLayer(KVLayer):
         if self._at is not None and self._waiting is None:
             self._count(*self._valid(), self._at)
 
-    def _seen(self, keys: Tensor, values: Tensor, at: Tensor, queries: Tensor | None) -> Seen:
+    def _seen(self, keys: Tensor, values: Tensor, at: Tensor, queries: Tensor | None) -> ScoringContext:
         asked, unknown = self.ranking.accumulates or self.ranking.rehearses, 0.0 if self.ranking.accumulates else -1.0
         mass = torch.zeros(*at.shape[:2], 0, device=keys.device) if self._mass is None else self._mass
         pads = torch.zeros(1, 1, 1, dtype=torch.long) if self.padding is None else self.padding[:, None, None]
-        return Seen(
+        return ScoringContext(
             keys,
             values,
             at,
@@ -315,7 +315,7 @@ class RankedLayer(KVLayer):
             self._turn,
         )
 
-    def seen_all(self) -> Seen:
+    def seen_all(self) -> ScoringContext:
         """What there is to rank now."""
         self._count_all()
         assert self._at is not None
@@ -331,7 +331,7 @@ class RankedLayer(KVLayer):
             keys, values = self._valid()
             self._rank(keys.clone(), values.clone(), self._at, stay)
 
-    def _scores(self, seen: Seen) -> Tensor:
+    def _scores(self, seen: ScoringContext) -> Tensor:
         score = self.ranking.score(seen).float().expand(seen.positions.shape)
         own = seen.positions - seen.padding
         kept = (own >= 0) & ((own < self.policy.pinned) | (seen.positions >= self.seen - self.ranking.recent))

@@ -5,7 +5,7 @@ new one is one class with a `score`::
 
     @dataclass(frozen=True)
     class LargeValues(RankingPolicy):
-        def score(self, seen: Seen) -> Tensor:
+        def score(self, seen: ScoringContext) -> Tensor:
             return seen.values.norm(dim=-1)
 
 A chunk is attended to as a whole and ranked after it, as all methods of the papers do with a prompt: so unlike under an
@@ -30,7 +30,7 @@ _QUERIES_AT_ONCE = 128  # whose weights are held at a time
 
 
 @dataclass(frozen=True)
-class Seen:
+class ScoringContext:
     """What a layer holds when its tokens are ranked.
 
     Attributes:
@@ -163,17 +163,17 @@ class RankingPolicy(SizePolicy):
     def keep(self, count: int) -> int:
         return count if count <= self.limit else self._low
 
-    def counted(self, seen: Seen, at: Tensor) -> Tensor | None:
+    def counted(self, seen: ScoringContext, at: Tensor) -> Tensor | None:
         """Whose looks are added to the mass: of the queries at these positions, by token; None for all."""
         return None
 
     @abstractmethod
-    def score(self, seen: Seen) -> Tensor:
+    def score(self, seen: ScoringContext) -> Tensor:
         """How much each token is worth keeping, ``[batch, KV heads, tokens]``, or ``[batch, 1, tokens]`` for all alike."""
 
 
 @dataclass(frozen=True)
-class HeavyHitters(RankingPolicy):
+class H2O(RankingPolicy):
     """H2O: what has received most attention so far (Zhang et al., arXiv:2306.14048).
 
     With `average`, attention per query that could see the token, so that older tokens have no advantage; without it the
@@ -184,7 +184,7 @@ class HeavyHitters(RankingPolicy):
 
     accumulates: ClassVar[bool] = True
 
-    def score(self, seen: Seen) -> Tensor:
+    def score(self, seen: ScoringContext) -> Tensor:
         return seen.mass / (seen.length - seen.positions) if self.average else seen.mass
 
 
@@ -207,7 +207,7 @@ class SnapKV(RankingPolicy):
         if self.kernel % 2 == 0:
             raise PolicyError(f"kernel={self.kernel} must be odd and at least 1")
 
-    def score(self, seen: Seen) -> Tensor:
+    def score(self, seen: ScoringContext) -> Tensor:
         looks = seen.per_kv_head(seen.weights().mean(2))
         looks = looks.masked_fill(seen.positions >= seen.length - self.recent, 0)  # they stay anyway
         return smoothed(looks, self.kernel)
@@ -221,7 +221,7 @@ class TOVA(RankingPolicy):
 
     queries: ClassVar[int] = 1
 
-    def score(self, seen: Seen) -> Tensor:
+    def score(self, seen: ScoringContext) -> Tensor:
         if torch.equal(seen.positions, seen.positions[:, :1].expand_as(seen.positions)):
             return seen.weights()[:, :, -1].mean(1, keepdim=True)
         return seen.per_kv_head(seen.weights()[:, :, -1])
@@ -247,7 +247,7 @@ class ExpectedAttention(RankingPolicy):
         super().__post_init__()
         _at_least("following", self.following, 1)
 
-    def score(self, seen: Seen) -> Tensor:
+    def score(self, seen: ScoringContext) -> Tensor:
         queries, heads = seen.queries.float(), (*seen.keys.shape[:2], seen.groups, -1, seen.keys.shape[3])
         at = torch.arange(seen.length - queries.shape[2], seen.length, device=queries.device)
         if seen.rotation is not None:
@@ -269,7 +269,7 @@ class ExpectedAttention(RankingPolicy):
 class KeyNorm(RankingPolicy):
     """Small keys stay: they are what attention rests on (Devoto et al., arXiv:2406.11430). Looks at no query."""
 
-    def score(self, seen: Seen) -> Tensor:
+    def score(self, seen: ScoringContext) -> Tensor:
         return -_norm(seen.keys)
 
 
@@ -277,7 +277,7 @@ class KeyNorm(RankingPolicy):
 class KeyDiff(RankingPolicy):
     """Keys that are unlike the average key stay (Park et al., arXiv:2504.15364). Looks at no query."""
 
-    def score(self, seen: Seen) -> Tensor:
+    def score(self, seen: ScoringContext) -> Tensor:
         real = (seen.positions >= seen.padding)[..., None]
         keys = torch.nn.functional.normalize(seen.keys.float(), dim=-1) * real
         average = torch.nn.functional.normalize(keys.mean(2, keepdim=True), dim=-1)
@@ -285,7 +285,7 @@ class KeyDiff(RankingPolicy):
 
 
 @dataclass(frozen=True)
-class FarLooks(RankingPolicy):
+class LongRangeAttention(RankingPolicy):
     """What is looked at from afar: the mean attention of all queries at least `near` tokens later, times the value's norm.
 
     Each token is looked at by its neighbours, which says nothing of its use once they are gone; so their looks do not
@@ -305,16 +305,16 @@ class FarLooks(RankingPolicy):
         if self.near < 0:
             raise PolicyError(f"near={self.near} must be at least 0")
 
-    def counted(self, seen: Seen, at: Tensor) -> Tensor:
+    def counted(self, seen: ScoringContext, at: Tensor) -> Tensor:
         return seen.positions[:, :, None] <= (at - self.near)[:, None]
 
-    def score(self, seen: Seen) -> Tensor:
+    def score(self, seen: ScoringContext) -> Tensor:
         looks = (seen.length - self.near - seen.positions).clamp_min(1)
         return seen.mass / looks * _norm(seen.values)
 
 
 @dataclass(frozen=True)
-class Rehearsed(RankingPolicy):
+class KVzip(RankingPolicy):
     """What is looked at most while the text is read a second time (KVzip, Kim et al., arXiv:2505.23416).
 
     The cache keeps all until `KVCacheManager.compress` reads the text again, against what is held, and ranks by the largest
@@ -328,7 +328,7 @@ class Rehearsed(RankingPolicy):
 
     rehearses: ClassVar[bool] = True
 
-    def score(self, seen: Seen) -> Tensor:
+    def score(self, seen: ScoringContext) -> Tensor:
         return torch.where(seen.mass < 0, 1 + seen.positions / 2**40, seen.mass)
 
 
@@ -341,7 +341,7 @@ def smoothed(scores: Tensor, kernel: int) -> Tensor:
     return torch.nn.functional.avg_pool1d(scores, kernel, 1, kernel // 2)
 
 
-def pyramid(
+def pyramid_kv(
     policy: RankingPolicy, layers: int, beta: float = 20.0, *, tokens: int | None = None
 ) -> list[RankingPolicy]:
     """The same policy with more room in the first layers and less in the last (PyramidKV, Cai et al., arXiv:2406.02069).

@@ -69,9 +69,9 @@ def _ended(run: Callable[[], Any]) -> int:
     except ImportError as error:
         return _say(f"{said(error)}; install what is missing, and see kvcache doctor", 2)
     except Exception as error:
-        from kvcache.cli._common import Wanting, usage
+        from kvcache.cli._common import CheckFailed, usage
 
-        if isinstance(error, Wanting):
+        if isinstance(error, CheckFailed):
             return _say(error, 1)
         if type(error).__name__ == "Abort":  # click's, for an interrupt
             return _INTERRUPTED

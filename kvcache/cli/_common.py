@@ -20,7 +20,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables
 _GIGA, _MEGA, _KILO = 2**30, 2**20, 2**10
 
 
-class Wanting(Exception):
+class CheckFailed(Exception):
     """What was asked for was looked at, and is not as it should be: exit code 1."""
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from kvcache.cli._common import Json, Wanting, display, print_json, progress, table
+from kvcache.cli._common import CheckFailed, Json, display, print_json, progress, table
 from kvcache.cli._voices import Namespace, SecretFile, Where, read_secret
 from kvcache.installed import mend_torchaudio
 
@@ -46,13 +46,13 @@ def command(
             display(shown)
     if not healthy(found):
         broken = ", ".join(finding.name for finding in found if finding.state == "broken")
-        raise Wanting(f"broken: {broken}; what to do stands beside each")
+        raise CheckFailed(f"broken: {broken}; what to do stands beside each")
 
 
 def _mend() -> None:
     try:
         removed = mend_torchaudio()
     except OSError as error:
-        raise Wanting(f"torchaudio could not be mended: {error}; reinstall it, see pytorch.org") from error
+        raise CheckFailed(f"torchaudio could not be mended: {error}; reinstall it, see pytorch.org") from error
     for file in removed:
         progress().print(f"removed {file}")

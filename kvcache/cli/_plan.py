@@ -9,8 +9,8 @@ from rich.text import Text
 
 from kvcache.cache import MaxBytes, SizePolicy, SlidingWindow
 from kvcache.cli._common import (
+    CheckFailed,
     Json,
-    Wanting,
     at_least,
     bar,
     bytes_of,
@@ -25,7 +25,7 @@ from kvcache.cli._vocoding import MaxChunk, ReferenceSeconds, Vocoder, VocoderPr
 from kvcache.decoding import Setting
 from kvcache.errors import InputError
 from kvcache.models import Precision
-from kvcache.tools import MOST_REQUESTS, Device, MemoryPlan, Room, Subject, plan, room, subject
+from kvcache.tools import MOST_REQUESTS, Device, MemoryPlan, ModelTarget, Room, plan, room, subject
 
 _BAR = 80
 _COLOURS = (
@@ -118,11 +118,11 @@ def command(
         fit = None if has is None else room(made, has, again, found.shortest + 1, most)
     notes = _notes(made, setting, found)
     if as_json:
-        print_json(made.as_dict() | {"notes": notes} | ({} if fit is None else {"room": asdict(fit)}))
+        print_json(made.to_dict() | {"notes": notes} | ({} if fit is None else {"room": asdict(fit)}))
     else:
         _show(made, fit, notes)
     if fit is not None and not fit.fits:
-        raise Wanting(_lacks(made, fit))
+        raise CheckFailed(_lacks(made, fit))
 
 
 def _one_of(option: str, given: str, known: tuple[str, ...]) -> Any:
@@ -141,7 +141,7 @@ def _policy(window: int | None, sinks: int | None, kv_budget: str | None) -> Siz
     return None if window is None else SlidingWindow(window, sinks or 0)
 
 
-def _notes(made: MemoryPlan, setting: Setting, found: Subject) -> list[str]:
+def _notes(made: MemoryPlan, setting: Setting, found: ModelTarget) -> list[str]:
     """What is not in the figures, and what is other than asked for."""
     notes = []
     if made.fallback is not None:
@@ -172,7 +172,7 @@ def _notes(made: MemoryPlan, setting: Setting, found: Subject) -> list[str]:
         )
     if made.parts["weights as loaded"]:
         notes.append(
-            "the weights as loaded stay beside those in fewer bits; they go when nothing holds the loaded model and kvcache.memory.give_back() is called (--drop-loaded)"
+            "the weights as loaded stay beside those in fewer bits; they go when nothing holds the loaded model and kvcache.memory.malloc_trim() is called (--drop-loaded)"
         )
     if made.device == "cpu":
         notes.append("loading a model may take more for a moment; a CPU's cache counts as it is written to")

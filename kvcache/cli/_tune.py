@@ -21,7 +21,7 @@ from kvcache.cli._common import (
     threads_of,
 )
 from kvcache.cli._vocoding import ReferenceSeconds, Vocoder, VocoderPrecision, vocoder_setting
-from kvcache.decoding import setting_as_dict
+from kvcache.decoding import setting_to_dict
 from kvcache.errors import InputError
 from kvcache.io import check_given
 from kvcache.tools import Tuned, shown, subject, tune
@@ -112,7 +112,7 @@ def command(
 
 def _answer(tuned: Tuned, out: Path) -> dict[str, object]:
     return {
-        "setting": setting_as_dict(tuned.profile.setting),
+        "setting": setting_to_dict(tuned.profile.setting),
         "milliseconds": 1e3 * tuned.best,
         "tokens_per_second": 1 / tuned.best,
         "seconds": tuned.seconds,
@@ -120,7 +120,7 @@ def _answer(tuned: Tuned, out: Path) -> dict[str, object]:
         "untried": tuned.untried,
         "note": tuned.note,
         "out": str(out),
-        "profile": tuned.profile.as_dict(),
+        "profile": tuned.profile.to_dict(),
     }
 
 

@@ -12,7 +12,7 @@ import typer
 from rich.progress import track
 
 from kvcache.cache import beginning, unpack
-from kvcache.cli._common import Json, Wanting, bytes_of, display, one_line, print_json, progress, shown_bytes, table
+from kvcache.cli._common import CheckFailed, Json, bytes_of, display, one_line, print_json, progress, shown_bytes, table
 from kvcache.errors import CorruptError, InputError, KVCacheError, SignatureError, StoreError
 from kvcache.io import check_given, read_given, write_given
 from kvcache.prefixes.stores import (
@@ -109,7 +109,7 @@ def show(
         for name, value in said.items():
             display(f"{name.replace('_', ' '):14} {_shown(name, value)}")
     if said.get("problem") is not None:
-        raise Wanting(said["problem"])
+        raise CheckFailed(said["problem"])
 
 
 @app.command("verify")
@@ -148,7 +148,7 @@ def check(
         todo = "what was removed is computed again when it is asked for"
         if left:
             todo = f"run kvcache voices verify --remove, or give the right --secret-file: {left} still there"
-        raise Wanting(f"{len(bad)} of {_counted(len(entries))} cannot be used; {todo}")
+        raise CheckFailed(f"{len(bad)} of {_counted(len(entries))} cannot be used; {todo}")
 
 
 @app.command()
@@ -171,11 +171,11 @@ def export(
         found = find(opened.entries(), address).address
         data = opened.intact(found)
     if data is None:
-        raise Wanting(f"{found} left the store meanwhile; run kvcache voices list")
+        raise CheckFailed(f"{found} left the store meanwhile; run kvcache voices list")
     try:
         write_given(file, data)
     except OSError as error:
-        raise Wanting(f"{file} could not be written: {error}; give another place") from error
+        raise CheckFailed(f"{file} could not be written: {error}; give another place") from error
     _done(as_json, {"address": found, "file": str(file), "nbytes": len(data)}, f"{found} is in {file}")
 
 
@@ -245,9 +245,9 @@ def prune(
         display(f"{_counted(len(leaving))}, {shown_bytes(freed)} {did}; {shown_bytes(left)} stay")
         _problems(failed)
     if failed:
-        raise Wanting(f"{_counted(len(failed))} could not be removed; see that the store may be written")
+        raise CheckFailed(f"{_counted(len(failed))} could not be removed; see that the store may be written")
     if limit is not None and left > limit:
-        raise Wanting(
+        raise CheckFailed(
             f"{shown_bytes(left)} stay, more than --max-bytes {max_bytes}: the rest is pinned, or not what was asked for; "
             "give --pinned, or leave out --older-than and --model"
         )
@@ -317,7 +317,7 @@ def _opened(
             yield opened
         except (StoreError, CorruptError) as error:
             hint = ", with --secret-file" if isinstance(error, SignatureError) else ""
-            raise Wanting(f"{shown_place(where)}: {error}{hint}") from error
+            raise CheckFailed(f"{shown_place(where)}: {error}{hint}") from error
 
 
 def read_secret(file: Path | None) -> bytes | None:

@@ -5,7 +5,17 @@ from typing import Annotated, get_args
 
 import typer
 
-from kvcache.cli._common import Json, Wanting, at_least, display, print_json, progress, shown_bytes, table, threads_of
+from kvcache.cli._common import (
+    CheckFailed,
+    Json,
+    at_least,
+    display,
+    print_json,
+    progress,
+    shown_bytes,
+    table,
+    threads_of,
+)
 from kvcache.cli._vocoding import ReferenceSeconds, Vocoder, VocoderPrecision, vocoder_setting
 from kvcache.decoding import ProgramFiles, Setting
 from kvcache.errors import InputError
@@ -89,6 +99,6 @@ def command(
             shown, f"{len(held)} compiled programs in {files.folder}, {shown_bytes(sum(size for _, size in held))}."
         )
     if not warming.made:
-        raise Wanting(
+        raise CheckFailed(
             f"nothing was compiled: {'; '.join(reasons) or 'the model runs eagerly'}; see kvcache doctor --compile"
         )

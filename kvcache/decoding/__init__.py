@@ -30,7 +30,7 @@ from kvcache.decoding._tuning_profile import (
     VocoderTrial,
     dtype_name,
     machine,
-    setting_as_dict,
+    setting_to_dict,
     versions,
 )
 from kvcache.decoding._turns import Chunk, Request, Turns
@@ -93,7 +93,7 @@ __all__ = [
     "kernel_reason",
     "machine",
     "made_by",
-    "setting_as_dict",
+    "setting_to_dict",
     "traced",
     "untold",
     "versions",

@@ -234,7 +234,7 @@ class Decoding:
                 self._step(drawing)
                 self.kv.advance(1)
         if before is not None:
-            self.kv.tell_evicted(before)
+            self.kv.emit_evictions(before)
         return self._out[:, :steps].clone()
 
     def chunks(

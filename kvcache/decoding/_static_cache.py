@@ -228,7 +228,7 @@ class StaticKV:
         bounded = [(seen, policy) if policy is not None else (0, KeepAll()) for seen, policy in self._accounts()]
         return [seen - self._stored(seen, policy) for seen, policy in bounded]
 
-    def tell_evicted(self, before: Sequence[int]) -> None:
+    def emit_evictions(self, before: Sequence[int]) -> None:
         """Tell what has left since `evicted` was `before`, see `kvcache.events`."""
         left = [max(0, now - then) for now, then in zip(self.evicted(), before, strict=True)]
         if total := sum(left):

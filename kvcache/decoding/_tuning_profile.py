@@ -106,16 +106,16 @@ class TuningProfile:
         Raises:
             InputError: if a folder, a device or the like is there.
         """
-        write_given(path, f"{json.dumps(self.as_dict(), indent=1)}\n".encode(), private=False)
+        write_given(path, f"{json.dumps(self.to_dict(), indent=1)}\n".encode(), private=False)
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The profile as plain values, as its file has them."""
-        trials = [{**vars(trial), "setting": setting_as_dict(trial.setting)} for trial in self.trials]
+        trials = [{**vars(trial), "setting": setting_to_dict(trial.setting)} for trial in self.trials]
         plain = {
             **vars(self),
             "machine": dict(self.machine),
             "versions": dict(self.versions),
-            "setting": setting_as_dict(self.setting),
+            "setting": setting_to_dict(self.setting),
             "trials": trials,
             "explanation": list(self.explanation),
             "vocoder": None if self.vocoder is None else dict(vars(self.vocoder)),
@@ -216,7 +216,7 @@ def dtype_name(dtype: torch.dtype | None) -> str | None:
     return next((name for name, one in _DTYPES.items() if one == dtype), None)
 
 
-def setting_as_dict(setting: Setting) -> dict[str, Any]:
+def setting_to_dict(setting: Setting) -> dict[str, Any]:
     """A setting as plain values; tuning knows no policies."""
     plain = {name: value for name, value in vars(setting).items() if name not in _APART}
     return {**plain, "kv_dtype": dtype_name(setting.kv_dtype)}

@@ -17,9 +17,9 @@ from kvcache.models import (
     facts_of,
     geometry_of,
     own_attention,
-    rebuilt,
     rope_by_length,
     signature_of,
+    structural_copy,
     told_more,
 )
 
@@ -67,7 +67,7 @@ def decoder_copy(model: Any) -> Any:
         raise GeometryError(f"cannot decode on a static cache: {reason}; decode without a backend")
     AttentionInterface.register(_ATTENTION, attend)
     AttentionMaskInterface.register(_ATTENTION, _no_mask)
-    new = rebuilt(model, lambda name, module: None)
+    new = structural_copy(model, lambda name, module: None)
     configs: dict[int, Any] = {}
     for module in new.modules():
         config = module.__dict__.get("config")

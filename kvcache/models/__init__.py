@@ -16,8 +16,8 @@ from kvcache.models._cache import (
     check_continues,
     check_ours,
     check_ranking,
-    count_anew,
     decoding_arguments,
+    emit_evictions,
     exact_windows,
     is_attention,
     key_rotation,
@@ -27,13 +27,13 @@ from kvcache.models._cache import (
     note_read,
     rehearse,
     report_of,
+    reset_eviction_count,
     shape_of,
-    tell_evicted,
     truncate,
 )
 from kvcache.models._code import class_code, function_code
 from kvcache.models._compat import MADE_AS, handed, returned, take, taken, takes
-from kvcache.models._copies import rebuilt
+from kvcache.models._copies import structural_copy
 from kvcache.models._facts import LayerShape, ModelFacts, Seat, alike, facts_of, geometry_of, rope_by_length, run_prefix
 from kvcache.models._fingerprint import (
     check_named,
@@ -44,7 +44,7 @@ from kvcache.models._fingerprint import (
     tensor_bytes,
 )
 from kvcache.models._forwards import looks_on
-from kvcache.models._head_profile import HeadProfile, measure_heads
+from kvcache.models._head_profile import RetrievalHeadProfile, profile_retrieval_heads
 from kvcache.models._managed import MadeFor, ManagedCache, ManagedLayer, check_positions
 from kvcache.models._meta import Watch, meta_without_autocast, without_numbers
 from kvcache.models._onednn import has_onednn, onednn_linear, onednn_rows
@@ -54,12 +54,12 @@ from kvcache.models._precision import (
     Precision,
     cast,
     check_precision,
+    find_sensitive_layers,
     has_half,
     is_plain,
     planned,
+    quantize_linear,
     reads_half_caches,
-    sensitive,
-    with_precision,
 )
 from kvcache.models._probe import untouched
 from kvcache.models._shapes import encoder_input, reads_text, run_blank
@@ -72,7 +72,6 @@ __all__ = [
     "MADE_AS",
     "TESTED",
     "Following",
-    "HeadProfile",
     "LayerShape",
     "MadeFor",
     "ManagedCache",
@@ -81,6 +80,7 @@ __all__ = [
     "PackedLinear",
     "PositionMode",
     "Precision",
+    "RetrievalHeadProfile",
     "Seat",
     "Signature",
     "Watch",
@@ -99,12 +99,13 @@ __all__ = [
     "check_precision",
     "check_ranking",
     "class_code",
-    "count_anew",
     "decoding_arguments",
     "each_without_autocast",
+    "emit_evictions",
     "encoder_input",
     "exact_windows",
     "facts_of",
+    "find_sensitive_layers",
     "forget",
     "function_code",
     "geometry_of",
@@ -117,7 +118,6 @@ __all__ = [
     "kv_layers",
     "left_padding",
     "looks_on",
-    "measure_heads",
     "meta_without_autocast",
     "model_fingerprint",
     "model_outline",
@@ -129,22 +129,23 @@ __all__ = [
     "onednn_rows",
     "own_attention",
     "planned",
+    "profile_retrieval_heads",
+    "quantize_linear",
     "reads_half_caches",
     "reads_text",
-    "rebuilt",
     "rehearse",
     "report_of",
+    "reset_eviction_count",
     "returned",
     "rope_by_length",
     "run_blank",
     "run_prefix",
-    "sensitive",
     "shape_of",
     "signature_of",
+    "structural_copy",
     "take",
     "taken",
     "takes",
-    "tell_evicted",
     "tensor_bytes",
     "told_more",
     "trains",
@@ -152,7 +153,6 @@ __all__ = [
     "unattended",
     "untouched",
     "watch_of",
-    "with_precision",
     "without_autocast",
     "without_numbers",
 ]

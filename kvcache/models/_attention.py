@@ -19,7 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from kvcache.cache import Piece, place
 from kvcache.errors import PolicyError
 from kvcache.models._compat import taken
-from kvcache.models._copies import rebuilt
+from kvcache.models._copies import structural_copy
 from kvcache.models._signature import signature_of
 from kvcache.models._windows import hides_more, shows_later
 
@@ -73,7 +73,7 @@ def observed_copy(model: Any) -> Any:
         raise PolicyError(f"{name} cannot be copied to tell its cache what it attends to: {why}; {instead}")
     AttentionInterface.register(ATTENTION, _attend)
     AttentionMaskInterface.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS[_BASE])
-    new = rebuilt(model, lambda name, module: None)
+    new = structural_copy(model, lambda name, module: None)
     configs: dict[int, Any] = {}
     for module in new.modules():
         config = module.__dict__.get("config")

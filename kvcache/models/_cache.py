@@ -217,7 +217,7 @@ def _turn(model: Any, geometry: CacheGeometry, policy: SizePolicy, layer: int) -
     except PositionsError as error:
         reason = str(error).split(": ", 1)[-1].split(";")[0]
         raise PositionsError(
-            f"{policy!r} turns queries to positions to come, which it cannot here: {reason}; rank by FarLooks or SnapKV"
+            f"{policy!r} turns queries to positions to come, which it cannot here: {reason}; rank by LongRangeAttention or SnapKV"
         ) from error
 
 
@@ -320,7 +320,7 @@ def truncate(cache: Any, length: int) -> None:
         kv.truncate(length)
     if isinstance(cache, ManagedCache):
         cache.forget_read(length)
-    count_anew(cache)
+    reset_eviction_count(cache)
 
 
 def check_continues(cache: Any, ids: Tensor | None, given: int) -> None:
@@ -364,18 +364,18 @@ def note_read(cache: Any, ids: Tensor | None) -> None:
         )
 
 
-def tell_evicted(cache: Any) -> None:
+def emit_evictions(cache: Any) -> None:
     """Tell what has left a cache and was not told yet: nothing follows its last forward."""
     managed = next((layer for layer in cache_layers(cache) if isinstance(layer, ManagedLayer)), None)
     if managed is not None and managed.evictions is not None:
         managed.evictions.after()
 
 
-def count_anew(cache: Any) -> None:
+def reset_eviction_count(cache: Any) -> None:
     """Take the tokens that have left a cache so far for told, see `kvcache.events`."""
     for layer in cache_layers(cache):
         if isinstance(layer, ManagedLayer):
-            layer.count_anew()
+            layer.reset_eviction_count()
 
 
 def check_ranking(model: Any, runner: Any) -> None:

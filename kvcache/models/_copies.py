@@ -11,7 +11,7 @@ from kvcache.models._rebound import Rebinding
 from kvcache.models._walk import HELD
 
 
-def rebuilt(module: nn.Module, replace: Callable[[str, nn.Module], nn.Module | None]) -> Any:
+def structural_copy(module: nn.Module, replace: Callable[[str, nn.Module], nn.Module | None]) -> Any:
     """A copy of a module's structure, sharing its tensors, with some of its modules replaced.
 
     What is bound to a module is bound to its copy: forwards on instances, hooks, references between modules. The copy runs

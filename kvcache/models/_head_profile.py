@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kvcache.cache import KeepAll, PerHead, RankedLayer, RankingPolicy, Seen, SizePolicy, SlidingWindow
+from kvcache.cache import KeepAll, PerHead, RankedLayer, RankingPolicy, ScoringContext, SizePolicy, SlidingWindow
 from kvcache.errors import CorruptError, InputError, said
 from kvcache.io import write_given
 from kvcache.models._attention import observed_copy
@@ -26,12 +26,12 @@ class _Watching(RankingPolicy):
 
     queries: ClassVar[int] = 2**31 - 1
 
-    def score(self, seen: Seen) -> Tensor:
+    def score(self, seen: ScoringContext) -> Tensor:
         return torch.zeros_like(seen.positions, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
-class HeadProfile:
+class RetrievalHeadProfile:
     """How much each KV head looks beyond its sinks and a window: measured once per model, saved as JSON.
 
     Heads that hardly do can forget what is there (DuoAttention, Xiao et al., arXiv:2410.10819, which trains gates to find
@@ -91,7 +91,7 @@ class HeadProfile:
         write_given(path, f"{json.dumps(content, indent=1)}\n".encode(), private=False)
 
     @classmethod
-    def load(cls, path: Path | str, model: str | None = None) -> "HeadProfile":
+    def load(cls, path: Path | str, model: str | None = None) -> "RetrievalHeadProfile":
         """Read it, checked.
 
         Args:
@@ -105,7 +105,9 @@ class HeadProfile:
             content = json.loads(Path(path).read_text())
             version = content.pop("version")
             if content.pop("format") != _FORMAT or type(version) is not int or version != 1:
-                raise CorruptError(f"{path} is no head profile of version 1; measure it again with measure_heads()")
+                raise CorruptError(
+                    f"{path} is no head profile of version 1; measure it again with profile_retrieval_heads()"
+                )
             far = content["far"]
             if not isinstance(far, list) or not all(isinstance(layer, list) for layer in far):
                 raise TypeError("its shares are no lists")
@@ -122,10 +124,10 @@ class HeadProfile:
             raise
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise CorruptError(
-                f"{path} is no head profile: {said(error)}; measure it again with measure_heads()"
+                f"{path} is no head profile: {said(error)}; measure it again with profile_retrieval_heads()"
             ) from error
         if model is not None and profile.model != model:
-            raise InputError(f"{path} was measured on another model; measure this one with measure_heads()")
+            raise InputError(f"{path} was measured on another model; measure this one with profile_retrieval_heads()")
         return profile
 
 
@@ -148,7 +150,9 @@ def far_shares(layers: Sequence[RankedLayer], sinks: int, window: int) -> list[l
 
 
 @torch.no_grad()
-def measure_heads(model: Any, batches: Sequence[Tensor], *, sinks: int = 4, window: int = 256) -> HeadProfile:
+def profile_retrieval_heads(
+    model: Any, batches: Sequence[Tensor], *, sinks: int = 4, window: int = 256
+) -> RetrievalHeadProfile:
     """Measure how much each KV head of a model looks beyond its sinks and a window.
 
     Args:
@@ -181,4 +185,4 @@ def measure_heads(model: Any, batches: Sequence[Tensor], *, sinks: int = 4, wind
             for pair in zip(sums or [[0.0] * len(layer) for layer in shares], shares, strict=True)
         ]
     far = tuple(tuple(min(1.0, share) for share in layer) for layer in sums)
-    return HeadProfile(model_fingerprint(model), sinks, window, tokens, far)
+    return RetrievalHeadProfile(model_fingerprint(model), sinks, window, tokens, far)

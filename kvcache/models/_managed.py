@@ -131,7 +131,7 @@ class ManagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.kv.replace(keys, values)
         self._assigned.clear()
         self._begun = True
-        self.count_anew()
+        self.reset_eviction_count()
 
     def stand_in(self, keys: Any, values: Any) -> None:
         """Show these as keys and values, whatever they are; the layer cannot run before others are assigned."""
@@ -215,9 +215,9 @@ class ManagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.kv.reset()
         self._begun = False
         self._assigned.clear()
-        self.count_anew()
+        self.reset_eviction_count()
 
-    def count_anew(self) -> None:
+    def reset_eviction_count(self) -> None:
         """Take what has left so far for told: it came or went without a forward."""
         self._views.clear()
         if self.evictions is not None:
@@ -260,7 +260,7 @@ class ManagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         length = self.length_after_crop(tokens_to_remove)
         if length < self.kv.seen:
             self.kv.truncate(length)
-        self.count_anew()
+        self.reset_eviction_count()
 
 
 def _alike(keys: Tensor, values: Tensor) -> bool:

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from kvcache.errors import InputError
-from kvcache.memory import give_back
-from kvcache.models._copies import rebuilt
+from kvcache.memory import malloc_trim
+from kvcache.models._copies import structural_copy
 from kvcache.models._fingerprint import tensor_digest
 from kvcache.models._forwards import forward_of, hooks_of, patched, reached, unwrapped
 from kvcache.models._signature import signature_of
@@ -64,7 +64,7 @@ def _like_cpu(device: torch.device) -> bool:
     return device.type in ("cpu", "meta")
 
 
-def with_precision(model: nn.Module, precision: Precision, *, wide: Collection[str] = ()) -> Any:
+def quantize_linear(model: nn.Module, precision: Precision, *, wide: Collection[str] = ()) -> Any:
     """A copy of `model` whose linear layers compute in `precision`; what does not change is shared with it.
 
     Args:
@@ -109,12 +109,12 @@ def with_precision(model: nn.Module, precision: Precision, *, wide: Collection[s
         if name not in packed and not any(_ends(name, end) for end in wide):
             packed |= _packed(name, module, plain, precision, wide)
     if weight.device.type == "cpu":
-        give_back()  # what packing took for a moment: of SmolLM2 in int8, 329 MiB
-    return rebuilt(model, lambda name, module: packed.get(name))
+        malloc_trim()  # what packing took for a moment: of SmolLM2 in int8, 329 MiB
+    return structural_copy(model, lambda name, module: packed.get(name))
 
 
 @torch.no_grad()
-def sensitive(
+def find_sensitive_layers(
     model: Any,
     precision: Precision,
     batches: Sequence[Any],
@@ -122,7 +122,7 @@ def sensitive(
     bound: float = 0.01,
     forward: Callable[[Any, Any], Tensor] = lambda model, batch: model(batch).logits,
 ) -> list[str]:
-    """The linear layers to keep wide, for `with_precision`, so that the model says nearly what it says in fp32.
+    """The linear layers to keep wide, for `quantize_linear`, so that the model says nearly what it says in fp32.
 
     Each layer (queries, keys and values together, as gate and up) is converted alone. How far the prediction of the next
     token moves by it is the divergence KL(fp32 || converted), in nats per token. Divergences of layers about add up: those
@@ -159,7 +159,7 @@ def sensitive(
         groups.setdefault(f"{parent}.{first}", []).append(name)
     moved: dict[str, float] = {}
     for group, inside in groups.items():
-        converted = with_precision(model, precision, wide=[name for name in names if name not in inside])
+        converted = quantize_linear(model, precision, wide=[name for name in names if name not in inside])
         moved[group] = (
             sum(
                 float((ours.exp() * (ours - forward(converted, batch).float().log_softmax(-1))).sum())
@@ -274,7 +274,7 @@ def _packed(
 
 
 def planned(model: nn.Module, precision: Precision | None, device: torch.device) -> Any:
-    """A model on the meta device as `with_precision` would make it on another, which need not be there.
+    """A model on the meta device as `quantize_linear` would make it on another, which need not be there.
 
     Raises:
         InputError: if that device cannot.
@@ -283,13 +283,13 @@ def planned(model: nn.Module, precision: Precision | None, device: torch.device)
         return model
     check_precision(precision, device)
     if device.type == "cpu":
-        return with_precision(model, precision)
+        return quantize_linear(model, precision)
     return model if next(model.parameters()).dtype == _DTYPES[precision] else cast(model, _DTYPES[precision])
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy of a model in another dtype, but for its rotary frequencies."""
-    new: nn.Module = rebuilt(model, lambda name, module: None)
+    new: nn.Module = structural_copy(model, lambda name, module: None)
     with torch.no_grad():
         for module in new.modules():
             kinds: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from kvcache.cache import CacheShape, LayerShape, Token, layer_bytes, tensors_of
 from kvcache.errors import GeometryError
 from kvcache.models._compat import handed
-from kvcache.models._copies import rebuilt
+from kvcache.models._copies import structural_copy
 from kvcache.models._facts import facts_of
 from kvcache.models._meta import without_numbers
 from kvcache.models._probe import embedding_table
@@ -58,7 +58,7 @@ def _asked(model: Any, ask: Callable[[Any, Any], T]) -> T:
     """
     try:
         # A copy: some models keep what they saw for their next call.
-        blank = model if model.device.type == "meta" else rebuilt(model, lambda name, module: None).to("meta")
+        blank = model if model.device.type == "meta" else structural_copy(model, lambda name, module: None).to("meta")
         with without_numbers():
             return ask(blank, "meta")
     except Exception as error:

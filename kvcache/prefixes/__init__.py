@@ -2,14 +2,14 @@
 
 from kvcache.prefixes._build import extend_prefix, prefix_cache
 from kvcache.prefixes._cache import SpeakerCache, SpeakerStats, check_prefix_cache, default_store
-from kvcache.prefixes._prompts import Prompts
+from kvcache.prefixes._prompts import PrefixRegistry
 from kvcache.prefixes._snapshot import Layout, PrefixKey, PrefixSnapshot
 
 __all__ = [
     "Layout",
     "PrefixKey",
+    "PrefixRegistry",
     "PrefixSnapshot",
-    "Prompts",
     "SpeakerCache",
     "SpeakerStats",
     "check_prefix_cache",

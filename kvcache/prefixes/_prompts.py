@@ -24,7 +24,7 @@ class _Prompt:
     pinned: bool
 
 
-class Prompts(Mapping[str, Tensor]):
+class PrefixRegistry(Mapping[str, Tensor]):
     """Names to token ids ``[tokens]`` or embeddings ``[tokens, dim]``.
 
     Args:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvcache.cache import (
-    Adaptive,
+    AdaKV,
     KeepAll,
     KVLayer,
     MaxBytes,
@@ -283,7 +283,7 @@ def _kept_by_head(make: Callable[..., KVLayer], policy: SizePolicy, fed: Fed) ->
 def _rows_by_head(make: Callable[..., KVLayer], policy: SizePolicy, fed: Fed) -> None:
     """Law 6: rows that are chosen before the last chunk keep what they keep where they were so from the start."""
     rows = [row % len(fed.padding) for row in fed.rows]
-    if isinstance(_inner(policy), Adaptive):  # whose shares are those of all rows together
+    if isinstance(_inner(policy), AdaKV):  # whose shares are those of all rows together
         rows = list(range(len(fed.padding)))
     first = _layer(make, policy, fed)
     second = _layer(make, policy, replace(fed, padding=[fed.padding[row] for row in rows]))

@@ -15,7 +15,7 @@ from kvcache.errors import InputError
 from kvcache.memory import resident_bytes
 from kvcache.models import PackedLinear, Precision, meta_without_autocast, onednn_linear
 from kvcache.tools._footprint import Moment, Weights, bytes_in, weights_of
-from kvcache.tools._targets import Subject, check_vocoder
+from kvcache.tools._targets import ModelTarget, check_vocoder
 
 Device = Literal["cpu", "cuda"]
 
@@ -92,7 +92,7 @@ class MemoryPlan:
         """The sum of the parts."""
         return sum(self.parts.values())
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The plan as plain values, ready for JSON."""
         return {**asdict(self), "parts": self.parts, "total": self.total}
 
@@ -152,7 +152,7 @@ def _run_kernels(precision: Precision | None) -> None:
 
 
 def plan(
-    subject: Subject,
+    subject: ModelTarget,
     setting: Setting,
     length: int,
     *,

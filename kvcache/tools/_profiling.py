@@ -29,7 +29,7 @@ from kvcache.memory import resident_bytes
 from kvcache.models import PackedLinear
 from kvcache.tools._footprint import bytes_in
 from kvcache.tools._module_timer import AUDIO, PARTS, Watch, part_of
-from kvcache.tools._targets import Prepared, Subject, check_vocoder
+from kvcache.tools._targets import ModelTarget, Prepared, check_vocoder
 
 MEMORY: Mapping[str, str] = {
     "attention_weights": "weights: attention",
@@ -213,7 +213,7 @@ class Profile:
 
 
 def profile(
-    subject: Subject,
+    subject: ModelTarget,
     setting: Setting | None = None,
     context: int = 500,
     tokens: int = 40,

@@ -22,17 +22,17 @@ from kvcache.cache import CacheGeometry, CacheReport, KeepAll, Quantization
 from kvcache.decoding import BUCKET, Backend, Setting, Told, VocoderSetting, WarmUp
 from kvcache.errors import InputError, KVCacheError, MissingDependencyError, said
 from kvcache.manager import KVCacheManager
-from kvcache.models import encoder_input, geometry_of, handed, planned, reads_text, with_precision
+from kvcache.models import encoder_input, geometry_of, handed, planned, quantize_linear, reads_text
 from kvcache.tools._footprint import Footprint, language_footprint
 
 __all__ = [
     "GROUP",
     "Backend",
-    "LanguageSubject",
+    "LanguageTarget",
+    "ModelTarget",
     "Prepared",
     "Setting",
     "Source",
-    "Subject",
     "VocoderSetting",
     "check_vocoder",
     "subject",
@@ -78,7 +78,7 @@ class Prepared(Protocol):
         """Let go of caches and of what was compiled or captured."""
 
 
-class Subject(ABC):
+class ModelTarget(ABC):
     """A model that the commands know by name.
 
     Attributes:
@@ -165,17 +165,17 @@ class Subject(ABC):
         return geometry_of(self.decoder(self.skeleton()))
 
 
-Source = Callable[[str], Subject | None]
+Source = Callable[[str], ModelTarget | None]
 """What an entry point of the group names: gives the subject of a name, or None for a name that is not its own."""
 
 
-def check_vocoder(subject: Subject, setting: Setting) -> None:
+def check_vocoder(subject: ModelTarget, setting: Setting) -> None:
     """Raise `InputError` if a vocoder is asked for of a model that does not speak."""
     if setting.vocoder is not None and not subject.speaks:
         raise InputError(f"{subject.name} is no model that speaks, and has no vocoder; leave the vocoder out")
 
 
-def subject(name: str) -> Subject:
+def subject(name: str) -> ModelTarget:
     """The model of that name.
 
     Adapters whose entry point's name the model's name begins with are asked first; a folder and a ``.gguf`` file are no
@@ -200,7 +200,7 @@ def subject(name: str) -> Subject:
                 continue
             if (made := source(name)) is not None:
                 return made
-    return LanguageSubject(name)
+    return LanguageTarget(name)
 
 
 def _source(entry: EntryPoint, name: str) -> Source:
@@ -222,7 +222,7 @@ def lacking(entry: EntryPoint, error: ImportError) -> str:
     return error.name or entry.name
 
 
-class LanguageSubject(Subject):
+class LanguageTarget(ModelTarget):
     """A transformers language model: a folder, a ``.gguf`` file, or an id of the Hugging Face hub.
 
     Raises:
@@ -375,7 +375,7 @@ class _Language:
     """A language model that decodes in one way."""
 
     def __init__(self, model: Any, setting: Setting) -> None:
-        self._model = model if setting.precision is None else with_precision(model, setting.precision)
+        self._model = model if setting.precision is None else quantize_linear(model, setting.precision)
         self._setting = setting
         self.manager = _managed(self._model, setting)
 

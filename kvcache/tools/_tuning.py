@@ -32,10 +32,10 @@ from kvcache.models import (
     has_half,
     model_fingerprint,
     model_outline,
+    quantize_linear,
     shape_of,
-    with_precision,
 )
-from kvcache.tools._targets import Prepared, Subject, check_vocoder
+from kvcache.tools._targets import ModelTarget, Prepared, check_vocoder
 from kvcache.tools._tuning_search import Bench, Refusal, Space, Tuner, shown
 from kvcache.tools._tuning_vocoder import tuned_vocoder
 
@@ -85,7 +85,7 @@ class Tuned:
 
 
 def tune(
-    subject: Subject,
+    subject: ModelTarget,
     goal: Goal = "latency",
     *,
     context: int | None = None,
@@ -185,7 +185,7 @@ def _remarks(tuner: Tuner) -> list[str]:
 
 
 def space_of(
-    subject: Subject,
+    subject: ModelTarget,
     goal: Goal = "latency",
     max_requests: int = 8,
     device: str = "cpu",
@@ -257,7 +257,7 @@ def space_of(
     )
 
 
-def _why_no_bits(subject: Subject, device: str, context: int | None) -> str | None:
+def _why_no_bits(subject: ModelTarget, device: str, context: int | None) -> str | None:
     """Why fewer bits would change nothing of a cache; None if they would."""
     if not subject.quantizes:
         return "this model's loop has no quantized caches"
@@ -278,7 +278,7 @@ def _check_kernels(precision: Precision, weight: Tensor) -> None:
     if weight.device.type != "cpu" or precision == "fp32":
         return
     plain = nn.Linear(512, 512)
-    layer = with_precision(nn.Sequential(plain), precision)
+    layer = quantize_linear(nn.Sequential(plain), precision)
     states = torch.randn(4, 512)
     with torch.inference_mode():
         ratio = _quickest(layer, states) / _quickest(plain, states)
@@ -308,7 +308,7 @@ class SubjectBench:
         note: what must be known to read a divergence; None if nothing.
     """
 
-    def __init__(self, subject: Subject, context: int, device: str = "cpu") -> None:
+    def __init__(self, subject: ModelTarget, context: int, device: str = "cpu") -> None:
         self._subject = subject
         self._context = context
         self._device = device

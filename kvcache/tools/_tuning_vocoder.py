@@ -11,14 +11,14 @@ from typing import get_args
 from kvcache.decoding import Setting, VocoderSetting, VocoderTrial
 from kvcache.errors import InputError, KVCacheError
 from kvcache.models import Precision
-from kvcache.tools._targets import Subject
+from kvcache.tools._targets import ModelTarget
 
 _SPOKEN = 50  # tokens, two seconds of speech
 _WORTH = 0.97  # of the time of the plainer setting: what takes more is no gain
 
 
 def tuned_vocoder(
-    subject: Subject,
+    subject: ModelTarget,
     setting: Setting,
     vocoder: VocoderSetting,
     *,
@@ -81,7 +81,7 @@ def _took(trial: VocoderTrial) -> str:
 
 
 def _trial(
-    subject: Subject, setting: Setting, vocoder: VocoderSetting, device: str, clock: Callable[[], float]
+    subject: ModelTarget, setting: Setting, vocoder: VocoderSetting, device: str, clock: Callable[[], float]
 ) -> VocoderTrial:
     try:
         prepared = subject.prepared(setting, device)

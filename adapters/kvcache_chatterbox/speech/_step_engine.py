@@ -32,8 +32,8 @@ from kvcache.models import (
     is_plain,
     kv_layers,
     onednn_linear,
-    rebuilt,
-    with_precision,
+    quantize_linear,
+    structural_copy,
 )
 from kvcache_chatterbox.speech._alignment import AlignmentCheck
 from kvcache_chatterbox.speech._sampling import order
@@ -45,11 +45,11 @@ def at_precision(t3: Any, precision: Precision) -> Any:
     Queries and keys that the multilingual model's alignment check reads from their weights stay as they are.
     """
     if t3.device.type not in ("cpu", "meta"):  # on the meta device a model is planned for a CPU
-        return with_precision(t3, precision)
+        return quantize_linear(t3, precision)
     read = AlignmentCheck.layers(t3) if AlignmentCheck.wanted(t3) else []
     wide = [f"layers.{layer}.self_attn.{name}" for layer in read for name in ("q_proj", "k_proj")]
-    backbone = with_precision(t3.tfmr, precision, wide=wide)
-    return rebuilt(t3, lambda name, module: backbone if module is t3.tfmr else None)
+    backbone = quantize_linear(t3.tfmr, precision, wide=wide)
+    return structural_copy(t3, lambda name, module: backbone if module is t3.tfmr else None)
 
 
 class T3Step(nn.Module):

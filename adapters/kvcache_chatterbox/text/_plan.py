@@ -114,7 +114,7 @@ class LongTextPlan:
     rows_allowed: int | None
     vocoder: VocoderBytes | None = None
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The plan as plain values, ready for JSON."""
         return {**dataclasses.asdict(self), "segments": [dataclasses.asdict(segment) for segment in self.segments]}
 

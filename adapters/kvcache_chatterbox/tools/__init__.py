@@ -1,8 +1,8 @@
 """What kvcache's commands ask of a Chatterbox model."""
 
-from kvcache_chatterbox.tools._targets import LoadedSubject, endless
+from kvcache_chatterbox.tools._targets import LoadedTarget, endless
 
 __all__ = [
-    "LoadedSubject",
+    "LoadedTarget",
     "endless",
 ]

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from kvcache import CacheReport, InputError, MemoryStore, SpeakerCache
 from kvcache.decoding import BUCKET, Setting, Told, VocoderSetting, WarmUp
-from kvcache.models import planned, rebuilt
-from kvcache.tools import Footprint, Prepared, Subject, VocoderFootprint
+from kvcache.models import planned, structural_copy
+from kvcache.tools import Footprint, ModelTarget, Prepared, VocoderFootprint
 from kvcache_chatterbox.audio import CONTEXT, ENDING, MOST, Speaker, heard, perth_or_none
 from kvcache_chatterbox.engine import ChatterboxEngine
 from kvcache_chatterbox.loading import WEIGHTS, load_t3, random_conditionals
@@ -45,7 +45,7 @@ _LONGEST = 4096  # tokens of a request, where a setting does not say
 _SLOTS = 2048  # of an engine that is told nothing, as the pages have it; a longer request needs one that is told
 
 
-def subject(name: str) -> "ChatterboxSubject | None":
+def subject(name: str) -> "ChatterboxTarget | None":
     """``chatterbox-english``, ``-multilingual``, ``-turbo`` or ``-nano``, with a folder of weights behind a colon if there is
     one, as in ``chatterbox-nano:/models/nano``; None for other names.
 
@@ -61,10 +61,10 @@ def subject(name: str) -> "ChatterboxSubject | None":
         raise InputError(
             f"{name!r}: there is no {' or '.join(WEIGHTS[variant])} in {folder}; give the folder that holds it"
         )
-    return ChatterboxSubject(name, variant, folder or None)
+    return ChatterboxTarget(name, variant, folder or None)
 
 
-class ChatterboxSubject(Subject):
+class ChatterboxTarget(ModelTarget):
     """A T3 with its weights from a folder, or random ones, which keep shapes, bytes and speed."""
 
     quantizes = batches_off = False
@@ -181,7 +181,7 @@ class ChatterboxSubject(Subject):
         return s3gen_of(self._folder, meanflow=self.gpt)
 
 
-class LoadedSubject(ChatterboxSubject):
+class LoadedTarget(ChatterboxTarget):
     """A Chatterbox model that is loaded already: with its vocoder, if it is a whole one.
 
     Args:
@@ -203,7 +203,7 @@ class LoadedSubject(ChatterboxSubject):
         return voice + (2 if self.gpt else 3 + 2)
 
     def skeleton(self) -> nn.Module:
-        found: nn.Module = rebuilt(self._t3, lambda name, module: None).to("meta")
+        found: nn.Module = structural_copy(self._t3, lambda name, module: None).to("meta")
         return found
 
     def _speaker(self, setting: Setting, device: str) -> Speaker | None:
@@ -225,7 +225,7 @@ def endless(t3: Any) -> Any:
     bias = head.weight.new_zeros(head.out_features) if bias is None else bias.detach().clone()
     bias[t3.hp.stop_speech_token] = -1e4
     head.bias = nn.Parameter(bias, requires_grad=False)
-    return rebuilt(t3, lambda name, module: head.eval() if module is t3.speech_head else None)
+    return structural_copy(t3, lambda name, module: head.eval() if module is t3.speech_head else None)
 
 
 def engine_of(model: Any, setting: Setting, tokens: int = 0, vocoder: VocoderOptions | None = None) -> ChatterboxEngine:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvcache.models import LINEAR, Precision, has_half, rebuilt, with_precision
+from kvcache.models import LINEAR, Precision, has_half, quantize_linear, structural_copy
 
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.bfloat16}
 
@@ -51,7 +51,7 @@ def narrowed(module: nn.Module, dtype: torch.dtype | None, but: str = "") -> Any
         stays = bool(but) and name.startswith(but)
         return Narrow(part, dtype) if isinstance(part, nn.Conv1d | nn.ConvTranspose1d) and not stays else None
 
-    return rebuilt(module, narrow)
+    return structural_copy(module, narrow)
 
 
 def at_precision(module: nn.Module, precision: Precision | None) -> Any:
@@ -59,7 +59,7 @@ def at_precision(module: nn.Module, precision: Precision | None) -> Any:
     if precision is None:
         return module
     device = next(module.parameters()).device
-    made = with_precision(rebuilt(module, _plain), precision)
+    made = quantize_linear(structural_copy(module, _plain), precision)
     return narrowed(made, half_of(precision, device)) if device.type in ("cpu", "meta") else made
 
 

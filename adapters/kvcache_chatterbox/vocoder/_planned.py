@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvcache import InputError, MissingDependencyError
 from kvcache.decoding import VocoderSetting
-from kvcache.models import check_precision, planned, rebuilt, without_numbers
+from kvcache.models import check_precision, planned, structural_copy, without_numbers
 from kvcache.tools import VocoderFootprint
 from kvcache_chatterbox.units import MELS, SAMPLES_PER_FRAME, TOKENS_PER_SECOND
 from kvcache_chatterbox.vocoder._noise import HARMONICS
@@ -137,7 +137,7 @@ class PlannedRuns:
 
 def emptied(s3gen: Any) -> Any:
     """A copy without numbers; what it was made from is as before."""
-    blank = rebuilt(s3gen, lambda name, module: None).to("meta")
+    blank = structural_copy(s3gen, lambda name, module: None).to("meta")
     for part in blank.modules():
         tables = {name: value for name, value in vars(part).items() if isinstance(value, Tensor)}
         vars(part).update({name: value.to("meta") for name, value in tables.items()})
