@@ -151,7 +151,7 @@ def application(names: Iterable[str] = _COMMANDS) -> Any:
     """These commands, all by default, as a `typer.Typer`; only what they need is imported."""
     app = _group()
     for name in names:
-        module = import_module(f"{__name__}.{name}")
+        module = import_module(f"{__name__}._{name}")
         if hasattr(module, "app"):
             app.add_typer(module.app, name=name)
         else:
