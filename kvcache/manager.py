@@ -185,6 +185,7 @@ class KVCacheManager:
         self.speakers = SpeakerCache(default_store(geometry.device)) if speakers is None else speakers
         self._decoder = LanguageDecoder(model, kv_dtype, max_cache_length, bucket)
         self._prompts = PrefixRegistry(model, self.speakers, max_cache_length, geometry.max_positions)
+        release_threads()  # who has loaded the model may not be who decodes
 
     @classmethod
     def from_profile(cls, model: Any, path: Path | str, **overrides: Any) -> "KVCacheManager":

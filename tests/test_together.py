@@ -8,7 +8,7 @@ import torch
 from support.waiting import until
 
 from kvcache_chatterbox.units import SAMPLES_PER_TOKEN
-from kvcache_chatterbox.vocoder import Run, SeededNoise, Together
+from kvcache_chatterbox.vocoder import OneAtATime, Run, SeededNoise, Together
 from kvcache_chatterbox.vocoder._run import Waveform
 from kvcache_chatterbox.voices import Voice
 

@@ -17,7 +17,7 @@ from kvcache_chatterbox.audio import Chunks, SegmentedAudio, chunking_of
 from kvcache_chatterbox.checks import check_count
 from kvcache_chatterbox.engine import ChatterboxEngine
 from kvcache_chatterbox.speech import Carry, LongText, SamplingOptions, tell_cut_off
-from kvcache_chatterbox.vocoder import Together, most_together
+from kvcache_chatterbox.vocoder import OneAtATime, Together, most_together
 from kvcache_chatterbox.voices import Voice
 
 _LAST_WRITES = 2.0  # seconds

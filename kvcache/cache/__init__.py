@@ -4,16 +4,7 @@ from kvcache.cache._archive import Beginning, beginning, beginning_length, check
 from kvcache.cache._budget import Token, bytes_of
 from kvcache.cache._geometry import WHY_NO_EVICTION, CacheGeometry, Positions, positions_of
 from kvcache.cache._growing import KVLayer
-from kvcache.cache._per_head import (
-    AdaKV,
-    AdaKVLayer,
-    PerHead,
-    SplitLayer,
-    chosen_by_head,
-    layer_for,
-    share,
-    turns,
-)
+from kvcache.cache._per_head import AdaKV, AdaKVLayer, PerHead, SplitLayer, chosen_by_head, layer_for, share, turns
 from kvcache.cache._policies import (
     KeepAll,
     MaxBytes,

@@ -17,7 +17,7 @@ from kvcache_chatterbox.vocoder._planned import (
 )
 from kvcache_chatterbox.vocoder._run import LEAD, Run, Vocoder
 from kvcache_chatterbox.vocoder._s3gen import S3GenVocoder, why_plain
-from kvcache_chatterbox.vocoder._together import Together, most_together
+from kvcache_chatterbox.vocoder._together import OneAtATime, Together, most_together
 from kvcache_chatterbox.vocoder._weights import made_up_reference, random_s3gen, s3gen_module, s3gen_of
 
 __all__ = [
