@@ -357,7 +357,7 @@ class KVCacheManager:
 
         Args:
             cache: one of ours, of rows without pads.
-            secret: sign the file with it, see `kvcache.cache._archive`.
+            secret: sign the file with it, see `kvcache.cache.pack`.
 
         Raises:
             GeometryError: if the model manages some of its layers itself, or rows have pads.

@@ -65,11 +65,11 @@ class ChatterboxEngine(UtteranceDecoder):
         speakers: where what is known of voices lives; by default memory over disk, from the first voice on.
         reuse: ``"all"`` runs of a request only what is not known of its voice; ``"conditioning"`` does without the
             unconditional text, which guidance needs; ``"none"`` runs everything.
-        onednn: let oneDNN multiply in fp32 on a CPU, where it is faster, T3 and the vocoder. See `kvcache.models._onednn`.
+        onednn: let oneDNN multiply in fp32 on a CPU, where it is faster, T3 and the vocoder. See `kvcache.models.onednn_linear`.
         backend: what decodes, see `kvcache.decoding.Decoding`: ``"eager"``, ``"compile"``, ``"graph"`` or
             ``"graph+compile"``; ``"auto"`` is graph on a GPU, eager elsewhere; ``"off"`` is the token loop that looks at
             the host for every token. What cannot be done falls back to that, and the report says why.
-        precision: of the backbone: ``"bf16"``, ``"fp16"``, ``"int8"``, see `kvcache.models._precision`; by default as the model is.
+        precision: of the backbone: ``"bf16"``, ``"fp16"``, ``"int8"``, see `kvcache.models.quantize_linear`; by default as the model is.
         kv_dtype: of the cache while decoding; by default bf16 where the precision is bf16 or int8 and the CPU has AMX, else the
             model's.
         tf32: let a GPU round the inputs of fp32 products to TF32 while decoding.
@@ -488,7 +488,7 @@ class ChatterboxEngine(UtteranceDecoder):
             language_id: such as ``"fr"``: what the multilingual model speaks, and by whose rules sentences are told.
             max_new_tokens: speech tokens of a segment at most. By default 1000, as upstream, for a text of one segment;
                 of several, three times as many as it will probably take (see `plan`).
-            chunking, first_chunk, max_chunk: how much audio comes at once, see `kvcache_chatterbox.audio._chunking.chunking_of`: by
+            chunking, first_chunk, max_chunk: how much audio comes at once, see `kvcache_chatterbox.audio.chunking_of`: by
                 default a small chunk first, and each next one as large as what there is to play allows.
             **sampling: see `inference_stream`.
             seed: of the first segment's draws, the vocoder's too; each further segment has the next number. Where chunks have

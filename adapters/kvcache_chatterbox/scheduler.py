@@ -34,10 +34,10 @@ class SpeechScheduler:
         memory_budget: bytes that their cache may take, or ``"200MiB"``; fewer rows where not all fit.
         max_waiting: clients that may wait for their first row; one more is refused.
         max_running: texts of several segments that may have begun, by default twice the rows; see
-            `kvcache.decoding._scheduler.Scheduler`.
+            `kvcache.decoding.Scheduler`.
         max_characters: of a text.
         slots: tokens that a segment may come to, voice, text and speech; by default the engine's `max_cache_length`.
-        ahead, prefills, reserved: see `kvcache.decoding._scheduler.Scheduler`.
+        ahead, prefills, reserved: see `kvcache.decoding.Scheduler`.
         one_at_a_time: tokens and audio are computed by turns, audio first; by default on a CPU, whose cores both would divide
             their work among. Elsewhere both run at once.
 

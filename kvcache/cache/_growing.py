@@ -93,7 +93,7 @@ class KVLayer:
 
     @property
     def by_head(self) -> bool:
-        """Whether attention must go through `kvcache.models._attention`, as its heads keep tokens of their own."""
+        """Whether attention must go through `kvcache.models.observed_copy`, as its heads keep tokens of their own."""
         return False
 
     @property

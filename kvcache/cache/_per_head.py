@@ -129,7 +129,7 @@ def layer_for(policy: SizePolicy, rotation: Any = None, *, turn: Any = None, **g
 class SplitLayer(KVLayer):
     """A layer whose KV heads are held by several layers, each with a policy of its own.
 
-    What a token attends to differs by head, so attention goes through `kvcache.models._attention`; `append` returns only what it
+    What a token attends to differs by head, so attention goes through `kvcache.models.observed_copy`; `append` returns only what it
     was given.
     """
 

@@ -51,7 +51,7 @@ class SizePolicy(ABC):
 
     @property
     def ranking(self) -> "SizePolicy | None":
-        """What ranks the tokens that are not pinned (see `kvcache.cache._ranking`); None if the oldest leave first."""
+        """What ranks the tokens that are not pinned (see `kvcache.cache.RankingPolicy`); None if the oldest leave first."""
         return None
 
     def resolve(self, token_bytes: int, reserved: int = 0, most: int | None = None) -> "SizePolicy":

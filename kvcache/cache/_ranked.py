@@ -45,7 +45,7 @@ class RankedLayer(KVLayer):
     """Keys and values of one layer, ``[batch, KV heads, tokens, head_dim]``, of which the best-scored stay.
 
     A chunk is stored, attended to as a whole, and then ranked. Where the policy looks at queries, `observe` says what they
-    were and does the ranking, so it must follow each append; see `kvcache.models._attention`. Tokens stay in order.
+    were and does the ranking, so it must follow each append; see `kvcache.models.observed_copy`. Tokens stay in order.
 
     Args:
         policy: a `RankingPolicy`, or one `Pinned`.

@@ -1,6 +1,6 @@
 """Policies that rank tokens: when the cache is full, those with the lowest scores leave, in each KV head its own.
 
-Age-based policies (`kvcache.cache._policies`) know what leaves before anything has run; these look at keys, values and queries. A
+Age-based policies (`kvcache.cache.SizePolicy`) know what leaves before anything has run; these look at keys, values and queries. A
 new one is one class with a `score`::
 
     @dataclass(frozen=True)

@@ -177,7 +177,7 @@ class CacheReport:
 
 
 def account(layers: Sequence[Any], cross: Sequence[Any] = ()) -> CacheReport:
-    """The report of a cache's layers, as `kvcache.models._cache.cache_layers` and `cross_layers` list them."""
+    """The report of a cache's layers, as `kvcache.models.cache_layers` and `cross_layers` list them."""
     return CacheReport(
         tuple(_layer_report(layer) for layer in layers), cross=tuple(_layer_report(layer) for layer in cross)
     )

@@ -16,7 +16,7 @@ _VERSION = 1
 
 
 def save_layers(layers: Sequence[KVLayer], model: str, rows: int, secret: bytes | None = None) -> bytes:
-    """The layers of a cache as a checked safetensors file; see `kvcache.cache._archive`.
+    """The layers of a cache as a checked safetensors file; see `kvcache.cache.pack`.
 
     Args:
         model: the model's fingerprint.

@@ -1,4 +1,4 @@
-"""The command `kvcache`: plan, profile, tune, warm, bench, voices, doctor. A file for each, and `kvcache.cli._common` for what they share."""
+"""The command `kvcache`: plan, profile, tune, warm, bench, voices, doctor. A file for each, and `_common` for what they share."""
 
 import errno
 import os

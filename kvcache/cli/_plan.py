@@ -1,4 +1,4 @@
-"""`kvcache plan`: will it fit. What it takes is found by `kvcache.tools._planning`; here it is asked for and shown."""
+"""`kvcache plan`: will it fit. What it takes is found by `kvcache.tools.plan`; here it is asked for and shown."""
 
 from dataclasses import asdict, replace
 from typing import Annotated, Any, get_args

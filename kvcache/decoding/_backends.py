@@ -126,7 +126,7 @@ class Eager:
 class Compiled:
     """torch's compiler, once for all lengths; on a CPU with all of the step in C++, calls between kernels too.
 
-    On a CPU steps are compiled ahead of time and kept for the next process, see `kvcache.decoding._programs`; where that cannot
+    On a CPU steps are compiled ahead of time and kept for the next process, see `kvcache.decoding.Programs`; where that cannot
     be, and elsewhere, by `torch.compile`.
 
     Args:

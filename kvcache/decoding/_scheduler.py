@@ -1,6 +1,6 @@
 """An async front for many requests on one `Batch`, which a thread of its own decodes.
 
-Whose turn it is, and how long anybody waits for it at most, is said in `kvcache.decoding._turns`.
+Whose turn it is, and how long anybody waits for it at most, is said in `kvcache.decoding.Turns`.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ __all__ = ["Chunk", "Request", "Scheduler", "SchedulerMetrics", "Stream", "Turns
 
 T = TypeVar("T")
 
-log = logging.getLogger("kvcache.decoding._scheduler")
+log = logging.getLogger("kvcache.scheduler")
 
 _LATEST = 1000  # requests that percentiles are over
 _LAST = 32  # requests whose length says how soon another may come

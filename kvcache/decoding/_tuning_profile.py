@@ -79,7 +79,7 @@ class TuningProfile:
         setting: the best.
         trials: all settings that were looked at.
         explanation: of the choice, a line for each axis.
-        outline: of the model, see `kvcache.models._fingerprint.model_outline`; "" where it is not known.
+        outline: of the model, see `kvcache.models.model_outline`; "" where it is not known.
         random: whether its weights were random, of which a divergence tells nothing.
         vocoder: how what makes audio of the tokens runs; None where that was not asked for.
         vocoder_trials: the ways to run it that were looked at.

@@ -169,7 +169,7 @@ def new_cache(
 
 
 def shape_of(model: Any) -> CacheShape:
-    """What a cache of this model holds of each row, see `kvcache.models._shapes`.
+    """What a cache of this model holds of each row, see `kvcache.models.shape_of`.
 
     Raises:
         GeometryError: if it cannot be found out.
@@ -418,7 +418,7 @@ def rehearse(model: Any, cache: Any, ids: Tensor, instruction: Tensor | None) ->
     """Run a text again on a cache that holds it, whose ranked layers look at what is looked at and store nothing.
 
     Args:
-        model: that tells the cache what it attends to; see `kvcache.models._attention`.
+        model: that tells the cache what it attends to; see `kvcache.models.observed_copy`.
         cache: of ours.
         ids: ``[rows, tokens]``.
         instruction: token ids ``[1, tokens]`` before each part.

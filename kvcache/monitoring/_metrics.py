@@ -22,9 +22,7 @@ try:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
     from prometheus_client.registry import Collector, CollectorRegistry
 except ModuleNotFoundError as error:
-    raise MissingDependencyError(
-        "kvcache.monitoring._metrics needs prometheus-client; run: pip install 'kvcache[metrics]'"
-    ) from error
+    raise MissingDependencyError("CacheMetrics needs prometheus-client; run: pip install 'kvcache[metrics]'") from error
 
 
 T = TypeVar("T")

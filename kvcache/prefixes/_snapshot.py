@@ -53,7 +53,7 @@ class PrefixKey:
     Two keys are equal if their fingerprints and every byte of their content are.
 
     Attributes:
-        model: the model's fingerprint, see `kvcache.models._fingerprint`.
+        model: the model's fingerprint, see `kvcache.models.model_fingerprint`.
         content: token ids ``[tokens]``, or embeddings ``[tokens, dim]``; on the CPU, not to be changed.
         layout: what the model caches of it, where that is known: a stored snapshot that looks otherwise is refused. It is
             no part of what makes two keys equal.
@@ -318,7 +318,7 @@ class PrefixSnapshot:
         return found
 
     def to_bytes(self, secret: bytes | None = None) -> bytes:
-        """As a checked safetensors file; see `kvcache.cache._archive`."""
+        """As a checked safetensors file; see `kvcache.cache.pack`."""
         return pack(self.tensors(), self.header(), secret)
 
     @classmethod

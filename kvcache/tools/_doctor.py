@@ -57,7 +57,7 @@ def diagnose(
     """Look at packages, devices, ways to decode and stores; nothing is changed, and what is written is removed again.
 
     Args:
-        store: the place of one to try besides the default one, see `kvcache.prefixes.stores._upkeep.open_store`.
+        store: the place of one to try besides the default one, see `kvcache.prefixes.stores.open_store`.
         secret, namespace: of that store.
         compiling: also compile a decode step, which takes up to minutes.
 

@@ -1,7 +1,7 @@
 """What a model takes while it serves, found without its weights: the code that serves runs on torch's meta device.
 
 So the caches, the decode engine and the model's own forward pass say themselves what they allocate and when they let go of
-it; there is no second account of them that could differ from what happens. See `kvcache.models._meta`.
+it; there is no second account of them that could differ from what happens. See `kvcache.models.without_numbers`.
 """
 
 import math

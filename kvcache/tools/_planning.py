@@ -164,7 +164,7 @@ def plan(
     """What requests on a model take, found without its weights.
 
     Args:
-        subject: the model, see `kvcache.tools._targets.subject`.
+        subject: the model, see `kvcache.tools.subject`.
         setting: how it decodes, and how many requests together.
         length: tokens of a request, in the end.
         context: those of them that it begins with; by default half, but no fewer than it must have.

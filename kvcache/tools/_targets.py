@@ -1,7 +1,7 @@
 """What `kvcache plan`, `profile` and `tune` are about: a model by its name, and ways to let it decode.
 
 A transformers language model is named by a folder, a ``.gguf`` file or a hub id; adapters bring other names through the
-entry point group ``kvcache.tools._targets``, as the Chatterbox adapter does with ``chatterbox-nano``.
+entry point group ``kvcache.subjects``, as the Chatterbox adapter does with ``chatterbox-nano``.
 """
 
 import io

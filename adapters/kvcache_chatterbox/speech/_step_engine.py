@@ -59,7 +59,7 @@ class T3Step(nn.Module):
         t3: whose step.
         rows: 2 with guidance.
         precision: of the backbone. The head takes as many bits on a CPU, but no fewer than 16: what it gives is compared.
-        onednn: let oneDNN multiply where it is faster; see `kvcache.models._onednn`.
+        onednn: let oneDNN multiply where it is faster; see `kvcache.models.onednn_linear`.
     """
 
     def __init__(self, t3: Any, rows: int, precision: Precision | None = None, onednn: bool = True) -> None:

@@ -28,7 +28,7 @@ class Decoder:
         cache: what to pass as `past_key_values`; None recomputes everything at every token.
         generator: of the draws; None takes torch's global one, as upstream does.
         start: prefills the request into the cache, from what is known of its voice; None runs all of it.
-        onednn: let oneDNN multiply where it is faster, see `kvcache.models._onednn`.
+        onednn: let oneDNN multiply where it is faster, see `kvcache.models.onednn_linear`.
     """
 
     def __init__(

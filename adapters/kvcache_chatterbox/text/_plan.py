@@ -23,7 +23,7 @@ _QUOTED = 40  # characters of a segment that a message or a table repeats
 def predicted_tokens(text: str, language: str | None) -> int:
     """Speech tokens that a text will probably take, at the pace at which people read aloud.
 
-    Letters, digits and the spaces between words count; punctuation and emoji do not. See `kvcache_chatterbox.text._pace`.
+    Letters, digits and the spaces between words count; punctuation and emoji do not. See `kvcache_chatterbox.text`.
 
     Args:
         text: what is said.

@@ -110,7 +110,7 @@ def split(text: str, language: str | None = "en", target: int | None = 200) -> l
     r"""Divide a text into segments of at most `target` characters, between sentences where that is possible.
 
     Characters are those of a script like Latin. What takes longer to say counts as more: a Chinese, Japanese or Korean
-    character as about three, many digits as three each; see `kvcache_chatterbox.text._pace`. So segments are about as long to
+    character as about three, many digits as three each; see `kvcache_chatterbox.text`. So segments are about as long to
     hear, whatever they are written in.
 
     Neighbouring sentences are packed into the fewest segments, and among those packings the most even one is taken:

@@ -1,4 +1,4 @@
-"""The vocoder's networks in fewer bits: linear layers as `kvcache.models._precision` has them, and convolutions in 16 bits."""
+"""The vocoder's networks in fewer bits: linear layers as `kvcache.models.quantize_linear` has them, and convolutions in 16 bits."""
 
 import copy
 from typing import Any

@@ -28,7 +28,7 @@ class VocoderOptions:
             place of two, and halves the flow's time. Distilled weights have none.
         reference_seconds: of the voice's clip that the flow hears, its first ones, which change the sound; by default all, at
             most 10. Every run goes over all of them.
-        precision: ``"bf16"``, ``"fp16"`` or ``"int8"``: of the flow's linear layers, see `kvcache.models._precision`, and of all
+        precision: ``"bf16"``, ``"fp16"`` or ``"int8"``: of the flow's linear layers, see `kvcache.models.quantize_linear`, and of all
             convolutions but those of the pitch, which with ``"int8"`` compute in bf16 where a CPU does so fast. By default as
             the model is.
         compiled: let torch's compiler fuse what lies between the large kernels. The first runs take a minute, see

@@ -62,7 +62,7 @@ class S3GenVocoder:
         s3gen: upstream's `S3Gen`, whose weights may give way to others: see `VocoderOptions.weights`.
         options: how it runs.
         programs: where what is compiled is kept; by default in the user's cache.
-        onednn: let oneDNN multiply in fp32 where it is faster; see `kvcache.models._onednn`.
+        onednn: let oneDNN multiply in fp32 where it is faster; see `kvcache.models.onednn_linear`.
 
     Raises:
         InputError: if this device cannot compute in `options.precision`, or the weights are not to be had.
