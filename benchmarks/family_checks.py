@@ -22,7 +22,7 @@ from transformers.cache_utils import (
 from kvcache import KVCacheManager, Quantization, SlidingWindow
 from kvcache.cache import SnapKV
 from kvcache.errors import KVCacheError
-from kvcache.models import handed
+from kvcache.models import cache_kwarg
 
 WINDOW, SINKS = 8, 2
 LIMIT = WINDOW + SINKS
@@ -374,7 +374,7 @@ class Trial:
             return
         cache = plain_cache(self.model, self.manager().geometry.layers, window=True)
         try:
-            want = run(self.model.generate, use_cache=True, **handed(self.model, cache))
+            want = run(self.model.generate, use_cache=True, **cache_kwarg(self.model, cache))
         except Exception as error:  # a model that does not take this cache
             raise NotTried(f"runs; there is no window to compare with ({type(error).__name__})") from error
         compare(want, out, what)
@@ -433,7 +433,7 @@ class Trial:
                     more = {"position_ids": torch.full((ids.shape[0], 1), t)} if positions else {}
                     mask = torch.ones(ids.shape[0], t + 1, dtype=torch.long)
                     given = {"input_ids": ids[:, t : t + 1], "attention_mask": mask, "use_cache": True, **more}
-                    found.append(self.model(**given, **handed(self.model, cache)).logits[:, -1].float())
+                    found.append(self.model(**given, **cache_kwarg(self.model, cache)).logits[:, -1].float())
         except Exception:  # a model that is not called so
             return None
         return torch.stack(found[-8:], 1)
@@ -483,14 +483,16 @@ class Trial:
     def save(self) -> None:
         manager = self.manager()
         cache = manager.new_cache(self.rows)
-        begun = self.run(manager.generate, 8, **handed(self.model, cache))
+        begun = self.run(manager.generate, 8, **cache_kwarg(self.model, cache))
         again = manager.load(manager.save(cache))
         if self.kind != "text":
             raise NotTried("takes more than text")
         text = self._whole(begun)
         want = self._continued(text)
-        compare(want, self.run(manager.generate, 6, inputs=text, **handed(self.model, cache)), "going on")
-        compare(want, self.run(manager.generate, 6, inputs=text, **handed(self.model, again)), "going on from the file")
+        compare(want, self.run(manager.generate, 6, inputs=text, **cache_kwarg(self.model, cache)), "going on")
+        compare(
+            want, self.run(manager.generate, 6, inputs=text, **cache_kwarg(self.model, again)), "going on from the file"
+        )
 
     @staticmethod
     def _whole(out: Any) -> dict[str, Any]:
@@ -501,8 +503,8 @@ class Trial:
         """What follows a text on a cache of the model's own kind that holds its beginning."""
         cache = plain_cache(self.model, self.manager().geometry.layers)
         try:
-            self.run(self.model.generate, 8, use_cache=True, **handed(self.model, cache))
-            return self.run(self.model.generate, 6, inputs=text, use_cache=True, **handed(self.model, cache))
+            self.run(self.model.generate, 8, use_cache=True, **cache_kwarg(self.model, cache))
+            return self.run(self.model.generate, 6, inputs=text, use_cache=True, **cache_kwarg(self.model, cache))
         except Exception as error:  # of a model that cannot go on
             raise NotTried(f"the model itself cannot go on from a cache ({type(error).__name__})") from error
 
@@ -538,10 +540,10 @@ class Trial:
             want = self.run(self.model.generate, 8, inputs=inputs)
         except Exception as error:  # of the model's own code
             raise NotTried(f"the model itself takes no beginning ({type(error).__name__})") from error
-        self.run(manager.generate, 4, inputs=inputs, **handed(self.model, cache))
+        self.run(manager.generate, 4, inputs=inputs, **cache_kwarg(self.model, cache))
         manager.truncate(cache, length)
         own = self._cropped(inputs, length)
-        got = self.run(manager.generate, 8, inputs=inputs, **handed(self.model, cache))
+        got = self.run(manager.generate, 8, inputs=inputs, **cache_kwarg(self.model, cache))
         try:
             compare(want, got)
         except Wrong:
@@ -552,9 +554,9 @@ class Trial:
         cache = plain_cache(self.model, self.manager().geometry.layers)
         own = cache.self_attention_cache if self.model.config.is_encoder_decoder else cache
         try:
-            self.run(self.model.generate, 4, inputs=inputs, use_cache=True, **handed(self.model, cache))
+            self.run(self.model.generate, 4, inputs=inputs, use_cache=True, **cache_kwarg(self.model, cache))
             own.crop(length - int(own.get_seq_length()))
-            return self.run(self.model.generate, 8, inputs=inputs, use_cache=True, **handed(self.model, cache))
+            return self.run(self.model.generate, 8, inputs=inputs, use_cache=True, **cache_kwarg(self.model, cache))
         except Exception as error:  # of a model that cannot
             raise NotTried(f"the model itself cannot go on from a cropped cache ({type(error).__name__})") from error
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvcache import KVCacheManager, MemoryTimeline, SlidingWindow, SnapKV, events, occupancy
-from kvcache.models import cache_layers, handed
+from kvcache.models import cache_kwarg, cache_layers
 from kvcache.monitoring import CacheMetrics
 
 sys.path.insert(0, str(ROOT / "examples"))
@@ -51,7 +51,7 @@ class Side:
 
     @torch.inference_mode()
     def _run(self, ids: Tensor) -> None:
-        out = self._model(ids, logits_to_keep=1, **handed(self._model, self.cache))
+        out = self._model(ids, logits_to_keep=1, **cache_kwarg(self._model, self.cache))
         self.token = out.logits[:, -1:].argmax(-1)
 
     def step(self) -> None:

@@ -19,7 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from kvcache.cache import CacheGeometry
 from kvcache.errors import GeometryError, InputError
-from kvcache.models import MADE_AS, handed, rope_by_length, taken
+from kvcache.models import MADE_AS, cache_kwarg, get_cache, rope_by_length
 
 STEPWISE = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 """The modes that say one token a row at a time."""
@@ -258,9 +258,9 @@ def _let_ask(module: Any, run: Run) -> None:
     @functools.wraps(kind.prepare_inputs_for_generation)  # `generate` reads there what it may be given
     def next_inputs(self: Any, *inputs: Any, **others: Any) -> Any:
         result = kind.prepare_inputs_for_generation(self, *inputs, **others)
-        if self is module and run.cache is not None and taken(others) is run.cache and taken(result) is None:
+        if self is module and run.cache is not None and get_cache(others) is run.cache and get_cache(result) is None:
             run.cache.reset()  # all tokens are computed anew, on the same cache
-            result = {**result, **handed(module, run.cache)}
+            result = {**result, **cache_kwarg(module, run.cache)}
         return result
 
     methods: list[Callable[..., Any]] = [prepare, prefill, sample]

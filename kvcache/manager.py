@@ -57,6 +57,7 @@ from kvcache.models import (
     MadeFor,
     ManagedCache,
     PositionMode,
+    cache_kwarg,
     cache_layers,
     check_continues,
     check_generate_arguments,
@@ -71,21 +72,20 @@ from kvcache.models import (
     exact_windows,
     facts_of,
     geometry_of,
-    handed,
     kv_layers,
     left_padding,
     model_fingerprint,
     new_cache,
     note_read,
     observed_copy,
+    output_cache,
+    pop_cache,
     quantize_linear,
     rehearse,
     report_of,
     reset_eviction_count,
-    returned,
     shape_of,
     structural_copy,
-    take,
     takes,
     truncate,
 )
@@ -650,7 +650,9 @@ class KVCacheManager:
         """
         return self._decoder.told(logits, cache, ids)
 
-    def why_not(self, inputs: Tensor | None = None, *, prefix: str | None = None, **kwargs: Any) -> str | None:
+    def unsupported_reason(
+        self, inputs: Tensor | None = None, *, prefix: str | None = None, **kwargs: Any
+    ) -> str | None:
         """Why `stream` would not decode this on the decode engine, but by `generate`; None if it would.
 
         Args:
@@ -692,7 +694,7 @@ class KVCacheManager:
         self._refuse_cache_of_another_kind(kwargs)
         on = self.enabled and kwargs.get("use_cache") is not False
         kwargs = dict(kwargs)
-        given = take(kwargs) if on else None
+        given = pop_cache(kwargs) if on else None
         if given is not None:
             self._check_continues(given, inputs, kwargs)
             note_read(given, None)
@@ -721,7 +723,7 @@ class KVCacheManager:
             if given is not None:
                 self._running = weakref.ref(given)
                 mine.append(self._running)
-                kwargs |= handed(model, given)
+                kwargs |= cache_kwarg(model, given)
             try:
                 with self._exactly():
                     # Said aloud: where a config turns caches off, `generate` would ignore the one it is given.
@@ -848,7 +850,7 @@ class KVCacheManager:
             inputs, kwargs = self._prefixed(prefix, inputs, kwargs)
         with running(self.model, self.geometry, lambda wanted: None) as run:
             settings = GenerationSettings.of(run.model, inputs, kwargs)
-        return settings if settings.why_not is None else settings.why_not
+        return settings if settings.unsupported_reason is None else settings.unsupported_reason
 
     @property
     def _own_cache(self) -> bool:
@@ -883,7 +885,7 @@ class KVCacheManager:
             return f"{type(self.model).__name__} is no transformers model that generates"
         if self._own_cache:
             return f"{type(self.model).__name__} generates on a cache of its own making"
-        return own_way(module) or self._decoder.why_not()
+        return own_way(module) or self._decoder.unsupported_reason()
 
     def _mask_of(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
         mask: Tensor | None = kwargs.get("attention_mask")
@@ -904,7 +906,7 @@ class KVCacheManager:
         def prefill() -> tuple[Tensor, Any, Sequence[Tensor], Tensor | None]:
             out = self.generate(inputs, prefix=prefix, generation_config=settings.prefill, **given)
             pads = None if prefix is not None else left_padding(self._mask_of(inputs, kwargs))
-            return out.logits[0], returned(out), list(out.sequences[:, :-1]), pads
+            return out.logits[0], output_cache(out), list(out.sequences[:, :-1]), pads
 
         for chunk, report in self._decoder.chunks(prefill, settings, backend, chunk_size):
             self._last = report

@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
 from kvcache import CapacityError, GeometryError, InputError, KVCacheManager, MaxBytes, MaxTokens, SlidingWindow
-from kvcache.decoding import why_not
+from kvcache.decoding import unsupported_reason
 from kvcache.decoding._wiring import attend
 from kvcache.models import own_attention
 
@@ -56,7 +56,7 @@ def test_every_family_says_the_same_or_says_why_not(name):
     model = tiny(name)
     manager = KVCacheManager(model)
     native = name in NATIVE
-    assert (why_not(model) is None) == native
+    assert (unsupported_reason(model) is None) == native
     for drawing in DRAWING[::3]:
         same(manager, token_ids(2, 9), "eager", native, max_new_tokens=40, chunk_size=7, **drawing)
 
@@ -185,7 +185,7 @@ def test_sinks_in_half_precision_are_left_to_generate():
     )  # fmt: skip
     torch.manual_seed(0)
     manager = KVCacheManager(GptOssForCausalLM(config).eval().to(torch.bfloat16))
-    assert "depends on s_aux" in manager.why_not(token_ids(1, 9), max_new_tokens=4)
+    assert "depends on s_aux" in manager.unsupported_reason(token_ids(1, 9), max_new_tokens=4)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT names the cache as transformers did before

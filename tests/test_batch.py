@@ -187,11 +187,11 @@ def ended(kind, utterance, said):
     return [*said, stop] if kind == "gpt" and len(said) < utterance.max_new_tokens else said
 
 
-def drawn(order, begin, forgets, utterance, logits, before):
+def drawn(order, begin, reset_penalty_after_first, utterance, logits, before):
     """The token that an utterance draws from these logits, ``[rows, vocabulary]``, after those `before`."""
     sampler = Sampler(1, logits.shape[1], order, CPU, guided=logits.shape[0] == 2)
     sampler.set(0, utterance.sampling)
-    sampler.begin(0, torch.tensor(before if before and forgets else [begin, *before]))
+    sampler.begin(0, torch.tensor(before if before and reset_penalty_after_first else [begin, *before]))
     generator, noise = utterance.generator(), torch.empty(1, logits.shape[1])
     for _ in range(len(before) + 1):
         noise.exponential_(generator=generator)
@@ -443,7 +443,7 @@ def link(start, total, seed=0, ends=(), prefix=3, policy=None, temperature=1.0, 
     return Job(prefill, sampling, torch.Generator().manual_seed(seed), total, ends, torch.tensor([start]), **options)
 
 
-def linked(start, total, seed=0, ends=(), first_may_end=True, says_end=True):
+def linked(start, total, seed=0, ends=(), first_may_end=True, include_stop_token=True):
     """What such a job says, in plain Python."""
     generator, token, said = torch.Generator().manual_seed(seed), start, []
     while len(said) < total:
@@ -451,7 +451,7 @@ def linked(start, total, seed=0, ends=(), first_may_end=True, says_end=True):
         token = int((torch.softmax(TABLE[token], 0) / noise).argmax())
         said.append(token)
         if token in ends and (first_may_end or len(said) > 1):
-            return said if says_end else said[:-1]
+            return said if include_stop_token else said[:-1]
     return said
 
 
@@ -477,7 +477,7 @@ def test_jobs_say_what_plain_python_says(data, places, quantum, compact):
             "seed": st.integers(0, 5),
             "ends": st.lists(st.integers(0, SYMBOLS - 1), max_size=3),
             "first_may_end": st.booleans(),
-            "says_end": st.booleans(),
+            "include_stop_token": st.booleans(),
         }
     )
     asked = data.draw(st.lists(one, min_size=1, max_size=8))
@@ -493,11 +493,11 @@ def test_a_job_may_be_over_with_its_first_token():
     batch = Batch(chain(1))
     for options, tokens, over in (
         ({"total": 1}, [first], True),
-        ({"total": 1, "ends": [first], "says_end": False}, [], True),
+        ({"total": 1, "ends": [first], "include_stop_token": False}, [], True),
         ({"total": 9, "ends": [first]}, [first], True),
-        ({"total": 9, "ends": [first], "says_end": False}, [], True),
+        ({"total": 9, "ends": [first], "include_stop_token": False}, [], True),
         ({"total": 9, "ends": [first], "first_may_end": False}, [first], False),
-        ({"total": 1, "ends": [first], "first_may_end": False, "says_end": False}, [first], True),
+        ({"total": 1, "ends": [first], "first_may_end": False, "include_stop_token": False}, [first], True),
     ):
         job = link(2, **options)
         piece = batch.enter(job)
@@ -540,16 +540,16 @@ def test_d10_a_job_whose_logits_are_no_numbers_ends_and_its_neighbours_go_on():
 
 
 def test_a_job_that_forgets_is_penalized_for_what_it_drew():
-    for forgets in (False, True):
+    for reset_penalty_after_first in (False, True):
         decoding = chain(2)
         batch = Batch(decoding)
-        batch.enter(link(4, 20, seed=1, forgets=not forgets, penalty=1.5))
-        job = link(2, 20, seed=7, forgets=forgets, penalty=1.5)
+        batch.enter(link(4, 20, seed=1, reset_penalty_after_first=not reset_penalty_after_first, penalty=1.5))
+        job = link(2, 20, seed=7, reset_penalty_after_first=reset_penalty_after_first, penalty=1.5)
         said = batch.enter(job).tokens.tolist()
         [piece] = [piece for piece in batch.turn() if piece.job is job]
         said += piece.tokens.tolist()
         seen = set(decoding.sampler.seen[1].nonzero()[:, 0].tolist())
-        assert seen == set(said) | (set() if forgets else {2})
+        assert seen == set(said) | (set() if reset_penalty_after_first else {2})
         assert 2 not in said  # or there would be no difference
 
 
@@ -761,7 +761,7 @@ def moves(draw):
 def test_rows_that_move_hold_what_they_held(plan, dtype, pair):
     width = 2 if pair else 1  # rows of a request: they move together
     kv = StaticKV(GEOMETRY, 4 * width, 120, dtype=dtype)
-    nbytes, fronts = kv.nbytes, {n: kv.front(n * width) for n in range(1, 5)}  # taken before anything is there
+    nbytes, fronts = kv.nbytes, {n: kv.first_rows(n * width) for n in range(1, 5)}  # taken before anything is there
     rows, policies = [None] * kv.rows, [None] * kv.rows
 
     def of(place):
@@ -806,7 +806,7 @@ def test_rows_that_move_hold_what_they_held(plan, dtype, pair):
 
 def test_a_front_is_the_same_memory():
     kv = StaticKV(GEOMETRY, 3, 8)
-    front = kv.front(2)
+    front = kv.first_rows(2)
     assert (front.rows, front.slots, 3 * front.nbytes) == (2, 8, 2 * kv.nbytes)
     for ours, theirs in zip((*kv.keys, kv.length, kv.limit), (*front.keys, front.length, front.limit), strict=True):
         assert ours.data_ptr() == theirs.data_ptr() and theirs.shape[0] == 2
@@ -821,9 +821,9 @@ def test_a_front_is_the_same_memory():
     with pytest.raises(GeometryError, match="rows 2 to 2 are not among the 2 rows"):
         front.load(2, prefilled(KeepAll(), [row], 4, [0], [], told=False))
     decoding = chain(3)
-    assert decoding.front(3) is decoding
-    assert decoding.front(2) is decoding.front(2) is not decoding.front(1)
-    assert decoding.front(2).token.data_ptr() == decoding.token.data_ptr()
+    assert decoding.first_rows(3) is decoding
+    assert decoding.first_rows(2) is decoding.first_rows(2) is not decoding.first_rows(1)
+    assert decoding.first_rows(2).token.data_ptr() == decoding.token.data_ptr()
 
 
 def test_settings_and_marks_move_along():
@@ -859,7 +859,7 @@ def test_settings_and_marks_move_along():
     assert torch.equal(moved(shuffled, other, moved.drawing)[back], sampler(logits, noise, sampler.drawing))
     assert torch.equal(moved.seen[back], sampler.seen)
     assert [moved._chosen[i] for i in order] == sampler._chosen == settings
-    only = sampler.front(2)
+    only = sampler.first_rows(2)
     assert torch.equal(only.process(logits[:4], sampler.drawing), sampler.process(logits, sampler.drawing)[:2])
     sampler.set(0, GREEDY)  # what is set after is the front's too; those behind it are none of its
     assert only.drawing is None and sampler.drawing is not None
@@ -898,7 +898,7 @@ def test_a_request_that_moved_goes_on(name, policy, backend, dtype):
         if move is not None:
             together.move(*move)
             where = {i: move[1] if place == move[0] else place for i, place in where.items()}
-        tokens = together.front(size).chunk(steps)
+        tokens = together.first_rows(size).chunk(steps)
         for i, place in where.items():
             said[i] += tokens[place].tolist()
     assert said == expected
@@ -910,7 +910,7 @@ def test_a_request_that_moved_goes_on(name, policy, backend, dtype):
     one = decoding_of(model, 1, slots, dtype=dtype)
     begin(one, manager, ids, sampling, [torch.Generator().manual_seed(1)])
     one.chunk(45)
-    assert torch.equal(together.front(1).chunk(20), one.chunk(20))
+    assert torch.equal(together.first_rows(1).chunk(20), one.chunk(20))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(front.fallback is None for front in together._fronts.values())
     assert (together.kv.seen[0], together.kv._policies[1:]) == (ids.shape[1] + 65, [None] * 3)
@@ -939,7 +939,7 @@ def test_both_rows_of_a_guided_request_move():
         for row, tokens in zip(said, together.chunk(7)[[2, 1]].tolist(), strict=True):
             row += tokens
         together.move(2, 0)
-        for row, tokens in zip(said, together.front(2).chunk(23).tolist(), strict=True):
+        for row, tokens in zip(said, together.first_rows(2).chunk(23).tolist(), strict=True):
             row += tokens
         assert said == expected
         assert together._fronts[2].fallback is None

@@ -211,7 +211,7 @@ def test_verify_finds_what_is_not_intact_and_removes_only_that(kind, place, voic
     planted = {key: data for key, data in planted.items() if data or kind != "redis"}
     for key, data in planted.items():
         here.store._write(key.address, data)
-        here.store.hold(key.address)
+        here.store.pin_address(key.address)
     wrong = {key.address for key in planted}
     count = len(KEYS) + len(planted)
 

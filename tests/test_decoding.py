@@ -30,7 +30,17 @@ from kvcache import (
     SlidingWindow,
 )
 from kvcache.cache import ring_sees, ring_slot, staying_of
-from kvcache.decoding import Decoding, Drawing, Pool, Sampler, Sampling, StaticKV, decoder_copy, traced, why_not
+from kvcache.decoding import (
+    Decoding,
+    Drawing,
+    Pool,
+    Sampler,
+    Sampling,
+    StaticKV,
+    decoder_copy,
+    traced,
+    unsupported_reason,
+)
 from kvcache.decoding._backends import Compiled, Graph
 from kvcache.decoding._sampler import TRANSFORMERS
 from kvcache.models import exact_windows, geometry_of, kv_layers
@@ -853,15 +863,17 @@ REASONS = {
 @pytest.mark.parametrize("name", REASONS)
 def test_models_that_cannot_are_refused_and_told_why(name):
     model = tiny(name)
-    assert REASONS[name] in why_not(model)
+    assert REASONS[name] in unsupported_reason(model)
     with pytest.raises(GeometryError, match=REASONS[name]):
         decoder_copy(model)
 
 
 def test_more_models_that_cannot():
     for rope in ROPE_BY_LENGTH:
-        assert "depend on the length" in why_not(build("llama", rope_parameters=rope, max_position_embeddings=64))
-    assert "scales its attention" in why_not(build("gpt2", scale_attn_by_inverse_layer_idx=True))
+        assert "depend on the length" in unsupported_reason(
+            build("llama", rope_parameters=rope, max_position_embeddings=64)
+        )
+    assert "scales its attention" in unsupported_reason(build("gpt2", scale_attn_by_inverse_layer_idx=True))
 
 
 def snapshot(model):

@@ -28,7 +28,7 @@ from kvcache import (
     SpeakerCache,
 )
 from kvcache.models import _cache as hf
-from kvcache.models import facts_of, geometry_of, handed, returned, taken
+from kvcache.models import cache_kwarg, facts_of, geometry_of, get_cache, output_cache
 
 CLOSE = 2e-4  # fp32 logits of size 1 to 30; a window that is off by one token is off by more than 0.05
 WINDOW = SlidingWindow(8, sinks=4)
@@ -106,7 +106,7 @@ def known(kind: str, attention: str | None = None, layers: int | None = None) ->
 
 def run(model: Any, ids: Tensor, cache: Any, **given: Any) -> Tensor:
     with torch.no_grad():
-        return model(ids, **handed(model, cache), use_cache=True, **given).logits
+        return model(ids, **cache_kwarg(model, cache), use_cache=True, **given).logits
 
 
 def one_by_one(model: Any, ids: Tensor, cache: Any) -> Tensor:
@@ -243,7 +243,7 @@ class Prompted(LlamaForCausalLM):
     @taking_what_llama_takes
     def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
         states = self.get_input_embeddings()(input_ids)
-        held = taken(kwargs)
+        held = get_cache(kwargs)
         if held is not None and held.get_seq_length() == 0:
             states = torch.cat([states[:, :1].new_ones(states.shape[0], 2, states.shape[2]), states], 1)
         return super().forward(inputs_embeds=states, **kwargs)
@@ -256,7 +256,7 @@ class Remembering(LlamaForCausalLM):
 
     @taking_what_llama_takes
     def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
-        held = taken(kwargs)
+        held = get_cache(kwargs)
         seen = 0 if held is None else held.get_seq_length()
         if seen == 0 or self.shift is None:
             self.shift = torch.zeros(1, dtype=torch.long)
@@ -396,7 +396,7 @@ def test_w6_a_cache_given_to_the_model_itself_has_its_window(attention: str, pol
     given: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
     kv = KVCacheManager(model, policy)
     held = kv.new_cache(2)
-    assert torch.equal(model.generate(ids, **handed(model, held), **given), kv.generate(ids, **given))
+    assert torch.equal(model.generate(ids, **cache_kwarg(model, held), **given), kv.generate(ids, **given))
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
@@ -579,7 +579,7 @@ def test_past_its_original_length_a_long_rope_goes_on_with_our_cache(policy: Any
     held, given = kv.new_cache(), {"max_new_tokens": 12, "do_sample": False}
     theirs = model.generate(ids, return_dict_in_generate=True, **given)
     assert torch.equal(kv.generate(ids, past_key_values=held, **given), theirs.sequences)
-    assert kv.report(held).seen == kv.report().seen == returned(theirs).get_seq_length()
+    assert kv.report(held).seen == kv.report().seen == output_cache(theirs).get_seq_length()
 
 
 def test_a_run_past_it_takes_no_other_call_of_the_model_for_its_own() -> None:

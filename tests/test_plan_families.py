@@ -16,7 +16,7 @@ from kvcache import InputError, KVCacheManager, MaxBytes, MaxTokens, Pinned, Pol
 from kvcache.cache import Quantization
 from kvcache.decoding import Setting
 from kvcache.models import _cache as hf
-from kvcache.models import handed
+from kvcache.models import cache_kwarg
 from kvcache.tools import plan, subject
 from kvcache.tools._footprint import language_footprint
 
@@ -149,7 +149,7 @@ def test_a_prompt_is_let_go_of_where_a_window_ends(name: str) -> None:
         cache = manager.new_cache(2)
         with torch.no_grad():
             for part in ids.split(list(chunks), 1):
-                made(name)(part, **handed(made(name), cache), use_cache=True)
+                made(name)(part, **cache_kwarg(made(name), cache), use_cache=True)
         sizes.add(manager.report(cache).nbytes)
     assert sizes == {manager.estimate(60, 2)}
 

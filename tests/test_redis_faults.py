@@ -257,7 +257,7 @@ def test_crashes_stores_a_server_that_is_no_redis_costs_a_computation(kind, capl
         assert Patience().in_time(ask, 60) >= 0
         assert cache.stats().built == 3
         with suppress(KVCacheError):
-            assert Patience().in_time(lambda: store.intact(KEY.address), 60) is None
+            assert Patience().in_time(lambda: store.read_verified(KEY.address), 60) is None
     assert caplog.records and "hunter2" not in caplog.text
 
 

@@ -366,7 +366,10 @@ def test_an_end_that_is_not_said_still_ends_its_job():
     for size in (at, at + 1, 1):
         chunks.clear()
         turns = Turns(batch)
-        make = [link(3, 20, 1, ends=[stop], says_end=False), link(4, 2, 5, ends=range(SYMBOLS), says_end=False)]
+        make = [
+            link(3, 20, 1, ends=[stop], include_stop_token=False),
+            link(4, 2, 5, ends=range(SYMBOLS), include_stop_token=False),
+        ]
         befores = []
         turns.add(
             Request(
@@ -946,7 +949,7 @@ def test_two_hundred_requests_leave_nothing_behind():
     def opens():
         with pool.lent("batch", 64, lambda slots: chain(4, slots), exactly=True) as decoding:
             for places in range(1, 5):  # what is made when it is needed, and stays
-                decoding.front(places).kv.begin(1)
+                decoding.first_rows(places).kv.begin(1)
             yield Batch(decoding)
 
     counts, seen = [], {}

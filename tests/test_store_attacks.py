@@ -559,7 +559,7 @@ def test_one_bad_entry_ends_neither_listing_nor_checking_of_the_others(kind, tmp
             described = describe(store, entry.address)
             assert described.layers == 2 and described.model.encode() == b"m"
     with pytest.raises(CorruptError):
-        store.intact("ab" * 32)
+        store.read_verified("ab" * 32)
 
 
 def test_keys_and_values_of_float8_are_kept_and_checked(tmp_path):

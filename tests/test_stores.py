@@ -1017,9 +1017,9 @@ def test_looking_is_not_using(kind, stores, tmp_path):
             tell_apart(folder, i)
     before = store.entries()
     whole = store.peek(old.address)
-    assert exact(PrefixSnapshot.from_bytes(whole), old) and store.intact(old.address) == whole
+    assert exact(PrefixSnapshot.from_bytes(whole), old) and store.read_verified(old.address) == whole
     assert store.peek(old.address, 40) == whole[:40]
-    assert store.peek(newest.address) is store.peek(newest.address, 40) is store.intact(newest.address) is None
+    assert store.peek(newest.address) is store.peek(newest.address, 40) is store.read_verified(newest.address) is None
     assert store.entries() == before and (store.hits, store.misses) == (0, 0)
     store.put(cold(newest))
     assert [store.has(key) for key in (old, new, newest)] == [False, True, True]
@@ -1029,18 +1029,18 @@ def test_looking_is_not_using(kind, stores, tmp_path):
 def test_what_is_added_held_and_removed_by_address(kind, stores):
     store, other, key = stores(kind), stores(kind, where="b"), voice(0)
     other.put(cold(key))
-    assert store.add(other.intact(key.address)) == key.address and exact(store.get(key), key)
-    store.hold(key.address)
+    assert store.add(other.read_verified(key.address)) == key.address and exact(store.get(key), key)
+    store.pin_address(key.address)
     assert [entry.pinned for entry in store.entries()] == [True]
-    store.hold(key.address, False)
+    store.pin_address(key.address, False)
     assert [entry.pinned for entry in store.entries()] == [False]
-    store.hold(key.address)
+    store.pin_address(key.address)
     store.remove(key.address)
     store.remove(key.address)  # what is not there is no error
     store.put(cold(key))
     assert [entry.pinned for entry in store.entries()] == [False]  # its pin went with it
     for name in HOSTILE:
-        for act in (store.peek, store.intact, store.hold, store.remove):
+        for act in (store.peek, store.read_verified, store.pin_address, store.remove):
             with pytest.raises(InputError, match="is no address"):
                 act(name)
 
@@ -1057,7 +1057,7 @@ def test_what_is_not_intact_is_told_from_what_others_signed(kind, stores):
     ):  # fmt: skip
         store._write(key.address, data)
         with pytest.raises(CorruptError) as caught:
-            store.intact(key.address)
+            store.read_verified(key.address)
         assert isinstance(caught.value, SignatureError) == foreign
     for store, data in ((plain, torn), (plain, signed), (ours, unsigned), (ours, signed)):
         store.remove(key.address)

@@ -169,7 +169,7 @@ def export(
         raise InputError(f"there is no folder {file.parent}; make it, or give another")
     with _opened(store, namespace, secret_file) as opened:
         found = find(opened.entries(), address).address
-        data = opened.intact(found)
+        data = opened.read_verified(found)
     if data is None:
         raise CheckFailed(f"{found} left the store meanwhile; run kvcache voices list")
     try:
@@ -200,7 +200,7 @@ def bring_in(
         except CorruptError as error:
             raise type(error)(f"{file} is not taken in: {error}") from error
         if pin:
-            opened.hold(address)
+            opened.pin_address(address)
     _done(as_json, {"address": address, "nbytes": len(data), "pinned": pin}, f"{address} is in {shown_place(store)}")
 
 
@@ -297,7 +297,7 @@ def _hold(
 ) -> None:
     with _opened(store, namespace, secret_file) as opened:
         found = find(opened.entries(), address).address
-        opened.hold(found, pinned)
+        opened.pin_address(found, pinned)
     _done(as_json, {"address": found, "pinned": pinned}, f"{found} is {'' if pinned else 'no longer '}pinned")
 
 

@@ -35,7 +35,7 @@ from kvcache.decoding._tuning_profile import (
 )
 from kvcache.decoding._turns import Chunk, Request, Turns
 from kvcache.decoding._warming import Told, WarmUp, untold
-from kvcache.decoding._wiring import DecodeInputs, decoder_copy, kernel_reason, why_not
+from kvcache.decoding._wiring import DecodeInputs, decoder_copy, kernel_reason, unsupported_reason
 
 __all__ = [
     "BUCKET",
@@ -95,7 +95,7 @@ __all__ = [
     "made_by",
     "setting_to_dict",
     "traced",
+    "unsupported_reason",
     "untold",
     "versions",
-    "why_not",
 ]

@@ -35,8 +35,8 @@ class Job:
         ends: the tokens that end it.
         seen: the token ids that the repetition penalty is about from the start.
         first_may_end: whether it may end with its first token.
-        forgets: from the second token on, the penalty is only about what was drawn.
-        says_end: whether the token that ends it is part of what it says.
+        reset_penalty_after_first: from the second token on, the penalty is only about what was drawn.
+        include_stop_token: whether the token that ends it is part of what it says.
     """
 
     prefill: Callable[[], tuple[Tensor, Sequence[KVLayer]]]
@@ -46,8 +46,8 @@ class Job:
     ends: Sequence[int]
     seen: Tensor
     first_may_end: bool = True
-    forgets: bool = False
-    says_end: bool = True
+    reset_penalty_after_first: bool = False
+    include_stop_token: bool = True
 
     def __post_init__(self) -> None:
         check_whole("total", self.total, 1)
@@ -146,7 +146,7 @@ class Batch:
         except BaseException:
             decoding.free(place, 1)
             raise
-        if job.forgets:
+        if job.reset_penalty_after_first:
             decoding.sampler.begin(place, first)
         self._jobs[place], self._made[place] = job, 0
         piece = self._piece(place, job, first.cpu(), job.ends if job.first_may_end else ())
@@ -167,7 +167,7 @@ class Batch:
         """Decode some steps, and say what came of them: one piece for each job, the places of those that ended are free."""
         if self.busy == 0:
             return []
-        front = self._decoding.front(self._gather() if self._compact else self.places)
+        front = self._decoding.first_rows(self._gather() if self._compact else self.places)
         running = [(place, job) for place, job in enumerate(self._jobs) if job is not None]
         steps = min(self._quantum, *(job.total - self._made[place] for place, job in running))
         tokens = front.chunk(steps).cpu()  # the one look at the device
@@ -186,7 +186,7 @@ class Batch:
             return Piece(job, tokens[tokens != FAILED], True, error)
         stops = torch.isin(tokens, torch.tensor(ends, dtype=torch.long)).nonzero()
         if len(stops):
-            return Piece(job, tokens[: int(stops[0]) + job.says_end], True)
+            return Piece(job, tokens[: int(stops[0]) + job.include_stop_token], True)
         over = self._made[place] == job.total
         return Piece(job, tokens, over, cut_off=over)
 

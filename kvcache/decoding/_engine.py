@@ -126,7 +126,7 @@ class Decoding:
         """How many decode together."""
         return len(self.token)
 
-    def front(self, requests: int) -> "Decoding":
+    def first_rows(self, requests: int) -> "Decoding":
         """The first requests as a decoding of their own, for steps that cost only as much as they need.
 
         The same memory throughout; what runs the steps is captured or compiled for each number of requests.
@@ -136,7 +136,7 @@ class Decoding:
         if requests not in self._fronts:
             new = copy.copy(self)
             new._fronts = {}
-            new.kv, new.sampler = self.kv.front(requests * self.rows), self.sampler.front(requests)
+            new.kv, new.sampler = self.kv.first_rows(requests * self.rows), self.sampler.first_rows(requests)
             new._inputs = DecodeInputs(new.kv, self._inputs.kernel)
             new.token, new.made, new._out = self.token[:requests], self.made[:requests], self._out[:requests]
             new._begun = self._begun[:requests]

@@ -40,7 +40,7 @@ class GenerationSettings:
         pad: what stands behind an end.
         unpenalized: how many tokens at the start of each row the repetition penalty is not about.
         prefill: the same as a generation of one token, whose logits and cache it returns.
-        why_not: None if the engine can.
+        unsupported_reason: None if the engine can.
     """
 
     sampling: Sampling
@@ -50,7 +50,7 @@ class GenerationSettings:
     pad: int
     unpenalized: tuple[int, ...]
     prefill: GenerationConfig
-    why_not: str | None
+    unsupported_reason: str | None
 
     @classmethod
     def of(cls, model: Any, inputs: Tensor | None, given: Mapping[str, Any]) -> "GenerationSettings":

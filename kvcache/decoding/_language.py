@@ -14,16 +14,16 @@ from kvcache.decoding._pool import Pool
 from kvcache.decoding._programs import Programs
 from kvcache.decoding._sampler import GREEDY, TRANSFORMERS, Sampler
 from kvcache.decoding._static_cache import StaticKV
-from kvcache.decoding._wiring import decoder_copy, why_not
+from kvcache.decoding._wiring import decoder_copy, unsupported_reason
 from kvcache.errors import GeometryError
 from kvcache.models import (
     ModelFacts,
     alike,
     autocasts,
+    cache_kwarg,
     each_without_autocast,
     facts_of,
     geometry_of,
-    handed,
     kv_layers,
     new_cache,
     untouched,
@@ -59,11 +59,11 @@ class LanguageDecoder:
         self._pool = Pool()
         self.programs = Programs()
 
-    def why_not(self) -> str | None:
+    def unsupported_reason(self) -> str | None:
         """Why the model cannot be decoded so; None if it can. Tried once on a few tokens: the answer must be its own."""
         if autocasts(self._model.device.type):
             return "its steps, which wait for later requests, are not taken under torch.autocast"
-        return why_not(self._model) or facts_of(self._model).once("engine", _why_not_tried)
+        return unsupported_reason(self._model) or facts_of(self._model).once("engine", _why_not_tried)
 
     def release(self) -> None:
         """Let go of the memory that waits for the next request."""
@@ -177,7 +177,7 @@ def _why_not_tried(facts: ModelFacts) -> str | None:
     try:
         with untouched(model):
             cache = new_cache(model)
-            model(ids[:, :half], **handed(model, cache), use_cache=True)
+            model(ids[:, :half], **cache_kwarg(model, cache), use_cache=True)
             found = LanguageDecoder(model, None, None).told(told[:, half - 1], cache, ids[0, half:])
     except Exception as error:  # code of any model; the reason is told where it is asked for
         return f"a short trial of {type(model).__name__} failed with {type(error).__name__}: {str(error)[:200]}"

@@ -43,7 +43,7 @@ class ProgramFiles:
         """
         return default_folder() / FOLDER if self._given is None else self._given
 
-    def why_not(self) -> str | None:
+    def unsupported_reason(self) -> str | None:
         """Why nothing is read from the folder, nor written to it; None if it is private, or not there yet."""
         if not hasattr(os, "geteuid"):
             return "this system does not tell whose a file is"
@@ -68,7 +68,7 @@ class ProgramFiles:
             CorruptError: with the reason why it is not used: it is another's, others may write to it, it is not whole, or of
                 other versions.
         """
-        if (reason := self.why_not()) is not None:
+        if (reason := self.unsupported_reason()) is not None:
             raise CorruptError(reason)
         path = self._path(key)
         try:
@@ -98,7 +98,7 @@ class ProgramFiles:
             OSError: if it cannot be written.
         """
         make_private_folder(self.folder)
-        if (reason := self.why_not()) is not None:
+        if (reason := self.unsupported_reason()) is not None:
             raise CorruptError(reason)
         said = json.dumps({"key": key, "made_by": made_by, "about": about}).encode()
         body = len(said).to_bytes(8, "big") + said + program

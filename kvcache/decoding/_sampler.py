@@ -128,7 +128,7 @@ class Sampler:
         for request in range(requests):
             self.set(request, GREEDY)
 
-    def front(self, requests: int) -> "Sampler":
+    def first_rows(self, requests: int) -> "Sampler":
         """The sampler of the first requests: the same settings and marks."""
         new = copy.copy(self)
         new.seen, new.failed = self.seen[:requests], self.failed[:requests]

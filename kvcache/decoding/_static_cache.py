@@ -83,7 +83,7 @@ class StaticKV:
         """Bytes of all keys and values; on a CPU the system hands out their memory as it is written to."""
         return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
 
-    def front(self, rows: int) -> "StaticKV":
+    def first_rows(self, rows: int) -> "StaticKV":
         """The first rows as a cache of their own: the same memory, lengths and policies."""
         new = copy.copy(self)
         new.rows = rows

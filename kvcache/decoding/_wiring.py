@@ -26,7 +26,7 @@ from kvcache.models import (
 _ATTENTION = "kvcache_decode"
 
 
-def why_not(model: Any) -> str | None:
+def unsupported_reason(model: Any) -> str | None:
     """Why a model cannot decode on a `StaticKV`; None if it can."""
     config = model.config
     text = config.get_text_config(decoder=True)
@@ -63,7 +63,7 @@ def decoder_copy(model: Any) -> Any:
     Raises:
         GeometryError: if this model cannot.
     """
-    if (reason := why_not(model)) is not None:
+    if (reason := unsupported_reason(model)) is not None:
         raise GeometryError(f"cannot decode on a static cache: {reason}; decode without a backend")
     AttentionInterface.register(_ATTENTION, attend)
     AttentionMaskInterface.register(_ATTENTION, _no_mask)

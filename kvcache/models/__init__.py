@@ -32,7 +32,7 @@ from kvcache.models._cache import (
     truncate,
 )
 from kvcache.models._code import class_code, function_code
-from kvcache.models._compat import MADE_AS, handed, returned, take, taken, takes
+from kvcache.models._compat import MADE_AS, cache_kwarg, get_cache, output_cache, pop_cache, takes
 from kvcache.models._copies import structural_copy
 from kvcache.models._facts import LayerShape, ModelFacts, Seat, alike, facts_of, geometry_of, rope_by_length, run_prefix
 from kvcache.models._fingerprint import (
@@ -86,6 +86,7 @@ __all__ = [
     "Watch",
     "alike",
     "autocasts",
+    "cache_kwarg",
     "cache_layers",
     "cast",
     "check_continues",
@@ -109,7 +110,7 @@ __all__ = [
     "forget",
     "function_code",
     "geometry_of",
-    "handed",
+    "get_cache",
     "has_half",
     "has_onednn",
     "is_attention",
@@ -127,8 +128,10 @@ __all__ = [
     "observed_copy",
     "onednn_linear",
     "onednn_rows",
+    "output_cache",
     "own_attention",
     "planned",
+    "pop_cache",
     "profile_retrieval_heads",
     "quantize_linear",
     "reads_half_caches",
@@ -136,15 +139,12 @@ __all__ = [
     "rehearse",
     "report_of",
     "reset_eviction_count",
-    "returned",
     "rope_by_length",
     "run_blank",
     "run_prefix",
     "shape_of",
     "signature_of",
     "structural_copy",
-    "take",
-    "taken",
     "takes",
     "tensor_bytes",
     "told_more",

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import GenerationConfig, GenerationMixin
 
 from kvcache.errors import InputError
-from kvcache.models._compat import take
+from kvcache.models._compat import pop_cache
 
 BESIDE_TEXT = frozenset(
     (
@@ -66,7 +66,7 @@ def check_generate_arguments(model: Any, given: Mapping[str, Any]) -> None:
     settings: Any = GenerationConfig
     asked: Any = model
     given = dict(given)
-    take(given)  # a cache, under whichever of its names
+    pop_cache(given)  # a cache, under whichever of its names
     try:
         rest = settings().update(**{name: value for name, value in given.items() if name not in own})
     except (ValueError, TypeError) as error:

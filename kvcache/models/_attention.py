@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from kvcache.cache import Piece, place
 from kvcache.errors import PolicyError
-from kvcache.models._compat import taken
+from kvcache.models._compat import get_cache
 from kvcache.models._copies import structural_copy
 from kvcache.models._signature import signature_of
 from kvcache.models._windows import hides_more, shows_later
@@ -132,7 +132,7 @@ def _begin(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
 
 def _check_mask(given: dict[str, Any]) -> None:
     """Refuse a mask that hides more than the pads which the cache knows of: heads of their own have their own masks."""
-    cache, name = taken(given), "attention_mask"
+    cache, name = get_cache(given), "attention_mask"
     if (decoders := getattr(cache, "self_attention_cache", None)) is not None:
         cache, name = decoders, "decoder_attention_mask"
     held = (getattr(layer, "kv", None) for layer in getattr(cache, "layers", ()))

@@ -43,7 +43,7 @@ from kvcache.events import Evictions
 from kvcache.models import _attention as attention
 from kvcache.models import _export as export
 from kvcache.models._arguments import check_model
-from kvcache.models._compat import MADE_AS, handed
+from kvcache.models._compat import MADE_AS, cache_kwarg
 from kvcache.models._facts import ModelFacts, alike, facts_of, geometry_of
 from kvcache.models._managed import Crossed, ManagedCache, ManagedEncoderDecoderCache, check_rollback
 from kvcache.models._managed import ManagedLayer as ManagedLayer
@@ -388,7 +388,7 @@ def check_ranking(model: Any, runner: Any) -> None:
         PolicyError: with the reason, if it is not.
     """
 
-    def why_not(facts: ModelFacts) -> str | None:
+    def unsupported_reason(facts: ModelFacts) -> str | None:
         if facts.why_not_probed is not None and model.device.type == "meta":
             return None  # nothing is computed
         try:
@@ -398,7 +398,9 @@ def check_ranking(model: Any, runner: Any) -> None:
         cache = new_cache(model, SnapKV(1024))
         try:
             with facts.as_fresh(runner):
-                parts = [runner(part, **handed(runner, cache), use_cache=True)[0] for part in (ids[:, :4], ids[:, 4:])]
+                parts = [
+                    runner(part, **cache_kwarg(runner, cache), use_cache=True)[0] for part in (ids[:, :4], ids[:, 4:])
+                ]
         except PolicyError as error:
             return str(error).split(";")[0]
         same = alike(torch.cat(parts, 1), told, None if told.dtype == torch.float32 else 0.3)
@@ -406,7 +408,7 @@ def check_ranking(model: Any, runner: Any) -> None:
             None if same else f"{type(model).__name__} attends in a way of its own, which heads cannot do by themselves"
         )
 
-    if (why := facts_of(model).once("ranking", why_not)) is not None:
+    if (why := facts_of(model).once("ranking", unsupported_reason)) is not None:
         raise PolicyError(f"{why}; use a policy by age, such as SlidingWindow")
 
 
@@ -433,7 +435,7 @@ def rehearse(model: Any, cache: Any, ids: Tensor, instruction: Tensor | None) ->
                 layer.rehearsing = range(start, min(start + _REHEARSED, ids.shape[1]))
             if instruction is not None:
                 part = torch.cat([instruction.to(ids.device).expand(ids.shape[0], -1), part], 1)
-            body(part, **handed(body, cache), use_cache=True)
+            body(part, **cache_kwarg(body, cache), use_cache=True)
     except BaseException:
         for undo in before:
             undo()

@@ -13,7 +13,7 @@ MADE_AS = "cache" if tuple(int(n) for n in transformers.__version__.split(".")[:
 _NAMES = ("cache", "past_key_values", "layer_past")  # the last is that of GPT-2's attention up to some release
 
 
-def handed(model: Any, cache: Any) -> dict[str, Any]:
+def cache_kwarg(model: Any, cache: Any) -> dict[str, Any]:
     """The keyword argument that hands a cache to ``model(…)`` or ``model.generate(…)``."""
     while (inside := getattr(model, "_orig_mod", None)) is not None:  # of `torch.compile`
         model = inside
@@ -26,22 +26,22 @@ def takes(model: Any) -> bool:
     return any(name in arguments for name in _NAMES)
 
 
-def taken(given: Mapping[str, Any]) -> Any:
+def get_cache(given: Mapping[str, Any]) -> Any:
     """The cache among a model's keyword arguments, under whichever name; None if there is none."""
     return next((given[name] for name in _NAMES if given.get(name) is not None), None)
 
 
-def take(given: MutableMapping[str, Any]) -> Any:
+def pop_cache(given: MutableMapping[str, Any]) -> Any:
     """The same, taken out of them."""
-    found = taken(given)
+    found = get_cache(given)
     for name in _NAMES:
         given.pop(name, None)
     return found
 
 
-def returned(output: Any) -> Any:
+def output_cache(output: Any) -> Any:
     """The cache that a model's output, or that of `generate`, brings back."""
-    return taken(output)
+    return get_cache(output)
 
 
 @lru_cache(maxsize=256)

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache
 
 from kvcache.cache import WHY_NO_EVICTION, CacheGeometry, KeyRotation, Positions, positions_of
 from kvcache.errors import GeometryError, PositionsError
-from kvcache.models._compat import handed
+from kvcache.models._compat import cache_kwarg
 from kvcache.models._probe import (
     TOKENS,
     Call,
@@ -112,10 +112,10 @@ class ModelFacts:
             raise ReferenceError(f"the {self._name} that these facts are of is gone")
         return model
 
-    def once(self, feature: str, why_not: Callable[["ModelFacts"], str | None]) -> str | None:
+    def once(self, feature: str, unsupported_reason: Callable[["ModelFacts"], str | None]) -> str | None:
         """Why another feature is not possible, by a trial that is made once."""
         if feature not in self._found:
-            self._found[feature] = why_not(self)
+            self._found[feature] = unsupported_reason(self)
         return self._found[feature]
 
     def trial(self) -> tuple[Tensor, Tensor]:
@@ -504,7 +504,9 @@ class ModelFacts:
         model, probe = self.model, self._probe
         if not hasattr(model, "generation_config"):
             seen = int(cache.get_seq_length())  # a body alone is given what follows, where `generate` is given all
-            out = model(**_behind(probe.given(ids[:, seen:]), seen, model), **handed(model, cache), use_cache=True)[0]
+            out = model(
+                **_behind(probe.given(ids[:, seen:]), seen, model), **cache_kwarg(model, cache), use_cache=True
+            )[0]
             return out[:, -1], {i: layer.keys for i, layer in enumerate(layers_of(cache))}
         given = probe.given(ids)
         settings = GenerationConfig(  # type: ignore[no-untyped-call]
@@ -512,7 +514,7 @@ class ModelFacts:
         )
         settings.output_logits, settings.pad_token_id = True, 0
         mask = torch.ones(ids.shape, dtype=torch.long, device=ids.device)  # as a request with a prefix has one
-        out = model.generate(**given, attention_mask=mask, **handed(model, cache), generation_config=settings)
+        out = model.generate(**given, attention_mask=mask, **cache_kwarg(model, cache), generation_config=settings)
         return out.logits[0], {i: layer.keys for i, layer in enumerate(layers_of(cache)) if layer.keys is not None}
 
 
@@ -677,7 +679,7 @@ def run_prefix(model: Any, given: Mapping[str, Tensor], cache: Any, start: int) 
         start: tokens before it.
     """
     body = getattr(model, "base_model", model)  # without the head: nobody asks for a prefix's logits
-    body(**_behind(given, start, body), **handed(body, cache), use_cache=True)
+    body(**_behind(given, start, body), **cache_kwarg(body, cache), use_cache=True)
 
 
 def _behind(given: Mapping[str, Tensor], start: int, body: Any) -> dict[str, Tensor]:

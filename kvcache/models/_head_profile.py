@@ -14,7 +14,7 @@ from kvcache.errors import CorruptError, InputError, said
 from kvcache.io import write_given
 from kvcache.models._attention import observed_copy
 from kvcache.models._cache import kv_layers, new_cache
-from kvcache.models._compat import handed
+from kvcache.models._compat import cache_kwarg
 from kvcache.models._fingerprint import model_fingerprint
 
 _FORMAT = "kvcache-heads"
@@ -176,7 +176,7 @@ def profile_retrieval_heads(
     for ids in batches:
         room = ids.shape[1] + _Watching.recent + _Watching.sinks
         cache = new_cache(model, _Watching(limit=room, low_water=room))
-        body(ids.to(model.device), **handed(body, cache), use_cache=True)
+        body(ids.to(model.device), **cache_kwarg(body, cache), use_cache=True)
         layers = [kv for kv in kv_layers(cache) if isinstance(kv, RankedLayer)]
         shares = far_shares(layers, sinks, window)
         weight = ids.numel() / tokens

@@ -29,7 +29,7 @@ from transformers.cache_utils import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from kvcache.models._autocast import without_autocast
-from kvcache.models._compat import handed
+from kvcache.models._compat import cache_kwarg
 from kvcache.models._forwards import trying
 
 _LOCK = threading.RLock()  # one probe at a time: it sets modules to evaluation and back
@@ -449,7 +449,7 @@ class Probe:
                 block.callback(handle.remove)
             if followed is not None:
                 block.enter_context(followed)
-            out = self.model(**self.given(ids), **handed(self.model, cache), use_cache=True, **(more or {}))
+            out = self.model(**self.given(ids), **cache_kwarg(self.model, cache), use_cache=True, **(more or {}))
         logits = getattr(out, "logits", None)
         notes.output = out[0] if logits is None else logits
         return notes

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from kvcache.cache import CacheShape, LayerShape, Token, layer_bytes, tensors_of
 from kvcache.errors import GeometryError
-from kvcache.models._compat import handed
+from kvcache.models._compat import cache_kwarg
 from kvcache.models._copies import structural_copy
 from kvcache.models._facts import facts_of
 from kvcache.models._meta import without_numbers
@@ -108,7 +108,7 @@ def run_blank(model: Any, cache: Any, rows: int, tokens: int, encoded: int, devi
         **more: arguments of the model.
     """
     ids = torch.zeros(rows, tokens, dtype=torch.long, device=device)
-    given = {**handed(model, cache), "use_cache": True, **more}
+    given = {**cache_kwarg(model, cache), "use_cache": True, **more}
     if getattr(model.config, "is_encoder_decoder", False):
         if "encoder_outputs" not in given:
             own = getattr(model.get_encoder(), "config", None)  # FSMT's has none

@@ -438,7 +438,7 @@ def _programs() -> Finding:
     """Steps that earlier processes have compiled."""
     files = ProgramFiles()
     try:
-        held, reason = files.held(), files.why_not()
+        held, reason = files.held(), files.unsupported_reason()
     except InputError as error:
         return Finding("back ends", "compiled steps", "note", str(error), _ELSEWHERE)
     if reason is not None:

@@ -22,7 +22,7 @@ from kvcache.cache import CacheGeometry, CacheReport, KeepAll, Quantization
 from kvcache.decoding import BUCKET, Backend, Setting, Told, VocoderSetting, WarmUp
 from kvcache.errors import InputError, KVCacheError, MissingDependencyError, said
 from kvcache.manager import KVCacheManager
-from kvcache.models import encoder_input, geometry_of, handed, planned, quantize_linear, reads_text
+from kvcache.models import cache_kwarg, encoder_input, geometry_of, planned, quantize_linear, reads_text
 from kvcache.tools._footprint import Footprint, language_footprint
 
 __all__ = [
@@ -346,7 +346,7 @@ class LanguageTarget(ModelTarget):
             )
         language = _Language(self.load(), setting)
         prompt, settings = language._request(context, tokens)
-        if (reason := language.manager.why_not(prompt, **settings)) is not None:
+        if (reason := language.manager.unsupported_reason(prompt, **settings)) is not None:
             raise InputError(f"{self.name} has no steps to compile: {reason}")
         return language.manager.warm_up(prompt, backend=setting.backend, told=told, **settings)
 
@@ -391,7 +391,7 @@ class _Language:
 
     def run(self, context: int, tokens: int) -> None:
         prompt, settings = self._request(context, tokens)
-        if self._setting.backend == "off" or self.manager.why_not(prompt, **settings) is not None:
+        if self._setting.backend == "off" or self.manager.unsupported_reason(prompt, **settings) is not None:
             self.manager.generate(prompt, **settings)
         else:
             for _ in self.stream(context, tokens):
@@ -434,7 +434,7 @@ class _Language:
     def logits(self, ids: Tensor) -> Tensor:
         ids = ids[None].to(self._model.device)
         cache, half = self.manager.new_cache(), (ids.shape[1] + 1) // 2
-        given = {**handed(self.module, cache), "use_cache": True}
+        given = {**cache_kwarg(self.module, cache), "use_cache": True}
         if self._model.config.is_encoder_decoder:
             return self._translated(ids, half, given)
         said = [self.module(ids[:, :half], **given).logits[0]]

@@ -231,10 +231,10 @@ def space_of(
         refused.append(Refusal("kv_dtype", "bf16", "this CPU has no fast bf16, or the model is not in fp32"))
 
     bits: list[int | None] = [None]
-    if (why_not := _why_no_bits(subject, device, context)) is None:
+    if (unsupported_reason := _why_no_bits(subject, device, context)) is None:
         bits += [8, 4]
     else:
-        refused.append(Refusal("quantization", "8, 4", why_not))
+        refused.append(Refusal("quantization", "8, 4", unsupported_reason))
 
     buckets: tuple[int | None, ...] = (None,)
     if cpu:

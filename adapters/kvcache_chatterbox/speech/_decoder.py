@@ -116,7 +116,7 @@ class UtteranceDecoder:
             return None
         if self._manager.positions == "rerotated" and self.policy.evicts:
             return "re-rotated positions are turned on the host"
-        return self._engine.why_not
+        return self._engine.unsupported_reason
 
     @property
     def _stepper(self) -> Stepper | None:

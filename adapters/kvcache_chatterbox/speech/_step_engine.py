@@ -21,7 +21,7 @@ from kvcache.decoding import (
     Sampling,
     StaticKV,
     decoder_copy,
-    why_not,
+    unsupported_reason,
 )
 from kvcache.models import (
     Following,
@@ -116,7 +116,7 @@ class Stepper:
         self._pool = Pool(most=1)  # what a plan said is held, and nothing of an earlier text beside it
 
     @property
-    def why_not(self) -> str | None:
+    def unsupported_reason(self) -> str | None:
         """Why this T3, as it is now, cannot decode on the engine; None if it can."""
         return self._from_model.now()[1]
 
@@ -171,8 +171,8 @@ class Stepper:
             ends=[hp.stop_speech_token],
             seen=torch.tensor([hp.start_speech_token]),
             first_may_end=not is_gpt,
-            forgets=is_gpt,
-            says_end=not is_gpt,
+            reset_penalty_after_first=is_gpt,
+            include_stop_token=not is_gpt,
         )
 
     def decoding(self, requests: int, rows: int, slots: int) -> Decoding:
@@ -254,4 +254,4 @@ class Stepper:
 def _why_not(t3: Any) -> str | None:
     if AlignmentCheck.wanted(t3):
         return "the multilingual model's alignment check looks at every token on the host"
-    return why_not(t3.tfmr)
+    return unsupported_reason(t3.tfmr)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvcache.decoding import Sampling
-from kvcache.models import handed, onednn_linear
+from kvcache.models import cache_kwarg, onednn_linear
 from kvcache_chatterbox.checks import without_autocast
 from kvcache_chatterbox.prefill import Prefill, embed_speech
 from kvcache_chatterbox.speech._alignment import AlignmentCheck
@@ -110,5 +110,5 @@ class Decoder:
 
     def _forward(self) -> FirstPass:
         caching = self._cache is not None
-        out = self._t3.tfmr(inputs_embeds=self._pending, **handed(self._t3.tfmr, self._cache), use_cache=caching)
+        out = self._t3.tfmr(inputs_embeds=self._pending, **cache_kwarg(self._t3.tfmr, self._cache), use_cache=caching)
         return FirstPass(out[0][:, -1])

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from kvcache import InputError, PrefixKey, PrefixSnapshot
 from kvcache.decoding import Decoding
-from kvcache.models import Watch, handed, kv_layers, onednn_rows
+from kvcache.models import Watch, cache_kwarg, kv_layers, onednn_rows
 from kvcache.tools import Footprint, Moment, buffers, fill, onednn_bytes, step_bytes, written_static
 from kvcache_chatterbox.engine import ChatterboxEngine
 from kvcache_chatterbox.loading import random_conditionals
@@ -118,7 +118,9 @@ def speech_footprint(engine: ChatterboxEngine, requests: int, context: int, toke
             fill(layers, seen - context - 1)
             before = buffers(layers)
             with Watch() as watch:
-                out = t3.tfmr(inputs_embeds=logits.new_empty(rows, 1, t3.dim), **handed(t3.tfmr, cache), use_cache=True)
+                out = t3.tfmr(
+                    inputs_embeds=logits.new_empty(rows, 1, t3.dim), **cache_kwarg(t3.tfmr, cache), use_cache=True
+                )
                 t3.speech_head(out[0][:, -1])
             step = max(0, watch.peak - buffers(layers) + before) + (scratch if rows in onednn_rows() else 0)
         else:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kvcache import PrefixKey, PrefixSnapshot, SpeakerCache, model_fingerprint
-from kvcache.models import geometry_of, handed, kv_layers, new_cache, tensor_bytes, watch_of
+from kvcache.models import cache_kwarg, geometry_of, kv_layers, new_cache, tensor_bytes, watch_of
 from kvcache.prefixes import Layout, extend_prefix
 from kvcache.prefixes.stores import Aside
 from kvcache_chatterbox.checks import without_autocast
@@ -86,7 +86,7 @@ class VoiceReuse:
             return self._start_guided(request, cache, known)
         known(self._key(request.embeds[0, :conditioning])).to(self._t3.device).fork(cache, rows)
         out = self._t3.tfmr(
-            inputs_embeds=request.embeds[:, conditioning:], **handed(self._t3.tfmr, cache), use_cache=True
+            inputs_embeds=request.embeds[:, conditioning:], **cache_kwarg(self._t3.tfmr, cache), use_cache=True
         )
         return FirstPass(out[0][:, -1])
 
@@ -161,7 +161,7 @@ class VoiceReuse:
         cache = self._cache(len(key))
 
         def run(rest: Tensor) -> None:
-            self._t3.tfmr(inputs_embeds=rest, **handed(self._t3.tfmr, cache), use_cache=True)
+            self._t3.tfmr(inputs_embeds=rest, **cache_kwarg(self._t3.tfmr, cache), use_cache=True)
 
         return extend_prefix(run, key, start, cache, self._t3.device)
 
@@ -194,7 +194,7 @@ class VoiceReuse:
             inputs_embeds=torch.cat([embeds[0, conditioning:], embeds[1, end:]])[None],
             attention_mask=mask[None, None],
             position_ids=positions[None],
-            **handed(self._t3.tfmr, beside),
+            **cache_kwarg(self._t3.tfmr, beside),
             use_cache=True,
         )[0][0]
 

@@ -133,7 +133,7 @@ class BlobStore(Store):
     so that a server that is down does not cost every request its time-out. What is stored being corrupt, what is put too
     large, or what a server does not allow, is no such failure.
 
-    `entries`, `peek`, `intact`, `add`, `remove` and `hold` are for who looks after the store: by address, without a rest after a
+    `entries`, `peek`, `read_verified`, `add`, `remove` and `pin_address` are for who looks after the store: by address, without a rest after a
     failure, and a failure is raised.
 
     Args:
@@ -313,7 +313,7 @@ class BlobStore(Store):
         self._asked("write", lambda: self._write(address, data))
         return address
 
-    def intact(self, address: str) -> bytes | None:
+    def read_verified(self, address: str) -> bytes | None:
         """`peek` at the whole file, after all that `get` checks has been checked.
 
         Raises:
@@ -334,7 +334,7 @@ class BlobStore(Store):
         """
         self._asked("remove", lambda: self._remove(check_address(address)))
 
-    def hold(self, address: str, pinned: bool = True) -> None:
+    def pin_address(self, address: str, pinned: bool = True) -> None:
         """`pin` by address.
 
         Raises:

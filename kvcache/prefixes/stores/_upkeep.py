@@ -186,7 +186,7 @@ def verify(store: BlobStore, entries: Iterable[StoreEntry]) -> Iterator[Checked]
     """
     for entry in entries:
         try:
-            if store.intact(entry.address) is not None:
+            if store.read_verified(entry.address) is not None:
                 yield Checked(entry, None)
         except CorruptError as error:
             yield Checked(entry, str(error), isinstance(error, SignatureError))
