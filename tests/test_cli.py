@@ -50,7 +50,6 @@ NEEDED = {
     "profile": ["{model}"],
     "tune": ["{model}", "--out", "{tmp}/profile.json"],
     "warm": ["{model}"],
-    "bench": [],
     "voices list": [],
     "voices show": ["{file}"],
     "voices verify": [],
@@ -151,14 +150,6 @@ WRONG = {
         (["{model}", "--max-length", "0"], "--max-length 0"),
         (["{model}", "--precision", "int2"], "--precision int2"),
         (["{model}", "--threads", "-2"], "--threads -2"),
-    ],
-    "bench": [
-        (["magic"], "no benchmark 'magic'"),
-        (["--magic"], "no benchmark '--magic'"),
-        (["../setup"], "no benchmark '../setup'"),
-        (["--folder", "{tmp}"], "no benchmarks in"),
-        (["--folder", "{tmp}/nothing", "t3_decode"], "no benchmarks in"),
-        (["--json", "t3_decode"], "--json before the name"),
     ],
     "voices list": store_of(),
     "voices show": [
@@ -281,8 +272,7 @@ def test_the_grammar_of_every_command(name, refused):
 )
 def test_what_is_wrong_is_said_in_one_line(name, arguments, says, refused, places):
     assert says.format(**places) in refused(name, arguments)
-    if name != "bench":
-        refused(name, [*arguments, "--json"])  # JSON or not: nothing but that line
+    refused(name, [*arguments, "--json"])  # JSON or not: nothing but that line
 
 
 @pytest.mark.parametrize("arguments", [["magic"], ["voices", "magic"], ["--magic"], ["voices", "--magic"]])
@@ -306,7 +296,6 @@ def test_without_a_command_the_help_says_which_there_are(arguments, capsys):
     [
         ["voices", "export", "sarah", "{tmp}/new.safetensors", "--store", "{store}"],
         ["plan", "{tmp}", "--length", "10"],
-        ["bench", "magic", "--quick"],
     ],
     ids=lambda arguments: arguments[0],
 )
@@ -390,5 +379,5 @@ def test_the_list_of_commands_imports_nothing_heavy(arguments):
 
 
 def test_a_command_behind_two_dashes_is_run(capsys):
-    assert main(["--", "bench", "nothing of that name"]) == 2
+    assert main(["--", "voices", "nothing of that name"]) == 2
     assert "nothing of that name" in capsys.readouterr().err

@@ -21,8 +21,8 @@ from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 from kvcache import KeepAll, KVCacheManager, MaxBytes, SlidingWindow, SnapKV
 from kvcache.cache import CacheShape, estimate_cache
+from kvcache.cache._shape import LayerShape
 from kvcache.errors import GeometryError, PositionsError
-from kvcache.models import LayerShape
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import family_models

@@ -606,7 +606,7 @@ def test_a_large_prefix_of_a_program_that_ends_at_once_is_stored(tmp_path):
 # ---------------------------------------------------------------------- looked after while down
 
 
-@pytest.mark.parametrize("what", ["entries", "peek", "intact", "add", "remove", "hold"])
+@pytest.mark.parametrize("what", ["entries", "peek", "read_verified", "add", "remove", "pin_address"])
 def test_who_looks_after_a_store_is_told_why_it_cannot_be(what, tmp_path):
     key, disk = voice(0), DiskStore(tmp_path / "file")
     (tmp_path / "file").touch()

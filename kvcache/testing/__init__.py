@@ -33,7 +33,7 @@ def check_policy(policy: SizePolicy, *, examples: int = 20) -> None:
         PolicyError: if no cache would take it.
         InputError: without hypothesis.
     """
-    _laws().check_policy(policy, examples)
+    _checks_of_laws().check_policy(policy, examples)
 
 
 def check_layer(
@@ -64,10 +64,10 @@ def check_layer(
         AssertionError: with the law that is broken and the smallest scenario found in which it is.
         InputError: for an unknown law or variant, or without hypothesis.
     """
-    _laws().check_layer(make, policies, variants, laws, tolerance, examples)
+    _checks_of_laws().check_layer(make, policies, variants, laws, tolerance, examples)
 
 
-def _laws() -> Any:
+def _checks_of_laws() -> Any:
     """The module that needs hypothesis."""
     try:
         from kvcache.testing import _checks as checks

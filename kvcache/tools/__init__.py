@@ -1,6 +1,5 @@
 """Plan, profile, tune and examine anything that has a name."""
 
-from kvcache.tools._bench import benchmarks, benchmarks_folder, run_benchmark
 from kvcache.tools._doctor import Finding, diagnose, healthy
 from kvcache.tools._footprint import (
     Footprint,
@@ -42,8 +41,6 @@ __all__ = [
     "Tuner",
     "VocoderFootprint",
     "Watch",
-    "benchmarks",
-    "benchmarks_folder",
     "buffers",
     "bytes_in",
     "check_plot",
@@ -56,7 +53,6 @@ __all__ = [
     "plot",
     "profile",
     "room",
-    "run_benchmark",
     "shown",
     "shown_seconds",
     "space_of",

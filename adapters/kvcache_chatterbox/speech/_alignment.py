@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvcache.models import taken
+from kvcache.models import get_cache
 from kvcache_chatterbox.upstream import beside, needed_beside
 
 _ANALYZER = "AlignmentStreamAnalyzer"
@@ -54,7 +54,7 @@ class HeadReader:
         kwargs, _ = kwargs_and_output
         hidden: Tensor = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])[:1]
         cos, sin = (part[:1] for part in kwargs["position_embeddings"])
-        cache = taken(kwargs)
+        cache = get_cache(kwargs)
         for layer, head in self._heads:
             if layer == module.layer_idx:
                 kv_head = head // module.num_key_value_groups
