@@ -412,7 +412,7 @@ def test_what_there_is_to_choose_from_is_said():
 
 def test_without_hypothesis_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "hypothesis", None)
-    for name in ("checks", "laws"):
+    for name in ("_checks", "_laws"):
         monkeypatch.delitem(sys.modules, f"kvcache.testing.{name}", raising=False)
     monkeypatch.delattr("kvcache.testing._checks", raising=False)
     with pytest.raises(InputError, match="pip install hypothesis"):
