@@ -43,7 +43,7 @@ from kvcache import (
     SnapKV,
 )
 from kvcache.models import _cache as hf
-from kvcache.models import taken
+from kvcache.models import get_cache
 
 GREEDY: dict[str, Any] = {"do_sample": False}
 
@@ -527,7 +527,7 @@ def test_ranking_tokens_changes_the_model_as_little(policy: SizePolicy) -> None:
 def test_a_disabled_cache_is_not_there_at_all() -> None:
     model, seen = build("llama"), []
     model.model.register_forward_pre_hook(
-        lambda _, __, kwargs: seen.append((taken(kwargs), kwargs["input_ids"].shape[1])),
+        lambda _, __, kwargs: seen.append((get_cache(kwargs), kwargs["input_ids"].shape[1])),
         with_kwargs=True,
     )
     kv = KVCacheManager(model, SlidingWindow(8))

@@ -23,7 +23,8 @@ from kvcache import (
     SpeakerCache,
 )
 from kvcache.decoding import Pool, StaticKV
-from kvcache_chatterbox import ChatterboxEngine, byte_tokens, stand_in, stepping
+from kvcache_chatterbox import ChatterboxEngine, byte_tokens, stand_in
+from kvcache_chatterbox.speech import _step_engine as stepping
 
 pytestmark = pytest.mark.one_release
 
