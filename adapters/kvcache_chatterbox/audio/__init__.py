@@ -1,9 +1,9 @@
 """Speech tokens as audio: chunks, joints, the watermark."""
 
 from kvcache_chatterbox.audio._chunking import MOST, Chunking, Chunks, chunking_of
-from kvcache_chatterbox.audio._segmented import SegmentedAudio
+from kvcache_chatterbox.audio._segmented import CONTEXT, SegmentedAudio
 from kvcache_chatterbox.audio._speaker import ENDING, Speaker, heard
-from kvcache_chatterbox.audio._watermark import CONTEXT, perth_or_none
+from kvcache_chatterbox.audio._watermark import perth_or_none
 
 __all__ = [
     "CONTEXT",
