@@ -18,7 +18,8 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvcache import KVCacheManager
-from kvcache.models import Watch, watch_of
+from kvcache.models import watch_of
+from kvcache.models._signature import Watch
 
 sys.path.insert(0, str(ROOT / "examples"))
 from llm_stream import load

@@ -55,7 +55,8 @@ from transformers import (
     WhisperForCausalLM,
 )
 
-from kvcache.models import Watch, watch_of
+from kvcache.models import watch_of
+from kvcache.models._signature import Watch
 
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)
