@@ -253,7 +253,7 @@ def caches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         made.extend(weakref.ref(layer) for layer in hf.kv_layers(held))
         return held
 
-    monkeypatch.setattr(hf, "new_cache", recording)
+    monkeypatch.setattr("kvcache.manager.new_cache", recording)
     return made
 
 
