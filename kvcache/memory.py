@@ -3,8 +3,10 @@
 import ctypes
 import math
 import mmap
+import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from torch import Tensor
 _STATM = Path("/proc/self/statm")
 _MAPS = Path("/proc/self/maps")
 _SOFT = 1  # omp_pause_soft
+_PROCESS = os.getpid()  # a forked one has another number
 
 
 def resident_bytes() -> int | None:
@@ -71,8 +74,11 @@ def release_threads() -> bool:
     decode step, which has hundreds of small ones, takes up to twice as long. A second thread that decodes, where the first has
     loaded the model, is enough for that. So what has done its work lets go of its workers before another begins.
 
-    OpenMP 5.0, ``omp_pause_resource_all``. Nothing is done with other libraries than GNU's.
+    OpenMP 5.0, ``omp_pause_resource_all``. Nothing is done with other libraries than GNU's, nor in a process that was forked: its
+    library would wait for workers that only the parent has.
     """
+    if os.getpid() != _PROCESS:
+        return False
     ended = [pause(_SOFT) == 0 for pause in _pauses()]  # of each, also behind one that fails
     return bool(ended) and all(ended)
 
@@ -81,12 +87,15 @@ def release_threads() -> bool:
 def _pauses() -> list[Callable[[int], int]]:
     """Of each of GNU's OpenMP libraries in this process: packages may bring their own."""
     try:
-        lines = _MAPS.read_text().splitlines()
+        lines = _MAPS.read_text(errors="replace").splitlines()
     except OSError:  # not on Linux
         return []
     paths = {line.split(maxsplit=5)[-1] for line in lines if "libgomp" in line}
-    found = (getattr(ctypes.CDLL(path), "omp_pause_resource_all", None) for path in sorted(paths))
-    return [pause for pause in found if pause is not None]
+    found: list[Callable[[int], int]] = []
+    for path in sorted(paths):
+        with suppress(OSError, AttributeError):  # it was replaced meanwhile, or is no library
+            found.append(ctypes.CDLL(path).omp_pause_resource_all)
+    return found
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

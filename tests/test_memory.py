@@ -1,5 +1,6 @@
 """Estimates against the bytes of the storages that caches really hold."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -159,3 +160,20 @@ print(ended, with_workers - without, count() - without)
     assert (ended, gone, back) in (("True", "1", "1"), ("False", "0", "0"))
     if "libgomp" in Path("/proc/self/maps").read_text():
         assert ended == "True"
+
+
+def test_a_forked_process_lets_go_of_nothing_and_does_not_wait_for_its_parents_workers():
+    if not hasattr(os, "fork"):
+        pytest.skip("no process is forked here")
+    script = """
+import os, signal, torch
+from kvcache.memory import release_threads
+torch.set_num_threads(2)
+(torch.ones(2000, 2000) * 2).sum()
+if (child := os.fork()) == 0:
+    signal.alarm(20)
+    os._exit(int(release_threads()))
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert run.stdout == "0\n"

@@ -58,6 +58,16 @@ def test_the_watermarker_is_run_once_as_its_first_run_may_take_long():
     assert marked == [200 / 25]
 
 
+@pytest.mark.parametrize(
+    "marker", [object(), type("Broken", (), {"apply_watermark": lambda self, wav, sample_rate: 1 / 0})()]
+)
+def test_a_watermarker_that_cannot_mark_is_no_error_of_the_warm_up(marker):
+    """Who serves without a mark is not concerned, and who wants one is told."""
+    model = stand_in(tiny_t3("gpt"))
+    model.watermarker = marker
+    assert ChatterboxEngine(model).warm_up(max_new_tokens=20).over
+
+
 def test_what_speaks_at_once_is_warmed_together():
     engine, told = ChatterboxEngine(stand_in(tiny_t3("english"))), []
     engine.warm_up(max_new_tokens=20, requests=3, told=told.append)

@@ -78,5 +78,5 @@ class WarmUp:
             self._error = error
         finally:
             self.seconds = time.perf_counter() - began
-            release_threads()  # of the thread that warmed up; those that serve are others
             self._over.set()
+            release_threads()  # of the thread that warmed up; those that serve are others

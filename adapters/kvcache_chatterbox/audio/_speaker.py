@@ -6,6 +6,7 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from threading import RLock
@@ -188,9 +189,10 @@ class Speaker:
             began = time.perf_counter()
             [made] = vocoder.waves([run])
             self.cost.took(before + size, time.perf_counter() - began)
-        if (watermarker := self._watermarker(True)) is not None:
+        if isinstance(watermarker := getattr(self._tts, "watermarker", None), Watermarker):
             told("marking audio")
-            marked(watermarker, made.audio, self._tts.sr)  # Perth's first run imports, and compiles
+            with suppress(Exception):  # told to who wants a mark, and not everybody does
+                marked(watermarker, made.audio, self._tts.sr)  # Perth's first run imports, and compiles
 
     def encode(self, audio_prompt_path: str | os.PathLike[str]) -> Voice:
         """The voice of a clip. It takes seconds, so each clip is encoded once: it is kept, by content, in the store of what is

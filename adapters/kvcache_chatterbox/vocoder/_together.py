@@ -155,10 +155,12 @@ class OneAtATime:
         try:
             yield
         finally:
-            release_threads()
-            with self._changed:
-                self._busy = False
-                self._changed.notify_all()
+            try:
+                release_threads()
+            finally:
+                with self._changed:
+                    self._busy = False
+                    self._changed.notify_all()
 
 
 def most_together(device: torch.device) -> int:
