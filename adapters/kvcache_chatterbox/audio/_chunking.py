@@ -230,11 +230,12 @@ class Pace:
             return waiting >= least and (waiting + rule.step > rule.opening or self._lasts(waiting))
         if waiting + rule.step > rule.most:
             return True
-        lasting, growing = self._lasting(), self._lasting(_LONGER)
+        lasting = self._lasting()
         least = min(GROWTH * self._last, self._largest()) if lasting is None else lasting
         if waiting < least:
             # A smaller one would be heard in time, and leave less time for the next: a silence all the same, and a run more.
             return False
+        growing = self._lasting(_LONGER)
         if growing is not None and waiting < growing:  # no time to spare: it is what the next ones grow by
             return left < self._cost.of(self._before + waiting + rule.step) + self._step_seconds
         return left < self._run(waiting + rule.step) + self._step_seconds + _SLACK
@@ -259,8 +260,8 @@ class Pace:
         return min(max(round(best), SECOND), self._rule.most)
 
     def _lasting(self, times: float = 1.0) -> int | None:
-        """The smallest chunk that plays so many times as long as it takes to make; None if small waits at each chunk are better
-        than the wait for such a one."""
+        """The smallest chunk that plays at least `times` as long as it takes to make; None if there is none that is worth the
+        wait."""
         step = self._rule.step
         each = self._step_seconds / step
         sizes = range(step, self._largest() + 1, step)

@@ -191,7 +191,7 @@ class Speaker:
             self.cost.took(before + size, time.perf_counter() - began)
         if isinstance(watermarker := getattr(self._tts, "watermarker", None), Watermarker):
             told("marking audio")
-            with suppress(Exception):  # told to who wants a mark, and not everybody does
+            with suppress(Exception):  # the first request that wants a mark says what is wrong with it
                 marked(watermarker, made.audio, self._tts.sr)  # Perth's first run imports, and compiles
 
     def encode(self, audio_prompt_path: str | os.PathLike[str]) -> Voice:
