@@ -209,7 +209,7 @@ def test_rerotation_layers_of_their_own_and_a_disabled_cache_are_left_to_generat
         manager = KVCacheManager(tiny("llama"), policy if given else [policy, policy], **given)
         same(manager, token_ids(2, 9), "eager", False, max_new_tokens=20, do_sample=False)
     manager = KVCacheManager(tiny("llama"))
-    manager.disable_kv_cache()
+    manager.enabled = False
     same(manager, token_ids(2, 9), "eager", False, max_new_tokens=8, do_sample=False)
 
 
@@ -250,7 +250,7 @@ def test_closing_a_stream_gives_its_cache_back_and_release_frees_it():
     stream = manager.stream(token_ids(1, 9), max_new_tokens=50, chunk_size=4, backend="eager", do_sample=False)
     next(stream)
     stream.close()
-    (waiting,) = manager._decoder._pool._idle.values()
+    (waiting,) = manager.engine.decoder._pool._idle.values()
     assert waiting.kv.seen == [0]
     gone = weakref.ref(waiting.kv)
     del waiting, stream

@@ -329,7 +329,7 @@ def test_d1_a_layer_goes_to_another_device_and_back() -> None:
 def test_d1_a_copy_goes_on_by_itself(policy: Any, how: str) -> None:
     manager = KVCacheManager(tiny("llama"), policy)
     cache, more = manager.new_cache(2), token_ids(2, 3, seed=5)
-    with manager._exactly():
+    with manager.caches.exactly():
         logits(manager.runner, token_ids(2, 40), cache)
         other = copy.deepcopy(cache) if how == "deepcopy" else pickle.loads(pickle.dumps(cache))
         before = [layer.keys.clone() for layer in cache.layers]

@@ -165,7 +165,7 @@ def test_the_report_is_that_of_the_last_run_even_if_it_failed() -> None:
     with pytest.raises(CapacityError):
         kv.generate(token_ids(), max_new_tokens=12, **GREEDY)
     assert kv.report().seen == 24
-    kv.disable_kv_cache()
+    kv.enabled = False
     kv.generate(token_ids(), max_new_tokens=3, **GREEDY)
     assert "disabled" in str(kv.report())
 
@@ -253,7 +253,7 @@ def caches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         made.extend(weakref.ref(layer) for layer in hf.kv_layers(held))
         return held
 
-    monkeypatch.setattr("kvcache.manager.new_cache", recording)
+    monkeypatch.setattr("kvcache.manager._caches.new_cache", recording)
     return made
 
 
@@ -460,7 +460,7 @@ def everything(model: Any, evicts: bool, padded: bool) -> Iterator[tuple[str, Ca
     yield "report", lambda: str(kv.report())
     yield "estimate", lambda: kv.estimate(1000, 2)
     yield "repr", lambda: repr(kv)
-    yield "disabled", lambda: (kv.disable_kv_cache(), kv.generate(ids, **given), kv.enable_kv_cache())
+    yield "disabled", lambda: kv.generate(ids, use_cache=False, **given)
     yield "truncate", lambda: static.truncate(fed(static, model), 4)
     yield "trim", lambda: kv.trim(fed(kv, model), 5)
     yield "full", lambda: static.generate(ids, max_new_tokens=30, **GREEDY)
@@ -531,11 +531,11 @@ def test_a_disabled_cache_is_not_there_at_all() -> None:
         with_kwargs=True,
     )
     kv = KVCacheManager(model, SlidingWindow(8))
-    kv.disable_kv_cache()
+    kv.enabled = False
     seen.clear()  # of the trial that the constructor makes
     kv.generate(token_ids(), max_new_tokens=3, **GREEDY)
     assert seen == [(None, 20), (None, 21), (None, 22)]
-    kv.enable_kv_cache()
+    kv.enabled = True
     seen.clear()
     kv.generate(token_ids(), max_new_tokens=3, **GREEDY)
     assert [tokens for _, tokens in seen] == [20, 1, 1]

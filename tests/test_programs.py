@@ -343,7 +343,7 @@ for _ in range(3):
     tokens = torch.cat(list(manager.stream(token_ids(1, 9), backend="compile", **given)), 1)
     times.append(time.perf_counter() - began)
 print(json.dumps(dict(slots=manager.report().layers[0].capacity, same=torch.equal(tokens, eager), times=times, reasons=reasons, backend=manager.report().backend,
-      how=[one.how for one in manager._decoder.programs.made], dynamo="torch._dynamo.convert_frame" in sys.modules)))
+      how=[one.how for one in manager.engine.decoder.programs.made], dynamo="torch._dynamo.convert_frame" in sys.modules)))
 """
 
 

@@ -512,7 +512,7 @@ def test_graphs_read_multiples_of_their_bucket(bucket):
     manager = KVCacheManager(model, max_cache_length=slots, bucket=bucket)
     expected = said(manager, backend="eager")
     assert torch.equal(said(manager, backend="graph"), expected)
-    (decoding,) = (one for one in manager._decoder._pool._idle.values() if one.backend == "graph")
+    (decoding,) = (one for one in manager.engine.decoder._pool._idle.values() if one.backend == "graph")
     reads = sorted(columns for columns, _ in decoding._backend._recorded)
     lengths = range(11, 22)  # ten tokens of prompt, twelve new ones, the last of which is never run
     assert reads == sorted({min(-(-length // bucket) * bucket, slots) for length in lengths})

@@ -440,7 +440,7 @@ class _Language:
         said = [self.module(ids[:, :half], **given).logits[0]]
         some = max(1, half // 32)  # tokens at a time, of a long text
         if self._setting.backend != "off":
-            return torch.cat([*said, self.manager.told(said[0][-1:], cache, ids[0, half:])])
+            return torch.cat([*said, self.manager.engine.decoder.told(said[0][-1:], cache, ids[0, half:])])
         rest = torch.split(ids[:, half:], some, 1)
         return torch.cat(said + [self.module(one, **given).logits[0] for one in rest])
 
