@@ -9,6 +9,7 @@ from kvcache.models._arguments import (
 )
 from kvcache.models._attention import observed_copy, own_attention, told_more
 from kvcache.models._autocast import autocasts, each_without_autocast, without_autocast
+from kvcache.models._beginnings import run_prefix
 from kvcache.models._cache import (
     TESTED,
     PositionMode,
@@ -34,7 +35,7 @@ from kvcache.models._cache import (
 from kvcache.models._code import class_code, function_code
 from kvcache.models._compat import MADE_AS, cache_kwarg, get_cache, output_cache, pop_cache, takes
 from kvcache.models._copies import structural_copy
-from kvcache.models._facts import LayerShape, ModelFacts, Seat, alike, facts_of, geometry_of, rope_by_length, run_prefix
+from kvcache.models._facts import LayerShape, ModelFacts, facts_of, geometry_of
 from kvcache.models._fingerprint import (
     check_named,
     forget,
@@ -61,7 +62,9 @@ from kvcache.models._precision import (
     quantize_linear,
     reads_half_caches,
 )
-from kvcache.models._probe import untouched
+from kvcache.models._probe import alike, untouched
+from kvcache.models._rotations import rope_by_length
+from kvcache.models._seats import Seat
 from kvcache.models._shapes import encoder_input, reads_text, run_blank
 from kvcache.models._signature import Following, Signature, signature_of, trains, watch_of
 from kvcache.models._windows import unattended

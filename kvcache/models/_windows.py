@@ -20,8 +20,9 @@ from transformers.cache_utils import EncoderDecoderCache
 
 from kvcache.cache import KVLayer, schedule
 from kvcache.errors import PolicyError
-from kvcache.models._facts import Seat
-from kvcache.models._probe import cache_among, layers_of, parameters, replaced
+from kvcache.models._probe import parameters, replaced
+from kvcache.models._seats import Seat
+from kvcache.models._spy import cache_among, layers_of
 
 _tokens: ContextVar[Tensor | None] = ContextVar("kvcache_tokens", default=None)
 """Which tokens are seen, ``[rows, tokens]``, in a forward of which not only pads on the left are hidden."""
