@@ -12,6 +12,7 @@ from support.searching import search
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import kvcache.models._packed as packed_module
 import kvcache.models._precision as precision_module
 from kvcache import InputError
 from kvcache.models import PackedLinear, check_precision, model_fingerprint, planned, quantize_linear
@@ -258,15 +259,15 @@ def test_a_deep_copy_computes_the_same(precision):
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_packed_weights_die_with_the_copy(name, precision):
     gc.collect()
-    model, before = build(name), len(precision_module._kernels)
+    model, before = build(name), len(packed_module._kernels)
     new = quantize_linear(model, precision)
-    held = len(precision_module._kernels) - before
+    held = len(packed_module._kernels) - before
     assert held == sum(isinstance(m, PackedLinear) for m in new.modules()) == 8
     with torch.no_grad():
         new(token_ids(1, 5))
     del new
     gc.collect()
-    assert len(precision_module._kernels) == before
+    assert len(packed_module._kernels) == before
 
 
 # ---------------------------------------------------------------------- what is refused

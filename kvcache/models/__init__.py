@@ -49,18 +49,15 @@ from kvcache.models._head_profile import RetrievalHeadProfile, profile_retrieval
 from kvcache.models._managed import MadeFor, ManagedCache, ManagedLayer, check_positions
 from kvcache.models._meta import Watch, meta_without_autocast, without_numbers
 from kvcache.models._onednn import has_onednn, onednn_linear, onednn_rows
+from kvcache.models._packed import LINEAR, PackedLinear, has_half, reads_half_caches
 from kvcache.models._precision import (
-    LINEAR,
-    PackedLinear,
     Precision,
     cast,
     check_precision,
     find_sensitive_layers,
-    has_half,
     is_plain,
     planned,
     quantize_linear,
-    reads_half_caches,
 )
 from kvcache.models._probe import alike, untouched
 from kvcache.models._rotations import rope_by_length
