@@ -34,7 +34,7 @@ from kvcache.models._cache import (
 )
 from kvcache.models._code import class_code, function_code
 from kvcache.models._compat import MADE_AS, cache_kwarg, get_cache, output_cache, pop_cache, takes
-from kvcache.models._copies import structural_copy
+from kvcache.models._copies import attending_copy, structural_copy
 from kvcache.models._facts import LayerShape, ModelFacts, facts_of, geometry_of
 from kvcache.models._fingerprint import (
     check_named,
@@ -85,6 +85,7 @@ __all__ = [
     "Signature",
     "Watch",
     "alike",
+    "attending_copy",
     "autocasts",
     "cache_kwarg",
     "cache_layers",
