@@ -829,7 +829,7 @@ def test_a_slow_consumer_holds_up_no_other_and_no_job_of_its_own_that_has_begun(
 
 def test_the_time_to_the_first_item_is_told_in_percentiles(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr("kvcache.decoding._scheduler.time", clock)
+    monkeypatch.setattr("kvcache.decoding._ledger.time", clock)
 
     async def main():
         opened = Opened(1)
@@ -853,10 +853,10 @@ def test_the_time_to_the_first_item_is_told_in_percentiles(monkeypatch):
             del unread
             assert [item async for item in ask(scheduler, [1])]  # at once
             assert scheduler.metrics().ttfa == pytest.approx({"p50": 0.125, "p90": 0.225, "p99": 0.2475})
-            scheduler._firsts.extend(i / 1000 for i in range(1001))
+            scheduler._ledger.firsts.extend(i / 1000 for i in range(1001))
             found = scheduler.metrics().ttfa
             assert found == pytest.approx({"p50": 0.5, "p90": 0.9, "p99": 0.99}, abs=2e-3)
-            assert len(scheduler._firsts) == 1000
+            assert len(scheduler._ledger.firsts) == 1000
 
     asyncio.run(main())
 

@@ -168,7 +168,7 @@ def test_s2_what_is_no_request_is_not_held():
 
 def test_s2_a_refusal_says_when_to_come_again(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr("kvcache.decoding._scheduler.time", clock)
+    monkeypatch.setattr("kvcache.decoding._ledger.time", clock)
 
     async def main():
         opened = Opened(2)
