@@ -14,7 +14,9 @@ from kvcache.tools._footprint import (
 )
 from kvcache.tools._module_timer import PARTS, Watch
 from kvcache.tools._planning import MOST_REQUESTS, Device, MemoryPlan, Room, plan, room
-from kvcache.tools._profiling import MEMORY, Memory, Profile, Times, check_plot, plot, profile, shown_seconds
+from kvcache.tools._plotting import check_plot, plot
+from kvcache.tools._profile import MEMORY, Memory, Profile, Times, shown_seconds
+from kvcache.tools._profiling import profile
 from kvcache.tools._targets import ModelTarget, Prepared, check_vocoder, subject
 from kvcache.tools._tuning import SubjectBench, Tuned, space_of, tune
 from kvcache.tools._tuning_search import Refusal, Space, Tuner, shown
