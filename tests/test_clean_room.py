@@ -26,7 +26,7 @@ EXTRAS = ["chatterbox", "metrics", "plot", "redis", "remote", "server", "bench",
 # What each of the extras is for, in a line; the commands come after it.
 CHECK = """
 import json, sys
-from kvcache.tools._doctor import diagnose, healthy
+from kvcache.tools import diagnose, healthy
 from kvcache.tools._planning import plan
 from kvcache.tools._targets import Setting, subject
 extra, folder = sys.argv[1:]

@@ -1,6 +1,5 @@
 """Plan, profile, tune and examine anything that has a name."""
 
-from kvcache.tools._doctor import Finding, diagnose, healthy
 from kvcache.tools._footprint import (
     Footprint,
     Moment,
@@ -20,6 +19,7 @@ from kvcache.tools._profiling import profile
 from kvcache.tools._targets import ModelTarget, Prepared, check_vocoder, subject
 from kvcache.tools._tuning import SubjectBench, Tuned, space_of, tune
 from kvcache.tools._tuning_search import Refusal, Space, Tuner, shown
+from kvcache.tools.doctor import Finding, diagnose, healthy
 
 __all__ = [
     "MEMORY",
