@@ -17,9 +17,9 @@ from kvcache.decoding import Setting
 from kvcache.decoding._wiring import StaticLayer
 from kvcache.models import LINEAR, ManagedLayer, has_half, quantize_linear, structural_copy
 from kvcache.tools import MEMORY, PARTS, Watch, plot, profile
+from kvcache.tools._language import LanguageTarget, PreparedLanguage
 from kvcache.tools._module_timer import AUDIO, part_of
 from kvcache.tools._profiling import weight_bytes
-from kvcache.tools._targets import LanguageTarget, _Language
 
 CONTEXT, TOKENS = 30, 20
 SLOW = 1.0  # second, of the test's clock; beside it its ticks are nothing
@@ -35,7 +35,7 @@ class Given(LanguageTarget):
         return self._given
 
     def prepared(self, setting, device="cpu"):
-        return _Language(self._given, setting)
+        return PreparedLanguage(self._given, setting)
 
 
 @pytest.fixture

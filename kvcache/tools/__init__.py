@@ -16,7 +16,8 @@ from kvcache.tools._planning import MOST_REQUESTS, Device, MemoryPlan, Room, pla
 from kvcache.tools._plotting import check_plot, plot
 from kvcache.tools._profile import MEMORY, Memory, Profile, Times, shown_seconds
 from kvcache.tools._profiling import profile
-from kvcache.tools._targets import ModelTarget, Prepared, check_vocoder, subject
+from kvcache.tools._target import ModelTarget, Prepared, check_vocoder
+from kvcache.tools._targets import subject
 from kvcache.tools._tuning import SubjectBench, Tuned, space_of, tune
 from kvcache.tools._tuning_search import Refusal, Space, Tuner, shown
 from kvcache.tools.doctor import Finding, diagnose, healthy

@@ -29,7 +29,7 @@ from kvcache.models import PackedLinear
 from kvcache.tools._footprint import bytes_in
 from kvcache.tools._module_timer import AUDIO, PARTS, Watch, part_of
 from kvcache.tools._profile import Memory, Profile, Times, shown_seconds
-from kvcache.tools._targets import ModelTarget, Prepared, check_vocoder
+from kvcache.tools._target import ModelTarget, Prepared, check_vocoder
 
 _WEIGHTS = {
     "attention": "attention_weights",

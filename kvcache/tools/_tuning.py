@@ -35,7 +35,7 @@ from kvcache.models import (
     quantize_linear,
     shape_of,
 )
-from kvcache.tools._targets import ModelTarget, Prepared, check_vocoder
+from kvcache.tools._target import ModelTarget, Prepared, check_vocoder
 from kvcache.tools._tuning_search import Bench, Refusal, Space, Tuner, shown
 from kvcache.tools._tuning_vocoder import tuned_vocoder
 
