@@ -18,8 +18,9 @@ from kvcache.tools._profile import MEMORY, Memory, Profile, Times, shown_seconds
 from kvcache.tools._profiling import profile
 from kvcache.tools._target import ModelTarget, Prepared, check_vocoder
 from kvcache.tools._targets import subject
-from kvcache.tools._tuning import SubjectBench, Tuned, space_of, tune
+from kvcache.tools._tuning import SubjectBench, TuneArguments, Tuned, TuneOptions, tune
 from kvcache.tools._tuning_search import Refusal, Space, Tuner, shown
+from kvcache.tools._tuning_space import space_of
 from kvcache.tools.doctor import Finding, diagnose, healthy
 
 __all__ = [
@@ -40,6 +41,8 @@ __all__ = [
     "Space",
     "SubjectBench",
     "Times",
+    "TuneArguments",
+    "TuneOptions",
     "Tuned",
     "Tuner",
     "VocoderFootprint",
