@@ -101,8 +101,7 @@ def profile(
         notes.append(f"Not as asked: {asked.report.fallback}.")
     if subject.speaks and not step.share(*AUDIO):
         notes.append("There is no vocoder in this model.")
-    total = max(resident for _, resident in asked.timed) if place.type == "cpu" else torch.cuda.memory_reserved(place)
-    if not total:
+    if not (total := asked.resident(place)):
         total = sum(held.values())
         notes.append("This system does not tell what a process holds: the total is what is known by itself.")
     memory = Memory({**held, "rest": total - sum(held.values())}, total, peaks[0], asked.report.nbytes, before)
@@ -135,6 +134,12 @@ class _Asked:
     timed: list[tuple[float, int]]
     report: CacheReport
     module: nn.Module
+
+    def resident(self, device: torch.device) -> int:
+        """The most bytes that the process had of the machine's memory, or that torch has reserved of a GPU's."""
+        if device.type == "cpu":
+            return max(resident for _, resident in self.timed)
+        return torch.cuda.memory_reserved(device)
 
 
 def _check(subject: ModelTarget, setting: Setting, context: int, tokens: int, rounds: int) -> None:
