@@ -14,7 +14,7 @@ from support.waiting import until
 from torch import nn
 
 from kvcache import CorruptError, KVCacheManager, subscribe
-from kvcache.decoding import Ahead, ProgramFiles, Programs, Refused
+from kvcache.decoding import Ahead, ProgramFiles, Programs, Refused, RootSizes
 from kvcache.decoding import _programs as module
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="this system does not tell whose a file is")
@@ -219,9 +219,8 @@ def ring(room, files):
         name="remembered",
         model=root.model,
         dynamic={"order": (0,)},
-        sized=[(root.held, (0,))],
         programs=Programs(files),
-        example=lambda given: {**given, "order": torch.arange(room // 2)},
+        sizes=RootSizes([(root.held, (0,))], lambda given: {**given, "order": torch.arange(room // 2)}),
     )
 
 

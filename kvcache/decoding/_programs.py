@@ -154,6 +154,19 @@ class Programs:
             _loaded[key] = program
 
 
+@dataclass(frozen=True)
+class RootSizes:
+    """Sizes that differ from root to root: one program serves all.
+
+    Attributes:
+        tensors: of the root, and which of their dimensions differ. Their elements are in a row.
+        example: gives arguments like some others, in sizes that stand for all; by default those themselves.
+    """
+
+    tensors: Sequence[tuple[Tensor, Sequence[int]]] = ()
+    example: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda given: given
+
+
 class Ahead:
     """A function of a root and of tensors, compiled once for all sizes of some dimensions.
 
@@ -168,9 +181,7 @@ class Ahead:
         dynamic: by argument, the dimensions that differ from call to call. Where one of them is 1, the program is for that
             alone: torch's compiler takes no 1 for a size like others.
         programs: where programs are found.
-        sized: tensors of the root, and which of their dimensions differ from root to root: one program serves all. Their
-            elements are in a row.
-        example: gives arguments like some others, in sizes that stand for all; by default those themselves.
+        sizes: what of the root differs from root to root; nothing by default.
 
     Attributes:
         pending: whether it runs eagerly for now, as its program is being made.
@@ -187,10 +198,9 @@ class Ahead:
         about: str = "",
         dynamic: Mapping[str, Sequence[int]],
         programs: Programs,
-        sized: Sequence[tuple[Tensor, Sequence[int]]] = (),
-        example: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda given: given,
+        sizes: RootSizes | None = None,
     ) -> None:
-        self.example, self._sized = example, sized
+        self._sizes = RootSizes() if sizes is None else sizes
         self.pending = False
         self.function, self.root, self.name, self.dynamic = function, root, name, dynamic
         self._programs = programs
@@ -230,15 +240,19 @@ class Ahead:
         self.refused = reason
         emit(Event("fell_back", f"{self.name}, compiled, to eager", reason=reason))
 
+    def example(self, given: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Arguments like these, in sizes that stand for all."""
+        return self._sizes.example(given)
+
     def moving(self, name: str, tensor: Tensor) -> tuple[int, ...]:
         """The dimensions of an argument, or of another input of the program, that differ from call to call."""
-        held = next((dims for one, dims in self._sized if one is tensor), ())
+        held = next((dims for one, dims in self._sizes.tensors if one is tensor), ())
         return tuple(dim for dim in self.dynamic.get(name, held) if tensor.shape[dim] > 1)
 
     @property
     def sized(self) -> Iterator[tuple[Tensor, int]]:
         """The root's tensors that differ from root to root, with each dimension in which they do."""
-        return ((tensor, dim) for tensor, _ in self._sized for dim in self.moving(SELF, tensor))
+        return ((tensor, dim) for tensor, _ in self._sizes.tensors for dim in self.moving(SELF, tensor))
 
     def _variant(self, given: Mapping[str, Any]) -> tuple[Any, ...]:
         """What of the arguments one program is for."""

@@ -27,7 +27,7 @@ class DecodeOptions:
     Attributes:
         kv_dtype: of the cache that ``stream(backend=…)`` decodes on; by default the model's.
         backend: what `stream` decodes with where it is given none.
-        bucket: slots that a captured graph reads, or a multiple of so many, see `kvcache.decoding.Decoding`.
+        bucket: slots that a captured graph reads, or a multiple of so many, see `kvcache.decoding.StepOptions`.
 
     Raises:
         InputError: for what is no dtype of floating-point numbers, or no number of slots.
