@@ -42,6 +42,7 @@ from kvcache import (
     SlidingWindow,
     SnapKV,
 )
+from kvcache.memory import resident_bytes
 from kvcache.models import _cache as hf
 from kvcache.models import get_cache
 
@@ -670,10 +671,6 @@ def test_300_requests_leave_nothing_behind() -> None:
     assert left_behind(model) == before
 
 
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
 @pytest.mark.slow
 @pytest.mark.parametrize("positions", ["absolute", "rerotated"])
@@ -692,7 +689,7 @@ def test_20_000_tokens_through_a_window_of_1_024(positions: Any) -> None:
             if start >= 1100:
                 sizes.add(kv.report(held).nbytes)
             if start % 2500 == 0:
-                memory.append(resident_bytes())
+                memory.append(resident_bytes() or 0)
     assert held.get_seq_length() == tokens
     assert sizes == {kv.estimate(tokens)} == {bytes_found(held)} == {kv.estimate(1024)}
     assert [layer.stored for layer in hf.kv_layers(held)] == [1024, 1024]
