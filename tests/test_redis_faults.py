@@ -11,7 +11,7 @@ from support.ports import deserted, held
 from kvcache import InputError, SpeakerCache
 from kvcache.errors import KVCacheError, StoreError
 from kvcache.prefixes.stores import RedisStore
-from kvcache.prefixes.stores._base import Patience
+from kvcache.prefixes.stores._patience import Patience
 
 pytestmark = pytest.mark.one_release
 

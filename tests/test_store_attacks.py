@@ -36,8 +36,8 @@ from kvcache.prefixes.stores import (
     prunable,
     verify,
 )
-from kvcache.prefixes.stores._base import Patience
 from kvcache.prefixes.stores._index import Index
+from kvcache.prefixes.stores._patience import Patience
 
 pytestmark = pytest.mark.one_release
 
