@@ -16,21 +16,21 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
 from kvcache.cache import (
-    AdaKVLayer,
     CacheGeometry,
     CacheReport,
+    CacheSpec,
     KeepAll,
     KVzip,
     Pinned,
-    Quantization,
+    Plain,
+    PositionMode,
     SizePolicy,
-    check_quantization,
+    Storage,
     check_states,
-    estimate_cache,
+    compress,
     read_saved,
     restore_layers,
     save_layers,
-    share,
 )
 from kvcache.decoding import (
     BUCKET,
@@ -56,7 +56,6 @@ from kvcache.models import (
     Following,
     MadeFor,
     ManagedCache,
-    PositionMode,
     cache_kwarg,
     cache_layers,
     check_continues,
@@ -131,12 +130,12 @@ class KVCacheManager:
         preallocate: take a cache's memory at once, not as it grows.
         speakers: where prefixes live (`add_prefix`); by default memory over disk.
         kv_dtype: of the cache that ``stream(backend=…)`` decodes on; by default the model's.
-        quantization: hold keys and values in 8 or 4 bits.
+        storage: how keys and values are held; `KVQuantization(8)` holds them in 8 bits.
         backend: what `stream` decodes with where it is given none.
         bucket: slots that a captured graph reads, or a multiple of so many, see `kvcache.decoding.Decoding`.
 
     Raises:
-        InputError: for what is no model, no `SpeakerCache`, dtype, `Quantization` or back end.
+        InputError: for what is no model, no `SpeakerCache`, dtype, `Storage` or back end.
         PolicyError, PositionsError: if that cannot work for this model.
     """
 
@@ -150,14 +149,13 @@ class KVCacheManager:
         preallocate: bool = False,
         speakers: SpeakerCache | None = None,
         kv_dtype: torch.dtype | None = None,
-        quantization: Quantization | None = None,
+        storage: Storage | None = None,
         backend: Backends = "off",
         bucket: int = BUCKET,
     ) -> None:
         check_model(model)
         check_prefix_cache(speakers)
         check_kv_dtype(kv_dtype)
-        check_quantization(quantization)
         check_bucket(bucket)
         self.model = model
         self.policy: SizePolicy | Sequence[SizePolicy] = KeepAll() if policy is None else policy
@@ -166,18 +164,17 @@ class KVCacheManager:
         self.preallocate = preallocate
         self.backend: Backends = backend
         self.enabled = True
-        self.quantization = quantization
+        self.spec = CacheSpec(
+            (policy if isinstance(policy, SizePolicy) else tuple(policy)) if policy is not None else KeepAll(),
+            max_cache_length,
+            positions,
+            Plain() if storage is None else storage,
+            preallocate,
+        )
         self._last = CacheReport(())
         self._running: weakref.ref[Any] | None = None  # the cache of a run that is under way
         # Says now, not at the first request, what cannot work.
-        first = new_cache(
-            model,
-            policy,
-            max_length=max_cache_length,
-            preallocate=preallocate,
-            positions=positions,
-            quantization=quantization,
-        )
+        first = new_cache(model, self.spec)
         self._observed = any(kv.by_head for kv in kv_layers(first, some=False))
         self._from_model = Following(model, self._make)
         geometry = self._from_model.now().geometry
@@ -304,18 +301,7 @@ class KVCacheManager:
             raise InputError(
                 "what attends to an encoder is held as well; give encoder_tokens, the positions that it gives for a row"
             )
-        policies = [self.policy] * len(shape.layers) if isinstance(self.policy, SizePolicy) else self.policy
-        return estimate_cache(
-            shape,
-            tokens,
-            policies,
-            rows=batch_size,
-            encoder_tokens=encoder_tokens or 0,
-            quantization=self.quantization,
-            max_length=self.max_cache_length,
-            preallocate=self.preallocate,
-            rerotate=self.positions == "rerotated",
-        )
+        return self.spec.nbytes(shape, tokens, rows=batch_size, encoder_tokens=encoder_tokens or 0)
 
     def truncate(self, cache: Any, length: int) -> None:
         """Roll `cache` back to its first `length` tokens, or reset it to a pinned prefix, without reallocating.
@@ -348,7 +334,7 @@ class KVCacheManager:
                 layer.check_trim(max_tokens)
         left = [layer.trim(max_tokens) for layer in layers]
         for layer in layers:
-            layer.fit()
+            layer.shrink_to_fit()
         self._tell_trimmed(cache, left)
         return max(left)
 
@@ -436,20 +422,13 @@ class KVCacheManager:
             raise InputError(
                 f"the cache holds {layers[0].rows} rows, {given[0]} were given; rows that were padded must be run apart"
             )
-        if any(min(getattr(layer, "heads", ()) or (layer.stored,)) < layer.seen for layer in layers):
+        if any(min(layer.heads or (layer.stored,)) < layer.seen for layer in layers):
             raise InputError("tokens have left this cache already; give KVzip a limit that holds the whole text")
         for layer in layers:
             layer.check_trim(max_tokens)
         before, evicted = [layer.stored for layer in layers], [layer.evicted for layer in layers]
         rehearse(self.runner, cache, inputs.to(self.model.device), instruction)
-        adaptive = [layer for layer in layers if isinstance(layer, AdaKVLayer)]
-        if len(adaptive) == len(layers):
-            if before[0] > max_tokens:
-                share(adaptive, max_tokens)
-        else:
-            for layer in layers:
-                layer.trim(max_tokens)
-                layer.fit()
+        compress(layers, max_tokens)
         self._tell_trimmed(cache, [layer.evicted - then for layer, then in zip(layers, evicted, strict=True)])
         return max(0, before[0] - max_tokens)
 
@@ -776,7 +755,7 @@ class KVCacheManager:
     @property
     def _matters(self) -> bool:
         """Whether a run would go, or end, another way on the model's own cache."""
-        return self._evicts or self.max_cache_length is not None or self.quantization is not None
+        return self._evicts or self.max_cache_length is not None or not self.spec.storage.exact
 
     def _cache(self, wanted: Wanted, prefix: str | None) -> Any:
         """A new cache for a run of `generate`; None where nothing of it would be ours."""
@@ -787,7 +766,7 @@ class KVCacheManager:
                     "held in few bits; use KVCacheManager(model) without a policy, limit or quantization"
                 )
             return None
-        if wanted.assisted and (self._evicts or self.quantization is not None):
+        if wanted.assisted and (self._evicts or not self.spec.storage.exact):
             raise PolicyError(
                 "guessed tokens that are wrong are taken back, which needs a cache that drops and packs nothing; use a "
                 "manager with KeepAll() and no quantization, or generate without an assistant, prompt lookup or early exit"
@@ -801,20 +780,17 @@ class KVCacheManager:
         self,
         rows: int | None,
         attention_mask: Tensor | None = None,
-        policy: SizePolicy | Sequence[SizePolicy] | None = None,
+        policy: SizePolicy | tuple[SizePolicy, ...] | None = None,
         crossing: bool | None = None,
     ) -> Any:
         """A cache for so many rows, padded as the mask says, under this manager's policy or another."""
+        spec = self.spec if policy is None else replace(self.spec, policy=policy)
         cache = new_cache(
             self.model,
-            self.policy if policy is None else policy,
-            max_length=self.max_cache_length,
-            preallocate=self.preallocate,
-            positions=self.positions,
+            spec,
             rows=rows,
             padding=left_padding(attention_mask) if self._evicts else None,
             geometry=self.geometry,
-            quantization=self.quantization,
             crossing=crossing,
         )
         cache.made_for = MadeFor(self._from_model.watch.now())
@@ -868,7 +844,7 @@ class KVCacheManager:
             return "layers have policies of their own"
         if self._observed:
             return "tokens are ranked on the host"
-        if self.quantization is not None:
+        if not self.spec.storage.exact:
             return "a quantized cache is read on the host"
         if (mask := self._mask_of(inputs, kwargs)) is not None and (
             mask.dim() != 2 or not bool((mask.bool().int().diff(dim=1) >= 0).all()) or not bool(mask[:, -1].all())
@@ -951,11 +927,11 @@ class KVCacheManager:
         known = self._prompt(inputs, kwargs) if encoded is None else encoded[0]
         return None if known is None else known.shape[0] * self._setting("num_return_sequences", kwargs)
 
-    def _pinned(self, tokens: int) -> SizePolicy | list[SizePolicy]:
+    def _pinned(self, tokens: int) -> SizePolicy | tuple[SizePolicy, ...]:
         """The policy for what follows a prefix of so many tokens."""
         if isinstance(self.policy, SizePolicy):
             return Pinned(tokens, self.policy) if self.policy.evicts else self.policy
-        return [Pinned(tokens, policy) if policy.evicts else policy for policy in self.policy]
+        return tuple(Pinned(tokens, policy) if policy.evicts else policy for policy in self.policy)
 
     def _prefixed(
         self, name: str, inputs: Tensor | None, kwargs: dict[str, Any]

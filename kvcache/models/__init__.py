@@ -11,7 +11,6 @@ from kvcache.models._attention import observed_copy, own_attention, told_more
 from kvcache.models._autocast import autocasts, each_without_autocast, without_autocast
 from kvcache.models._cache import (
     TESTED,
-    PositionMode,
     cache_layers,
     check_continues,
     check_ours,
@@ -78,7 +77,6 @@ __all__ = [
     "ManagedLayer",
     "ModelFacts",
     "PackedLinear",
-    "PositionMode",
     "Precision",
     "RetrievalHeadProfile",
     "Seat",

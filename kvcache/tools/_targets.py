@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from kvcache.cache import CacheGeometry, CacheReport, KeepAll, Quantization
+from kvcache.cache import CacheGeometry, CacheReport, KeepAll, KVQuantization
 from kvcache.decoding import BUCKET, Backend, Setting, Told, VocoderSetting, WarmUp
 from kvcache.errors import InputError, KVCacheError, MissingDependencyError, said
 from kvcache.manager import KVCacheManager
@@ -367,7 +367,7 @@ def _managed(model: Any, setting: Setting) -> KVCacheManager:
         setting.max_length,
         kv_dtype=setting.kv_dtype,
         bucket=setting.bucket or BUCKET,
-        quantization=None if setting.quantization is None else Quantization(setting.quantization),
+        storage=None if setting.quantization is None else KVQuantization(setting.quantization),
     )
 
 

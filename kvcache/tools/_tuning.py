@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from kvcache.cache import Quantization, bytes_of, quantized_bytes
+from kvcache.cache import CacheShape, CacheSpec, KVQuantization, bytes_of
 from kvcache.decoding import (
     BUCKET,
     Backend,
@@ -264,8 +264,8 @@ def _why_no_bits(subject: ModelTarget, device: str, context: int | None) -> str 
     shape = shape_of(subject.decoder(subject.load(device)))
     if not any(layer.managed and layer.token is not None for layer in shape.layers):
         return "no layer of this model's cache is held in few bits: each is kept the model's own way"
-    if context is not None and context < 2 * Quantization(8).group:
-        return f"behind {context} tokens hardly any are held in few bits: they are in groups of {Quantization(8).group}"
+    if context is not None and context < 2 * (KVQuantization(8).group_size or 0):
+        return f"behind {context} tokens hardly any are held in few bits: they are in groups of {KVQuantization(8).group_size}"
     return None
 
 
@@ -364,7 +364,7 @@ class SubjectBench:
         """Tokens."""
         if setting.quantization is None:
             return _SAMPLE
-        wanted = _GROUPS * Quantization(setting.quantization).group
+        wanted = _GROUPS * (KVQuantization(setting.quantization).group_size or 0)
         most = self._subject.longest(setting)
         return wanted if most is None else min(wanted, most)
 
@@ -385,7 +385,8 @@ class SubjectBench:
             if not layer.managed or layer.token is None:
                 total += rows * layer.own_bytes(tokens)
             elif setting.quantization is not None:
-                total += quantized_bytes(*layer.token, Quantization(setting.quantization), tokens, rows)
+                held = CacheSpec(storage=KVQuantization(setting.quantization))
+                total += held.nbytes(CacheShape((layer,)), tokens, rows=rows)
             else:
                 token = layer.token if setting.kv_dtype is None else (*layer.token[:3], setting.kv_dtype)
                 total += rows * tokens * sum(bytes_of(token))
