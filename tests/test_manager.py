@@ -729,7 +729,7 @@ def test_20_000_single_tokens_through_a_layer(policy: Any) -> None:
     layer, sizes, addresses = KVLayer(policy), set(), set()
     key = torch.zeros(1, 1, 1, 2)
     for token in range(20_000):
-        keys, values = layer.append(key, key + token)
+        keys, values = layer.append(key, key + token).states
         if token >= 1024:
             sizes.add(layer.nbytes)
             addresses.add((keys.data_ptr(), values.data_ptr()))

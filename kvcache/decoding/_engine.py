@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import TypedDict, Unpack
 
-from kvcache.cache import CacheReport, KVLayer
+from kvcache.cache import CacheReport, LayerCache
 from kvcache.decoding._backends import BUCKET, Backend, BackendName, Compiled, Eager, backend_for
 from kvcache.decoding._programs import Programs
 from kvcache.decoding._sampler import GREEDY, Drawing, Sampler, Sampling
@@ -170,7 +170,7 @@ class Decoding:
 
     # ------------------------------------------------------------------ requests
 
-    def load(self, first: int, layers: Sequence[KVLayer], pads: Tensor | None = None) -> None:
+    def load(self, first: int, layers: Sequence[LayerCache], pads: Tensor | None = None) -> None:
         """As `StaticKV.load`, but copied only before the next step: a request's first token does not wait for it."""
         self.kv.load(first, layers, pads, later=True)
 

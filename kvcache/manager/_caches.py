@@ -1,20 +1,19 @@
 """The caches of one model under one policy: made, estimated, and what the model runs as on them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 from transformers import GenerationMixin
 
-from kvcache.cache import CacheGeometry, KeepAll, Pinned, Quantization, SizePolicy, estimate_cache
+from kvcache.cache import CacheGeometry, CacheSpec, Pinned, SizePolicy
 from kvcache.errors import GeometryError, InputError, PolicyError
 from kvcache.generation import Wanted, check_no_pads
 from kvcache.models import (
     Following,
     MadeFor,
-    PositionMode,
     Signature,
     check_ranking,
     exact_windows,
@@ -43,9 +42,7 @@ class ModelCaches:
 
     Args:
         model: a transformers model.
-        policy: which tokens stay; one for all layers, or one per layer.
-        max_length: refuse to hold more tokens than this.
-        positions, preallocate, quantization: see `KVCacheManager`.
+        spec: what is asked of them.
 
     Attributes:
         evicts: whether tokens leave.
@@ -55,26 +52,11 @@ class ModelCaches:
         PolicyError, PositionsError: if that cannot work for this model.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        policy: SizePolicy | Sequence[SizePolicy] | None = None,
-        max_length: int | None = None,
-        *,
-        positions: PositionMode = "absolute",
-        preallocate: bool = False,
-        quantization: Quantization | None = None,
-    ) -> None:
-        self.model = model
-        self.policy: SizePolicy | Sequence[SizePolicy] = KeepAll() if policy is None else policy
-        self.max_length = max_length
-        self.positions: PositionMode = positions
-        self.preallocate = preallocate
-        self.quantization = quantization
+    def __init__(self, model: Any, spec: CacheSpec) -> None:
+        self.model, self.spec = model, spec
         # Says now, not at the first request, what cannot work.
-        first = self._new(self.policy, geometry=None)
-        policies = [self.policy] if isinstance(self.policy, SizePolicy) else self.policy
-        self.evicts = any(policy.evicts for policy in policies)
+        first = new_cache(model, spec)
+        self.evicts = spec.evicts
         self.ranks = any(kv.by_head for kv in kv_layers(first, some=False))
         self._of_model = Following(model, self._make)
         self._of_model.now()
@@ -122,7 +104,7 @@ class ModelCaches:
     @property
     def matter(self) -> bool:
         """Whether a run would go, or end, another way on the model's own cache."""
-        return self.evicts or self.max_length is not None or self.quantization is not None
+        return self.evicts or self.spec.max_length is not None or not self.spec.storage.exact
 
     def exactly(self) -> AbstractContextManager[None]:
         """A block in which each token of a prompt sees what the policy says, see `kvcache.models.exact_windows`."""
@@ -138,7 +120,7 @@ class ModelCaches:
             attention_mask: ``[rows, tokens]``.
             crossing: see `kvcache.models.new_cache`.
         """
-        return self._made(self.policy, rows, attention_mask, crossing)
+        return self._made(self.spec, rows, attention_mask, crossing)
 
     def behind(self, snapshot: PrefixSnapshot, rows: int, attention_mask: Tensor | None = None) -> Any:
         """A cache that begins with a prefix, which is pinned: the policy is about what follows it.
@@ -178,7 +160,7 @@ class ModelCaches:
                     "held in few bits; use KVCacheManager(model) without a policy, limit or quantization"
                 )
             return None
-        if wanted.assisted and (self.evicts or self.quantization is not None):
+        if wanted.assisted and (self.evicts or not self.spec.storage.exact):
             raise PolicyError(
                 "guessed tokens that are wrong are taken back, which needs a cache that drops and packs nothing; use a "
                 "manager with KeepAll() and no quantization, or generate without an assistant, prompt lookup or early exit"
@@ -200,46 +182,19 @@ class ModelCaches:
             raise InputError(
                 "what attends to an encoder is held as well; give encoder_tokens, the positions that it gives for a row"
             )
-        return estimate_cache(
-            shape,
-            tokens,
-            [self.policy] * len(shape.layers) if isinstance(self.policy, SizePolicy) else self.policy,
-            rows=rows,
-            encoder_tokens=encoder_tokens or 0,
-            quantization=self.quantization,
-            max_length=self.max_length,
-            preallocate=self.preallocate,
-            rerotate=self.positions == "rerotated",
-        )
+        return self.spec.nbytes(shape, tokens, rows=rows, encoder_tokens=encoder_tokens or 0)
 
     # ------------------------------------------------------------------ inside
 
-    def _pinned(self, tokens: int) -> SizePolicy | list[SizePolicy]:
-        """The policy for what follows a prefix of so many tokens."""
-        if isinstance(self.policy, SizePolicy):
-            return Pinned(tokens, self.policy) if self.policy.evicts else self.policy
-        return [Pinned(tokens, policy) if policy.evicts else policy for policy in self.policy]
+    def _pinned(self, tokens: int) -> CacheSpec:
+        """For what follows a prefix of so many tokens."""
+        policy = self.spec.policy
+        given = (policy,) if isinstance(policy, SizePolicy) else policy
+        pinned = tuple(Pinned(tokens, one) if one.evicts else one for one in given)
+        return replace(self.spec, policy=pinned[0] if isinstance(policy, SizePolicy) else pinned)
 
-    def _made(
-        self,
-        policy: SizePolicy | Sequence[SizePolicy],
-        rows: int | None,
-        attention_mask: Tensor | None,
-        crossing: bool | None,
-    ) -> Any:
+    def _made(self, spec: CacheSpec, rows: int | None, attention_mask: Tensor | None, crossing: bool | None) -> Any:
         padding = left_padding(attention_mask) if self.evicts else None
-        cache = self._new(policy, geometry=self.geometry, rows=rows, padding=padding, crossing=crossing)
+        cache = new_cache(self.model, spec, rows=rows, padding=padding, geometry=self.geometry, crossing=crossing)
         cache.made_for = MadeFor(self._of_model.watch.now())
         return cache
-
-    def _new(self, policy: SizePolicy | Sequence[SizePolicy], geometry: CacheGeometry | None, **request: Any) -> Any:
-        return new_cache(
-            self.model,
-            policy,
-            max_length=self.max_length,
-            preallocate=self.preallocate,
-            positions=self.positions,
-            quantization=self.quantization,
-            geometry=geometry,
-            **request,
-        )

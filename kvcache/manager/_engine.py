@@ -31,14 +31,14 @@ class EngineCalls:
             call: as it was given.
             behind_prefix: whether a prefix comes before its inputs.
         """
-        caches, policy = self._caches, self._caches.policy
-        if caches.positions == "rerotated" and caches.evicts:
+        caches, policy = self._caches, self._caches.spec.policy
+        if caches.spec.rerotated and caches.evicts:
             return "re-rotated positions are turned on the host"
         if not isinstance(policy, SizePolicy):
             return "layers have policies of their own"
         if caches.ranks:
             return "tokens are ranked on the host"
-        if caches.quantization is not None:
+        if not caches.spec.storage.exact:
             return "a quantized cache is read on the host"
         if (reason := self._why_not_masked(policy, call.mask, behind_prefix)) is not None:
             return reason

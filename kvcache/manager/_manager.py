@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from kvcache.cache import CacheGeometry, CacheReport, Quantization, SizePolicy, check_quantization
+from kvcache.cache import CacheGeometry, CacheReport, CacheSpec, Plain, PositionMode, SizePolicy, Storage, spec_of
 from kvcache.decoding import LanguageDecoder, Told, TuningProfile, WarmUp, as_async, backend_on, untold
 from kvcache.errors import check_whole
 from kvcache.generation import GenerateCall
@@ -22,7 +22,6 @@ from kvcache.manager._streaming import Streams
 from kvcache.manager._trimming import compress, trim
 from kvcache.memory import release_threads
 from kvcache.models import (
-    PositionMode,
     check_generate_arguments,
     check_generates,
     check_model,
@@ -45,7 +44,7 @@ class KVCacheManager:
             distances stay within what the model was trained on (StreamingLLM; RoPE models only).
         preallocate: take a cache's memory at once, not as it grows.
         speakers: where prefixes live (`add_prefix`); by default memory over disk.
-        quantization: hold keys and values in 8 or 4 bits.
+        storage: how keys and values are held; by default as they come, `KVQuantization(8)` in 8 bits.
         **decoding: the fields of `kvcache.manager.DecodeOptions`: how `stream` decodes.
 
     Attributes:
@@ -55,7 +54,7 @@ class KVCacheManager:
         engine: tells which calls the decode engine can do, and lets it do them.
 
     Raises:
-        InputError: for what is no model, no `SpeakerCache`, dtype, `Quantization` or back end.
+        InputError: for what is no model, no `SpeakerCache`, dtype, `Storage` or back end.
         PolicyError, PositionsError: if that cannot work for this model.
     """
 
@@ -68,24 +67,18 @@ class KVCacheManager:
         positions: PositionMode = "absolute",
         preallocate: bool = False,
         speakers: SpeakerCache | None = None,
-        quantization: Quantization | None = None,
+        storage: Storage | None = None,
         **decoding: Unpack[DecodeArguments],
     ) -> None:
         check_model(model)
         check_prefix_cache(speakers)
         options = DecodeOptions(**decoding)
-        check_quantization(quantization)
         self.model = model
         self.backend: Backends = options.backend
         self.enabled = True
-        self.caches = ModelCaches(
-            model,
-            policy,
-            max_cache_length,
-            positions=positions,
-            preallocate=preallocate,
-            quantization=quantization,
-        )
+        held = Plain() if storage is None else storage
+        spec = CacheSpec(spec_of(policy).policy, max_cache_length, positions, held, preallocate)
+        self.caches = ModelCaches(model, spec)
         device = self.geometry.device
         backend_on(options.backend, device)
         self.speakers = SpeakerCache(default_store(device)) if speakers is None else speakers
@@ -141,22 +134,22 @@ class KVCacheManager:
     @property
     def policy(self) -> SizePolicy | Sequence[SizePolicy]:
         """Which tokens stay; one for all layers, or one per layer."""
-        return self.caches.policy
+        return self.caches.spec.policy
 
     @property
     def max_cache_length(self) -> int | None:
         """The most tokens that a cache holds; None where it grows."""
-        return self.caches.max_length
+        return self.caches.spec.max_length
 
     @property
     def positions(self) -> PositionMode:
         """``"absolute"``, or ``"rerotated"``."""
-        return self.caches.positions
+        return self.caches.spec.positions
 
     @property
-    def quantization(self) -> Quantization | None:
-        """In how many bits keys and values are held; None: in full."""
-        return self.caches.quantization
+    def spec(self) -> CacheSpec:
+        """What is asked of its caches, as one value."""
+        return self.caches.spec
 
     # ------------------------------------------------------------------ caches
 

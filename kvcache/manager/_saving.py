@@ -2,9 +2,7 @@
 
 from typing import Any
 
-from torch import Tensor
-
-from kvcache.cache import check_states, read_saved, restore_layers, save_layers
+from kvcache.cache import LayerCache, check_states, read_saved, restore_layers, save_layers
 from kvcache.errors import GeometryError, InputError
 from kvcache.manager._caches import ModelCaches
 from kvcache.models import ManagedCache, cache_layers, kv_layers, model_fingerprint
@@ -17,33 +15,34 @@ def save(caches: ModelCaches, cache: Any, secret: bytes | None) -> bytes:
             "the model has changed since this cache was made, and what it holds is of the model as it was; save a cache "
             "before its model changes, or fill a new one"
         )
-    return _saved(caches, cache, model_fingerprint(caches.model), secret)
+    layers = _layers(caches, cache)
+    return save_layers(layers, model_fingerprint(caches.model), layers[0].rows or 1, secret)
 
 
 def load(caches: ModelCaches, data: bytes, secret: bytes | None) -> Any:
     """See `KVCacheManager.load`."""
     tensors, header = read_saved(data, model_fingerprint(caches.model), secret)
     check_states(tensors, caches.geometry)  # whoever wrote it
-    return _restored(caches, tensors, header)
+    cache = caches.empty(header["rows"])
+    restore_layers(kv_layers(cache), tensors, header, caches.geometry.device)
+    return cache
 
 
 def fork(caches: ModelCaches, cache: Any) -> Any:
     """See `KVCacheManager.fork`."""
-    copied = _restored(caches, *read_saved(_saved(caches, cache, "", None), ""))
+    layers = _layers(caches, cache)
+    copied = caches.empty(layers[0].rows or 1)
+    for layer, own in zip(layers, kv_layers(copied), strict=True):
+        own.restore(*layer.state())
     copied.made_for = cache.made_for
     return copied
 
 
-def _saved(caches: ModelCaches, cache: Any, model: str, secret: bytes | None) -> bytes:
+def _layers(caches: ModelCaches, cache: Any) -> list[LayerCache]:
+    """Those of a cache, where there are no others."""
     layers = kv_layers(cache)
     if len(layers) != len(cache_layers(cache)) or caches.model.config.is_encoder_decoder:
         raise GeometryError(
             f"{type(caches.model).__name__} keeps a part of its cache in its own way, which cannot be saved"
         )
-    return save_layers(layers, model, layers[0].rows or 1, secret)
-
-
-def _restored(caches: ModelCaches, tensors: dict[str, Tensor], header: dict[str, Any]) -> Any:
-    cache = caches.empty(header["rows"])
-    restore_layers(kv_layers(cache), tensors, header, caches.geometry.device)
-    return cache
+    return layers

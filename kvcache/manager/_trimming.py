@@ -5,7 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from kvcache.cache import AdaKVLayer, KVLayer, KVzip, share
+from kvcache.cache import KVzip, LayerCache
+from kvcache.cache import compress as compress_layers
 from kvcache.errors import InputError, PolicyError
 from kvcache.events import Event, emit
 from kvcache.manager._caches import ModelCaches
@@ -21,7 +22,7 @@ def trim(caches: ModelCaches, cache: Any, max_tokens: int | None) -> int:
             layer.check_trim(max_tokens)
     left = [layer.trim(max_tokens) for layer in layers]
     for layer in layers:
-        layer.fit()
+        layer.shrink_to_fit()
     _tell(cache, left)
     return max(left)
 
@@ -34,19 +35,12 @@ def compress(caches: ModelCaches, cache: Any, inputs: Tensor, max_tokens: int, i
         layer.check_trim(max_tokens)
     before, evicted = [layer.stored for layer in layers], [layer.evicted for layer in layers]
     rehearse(caches.runner, cache, inputs.to(caches.model.device), instruction)
-    adaptive = [layer for layer in layers if isinstance(layer, AdaKVLayer)]
-    if len(adaptive) == len(layers):
-        if before[0] > max_tokens:
-            share(adaptive, max_tokens)
-    else:
-        for layer in layers:
-            layer.trim(max_tokens)
-            layer.fit()
+    compress_layers(layers, max_tokens)
     _tell(cache, [layer.evicted - then for layer, then in zip(layers, evicted, strict=True)])
     return max(0, before[0] - max_tokens)
 
 
-def _check_compressible(layers: Sequence[KVLayer], inputs: Any) -> None:
+def _check_compressible(layers: Sequence[LayerCache], inputs: Any) -> None:
     """Refuse what is not the text that these layers hold, all of it, under a policy that reads it again."""
     given = tuple(inputs.shape) if isinstance(inputs, Tensor) else inputs
     if not isinstance(inputs, Tensor) or inputs.dim() != 2 or inputs.shape[1] != layers[0].seen:
@@ -62,7 +56,7 @@ def _check_compressible(layers: Sequence[KVLayer], inputs: Any) -> None:
         raise InputError(
             f"the cache holds {layers[0].rows} rows, {given[0]} were given; rows that were padded must be run apart"
         )
-    if any(min(getattr(layer, "heads", ()) or (layer.stored,)) < layer.seen for layer in layers):
+    if any(min(layer.heads or (layer.stored,)) < layer.seen for layer in layers):
         raise InputError("tokens have left this cache already; give KVzip a limit that holds the whole text")
 
 

@@ -12,7 +12,6 @@ from kvcache.models._autocast import autocasts, each_without_autocast, without_a
 from kvcache.models._beginnings import run_prefix
 from kvcache.models._cache import (
     TESTED,
-    PositionMode,
     cache_layers,
     check_continues,
     check_ours,
@@ -78,7 +77,6 @@ __all__ = [
     "ManagedLayer",
     "ModelFacts",
     "PackedLinear",
-    "PositionMode",
     "Precision",
     "RetrievalHeadProfile",
     "Seat",

@@ -7,7 +7,7 @@ Two rules make a cache right while tokens leave it: its length is counted in tok
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
@@ -22,20 +22,17 @@ from kvcache.cache import (
     CacheGeometry,
     CacheReport,
     CacheShape,
-    KeepAll,
+    CacheSpec,
+    Expected,
     KeyRotation,
-    KVLayer,
-    Quantization,
-    QuantizedLayer,
+    LayerCache,
     SizePolicy,
     SnapKV,
-    SplitLayer,
+    Token,
     account,
     budgeted,
-    check_policy,
-    check_quantization,
     chosen_by_head,
-    layer_for,
+    spec_of,
     turns,
 )
 from kvcache.errors import GeometryError, InputError, PolicyError, PositionsError
@@ -57,8 +54,6 @@ TESTED = ("5.2", "5.24")
 
 _VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 
-PositionMode = Literal["absolute", "rerotated"]
-
 export.register()
 
 
@@ -67,15 +62,11 @@ export.register()
 
 def new_cache(
     model: Any,
-    policy: SizePolicy | Sequence[SizePolicy] | None = None,
+    spec: CacheSpec | SizePolicy | Sequence[SizePolicy] | None = None,
     *,
-    max_length: int | None = None,
-    preallocate: bool = False,
-    positions: PositionMode = "absolute",
     rows: int | None = None,
     padding: Tensor | None = None,
     geometry: CacheGeometry | None = None,
-    quantization: Quantization | None = None,
     crossing: bool | None = None,
 ) -> Any:
     """A cache to pass as ``past_key_values`` (``cache`` from transformers 5.24 on); for an encoder-decoder, its decoder's.
@@ -85,14 +76,10 @@ def new_cache(
 
     Args:
         model: a transformers model.
-        policy: which tokens stay; one for all layers or a sequence of one per layer.
-        max_length: refuse to hold more tokens than this.
-        preallocate: take the memory for all of them at once.
-        positions: ``"rerotated"`` moves the pinned keys next to the window (needs RoPE).
+        spec: what is asked of the cache; a policy alone is a spec with nothing else.
         rows: refuse another batch size.
         padding: pads on the left of each row, ``[batch]``; see `left_padding`.
         geometry: the model's, where it is known already.
-        quantization: hold keys and values in few bits.
         crossing: whether the model attends to an encoder, whose keys and values need a place of their own; by default
             whether it is an encoder-decoder.
 
@@ -100,72 +87,72 @@ def new_cache(
         PositionsError, PolicyError, GeometryError: if that cannot work for this model.
     """
     check_model(model)
-    check_quantization(quantization)
-    if positions not in ("absolute", "rerotated"):
-        raise PositionsError(f"positions={positions!r} must be 'absolute' or 'rerotated'")
+    spec = spec_of(spec)
     geometry = geometry_of(model) if geometry is None else geometry
     layers = list(DynamicCache(config=model.config).layers)[: geometry.layers]  # T5's has as many as its encoder
     layers += [_full_layer() for _ in range(geometry.layers - len(layers))]
     managed = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
-    policies = _policy_per_layer(policy, len(layers))
-    evicting = [policies[i] for i in managed if policies[i].evicts]
-    rerotated = positions == "rerotated"
-    if evicting or rerotated:
-        _check_eviction(model, geometry, [policies[i] for i in managed] if evicting else [], rerotated)
-    idle = policy if any(p.evicts for p in policies) else quantization
-    if not managed and idle is not None:
+    policies = spec.policies(len(layers))
+    ours = [policies[i] for i in managed]
+    _check_spec(model, geometry, spec, ours, padding)
+    if not managed and (any(policy.evicts for policy in policies) or not spec.storage.exact):
         raise PolicyError(
-            f"{idle!r} has no layer to work on: each of the {len(layers)} layers is managed by the model in its own way "
+            f"{spec!r} has no layer to work on: each of the {len(layers)} layers is managed by the model in its own way "
             f"({type(layers[0]).__name__}); leave it out, or unset config.sliding_window where the model has one"
         )
-    for one in (policies[i] for i in managed if preallocate):
-        if max_length is None and not one.evicts:
+    windows = Windows(model, facts_of(model).seats, layers) if _by_age(ours) and any(p.evicts for p in ours) else None
+    shape = shape_of(model) if any(budgeted(p) and not chosen_by_head(p) for p in ours) else None
+    held: list[LayerCache] = []
+    evictions = Evictions(held)
+    for i in managed:
+        counted = shape is not None and budgeted(policies[i]) and not chosen_by_head(policies[i])
+        expected = Expected(rows, _token(geometry, i), shape.whole() if shape is not None and counted else None)
+        kv = spec.layer(
+            policies[i],
+            rotation=facts_of(model).rotation(i) if spec.rerotated and policies[i].evicts else None,
+            turn=_turn(model, geometry, policies[i], i),
+            padding=padding,
+            expected=expected,
+        )
+        held.append(kv)
+        layers[i] = ManagedLayer(kv, geometry.max_positions, held, evictions, windows)
+    if shape is not None and rows is None:
+        for kv in held:
+            kv.share(shape.whole())  # says now what does not hold one row
+    cache = ManagedCache(layers)
+    crossing = model.config.is_encoder_decoder if crossing is None else crossing
+    return ManagedEncoderDecoderCache(cache, Crossed(held, shape)) if crossing else cache
+
+
+def _token(geometry: CacheGeometry, layer: int) -> Token:
+    own = geometry.of(layer)
+    return own.kv_heads, own.head_dim, own.value_dim, own.dtype
+
+
+def _by_age(policies: Sequence[SizePolicy]) -> bool:
+    """Whether the oldest tokens leave first in any of these layers."""
+    return not all(map(chosen_by_head, policies))
+
+
+def _check_spec(
+    model: Any, geometry: CacheGeometry, spec: CacheSpec, policies: Sequence[SizePolicy], padding: Tensor | None
+) -> None:
+    """Refuse what cannot work for this model, whose managed layers have these policies."""
+    evicting = [policy for policy in policies if policy.evicts]
+    if evicting or spec.rerotated:
+        _check_eviction(model, geometry, policies if evicting else [], spec.rerotated)
+    for one in policies if spec.preallocate else ():
+        if spec.max_length is None and not one.evicts:
             raise PolicyError(
                 f"preallocate=True takes the memory of all tokens at once, and under {one!r} without a limit there is no "
                 "telling how many: give max_length (max_cache_length), or a policy with a limit"
             )
-    if any(chosen_by_head(policies[i]) for i in managed):
-        _check_latent(model, policy)
-    ours: list[KVLayer] = []
-    evictions = Evictions(ours)
-    masked = evicting and not all(chosen_by_head(policies[i]) for i in managed)
-    windows = Windows(model, facts_of(model).seats, layers) if masked else None
-    counted = [i for i in managed if budgeted(policies[i]) and not chosen_by_head(policies[i])]
-    shape = shape_of(model) if counted else None
-    for i in managed:
-        own = geometry.of(i)
-        given: dict[str, Any] = {"max_length": max_length, "padding": padding, "layers": len(managed), "rows": rows}
-        rotation = facts_of(model).rotation(i) if rerotated and policies[i].evicts else None
-        if rerotated and evicting and padding is not None and bool((padding > 0).any()):
-            raise PositionsError(
-                "re-rotated positions need rows without padding; run the rows apart, or keep positions='absolute'"
-            )
-        if shape is not None and i in counted:
-            given["whole"] = shape.whole()
-        if quantization is not None:
-            if rerotated and evicting:
-                raise PositionsError("quantized keys cannot be re-rotated; keep positions='absolute'")
-            kv: KVLayer = _quantized(policies[i], quantization, preallocate, own, given)
-        else:
-            given |= {"preallocate": preallocate, "token_bytes": own.layer_token_bytes}
-            kv = layer_for(policies[i], rotation, turn=_turn(model, geometry, policies[i], i), **given)
-        if kv.by_head and rerotated:
-            raise PositionsError(
-                f"under {policies[i]!r} each head keeps tokens of its own, so there is no window to turn sinks towards; "
-                "use positions='absolute'"
-            )
-        if isinstance(kv, SplitLayer) and kv.parts and len(kv.heads) != own.kv_heads:
-            raise GeometryError(
-                f"{policies[i]!r} is for {len(kv.heads)} KV heads, the model has {own.kv_heads}; give a policy for each"
-            )
-        ours.append(kv)
-        layers[i] = ManagedLayer(kv, geometry.max_positions, ours, evictions, windows)
-    if shape is not None and rows is None:
-        for kv in ours:
-            kv.share(shape.whole())  # says now what does not hold one row
-    cache = ManagedCache(layers)
-    crossing = model.config.is_encoder_decoder if crossing is None else crossing
-    return ManagedEncoderDecoderCache(cache, Crossed(ours, shape)) if crossing else cache
+    if any(map(chosen_by_head, policies)):
+        _check_latent(model, spec.policy)
+    if spec.rerotated and evicting and padding is not None and bool((padding > 0).any()):
+        raise PositionsError(
+            "re-rotated positions need rows without padding; run the rows apart, or keep positions='absolute'"
+        )
 
 
 def shape_of(model: Any) -> CacheShape:
@@ -221,37 +208,8 @@ def _turn(model: Any, geometry: CacheGeometry, policy: SizePolicy, layer: int) -
         ) from error
 
 
-def _quantized(
-    policy: SizePolicy,
-    quantization: Quantization,
-    preallocate: bool,
-    geometry: CacheGeometry,
-    given: dict[str, Any],
-) -> QuantizedLayer:
-    if chosen_by_head(policy):
-        raise PolicyError(
-            f"{policy!r} chooses tokens by head, and tokens that are quantized leave in groups; use one of the two, or a "
-            "policy by age, such as SlidingWindow"
-        )
-    if preallocate:
-        raise PolicyError("a quantized cache grows by groups; leave preallocate out")
-    return QuantizedLayer(policy, quantization, geometry=geometry, **given)
-
-
 def _full_layer() -> DynamicLayer:
     return DynamicLayer()  # type: ignore[no-untyped-call]
-
-
-def _policy_per_layer(policy: SizePolicy | Sequence[SizePolicy] | None, layers: int) -> list[SizePolicy]:
-    if policy is None or isinstance(policy, SizePolicy):
-        return [policy or KeepAll()] * layers
-    if not isinstance(policy, Sequence) or isinstance(policy, str) or len(policy) != layers:
-        raise PolicyError(
-            f"policy={policy!r} must be one SizePolicy, or a sequence of one for each of the {layers} layers"
-        )
-    for one in policy:
-        check_policy(one)
-    return list(policy)
 
 
 def decoding_arguments(cache: Any, positions: Tensor) -> dict[str, Any]:
@@ -277,7 +235,7 @@ def report_of(cache: Any) -> CacheReport:
     return account(cache_layers(cache), cross_layers(cache))
 
 
-def kv_layers(cache: Any, some: bool = True) -> list[KVLayer]:
+def kv_layers(cache: Any, some: bool = True) -> list[LayerCache]:
     """The layers of a cache that kvcache manages.
 
     Raises:

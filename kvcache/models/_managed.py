@@ -19,7 +19,7 @@ from transformers.cache_utils import (
     EncoderDecoderCache,
 )
 
-from kvcache.cache import CacheShape, KVLayer
+from kvcache.cache import CacheShape, LayerCache
 from kvcache.errors import CapacityError, GeometryError, InputError, PolicyError, RollbackError
 from kvcache.events import Evictions
 from kvcache.models import _attention as attention
@@ -61,16 +61,16 @@ PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)  # hold keys and values, and n
 
 
 class ManagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """A `KVLayer` as transformers sees it."""
+    """A `LayerCache` as transformers sees it."""
 
     is_sliding = False
     is_compileable = False
 
     def __init__(
         self,
-        kv: KVLayer,
+        kv: LayerCache,
         max_positions: int | None = None,
-        beside: Sequence[KVLayer] = (),
+        beside: Sequence[LayerCache] = (),
         evictions: Evictions | None = None,
         windows: Windows | None = None,
     ) -> None:
@@ -178,13 +178,13 @@ class ManagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             _check_observed(self.kv)
         if self.windows is not None:
             self.windows.check(self, key_states.shape[2])
-        keys, values = self.kv.append(key_states, value_states)
+        attended = self.kv.append(key_states, value_states)
         self._begun = True
-        if self.kv.by_head:
-            attention.stored(self.kv, keys, values)
+        if attended.spans:
+            attention.stored(self.kv, attended)
         elif self.evictions is not None and self.kv is self.beside[-1]:
             self.evictions.after()
-        return keys, values
+        return attended.states
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         # Asked once before a forward writes anything: the place to refuse, with every layer still as it was.
@@ -267,7 +267,7 @@ def _alike(keys: Tensor, values: Tensor) -> bool:
     return keys.shape[:3] == values.shape[:3] and (keys.dtype, keys.device) == (values.dtype, values.device)
 
 
-def rows_of(kv: KVLayer) -> int | None:
+def rows_of(kv: LayerCache) -> int | None:
     """The batch size of a layer, or of the pads it was told; None if neither is known."""
     return kv.rows if kv.rows is not None or kv.padding is None else kv.padding.shape[0]
 
@@ -297,7 +297,7 @@ def _listed(indices: Any) -> Any:
     return list(indices) if isinstance(indices, Sequence) else indices
 
 
-def _check_observed(kv: KVLayer) -> None:
+def _check_observed(kv: LayerCache) -> None:
     if kv.by_head and not attention.observing():
         raise PolicyError(
             f"under {kv.policy!r} each head sees its own tokens, and the cache what is attended to; run the model as "
@@ -432,7 +432,7 @@ class Crossed(DynamicCache):
 
     def __init__(
         self,
-        ours: Sequence[KVLayer] = (),
+        ours: Sequence[LayerCache] = (),
         shape: CacheShape | None = None,
         *,
         config: Any = None,

@@ -8,7 +8,7 @@ The laws need hypothesis: ``pip install hypothesis``.
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from kvcache.cache import KVLayer, SizePolicy
+from kvcache.cache import LayerCache, SizePolicy
 from kvcache.errors import MissingDependencyError
 from kvcache.testing._leaks import no_leaks
 
@@ -37,7 +37,7 @@ def check_policy(policy: SizePolicy, *, examples: int = 20) -> None:
 
 
 def check_layer(
-    make: Callable[..., KVLayer],
+    make: Callable[..., LayerCache],
     policies: Mapping[str, SizePolicy] | Sequence[SizePolicy] | None = None,
     *,
     variants: Collection[str] = ("plain", "padded"),
@@ -57,7 +57,7 @@ def check_layer(
         variants: ``"plain"``, ``"padded"``: rows padded on the left, ``"rerotated"``: pinned keys turned.
         laws: which of them; by default all.
         tolerance: how far what is held may be from what came, for a layer in few bits. Above 0 its bytes are compared with
-            what it holds, and not with `estimate_bytes`; it may refuse roll backs; and attention is not compared.
+            what it holds, and not with `CacheSpec.nbytes`; it may refuse roll backs; and attention is not compared.
         examples: how many scenarios each law is tried on, under each policy and variant.
 
     Raises:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.pytorch_utils import Conv1D
 
-from kvcache.cache import KVLayer
+from kvcache.cache import LayerCache
 from kvcache.decoding import Decoding, Drawing, StaticKV
 from kvcache.generation import GenerateCall
 from kvcache.models import (
@@ -94,7 +94,7 @@ def held(tensors: Iterable[Tensor]) -> int:
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def buffers(layers: Sequence[KVLayer]) -> int:
+def buffers(layers: Sequence[LayerCache]) -> int:
     """Bytes of these layers, written to or not: what a C library hands out again has been written to before."""
     return sum(kv.nbytes for kv in layers)
 
@@ -128,7 +128,7 @@ def _pages(count: int, stride: int, size: int) -> int:
     return more(0) + rounds * once + sum(map(more, range(1, rest + 1)))
 
 
-def fill(layers: Sequence[KVLayer], tokens: int) -> None:
+def fill(layers: Sequence[LayerCache], tokens: int) -> None:
     """Let layers on the meta device, which hold something, see so many tokens more."""
     for kv in layers:
         assert kv.keys is not None and kv.values is not None

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvcache.cache import CacheReport, KeepAll, Quantization
+from kvcache.cache import CacheReport, KeepAll, KVQuantization
 from kvcache.decoding import BUCKET, Setting, Told, WarmUp
 from kvcache.errors import InputError, KVCacheError, MissingDependencyError, said
 from kvcache.manager import KVCacheManager
@@ -166,7 +166,7 @@ def _managed(model: Any, setting: Setting) -> KVCacheManager:
         setting.max_length,
         kv_dtype=setting.kv_dtype,
         bucket=setting.bucket or BUCKET,
-        quantization=None if setting.quantization is None else Quantization(setting.quantization),
+        storage=None if setting.quantization is None else KVQuantization(setting.quantization),
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import TypedDict, Unpack
 
-from kvcache.cache import Quantization, bytes_of, quantized_bytes
+from kvcache.cache import CacheShape, CacheSpec, KVQuantization, bytes_of
 from kvcache.decoding import Goal, Setting, TuningProfile, VocoderSetting, VocoderTrial, machine, versions
 from kvcache.errors import InputError, KVCacheError
 from kvcache.models import Precision, model_fingerprint, model_outline, shape_of
@@ -251,7 +251,7 @@ class SubjectBench:
         """Tokens."""
         if setting.quantization is None:
             return _SAMPLE
-        wanted = _GROUPS * Quantization(setting.quantization).group
+        wanted = _GROUPS * (KVQuantization(setting.quantization).group_size or 0)
         most = self._subject.longest(setting)
         return wanted if most is None else min(wanted, most)
 
@@ -272,7 +272,8 @@ class SubjectBench:
             if not layer.managed or layer.token is None:
                 total += rows * layer.own_bytes(tokens)
             elif setting.quantization is not None:
-                total += quantized_bytes(*layer.token, Quantization(setting.quantization), tokens, rows)
+                held = CacheSpec(storage=KVQuantization(setting.quantization))
+                total += held.nbytes(CacheShape((layer,)), tokens, rows=rows)
             else:
                 token = layer.token if setting.kv_dtype is None else (*layer.token[:3], setting.kv_dtype)
                 total += rows * tokens * sum(bytes_of(token))

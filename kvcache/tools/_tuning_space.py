@@ -6,7 +6,7 @@ import time
 import torch
 from torch import Tensor, nn
 
-from kvcache.cache import Quantization
+from kvcache.cache import KVQuantization
 from kvcache.decoding import BUCKET, Backend, Goal, kernel_reason
 from kvcache.errors import InputError
 from kvcache.models import Precision, check_precision, has_half, quantize_linear, shape_of
@@ -107,8 +107,9 @@ def _why_no_bits(subject: ModelTarget, device: str, context: int | None) -> str 
     shape = shape_of(subject.decoder(subject.load(device)))
     if not any(layer.managed and layer.token is not None for layer in shape.layers):
         return "no layer of this model's cache is held in few bits: each is kept the model's own way"
-    if context is not None and context < 2 * Quantization(8).group:
-        return f"behind {context} tokens hardly any are held in few bits: they are in groups of {Quantization(8).group}"
+    group = KVQuantization(8).group_size or 0
+    if context is not None and context < 2 * group:
+        return f"behind {context} tokens hardly any are held in few bits: they are in groups of {group}"
     return None
 
 
