@@ -112,7 +112,7 @@ T3_POLICIES = (None, SlidingWindow(16))
 @cache
 def t3(kind):
     """A model whose weights are wide enough that attention matters, and greedy text varies and ends somewhere."""
-    from t3_models import likely_end, tiny_t3
+    from support.t3_models import likely_end, tiny_t3
 
     model = likely_end(tiny_t3(kind), by=ENDS[kind])
     with torch.no_grad():

@@ -13,8 +13,8 @@ import pytest
 import torch
 from support.families import tiny, token_ids
 from support.searching import examples
+from support.t3_models import tiny_t3
 from support.waiting import until, until_async
-from t3_models import tiny_t3
 
 from kvcache import KVCacheManager, MemoryStore, SpeakerCache
 from kvcache.decoding import as_async, from_worker

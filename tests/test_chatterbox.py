@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 from support.searching import examples, steps
-from t3_models import UPSTREAMS_WARNINGS, fingerprint, likely_end, tiny_t3
+from support.t3_models import UPSTREAMS_WARNINGS, fingerprint, likely_end, tiny_t3
 
 from kvcache import CapacityError, InputError, MaxBytes, MaxTokens, PolicyError, SlidingWindow
 from kvcache.decoding import _backends as backends

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.searching import search
+from support.t3_models import tiny_t3
 from support.vocoders import NOBODY, Told
-from t3_models import tiny_t3
 
 from kvcache import InputError
 from kvcache.models import looks_on

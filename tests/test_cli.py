@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from snapshots import cold, ids, voice
 from support.folders import weightless_llama
+from support.snapshots import cold, ids, voice
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")

@@ -14,7 +14,7 @@ from support.folders import weightless_llama
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 
-from snapshots import cold, voice
+from support.snapshots import cold, voice
 
 from kvcache import cli
 from kvcache.cache import pack

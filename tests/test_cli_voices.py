@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from snapshots import BLOBS, cold, exact, ids, running_redis, voice
 from support.ports import deserted
+from support.snapshots import BLOBS, cold, exact, ids, running_redis, voice
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")

@@ -5,9 +5,9 @@ import hashlib
 
 import pytest
 import torch
-from snapshots import running_redis
+from support.snapshots import running_redis
+from support.t3_models import UPSTREAMS_WARNINGS, tiny_t3
 from support.whole import clip, whole
-from t3_models import UPSTREAMS_WARNINGS, tiny_t3
 
 from kvcache import DiskStore, MemoryStore, PrefixSnapshot, RedisStore, RemoteStore, SpeakerCache, TieredStore
 from kvcache.events import subscribe

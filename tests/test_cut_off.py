@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 import torch
-from t3_models import likely_end, tiny_t3
+from support.t3_models import likely_end, tiny_t3
 
 from kvcache import MemoryStore, SpeakerCache
 from kvcache.events import subscribe

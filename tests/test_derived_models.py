@@ -5,7 +5,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from t3_models import tiny_t3
+from support.t3_models import tiny_t3
 
 from kvcache import InputError, MemoryStore, SpeakerCache
 from kvcache_chatterbox import ChatterboxEngine, random_conditionals, stand_in

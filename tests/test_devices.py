@@ -1,8 +1,8 @@
-"""Devices that are neither a CPU nor a CUDA GPU: an "mps" that is not there, see `fake_device`."""
+"""Devices that are neither a CPU nor a CUDA GPU: an "mps" that is not there, see `support.fake_device`."""
 
 import pytest
 import torch
-from fake_device import Away, an_mps_device, moved
+from support.fake_device import Away, an_mps_device, moved
 from support.families import build, tiny, token_ids
 
 from kvcache import (

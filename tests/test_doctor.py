@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from snapshots import cold, voice
 from support.ports import deserted
+from support.snapshots import cold, voice
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")

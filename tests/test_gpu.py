@@ -83,7 +83,7 @@ def test_without_the_kernel_it_is_the_same():
 def test_chatterbox_speaks_the_same_on_every_backend(kind):
     if not CHATTERBOX:
         pytest.skip("chatterbox-tts is not installed")
-    from t3_models import tiny_t3
+    from support.t3_models import tiny_t3
 
     from kvcache_chatterbox import ChatterboxEngine, byte_tokens, random_conditionals
 

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from t3_models import likely_end, tiny_t3
+from support.t3_models import likely_end, tiny_t3
 
 from kvcache import BusyError, CapacityError, ClosedError, InputError, SlidingWindow
 from kvcache.decoding import Batch

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from plan_families import KINDS, NAMES, class_of, config_of, made
 from support import holding
+from support.plan_families import KINDS, NAMES, class_of, config_of, made
 from torch import Tensor
 
 from kvcache import InputError, KVCacheManager, MaxBytes, MaxTokens, Pinned, PolicyError, SizePolicy, SlidingWindow

@@ -100,7 +100,7 @@ def test_speech_is_planned_to_the_byte(kind, setting):
 
 
 def _speech(kind):
-    from t3_models import tiny_t3
+    from support.t3_models import tiny_t3
 
     from kvcache_chatterbox.tools._targets import ChatterboxTarget
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.clocks import Ticking
-from t3_models import UPSTREAMS_WARNINGS, fingerprint, tiny_t3
+from support.t3_models import UPSTREAMS_WARNINGS, fingerprint, tiny_t3
 
 from kvcache.decoding import Setting
 from kvcache.tools import profile

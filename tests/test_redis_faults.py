@@ -5,8 +5,8 @@ from contextlib import contextmanager, suppress
 
 import pytest
 import torch
-from snapshots import cold, exact, running_redis, voice
 from support.ports import deserted, held
+from support.snapshots import cold, exact, running_redis, voice
 
 from kvcache import InputError, SpeakerCache
 from kvcache.errors import KVCacheError, StoreError

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from t3_models import tiny_t3
+from support.t3_models import tiny_t3
 
 from kvcache import MemoryStore, MissingDependencyError, SpeakerCache
 from kvcache_chatterbox import ChatterboxEngine, Chunking

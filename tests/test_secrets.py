@@ -4,8 +4,8 @@ import logging
 import traceback
 
 import pytest
-from snapshots import cold, voice
 from support.ports import deserted
+from support.snapshots import cold, voice
 
 from kvcache import KVCacheError, SpeakerCache
 from kvcache.events import subscribe

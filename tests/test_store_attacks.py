@@ -14,7 +14,7 @@ import pytest
 import torch
 from filelock import FileLock
 from fsspec.implementations.memory import MemoryFileSystem
-from snapshots import PROCESSES, cold, exact, running_redis, voice
+from support.snapshots import PROCESSES, cold, exact, running_redis, voice
 
 from kvcache import CorruptError, InputError, PrefixSnapshot, SpeakerCache
 from kvcache.cache import pack

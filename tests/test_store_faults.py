@@ -19,10 +19,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from snapshots import PROCESSES, cold, exact, running_redis, voice
 from support.clocks import Clock
 from support.ports import deserted
 from support.searching import examples
+from support.snapshots import PROCESSES, cold, exact, running_redis, voice
 from support.waiting import until
 
 from kvcache import CorruptError, PrefixSnapshot, SpeakerCache

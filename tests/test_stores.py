@@ -17,9 +17,9 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
-from snapshots import BLOBS, KINDS, Stores, cold, exact, ids, running_redis, voice
 from support import searching
 from support.clocks import Clock
+from support.snapshots import BLOBS, KINDS, Stores, cold, exact, ids, running_redis, voice
 from support.waiting import until
 
 from kvcache import CorruptError, InputError, PrefixKey, PrefixSnapshot, SpeakerCache

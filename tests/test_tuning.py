@@ -472,7 +472,7 @@ def said_bytes(manager):
 
 
 def test_an_engine_from_a_profile_is_one_built_by_hand(tmp_path):
-    from t3_models import tiny_t3
+    from support.t3_models import tiny_t3
 
     from kvcache_chatterbox import ChatterboxEngine, random_conditionals
 

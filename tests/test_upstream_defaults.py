@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from t3_models import likely_end, tiny_t3
+from support.t3_models import likely_end, tiny_t3
 
 from kvcache import MemoryStore, SpeakerCache
 from kvcache_chatterbox import ChatterboxEngine, random_conditionals, stand_in

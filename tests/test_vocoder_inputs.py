@@ -5,8 +5,8 @@ import types
 
 import pytest
 import torch
+from support.t3_models import tiny_t3
 from support.whole import clip, reference, s3gen, take_away_the_audio_stack, whole
-from t3_models import tiny_t3
 
 from kvcache import InputError, MemoryStore, MissingDependencyError, SpeakerCache
 from kvcache_chatterbox import ChatterboxEngine, SpeechScheduler, VocoderOptions, random_conditionals, stand_in

@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
+from support.t3_models import UPSTREAMS_WARNINGS, tiny_t3
 from support.whole import reference, s3gen, short_s3gen, take_away_the_audio_stack
-from t3_models import UPSTREAMS_WARNINGS, tiny_t3
 from torch.profiler import ProfilerActivity, profile
 
 from kvcache import InputError, MemoryStore, SpeakerCache

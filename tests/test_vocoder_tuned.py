@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from support.clocks import Ticking
+from support.t3_models import UPSTREAMS_WARNINGS, tiny_t3
 from support.whole import reference, short_s3gen
-from t3_models import UPSTREAMS_WARNINGS, tiny_t3
 
 pytest.importorskip("typer")
 

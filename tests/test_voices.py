@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.searching import search, steps
-from t3_models import UPSTREAMS_WARNINGS, fingerprint, tiny_t3
+from support.t3_models import UPSTREAMS_WARNINGS, fingerprint, tiny_t3
 from test_chatterbox import MODELS, model, upstream
 from test_chatterbox_audio import tts
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from support.families import build, token_ids
-from t3_models import tiny_t3
+from support.t3_models import tiny_t3
 
 from kvcache import InputError, KVCacheManager, subscribe
 from kvcache.cli import main

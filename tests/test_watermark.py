@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.searching import search
-from t3_models import tiny_t3
+from support.t3_models import tiny_t3
 
 from kvcache import InputError
 from kvcache_chatterbox import ChatterboxEngine, Chunking, SpeechScheduler

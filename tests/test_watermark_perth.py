@@ -9,7 +9,7 @@ import itertools
 import pytest
 import torch
 from support import perth_net
-from t3_models import tiny_t3
+from support.t3_models import tiny_t3
 
 from kvcache import MemoryStore, SpeakerCache
 from kvcache_chatterbox import ChatterboxEngine

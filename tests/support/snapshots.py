@@ -10,12 +10,12 @@ from functools import cached_property
 
 import pytest
 import torch
-from support.ports import held
-from support.waiting import until
 
 from kvcache import PrefixKey, PrefixSnapshot
 from kvcache.models import tensor_bytes
 from kvcache.prefixes.stores import DiskStore, MemoryStore, RedisStore, RemoteStore, TieredStore
+from support.ports import held
+from support.waiting import until
 
 torch.set_num_threads(1)  # in child processes too, which do not load conftest.py
 
