@@ -9,24 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.decoders import CPU, DRAWING, GREEDY, begin, decoding_of, guided_decoding
 from support.families import VOCABULARY, build, tiny, token_ids
 from support.searching import search
-from test_decoding import (
-    CPU,
-    DRAWING,
-    GEOMETRY,
-    GREEDY,
-    POLICIES,
-    Row,
-    assert_shows,
-    assert_state,
-    begin,
-    decoding_of,
-    guided_decoding,
-    prefilled,
-    state_of,
-    step,
-)
+from support.static_rows import GEOMETRY, POLICIES, Row, assert_shows, assert_state, prefilled, state_of, step
 
 from kvcache import (
     CacheGeometry,
