@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.clocks import Clock
 from support.searching import examples, search
+from support.tables import SYMBOLS, TABLE, Breaks, assert_empty, chain, link, linked
 from support.waiting import until_async
-from test_batch import SYMBOLS, TABLE, Breaks, assert_empty, chain, link, linked
 
 from kvcache import BusyError, ClosedError, InputError
 from kvcache.decoding import Batch, Piece, Pool, Request, Scheduler, SchedulerMetrics, Turns

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from support.clocks import Clock
 from support.searching import search
 from support.t3_models import tiny_t3
+from support.tables import Breaks, chain, link
 from support.waiting import until, until_async
-from test_batch import Breaks, chain, link
 from test_long_text import SHORT, TEXT, audio
 from test_scheduler import Asked, Opened, Places, World, ask, both, counted, due, read, threads
 

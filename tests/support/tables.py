@@ -1,0 +1,76 @@
+"""A model that is a table: what follows a token depends on that token alone, so that plain Python says the same."""
+
+import torch
+
+from kvcache import CacheGeometry, KVLayer
+from kvcache.decoding import Decoding, Job, Sampler, Sampling, StaticKV
+from kvcache.decoding._sampler import TRANSFORMERS
+from support.decoders import CPU
+
+
+def assert_free(batch):
+    """The places that nobody has are empty and draw nothing."""
+    kv, rows = batch._decoding.kv, batch._decoding.rows
+    for place, job in enumerate(batch._jobs):
+        policies = kv._policies[place * rows : (place + 1) * rows]
+        assert [policy is None for policy in policies] == [job is None] * rows
+        assert (batch._decoding._generators[place] is None) == (job is None)
+        assert batch._decoding.sampler._chosen[place].greedy or job is not None
+
+
+def assert_empty(batch):
+    kv = batch._decoding.kv
+    assert batch.busy == 0
+    assert kv.seen == kv.length.tolist() == [0] * kv.rows
+    assert kv._policies == [None] * kv.rows
+    assert kv._pending == [] and batch._decoding._generators == [None] * batch.places
+
+
+SYMBOLS = 12
+TABLE = torch.randn(SYMBOLS, SYMBOLS, generator=torch.Generator().manual_seed(3)) * 2
+SMALL = CacheGeometry(1, 1, 2, 2)
+
+
+def chain(places, slots=64, forward=None, geometry=SMALL, backend="eager", **options):
+    """A decoding whose next token depends on the last one only."""
+    kv = StaticKV(geometry, places, slots)
+    sampler = Sampler(places, SYMBOLS, TRANSFORMERS, CPU)
+    return Decoding(forward or (lambda tokens, made, given: TABLE[tokens]), kv, sampler, backend, **options)
+
+
+def link(start, total, seed=0, ends=(), prefix=3, policy=None, temperature=1.0, penalty=1.0, **options):
+    """A job that goes on from a token, after a prefix of so many."""
+
+    def prefill():
+        kv = KVLayer(policy)
+        kv.append(torch.zeros(1, 1, prefix, 2), torch.zeros(1, 1, prefix, 2))
+        return TABLE[start][None], [kv]
+
+    sampling = Sampling(temperature, 1.0, repetition_penalty=penalty)
+    return Job(prefill, sampling, torch.Generator().manual_seed(seed), total, ends, torch.tensor([start]), **options)
+
+
+def linked(start, total, seed=0, ends=(), first_may_end=True, include_stop_token=True):
+    """What such a job says, in plain Python."""
+    generator, token, said = torch.Generator().manual_seed(seed), start, []
+    while len(said) < total:
+        noise = torch.empty(SYMBOLS).exponential_(generator=generator)
+        token = int((torch.softmax(TABLE[token], 0) / noise).argmax())
+        said.append(token)
+        if token in ends and (first_may_end or len(said) > 1):
+            return said if include_stop_token else said[:-1]
+    return said
+
+
+def through(batch, jobs):
+    """What each of these jobs says, entered as places come free."""
+    said, waiting = {job: [] for job in jobs}, list(jobs)
+    while waiting or batch.busy:
+        pieces = [batch.enter(waiting.pop(0)) for _ in range(min(len(waiting), batch.places - batch.busy))]
+        for piece in (*pieces, *batch.turn()):
+            said[piece.job] += piece.tokens.tolist()
+    return [said[job] for job in jobs]
+
+
+class Breaks(Exception):
+    """What a test lets fail."""
