@@ -16,12 +16,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.clocks import Clock
+from support.scheduling import Opened, ask, both, counted, due, read, threads
 from support.searching import search
 from support.t3_models import tiny_t3
 from support.tables import Breaks, chain, link
+from support.turns import Asked, Places, World
 from support.waiting import until, until_async
 from test_long_text import SHORT, TEXT, audio
-from test_scheduler import Asked, Opened, Places, World, ask, both, counted, due, read, threads
 
 from kvcache import BusyError, ClosedError, InputError, MemoryStore, SpeakerCache, TieredStore
 from kvcache.decoding import Batch, Request, Scheduler, Turns
