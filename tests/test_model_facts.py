@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.families import VOCABULARY, build, dynamic_cache, tiny, token_ids, widened
-from test_windows import as_given, kept_after_each, policy_mask
+from support.windows import as_given, kept_after_each, policy_mask
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, cache_utils
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
