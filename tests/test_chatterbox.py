@@ -12,41 +12,20 @@ import pytest
 import torch
 from support.searching import examples, steps
 from support.t3_models import UPSTREAMS_WARNINGS, fingerprint, likely_end, tiny_t3
+from support.upstream import model, upstream, voice
 
 from kvcache import CapacityError, InputError, MaxBytes, MaxTokens, PolicyError, SlidingWindow
 from kvcache.decoding import _backends as backends
 from kvcache.models import check_precision
-from kvcache_chatterbox import ChatterboxEngine, byte_tokens, load_t3, random_conditionals, stand_in
+from kvcache_chatterbox import ChatterboxEngine, byte_tokens, load_t3, stand_in
 from kvcache_chatterbox.speech._step_engine import Stepper
 from kvcache_chatterbox.testing._stand_in import punc_norm
 
 pytestmark = UPSTREAMS_WARNINGS
+
 TEXT = "The birch canoe slid on the smooth planks."
 LONG = steps(200)
 SEEDS = range(5)
-MODELS = {}
-
-
-def model(kind):
-    if kind not in MODELS:
-        MODELS[kind] = tiny_t3(kind)
-        if kind == "gpt":  # among 6,563 tokens the stop token would turn up in some runs of 200
-            MODELS[kind].speech_head.bias.data[MODELS[kind].hp.stop_speech_token] = -20
-    return MODELS[kind]
-
-
-def voice(t3, seed=0):
-    return random_conditionals(t3, seed)
-
-
-def upstream(t3, text, tokens, seed, **settings):
-    torch.manual_seed(seed)
-    if t3.is_gpt:  # it makes one token more than asked for
-        return t3.inference_turbo(t3_cond=voice(t3), text_tokens=text, max_gen_len=tokens - 1, **settings)
-    rows = torch.cat([text, text])
-    result = t3.inference(t3_cond=voice(t3), text_tokens=rows, max_new_tokens=tokens, **settings)
-    t3.__dict__["_modules"].pop("patched_model", None)  # upstream registers its backbone a second time
-    return result
 
 
 def ours(t3, text, tokens, seed, chunk_size=25, **settings):
@@ -387,9 +366,6 @@ def test_suspended_streams_leave_the_caller_out_of_inference_mode():
     assert not torch.is_inference_mode_enabled()
     assert torch.is_grad_enabled()
     stream.close()
-
-
-# ---------------------------------------------------------------------- the decode engine
 
 
 def spoken(engine, text, tokens, seed, who=0, chunk_size=25, **settings):

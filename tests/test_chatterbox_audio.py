@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.searching import search
-from support.t3_models import tiny_t3
+from support.speech import tts
 from support.vocoders import NOBODY, Told
 
 from kvcache import InputError
@@ -17,7 +17,6 @@ from kvcache.models import looks_on
 from kvcache_chatterbox import ChatterboxEngine, Chunking, byte_tokens
 from kvcache_chatterbox.audio import CONTEXT, SegmentedAudio, Speaker, heard
 from kvcache_chatterbox.audio._segmented import AudioStream
-from kvcache_chatterbox.testing import stand_in
 from kvcache_chatterbox.testing._stand_in import S3GEN_SIL, ToneVocoder, punc_norm
 from kvcache_chatterbox.units import SAMPLES_PER_TOKEN
 from kvcache_chatterbox.upstream import upstream_t3
@@ -96,18 +95,6 @@ def test_a_joint_without_enough_context_is_faded_and_not_a_click():
         joints = torch.arange(2, 8, 2) * SAMPLES_PER_TOKEN
         jumps[fade] = max(float((audio[j - 500 : j + 500].diff()).abs().max()) for j in joints.tolist())
     assert jumps[LEAD] < jumps[0]
-
-
-class Watermarker:
-    def apply_watermark(self, audio, sample_rate):
-        assert sample_rate == 24000
-        return audio + 1.0
-
-
-def tts(kind):
-    model = stand_in(tiny_t3(kind))
-    model.watermarker = Watermarker()
-    return model
 
 
 @pytest.mark.parametrize("kind", ["english", "gpt", "multilingual"])

@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.commands import COMMANDS, NEEDED, WRONG, places, refused  # noqa: F401
 from support.searching import search
-from test_cli import COMMANDS, NEEDED, WRONG, places, refused  # noqa: F401
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvcache import InputError, MissingDependencyError

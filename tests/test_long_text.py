@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from support.speech import SHORT, TEXT, audio
 from support.t3_models import likely_end, tiny_t3
 
 from kvcache import BusyError, CapacityError, ClosedError, InputError, SlidingWindow
@@ -13,21 +14,10 @@ from kvcache.decoding import Batch
 from kvcache_chatterbox import ChatterboxEngine, SpeechScheduler, Voice, byte_tokens, random_conditionals, stand_in
 from kvcache_chatterbox.units import SAMPLES_PER_TOKEN
 
-TEXT = (
-    "The birch canoe slid on the smooth planks. Glue the sheet to the dark blue background. "
-    "It is easy to tell the depth of a well. These days a chicken leg is a rare dish. "
-    "Rice is often served in round bowls. The juice of lemons makes fine punch."
-)
-SHORT = {"segment_characters": 90, "max_new_tokens": 30, "seed": 3}  # three segments
-
 
 def engine(kind="english", policy=None, ends=0.0, **options):
     t3 = likely_end(tiny_t3(kind), by=ends) if ends else tiny_t3(kind)
     return ChatterboxEngine(stand_in(t3), policy, **options)
-
-
-def audio(stream):
-    return torch.cat([torch.zeros(1, 0), *stream], 1)
 
 
 @pytest.mark.grid(2)
@@ -231,9 +221,6 @@ def test_no_segment_too_long_for_the_cache():
         ours.generate_stream(TEXT, **SHORT)
     with pytest.raises(CapacityError, match="one row of 100 tokens takes"):
         SpeechScheduler(ours, memory_budget=1000)
-
-
-# ---------------------------------------------------------------------- many texts at once
 
 
 def test_clients_hear_what_they_would_hear_alone():

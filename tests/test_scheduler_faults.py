@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from support.clocks import Clock
 from support.scheduling import Opened, ask, both, counted, due, read, threads
 from support.searching import search
+from support.speech import SHORT, TEXT, audio
 from support.t3_models import tiny_t3
 from support.tables import Breaks, chain, link
 from support.turns import Asked, Places, World
 from support.waiting import until, until_async
-from test_long_text import SHORT, TEXT, audio
 
 from kvcache import BusyError, ClosedError, InputError, MemoryStore, SpeakerCache, TieredStore
 from kvcache.decoding import Batch, Request, Scheduler, Turns

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.searching import search, steps
+from support.speech import tts
 from support.t3_models import UPSTREAMS_WARNINGS, fingerprint, tiny_t3
-from test_chatterbox import MODELS, model, upstream
-from test_chatterbox_audio import tts
+from support.upstream import MODELS, model, upstream
 
 from kvcache import CorruptError, DiskStore, InputError, MemoryStore, SlidingWindow, SpeakerCache, TieredStore
 from kvcache.cache import pack, unpack
