@@ -16,8 +16,11 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 import transformers
-from support import searching
-from support.grids import mark_grids
+
+pytest.register_assert_rewrite("support")  # before it is imported: what is shared tells what it compared, as tests do
+
+from support import searching  # noqa: E402
+from support.grids import mark_grids  # noqa: E402
 
 if TYPE_CHECKING:
     from support.snapshots import Stores

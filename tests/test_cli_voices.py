@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.ports import deserted
-from support.snapshots import BLOBS, cold, exact, ids, running_redis, voice
+from support.snapshots import BLOBS, cold, exact, ids, voice
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
@@ -22,12 +22,6 @@ pytestmark = pytest.mark.one_release
 
 DAY = 86400
 KEYS = [voice(1), voice(2, tokens=9, dtype=torch.long), voice(3, model="bf16"), voice(4, tokens=1)]
-
-
-@pytest.fixture(scope="session")
-def redis_url(tmp_path_factory):
-    with running_redis(tmp_path_factory.mktemp("redis")) as server:
-        yield server.url
 
 
 @pytest.fixture

@@ -18,12 +18,6 @@ pytestmark = pytest.mark.one_release
 KEY, OTHER, NEW = voice(0), voice(1), voice(2)
 
 
-@pytest.fixture(scope="module")
-def redis_url(tmp_path_factory):
-    with running_redis(tmp_path_factory.mktemp("redis")) as server:
-        yield server.url
-
-
 def address_of(store, key):
     return store._key(key.address)
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from filelock import FileLock
 from fsspec.implementations.memory import MemoryFileSystem
-from support.snapshots import PROCESSES, cold, exact, running_redis, voice
+from support.snapshots import PROCESSES, cold, exact, voice
 
 from kvcache import CorruptError, InputError, PrefixSnapshot, SpeakerCache
 from kvcache.cache import pack
@@ -44,12 +44,6 @@ pytestmark = pytest.mark.one_release
 LAYOUT = Layout(((2, 8, 8), (2, 8, 8)), torch.float32)
 BUDGET = 2**20
 posix = pytest.mark.skipif(os.name != "posix", reason="FIFOs, modes and umasks are POSIX's")
-
-
-@pytest.fixture(scope="module")
-def redis_url(tmp_path_factory):
-    with running_redis(tmp_path_factory.mktemp("redis")) as server:
-        yield server.url
 
 
 def known(seed):

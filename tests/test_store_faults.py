@@ -32,12 +32,6 @@ from kvcache.prefixes.stores import DiskStore, MemoryStore, RedisStore, RemoteSt
 pytestmark = pytest.mark.one_release
 
 
-@pytest.fixture(scope="session")
-def redis_url(tmp_path_factory):
-    with running_redis(tmp_path_factory.mktemp("redis")) as server:
-        yield server.url
-
-
 @pytest.fixture
 def children():
     """Processes to submit work to, which share nothing with this one; the next one that is free does it."""
