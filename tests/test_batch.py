@@ -7,13 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.decoders import GREEDY
+from support.inside import decoding as inside
 from support.searching import search
 from support.static_rows import assert_state, state_of
 from support.tables import SYMBOLS, TABLE, Breaks, assert_empty, assert_free, chain, link, linked, through
 
 from kvcache import CacheGeometry, CapacityError, GeometryError, InputError, MaxTokens, SlidingWindow
 from kvcache.decoding import Batch, Job
-from kvcache.decoding import _backends as backends
 
 pytestmark = pytest.mark.one_release
 
@@ -132,22 +132,20 @@ def test_a_turn_runs_no_more_places_than_it_must():
 
 
 def test_the_sizes_are_those_that_are_worth_it():
-    assert Batch(chain(6))._sizes == [1, 2, 3, 4, 5, 6]
-    assert Batch(chain(6, backend="graph"))._sizes == [1, 2, 4, 6]
-    assert Batch(chain(8, backend="graph"))._sizes == [1, 2, 4, 8]
-    assert Batch(chain(6, backend="compile"))._sizes == [1, 6]
-    assert Batch(chain(1, backend="compile"))._sizes == [1]
-    assert Batch(chain(6), sizes=[3])._sizes == [3, 6]
+    assert inside.sizes_of(Batch(chain(6))) == [1, 2, 3, 4, 5, 6]
+    assert inside.sizes_of(Batch(chain(6, backend="graph"))) == [1, 2, 4, 6]
+    assert inside.sizes_of(Batch(chain(8, backend="graph"))) == [1, 2, 4, 8]
+    assert inside.sizes_of(Batch(chain(6, backend="compile"))) == [1, 6]
+    assert inside.sizes_of(Batch(chain(1, backend="compile"))) == [1]
+    assert inside.sizes_of(Batch(chain(6), sizes=[3])) == [3, 6]
     for sizes in ([0], [7], [-1, 2]):
         with pytest.raises(GeometryError, match="a step can run 1 to 6 places"):
             Batch(chain(6), sizes=sizes)
 
 
 def whole_state(batch):
-    decoding = batch._decoding
-    tensors = [*decoding.state(), decoding.sampler._settings, decoding.sampler._top_k]
-    held = list(batch._jobs), list(batch._made), list(decoding._generators), list(decoding.sampler._chosen)
-    return [t.clone() for t in tensors], held, state_of(decoding.kv)
+    tensors, held = inside.state_of(batch)
+    return [t.clone() for t in tensors], held, state_of(inside.decoding_of(batch).kv)
 
 
 def assert_whole_state(batch, before):
@@ -155,7 +153,7 @@ def assert_whole_state(batch, before):
     now = whole_state(batch)
     assert all(torch.equal(a, b) for a, b in zip(now[0], tensors, strict=True))
     assert now[1] == held
-    assert_state(batch._decoding.kv, kv)
+    assert_state(inside.decoding_of(batch).kv, kv)
 
 
 def broken():
@@ -263,7 +261,7 @@ def test_the_account_tells_of_a_front_that_fell_back(monkeypatch):
 
     batch = Batch(chain(2, 64, backend="graph"))
     assert (batch.report().backend, batch.report().fallback) == ("graph", None)
-    monkeypatch.setattr(backends, "traced", breaks)  # of what is made from now on
+    monkeypatch.setattr(inside.TRACED, breaks)  # of what is made from now on
     assert through(batch, [link(1, 9)]) == [linked(1, 9)]
     assert batch.report().fallback == "graph failed: Breaks: no capture today"
 

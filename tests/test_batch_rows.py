@@ -8,15 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.decoders import CPU, DRAWING, GREEDY, begin, decoding_of, guided_decoding
 from support.families import VOCABULARY, build, tiny, token_ids
+from support.inside import decoding as inside
 from support.searching import search
 from support.static_rows import GEOMETRY, POLICIES, Row, assert_shows, prefilled, step
 from support.tables import chain, through
 
 from kvcache import GeometryError, KeepAll, KVCacheManager, MaxTokens, SlidingWindow
 from kvcache.decoding import Batch, Job, Sampler, Sampling, StaticKV
-from kvcache.decoding import _backends as backends
-from kvcache.decoding._backends import Graph
-from kvcache.decoding._sampler import TRANSFORMERS
 from kvcache.models import exact_windows, kv_layers
 
 pytestmark = pytest.mark.one_release
@@ -62,7 +60,7 @@ def test_rows_that_move_hold_what_they_held(plan, dtype, pair):
                 rows[of(to)], policies[of(to)] = rows[of(place)], policies[of(place)]
                 rows[of(place)], policies[of(place)] = [None] * width, [None] * width
                 assert kv.seen[of(place)] == kv.length[of(place)].tolist() == [0] * width
-                assert kv._pending == []
+                assert inside.pending_of(kv) == []
         elif what == "free":
             kv.free(how[0] * width, width)
             rows[of(how[0])] = policies[of(how[0])] = [None] * width
@@ -74,7 +72,7 @@ def test_rows_that_move_hold_what_they_held(plan, dtype, pair):
                 upto = places * width
                 assert_shows(front, rows[:upto], policies[:upto], step(front, rows[:upto]))
         busy = [i for i, row in enumerate(rows) if row is not None]
-        assert kv._policies == policies
+        assert inside.policies_of(kv) == policies
         assert [kv.seen[i] for i in busy] == [int(kv.length[i]) for i in busy] == [rows[i].seen for i in busy]
     kv.settle()
     if any(row is not None for row in rows):  # those that took no part in the last steps are as they were
@@ -112,7 +110,7 @@ def test_settings_and_marks_move_along():
         Sampling(1.2, 1.0, 0.0, 0, 0.8, 1.5),
         Sampling(0.9, 0.5, 0.3, 3, 2.0, 0.0),
     ]
-    sampler, moved = (Sampler(4, 30, TRANSFORMERS, CPU, guided=True) for _ in range(2))
+    sampler, moved = (Sampler(4, 30, inside.TRANSFORMERS, CPU, guided=True) for _ in range(2))
     logits = torch.randn(8, 30, generator=generator)
     noise = torch.empty(4, 30).exponential_(generator=generator)
     seen = [torch.randint(30, (n,), generator=generator) for n in (3, 0, 9, 5)]
@@ -136,7 +134,7 @@ def test_settings_and_marks_move_along():
     other = torch.empty_like(noise).index_copy_(0, back, noise)
     assert torch.equal(moved(shuffled, other, moved.drawing)[back], sampler(logits, noise, sampler.drawing))
     assert torch.equal(moved.seen[back], sampler.seen)
-    assert [moved._chosen[i] for i in order] == sampler._chosen == settings
+    assert [inside.settings_of(moved)[i] for i in order] == inside.settings_of(sampler) == settings
     only = sampler.first_rows(2)
     assert torch.equal(only.process(logits[:4], sampler.drawing), sampler.process(logits, sampler.drawing)[:2])
     sampler.set(0, GREEDY)  # what is set after is the front's too; those behind it are none of its
@@ -190,8 +188,8 @@ def test_a_request_that_moved_goes_on(name, policy, backend, dtype):
     one.chunk(45)
     assert torch.equal(together.first_rows(1).chunk(20), one.chunk(20))
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(front.fallback is None for front in together._fronts.values())
-    assert (together.kv.seen[0], together.kv._policies[1:]) == (ids.shape[1] + 65, [None] * 3)
+    assert all(front.fallback is None for front in inside.fronts_of(together).values())
+    assert (together.kv.seen[0], inside.policies_of(together.kv)[1:]) == (ids.shape[1] + 65, [None] * 3)
 
 
 def test_both_rows_of_a_guided_request_move():
@@ -220,13 +218,13 @@ def test_both_rows_of_a_guided_request_move():
         for row, tokens in zip(said, together.first_rows(2).chunk(23).tolist(), strict=True):
             row += tokens
         assert said == expected
-        assert together._fronts[2].fallback is None
+        assert inside.fronts_of(together)[2].fallback is None
 
 
 @pytest.mark.parametrize(("backend", "sizes"), [("compile", [1, 3]), ("graph", [1, 2, 3])])
 def test_batches_of_captured_and_compiled_steps_say_what_each_says_alone(backend, sizes, monkeypatch):
     # torch's compiler without its slow half, as in test_chatterbox.py
-    monkeypatch.setattr(backends, "Compiled", partial(backends.Compiled, compiler="aot_eager"))
+    monkeypatch.setattr(inside.COMPILED, partial(inside.Compiled, compiler="aot_eager"))
     model = build("llama", num_hidden_layers=1)
     manager = KVCacheManager(model)
     totals = (30, 9, 1, 22, 17, 30)
@@ -249,13 +247,14 @@ def test_batches_of_captured_and_compiled_steps_say_what_each_says_alone(backend
         expected.append([t for chunk in one.chunks(total, 9, [70]) for t in chunk[0].tolist()])
     together = decoding_of(model, 3, 64, backend)
     batch = Batch(together)
-    assert batch._sizes == sizes
+    assert inside.sizes_of(batch) == sizes
     assert through(batch, [job(i) for i in range(6)]) == expected
-    fronts = {**together._fronts, 3: together}
+    fronts = {**inside.fronts_of(together), 3: together}
     assert sorted(fronts) == sizes  # all of them have run
     for front in fronts.values():
         assert (front.backend, front.fallback) == (backend, None)
         if backend == "graph":
-            assert isinstance(front._backend, Graph) and front._backend._of is front
+            assert isinstance(inside.backend_of(front), inside.Graph)
+            assert inside.owner_of(inside.backend_of(front)) is front
     assert any(0 < len(tokens) < total for tokens, total in zip(expected, totals, strict=True))
     assert max(max(tokens) for tokens in expected) < VOCABULARY

@@ -10,6 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.decoders import CPU
+from support.inside import decoding as inside
+from support.inside.speech import pool_of, stepper_of, tokens_of
 from support.searching import search
 from support.tables import assert_empty, assert_free
 
@@ -18,7 +20,6 @@ from kvcache import (
     SlidingWindow,
 )
 from kvcache.decoding import Batch, Sampler
-from kvcache.decoding._sampler import TRANSFORMERS
 
 pytestmark = pytest.mark.one_release
 
@@ -45,16 +46,16 @@ def recording(engine):
 
     The log is written within the step, so that a recorded step writes it too.
     """
-    make = engine._stepper.decoding
+    make = stepper_of(engine).decoding
 
     def made(requests, rows, slots):
         decoding = make(requests, rows, slots)
-        forward, start, chunk = decoding._forward, decoding.start, decoding.chunk
+        forward, start, chunk = inside.forward_of(decoding), decoding.start, decoding.chunk
         log = torch.zeros(decoding.ahead, requests * rows, decoding.sampler.vocabulary)
 
         def logged(tokens, made, given):
             logits = forward(tokens, made, given)
-            log[:, : logits.shape[0]].index_copy_(0, decoding._column, logits[None])
+            log[:, : logits.shape[0]].index_copy_(0, inside.column_of(decoding), logits[None])
             return logits
 
         def started(first, logits, *rest):
@@ -67,12 +68,13 @@ def recording(engine):
             return tokens
 
         decoding.log, decoding.all = log, []
-        decoding._forward, decoding.start = logged, started
+        inside.run_with(decoding, logged)
+        decoding.start = started
         if requests == 1:
             decoding.chunk = chunked
         return decoding
 
-    engine._stepper.decoding = made
+    stepper_of(engine).decoding = made
     return engine
 
 
@@ -137,19 +139,19 @@ def alone(kind, policy, case):
     """What a case says by itself, its end included, and the logits of each token."""
     engine, utterance = engine_of(kind, policy, "eager"), cases(kind)[case]
     lent = []
-    make = engine._stepper._pool.lent
+    make = pool_of(engine).lent
 
     def lend(*arguments, **options):
         lent.append(make(*arguments, **options))
         return lent[-1]
 
-    engine._stepper._pool.lent = lend
+    pool_of(engine).lent = lend
     try:
-        said = torch.cat([torch.zeros(1, 0, dtype=torch.long), *engine._tokens(utterance, 64)], 1)[0].tolist()
+        said = torch.cat([torch.zeros(1, 0, dtype=torch.long), *tokens_of(engine, utterance, 64)], 1)[0].tolist()
     finally:
-        engine._stepper._pool.lent = make
+        pool_of(engine).lent = make
     rows = 2 if utterance.sampling.cfg_weight > 0 else 1
-    decoding = engine._stepper._pool._idle[rows]
+    decoding = inside.idle(pool_of(engine))[rows]
     logits, decoding.all = [decoding.first, *decoding.all], []
     return ended(kind, utterance, said), logits
 
@@ -205,7 +207,7 @@ def run_schedule(kind, policy, backend, places, compact, schedule):
     over = set()
     state = torch.get_rng_state()
     with engine.batch(places, slots_of(engine, kind), compact=compact) as plain:
-        batch, kv = Recorded(plain._decoding, compact=compact), plain._decoding.kv
+        batch, kv = Recorded(inside.decoding_of(plain), compact=compact), inside.decoding_of(plain).kv
         memory = [t.data_ptr() for t in (*kv.keys, *kv.values)], kv.nbytes
 
         def take(piece):
@@ -226,7 +228,7 @@ def run_schedule(kind, policy, backend, places, compact, schedule):
                     batch.leave(job)
                     del leaves[job]
             assert_free(batch)
-            running = {job for job in batch._jobs if job is not None}
+            running = {job for job in inside.jobs_of(batch) if job is not None}
             pieces = batch.turn()
             assert {piece.job for piece in pieces} == running and len(pieces) == len(running)
             for piece in pieces:
@@ -320,7 +322,7 @@ def test_only_rounding_is_an_excuse():
     for temperature in (0.0, 1.0):
         sampling = Options(temperature=temperature, top_p=1.0, repetition_penalty=1.0)
         utterance = Utterance(None, torch.zeros(1, 1), sampling, 9, 4, True)
-        draw = partial(drawn, TRANSFORMERS, 0, False, utterance)
+        draw = partial(drawn, inside.TRANSFORMERS, 0, False, utterance)
         theirs = list(torch.randn(3, 1, 50, generator=generator))
         said = []
         for logits in theirs:
@@ -364,7 +366,7 @@ def test_an_engine_says_what_it_cannot_batch():
     with pytest.raises(InputError, match="needs a seed"):
         engine.job(replace(utterance, seed=None))
     for other in (ChatterboxEngine(t3("gpt"), backend="off"), ChatterboxEngine(t3("gpt"))):
-        other.enabled = other._stepper is None
+        other.enabled = stepper_of(other) is None
         assert not other.batches
         with pytest.raises(InputError, match="one utterance at a time"):
             other.batch(2, 64)

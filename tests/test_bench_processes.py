@@ -176,7 +176,7 @@ def test_nothing_is_left_after_an_interrupt(trace, monkeypatch):
     def interrupted(side, meanwhile):
         raise KeyboardInterrupt  # as Ctrl-C does, which a shell's background job would not be sent
 
-    monkeypatch.setattr(processes._Side, "answer", interrupted)
+    monkeypatch.setattr("processes._Side.answer", interrupted)
     with pytest.raises(KeyboardInterrupt):
         Processes({"a": (steady, trace, "a")}, 1).run([Phase(1)])
 

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.decoders import CPU, DRAWING, DRAWS, GREEDY, begin, decoding_of, generated, guided_decoding, say
 from support.families import FAMILIES, RELEASE, ROPE_BY_LENGTH, VOCABULARY, build, tiny, token_ids
+from support.inside import decoding as inside
 from support.searching import search
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -23,8 +24,6 @@ from kvcache.decoding import (
     traced,
     unsupported_reason,
 )
-from kvcache.decoding._backends import Compiled, Graph
-from kvcache.decoding._sampler import TRANSFORMERS
 from kvcache.models import geometry_of, kv_layers
 
 # ---------------------------------------------------------------------- backends against generate
@@ -119,9 +118,9 @@ def test_a_bf16_cache_of_an_fp32_model_is_close():
     for decoding in (wide, narrow):
         begin(decoding, manager, token_ids(1, 20), GREEDY)
         decoding.kv.settle()
-        given = decoding._inputs.of_step(decoding.order[:21], True)
+        given = inside.inputs_of_step(decoding, 21)
         with torch.no_grad():
-            seen.append(decoding._forward(torch.tensor([5]), decoding.made, given))
+            seen.append(inside.forward_of(decoding)(torch.tensor([5]), decoding.made, given))
     assert narrow.kv.nbytes * 2 == wide.kv.nbytes
     # Keys and values rounded to 8 bits: the logits, of some units, move by some hundredths.
     torch.testing.assert_close(seen[1], seen[0], atol=0.02 * float(seen[0].abs().max()), rtol=0)
@@ -138,7 +137,7 @@ def test_one_recorded_step_replayed_is_the_eager_one(policy):
     recorded = decoding_of(model, 1, slots, "graph")
     expected = say(decoding_of(model, 1, slots), manager, token_ids(1, 9), DRAWING, 202, seed=5)
     assert torch.equal(say(recorded, manager, token_ids(1, 9), DRAWING, 202, seed=5), expected)
-    assert len(recorded._backend._recorded) == 1
+    assert len(inside.recorded(inside.backend_of(recorded))) == 1
     assert recorded.fallback is None
 
 
@@ -149,7 +148,7 @@ def test_the_compiler_makes_one_graph_for_all_lengths(whole):
     rows = 1 if whole else 2
     decoding = decoding_of(model, rows, 128)
     counter = CompileCounterWithBackend("eager")
-    decoding._backend = Compiled(CPU, compiler=counter)
+    inside.run_by(decoding, inside.Compiled(CPU, compiler=counter))
     for row in range(rows):  # rows of different lengths need a mask
         begin(decoding, manager, token_ids(1, 5 + row), DRAWING, first=row)
     assert decoding.kv.reach()[1] == whole
@@ -168,7 +167,7 @@ def fake_decoding(model, plant):
             tokens = tokens + 1
         return decoder(input_ids=tokens[:, None], **given).logits[:, -1]
 
-    sampler = Sampler(2, VOCABULARY, TRANSFORMERS, CPU)
+    sampler = Sampler(2, VOCABULARY, inside.TRANSFORMERS, CPU)
     for request in range(2):
         sampler.set(request, DRAWING)
     return Decoding(forward, kv, sampler)
@@ -178,9 +177,7 @@ def fake_decoding(model, plant):
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_step_asks_the_host_nothing(name, plant, monkeypatch):
     # The system's own pages cannot be faked.
-    monkeypatch.setattr(
-        "kvcache.decoding._static_cache.zeros", lambda shape, dtype, device: torch.zeros(shape, dtype=dtype)
-    )
+    monkeypatch.setattr(inside.ZEROS, lambda shape, dtype, device: torch.zeros(shape, dtype=dtype))
     family = FAMILIES[name]
     with FakeTensorMode(), torch.no_grad():
         model = {"llama": LlamaForCausalLM, "gpt2": GPT2LMHeadModel}[name](family.config(**family.settings)).eval()
@@ -258,13 +255,13 @@ MODELS = {"guided": build("llama", num_hidden_layers=1)}
 def test_a_backend_that_gets_another_cache_records_anew():
     model = MODELS["guided"]
     manager = KVCacheManager(model)
-    backend = Graph(traced)
+    backend = inside.Graph(traced)
     for slots in (30, 50):
         decoding = decoding_of(model, 1, slots)
-        decoding._backend = backend
+        inside.run_by(decoding, backend)
         expected = say(decoding_of(model, 1, slots), manager, token_ids(1, 5), GREEDY, 20)
         assert torch.equal(say(decoding, manager, token_ids(1, 5), GREEDY, 20), expected)
-        assert backend._of is decoding and len(backend._recorded) == 1
+        assert inside.owner_of(backend) is decoding and len(inside.recorded(backend)) == 1
 
 
 def test_longer_caches_record_one_step_a_bucket():
@@ -274,7 +271,7 @@ def test_longer_caches_record_one_step_a_bucket():
     expected = say(decoding_of(model, 1, 300), manager, token_ids(1, 240), DRAWING, 40)
     assert torch.equal(say(decoding, manager, token_ids(1, 240), DRAWING, 40), expected)
     drawing = decoding.sampler.drawing_of(slice(1))
-    assert sorted(decoding._backend._recorded) == [(256, drawing), (300, drawing)]
+    assert sorted(inside.recorded(inside.backend_of(decoding))) == [(256, drawing), (300, drawing)]
 
 
 # ---------------------------------------------------------------------- the model

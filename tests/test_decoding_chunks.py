@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.decoders import CPU, DRAWING, DRAWS, GREEDY, begin, decoding_of, generated, say, scripted
 from support.families import tiny, token_ids
+from support.inside import decoding as inside
 from support.searching import search
 from support.static_rows import GEOMETRY, assert_state, state_of
 
@@ -22,8 +23,6 @@ from kvcache.decoding import (
     Sampler,
     StaticKV,
 )
-from kvcache.decoding._backends import Compiled, Graph
-from kvcache.decoding._sampler import TRANSFORMERS
 
 # ---------------------------------------------------------------------- what fails
 
@@ -40,12 +39,12 @@ def test_a_backend_that_fails_leaves_the_tokens_as_they_are(runs, caplog):
         raise RuntimeError("no capture today\nand a second line")
 
     decoding = decoding_of(model, 2, 64)
-    graph = decoding._backend = Graph(breaks)
+    graph = inside.run_by(decoding, inside.Graph(breaks))
     with caplog.at_level(logging.WARNING, "kvcache"):
         assert torch.equal(say(decoding, manager, token_ids(2, 9), DRAWING, 50), expected)
     assert decoding.fallback == "graph failed: RuntimeError: no capture today"
     assert decoding.backend == "eager"
-    assert graph._recorded == {}
+    assert inside.recorded(graph) == {}
     assert len(caplog.records) == 1 and decoding.fallback in caplog.text
 
 
@@ -58,7 +57,7 @@ def test_a_compiler_that_fails_leaves_the_tokens_as_they_are(caplog):
         raise ValueError("no compiler here")
 
     decoding = decoding_of(model, 1, 64)
-    decoding._backend = Compiled(CPU, compiler=breaks)
+    inside.run_by(decoding, inside.Compiled(CPU, compiler=breaks))
     with caplog.at_level(logging.CRITICAL, "torch"):
         assert torch.equal(say(decoding, manager, token_ids(1, 9), DRAWING, 20), expected)
     assert decoding.fallback.startswith("compile failed")
@@ -73,11 +72,11 @@ def test_a_lack_of_room_passes_through():
         raise CapacityError("there is none")
 
     decoding = decoding_of(model, 1, 64)
-    graph = decoding._backend = Graph(breaks)
+    graph = inside.run_by(decoding, inside.Graph(breaks))
     begin(decoding, manager, token_ids(1, 9), GREEDY)
     with pytest.raises(CapacityError, match="there is none"):
         decoding.chunk(3)
-    assert decoding._backend is graph and decoding.fallback is None
+    assert inside.backend_of(decoding) is graph and decoding.fallback is None
 
 
 def test_a_model_that_fails_in_eager_mode_is_no_fallback():
@@ -86,7 +85,7 @@ def test_a_model_that_fails_in_eager_mode_is_no_fallback():
     def breaks(*args):
         raise ZeroDivisionError
 
-    decoding._forward = breaks
+    inside.run_with(decoding, breaks)
     with pytest.raises(ZeroDivisionError):
         decoding.chunk(1)
     assert decoding.fallback is None
@@ -114,11 +113,11 @@ def test_a_chunk_without_room_changes_nothing():
 def test_what_cannot_be_made_is_refused():
     kv = StaticKV(GEOMETRY, 3, 8)
     with pytest.raises(GeometryError, match="need a cache of 4 rows, this one has 3"):
-        Decoding(None, kv, Sampler(2, 9, TRANSFORMERS, CPU, guided=True))
+        Decoding(None, kv, Sampler(2, 9, inside.TRANSFORMERS, CPU, guided=True))
     with pytest.raises(
         InputError, match="backend='fast' must be one of 'eager', 'compile', 'graph', 'graph\\+compile'"
     ):
-        Decoding(None, kv, Sampler(3, 9, TRANSFORMERS, CPU), "fast")
+        Decoding(None, kv, Sampler(3, 9, inside.TRANSFORMERS, CPU), "fast")
 
 
 # ---------------------------------------------------------------------- chunks and ends

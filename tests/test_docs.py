@@ -10,6 +10,7 @@ import re
 from contextlib import redirect_stdout
 
 import pytest
+from support.inside.ground import LISTENERS
 from support.pages import ROOT, blocks
 
 from kvcache_chatterbox import load_t3
@@ -73,7 +74,7 @@ def made_once(variant):
 )
 def test_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("kvcache.events._listeners", ())  # a page may leave some behind
+    monkeypatch.setattr(LISTENERS, ())  # a page may leave some behind
     monkeypatch.setattr("kvcache_chatterbox.load_t3", made_once)
     shared = {"__name__": "__main__"}
     for source, run, printed in blocks(page.read_text()):

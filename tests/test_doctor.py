@@ -9,6 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from support.inside import tools as inside
+from support.inside.stores import DISK_PEEK, DISK_WRITE
+from support.inside.tools import doctor
 from support.ports import deserted
 from support.snapshots import cold, voice
 
@@ -18,7 +21,6 @@ pytest.importorskip("rich")
 from kvcache.cli import main
 from kvcache.errors import InputError
 from kvcache.prefixes.stores import DiskStore
-from kvcache.tools import _doctor as doctor
 
 pytestmark = pytest.mark.one_release
 
@@ -52,7 +54,7 @@ def installed(monkeypatch, **versions):
 @pytest.fixture
 def light(monkeypatch):
     """Without the back ends, which take the time."""
-    monkeypatch.setattr(doctor, "_backends", lambda device, compiling: [])
+    monkeypatch.setattr(inside.DOCTOR_BACKENDS, lambda device, compiling: [])
 
 
 # ---------------------------------------------------------------------- here
@@ -183,9 +185,9 @@ def test_back_ends_that_decode_wrongly_fail_or_fall_back(monkeypatch):
             raise RuntimeError("the linker died\nof many things")
         return wrong[backend]
 
-    monkeypatch.setattr(doctor, "_trial", lambda device: tried)
-    monkeypatch.setattr(doctor, "_no_compiler", lambda device: None)
-    found = list(doctor._backends(device, compiling=True))
+    monkeypatch.setattr(inside.DOCTOR_TRIAL, lambda device: tried)
+    monkeypatch.setattr(inside.DOCTOR_COMPILER, lambda device: None)
+    found = list(inside.doctor_backends(device, compiling=True))
     assert (
         named(found, "the cache in generate").state == "broken"
         and "gave [[1]]" in named(found, "the cache in generate").said
@@ -197,14 +199,14 @@ def test_back_ends_that_decode_wrongly_fail_or_fall_back(monkeypatch):
     def nothing(device):
         raise OSError("driver")
 
-    monkeypatch.setattr(doctor, "_trial", nothing)
-    [found] = doctor._backends(device, compiling=False)
+    monkeypatch.setattr(inside.DOCTOR_TRIAL, nothing)
+    [found] = inside.doctor_backends(device, compiling=False)
     assert found.state == "broken" and "OSError: driver" in found.said
 
 
 def test_a_cache_that_changes_tokens_is_found(monkeypatch):
     """The trial itself: its reference is what generate gives without any of ours."""
-    tried = doctor._trial(torch.device("cpu"))
+    tried = inside.doctor_trial(torch.device("cpu"))
     assert tried("eager") is None
     real = doctor.KVCacheManager.stream
     monkeypatch.setattr(
@@ -214,22 +216,22 @@ def test_a_cache_that_changes_tokens_is_found(monkeypatch):
 
 
 def test_without_a_compiler(monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "_trial", lambda device: lambda backend: None)
+    monkeypatch.setattr(inside.DOCTOR_TRIAL, lambda device: lambda backend: None)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
-    found = named(doctor._backends(torch.device("cpu"), compiling=True), "compile")
+    found = named(inside.doctor_backends(torch.device("cpu"), compiling=True), "compile")
     assert found.state == "missing" and "no C++ compiler" not in found.said and "g++" in found.advice
     failing = tmp_path / "g++"
     failing.write_text("#!/bin/sh\necho 'fatal error: Python.h: No such file' >&2\nexit 1\n")
     failing.chmod(0o755)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: str(failing))
-    found = named(doctor._backends(torch.device("cpu"), compiling=True), "compile")
+    found = named(inside.doctor_backends(torch.device("cpu"), compiling=True), "compile")
     assert found.state == "missing" and "Python.h" in found.said and "python3-dev" in found.advice
 
 
 def test_more_threads_than_cpus(monkeypatch):
-    monkeypatch.setattr(doctor, "_usable_cpus", lambda: 2.0)
+    monkeypatch.setattr(inside.DOCTOR_CPUS, lambda: 2.0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
-    found = named(doctor._devices(), "cpu")
+    found = named(inside.doctor_devices(), "cpu")
     assert found.state == "note" and "16 torch threads" in found.said and "OMP_NUM_THREADS=2" in found.advice
 
 
@@ -246,7 +248,7 @@ def test_why_there_is_no_gpu(driver, built, state, advice, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", built)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: driver)
-    found = named(doctor._gpus(), "gpu")
+    found = named(inside.doctor_gpus(), "gpu")
     assert (
         found.state == state and (advice is None) == (found.advice is None) and (advice or "") in (found.advice or "")
     )
@@ -261,7 +263,7 @@ def test_a_store_that_cannot_be_written_to(home, light, monkeypatch, capsys):
     def full(self, address, data):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(DiskStore, "_write", full)
+    monkeypatch.setattr(DISK_WRITE, full)
     assert main(["doctor", "--json"]) == 1
     out, err = capsys.readouterr()
     said = json.loads(out)
@@ -290,14 +292,14 @@ def test_c7_the_default_store_is_tried(place, says, light, monkeypatch, tmp_path
     if ("/proc" in place or "read_only" in place) and not os.path.isdir("/sys/kernel"):
         pytest.skip("there is no such folder here that nobody can write to")
     monkeypatch.setenv("KVCACHE_HOME", place.format(**places))
-    found = doctor._default_store()
+    found = inside.doctor_default_store()
     assert found.state == "broken" and says.lower() in found.said.lower() and "KVCACHE_HOME" in found.advice
     assert sorted(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
 def test_c7_a_store_that_can_be_made_is_not_made(light, monkeypatch, tmp_path):
     monkeypatch.setenv("KVCACHE_HOME", str(tmp_path / "a" / "b"))
-    assert doctor._default_store().state == "ok"
+    assert inside.doctor_default_store().state == "ok"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -309,7 +311,7 @@ def test_a_disk_that_is_nearly_full(home, light, monkeypatch):
 
 def test_a_store_that_loses_what_it_was_given(home, light, monkeypatch):
     home.mkdir()
-    monkeypatch.setattr(DiskStore, "_peek", lambda self, address, most=None: None)
+    monkeypatch.setattr(DISK_PEEK, lambda self, address, most=None: None)
     assert "did not come back" in named(doctor.diagnose(), "default").said
 
 
@@ -324,7 +326,7 @@ def test_a_server_that_is_down(home, light, capsys):
 
 
 def test_a_wrong_place_is_refused_before_anything_is_tried(home, monkeypatch):
-    monkeypatch.setattr(doctor, "_packages", lambda: pytest.fail("it began"))
+    monkeypatch.setattr(inside.DOCTOR_PACKAGES, lambda: pytest.fail("it began"))
     for wrong in ({"store": "gopher://x"}, {"namespace": "a"}, {"store": __file__}):
         with pytest.raises(InputError):
             doctor.diagnose(**wrong)

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.families import build, token_ids
+from support.inside.models import TENSOR_DIGEST, TRANSFORMERS_VERSION, fingerprinted, tensor_digest
 from support.prefixes import (
     CLOSE,
     GREEDY,
@@ -30,7 +31,6 @@ from support.prefixes import (
 from support.searching import search
 from torch import Tensor, nn
 
-import kvcache.models._fingerprint
 from kvcache import (
     DiskStore,
     KVCacheManager,
@@ -193,7 +193,7 @@ def test_the_same_weights_elsewhere_are_the_same_model() -> None:
 def test_another_release_of_transformers_is_another_model(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama")
     before = model_fingerprint(model)
-    monkeypatch.setattr(kvcache.models._fingerprint.transformers, "__version__", "9.0.0")
+    monkeypatch.setattr(TRANSFORMERS_VERSION, "9.0.0")
     assert fresh_print(model) != before
 
 
@@ -216,13 +216,12 @@ def test_bytes_alone_do_not_make_a_tensor() -> None:
 
 def test_an_unchanged_model_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model, read = build("llama"), []
-    digest = kvcache.models._fingerprint.tensor_digest
 
     def counting(tensor: Tensor) -> str:
         read.append(1)
-        return digest(tensor)
+        return tensor_digest(tensor)
 
-    monkeypatch.setattr(kvcache.models._fingerprint, "tensor_digest", counting)
+    monkeypatch.setattr(TENSOR_DIGEST, counting)
     tensors = len([*model.parameters(), *model.buffers()])
 
     def reads(ask: Callable[[], Any]) -> int:
@@ -270,16 +269,15 @@ def test_memory_that_was_freed_and_taken_again_is_another() -> None:
 
 
 def test_a_model_that_is_gone_is_not_kept() -> None:
-    known = kvcache.models._fingerprint._known
     model = build("llama")
     model_fingerprint(model)
-    assert model in known
-    held = len(known)
+    assert model in fingerprinted
+    held = len(fingerprinted)
     del model
     import gc
 
     gc.collect()
-    assert len(known) < held
+    assert len(fingerprinted) < held
 
 
 # ---------------------------------------------------------------------- never a wrong prefix

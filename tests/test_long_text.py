@@ -6,6 +6,8 @@ import threading
 
 import pytest
 import torch
+from support.inside.decoding import idle
+from support.inside.speech import decode_by, decoder_of, model_of, pool_of, speaker_of
 from support.speech import SHORT, TEXT, audio
 from support.t3_models import likely_end, tiny_t3
 
@@ -80,13 +82,13 @@ def test_the_first_chunk_waits_for_no_other_segment(monkeypatch):
 def test_the_tail_is_carried_into_the_next_segments_prompt():
     ours = engine()
     said, prompts = [], []
-    step = ours._decoder
+    step = decoder_of(ours)
 
     def watched(utterance, *args):
         prompts.append(utterance.voice.t3.cond_prompt_speech_tokens[0])
         return step(utterance, *args)
 
-    ours._decoder = watched
+    decode_by(ours, watched)
     texts = [byte_tokens(ours.t3, text) for text in ("Hello there.", "Good morning.", "Bye.")]
     ours.add_voice("v", conditionals=random_conditionals(ours.t3))
     said = {}
@@ -148,11 +150,11 @@ def test_captured_steps_serve_texts_of_other_lengths():
     plans = [ours.plan(TEXT, segment_characters=90, max_new_tokens=most) for most in (30, 60)]
     assert plans[0].slots == plans[1].slots == 256
     list(ours.generate_stream(TEXT, **SHORT))
-    held = next(decoding for kind, decoding in ours._stepper._pool._idle.items() if kind == ("batch", 3))
+    held = next(decoding for kind, decoding in idle(pool_of(ours)).items() if kind == ("batch", 3))
     list(ours.generate_stream(TEXT, **{**SHORT, "max_new_tokens": 60}))
-    assert held in ours._stepper._pool._idle.values()
+    assert held in idle(pool_of(ours)).values()
     ours.release()
-    assert not ours._stepper._pool._idle
+    assert not idle(pool_of(ours))
 
 
 def test_a_model_that_decodes_on_the_host_speaks_one_segment_after_the_other():
@@ -169,7 +171,7 @@ def test_an_early_end_leaves_nothing_behind():
     stream = ours.generate_stream(TEXT, overlap=True, **SHORT)
     next(stream)
     stream.close()
-    decoding = ours._stepper._pool._idle["batch", 3]
+    decoding = idle(pool_of(ours))["batch", 3]
     assert set(decoding.kv.seen) == {0} and decoding.kv.length.tolist() == [0] * 6
     assert audio(ours.generate_stream(TEXT, **SHORT)).shape[1] > 0
 
@@ -273,7 +275,7 @@ def test_who_speaks_is_who_was_meant_when_it_was_submitted():
             unknown = scheduler.submit("Hello.", voice="later", **given)
             for name in ("v", "later"):
                 ours.add_voice(name, conditionals=other)
-            ours._speaker._tts.conds = other
+            model_of(speaker_of(ours)).conds = other
             replaced.set()
             with pytest.raises(InputError, match="no voice 'later'"):
                 await anext(unknown)

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from support.changes import CHANGES, GREEDY, PREFIX, REST, WHOLE, hooked, llama, said
+from support.inside.models import unwrapped
 from torch import Tensor
 
 from kvcache import TOVA, KVCacheError, KVCacheManager, MemoryStore, SpeakerCache
-from kvcache.models._forwards import unwrapped
 
 
 def generate(manager: KVCacheManager) -> Tensor:

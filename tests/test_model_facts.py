@@ -27,7 +27,7 @@ from kvcache import (
     SnapKV,
     SpeakerCache,
 )
-from kvcache.models import _cache as hf
+from kvcache import models as hf
 from kvcache.models import cache_kwarg, facts_of, geometry_of, get_cache, output_cache
 
 CLOSE = 2e-4  # fp32 logits of size 1 to 30; a window that is off by one token is off by more than 0.05

@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.clocks import Clock
 from support.families import FAMILIES, build, logits, tiny, token_ids
+from support.inside.stores import CACHE_CLOCK
 from support.prefixes import (
     CLOSE,
     DECODERS,
@@ -40,7 +41,7 @@ from kvcache import (
     SlidingWindow,
     SpeakerCache,
 )
-from kvcache.models import _cache as hf
+from kvcache import models as hf
 
 EVICTING = [name for name in DECODERS if FAMILIES[name].evicts]
 ROTATING = [name for name in DECODERS if FAMILIES[name].rope]
@@ -241,7 +242,7 @@ def never(*_: Any) -> PrefixSnapshot:
 
 def test_what_is_served_is_counted(key: PrefixKey, monkeypatch: pytest.MonkeyPatch) -> None:
     speakers, clock = in_memory(), Clock()
-    monkeypatch.setattr("kvcache.prefixes._cache.time", clock)
+    monkeypatch.setattr(CACHE_CLOCK, clock)
     whole = some(key, seconds=6.0)
     starts: list[int | None] = []
 

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.families import build, cases, logits, tiny, token_ids
+from support.inside.testing import BUFFERS, Pair, tokens
 from support.prefixes import CLOSE, DECODERS, PREFIX, TEXT, after, all_bits, in_memory, manager, snapshot_of
 from support.searching import search
 from test_laws import KINDS, Kind
@@ -29,9 +30,8 @@ from kvcache import (
     SizePolicy,
     SlidingWindow,
 )
+from kvcache import models as hf
 from kvcache.models import ManagedCache, ManagedLayer
-from kvcache.models import _cache as hf
-from kvcache.testing._laws import BUFFERS, Pair, tokens
 
 # ---------------------------------------------------------------------- law 4, on bare layers beside the oracle
 

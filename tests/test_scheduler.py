@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 from support.clocks import Clock
+from support.inside import decoding as inside
 from support.scheduling import Opened, ask, both, counted, due, read, threads
 from support.tables import Breaks, assert_empty, link
 from support.waiting import until_async
@@ -74,7 +75,7 @@ def test_closing_cancelling_and_forgetting_each_end_a_request():
             await until_async(lambda: scheduler.metrics().busy == 0)
             assert counted(scheduler.metrics()) == (1, 3, 0, 0)
             assert_empty(opened.batch)
-            assert scheduler._turns.requests == []
+            assert inside.turns_of(scheduler).requests == []
             assert [item async for item in ask(scheduler, [9])] == due([9])
 
     asyncio.run(main())
@@ -309,7 +310,7 @@ def test_a_start_that_is_cancelled_leaves_no_thread():
                 yield batch
 
         scheduler = Scheduler(opens, 1)
-        scheduler._changed = Changed()
+        inside.told_of_changes_by(scheduler, Changed())
         starting = asyncio.create_task(scheduler.__aenter__())
         await asyncio.sleep(0)  # it begins, and waits for the thread
         entered.set()
@@ -318,7 +319,7 @@ def test_a_start_that_is_cancelled_leaves_no_thread():
         with pytest.raises(asyncio.CancelledError):
             await starting
         try:
-            await until_gone(scheduler._threads[0])
+            await until_gone(inside.threads_of(scheduler)[0])
             assert opened.closed == 1
         finally:
             await scheduler.close()
@@ -339,12 +340,12 @@ def test_a_slow_consumer_holds_up_no_other_and_no_job_of_its_own_that_has_begun(
             # One chunk lies there and three jobs begin; they are decoded to their end, and the last one does not begin.
             await until_async(lambda: scheduler.metrics().tokens == 8 + 3 * 24)
             tokens, entered = 8 + 3 * 24, 4
-            await until_async(lambda: scheduler.metrics().busy == 0 and scheduler._turns.idle)
-            assert (scheduler.metrics().tokens, slow._inbox.request.entered) == (tokens, entered)
-            assert slow._inbox.told - slow._inbox.taken >= 2
+            await until_async(lambda: scheduler.metrics().busy == 0 and inside.turns_of(scheduler).idle)
+            assert (scheduler.metrics().tokens, inside.inbox_of(slow).request.entered) == (tokens, entered)
+            assert inside.inbox_of(slow).told - inside.inbox_of(slow).taken >= 2
             assert scheduler.metrics().running == 1
             assert [item async for item in ask(scheduler, [40, 9])] == due([40, 9])
-            assert slow._inbox.request.entered == entered
+            assert inside.inbox_of(slow).request.entered == entered
             assert [item async for item in slow] == due([8, 24, 24, 24, 24])[1:]
             assert counted(scheduler.metrics()) == (2, 0, 0, 0)
 
@@ -353,7 +354,7 @@ def test_a_slow_consumer_holds_up_no_other_and_no_job_of_its_own_that_has_begun(
 
 def test_the_time_to_the_first_item_is_told_in_percentiles(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr("kvcache.decoding._scheduler.time", clock)
+    monkeypatch.setattr(inside.SCHEDULER_CLOCK, clock)
 
     async def main():
         opened = Opened(1)
@@ -377,10 +378,10 @@ def test_the_time_to_the_first_item_is_told_in_percentiles(monkeypatch):
             del unread
             assert [item async for item in ask(scheduler, [1])]  # at once
             assert scheduler.metrics().ttfa == pytest.approx({"p50": 0.125, "p90": 0.225, "p99": 0.2475})
-            scheduler._firsts.extend(i / 1000 for i in range(1001))
+            inside.first_items_of(scheduler).extend(i / 1000 for i in range(1001))
             found = scheduler.metrics().ttfa
             assert found == pytest.approx({"p50": 0.5, "p90": 0.9, "p99": 0.99}, abs=2e-3)
-            assert len(scheduler._firsts) == 1000
+            assert len(inside.first_items_of(scheduler)) == 1000
 
     asyncio.run(main())
 
@@ -397,7 +398,7 @@ def test_what_makes_no_scheduler_is_refused():
     ):
         with pytest.raises(InputError, match=f"reserved={reserved} .*{told}"):
             Scheduler(Opened(), 2, reserved=reserved)
-    assert Scheduler(Opened(), 2)._order == (8, 1, 4)
-    assert Scheduler(Opened(), 1)._order == (8, 0, 2)
+    assert inside.order_of(Scheduler(Opened(), 2)) == (8, 1, 4)
+    assert inside.order_of(Scheduler(Opened(), 1)) == (8, 0, 2)
     metrics = Scheduler(Opened(), 2).metrics()
     assert metrics == SchedulerMetrics(2, 0, 0, 0, 0, 0, 0, 0, 0)

@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from support.inside import decoding as inside
 from support.scheduling import Opened, ask, counted, due, read, threads
 from support.searching import examples
 from support.tables import assert_empty, chain
@@ -31,7 +32,7 @@ async def one_of_many(scheduler, i, chosen, seen):
     stream = ask(scheduler, lengths, size=size, sequence=chosen.random() < 0.3)
     fate, stops = chosen.choice(["read", "read", "close", "cancel", "forget", "fail"]), chosen.randint(0, 4)
     if fate == "fail":
-        stream._inbox.through = partial(map, {}.__getitem__)  # no item for any chunk
+        inside.inbox_of(stream).through = partial(map, {}.__getitem__)  # no item for any chunk
         with pytest.raises(TypeError):
             await anext(stream)
     elif fate == "cancel":
@@ -58,12 +59,12 @@ def test_a_scheduler_with_nothing_to_do_holds_no_request():
     async def main():
         async with Scheduler(Opened(2), 2) as scheduler:
             streams = [ask(scheduler, [9]) for _ in range(4)]
-            held = [weakref.ref(stream._inbox.request) for stream in streams]
+            held = [weakref.ref(inside.inbox_of(stream).request) for stream in streams]
             assert [item async for item in streams[0]] == due([9])
             await streams[1].aclose()
             del streams
             await until_async(lambda: scheduler.metrics().cancelled + scheduler.metrics().finished == 4)
-            await until_async(lambda: scheduler._turns.requests == [] and scheduler._dropped == [])
+            await until_async(lambda: inside.turns_of(scheduler).requests == [] and inside.dropped_by(scheduler) == [])
 
             def gone():
                 gc.collect()
@@ -98,9 +99,9 @@ def test_two_hundred_requests_leave_nothing_behind():
             for _ in range(examples(4)):
                 await asyncio.gather(*(one_of_many(scheduler, i, chosen, seen) for i in range(50)))
                 gc.collect()
-                await until_async(lambda: scheduler.metrics().busy == 0 and not scheduler._inboxes)
-                await until_async(lambda: scheduler._turns.requests == [])
-                assert_empty(scheduler._turns.batch)
+                await until_async(lambda: scheduler.metrics().busy == 0 and not inside.inboxes_of(scheduler))
+                await until_async(lambda: inside.turns_of(scheduler).requests == [])
+                assert_empty(inside.turns_of(scheduler).batch)
                 assert asyncio.all_tasks() == {asyncio.current_task()}
                 metrics = scheduler.metrics()
                 assert (metrics.busy, metrics.waiting, metrics.running) == (0, 0, 0)
@@ -111,7 +112,7 @@ def test_two_hundred_requests_leave_nothing_behind():
         assert_empty_pool()
 
     def assert_empty_pool():
-        [decoding] = pool._idle.values()
+        [decoding] = inside.idle(pool).values()
         assert_empty(Batch(decoding))
 
     others = requests()  # the runner keeps what was logged in other tests, errors with all that they went through

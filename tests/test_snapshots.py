@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.inside.testing import tokens
 from support.prefixes import all_bits, bits, some
 from support.searching import search
 from torch import Tensor
 
 from kvcache import CorruptError, GeometryError, InputError, KVLayer, PrefixKey, PrefixSnapshot, SlidingWindow
-from kvcache.testing._laws import tokens
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

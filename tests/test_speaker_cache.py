@@ -7,6 +7,7 @@ from random import Random
 import pytest
 import torch
 from support.clocks import Clock
+from support.inside.stores import CACHE_CLOCK, building, waiting
 from support.snapshots import KINDS, cold, exact, ids, voice
 from support.stores import settled
 from support.waiting import until
@@ -21,11 +22,11 @@ pytestmark = pytest.mark.one_release
 def test_sixteen_that_ask_for_the_same_wait_for_one_that_builds(kind, stores, monkeypatch):
     store, key, built, all_there = stores(kind), voice(0), [], threading.Barrier(16)
     cache, clock = SpeakerCache(store), Clock()
-    monkeypatch.setattr("kvcache.prefixes._cache.time", clock)
+    monkeypatch.setattr(CACHE_CLOCK, clock)
 
     def build():
         built.append(threading.get_ident())
-        until(lambda: cache._waiting[key] == 16)
+        until(lambda: waiting(cache)[key] == 16)
         clock.now += 0.25
         return cold(key)
 
@@ -37,7 +38,7 @@ def test_sixteen_that_ask_for_the_same_wait_for_one_that_builds(kind, stores, mo
         assert all(exact(found, key) for found in pool.map(ask, range(16)))
     assert len(built) == cache.stats().built == 1
     assert store.hits == 15 and cache.stats().build_seconds == 0.25
-    assert not cache._building and not cache._waiting
+    assert not building(cache) and not waiting(cache)
 
 
 def test_those_that_ask_for_different_ones_do_not_wait_for_each_other():
@@ -59,7 +60,7 @@ def test_an_error_is_its_callers_and_the_next_one_tries():
 
     def build():
         tries.append(1)
-        until(lambda: cache._waiting[key] == 9 - len(tries))  # all but those that have failed
+        until(lambda: waiting(cache)[key] == 9 - len(tries))  # all but those that have failed
         if len(tries) <= 2:
             raise ZeroDivisionError
         return cold(key)
@@ -75,7 +76,7 @@ def test_an_error_is_its_callers_and_the_next_one_tries():
         answers = list(pool.map(ask, range(8)))
     assert sum(isinstance(answer, ZeroDivisionError) for answer in answers) == 2
     assert sum(exact(answer, key) for answer in answers if not isinstance(answer, ZeroDivisionError)) == 6
-    assert len(tries) == 3 and not cache._building
+    assert len(tries) == 3 and not building(cache)
     assert cache.stats().built == 1
 
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.decoders import CPU
+from support.inside import decoding as inside
 from support.searching import search
 from support.static_rows import (
     GEOMETRY,
@@ -43,7 +44,6 @@ from kvcache.decoding import (
     Sampler,
     StaticKV,
 )
-from kvcache.decoding._sampler import TRANSFORMERS
 
 # ---------------------------------------------------------------------- the arithmetic of slots
 
@@ -227,7 +227,7 @@ def test_room_is_asked_for_before_anything_changes():
 def pooled(pool, kind, slots):
     def make(slots):
         kv = StaticKV(GEOMETRY, 1, slots)
-        return Decoding(None, kv, Sampler(1, 9, TRANSFORMERS, CPU))
+        return Decoding(None, kv, Sampler(1, 9, inside.TRANSFORMERS, CPU))
 
     return pool.lent(kind, slots, make)
 
@@ -278,6 +278,6 @@ def test_rows_are_free_again_after_an_error():
         fails()
     with pooled(pool, "a", 8) as again:
         assert again is lent[0]
-        assert (again.kv.seen, again.kv.length.tolist(), again.kv._policies) == ([0], [0], [None])
-        assert again.kv._pending == []
+        assert (again.kv.seen, again.kv.length.tolist(), inside.policies_of(again.kv)) == ([0], [0], [None])
+        assert inside.pending_of(again.kv) == []
         again.kv.check(1000)

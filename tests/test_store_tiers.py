@@ -4,6 +4,7 @@ import threading
 from concurrent.futures import Future
 
 import pytest
+from support.inside import stores as inside
 from support.snapshots import cold, exact, ids, voice
 from support.stores import size
 from support.waiting import until
@@ -27,11 +28,17 @@ def test_redis_forgets_what_is_old_unless_it_is_pinned(redis_url):
             store.put(cold(key))  # also if it was slow, and had expired before it was pinned
         store.pin(released, False)
         until(lambda: not (store.has(plain) or store.has(released)))
-        assert all(store._client.ttl(store._key(key.address)) == -1 for key in (early, late))  # they have no end
+        assert all(
+            inside.client_of(store).ttl(inside.key_of(store, key.address)) == -1 for key in (early, late)
+        )  # they have no end
         assert [store.has(key) for key in (early, late, plain, released)] == [True, True, False, False]
         assert store.nbytes == sum(size(store, key) for key in (early, late))
         store.put(cold(early))  # strikes the others from the books
-        assert store._client.hlen(store._books[1]) == store._client.zcard(store._books[0]) == 2
+        assert (
+            inside.client_of(store).hlen(inside.books_of(store)[1])
+            == inside.client_of(store).zcard(inside.books_of(store)[0])
+            == 2
+        )
 
 
 def test_to_pin_is_to_stop_the_clock(redis_url):
@@ -40,7 +47,7 @@ def test_to_pin_is_to_stop_the_clock(redis_url):
         store.put(cold(key))
         for pinned in (False, True, False):
             store.pin(key, pinned)
-            assert (store._client.pttl(store._key(key.address)) == -1) == pinned
+            assert (inside.client_of(store).pttl(inside.key_of(store, key.address)) == -1) == pinned
 
 
 # ---------------------------------------------------------------------- tiers
@@ -102,11 +109,11 @@ def test_what_memory_evicts_is_written_below_if_it_is_not_there(tmp_path):
         store.put(cold(second))
         store.flush()
         assert not memory.has(first) and disk.has(first)
-        written = disk._path(first.address).stat().st_ino
+        written = inside.path_of(disk, first.address).stat().st_ino
         assert exact(store.get(first), first)  # drives out the second, and is driven out by it
         assert exact(store.get(second), second)
         store.flush()
-        assert disk._path(first.address).stat().st_ino == written
+        assert inside.path_of(disk, first.address).stat().st_ino == written
 
 
 def test_what_is_still_to_be_written_is_served(tmp_path):
@@ -150,7 +157,7 @@ def test_s4_writes_that_wait_are_bounded_and_nobody_waits_for_them(tmp_path, cap
     when_waited_for(monkeypatch, lambda: pytest.fail("a request waits for a write"))
     for i in range(40):
         store.put(cold(voice(i)))  # the disk is not let write: each of them returns at once
-        assert len(store._pending) <= 16
+        assert len(inside.still_to_write(store)) <= 16
     assert store.dropped >= 24 and len(caplog.messages) == 1 and "16 others wait" in caplog.text
     store.delete(voice(15))
     assert store.get(voice(15)) is None

@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.inside.stores import check_address, write
 from support.snapshots import BLOBS, KINDS, cold, exact, voice
 from support.stores import HOSTILE, search, settled
 
@@ -24,7 +25,6 @@ from kvcache.prefixes.stores import (
     default_folder,
     open_store,
 )
-from kvcache.prefixes.stores._base import check_address
 
 pytestmark = pytest.mark.one_release
 
@@ -85,7 +85,7 @@ JUNK = {
 @pytest.mark.parametrize("junk", JUNK)
 def test_what_is_no_intact_snapshot_is_refused_and_replaced(kind, junk, stores, tmp_path, caplog):
     store, key, mark = stores(kind), voice(0), tmp_path / "unpickled"
-    store._write(key.address, JUNK[junk](mark))
+    write(store, key.address, JUNK[junk](mark))
     assert store.get(key) is None
     assert len(caplog.records) == 1 and caplog.records[0].levelname == "WARNING"
     assert exact(SpeakerCache(store).get_or_build(key, lambda: cold(key)), key)
@@ -97,7 +97,7 @@ def test_what_is_no_intact_snapshot_is_refused_and_replaced(kind, junk, stores, 
 def test_a_snapshot_at_the_address_of_another_is_refused_and_replaced(kind, stores, caplog):
     store, mine, other = stores(kind), voice(0), voice(1)
     store.put(cold(mine))
-    store._write(other.address, store.peek(mine.address))
+    write(store, other.address, store.peek(mine.address))
     assert store.has(other) and store.get(other) is None
     assert "it will not be used" in caplog.text
     cache = SpeakerCache(store)

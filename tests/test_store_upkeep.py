@@ -7,6 +7,7 @@ from datetime import datetime, timezone
 import pytest
 import safetensors.torch
 import torch
+from support.inside import stores as inside
 from support.snapshots import BLOBS, KINDS, cold, exact, ids, voice
 from support.stores import HOSTILE, settled, size, tell_apart
 
@@ -14,7 +15,6 @@ from kvcache import CorruptError, InputError, PrefixSnapshot
 from kvcache.cache import beginning, beginning_length
 from kvcache.errors import SignatureError
 from kvcache.prefixes.stores import DiskStore
-from kvcache.prefixes.stores._remote import _written
 
 pytestmark = pytest.mark.one_release
 
@@ -86,7 +86,7 @@ def test_what_is_not_intact_is_told_from_what_others_signed(kind, stores):
         (plain, torn, False), (plain, signed, True), (ours, signed, True), (ours, unsigned, True), (ours, torn, True),
         (ours, cold(key).to_bytes(b"ours")[:-1], False), (plain, cold(voice(1)).to_bytes(), False),
     ):  # fmt: skip
-        store._write(key.address, data)
+        inside.write(store, key.address, data)
         with pytest.raises(CorruptError) as caught:
             store.read_verified(key.address)
         assert isinstance(caught.value, SignatureError) == foreign
@@ -103,14 +103,14 @@ def test_other_files_in_the_folder_are_neither_counted_nor_evicted(kind, stores,
     store = stores(kind, max_bytes=3 * len(cold(voice(0)).to_bytes()) // 2)
     store.put(cold(voice(0)))
     if kind == "remote-memory":
-        store._files.pipe_file(f"{store._folder}/sarah.voice.safetensors", bytes(10**6))
+        inside.files_of(store).pipe_file(f"{inside.folder_of(store)}/sarah.voice.safetensors", bytes(10**6))
     else:
         (tmp_path / f"{kind.removesuffix('-file')}-a" / "sarah.voice.safetensors").write_bytes(bytes(10**6))
     assert store.nbytes == len(cold(voice(0)).to_bytes())
     store.put(cold(voice(1)))  # drives out the first, and nothing else
     assert [entry.address for entry in store.entries()] == [voice(1).address]
     if kind == "remote-memory":
-        assert store._files.exists(f"{store._folder}/sarah.voice.safetensors")
+        assert inside.files_of(store).exists(f"{inside.folder_of(store)}/sarah.voice.safetensors")
     else:
         assert [path.stat().st_size for path in tmp_path.rglob("sarah*")] == [10**6]
 
@@ -139,7 +139,7 @@ def test_the_beginning_of_a_file_says_what_it_is():
     ],
 )
 def test_times_of_file_systems(entry, seconds):
-    assert _written(entry) == seconds
+    assert inside.written(entry) == seconds
 
 
 def test_what_continues_another_prefix_leaves_like_any(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.clocks import Clock
+from support.inside.stores import MEMORY_CLOCK
 from support.snapshots import BLOBS, KINDS, cold, exact, ids, voice
 from support.stores import SORTS, VOICES, search, settled, size, tell_apart
 
@@ -258,7 +259,7 @@ def test_threads_may_share_a_store(kind, stores):
 def test_what_is_old_is_forgotten_unless_it_is_pinned(todo):
     with pytest.MonkeyPatch.context() as patch:
         clock = Clock()
-        patch.setattr("kvcache.prefixes.stores._memory.time", clock)
+        patch.setattr(MEMORY_CLOCK, clock)
         store, stored, pinned = MemoryStore(ttl=5), {}, set()
         for action, i in todo:
             match action:

@@ -34,7 +34,7 @@ from kvcache import (
     SizePolicy,
     SlidingWindow,
 )
-from kvcache.models import _cache as hf
+from kvcache import models as hf
 
 # ---------------------------------------------------------------------- one policy for all layers
 

@@ -7,7 +7,7 @@ from support.windows import CHUNKS, PADDING, POLICIES, close, padded_prompt, pos
 from transformers import GenerationConfig
 
 from kvcache import KVCacheManager, Pinned, SizePolicy, SlidingWindow
-from kvcache.models import _cache as hf
+from kvcache import models as hf
 
 PADDED = [name for name in EVICTING if FAMILIES[name].padded]
 

@@ -41,7 +41,7 @@ from kvcache import (
     SizePolicy,
     SlidingWindow,
 )
-from kvcache.models import _cache as hf
+from kvcache import models as hf
 
 # ---------------------------------------------------------------------- what fails changes nothing
 

@@ -18,7 +18,7 @@ from support.windows import (
 )
 
 from kvcache import KVCacheManager, MaxBytes, MaxTokens, Pinned, PolicyError, PositionsError, SizePolicy, SlidingWindow
-from kvcache.models import _cache as hf
+from kvcache import models as hf
 
 # ---------------------------------------------------------------------- re-rotated positions
 

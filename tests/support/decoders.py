@@ -4,10 +4,9 @@ import torch
 
 from kvcache import CacheGeometry
 from kvcache.decoding import Decoding, Sampler, Sampling, StaticKV, decoder_copy
-from kvcache.decoding._backends import Compiled
-from kvcache.decoding._sampler import TRANSFORMERS
 from kvcache.models import exact_windows, geometry_of, kv_layers
 from support.families import VOCABULARY
+from support.inside.decoding import TRANSFORMERS, Compiled, run_by
 
 CPU = torch.device("cpu")
 GREEDY = Sampling(temperature=0, repetition_penalty=1)
@@ -26,7 +25,7 @@ def decoding_of(model, rows, slots, backend="eager", dtype=None, **options):
     named = "eager" if backend == "aot_eager" else backend
     decoding = Decoding(forward, kv, Sampler(rows, VOCABULARY, TRANSFORMERS, CPU), named, **options)
     if backend == "aot_eager":
-        decoding._backend = Compiled(CPU, compiler="aot_eager")
+        run_by(decoding, Compiled(CPU, compiler="aot_eager"))
     return decoding
 
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from kvcache import KVCacheManager, MemoryStore, PrefixKey, PrefixSnapshot, SpeakerCache, model_fingerprint
-from kvcache.models import _cache as hf
+from kvcache import models as hf
 from kvcache.models import looks_on
-from kvcache.testing._laws import tokens
 from support.families import FAMILIES, SEQ2SEQ, tiny, token_ids
+from support.inside.testing import tokens
 
 NEW = 12
 PREFIX = token_ids(1, 13, seed=3)[0]  # longer than the windows of families that have their own

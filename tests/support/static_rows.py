@@ -11,6 +11,7 @@ from kvcache import (
     SlidingWindow,
 )
 from kvcache.cache import ring_slot
+from support.inside.decoding import pending_of, policies_of
 
 LAYERS, HEADS, KEY_DIM, VALUE_DIM = 2, 2, 4, 3
 GEOMETRY = CacheGeometry(LAYERS, HEADS, KEY_DIM, VALUE_DIM)
@@ -135,7 +136,7 @@ def step(kv, rows):
 
 def state_of(kv):
     tensors = [*kv.keys, *kv.values, kv.length, kv.pinned, kv.low, kv.limit]
-    return [t.clone() for t in tensors], list(kv.seen), list(kv._policies), len(kv._pending)
+    return [t.clone() for t in tensors], list(kv.seen), list(policies_of(kv)), len(pending_of(kv))
 
 
 def assert_state(kv, before):

@@ -4,26 +4,28 @@ import torch
 
 from kvcache import CacheGeometry, KVLayer
 from kvcache.decoding import Decoding, Job, Sampler, Sampling, StaticKV
-from kvcache.decoding._sampler import TRANSFORMERS
 from support.decoders import CPU
+from support.inside import decoding as inside
 
 
 def assert_free(batch):
     """The places that nobody has are empty and draw nothing."""
-    kv, rows = batch._decoding.kv, batch._decoding.rows
-    for place, job in enumerate(batch._jobs):
-        policies = kv._policies[place * rows : (place + 1) * rows]
+    decoding = inside.decoding_of(batch)
+    kv, rows = decoding.kv, decoding.rows
+    for place, job in enumerate(inside.jobs_of(batch)):
+        policies = inside.policies_of(kv)[place * rows : (place + 1) * rows]
         assert [policy is None for policy in policies] == [job is None] * rows
-        assert (batch._decoding._generators[place] is None) == (job is None)
-        assert batch._decoding.sampler._chosen[place].greedy or job is not None
+        assert (inside.generators_of(decoding)[place] is None) == (job is None)
+        assert inside.settings_of(decoding.sampler)[place].greedy or job is not None
 
 
 def assert_empty(batch):
-    kv = batch._decoding.kv
+    decoding = inside.decoding_of(batch)
+    kv = decoding.kv
     assert batch.busy == 0
     assert kv.seen == kv.length.tolist() == [0] * kv.rows
-    assert kv._policies == [None] * kv.rows
-    assert kv._pending == [] and batch._decoding._generators == [None] * batch.places
+    assert inside.policies_of(kv) == [None] * kv.rows
+    assert inside.pending_of(kv) == [] and inside.generators_of(decoding) == [None] * batch.places
 
 
 SYMBOLS = 12
@@ -34,7 +36,7 @@ SMALL = CacheGeometry(1, 1, 2, 2)
 def chain(places, slots=64, forward=None, geometry=SMALL, backend="eager", **options):
     """A decoding whose next token depends on the last one only."""
     kv = StaticKV(geometry, places, slots)
-    sampler = Sampler(places, SYMBOLS, TRANSFORMERS, CPU)
+    sampler = Sampler(places, SYMBOLS, inside.TRANSFORMERS, CPU)
     return Decoding(forward or (lambda tokens, made, given: TABLE[tokens]), kv, sampler, backend, **options)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvcache import MaxTokens, Pinned, SizePolicy, SlidingWindow
-from kvcache.models import _cache as hf
+from kvcache import models as hf
 from support.families import OWN_WINDOW, logits, tiny, token_ids
 
 LENGTH = 44
