@@ -15,10 +15,7 @@ from support.inside.speech import pool_of, stepper_of, tokens_of
 from support.searching import search
 from support.tables import assert_empty, assert_free
 
-from kvcache import (
-    InputError,
-    SlidingWindow,
-)
+from kvcache import InputError, SlidingWindow
 from kvcache.decoding import Batch, Sampler
 
 pytestmark = pytest.mark.one_release

@@ -12,17 +12,8 @@ from support.inside import decoding as inside
 from support.searching import search
 from support.static_rows import GEOMETRY, assert_state, state_of
 
-from kvcache import (
-    CapacityError,
-    GeometryError,
-    InputError,
-    KVCacheManager,
-)
-from kvcache.decoding import (
-    Decoding,
-    Sampler,
-    StaticKV,
-)
+from kvcache import CapacityError, GeometryError, InputError, KVCacheManager
+from kvcache.decoding import Decoding, Sampler, StaticKV
 
 # ---------------------------------------------------------------------- what fails
 

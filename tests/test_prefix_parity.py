@@ -30,13 +30,7 @@ from support.prefixes import (
 from torch import Tensor
 from transformers import GenerationConfig
 
-from kvcache import (
-    GeometryError,
-    InputError,
-    KVCacheManager,
-    PositionsError,
-    SlidingWindow,
-)
+from kvcache import GeometryError, InputError, KVCacheManager, PositionsError, SlidingWindow
 
 # ---------------------------------------------------------------------- parity: every family
 

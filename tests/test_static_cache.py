@@ -27,23 +27,9 @@ from support.static_rows import (
     step,
 )
 
-from kvcache import (
-    CapacityError,
-    GeometryError,
-    KeepAll,
-    KeyRotation,
-    MaxTokens,
-    Pinned,
-    PolicyError,
-    SlidingWindow,
-)
+from kvcache import CapacityError, GeometryError, KeepAll, KeyRotation, MaxTokens, Pinned, PolicyError, SlidingWindow
 from kvcache.cache import ring_sees, ring_slot, staying_of
-from kvcache.decoding import (
-    Decoding,
-    Pool,
-    Sampler,
-    StaticKV,
-)
+from kvcache.decoding import Decoding, Pool, Sampler, StaticKV
 
 # ---------------------------------------------------------------------- the arithmetic of slots
 

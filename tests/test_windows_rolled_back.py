@@ -5,16 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.families import (
-    EVICTING,
-    FAMILIES,
-    SEQ2SEQ,
-    build,
-    dynamic_cache,
-    logits,
-    tiny,
-    token_ids,
-)
+from support.families import EVICTING, FAMILIES, SEQ2SEQ, build, dynamic_cache, logits, tiny, token_ids
 from support.windows import (
     CLOSE,
     LENGTH,

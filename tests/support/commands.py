@@ -1,7 +1,9 @@
 """Every command, what it cannot do without, and what can be wrong with a request."""
 
 import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ NEXT_STEP = re.compile(r"\b(run|give|use|install|lower|raise|leave out|make|chec
 NOT_YET: list[str] = []  # commands that are still placeholders: take a name out once it is built
 
 
-def commands(group, before=()):
+def commands(group: Any, before: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
     """Each command's full name and what typer made of it."""
     for name, command in group.commands.items():
         if hasattr(command, "commands"):
@@ -31,7 +33,7 @@ COMMANDS = {name: command for name, command in commands(typer.main.get_command(a
 
 # Of each command: what it cannot do without, then what can be wrong and a part of the line that says so.
 # {words} in braces are made by the fixture `places`.
-NEEDED = {
+NEEDED: dict[str, list[str]] = {
     "doctor": [],
     "plan": ["{model}"],
     "profile": ["{model}"],
@@ -73,11 +75,11 @@ MODEL = [  # of every command that takes one
 ]
 
 
-def store_of(*needed):
+def store_of(*needed: str) -> list[tuple[list[str], str]]:
     return [([*needed, *wrong], says) for wrong, says in STORE]
 
 
-WRONG = {
+WRONG: dict[str, list[Any]] = {  # pairs, some of them with marks
     "doctor": [(wrong, says) for wrong, says in STORE if "{tmp}/nothing" not in wrong or wrong[0] != "--store"],
     "plan": [
         *MODEL,
@@ -178,7 +180,7 @@ WRONG = {
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory):
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A store, a model without weights, files of all sorts. No wrong request changes any of it."""
     folder = tmp_path_factory.mktemp("places")
     empty = folder / "elsewhere"
@@ -206,12 +208,14 @@ def places(tmp_path_factory):
 
 
 @pytest.fixture
-def refused(places, monkeypatch, capsys):
+def refused(
+    places: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[[str, Sequence[str]], str]:
     """Asks for something wrong and gives the one line that says what."""
     monkeypatch.setenv("KVCACHE_HOME", places["store"])  # so that the default store has something in it
     monkeypatch.delenv("KVCACHE_STORE", raising=False)
 
-    def ask(name, arguments):
+    def ask(name: str, arguments: Sequence[str]) -> str:
         held = sorted((path, path.stat().st_mtime_ns) for path in Path(places["store"]).parent.rglob("*"))
         assert main([*name.split(), *(one.format(**places) for one in arguments)]) == 2
         out, err = capsys.readouterr()

@@ -1,6 +1,10 @@
 """A long text in few tokens, and Chatterbox models with the stand-in's vocoder."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from kvcache_chatterbox.testing import stand_in
 from support.t3_models import tiny_t3
@@ -10,20 +14,20 @@ TEXT = (
     "It is easy to tell the depth of a well. These days a chicken leg is a rare dish. "
     "Rice is often served in round bowls. The juice of lemons makes fine punch."
 )
-SHORT = {"segment_characters": 90, "max_new_tokens": 30, "seed": 3}  # three segments
+SHORT: dict[str, Any] = {"segment_characters": 90, "max_new_tokens": 30, "seed": 3}  # three segments
 
 
-def audio(stream):
+def audio(stream: Iterable[Tensor]) -> Tensor:
     return torch.cat([torch.zeros(1, 0), *stream], 1)
 
 
 class Watermarker:
-    def apply_watermark(self, audio, sample_rate):
+    def apply_watermark(self, audio: Any, sample_rate: int) -> Any:
         assert sample_rate == 24000
         return audio + 1.0
 
 
-def tts(kind):
-    model = stand_in(tiny_t3(kind))
+def tts(kind: str) -> Any:
+    model: Any = stand_in(tiny_t3(kind))
     model.watermarker = Watermarker()
     return model

@@ -1,29 +1,34 @@
 """What the tests of stores share."""
 
 import os
+from pathlib import Path
+from typing import TypeVar
 
+import hypothesis
 import torch
 from hypothesis import HealthCheck
 
 from kvcache import PrefixKey
-from kvcache.prefixes.stores import MemoryStore, TieredStore
+from kvcache.prefixes.stores import MemoryStore, Store, TieredStore
 from support import searching
 from support.snapshots import cold, ids, voice
 
+StoreT = TypeVar("StoreT", bound=Store)
 
-def search(examples):
+
+def search(examples: int) -> hypothesis.settings:
     # Each example opens a place of its own in the test's folder.
     return searching.search(examples, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def settled(store):
+def settled(store: StoreT) -> StoreT:
     """The same store, with nothing left to write."""
     if isinstance(store, TieredStore):
         store.flush()
     return store
 
 
-def size(store, key):
+def size(store: Store, key: PrefixKey) -> int:
     snapshot = cold(key)
     return snapshot.nbytes if isinstance(store, MemoryStore) else len(snapshot.to_bytes())
 
@@ -41,7 +46,7 @@ SORTS = [
 ]
 
 
-def tell_apart(folder, tick):
+def tell_apart(folder: Path, tick: int) -> None:
     """Give the file that was just used a time of its own: a file system's clock may tick 100 times a second only."""
     for path in folder.glob("*.safetensors"):
         if path.stat().st_mtime > 2e8:

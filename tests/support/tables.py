@@ -1,14 +1,18 @@
 """A model that is a table: what follows a token depends on that token alone, so that plain Python says the same."""
 
-import torch
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
-from kvcache import CacheGeometry, KVLayer
-from kvcache.decoding import Decoding, Job, Sampler, Sampling, StaticKV
+import torch
+from torch import Tensor
+
+from kvcache import CacheGeometry, KVLayer, SizePolicy
+from kvcache.decoding import Batch, Decoding, Job, Sampler, Sampling, StaticKV
 from support.decoders import CPU
 from support.inside import decoding as inside
 
 
-def assert_free(batch):
+def assert_free(batch: Batch) -> None:
     """The places that nobody has are empty and draw nothing."""
     decoding = inside.decoding_of(batch)
     kv, rows = decoding.kv, decoding.rows
@@ -19,7 +23,7 @@ def assert_free(batch):
         assert inside.settings_of(decoding.sampler)[place].greedy or job is not None
 
 
-def assert_empty(batch):
+def assert_empty(batch: Batch) -> None:
     decoding = inside.decoding_of(batch)
     kv = decoding.kv
     assert batch.busy == 0
@@ -33,17 +37,34 @@ TABLE = torch.randn(SYMBOLS, SYMBOLS, generator=torch.Generator().manual_seed(3)
 SMALL = CacheGeometry(1, 1, 2, 2)
 
 
-def chain(places, slots=64, forward=None, geometry=SMALL, backend="eager", **options):
+def chain(
+    places: int,
+    slots: int = 64,
+    forward: Callable[..., Tensor] | None = None,
+    geometry: CacheGeometry = SMALL,
+    backend: Any = "eager",
+    **options: Any,
+) -> Decoding:
     """A decoding whose next token depends on the last one only."""
     kv = StaticKV(geometry, places, slots)
     sampler = Sampler(places, SYMBOLS, inside.TRANSFORMERS, CPU)
     return Decoding(forward or (lambda tokens, made, given: TABLE[tokens]), kv, sampler, backend, **options)
 
 
-def link(start, total, seed=0, ends=(), prefix=3, policy=None, temperature=1.0, penalty=1.0, **options):
+def link(
+    start: int,
+    total: int,
+    seed: int = 0,
+    ends: Sequence[int] = (),
+    prefix: int = 3,
+    policy: SizePolicy | None = None,
+    temperature: float = 1.0,
+    penalty: float = 1.0,
+    **options: Any,
+) -> Job:
     """A job that goes on from a token, after a prefix of so many."""
 
-    def prefill():
+    def prefill() -> tuple[Tensor, list[KVLayer]]:
         kv = KVLayer(policy)
         kv.append(torch.zeros(1, 1, prefix, 2), torch.zeros(1, 1, prefix, 2))
         return TABLE[start][None], [kv]
@@ -52,9 +73,17 @@ def link(start, total, seed=0, ends=(), prefix=3, policy=None, temperature=1.0, 
     return Job(prefill, sampling, torch.Generator().manual_seed(seed), total, ends, torch.tensor([start]), **options)
 
 
-def linked(start, total, seed=0, ends=(), first_may_end=True, include_stop_token=True):
+def linked(
+    start: int,
+    total: int,
+    seed: int = 0,
+    ends: Sequence[int] = (),
+    first_may_end: bool = True,
+    include_stop_token: bool = True,
+) -> list[int]:
     """What such a job says, in plain Python."""
-    generator, token, said = torch.Generator().manual_seed(seed), start, []
+    generator, token = torch.Generator().manual_seed(seed), start
+    said: list[int] = []
     while len(said) < total:
         noise = torch.empty(SYMBOLS).exponential_(generator=generator)
         token = int((torch.softmax(TABLE[token], 0) / noise).argmax())
@@ -64,14 +93,15 @@ def linked(start, total, seed=0, ends=(), first_may_end=True, include_stop_token
     return said
 
 
-def through(batch, jobs):
+def through(batch: Batch, jobs: Iterable[Job]) -> list[list[int]]:
     """What each of these jobs says, entered as places come free."""
-    said, waiting = {job: [] for job in jobs}, list(jobs)
+    waiting = list(jobs)
+    said: dict[Job, list[int]] = {job: [] for job in waiting}
     while waiting or batch.busy:
         pieces = [batch.enter(waiting.pop(0)) for _ in range(min(len(waiting), batch.places - batch.busy))]
         for piece in (*pieces, *batch.turn()):
             said[piece.job] += piece.tokens.tolist()
-    return [said[job] for job in jobs]
+    return list(said.values())
 
 
 class Breaks(Exception):
