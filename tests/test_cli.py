@@ -16,7 +16,7 @@ pytest.importorskip("typer")
 pytest.importorskip("rich")
 
 import typer
-from support.commands import COMMANDS, NEEDED, NEXT_STEP, NOT_YET, WRONG, places, refused  # noqa: F401
+from support.commands import COMMANDS, NEEDED, NEXT_STEP, WRONG, places, refused  # noqa: F401
 
 from kvcache.cli import application, main, overview
 from kvcache.prefixes.stores import DiskStore
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_every_command_has_its_cases():
-    assert set(COMMANDS) | set(NOT_YET) == set(NEEDED) == set(WRONG)
+    assert set(COMMANDS) == set(NEEDED) == set(WRONG)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -41,8 +41,6 @@ def test_the_grammar_of_every_command(name, refused):  # noqa: F811
             assert flag in refused(name, [*NEEDED[name], f"{flag}=perhaps"])
         else:
             assert flag in refused(name, [*NEEDED[name], flag])
-    if name == "bench":  # whose further arguments are the benchmark's own
-        return
     assert "--no-such-option" in refused(name, [*NEEDED[name], "--no-such-option"])
     surplus = [*NEEDED[name], *(["0"] * sum(one.param_type_name == "argument" for one in COMMANDS[name].params)), "0"]
     assert "unexpected extra argument" in refused(name, surplus)
@@ -124,8 +122,7 @@ def parsed(words):
 
 @pytest.mark.parametrize(("words", "run", "printed"), list(shown(PAGE)))
 def test_the_page_shows_commands_that_there_are(words, run, printed, tmp_path, monkeypatch, capsys):
-    if words[0] not in NOT_YET:
-        parsed(words)
+    parsed(words)
     if not run and not printed:
         return
     monkeypatch.setenv("KVCACHE_STORE", str(tmp_path))
@@ -141,7 +138,7 @@ def test_the_page_shows_commands_that_there_are(words, run, printed, tmp_path, m
 
 def test_the_page_tells_of_every_command_and_no_other():
     told = [" ".join(one.values[0]) for one in shown(PAGE)]
-    for name in (*COMMANDS, *NOT_YET):
+    for name in COMMANDS:
         assert any(f"{line} ".startswith(f"{name} ") for line in told), name
     with pytest.raises(Exception, match="No such option"):
         parsed(["plan", "m", "--no-such-option"])

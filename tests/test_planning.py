@@ -1,7 +1,6 @@
 """Plans against what the same model, loaded, really holds; searches against brute force."""
 
 import os
-import resource
 from functools import cache
 
 import pytest
@@ -221,11 +220,6 @@ def test_pages_of_a_static_cache_against_the_system():
     assert planned == pytest.approx(resident, abs=64 * 1024)
     assert written_static(kv, 500, 2, "cpu") >= kv.nbytes
     assert written_static(kv, 70, 1, "cuda") == kv.nbytes
-
-
-def _resident():
-    with open("/proc/self/statm") as statm:
-        return int(statm.read().split()[1]) * resource.getpagesize()
 
 
 def test_held_counts_a_storage_once():

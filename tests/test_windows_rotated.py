@@ -23,7 +23,6 @@ from kvcache import models as hf
 # ---------------------------------------------------------------------- re-rotated positions
 
 
-_ONE_LAYER = {"gemma2": 2, "gemma3": 2}
 LLAMA3 = {
     "rope_parameters": {
         "rope_type": "llama3",

@@ -16,7 +16,6 @@ from support.folders import weightless_llama
 from support.snapshots import cold, ids, voice
 
 NEXT_STEP = re.compile(r"\b(run|give|use|install|lower|raise|leave out|make|check|name|see|write|take)\b")
-NOT_YET: list[str] = []  # commands that are still placeholders: take a name out once it is built
 
 
 def commands(group: Any, before: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
@@ -28,7 +27,7 @@ def commands(group: Any, before: Sequence[str] = ()) -> Iterator[tuple[str, Any]
             yield " ".join((*before, name)), command
 
 
-COMMANDS = {name: command for name, command in commands(typer.main.get_command(application())) if name not in NOT_YET}
+COMMANDS = dict(commands(typer.main.get_command(application())))
 
 
 # Of each command: what it cannot do without, then what can be wrong and a part of the line that says so.
