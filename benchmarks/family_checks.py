@@ -1,4 +1,5 @@
 """What kvcache does with one model: each feature tried, and compared with the model's own `generate` and forward."""
+# Not by `make bench`: a part of families.py.
 
 import copy
 import inspect

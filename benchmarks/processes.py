@@ -15,6 +15,7 @@ largest before it. When the sum goes over the budget, the side that was prepared
 
 Nothing here imports torch: a side's own module does.
 """
+# Not by `make bench`: what benchmarks share.
 
 import ctypes
 import multiprocessing

@@ -3,6 +3,7 @@
 The model is of upstream's own class, around upstream's T3 and S3Gen, with Perth; only the tokenizer is a stand-in, as its
 vocabulary comes with the weights. T3 is made to say speech tokens alone and never to end, so that a request is as long as asked.
 """
+# Not by `make bench`: a part of end_to_end.py.
 
 import contextlib
 import importlib

@@ -1,9 +1,10 @@
-"""Devices that are neither a CPU nor a CUDA GPU: an "mps" that is not there, see `fake_device`."""
+"""Devices that are neither a CPU nor a CUDA GPU: an "mps" that is not there, see `support.fake_device`."""
 
 import pytest
 import torch
-from fake_device import Away, an_mps_device, moved
+from support.fake_device import Away, an_mps_device, moved
 from support.families import build, tiny, token_ids
+from support.inside.decoding import check_backend, default_generator
 
 from kvcache import (
     H2O,
@@ -18,8 +19,6 @@ from kvcache import (
 )
 from kvcache.cache import KeyRotation
 from kvcache.decoding import backend_for, backend_on, kernel_reason
-from kvcache.decoding._backends import check_backend
-from kvcache.decoding._engine import default_generator
 from kvcache.models import looks_on
 
 XPU = torch.device("xpu", 0)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.families import RELEASE, build, dynamic_cache, logits, tiny, token_ids
+from support.inside.models import chosen, exactly
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
@@ -24,10 +25,9 @@ from kvcache import (
     SlidingWindow,
     SnapKV,
 )
+from kvcache import models as hf
 from kvcache.cache import CacheSpec
 from kvcache.models import MADE_AS, ManagedCache
-from kvcache.models import _cache as hf
-from kvcache.models._managed import chosen
 
 
 def filled(model: Any, ids: Tensor, **given: Any) -> tuple[Any, Any]:
@@ -330,7 +330,7 @@ def test_d1_a_layer_goes_to_another_device_and_back() -> None:
 def test_d1_a_copy_goes_on_by_itself(policy: Any, how: str) -> None:
     manager = KVCacheManager(tiny("llama"), policy)
     cache, more = manager.new_cache(2), token_ids(2, 3, seed=5)
-    with manager.caches.exactly():
+    with exactly(manager):
         logits(manager.runner, token_ids(2, 40), cache)
         other = copy.deepcopy(cache) if how == "deepcopy" else pickle.loads(pickle.dumps(cache))
         before = [layer.keys.clone() for layer in cache.layers]

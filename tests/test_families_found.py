@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from support.families import RELEASE, VOCABULARY, token_ids, widened
+from support.inside.models import LayerShape
 from transformers import (
     BlipConfig,
     BlipForConditionalGeneration,
@@ -21,7 +22,6 @@ from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 from kvcache import KVCacheManager, MaxBytes, SlidingWindow, SnapKV
 from kvcache.cache import CacheShape, CacheSpec
-from kvcache.cache._shape import LayerShape
 from kvcache.errors import GeometryError, PositionsError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from kvcache import KVCacheManager, KVLayer, MaxBytes, MaxTokens, Pinned, SlidingWindow
-from kvcache.models import _cache as hf
+from kvcache import models as hf
 
 NEW = 12
 DECODERS = [name for name in FAMILIES if name not in SEQ2SEQ]

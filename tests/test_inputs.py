@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from input_models import CODEBOOKS, ids_of, inputs_of, model_of, noise, picture_behind
 from support.families import RELEASE, build, tiny, token_ids
+from support.input_models import CODEBOOKS, ids_of, inputs_of, model_of, noise, picture_behind
 from transformers import CompileConfig, GenerationConfig, Mamba2ForCausalLM, WhisperForCausalLM
 from transformers.generation.streamers import BaseStreamer
 

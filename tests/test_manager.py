@@ -19,6 +19,7 @@ import pytest
 import torch
 from support import holding
 from support.families import FAMILIES, SEQ2SEQ, build, dynamic_cache, logits, tiny, token_ids
+from support.inside.decoding import WORKER_QUEUE
 from support.searching import examples
 from support.waiting import until
 from torch import Tensor, nn
@@ -42,8 +43,8 @@ from kvcache import (
     SlidingWindow,
     SnapKV,
 )
+from kvcache import models as hf
 from kvcache.memory import resident_bytes
-from kvcache.models import _cache as hf
 from kvcache.models import get_cache
 
 GREEDY: dict[str, Any] = {"do_sample": False}
@@ -366,7 +367,7 @@ def test_a_slow_consumer_holds_the_run_back(monkeypatch: pytest.MonkeyPatch) -> 
                 full.set()
             super().put(*args, **kwargs)
 
-    monkeypatch.setattr("kvcache.decoding._streaming.queue", SimpleNamespace(Queue=Told, Full=queue.Full))
+    monkeypatch.setattr(WORKER_QUEUE, SimpleNamespace(Queue=Told, Full=queue.Full))
     steps, kv = Steps(), KVCacheManager(tiny("llama"))
     given = {"max_new_tokens": 230, **GREEDY}
     stream = kv.stream(token_ids(), chunk_size=1, stopping_criteria=StoppingCriteriaList([steps]), **given)

@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from plan_families import KINDS, NAMES, class_of, config_of, made
 from support import holding
+from support.inside.tools import language_footprint
+from support.plan_families import KINDS, NAMES, class_of, config_of, made
 from torch import Tensor
 
 from kvcache import InputError, KVCacheManager, MaxBytes, MaxTokens, Pinned, PolicyError, SizePolicy, SlidingWindow
+from kvcache import models as hf
 from kvcache.cache import KVQuantization
 from kvcache.decoding import Setting
-from kvcache.models import _cache as hf
 from kvcache.models import cache_kwarg
 from kvcache.tools import plan, subject
-from kvcache.tools._footprint import language_footprint
 
 FEW = ("llama", "gemma3", "deepseek-v3", "whisper")  # tried with everything; the others at leisure
 FRAMES = 60  # of sound, twice Whisper's positions

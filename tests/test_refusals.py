@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.families import RELEASE, build, logits, tiny, token_ids
-from transformers import AutoModelForCausalLM, DeepseekV3Config, JambaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3Config, DynamicCache, JambaConfig, LlamaForCausalLM
 
 import kvcache
 from kvcache import (
@@ -29,7 +29,7 @@ from kvcache import (
     SpeakerCache,
     subscribe,
 )
-from kvcache.models import _cache as hf
+from kvcache import models as hf
 
 
 def memory() -> SpeakerCache:
@@ -136,7 +136,7 @@ def test_d9_numbers_are_checked_at_the_call() -> None:
 
 def test_d9_only_a_cache_of_ours_has_a_report() -> None:
     manager = KVCacheManager(tiny("llama"), speakers=memory())
-    for other in (kvcache.models._cache.DynamicCache(), "x"):
+    for other in (DynamicCache(), "x"):
         with pytest.raises(GeometryError, match=r"no cache of ours: make one with new_cache\(\)"):
             manager.report(other)
     assert manager.report(manager.new_cache()).seen == 0

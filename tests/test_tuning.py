@@ -9,6 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.families import VOCABULARY, build
+from support.inside import decoding as inside
+from support.inside.tools import AXES, LanguageTarget
 from support.searching import search
 
 from kvcache import (
@@ -21,11 +23,8 @@ from kvcache import (
     quantize_linear,
 )
 from kvcache.decoding import Setting, Trial, machine, traced, versions
-from kvcache.decoding._backends import Graph
 from kvcache.models import model_fingerprint, model_outline
 from kvcache.tools import Refusal, Space, SubjectBench, Tuner, space_of, tune
-from kvcache.tools._targets import LanguageTarget
-from kvcache.tools._tuning_search import AXES
 
 pytestmark = pytest.mark.one_release
 
@@ -472,7 +471,7 @@ def said_bytes(manager):
 
 
 def test_an_engine_from_a_profile_is_one_built_by_hand(tmp_path):
-    from t3_models import tiny_t3
+    from support.t3_models import tiny_t3
 
     from kvcache_chatterbox import ChatterboxEngine, random_conditionals
 
@@ -512,13 +511,13 @@ def test_graphs_read_multiples_of_their_bucket(bucket):
     manager = KVCacheManager(model, max_cache_length=slots, bucket=bucket)
     expected = said(manager, backend="eager")
     assert torch.equal(said(manager, backend="graph"), expected)
-    (decoding,) = (one for one in manager.engine.decoder._pool._idle.values() if one.backend == "graph")
-    reads = sorted(columns for columns, _ in decoding._backend._recorded)
+    (decoding,) = (one for one in inside.idle(inside.pool_of(manager)).values() if one.backend == "graph")
+    reads = sorted(columns for columns, _ in inside.recorded(inside.backend_of(decoding)))
     lengths = range(11, 22)  # ten tokens of prompt, twelve new ones, the last of which is never run
     assert reads == sorted({min(-(-length // bucket) * bucket, slots) for length in lengths})
     with pytest.raises(InputError, match="bucket=0 must be a whole number"):
         KVCacheManager(model, bucket=0)
-    assert Graph(traced, bucket=bucket).name == "graph"
+    assert inside.Graph(traced, bucket=bucket).name == "graph"
 
 
 # ---------------------------------------------------------------------- a real bench

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+
 from support.families import RELEASE
 
 WINDOW = 8  # of the layers that have one of their own

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -20,11 +21,11 @@ UPSTREAMS_WARNINGS = [  # from inside its own loop
 ]
 
 
-def tiny_t3(kind, seed=0):
+def tiny_t3(kind: str, seed: int = 0) -> Any:
     """`kind` is "english", "multilingual" (deep enough for its analyzer's layers) or "gpt"."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the audio stack, which upstream's package imports where there is one
-        upstream = upstream_t3()
+        upstream: Any = upstream_t3()
     upstream.tqdm = lambda steps, **_: steps  # upstream's progress bar, not what is tested
     configs = importlib.import_module("chatterbox.models.t3.llama_configs").LLAMA_CONFIGS
     small = {
@@ -50,7 +51,7 @@ def tiny_t3(kind, seed=0):
     return upstream.T3(settings).eval()
 
 
-def likely_end(t3, by=6.0):
+def likely_end(t3: Any, by: float = 6.0) -> Any:
     """The same model, more inclined to stop: its stop token's logit raised."""
     t3.speech_head = torch.nn.Linear(t3.dim, t3.speech_head.out_features, bias=True)
     with torch.no_grad():
@@ -60,7 +61,7 @@ def likely_end(t3, by=6.0):
     return t3
 
 
-def fingerprint(t3):
+def fingerprint(t3: Any) -> tuple[Any, ...]:
     """All that must be as before after a request: parameters' names, modules, hooks, configuration."""
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in t3.modules()]
     return sorted(t3.state_dict()), [n for n, _ in t3.named_modules()], hooks, str(t3.tfmr.config), sorted(vars(t3))

@@ -5,11 +5,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 MIB = 2**20
 
 
-def steady(gate, trace, name, mebibytes=0):
+def steady(gate: Any, trace: Path, name: str, mebibytes: int = 0) -> None:
     """Writes down what it does, and holds so much memory."""
     held = b"x" * (mebibytes * MIB)
     gate.told = lambda word: note(trace, f"{name} {word}")
@@ -20,7 +21,7 @@ def steady(gate, trace, name, mebibytes=0):
         note(trace, name)
 
 
-def growing(gate, trace, name, mebibytes, turns):
+def growing(gate: Any, trace: Path, name: str, mebibytes: int, turns: int) -> None:
     """Takes its memory only after some turns."""
     held = []
     for i in range(10**6):
@@ -30,7 +31,7 @@ def growing(gate, trace, name, mebibytes, turns):
             held.append(b"x" * (mebibytes * MIB))
 
 
-def ends(gate, trace, name, turns, way):
+def ends(gate: Any, trace: Path, name: str, turns: int, way: str) -> None:
     """Ends by itself, after so many turns; before it is ready if there are none."""
     for _ in range(turns):
         gate()
@@ -45,7 +46,7 @@ def ends(gate, trace, name, turns, way):
         sys.exit(7)
 
 
-def parent(gate, trace, name, turns, way):
+def parent(gate: Any, trace: Path, name: str, turns: int, way: str) -> None:
     """Starts a process that would outlive it, and that holds its end of the pipe open."""
     os.set_inheritable(gate._connection.fileno(), True)
     child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"], close_fds=False)
@@ -53,12 +54,12 @@ def parent(gate, trace, name, turns, way):
     ends(gate, trace, name, turns, way)
 
 
-def stuck(gate, trace, name):
+def stuck(gate: Any, trace: Path, name: str) -> None:
     """Is never ready."""
     note(trace, f"{name} {os.getpid()}")
     signal.pause()
 
 
-def note(trace, line):
+def note(trace: Path, line: str) -> None:
     with Path(trace).open("a") as file:
         file.write(line + "\n")
