@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ pytest.importorskip("rich")
 
 import typer
 
+import kvcache
 from kvcache.cache import pack
 from kvcache.cli import application, main, overview
 from kvcache.prefixes.stores import DiskStore
@@ -360,7 +362,21 @@ def test_the_page_tells_of_every_command_and_no_other():
     assert (one.values, two.values) == ((["a", "b c"], False, "out\n"), (["d"], False, ""))
 
 
-# ---------------------------------------------------------------------- the list of all
+# ---------------------------------------------------------------------- the list of all, and the version
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--version", "plan"]], ids=str)
+def test_the_version_is_that_of_the_package(arguments, capsys):
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == f"kvcache {kvcache.__version__}\n"
+
+
+def test_the_version_is_said_without_typer():
+    """By a wheel that was installed without what it needs."""
+    missing = "import sys; sys.modules |= dict.fromkeys(['typer', 'rich', 'torch', 'transformers', 'filelock'])"
+    script = f"{missing}; from kvcache.cli import main; sys.exit(main(['--version']))"
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert (ran.returncode, ran.stdout) == (0, f"kvcache {kvcache.__version__}\n"), ran.stderr
 
 
 def test_the_list_of_commands_says_of_each_what_its_own_help_says():
@@ -370,12 +386,31 @@ def test_the_list_of_commands_says_of_each_what_its_own_help_says():
     }
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["nothing"]])
+def test_the_help_comes_at_once():
+    """The best of five processes, as others may be busy: half a second, of which typer and rich take most."""
+    command = [sys.executable, "-m", "kvcache.cli", "--help"]
+    took = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True, timeout=300)
+        took.append(time.perf_counter() - begun)
+    assert min(took) < 0.5
+
+
+def test_the_package_is_imported_without_torch_and_its_names_without_dynamo():
+    """The compiler of torch takes seconds to import: that is left to who compiles."""
+    script = "import sys, kvcache; print('torch' in sys.modules); kvcache.KVCacheManager; print('torch._dynamo' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=300)
+    assert ran.stdout.split() == ["False", "False"], ran.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["--version"], ["nothing"]])
 def test_the_list_of_commands_imports_nothing_heavy(arguments):
     script = f"import sys; from kvcache.cli import main; main({arguments}); sys.exit('torch' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
-    assert "nothing" in ran.stderr or all(name in ran.stdout for name in ("doctor", "profile", "voices"))
+    shown = ("kvcache",) if arguments == ["--version"] else ("doctor", "profile", "voices")
+    assert "nothing" in ran.stderr or all(name in ran.stdout for name in shown)
 
 
 def test_a_command_behind_two_dashes_is_run(capsys):
