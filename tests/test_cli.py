@@ -52,15 +52,15 @@ NEEDED = {
     "profile": ["{model}"],
     "tune": ["{model}", "--out", "{tmp}/profile.json"],
     "warm": ["{model}"],
-    "voices list": [],
-    "voices show": ["{file}"],
-    "voices verify": [],
-    "voices export": ["{address}", "{tmp}/new.safetensors"],
-    "voices import": ["{file}"],
-    "voices prune": ["--max-bytes", "1GiB"],
-    "voices remove": ["{address}"],
-    "voices pin": ["{address}"],
-    "voices unpin": ["{address}"],
+    "prefixes list": [],
+    "prefixes show": ["{file}"],
+    "prefixes verify": [],
+    "prefixes export": ["{address}", "{tmp}/new.safetensors"],
+    "prefixes import": ["{file}"],
+    "prefixes prune": ["--max-bytes", "1GiB"],
+    "prefixes remove": ["{address}"],
+    "prefixes pin": ["{address}"],
+    "prefixes unpin": ["{address}"],
 }
 STORE = [  # of every command that opens one
     (["--store", "{tmp}/nothing"], "there is no folder"),
@@ -153,8 +153,8 @@ WRONG = {
         (["{model}", "--precision", "int2"], "--precision int2"),
         (["{model}", "--threads", "-2"], "--threads -2"),
     ],
-    "voices list": store_of(),
-    "voices show": [
+    "prefixes list": store_of(),
+    "prefixes show": [
         *store_of("{address}"),
         *(case for case in ADDRESS if case[1] != "is no address"),
         (["sarah"], "cannot be read"),
@@ -162,21 +162,21 @@ WRONG = {
         (["{foreign}"], "not a file of kvcache's"),
         (["{empty}"], "not a file of kvcache's"),
     ],
-    "voices verify": [*ADDRESS, *store_of()],
-    "voices export": [
+    "prefixes verify": [*ADDRESS, *store_of()],
+    "prefixes export": [
         *(([*wrong, "{tmp}/new.safetensors"], says) for wrong, says in ADDRESS),
         *store_of("{address}", "{tmp}/new.safetensors"),
         (["{address}"], "FILE"),
         (["{address}", "{file}"], "--force"),
         (["{address}", "{tmp}/nothing/file"], "there is no folder"),
     ],
-    "voices import": [
+    "prefixes import": [
         *((wrong, says) for wrong, says in store_of("{file}") if says != "there is no folder"),  # it makes one
         (["{tmp}/nothing"], "cannot be read"),
         (["{foreign}"], "not a file of kvcache's"),
         (["{voice}"], "kvcache-voice"),
     ],
-    "voices prune": [
+    "prefixes prune": [
         *store_of("--max-bytes", "1GiB"),
         ([], "--max-bytes"),
         (["--max-bytes", "lots"], "--max-bytes lots"),
@@ -186,9 +186,9 @@ WRONG = {
         (["--older-than", "-3d"], "--older-than '-3d'"),
         (["--model", ""], "model=''"),
     ],
-    "voices remove": [*ADDRESS, *store_of("{address}")],
-    "voices pin": [*ADDRESS, *store_of("{address}")],
-    "voices unpin": [*ADDRESS, *store_of("{address}")],
+    "prefixes remove": [*ADDRESS, *store_of("{address}")],
+    "prefixes pin": [*ADDRESS, *store_of("{address}")],
+    "prefixes unpin": [*ADDRESS, *store_of("{address}")],
 }  # fmt: skip
 
 
@@ -277,12 +277,12 @@ def test_what_is_wrong_is_said_in_one_line(name, arguments, says, refused, place
     refused(name, [*arguments, "--json"])  # JSON or not: nothing but that line
 
 
-@pytest.mark.parametrize("arguments", [["magic"], ["voices", "magic"], ["--magic"], ["voices", "--magic"]])
+@pytest.mark.parametrize("arguments", [["magic"], ["prefixes", "magic"], ["--magic"], ["prefixes", "--magic"]])
 def test_commands_that_there_are_not(arguments, refused):
     assert "magic" in refused(arguments[0], arguments[1:])
 
 
-@pytest.mark.parametrize("arguments", [[], ["voices"]])
+@pytest.mark.parametrize("arguments", [[], ["prefixes"]])
 def test_without_a_command_the_help_says_which_there_are(arguments, capsys):
     assert main(arguments) in (0, 2)  # by release of click
     said = "".join(capsys.readouterr())
@@ -296,7 +296,7 @@ def test_without_a_command_the_help_says_which_there_are(arguments, capsys):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["voices", "export", "sarah", "{tmp}/new.safetensors", "--store", "{store}"],
+        ["prefixes", "export", "sarah", "{tmp}/new.safetensors", "--store", "{store}"],
         ["plan", "{tmp}", "--length", "10"],
     ],
     ids=lambda arguments: arguments[0],
@@ -409,10 +409,10 @@ def test_the_list_of_commands_imports_nothing_heavy(arguments):
     script = f"import sys; from kvcache.cli import main; main({arguments}); sys.exit('torch' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
-    shown = ("kvcache",) if arguments == ["--version"] else ("doctor", "profile", "voices")
+    shown = ("kvcache",) if arguments == ["--version"] else ("doctor", "profile", "prefixes")
     assert "nothing" in ran.stderr or all(name in ran.stdout for name in shown)
 
 
 def test_a_command_behind_two_dashes_is_run(capsys):
-    assert main(["--", "voices", "nothing of that name"]) == 2
+    assert main(["--", "prefixes", "nothing of that name"]) == 2
     assert "nothing of that name" in capsys.readouterr().err

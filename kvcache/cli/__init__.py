@@ -1,4 +1,4 @@
-"""The command `kvcache`: plan, profile, tune, warm, voices, doctor. A file for each, and `_common` for what they share."""
+"""The command `kvcache`: plan, profile, tune, warm, prefixes, doctor. A file for each, and `_common` for what they share."""
 
 import errno
 import os
@@ -20,7 +20,7 @@ _COMMANDS = {  # each in the module of its name; what it is for stands here too,
     "profile": "Decode a little and say where time and memory go: attention, MLP, cache, sampling, host; weights, KV, the rest.",
     "tune": "Find the fastest way to decode a model on this machine, say why, and save it for from_profile().",
     "warm": "Compile a model's steps for backend='compile' on a CPU, and its vocoder's, before anybody waits for them.",
-    "voices": "Voices and other prefixes in a store: list, check, copy, pin and remove them.",
+    "prefixes": "Prompts and voices that a store holds: list, check, copy, pin and remove them.",
 }
 _VERSION = f"kvcache {kvcache.__version__}"
 _INTERRUPTED = 128 + signal.SIGINT  # as a shell has it
