@@ -101,6 +101,15 @@ def description_faults(metadata: Message) -> Iterator[str]:
         yield "an index could not show the long description"
 
 
+def changelog_faults(text: str, tag: str | None) -> Iterator[str]:
+    """What is wrong with the changelog for a version that is published."""
+    if (
+        tag is not None
+        and re.search(rf"^## {re.escape(tag.removeprefix('v'))} - \d{{4}}-\d\d-\d\d$", text, re.MULTILINE) is None
+    ):
+        yield f"CHANGELOG.md has no heading '## {tag.removeprefix('v')} - DATE'; give its section that, below an empty 'Unreleased'"
+
+
 def supported(metadata: Message) -> list[tuple[int, int]]:
     """The Pythons that the classifiers name, from the lowest to the newest."""
     named = [
@@ -177,6 +186,7 @@ def main() -> None:
         *sdist_faults(sources, {name for name in listed if (ROOT / name).is_file()}),
         *metadata_faults(metadata, expected, options.tag, options.repository),
         *description_faults(metadata),
+        *changelog_faults((ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), options.tag),
     ]
     if faults:
         raise SystemExit("\n".join(faults))

@@ -11,7 +11,15 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / ".ci"))
 
 import check_packages
-from check_packages import description_faults, metadata_faults, pythons, sdist_faults, supported, wheel_faults
+from check_packages import (
+    changelog_faults,
+    description_faults,
+    metadata_faults,
+    pythons,
+    sdist_faults,
+    supported,
+    wheel_faults,
+)
 
 import kvcache
 
@@ -107,6 +115,13 @@ def test_a_description_that_an_index_cannot_show_is_found():
         "not text/markdown" in one for one in description_faults(metadata(**{"Description-Content-Type": "text/x-rst"}))
     )
     assert any("could not show" in one for one in description_faults(metadata(text="<script>")))
+
+
+def test_a_version_without_its_section_in_the_changelog_is_refused():
+    text = "# Changelog\n\n## Unreleased\n\n## 0.2.0 - 2027-01-31\n\n### Added\n"
+    assert [list(changelog_faults(text, tag)) for tag in (None, "v0.2.0")] == [[], []]
+    [found] = changelog_faults(text, "v0.2.1")
+    assert "## 0.2.1 - DATE" in found
 
 
 def test_links_of_the_readme_lead_to_the_repository():
