@@ -138,8 +138,10 @@ def _readable(stream: Any) -> Iterator[None]:
 
 @contextmanager
 def _leaving_at_once() -> Iterator[None]:
-    """An interrupt ends the process while it only imports: there is nothing to clean up, and not every package that is being
-    imported lets an interrupt through."""
+    """Within this block an interrupt ends the process.
+
+    It only imports: there is nothing to clean up, and not every package that is imported lets an interrupt through.
+    """
     ours = threading.current_thread() is threading.main_thread()
     if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield

@@ -202,7 +202,7 @@ class _Unruly:
         return asked
 
     def _refusing(self, index: int) -> Callable[[int], int]:
-        def asked(tokens: int) -> int:
+        def asked(_tokens: int) -> int:
             raise GeometryError(
                 f"what layer {index} of {self._name} holds depends on how many of its tokens came at once, not only on how "
                 "many came; run it, and ask report() afterwards"

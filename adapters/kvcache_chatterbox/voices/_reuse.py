@@ -64,8 +64,10 @@ class VoiceReuse:
 
     @property
     def usable(self) -> bool:
-        """Whether the model, as it is now, can be told from others, so that what it computes may be kept; see
-        `kvcache.models.Signature.why_no_name`."""
+        """Whether the model, as it is now, can be told from others, so that what it computes may be kept.
+
+        See `kvcache.models.Signature.why_no_name`.
+        """
         return self._watch.signature().why_no_name is None
 
     @torch.inference_mode()
@@ -133,8 +135,10 @@ class VoiceReuse:
         return self.speakers.get_or_extend(key, partial(self._extend, key))
 
     def passing(self, key: PrefixKey) -> PrefixSnapshot:
-        """The prefix of what is no named voice, such as a number that a request gives: it is not stored, but for the last
-        two, which are remembered here."""
+        """The prefix of what is no named voice, such as a number that a request gives.
+
+        It is not stored; the last two are remembered here.
+        """
         if (known := self._remembered(key)) is not None:
             return known
         found = self.speakers.find(key)
