@@ -101,7 +101,7 @@ def _pauses() -> list[Callable[[int], int]]:
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros of which a CPU's memory holds only what has been written to; `torch.zeros` writes all of them at once."""
+    """Zeros ``[*shape]`` of which a CPU's memory holds only what has been written to; `torch.zeros` writes all at once."""
     if device.type != "cpu" or math.prod(shape) == 0:
         return torch.zeros(*shape, dtype=dtype, device=device)
     size = math.prod(shape) * dtype.itemsize

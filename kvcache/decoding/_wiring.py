@@ -97,7 +97,7 @@ class DecodeInputs:
         """The arguments of the model's next call.
 
         Args:
-            order: ``arange(columns)``: so many slots are read.
+            order: ``[columns]``, which are 0, 1, 2, …: so many slots are read.
             whole: every row sees all of them, so that no mask is needed.
         """
         kv = self._kv

@@ -224,6 +224,6 @@ def tensor_digest(tensor: Tensor) -> str:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """A tensor's bytes in row order, without a copy where it lies so already."""
+    """The bytes of a tensor of any shape, in row order; without a copy where it lies so already."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return memoryview(flat.numpy())  # type: ignore[arg-type]

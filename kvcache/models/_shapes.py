@@ -134,6 +134,9 @@ def reads_text(model: Any) -> bool:
 def encoder_input(model: Any, rows: int, tokens: int, device: Any) -> dict[str, Tensor]:
     """What an encoder-decoder is given for its encoder: so many tokens, or sound of the only length that it takes.
 
+    Returns:
+        ``input_ids`` ``[rows, tokens]``, or ``input_features`` ``[rows, mels, frames]``, all zeros.
+
     Raises:
         GeometryError: if its input is of another kind.
     """

@@ -39,7 +39,7 @@ class Noise(Protocol):
         ...
 
 
-class SeededNoise:
+class SeededNoise(Noise):
     """Noise by place.
 
     Args:
@@ -75,7 +75,7 @@ class SeededNoise:
         return torch.Generator().manual_seed(int.from_bytes(place[:8], "big"))
 
 
-class UpstreamNoise:
+class UpstreamNoise(Noise):
     """Noise in upstream's order, for a text that is made in one run: with the same generator its waveform.
 
     Args:

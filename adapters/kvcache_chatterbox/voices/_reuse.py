@@ -93,7 +93,7 @@ class VoiceReuse:
         return FirstPass(out[0][:, -1])
 
     def condition(self, t3_cond: Any) -> Tensor:
-        """As `requests.condition`; the last few are remembered, by content."""
+        """The voice as the beginning of the backbone's input, ``[1, tokens, dim]``; the last few are remembered, by content."""
         parts = [getattr(t3_cond, field.name) for field in dataclasses.fields(t3_cond)]
         content = [(p.dtype, p.shape, bytes(tensor_bytes(p))) if isinstance(p, Tensor) else p for p in parts]
         with without_autocast(self._t3):
