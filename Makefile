@@ -73,6 +73,7 @@ test-watermark: $(PERTH_READY)  ## run the tests of streams with Perth, the real
 lint: $(READY)  ## check style, format and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m ruff format --check --line-length 79 *.md docs/*.md
 	$(PY) -m mypy kvcache adapters/kvcache_chatterbox
 
 docs: $(DOCS_READY)  ## build the documentation into site/

@@ -23,6 +23,8 @@ PROSE = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PRINTED = re.compile(r"\s*^```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)  # right behind a block: what it prints
 NOT_RUN = re.compile(r"<!-- not run: \S.*? -->\s*\Z")
+CODE = re.compile(r"^```(?:python|sh|bash|console)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+WIDEST = 79  # characters of a line of code that its column shows
 ANY_FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 ELSEWHERE = re.compile(r"https://[a-z0-9-]+(\.[a-z0-9-]+)+(/[\w.~%+@:=-]+)*/?(#[\w.-]+)?")
@@ -98,6 +100,12 @@ def test_blocks_run(page, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", PROSE, ids=name)
+def test_code_fits_its_column(page):
+    lines = [line for code in CODE.findall(page.read_text()) for line in code.splitlines()]
+    assert [line for line in lines if len(line) > WIDEST] == []
+
+
+@pytest.mark.parametrize("page", PROSE, ids=name)
 def test_links_lead_somewhere(page):
     assert list(broken_links(page, page.read_text())) == []
 
@@ -124,6 +132,7 @@ def test_these_checks_find_what_they_look_for(tmp_path):
     )
     found = [(source.strip(), run, printed) for source, run, printed in blocks(page.read_text())]
     assert found == [("x = 1", True, "1\n"), ("y", False, None)]
+    assert CODE.findall(f"```sh\n{'x' * 80}\n```\n```text\n{'y' * 80}\n```\n") == ["x" * 80 + "\n"]
     text = "[a](page.md) [b](#one-page) [c](gone.md) [d](page.md#two) [e](https://x.example)\n```\n[f](gone)\n```"
     assert list(broken_links(page, text)) == ["gone.md"]
     assert list(broken_links(page, text.replace("#two", "#three"))) == ["gone.md", "page.md#three"]
