@@ -27,7 +27,7 @@ def test_the_committed_pages_are_what_the_results_make_of_them():
 
 def test_the_page_on_benchmarks_begins_with_ten_lines():
     """Each is what its own section says, which it leads to; what is slower is among them."""
-    whole = summary.ten_lines(results())
+    whole = summary.ten_lines(results().__getitem__)
     assert pages.BENCHMARKS.read_text().startswith(f"# Benchmarks\n\n{whole}\n\n")
     _, _, *lines = whole.splitlines()
     assert len(lines) == 10

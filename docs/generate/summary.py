@@ -1,6 +1,6 @@
 """What kvcache brings, in one table of ten lines: at the top of the page on benchmarks, and in the README."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
 
 from measured import Result, Row, digits, ms, table, times
 from tables import ENGLISH, NAMES, NANO
@@ -8,14 +8,14 @@ from tables import ENGLISH, NAMES, NANO
 Line = tuple[str, str, str, float, str]  # what; without; with; how many times better; the section that tells more
 
 
-def ten_lines(found: Mapping[str, Result], page: str = "") -> str:
-    """The table; `page` is where its sections are, as seen from the page that shows it."""
+def ten_lines(result: Callable[[str], Result], page: str = "") -> str:
+    """The table of the results by name; `page` is where its sections are, as seen from the page that shows it."""
     lines = [
-        *_speech(found["end_to_end"]),
-        *_tokens(found["t3_decode"]),
-        *_requests(found["long_text"], found["voice_ttft"]),
+        *_speech(result("end_to_end")),
+        *_tokens(result("t3_decode")),
+        *_requests(result("long_text"), result("voice_ttft")),
+        *_fewer_bits(result("compressed_step")),
     ]
-    lines += _fewer_bits(found["compressed_step"])
     rows = [[_linked(what, f"{page}#{section}"), slow, fast, times(gain)] for what, slow, fast, gain, section in lines]
     return table(["", "without", "with kvcache", "gain"], rows)
 
@@ -26,10 +26,10 @@ def _linked(what: str, address: str) -> str:
     return f"[{subject}]({address}){colon}{how}"
 
 
-def processors(found: Mapping[str, Result]) -> str:
+def processors(result: Callable[[str], Result]) -> str:
     """What the lines were measured on."""
     names = ("end_to_end", "t3_decode", "long_text", "voice_ttft", "compressed_step")
-    machines = {found[name].hardware.split(",")[0]: found[name].data["machine"]["cores"] for name in names}
+    machines = {one.hardware.split(",")[0]: one.data["machine"]["cores"] for one in map(result, names)}
     return " and ".join(f"an {name} ({cores} cores)" for name, cores in sorted(machines.items()))
 
 
