@@ -32,7 +32,7 @@ OF_MANY_ARGUMENTS = {
     "kvcache/cli/_plan.py command": 19,
     "kvcache/cli/_profile.py command": 13,
     "kvcache/cli/_tune.py command": 16,
-    "kvcache/cli/_voices.py prune": 9,
+    "kvcache/cli/_prefixes.py prune": 9,
     "kvcache/cli/_warm.py command": 11,
     # A Triton kernel: pointers, sizes and strides.
     "kvcache/decoding/_kernel.py _attend": 28,

@@ -278,6 +278,6 @@ def cuda_graph(step: Callable[[], None], restore: Callable[[], None]) -> Callabl
     return graph.replay
 
 
-def traced(step: Callable[[], None], restore: Callable[[], None]) -> Callable[[], Any]:
+def traced(step: Callable[[], None], _restore: Callable[[], None]) -> Callable[[], Any]:
     """Record a step as the list of its operators, with every Python number baked in, as a capture bakes it in."""
     return make_fx(step)()

@@ -305,8 +305,10 @@ class Decoding:
 
     @torch.no_grad()
     def told(self, ids: Tensor) -> Tensor:
-        """The logits ``[n, rows, vocabulary]`` after each of these token ids ``[n]``, given to every request in turn whatever
-        it would have drawn; to judge by what a cache or a precision costs. Steps run eagerly.
+        """The logits ``[n, rows, vocabulary]`` after each of these token ids ``[n]``.
+
+        Every request is given them in turn, whatever it would have drawn, to judge what a cache or a precision costs. Steps
+        run eagerly.
 
         Raises:
             CapacityError: if a row has no room for them; nothing has changed then.

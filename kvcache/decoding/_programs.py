@@ -173,7 +173,8 @@ class Ahead:
     Calling it runs the program, or the function itself where there is none (yet).
 
     Args:
-        function: whose first argument is the root. It returns one tensor, or None and changes tensors in place.
+        function: whose first argument is the root; the others, and the root's tensors, are tensors of any shape. It returns
+            one tensor, or None and changes tensors in place.
         root: whose tensors are the program's inputs.
         name: for events.
         model: what decides what it computes, beside `about` and the arguments.

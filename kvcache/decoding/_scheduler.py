@@ -154,6 +154,7 @@ class Scheduler:
         """Begin a request; see `Request`.
 
         Args:
+            make: gives the job of an index; in sequence, of the tokens ``[n]`` of the job before it.
             through: makes of a chunk what the consumer is given, in a thread of its own.
 
         Raises:

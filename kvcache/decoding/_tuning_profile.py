@@ -125,8 +125,10 @@ class TuningProfile:
 
     @classmethod
     def load(cls, path: Path | str, model: nn.Module | None = None) -> "TuningProfile":
-        """Read it, checked field by field. A profile of another machine is taken, with a warning in the log; so is one of other
-        weights in a model that is the same otherwise: as fast, but its fidelity was judged on those.
+        """Read it, checked field by field.
+
+        A profile of another machine is taken, with a warning in the log. So is one of other weights in a model that is the
+        same otherwise: it is as fast, but its fidelity was judged on those weights.
 
         Args:
             model: that it must be of.
@@ -154,8 +156,10 @@ class TuningProfile:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What the setting is for `KVCacheManager`, but for the precision, and for an adapter's engine, which makes its own
-        options of how the vocoder runs: arguments by name."""
+        """The setting as arguments by name, for `KVCacheManager` and for an adapter's engine.
+
+        The precision is no argument of `KVCacheManager`; an engine makes its own options of how the vocoder runs.
+        """
         one = self.setting
         named = {
             "backend": one.backend,

@@ -83,7 +83,7 @@ class DecodeInputs:
         """The arguments of the model's next call.
 
         Args:
-            order: ``arange(columns)``: so many slots are read.
+            order: ``[columns]``, which are 0, 1, 2, …: so many slots are read.
             whole: every row sees all of them, so that no mask is needed.
         """
         kv = self._kv
@@ -112,10 +112,10 @@ class StaticLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return self._kv.write(self._index, key_states, value_states)
 
-    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:  # noqa: ARG002  # as transformers calls it
         return self._kv.columns, 0
 
-    def get_seq_length(self, cache_position: Tensor | None = None) -> int:
+    def get_seq_length(self, cache_position: Tensor | None = None) -> int:  # noqa: ARG002  # as transformers calls it
         return 0  # positions are given; a number here would be baked into a captured step
 
     def get_max_length(self) -> int:
@@ -129,7 +129,7 @@ def _no_mask(*args: Any, **kwargs: Any) -> None:
 
 
 def attend(
-    module: nn.Module,
+    module: nn.Module,  # noqa: ARG001  # as transformers calls it
     query: Tensor,
     keys: Tensor,
     values: Tensor,

@@ -124,7 +124,7 @@ def told_more(dropout: float = 0.0, **told: Any) -> str | None:
     return ", ".join([*more, "dropout"] if dropout else more) or None
 
 
-def _begin(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+def _begin(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
     _observing.set(_observing.get() + 1)  # first: what is refused ends as well
     if _observing.get() == 1:
         _check_mask(kwargs)
@@ -151,7 +151,7 @@ def _check_mask(given: dict[str, Any]) -> None:
         )
 
 
-def _end(module: nn.Module, args: Any, output: Any) -> None:
+def _end(_module: nn.Module, _args: Any, _output: Any) -> None:
     _observing.set(max(0, _observing.get() - 1))
     _stored.set(None)
     _looked_at.set(None)

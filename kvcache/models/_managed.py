@@ -61,7 +61,18 @@ PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)  # hold keys and values, and n
 
 
 class ManagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """A `LayerCache` as transformers sees it."""
+    """A `LayerCache` as transformers sees it.
+
+    Keys are ``[batch, KV heads, tokens, head_dim]``, values the same with their own ``head_dim``; a choice of rows is ``[rows]``,
+    and a number of tokens a tensor ``[]`` or an int.
+
+    Args:
+        kv: the layer.
+        max_positions: of the model's table of learned positions; None where it has none.
+        beside: all layers of the cache, which are asked before the first of them changes.
+        evictions: of all of them.
+        windows: of all of them; None where nothing is evicted by age.
+    """
 
     is_sliding = False
     is_compileable = False
@@ -77,9 +88,9 @@ class ManagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         # Not super().__init__(): it would assign keys and values, which are read from the layer here.
         self.kv = kv
         self.max_positions = max_positions
-        self.beside = beside  # all layers of the cache, to be asked before the first of them changes
-        self.evictions = evictions  # of all of them
-        self.windows = windows  # the same; None where nothing is evicted by age
+        self.beside = beside
+        self.evictions = evictions
+        self.windows = windows
         self._begun = False  # whether it was initialized since it was last empty
         self._assigned: dict[str, Tensor | None] = {}  # keys that wait for their values, or the other way round
         self._views: dict[str, Tensor] = {}  # as they were read last: what is read twice is the same object
@@ -336,6 +347,8 @@ class MadeFor:
 
 class ManagedCache(DynamicCache):
     """The layers of a model, ours and its own, as a `DynamicCache`, for which code of transformers and of others asks.
+
+    Keys, values and choices of rows are as in `ManagedLayer`: ``[batch, KV heads, tokens, head_dim]`` and ``[rows]``.
 
     Args:
         layers: one for each of the model's, empty.

@@ -225,7 +225,7 @@ def announced(model: nn.Module) -> Iterator[None]:
         running.append((windows, token))
         return None
 
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
+    def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
         if threading.get_ident() == mine and running:
             windows, token = running.pop()
             windows.end()

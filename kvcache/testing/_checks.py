@@ -51,7 +51,7 @@ class Made:
     variant: str = "plain"
     tolerance: float = 0.0
 
-    def policy(self, rows: int, dtype: torch.dtype = torch.float32, layers: int = 1) -> SizePolicy:
+    def policy(self, rows: int, dtype: torch.dtype = torch.float32, layers: int = 1) -> SizePolicy:  # noqa: ARG002  # as other cases
         return self.under
 
     def tokens(self, rows: int, count: int, seed: int, dtype: torch.dtype) -> list[Tensor]:

@@ -166,7 +166,7 @@ class UtteranceDecoder:
         reused: bool = True,
         **sampling: Unpack[SamplingOptions],
     ) -> Utterance:
-        """One text in one voice, checked. See `inference_stream`.
+        """One text ``[tokens]`` or ``[1, tokens]`` in one voice, checked. See `inference_stream`.
 
         Raises:
             InputError: if it cannot be said.

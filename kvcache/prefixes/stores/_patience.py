@@ -10,8 +10,10 @@ _Answer = TypeVar("_Answer")
 
 
 class Patience:
-    """Asks in threads that are given up after a time. Nothing is asked while one that was given up still runs: where nobody
-    answers, each would leave one more."""
+    """Asks in threads that are given up after a time.
+
+    Nothing is asked while one that was given up still runs: where nobody answers, each would leave one more.
+    """
 
     def __init__(self) -> None:
         self._given_up: list[Thread] = []
