@@ -632,7 +632,7 @@ IN_THE_ATTENTION = pytest.param(
 def test_a_cache_goes_on_after_a_failed_second_reading(policy, where, monkeypatch):
     manager, store, other, _ = interrupted(policy, where, monkeypatch)
     assert not any(kv.rehearsing for kv in hf.kv_layers(store))
-    assert not any(part.rehearsing for kv in hf.kv_layers(store) for _, part in getattr(kv, "parts", ()))
+    assert not any(part.rehearsing for kv in hf.kv_layers(store) for _, part in kv.parts())
     more = token_ids(1, 4, seed=6)
     assert logits(manager.runner, more, store, [3, 1]).equal(logits(manager.runner, more, other, [3, 1]))
 

@@ -72,7 +72,7 @@ class KVQuantization(Storage):
 
     def encode(self, states: Tensor, side: Side) -> dict[str, Tensor]:
         bits = self.bits(side)
-        grouped = states.unflatten(3, (-1, _channels(states.shape[3], bits)))
+        grouped = torch.unflatten(states, 3, (-1, _channels(states.shape[3], bits)))
         found = quantized(grouped, bits, -1)
         codes = found["codes"].flatten(3)
         if bits == 4:
@@ -90,7 +90,7 @@ class KVQuantization(Storage):
         half = codes.shape[3]
         out[..., :half].copy_(codes & 15)
         out[..., half:].copy_((codes >> 4)[..., : dim - half])
-        grouped = out.unflatten(3, (-1, _channels(dim, bits)))
+        grouped = torch.unflatten(out, 3, (-1, _channels(dim, bits)))
         grouped.mul_(held["scale"][..., None]).add_(held["low"][..., None])
         return out
 

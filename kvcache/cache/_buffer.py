@@ -155,7 +155,7 @@ class Buffer:
 
     def tensors(self, stored: int) -> dict[str, Tensor]:
         """Copies of all that is stored, by name; with it `from_tensors` makes such a buffer again."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for side, held in self.first(stored).items():
             found |= {_named(side, name): part.clone() for name, part in held.items()}
             if AS_CAME not in held:  # how states come cannot be seen from what is held of them

@@ -112,9 +112,7 @@ class GroupedLayer(ByAge):
             sides = self._allocate(keys, values)
         keys, values = keys.detach(), values.detach()
         counts = schedule(self.policy, self.stored, fresh) or (self.stored + 1,)
-        attended = Attended(
-            *(self._read(side, counts[0] - 1, new) for side, new in zip(sides, (keys, values), strict=True))
-        )
+        attended = Attended(self._read(sides[0], counts[0] - 1, keys), self._read(sides[1], counts[0] - 1, values))
         if fresh:
             self._store(sides, keys, values, counts)
         return attended

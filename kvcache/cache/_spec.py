@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -143,10 +143,10 @@ class CacheSpec:
             padding, expected: as of `LayerCache`.
         """
         policy = self.policies(1)[0] if policy is None else policy
-        given = {"max_length": self.max_length, "padding": padding, "expected": expected}
+        given: dict[str, Any] = {"max_length": self.max_length, "padding": padding, "expected": expected}
         if not chosen_by_head(policy):
             if (groups := _groups(self.storage, policy, rotation is not None, self.preallocate)) is not None:
-                return GroupedLayer(policy, groups, max_length=self.max_length, padding=padding, expected=expected)
+                return GroupedLayer(policy, groups, **given)
             return KVLayer(policy, self.storage, preallocate=self.preallocate, rotation=rotation, **given)
         if rotation is not None:
             raise PositionsError(

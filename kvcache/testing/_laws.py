@@ -21,6 +21,7 @@ from kvcache.cache import (
     LayerCache,
     MaxBytes,
     Pinned,
+    PositionMode,
     SizePolicy,
     Whole,
 )
@@ -372,7 +373,7 @@ def bytes_are_told(make: Maker, s: Scenario) -> None:
         held, told = sum(held_bytes(layer) for layer in pair), sum(layer.nbytes for layer in pair)
         assert told == held, f"{told} bytes are reported, {held} are held"
         if not make.tolerance:
-            positions = "absolute" if pair[0].rotation is None else "rerotated"
+            positions: PositionMode = "absolute" if pair[0].rotation is None else "rerotated"
             spec = CacheSpec(policy, positions=positions, storage=pair[0].storage, **options)
             expected = spec.nbytes(geometry, pair[0].seen, rows=rows)
             assert held == expected, f"{held} bytes are held, CacheSpec.nbytes says {expected}"
