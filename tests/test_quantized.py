@@ -691,9 +691,9 @@ def test_which_layers_hold_groups():
         (False, CacheSpec(storage=KVQuantization(8, group_size=None)).layer()),
         (False, CacheSpec(SlidingWindow(9, sinks=2), storage=groups).layer(rotation=turn)),
         (False, CacheSpec(SlidingWindow(9), storage=groups, preallocate=True).layer()),
-        (False, CacheSpec(SnapKV(64), storage=groups).layer()),
+        (False, CacheSpec(SnapKV(128), storage=groups).layer()),
         (False, CacheSpec(PerHead((KeepAll(), SlidingWindow(9))), storage=groups).layer(expected=expected)),
-        (False, CacheSpec(AdaKV(SnapKV(64)), storage=groups).layer(expected=expected)),
+        (False, CacheSpec(AdaKV(SnapKV(128)), storage=groups).layer(expected=expected)),
     ]
     for grouped, layer in layers:
         for _, part in layer.parts():

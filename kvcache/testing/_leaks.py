@@ -120,7 +120,24 @@ def _held() -> list[Tensor | LayerCache]:
 
 def _of_a_layer(one: Tensor | LayerCache, new: Iterable[Tensor | LayerCache]) -> bool:
     """Whether the layer whose tensor it is says so already."""
-    return any(isinstance(held, LayerCache) and any(part is one for part in vars(held).values()) for held in new)
+    return any(isinstance(held, LayerCache) and id(one) in _inside(held) for held in new if held is not one)
+
+
+def _inside(layer: LayerCache) -> set[int]:
+    """Which objects a layer is made of, through containers and what else `kvcache.cache` holds tokens in."""
+    found, left = set[int](), list[object](vars(layer).values())
+    while left:
+        held = left.pop()
+        if id(held) in found:
+            continue
+        found.add(id(held))
+        if isinstance(held, dict):
+            left.extend(held.values())
+        elif isinstance(held, list | tuple):
+            left.extend(held)
+        elif type(held).__module__.startswith("kvcache.cache."):
+            left.extend(getattr(held, "__dict__", {}).values())
+    return found
 
 
 def _described(held: Tensor | LayerCache) -> str:
