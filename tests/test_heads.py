@@ -19,6 +19,7 @@ from test_ranking import CHUNKINGS, CLOSE, EXACT, KEY_DIM, RANKINGS, VALUE_DIM, 
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+import kvcache.models as hf
 from kvcache import (
     H2O,
     TOVA,
@@ -46,7 +47,6 @@ from kvcache import (
     profile_retrieval_heads,
 )
 from kvcache.cache import CacheSpec, Expected, RankedLayer
-from kvcache.models import _cache as hf
 from kvcache.testing._laws import held_bytes
 
 WINDOW = SlidingWindow(6, sinks=2)

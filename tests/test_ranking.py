@@ -27,6 +27,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import kvcache.cache._slots
+import kvcache.models as hf
 from kvcache import (
     H2O,
     TOVA,
@@ -53,7 +54,6 @@ from kvcache import (
 )
 from kvcache.cache import RankedLayer, ScoringContext, attend
 from kvcache.models import _attention as attention
-from kvcache.models import _cache as hf
 from kvcache.testing._laws import held_bytes, state
 
 KEY_DIM, VALUE_DIM = 4, 3

@@ -12,24 +12,12 @@ from kvcache.models._autocast import autocasts, each_without_autocast, without_a
 from kvcache.models._beginnings import run_prefix
 from kvcache.models._cache import (
     TESTED,
-    cache_layers,
-    check_continues,
-    check_ours,
-    check_ranking,
     decoding_arguments,
-    emit_evictions,
     exact_windows,
     is_attention,
     key_rotation,
-    kv_layers,
-    left_padding,
     new_cache,
-    note_read,
-    rehearse,
-    report_of,
-    reset_eviction_count,
     shape_of,
-    truncate,
 )
 from kvcache.models._code import class_code, function_code
 from kvcache.models._compat import MADE_AS, cache_kwarg, get_cache, output_cache, pop_cache, takes
@@ -45,9 +33,22 @@ from kvcache.models._fingerprint import (
 )
 from kvcache.models._forwards import looks_on
 from kvcache.models._head_profile import RetrievalHeadProfile, profile_retrieval_heads
-from kvcache.models._managed import MadeFor, ManagedCache, ManagedLayer, check_positions
+from kvcache.models._managed import MadeFor, ManagedCache
+from kvcache.models._managed_layer import ManagedLayer, check_positions
 from kvcache.models._meta import Watch, meta_without_autocast, without_numbers
 from kvcache.models._onednn import has_onednn, onednn_linear, onednn_rows
+from kvcache.models._operations import (
+    cache_layers,
+    check_continues,
+    check_ours,
+    emit_evictions,
+    kv_layers,
+    left_padding,
+    note_read,
+    report_of,
+    reset_eviction_count,
+    truncate,
+)
 from kvcache.models._packed import LINEAR, PackedLinear, has_half, reads_half_caches
 from kvcache.models._precision import (
     Precision,
@@ -59,6 +60,7 @@ from kvcache.models._precision import (
     quantize_linear,
 )
 from kvcache.models._probe import alike, untouched
+from kvcache.models._rehearsal import check_ranking, rehearse
 from kvcache.models._rotations import rope_by_length
 from kvcache.models._seats import Seat
 from kvcache.models._shapes import encoder_input, reads_text, run_blank

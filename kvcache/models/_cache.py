@@ -4,47 +4,40 @@ Two rules make a cache right while tokens leave it: its length is counted in tok
 ``(kept + new, seen - kept)``. What a release changed is bridged here and nowhere else.
 """
 
-from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 import transformers
 from torch import Tensor, nn
 from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
-    EncoderDecoderCache,
 )
 
 from kvcache.cache import (
     CacheGeometry,
-    CacheReport,
     CacheShape,
     CacheSpec,
     Expected,
     KeyRotation,
     LayerCache,
     SizePolicy,
-    SnapKV,
     Token,
-    account,
     budgeted,
     chosen_by_head,
     spec_of,
     turns,
 )
-from kvcache.errors import GeometryError, InputError, PolicyError, PositionsError
+from kvcache.errors import PolicyError, PositionsError
 from kvcache.events import Evictions
 from kvcache.models import _attention as attention
 from kvcache.models import _export as export
 from kvcache.models._arguments import check_model
-from kvcache.models._compat import MADE_AS, cache_kwarg
-from kvcache.models._facts import ModelFacts, alike, facts_of, geometry_of
-from kvcache.models._managed import Crossed, ManagedCache, ManagedEncoderDecoderCache, check_rollback
-from kvcache.models._managed import ManagedLayer as ManagedLayer
-from kvcache.models._managed import check_positions as check_positions
+from kvcache.models._compat import MADE_AS
+from kvcache.models._facts import facts_of, geometry_of
+from kvcache.models._managed import Crossed, ManagedCache, ManagedEncoderDecoderCache
+from kvcache.models._managed_layer import ManagedLayer
 from kvcache.models._probe import parameters
 from kvcache.models._shapes import cache_shape
 from kvcache.models._windows import Windows, announced
@@ -220,197 +213,7 @@ def decoding_arguments(cache: Any, positions: Tensor) -> dict[str, Any]:
     return given | ({"cache_position": positions[0]} if _VERSION < (5, 4) else {})
 
 
-def cache_layers(cache: Any) -> list[Any]:
-    """The self-attention layers of a cache, ours and the model's own."""
-    return list(cache.self_attention_cache.layers if isinstance(cache, EncoderDecoderCache) else cache.layers)
-
-
-def cross_layers(cache: Any) -> list[Any]:
-    """The layers of a cache that hold what attends to an encoder."""
-    return list(cache.cross_attention_cache.layers) if isinstance(cache, EncoderDecoderCache) else []
-
-
-def report_of(cache: Any) -> CacheReport:
-    """The account of all that a cache holds."""
-    return account(cache_layers(cache), cross_layers(cache))
-
-
-def kv_layers(cache: Any, some: bool = True) -> list[LayerCache]:
-    """The layers of a cache that kvcache manages.
-
-    Raises:
-        GeometryError: if there are none, because the cache is not ours, and `some` must be.
-    """
-    managed = [layer.kv for layer in cache_layers(cache) if isinstance(layer, ManagedLayer)]
-    if not managed and some:
-        raise GeometryError(
-            f"{type(cache).__name__} has no layer that kvcache manages; make the cache with new_cache()"
-        )
-    return managed
-
-
-def check_ours(cache: Any) -> None:
-    """Raise `GeometryError` for something else than one of our caches, or None."""
-    own = getattr(cache, "self_attention_cache", cache)
-    if own is not None and not isinstance(own, ManagedCache):
-        raise GeometryError(f"{type(cache).__name__} is no cache of ours: make one with new_cache(), or give none")
-
-
-def truncate(cache: Any, length: int) -> None:
-    """Roll a whole cache back to its first `length` tokens; all of its layers or none.
-
-    Raises:
-        RollbackError: if one of them cannot.
-    """
-    layers, kept = cache_layers(cache), kv_layers(cache)
-    for kv in kept:
-        kv.check_truncate(length)
-    check_rollback(layers, length, kept[0].seen)
-    own = getattr(cache, "self_attention_cache", cache)
-    if length == 0:
-        own.reset()
-        return
-    if (removed := kept[0].seen - length) > 0:
-        for layer in layers:
-            if not isinstance(layer, ManagedLayer):
-                layer.crop(-removed)
-    for kv in kept:
-        kv.truncate(length)
-    if isinstance(cache, ManagedCache):
-        cache.forget_read(length)
-    reset_eviction_count(cache)
-
-
-def check_continues(cache: Any, ids: Tensor | None, given: int) -> None:
-    """Refuse what a cache already holds, or does not continue.
-
-    Args:
-        ids: the whole text so far, ``[rows, tokens]``; None where it is not known.
-        given: its tokens.
-
-    Raises:
-        InputError: with the length to `truncate` to.
-    """
-    held = kv_layers(cache, some=False)
-    seen = held[0].seen if held else 0
-    if given <= seen:
-        raise InputError(
-            f"the cache has seen {seen} tokens, and {given} were given: give the whole text so far and what follows it, or go "
-            f"back with truncate(cache, {max(0, given - 1)}) first, or use a new cache"
-        )
-    read = cache.read if isinstance(cache, ManagedCache) else None
-    if read is None or ids is None or ids.dim() != 2 or ids.shape[0] != len(read):
-        return
-    known = min(len(read[0]), seen)
-    before = torch.tensor([row[:known].tolist() for row in read])
-    same = (ids[:, :known].cpu() == before).all(0)
-    if not bool(same.all()):
-        common = int(same.long().cumprod(0).sum())
-        raise InputError(
-            f"the cache has seen another text: only the first {common} of its {seen} tokens are those given; go back with "
-            f"truncate(cache, {common}) first, or use a new cache"
-        )
-
-
-def note_read(cache: Any, ids: Tensor | None) -> None:
-    """Remember which token ids ``[rows, tokens]`` a cache of ours has seen; None forgets them."""
-    if isinstance(cache, ManagedCache):
-        held = kv_layers(cache, some=False)
-        known = ids is not None and held and held[0].rows == ids.shape[0]
-        cache.read = (
-            tuple(array("q", row[: held[0].seen].tolist()) for row in ids) if known and ids is not None else None
-        )
-
-
-def emit_evictions(cache: Any) -> None:
-    """Tell what has left a cache and was not told yet: nothing follows its last forward."""
-    managed = next((layer for layer in cache_layers(cache) if isinstance(layer, ManagedLayer)), None)
-    if managed is not None and managed.evictions is not None:
-        managed.evictions.after()
-
-
-def reset_eviction_count(cache: Any) -> None:
-    """Take the tokens that have left a cache so far for told, see `kvcache.events`."""
-    for layer in cache_layers(cache):
-        if isinstance(layer, ManagedLayer):
-            layer.reset_eviction_count()
-
-
-def check_ranking(model: Any, runner: Any) -> None:
-    """Try a policy that ranks tokens on a few of them, of which none leaves: the answer must be the model's own.
-
-    Args:
-        runner: the model's `observed_copy`.
-
-    Raises:
-        PolicyError: with the reason, if it is not.
-    """
-
-    def unsupported_reason(facts: ModelFacts) -> str | None:
-        if facts.why_not_probed is not None and model.device.type == "meta":
-            return None  # nothing is computed
-        try:
-            ids, told = facts.trial()
-        except GeometryError:
-            return None  # attention itself refuses what it cannot honour
-        cache = new_cache(model, SnapKV(1024))
-        try:
-            with facts.as_fresh(runner):
-                parts = [
-                    runner(part, **cache_kwarg(runner, cache), use_cache=True)[0] for part in (ids[:, :4], ids[:, 4:])
-                ]
-        except PolicyError as error:
-            return str(error).split(";")[0]
-        same = alike(torch.cat(parts, 1), told, None if told.dtype == torch.float32 else 0.3)
-        return (
-            None if same else f"{type(model).__name__} attends in a way of its own, which heads cannot do by themselves"
-        )
-
-    if (why := facts_of(model).once("ranking", unsupported_reason)) is not None:
-        raise PolicyError(f"{why}; use a policy by age, such as SlidingWindow")
-
-
-_REHEARSED = 2048  # tokens read again at a time
-_LEAD = 8  # tokens before them, which say where it goes on
-
-
-def rehearse(model: Any, cache: Any, ids: Tensor, instruction: Tensor | None) -> None:
-    """Run a text again on a cache that holds it, whose ranked layers look at what is looked at and store nothing.
-
-    Args:
-        model: that tells the cache what it attends to; see `kvcache.models.observed_copy`.
-        cache: of ours.
-        ids: ``[rows, tokens]``.
-        instruction: token ids ``[1, tokens]`` before each part.
-    """
-    layers: list[Any] = kv_layers(cache)
-    body = getattr(model, "base_model", model)
-    before = [layer.begin_rehearsal() for layer in layers]
-    try:
-        for start in range(0, ids.shape[1], _REHEARSED):
-            part = ids[:, max(0, start - _LEAD) : start + _REHEARSED]
-            for layer in layers:
-                layer.rehearsing = range(start, min(start + _REHEARSED, ids.shape[1]))
-            if instruction is not None:
-                part = torch.cat([instruction.to(ids.device).expand(ids.shape[0], -1), part], 1)
-            body(part, **cache_kwarg(body, cache), use_cache=True)
-    except BaseException:
-        for undo in before:
-            undo()
-        raise
-    finally:
-        for layer in layers:
-            layer.rehearsing = None
-
-
-def left_padding(attention_mask: Tensor | None) -> Tensor | None:
-    """Pads on the left of each row of a 2-D attention mask, ``[batch]``; None without a mask."""
-    if attention_mask is None or attention_mask.dim() != 2:
-        return None
-    return (attention_mask.cumsum(1) == 0).sum(1)
-
-
-# ---------------------------------------------------------------------- exact windows
+# ---------------------------------------------------------------------- masks, and rotary embeddings
 
 
 @contextmanager
@@ -437,9 +240,6 @@ def exact_windows(model: nn.Module) -> Iterator[None]:
 def is_attention(module: nn.Module) -> bool:
     """Whether a module is the attention of a layer, or one that hands its mask to it."""
     return isinstance(getattr(module, "layer_idx", None), int) and "attention_mask" in parameters(module)
-
-
-# ---------------------------------------------------------------------- rotary embeddings
 
 
 def key_rotation(model: Any) -> KeyRotation:

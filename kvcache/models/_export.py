@@ -10,7 +10,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvcache.cache import CacheSpec, KeepAll, LayerCache
 from kvcache.events import Evictions
-from kvcache.models._managed import PLAIN, ManagedCache, ManagedLayer
+from kvcache.models._managed import ManagedCache
+from kvcache.models._managed_layer import PLAIN, ManagedLayer
 
 
 class NotExportable:

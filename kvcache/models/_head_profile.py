@@ -13,9 +13,10 @@ from kvcache.cache import KeepAll, PerHead, RankingPolicy, ScoringContext, SizeP
 from kvcache.errors import CorruptError, InputError, said
 from kvcache.io import write_given
 from kvcache.models._attention import observed_copy
-from kvcache.models._cache import kv_layers, new_cache
+from kvcache.models._cache import new_cache
 from kvcache.models._compat import cache_kwarg
 from kvcache.models._fingerprint import model_fingerprint
+from kvcache.models._operations import kv_layers
 
 _FORMAT = "kvcache-heads"
 

@@ -122,7 +122,7 @@ class Windows:
             return
         raise PolicyError(
             f"{fresh} tokens at once run past {kv.policy!r}: each of them sees a window of its own, and the model was given "
-            "no mask that says so; run it by manager.generate() or within kvcache.models._cache.exact_windows(model), or give it fewer "
+            "no mask that says so; run it by manager.generate() or within kvcache.models.exact_windows(model), or give it fewer "
             "tokens at once"
         )
 

@@ -51,7 +51,8 @@ def check_layer(
     ``"failed_call_changes_nothing"`` (5), ``"rows_commute"`` (6), ``"bytes_are_told"`` (8).
 
     Args:
-        make: called with a policy and the keyword arguments of `KVLayer`; a subclass of it, or a function that drops what
+        make: called with a policy and the keyword arguments of `LayerCache`, and with `rotation` and, where it takes the
+            memory at once, `preallocate`; a class of layers, or a function that drops what
             yours does not take.
         policies: that it is tried under, each keeping the oldest tokens last; by default one of each kind that there is.
         variants: ``"plain"``, ``"padded"``: rows padded on the left, ``"rerotated"``: pinned keys turned.
