@@ -72,7 +72,7 @@ test-watermark: $(PERTH_READY)  ## run the tests of streams with Perth, the real
 lint: $(READY)  ## check style, format and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy kvcache adapters/kvcache_chatterbox
+	$(PY) -m mypy kvcache adapters/kvcache_chatterbox tests/support
 
 docs: $(DOCS_READY)  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict

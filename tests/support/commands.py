@@ -7,6 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("typer")
+pytest.importorskip("rich")
+
 import typer
 
 from kvcache.cache import pack
