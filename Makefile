@@ -26,9 +26,8 @@ DOCS_READY := $(VENV)/.ready-docs
 FLOOR_READY := $(FLOOR)/.ready
 PERTH_READY := $(PERTH)/.ready
 AUDIO_READY := $(AUDIO)/.ready
-# Without what is no benchmark by itself, and those that need more than is installed here.
-NOT_ALONE := carry common family_checks family_models gpu preparing processes timetable quality_kvpress s3gen first_audio speaking end_to_end
-BENCHMARKS := $(filter-out $(NOT_ALONE:%=benchmarks/%.py),$(wildcard benchmarks/*.py))
+# Each that does not say of itself why it is left out: as no benchmark by itself, or as one that needs more than is installed here.
+BENCHMARKS = $(shell grep -L '^# Not by `make bench`: ' benchmarks/*.py)
 GPU_OPTIONS ?=
 # What has been compiled for the one run of tests serves the next.
 unexport PYTHONDONTWRITEBYTECODE
@@ -74,7 +73,7 @@ lint: $(READY)  ## check style, format and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff format --check --line-length 79 *.md docs/*.md
-	$(PY) -m mypy kvcache adapters/kvcache_chatterbox
+	$(PY) -m mypy kvcache adapters/kvcache_chatterbox tests/support
 
 docs: $(DOCS_READY)  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict

@@ -113,7 +113,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.quick:
         sys.path.insert(0, str(ROOT / "tests"))
-        from t3_models import tiny_t3
+        from support.t3_models import tiny_t3
 
         options.rounds, options.tokens, t3 = 1, 30, tiny_t3("gpt")
     else:

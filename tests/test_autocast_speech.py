@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from t3_models import tiny_t3
+from support.t3_models import tiny_t3
 
 from kvcache import MemoryStore, SpeakerCache
 from kvcache.events import subscribe

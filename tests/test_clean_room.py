@@ -26,9 +26,8 @@ EXTRAS = ["chatterbox", "metrics", "plot", "redis", "remote", "server", "bench",
 # What each of the extras is for, in a line; the commands come after it.
 CHECK = """
 import json, sys
-from kvcache.tools._doctor import diagnose, healthy
-from kvcache.tools._planning import plan
-from kvcache.tools._targets import Setting, subject
+from kvcache.decoding import Setting
+from kvcache.tools import diagnose, healthy, plan, subject
 extra, folder = sys.argv[1:]
 found = diagnose()
 states = {finding.name: finding.state for finding in found}

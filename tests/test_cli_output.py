@@ -14,12 +14,13 @@ from support.folders import weightless_llama
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 
-from snapshots import cold, voice
+from support.inside.commands import PLAN, print_json, shown_bytes
+from support.inside.tools import PLANNED_PROCESS_BYTES
+from support.snapshots import cold, voice
 
 from kvcache import cli
 from kvcache.cache import pack
 from kvcache.cli import main
-from kvcache.cli._common import print_json, shown_bytes
 from kvcache.io import Redactor, printable
 from kvcache.prefixes.stores import DiskStore
 from kvcache.tools import Finding
@@ -39,7 +40,7 @@ def folder(tmp_path_factory):
 def places(monkeypatch, tmp_path):
     monkeypatch.setenv("KVCACHE_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("KVCACHE_STORE", raising=False)
-    monkeypatch.setattr("kvcache.tools._planning.process_bytes", lambda precision: 400 * 2**20)
+    monkeypatch.setattr(PLANNED_PROCESS_BYTES, lambda precision: 400 * 2**20)
 
 
 def told(monkeypatch, arguments, encoding):
@@ -100,7 +101,7 @@ def test_c8_an_interrupt_in_a_command(folder, monkeypatch, capsys):
     def interrupted(*given, **more):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kvcache.cli._plan.plan", interrupted)
+    monkeypatch.setattr(PLAN, interrupted)
     assert main(["plan", folder]) == 130
     assert "Traceback" not in capsys.readouterr().err
     monkeypatch.setattr(cli, "application", interrupted)

@@ -7,8 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from snapshots import BLOBS, cold, exact, ids, running_redis, voice
+from support.inside import stores as inside
+from support.inside.commands import DESCRIBE, UNPACK
 from support.ports import deserted
+from support.snapshots import BLOBS, cold, exact, ids, voice
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
@@ -22,12 +24,6 @@ pytestmark = pytest.mark.one_release
 
 DAY = 86400
 KEYS = [voice(1), voice(2, tokens=9, dtype=torch.long), voice(3, model="bf16"), voice(4, tokens=1)]
-
-
-@pytest.fixture(scope="session")
-def redis_url(tmp_path_factory):
-    with running_redis(tmp_path_factory.mktemp("redis")) as server:
-        yield server.url
 
 
 @pytest.fixture
@@ -210,7 +206,7 @@ def test_verify_finds_what_is_not_intact_and_removes_only_that(kind, place, pref
     planted = {k: plant(k) for k, plant in zip(keys, PLANTED.values(), strict=True)}
     planted = {key: data for key, data in planted.items() if data or kind != "redis"}
     for key, data in planted.items():
-        here.store._write(key.address, data)
+        inside.write(here.store, key.address, data)
         here.store.pin_address(key.address)
     wrong = {key.address for key in planted}
     count = len(KEYS) + len(planted)
@@ -238,7 +234,7 @@ def test_what_is_signed_otherwise_is_told_and_never_removed(kind, place, prefixe
     ours, bare = place(kind, secret=b"ours"), place(kind)
     ours.store.put(cold(KEYS[0]))
     theirs = cold(KEYS[1]).to_bytes(b"theirs")
-    ours.store._write(KEYS[1].address, theirs)
+    inside.write(ours.store, KEYS[1].address, theirs)
     for where, wrong in ((ours, {KEYS[1].address}), (bare, {KEYS[0].address, KEYS[1].address})):
         said = prefixes(where, "verify", "--remove", "--json", code=1)
         assert {row["address"] for row in said.json["bad"]} == wrong
@@ -253,7 +249,7 @@ def test_what_is_signed_otherwise_is_told_and_never_removed(kind, place, prefixe
 
 def test_what_cannot_be_read_is_listed_as_that(place, prefixes):
     here = filled(place("disk"))
-    here.store._write(voice(9).address, b"junk")
+    inside.write(here.store, voice(9).address, b"junk")
     rows = {row["address"]: row for row in prefixes(here, "list", "--json").json["prefixes"]}
     assert "not a file of kvcache's" in rows[voice(9).address]["problem"]
     assert [row[1] for row in cells(prefixes(here, "list").out) if row[0] == voice(9).address[:16]] == ["unreadable"]
@@ -265,14 +261,14 @@ def test_what_cannot_be_read_is_listed_as_that(place, prefixes):
 )
 def test_one_that_cannot_be_read_stops_no_other(error, place, prefixes, monkeypatch):
     here = filled(place("disk"))
-    bad, real = KEYS[1].address, DiskStore._peek
+    bad, real = KEYS[1].address, inside.disk_peek
 
     def peek(self, address, most=None):
         if address == bad:
             raise error
         return real(self, address, most)
 
-    monkeypatch.setattr(DiskStore, "_peek", peek)
+    monkeypatch.setattr(inside.DISK_PEEK, peek)
     rows = {row["address"]: row["problem"] for row in prefixes(here, "list", "--json").json["prefixes"]}
     assert type(error).__name__ in rows.pop(bad) and list(rows.values()) == [None] * 3
     out = prefixes(here, "list").out
@@ -291,15 +287,15 @@ def test_a_file_of_which_no_sense_can_be_made_is_said_to_be_that(error, place, p
     def raising(*given, **named):
         raise error
 
-    monkeypatch.setattr("kvcache.cli._prefixes.describe", raising)
-    monkeypatch.setattr("kvcache.cli._prefixes.unpack", raising)
+    monkeypatch.setattr(DESCRIBE, raising)
+    monkeypatch.setattr(UNPACK, raising)
     problems = [row["problem"] for row in prefixes(here, "list", "--json").json["prefixes"]]
     assert [type(error).__name__ in problem for problem in problems] == [True, True]
     assert type(error).__name__ in prefixes(here, "show", str(file), code=1).err
 
 
 def test_one_that_cannot_be_removed_stops_no_other(place, prefixes, monkeypatch):
-    here, real = filled(place("disk")), DiskStore._remove
+    here, real = filled(place("disk")), inside.disk_remove
     stuck = min(held(here).values(), key=lambda entry: entry.used).address
 
     def remove(self, address):
@@ -307,14 +303,14 @@ def test_one_that_cannot_be_removed_stops_no_other(place, prefixes, monkeypatch)
             raise PermissionError(13, "Permission denied")
         real(self, address)
 
-    monkeypatch.setattr(DiskStore, "_remove", remove)
+    monkeypatch.setattr(inside.DISK_REMOVE, remove)
     said = prefixes(here, "prune", "--max-bytes", "1", "--json", code=1)
     assert [row["address"] for row in said.json["failed"]] == [stuck] and list(held(here)) == [stuck]
     assert stuck not in {row["address"] for row in said.json["removed"]} and len(said.json["removed"]) == 3
     assert said.json["nbytes"] == held(here)[stuck].nbytes and "1 prefix could not be removed" in said.err
     assert f"{stuck}: disk: could not remove" in prefixes(here, "prune", "--max-bytes", "1", code=1).out
-    here.store._write(KEYS[3].address, b"junk")
-    here.store._write(stuck, b"junk")
+    inside.write(here.store, KEYS[3].address, b"junk")
+    inside.write(here.store, stuck, b"junk")
     bad = prefixes(here, "verify", "--remove", "--json", code=1).json["bad"]
     assert {row["address"]: row["removed"] for row in bad} == {stuck: False, KEYS[3].address: KEYS[3].address != stuck}
     assert any("could not remove" in row["problem"] for row in bad)
@@ -358,7 +354,7 @@ def test_import_makes_the_folder_of_a_store(place, prefixes, tmp_path):
 
 def test_what_is_not_intact_goes_neither_in_nor_out(place, prefixes, tmp_path):
     here, file = place("disk"), tmp_path / "file"
-    here.store._write(KEYS[0].address, changed(cold(KEYS[0]).to_bytes()))
+    inside.write(here.store, KEYS[0].address, changed(cold(KEYS[0]).to_bytes()))
     assert "checksum" in prefixes(here, "export", KEYS[0].address, str(file), code=1).err
     assert not file.exists()
     file.write_bytes(changed(cold(KEYS[1]).to_bytes()))

@@ -5,14 +5,14 @@ import hashlib
 
 import pytest
 import torch
-from snapshots import running_redis
+from support.inside.speech import StandIn, reseed
+from support.snapshots import running_redis
+from support.t3_models import UPSTREAMS_WARNINGS, tiny_t3
 from support.whole import clip, whole
-from t3_models import UPSTREAMS_WARNINGS, tiny_t3
 
 from kvcache import DiskStore, MemoryStore, PrefixSnapshot, RedisStore, RemoteStore, SpeakerCache, TieredStore
 from kvcache.events import subscribe
 from kvcache_chatterbox import ChatterboxEngine, stand_in
-from kvcache_chatterbox.testing._stand_in import StandIn
 from kvcache_chatterbox.voices import Voice, clip_key, encoder_of, kept_bytes, packed
 
 pytestmark = [*UPSTREAMS_WARNINGS, pytest.mark.one_release, pytest.mark.filterwarnings("ignore")]
@@ -149,7 +149,7 @@ def other_speaker_encoder(model, file):
 
 
 def other_setting(model, file):
-    model._seed = 5
+    reseed(model, 5)
 
 
 def other_prompt(model, file):
@@ -180,7 +180,7 @@ def test_a_change_is_noticed_by_an_engine_that_knows_the_clip(file):
     ours = ChatterboxEngine(model, speakers=SpeakerCache(MemoryStore("1MiB")))
     first = ours.voice_of(None, file)
     assert ours.voice_of(None, file) is not None and len(COUNTED) == 1
-    model._seed = 7
+    reseed(model, 7)
     second = ours.voice_of(None, file)
     assert len(COUNTED) == 2 and not torch.equal(first.t3.speaker_emb, second.t3.speaker_emb)
 

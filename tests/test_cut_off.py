@@ -4,7 +4,8 @@ import asyncio
 
 import pytest
 import torch
-from t3_models import likely_end, tiny_t3
+from support.inside.speech import speaker_of
+from support.t3_models import likely_end, tiny_t3
 
 from kvcache import MemoryStore, SpeakerCache
 from kvcache.events import subscribe
@@ -48,7 +49,7 @@ def test_an_end_in_the_very_last_token_is_an_end():
     ours = engine("english", 0.0)
     with torch.no_grad():
         ours.t3.speech_head.weight.mul_(12)
-    tokens = ours._with_vocoder().tokenize("Hello.", None)
+    tokens = speaker_of(ours).tokenize("Hello.", None)
     given = {"text_tokens": tokens, "voice": ours.voice_of(None), "temperature": 0.0}
     [said] = ours.inference_stream(**given, max_new_tokens=4, chunk_size=9)
     assert ours.report().cut_off == (0,)

@@ -5,12 +5,11 @@ from types import ModuleType
 
 import pytest
 import torch
-from t3_models import tiny_t3
+from support.inside.speech import AlignmentCheck, StandIn
+from support.t3_models import tiny_t3
 
 from kvcache import InputError, MemoryStore, SpeakerCache
 from kvcache_chatterbox import ChatterboxEngine, random_conditionals, stand_in
-from kvcache_chatterbox.speech._alignment import AlignmentCheck
-from kvcache_chatterbox.testing._stand_in import StandIn
 from kvcache_chatterbox.upstream import beside, needed_beside
 
 pytestmark = pytest.mark.one_release

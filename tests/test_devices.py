@@ -1,25 +1,24 @@
-"""Devices that are neither a CPU nor a CUDA GPU: an "mps" that is not there, see `fake_device`."""
+"""Devices that are neither a CPU nor a CUDA GPU: an "mps" that is not there, see `support.fake_device`."""
 
 import pytest
 import torch
-from fake_device import Away, an_mps_device, moved
+from support.fake_device import Away, an_mps_device, moved
 from support.families import build, tiny, token_ids
+from support.inside.decoding import check_backend, default_generator
 
 from kvcache import (
     H2O,
     AdaKV,
     InputError,
     KVCacheManager,
+    KVQuantization,
     MemoryStore,
-    Quantization,
     SlidingWindow,
     SnapKV,
     SpeakerCache,
 )
 from kvcache.cache import KeyRotation
 from kvcache.decoding import backend_for, backend_on, kernel_reason
-from kvcache.decoding._backends import check_backend
-from kvcache.decoding._engine import default_generator
 from kvcache.models import looks_on
 
 XPU = torch.device("xpu", 0)
@@ -107,7 +106,7 @@ def test_prefixes_live_there(model, mps, how):
 
 KINDS = {
     "re-rotated": {"policy": SlidingWindow(16, sinks=2), "positions": "rerotated"},
-    "few bits": {"quantization": Quantization(8)},
+    "few bits": {"storage": KVQuantization(8)},
     "ranked": {"policy": H2O(16, recent=8)},
     "by head": {"policy": AdaKV(SnapKV(16, recent=6))},
 }

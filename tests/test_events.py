@@ -5,6 +5,8 @@ import logging
 import pytest
 import torch
 from support.families import tiny, token_ids
+from support.inside.decoding import EMIT_EVICTIONS, MAKE_FX
+from support.inside.ground import TELL_EVICTIONS
 
 from kvcache import InputError, KVCacheManager, MaxTokens, MemoryStore, SlidingWindow, SnapKV, SpeakerCache, events
 from kvcache.events import Event, subscribe
@@ -129,7 +131,7 @@ def test_falling_back_says_why(seen, monkeypatch, caplog):
     def breaking():
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr("kvcache.decoding._backends.make_fx", lambda step: breaking)
+    monkeypatch.setattr(MAKE_FX, lambda step: breaking)
     manager = KVCacheManager(tiny("llama"))
     with caplog.at_level(logging.WARNING):
         list(manager.stream(token_ids(1, 5), backend="graph", **GREEDY))
@@ -195,9 +197,7 @@ def test_the_log_has_each_kind_at_its_level(caplog):
 def test_nothing_is_put_together_while_nobody_listens(monkeypatch):
     monkeypatch.setattr(events, "Event", lambda *args, **kwargs: pytest.fail("nobody listens"))
     manager = KVCacheManager(tiny("llama"), SlidingWindow(8))
-    monkeypatch.setattr(events.Evictions, "_tell", lambda *args: pytest.fail("nobody listens"))
-    monkeypatch.setattr(
-        "kvcache.decoding._static_cache.StaticKV.emit_evictions", lambda *args: pytest.fail("nobody listens")
-    )
+    monkeypatch.setattr(TELL_EVICTIONS, lambda *args: pytest.fail("nobody listens"))
+    monkeypatch.setattr(EMIT_EVICTIONS, lambda *args: pytest.fail("nobody listens"))
     manager.generate(token_ids(1, 20), **GREEDY)
     list(manager.stream(token_ids(1, 20), backend="eager", **GREEDY))

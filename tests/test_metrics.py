@@ -6,6 +6,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from support.families import tiny, token_ids
+from support.inside.tools import METRICS
 
 from kvcache import InputError, KVCacheManager, MemoryStore, SlidingWindow, SpeakerCache, TieredStore, events
 from kvcache.monitoring import CacheMetrics
@@ -72,6 +73,6 @@ def test_what_cannot_be_watched():
 
 def test_without_prometheus_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "prometheus_client.core", None)
-    monkeypatch.delitem(sys.modules, "kvcache.monitoring._metrics")
+    monkeypatch.delitem(sys.modules, METRICS)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'kvcache\[metrics\]'"):
-        __import__("kvcache.monitoring._metrics")
+        __import__(METRICS)

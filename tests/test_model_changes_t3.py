@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from t3_models import UPSTREAMS_WARNINGS, tiny_t3
+from support.t3_models import UPSTREAMS_WARNINGS, tiny_t3
 
 from kvcache import MemoryStore, SpeakerCache
 from kvcache.models import PackedLinear

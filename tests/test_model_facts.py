@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.families import VOCABULARY, build, dynamic_cache, tiny, token_ids, widened
-from test_windows import as_given, kept_after_each, policy_mask
+from support.windows import as_given, kept_after_each, policy_mask
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, cache_utils
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -27,7 +27,7 @@ from kvcache import (
     SnapKV,
     SpeakerCache,
 )
-from kvcache.models import _cache as hf
+from kvcache import models as hf
 from kvcache.models import cache_kwarg, facts_of, geometry_of, get_cache, output_cache
 
 CLOSE = 2e-4  # fp32 logits of size 1 to 30; a window that is off by one token is off by more than 0.05

@@ -27,9 +27,9 @@ from kvcache import (
     SnapKV,
     occupancy,
 )
+from kvcache import models as hf
 from kvcache.cache import LayerReport
 from kvcache.memory import resident_bytes
-from kvcache.models import _cache as hf
 
 GREEDY = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": -1, "pad_token_id": 0}  # no token is -1
 

@@ -11,12 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.families import logits, tiny, token_ids
+from support.inside.models import REHEARSED, REHEARSED_LEAD
 from support.searching import search
 from torch import Tensor
 
 from kvcache import AdaKV, KVCacheManager, KVzip, PolicyError, RankingPolicy, SnapKV, pyramid_kv
+from kvcache import models as hf
 from kvcache.cache import ScoringContext
-from kvcache.models import _cache as hf
 
 # ---------------------------------------------------------------------- D3: PyramidKV
 
@@ -118,8 +119,8 @@ def alike(one: list[list[set[int]]], other: list[list[set[int]]]) -> float:
 @pytest.mark.parametrize("most", [12, 24, 40])
 def test_d4_a_long_text_is_read_again_in_parts_as_the_paper_does(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of 16 tokens instead of 2,048, so that a small model has several; the sets that stay are the paper's."""
-    monkeypatch.setattr(hf, "_REHEARSED", 16)
-    monkeypatch.setattr(hf, "_LEAD", 3)
+    monkeypatch.setattr(REHEARSED, 16)
+    monkeypatch.setattr(REHEARSED_LEAD, 3)
     policy = KVzip(96, sinks=2, recent=3)
     manager = KVCacheManager(tiny("llama"), policy)
     cache, ids = manager.new_cache(), token_ids(1, 57, seed=8)
@@ -137,8 +138,8 @@ def test_d4_a_text_of_one_part_is_divided_among_all_of_it() -> None:
 
 
 def test_d4_heads_that_share_a_budget_read_in_parts_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf, "_REHEARSED", 16)
-    monkeypatch.setattr(hf, "_LEAD", 3)
+    monkeypatch.setattr(REHEARSED, 16)
+    monkeypatch.setattr(REHEARSED_LEAD, 3)
     manager = KVCacheManager(tiny("llama"), AdaKV(KVzip(96, sinks=2, recent=3), floor=1.0))
     cache, ids = manager.new_cache(), token_ids(1, 40, seed=8)
     logits(manager.runner, ids, cache)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.families import RELEASE, build, logits, tiny, token_ids
-from transformers import AutoModelForCausalLM, DeepseekV3Config, JambaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3Config, DynamicCache, JambaConfig, LlamaForCausalLM
 
 import kvcache
 from kvcache import (
@@ -19,17 +19,17 @@ from kvcache import (
     InputError,
     KeepAll,
     KVCacheManager,
+    KVQuantization,
     MemoryStore,
     MissingDependencyError,
     PolicyError,
-    Quantization,
     RollbackError,
     SlidingWindow,
     SnapKV,
     SpeakerCache,
     subscribe,
 )
-from kvcache.models import _cache as hf
+from kvcache import models as hf
 
 
 def memory() -> SpeakerCache:
@@ -62,7 +62,7 @@ def test_d9_what_is_no_model_is_refused(name: str) -> None:
 
 
 ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"quantization": 8}, InputError, r"quantization=8.*Quantization\(8\)"),
+    ({"storage": 8}, InputError, r"storage=8.*KVQuantization\(8\)"),
     ({"kv_dtype": "bf16"}, InputError, r"kv_dtype='bf16'.*torch\.bfloat16"),
     ({"kv_dtype": torch.int8}, InputError, r"kv_dtype=torch\.int8.*floating-point"),
     ({"speakers": "redis://localhost"}, InputError, r"speakers='redis://localhost'.*SpeakerCache\("),
@@ -87,7 +87,7 @@ def test_d9_preallocation_takes_any_limit() -> None:
 
 @pytest.mark.parametrize(
     "given",
-    [{"quantization": Quantization(8)}, {"policy": SlidingWindow(4)}],
+    [{"storage": KVQuantization(8)}, {"policy": SlidingWindow(4)}],
     ids=str,
 )
 def test_d9_what_has_no_layer_to_work_on_is_refused(given: dict[str, Any]) -> None:
@@ -136,7 +136,7 @@ def test_d9_numbers_are_checked_at_the_call() -> None:
 
 def test_d9_only_a_cache_of_ours_has_a_report() -> None:
     manager = KVCacheManager(tiny("llama"), speakers=memory())
-    for other in (kvcache.models._cache.DynamicCache(), "x"):
+    for other in (DynamicCache(), "x"):
         with pytest.raises(GeometryError, match=r"no cache of ours: make one with new_cache\(\)"):
             manager.report(other)
     assert manager.report(manager.new_cache()).seen == 0
@@ -274,7 +274,7 @@ def test_models_are_the_same_afterwards() -> None:
 
 
 def test_what_is_missing_is_said_in_words() -> None:
-    manager = KVCacheManager(tiny("llama"), quantization=Quantization(8), speakers=memory())
+    manager = KVCacheManager(tiny("llama"), storage=KVQuantization(8), speakers=memory())
     cache = manager.new_cache()
     logits(tiny("llama"), token_ids(1, 9), cache)
     tensors, counts = cache.layers[0].kv.state()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from t3_models import tiny_t3
+from support.t3_models import tiny_t3
 
 from kvcache import InputError, MemoryStore, PolicyError, SlidingWindow, SnapKV, SpeakerCache
 from kvcache_chatterbox import ChatterboxEngine, SpeechScheduler, byte_tokens, random_conditionals, stand_in

@@ -9,12 +9,12 @@ import warnings
 
 import pytest
 import torch
-from t3_models import tiny_t3
+from support.inside.speech import AudioStream
+from support.t3_models import tiny_t3
 
 from kvcache import MemoryStore, MissingDependencyError, SpeakerCache
 from kvcache_chatterbox import ChatterboxEngine, Chunking
 from kvcache_chatterbox.audio import CONTEXT, Speaker, heard
-from kvcache_chatterbox.audio._segmented import AudioStream
 from kvcache_chatterbox.testing import stand_in
 from kvcache_chatterbox.units import SAMPLES_PER_TOKEN
 from kvcache_chatterbox.vocoder import LEAD, Run, S3GenVocoder, SeededNoise, VocoderOptions, random_s3gen

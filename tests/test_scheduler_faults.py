@@ -16,12 +16,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.clocks import Clock
+from support.inside import decoding as inside
+from support.inside.speech import passing, reuse_of
+from support.scheduling import Opened, ask, both, counted, due, read, threads
 from support.searching import search
+from support.speech import SHORT, TEXT, audio
+from support.t3_models import tiny_t3
+from support.tables import Breaks, chain, link
+from support.turns import Asked, Places, World
 from support.waiting import until, until_async
-from t3_models import tiny_t3
-from test_batch import Breaks, chain, link
-from test_long_text import SHORT, TEXT, audio
-from test_scheduler import Asked, Opened, Places, World, ask, both, counted, due, read, threads
 
 from kvcache import BusyError, ClosedError, InputError, MemoryStore, SpeakerCache, TieredStore
 from kvcache.decoding import Batch, Request, Scheduler, Turns
@@ -161,14 +164,14 @@ def test_s2_what_is_no_request_is_not_held():
             for lengths, size in (([], 3), ([5], 0)):
                 with pytest.raises(InputError, match="at least 1"):
                     ask(scheduler, lengths, size=size)
-            assert scheduler.metrics().waiting == 0 and not scheduler._inboxes
+            assert scheduler.metrics().waiting == 0 and not inside.inboxes_of(scheduler)
 
     asyncio.run(main())
 
 
 def test_s2_a_refusal_says_when_to_come_again(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr("kvcache.decoding._scheduler.time", clock)
+    monkeypatch.setattr(inside.SCHEDULER_CLOCK, clock)
 
     async def main():
         opened = Opened(2)
@@ -305,7 +308,7 @@ def test_s4_a_store_that_hangs_holds_up_no_stream(tiered):
     few = {**SHORT, "max_new_tokens": 9}
     expected = [audio(ours.generate_stream(TEXT, voice=one, **few)) for one in ("known", *new)]
     for one in new:
-        ours.speakers.evict(ours._reuse.key(one.t3))
+        ours.speakers.evict(reuse_of(ours).key(one.t3))
     store.close()
 
     slow.by.clear()
@@ -324,7 +327,7 @@ def test_s4_a_store_that_hangs_holds_up_no_stream(tiered):
             for got, want in zip(heard, expected, strict=True):
                 torch.testing.assert_close(torch.cat(got, 1), want, atol=1e-6, rtol=0)
             slow.opened.set()
-        assert all(ours.speakers.get(ours._reuse.key(one.t3)) is not None for one in new)  # written at last
+        assert all(ours.speakers.get(reuse_of(ours).key(one.t3)) is not None for one in new)  # written at last
 
     asyncio.run(main())
     assert slow.by <= {"kvcache-find", "kvcache-keep", "kvcache-write_0", threading.current_thread().name}
@@ -334,7 +337,7 @@ def test_s4_writes_are_dropped_rather_than_waited_for_and_hanging_questions_are_
     slow = Slow()
     speakers = SpeakerCache(slow)
     ours = ChatterboxEngine(stand_in(tiny_t3("english")), speakers=speakers)
-    snapshots = [ours._reuse.prepare(random_conditionals(ours.t3, i)) for i in range(20)]
+    snapshots = [reuse_of(ours).prepare(random_conditionals(ours.t3, i)) for i in range(20)]
     del slow.asked[:]
     slow.opened.clear()
     aside = Aside(speakers, patience=0.01)
@@ -373,7 +376,7 @@ class Raises(MemoryStore):
 
 def snapshots_of(number):
     ours = ChatterboxEngine(stand_in(tiny_t3("english")), speakers=SpeakerCache(MemoryStore()))
-    return [ours._reuse.prepare(random_conditionals(ours.t3, i)) for i in range(number)]
+    return [reuse_of(ours).prepare(random_conditionals(ours.t3, i)) for i in range(number)]
 
 
 @pytest.mark.parametrize("how", ["error", "thread"])
@@ -448,7 +451,7 @@ def test_s5_emotions_that_requests_bring_are_not_stored():
         list(ours.generate_stream("Hi.", voice="finn", exaggeration=i / 100, max_new_tokens=2, seed=1))
     assert {entry.address for entry in store.entries()} == held
     alone = ChatterboxEngine(ours.t3, reuse="none")
-    assert len(ours._reuse._passing) == 2 and len(sounds) == 8
+    assert len(passing(ours)) == 2 and len(sounds) == 8
     named = ours.add_voice("moved", conditionals=ours.voices["alba"], exaggeration=0.07)
     assert len(store.entries()) == 3 and named.kept  # what a named voice asks for stays
     words = byte_tokens(ours.t3, "Hello.")
@@ -806,8 +809,8 @@ def test_cancels_end_as_cancels_and_leave_nothing_behind(how):
                 with pytest.raises(StopAsyncIteration):
                     await anext(stream)
                 assert counted(scheduler.metrics()) == (0, i + 1, 0, 0)
-            await until_async(lambda: scheduler.metrics().busy == 0 and scheduler._turns.requests == [])
-            assert not scheduler._inboxes and asyncio.all_tasks() == {asyncio.current_task()}
+            await until_async(lambda: scheduler.metrics().busy == 0 and inside.turns_of(scheduler).requests == [])
+            assert not inside.inboxes_of(scheduler) and asyncio.all_tasks() == {asyncio.current_task()}
 
     asyncio.run(main())
     assert threads() == []

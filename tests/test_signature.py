@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from support.changes import CHANGES, GREEDY, PREFIX, REST, WHOLE, hooked, in_place, llama, said
 from support.families import build
-from test_model_changes import CHANGES, GREEDY, PREFIX, REST, WHOLE, hooked, in_place, llama, said
+from support.inside.decoding import LANGUAGE_COPY
+from support.inside.models import stored_by
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils import parametrize
@@ -22,7 +24,6 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-import kvcache.decoding._language as language
 from kvcache import (
     TOVA,
     DiskStore,
@@ -34,6 +35,7 @@ from kvcache import (
     SpeakerCache,
     model_fingerprint,
 )
+from kvcache.decoding import decoder_copy
 from kvcache.models import (
     Following,
     PackedLinear,
@@ -45,7 +47,6 @@ from kvcache.models import (
     structural_copy,
     watch_of,
 )
-from kvcache.models._stores import stored_by
 
 # ---------------------------------------------------------------------- what is a change
 
@@ -339,8 +340,7 @@ def writing() -> Any:
 
 def test_what_a_forward_writes_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
     model, made = writing(), []
-    copied = language.decoder_copy
-    monkeypatch.setattr(language, "decoder_copy", lambda model: made.append(1) or copied(model))
+    monkeypatch.setattr(LANGUAGE_COPY, lambda model: made.append(1) or decoder_copy(model))
     manager = KVCacheManager(model, speakers=SpeakerCache(MemoryStore()))
 
     def stream(length: int) -> Tensor:

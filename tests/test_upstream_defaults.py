@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from t3_models import likely_end, tiny_t3
+from support.inside.speech import S3GEN_SIL, SUPPORTED_LANGUAGES, StandIn, defaults_of_file, speaker_of
+from support.t3_models import likely_end, tiny_t3
 
 from kvcache import MemoryStore, SpeakerCache
 from kvcache_chatterbox import ChatterboxEngine, random_conditionals, stand_in
-from kvcache_chatterbox.speech._defaults import _of_file
-from kvcache_chatterbox.testing._stand_in import S3GEN_SIL, SUPPORTED_LANGUAGES, StandIn
 
 pytestmark = pytest.mark.one_release
 
@@ -140,7 +139,7 @@ def test_w14_bare_tokens_are_drawn_as_by_t3(kind, expected):
     engine = ChatterboxEngine(stand_in(tiny_t3(kind)), speakers=SpeakerCache(MemoryStore("8MiB")))
     sampling, _ = asked(engine)
     assert {name: getattr(sampling, name) for name in expected} == expected
-    bare = engine.utterance(engine.voice_of(None), engine._with_vocoder().tokenize("Hello.", "en")).sampling
+    bare = engine.utterance(engine.voice_of(None), speaker_of(engine).tokenize("Hello.", "en")).sampling
     theirs = inspect.signature(type(engine.t3).inference).parameters
     for name in ("top_p", "min_p", "repetition_penalty", "cfg_weight", "temperature"):
         assert getattr(bare, name) == theirs[name].default
@@ -161,4 +160,4 @@ def test_w14_turbo_ignores_what_upstreams_turbo_ignores_and_says_so(caplog):
 )
 def test_a_generate_with_any_number_of_defaults_is_read(given, found, tmp_path):
     (tmp_path / "tts.py").write_text(f"class Model:\n    def generate({given}):\n        pass\n", "utf-8")
-    assert _of_file(tmp_path / "tts.py") == found
+    assert defaults_of_file(tmp_path / "tts.py") == found

@@ -5,15 +5,15 @@ import types
 
 import pytest
 import torch
+from support.inside.models import HAS_HALF
+from support.inside.speech import FILE, VOCODER_OF, check_reference, distilled, speak_by, speaker_of
+from support.t3_models import tiny_t3
 from support.whole import clip, reference, s3gen, take_away_the_audio_stack, whole
-from t3_models import tiny_t3
 
 from kvcache import InputError, MemoryStore, MissingDependencyError, SpeakerCache
 from kvcache_chatterbox import ChatterboxEngine, SpeechScheduler, VocoderOptions, random_conditionals, stand_in
 from kvcache_chatterbox.audio import Chunking, chunking_of
 from kvcache_chatterbox.vocoder import PlainVocoder, s3gen_module
-from kvcache_chatterbox.vocoder._flow import check_reference
-from kvcache_chatterbox.vocoder._weights import FILE, distilled
 from kvcache_chatterbox.voices import Voice
 
 pytestmark = [pytest.mark.one_release, pytest.mark.filterwarnings("ignore")]  # of diffusers, librosa and torchaudio
@@ -34,14 +34,14 @@ def idle(monkeypatch):
     """An engine in which nothing may run: no T3, no vocoder."""
     ours = ChatterboxEngine(stand_in(tiny_t3("gpt")), speakers=SpeakerCache(MemoryStore("32MiB")))
     monkeypatch.setattr(
-        "kvcache_chatterbox.audio._speaker.vocoder_of",
+        VOCODER_OF,
         lambda s3gen, options, device, programs, onednn: Hears(s3gen, device),
     )
 
     def runs(*args, **given):
         raise AssertionError("it ran")
 
-    monkeypatch.setattr(ours, "_in_order", runs)
+    speak_by(ours, runs)
     return ours
 
 
@@ -130,7 +130,7 @@ def test_of_a_clip_of_a_minute_the_first_ten_seconds_are_heard(tmp_path):
     ours = ChatterboxEngine(whole("english"), speakers=SpeakerCache(MemoryStore("32MiB")))
     voice = ours.add_voice("long", clip(tmp_path / "long.wav", 60))
     assert voice.gen["prompt_feat"].shape == (1, 500, 80)
-    ours._with_vocoder().checked(voice)
+    speaker_of(ours).checked(voice)
 
 
 # ---------------------------------------------------------------------- settings
@@ -182,7 +182,7 @@ def test_a_vocoder_without_settings_is_given_none(options):
 def test_a_precision_that_this_device_does_not_have_is_refused(monkeypatch):
     model = stand_in(tiny_t3("english"))
     model.s3gen = s3gen(False)
-    monkeypatch.setattr("kvcache.models._precision.has_half", lambda precision: False)
+    monkeypatch.setattr(HAS_HALF, lambda precision: False)
     with pytest.raises(InputError, match="no fast bf16 arithmetic"):
         ChatterboxEngine(model, vocoder=VocoderOptions(precision="bf16"))
 

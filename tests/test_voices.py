@@ -11,10 +11,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.inside.speech import new_cache as cache_of
 from support.searching import search, steps
-from t3_models import UPSTREAMS_WARNINGS, fingerprint, tiny_t3
-from test_chatterbox import MODELS, model, upstream
-from test_chatterbox_audio import tts
+from support.speech import tts
+from support.t3_models import UPSTREAMS_WARNINGS, fingerprint, tiny_t3
+from support.upstream import MODELS, model, upstream
 
 from kvcache import CorruptError, DiskStore, InputError, MemoryStore, SlidingWindow, SpeakerCache, TieredStore
 from kvcache.cache import pack, unpack
@@ -121,8 +122,8 @@ def test_logits_are_those_of_a_full_prefill(kind, weight, reuse):
     made = VoiceReuse(t3, memory(), reuse)
     for length in (10, 90, 50):
         request = prefill(t3, condition(t3, voice.t3), check_text(t3, text(kind, length), guided))
-        ours = ChatterboxEngine(t3, speakers=memory())._new_cache(request.embeds, 50)
-        whole = ChatterboxEngine(t3, speakers=memory())._new_cache(request.embeds, 50)
+        ours = cache_of(ChatterboxEngine(t3, speakers=memory()), request.embeds, 50)
+        whole = cache_of(ChatterboxEngine(t3, speakers=memory()), request.embeds, 50)
         with torch.inference_mode():
             first = made.start(request, ours).hidden
             expected = t3.tfmr(inputs_embeds=request.embeds, past_key_values=whole, use_cache=True)[0][:, -1]

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from kvcache.cache import Quantization
+from kvcache.cache import KVQuantization
 from kvcache.decoding._backends import BackendName, check_bucket
 from kvcache.decoding._setting import Setting, VocoderSetting
 from kvcache.errors import CorruptError, InputError, said
@@ -166,7 +166,7 @@ class TuningProfile:
             "precision": one.precision,
             "kv_dtype": one.kv_dtype,
             "bucket": one.bucket,
-            "quantization": None if one.quantization is None else Quantization(one.quantization),
+            "storage": None if one.quantization is None else KVQuantization(one.quantization),
             "max_cache_length": one.max_length,
             "vocoder": self.vocoder,
         }
@@ -310,7 +310,7 @@ def _setting(content: Any) -> Setting:
         requests=_count(content, "requests"),
     )
     if (bits := content["quantization"]) is not None:
-        Quantization(bits)
+        KVQuantization(bits)
         setting = replace(setting, quantization=bits)
     if content["max_length"] is not None:
         setting = replace(setting, max_length=_count(content, "max_length"))

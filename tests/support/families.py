@@ -56,7 +56,6 @@ from transformers import (
 )
 
 from kvcache.models import watch_of
-from kvcache.models._signature import Watch
 
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)
@@ -254,7 +253,7 @@ def widened(model: Any) -> Any:
     return model.requires_grad_(False)
 
 
-_WATCHES: list[Watch] = []
+_WATCHES: list[object] = []
 
 
 @cache

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kvcache import PrefixKey, PrefixSnapshot, SpeakerCache, model_fingerprint
+from kvcache.cache import CacheSpec
 from kvcache.models import cache_kwarg, geometry_of, kv_layers, new_cache, tensor_bytes, watch_of
 from kvcache.prefixes import Layout, extend_prefix
 from kvcache.prefixes.stores import Aside
@@ -210,7 +211,7 @@ class VoiceReuse:
 
     def _cache(self, tokens: int) -> Any:
         """For one row of so many tokens."""
-        return new_cache(self._t3.tfmr, max_length=tokens, preallocate=True, rows=1, geometry=self._geometry)
+        return new_cache(self._t3.tfmr, CacheSpec(max_length=tokens, preallocate=True), rows=1, geometry=self._geometry)
 
 
 class Prepared:
