@@ -96,8 +96,11 @@ def test_a_tag_unlike_the_version_is_refused(tag, refused):
     ("changed", "says"),
     [
         ({"Version": "9.9.9"}, "the wheel is 9.9.9"),
-        ({"addresses": {"Repository": "https://git.example/kvcache/kvcache"}}, "not https://code.example/us/kvcache"),
-        ({"addresses": {"Issues": "TODO"}}, "'Issues' is 'TODO'"),
+        (
+            {"addresses": {"Repository": "https://git.example/kvcache/kvcache"}},
+            "which is not at https://code.example/us/kvcache",
+        ),
+        ({"addresses": {"Issues": "TODO"}}, "Issues = 'TODO'"),
         ({"text": "[A page](docs/a.md)"}, "leads nowhere on an index: ](docs/a.md)"),
         ({"text": "![A picture](docs/img/a.svg)"}, "docs/img/a.svg"),
         ({"text": ""}, "no long description"),
