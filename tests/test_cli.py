@@ -171,22 +171,6 @@ def test_the_list_of_commands_says_of_each_what_its_own_help_says():
     }
 
 
-def test_the_help_comes_at_once():
-    """Half a second of the processor's time, as others may be busy: typer and rich take most of it. The best of five."""
-    resource = pytest.importorskip("resource")
-
-    def spent():
-        used = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return used.ru_utime + used.ru_stime
-
-    took = []
-    for _ in range(5):
-        before = spent()
-        subprocess.run([sys.executable, "-m", "kvcache.cli", "--help"], check=True, capture_output=True, timeout=300)
-        took.append(spent() - before)
-    assert min(took) < 0.5
-
-
 def test_the_package_is_imported_without_anything_heavy():
     """The compiler of torch, which takes seconds to import, comes with transformers' first class, not with ours."""
     heavy = ["torch", "torch._dynamo", "transformers", "safetensors"]
