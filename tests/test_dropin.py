@@ -32,7 +32,7 @@ from kvcache.models import MADE_AS, ManagedCache
 
 def filled(model: Any, ids: Tensor, **given: Any) -> tuple[Any, Any]:
     """Ours and transformers' own cache after the same tokens."""
-    ours, theirs = hf.new_cache(model, **given), dynamic_cache(model)
+    ours, theirs = hf.new_cache(model, CacheSpec(**given)), dynamic_cache(model)
     for cache in (ours, theirs):
         logits(model, ids, cache)
     return ours, theirs
@@ -212,7 +212,7 @@ def test_d1_after_a_reset_another_batch_comes(policy: Any) -> None:
 def test_d1_after_a_reset_another_dtype_comes() -> None:
     model, half = tiny("llama"), build("llama").to(torch.bfloat16)
     for given in ({}, {"storage": KVQuantization(8, group_size=16)}):
-        cache = hf.new_cache(model, **given)
+        cache = hf.new_cache(model, CacheSpec(**given))
         logits(model, token_ids(), cache)
         cache.reset()
         logits(half, token_ids(), cache)

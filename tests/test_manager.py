@@ -19,6 +19,7 @@ import pytest
 import torch
 from support import holding
 from support.families import FAMILIES, SEQ2SEQ, build, dynamic_cache, logits, tiny, token_ids
+from support.inside import models as inside
 from support.inside.decoding import WORKER_QUEUE
 from support.searching import examples
 from support.waiting import until
@@ -255,7 +256,7 @@ def caches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         made.extend(weakref.ref(layer) for layer in hf.kv_layers(held))
         return held
 
-    monkeypatch.setattr("kvcache.manager._caches.new_cache", recording)
+    monkeypatch.setattr(inside.NEW_CACHE, recording)
     return made
 
 

@@ -65,7 +65,7 @@ class Fork(Pair):
         self.check()
 
     def append(self, count: int) -> None:
-        fresh = tokens(len(self.oracle.padding), count, seed=1000 * self.seed + self.layer.seen, dtype=self.dtype)
+        fresh = self.make.tokens(len(self.oracle.padding), count, 1000 * self.seed + self.layer.seen, self.dtype)
         self.oracle.append(*fresh)
         ours, theirs = self.layer.append(*fresh[1:]).states, self.direct.append(*fresh[1:]).states
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))  # turned keys too: to the bit
@@ -112,7 +112,7 @@ def lives(draw: st.DrawFn, kind: Kind) -> dict[str, Any]:
     pinned = "bytes" not in kind.name and draw(st.booleans())  # a budget in bytes would have to hold the prefix too
     steps = st.tuples(st.integers(0, 1), st.sampled_from(list(STEPS)), st.integers(1, 4))
     return {
-        "kind": Behind(kind.name, kind.variant, prefix=sum(chunks)) if pinned else kind,
+        "kind": Behind(kind.name, kind.variant, storage=kind.storage, prefix=sum(chunks)) if pinned else kind,
         "chunks": chunks,
         "rows": draw(st.lists(st.integers(1, 3), min_size=2, max_size=2)),
         "buffers": draw(st.lists(st.sampled_from(["grown", "preallocated"]), min_size=2, max_size=2)),
@@ -122,11 +122,11 @@ def lives(draw: st.DrawFn, kind: Kind) -> dict[str, Any]:
     }
 
 
-def taken(chunks: Sequence[int], dtype: torch.dtype, row: int = 0) -> PrefixSnapshot:
+def taken(kind: Kind, chunks: Sequence[int], dtype: torch.dtype, row: int = 0) -> PrefixSnapshot:
     """A snapshot of one row of a layer that was fed these chunks, and that goes on afterwards."""
     layer = KVLayer()
     for i, count in enumerate(chunks):
-        layer.append(*tokens(2, count, seed=i, dtype=dtype)[1:])
+        layer.append(*kind.tokens(2, count, i, dtype)[1:])
     ids = torch.arange(sum(chunks))
     snapshot = PrefixSnapshot.of([layer], PrefixKey("model", ids), row=row, build_seconds=0.25)
     before = all_bits(snapshot)
@@ -141,7 +141,7 @@ def taken(chunks: Sequence[int], dtype: torch.dtype, row: int = 0) -> PrefixSnap
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.variant != "padded"], ids=str)
 def test_law_4_saved_loaded_and_forked_is_as_if_all_had_been_appended(kind: Kind) -> None:
     def law(life: dict[str, Any]) -> None:
-        saved = taken(life["chunks"], life["dtype"])
+        saved = taken(life["kind"], life["chunks"], life["dtype"])
         loaded = PrefixSnapshot.from_bytes(saved.to_bytes(life["secret"]), life["secret"])
         before = all_bits(saved)
         assert all_bits(loaded) == before
@@ -273,7 +273,7 @@ def test_what_a_fork_holds_is_the_snapshot_to_the_bit(rows: int) -> None:
 def test_a_fork_that_is_refused_changes_nothing() -> None:
     model = tiny("llama")
     snapshot = snapshot_of(manager(model))
-    used, beside = hf.new_cache(model), hf.new_cache(model, (SlidingWindow(4), KeepAll()), max_length=12)
+    used, beside = hf.new_cache(model), hf.new_cache(model, CacheSpec((SlidingWindow(4), KeepAll()), max_length=12))
     logits(model, TEXT, used)
     refused = [
         (InputError, used, 2, "already holds 9 tokens.*reset"),

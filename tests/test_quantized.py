@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.inside.testing import held_bytes
 from support.searching import search
 
 from kvcache import (
@@ -30,7 +31,6 @@ from kvcache import (
     SnapKV,
 )
 from kvcache.cache import CacheSpec, Expected, GroupedLayer, Plain, Whole, pack, unpack
-from kvcache.testing._laws import held_bytes
 
 pytestmark = pytest.mark.one_release
 

@@ -20,6 +20,7 @@ import torch
 from hypothesis import Phase, given
 from hypothesis import strategies as st
 from support.families import FAMILIES, build, dynamic_cache, logits, tiny, token_ids
+from support.inside.testing import held_bytes, state
 from support.searching import search
 from support.storages import STORAGES, exact_in
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
@@ -54,7 +55,6 @@ from kvcache import (
 )
 from kvcache.cache import RankedLayer, ScoringContext, attend
 from kvcache.models import _attention as attention
-from kvcache.testing._laws import held_bytes, state
 
 KEY_DIM, VALUE_DIM = 4, 3
 CLOSE = 1e-5  # fp32 sums of some forty numbers of size one; a wrong token shows as 0.01 and more

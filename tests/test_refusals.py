@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, DynamicCache, J
 
 import kvcache
 from kvcache import (
+    CacheSpec,
     CapacityError,
     DiskStore,
     GeometryError,
@@ -93,7 +94,7 @@ def test_d9_preallocation_takes_any_limit() -> None:
 def test_d9_what_has_no_layer_to_work_on_is_refused(given: dict[str, Any]) -> None:
     """A model whose every layer keeps a window of its own: nothing of it is managed."""
     with pytest.raises(PolicyError, match=r"has no layer to work on.*DynamicSlidingWindowLayer"):
-        hf.new_cache(tiny("mistral-own-window"), **given)
+        hf.new_cache(tiny("mistral-own-window"), CacheSpec(**given))
     assert hf.new_cache(tiny("mistral-own-window")).get_seq_length() == 0
 
 
@@ -279,5 +280,6 @@ def test_what_is_missing_is_said_in_words() -> None:
     logits(tiny("llama"), token_ids(1, 9), cache)
     tensors, counts = cache.layers[0].kv.state()
     del tensors["keys.tail"]
+    counts["tensors"] -= 1
     with pytest.raises(kvcache.CorruptError, match=r"not a state of this layer: 'keys\.tail' is missing"):
         manager.new_cache().layers[0].kv.restore(tensors, counts)

@@ -15,17 +15,10 @@ FILE, FUNCTION, ARGUMENTS = 460, 60, 8
 FILES = {
     "adapters/kvcache_chatterbox/engine.py": 743,
     "adapters/kvcache_chatterbox/speech/_decoder.py": 490,
-    "kvcache/cache/_growing.py": 735,
-    "kvcache/cache/_per_head.py": 488,
-    "kvcache/cache/_quantized.py": 666,
-    "kvcache/cache/_ranked.py": 463,
-    "kvcache/models/_cache.py": 500,
-    "kvcache/models/_managed.py": 493,
 }
 FUNCTIONS = {
     "adapters/kvcache_chatterbox/tools/_footprint.py speech_footprint": 66,
     "kvcache/decoding/_kernel.py _attend": 71,  # a Triton kernel
-    "kvcache/models/_cache.py new_cache": 80,
 }
 OF_MANY_ARGUMENTS = {
     # Commands: each argument is an option of the user's.
@@ -48,10 +41,6 @@ OF_MANY_ARGUMENTS = {
     "adapters/kvcache_chatterbox/scheduler.py SpeechScheduler.submit": 14,
     "adapters/kvcache_chatterbox/speech/_decoder.py UtteranceDecoder.__init__": 13,
     "adapters/kvcache_chatterbox/text/_plan.py make_plan": 14,
-    "kvcache/cache/_growing.py KVLayer.__init__": 9,
-    "kvcache/cache/_quantized.py quantized_bytes": 11,
-    "kvcache/cache/_report.py estimate_cache": 9,
-    "kvcache/models/_cache.py new_cache": 10,
 }
 
 

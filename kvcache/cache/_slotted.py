@@ -241,7 +241,7 @@ class KVLayer(ByAge):
         self._rows = None
         if not same:
             self._clear()
-        buffer = self._allocate(keys, values)
+        buffer, self.stored = self._allocate(keys, values), 0
         self._reserve(buffer, tokens)
         buffer.write(0, keys, values)
         self.stored = tokens
