@@ -63,6 +63,7 @@ class KVQuantization(Storage):
         return bits
 
     def check(self, keys: Tensor, values: Tensor) -> None:
+        """Raise `GeometryError` for states ``[batch, heads, tokens, head_dim]`` that are no floating-point numbers of one dtype."""
         if not keys.is_floating_point() or keys.dtype != values.dtype:
             raise GeometryError(
                 f"keys are {keys.dtype} and values {values.dtype}; to be quantized both must be of one floating-point dtype"

@@ -140,7 +140,8 @@ class CacheSpec:
             policy: of this layer; by default that of all.
             rotation: of its keys, where positions are re-rotated and its tokens may leave.
             turn: of its queries, for a policy that looks at them; None if they carry no rotary embedding.
-            padding, expected: as of `LayerCache`.
+            padding: pads on the left of each row, ``[batch]``.
+            expected: as of `LayerCache`.
         """
         policy = self.policies(1)[0] if policy is None else policy
         given: dict[str, Any] = {"max_length": self.max_length, "padding": padding, "expected": expected}

@@ -51,7 +51,7 @@ class Storage(ABC):
         """
 
     def check(self, keys: Tensor, values: Tensor) -> None:  # noqa: B027  (most hold whatever comes)
-        """Raise `GeometryError` for states that cannot be held so."""
+        """Raise `GeometryError` for states ``[batch, heads, tokens, head_dim]`` that cannot be held so."""
 
     def by_token(self) -> "Storage":
         """The same for a layer whose tokens may leave one by one, from anywhere."""

@@ -39,7 +39,10 @@ class GenerateCall:
         """A call of ``model.generate(inputs, **settings)``, or without inputs.
 
         Args:
-            geometry: of the model's cache.
+            model: a transformers model.
+            geometry: of its cache.
+            inputs: token ids ``[rows, tokens]``, or what else the model's first argument is.
+            settings: what `generate` is given besides.
         """
         return cls(inputs, dict(settings), model, speaker(model, geometry))
 
@@ -76,7 +79,7 @@ class GenerateCall:
         return self.guessed_mask(self.prompt) if mask is None else mask
 
     def guessed_mask(self, ids: Tensor | None) -> Tensor | None:
-        """The mask that `generate` makes itself of these token ids, where none is given."""
+        """The mask that `generate` makes itself of these token ids ``[rows, tokens]``, where none is given: in that shape."""
         pad, ends = self.setting("pad_token_id"), self.setting("eos_token_id")
         ends = ends if isinstance(ends, list) else [ends]
         if ids is None or ids.dim() != 2 or pad is None or pad in ends:
@@ -153,7 +156,7 @@ class GenerateCall:
     # ------------------------------------------------------------------ others like it
 
     def given(self, inputs: Tensor | None, settings: Mapping[str, Any]) -> "GenerateCall":
-        """The same model asked for something else."""
+        """The same model asked for something else: inputs as of `of`, ``[rows, tokens]``."""
         return replace(self, inputs=inputs, settings=dict(settings))
 
     def without_cache(self) -> "tuple[Any, GenerateCall]":
