@@ -11,6 +11,7 @@ from kvcache.decoding._backends import (
     traced,
 )
 from kvcache.decoding._batch import Batch, Job, Piece
+from kvcache.decoding._ends import Said, TextEnd
 from kvcache.decoding._engine import Decoding
 from kvcache.decoding._generation_settings import GenerationSettings
 from kvcache.decoding._kernel import decode_attention
@@ -62,6 +63,7 @@ __all__ = [
     "Recorder",
     "Refused",
     "Request",
+    "Said",
     "Sampler",
     "Sampling",
     "Scheduler",
@@ -69,6 +71,7 @@ __all__ = [
     "Setting",
     "StaticKV",
     "Stream",
+    "TextEnd",
     "Told",
     "Trial",
     "TuningProfile",
