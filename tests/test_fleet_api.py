@@ -21,7 +21,7 @@ pytestmark = pytest.mark.one_release
 
 assert support.serving
 CHUNK = {"audio": np.linspace(-1, 1, 480, dtype=np.float32), "replica": "r1", "prefix": "memory", "retried": 0}
-FIELDS = set(fleet_api.SpeechRequest.model_fields)
+FIELDS = set(fleet_api.SpeechBody.model_fields)
 REFUSALS = (
     (404, "there is no voice 'x'; export one to the folder of voices"),
     (
@@ -38,7 +38,7 @@ def ask(content, chunks=(CHUNK, CHUNK), headers=(("Content-Type", "application/j
     api, asked_of = fleet_api.new_api(), []
 
     @api.post("/v1/audio/speech")
-    async def speech(asked: fleet_api.SpeechRequest):
+    async def speech(asked: fleet_api.SpeechBody):
         asked_of.append(asked)
 
         async def said():
