@@ -147,8 +147,10 @@ class SpeechScheduler:
         await self.close()
 
     async def close(self) -> None:
-        """End all requests, whose clients are told, and the threads. What was computed of voices and is still to be stored
-        is waited for, 2 seconds at most."""
+        """End all requests, whose clients are told, and the threads.
+
+        What was computed of voices and is still to be stored is waited for, 2 seconds at most.
+        """
         await self._scheduler.close()
         await asyncio.to_thread(self._aside.flush, _LAST_WRITES)
 

@@ -175,15 +175,15 @@ class ChatterboxEngine(UtteranceDecoder):
         told: Told = untold,
         **fields: Unpack[RequestFields],
     ) -> WarmUp:
-        """Do what a first request would wait for: compiled steps are loaded from their files or made, what runs of the vocoder
-        take is measured.
+        """Do what a first request would wait for.
 
+        Compiled steps are loaded from their files or made, and it is measured how long runs of the vocoder take.
         It runs the beginning of a made-up request. Requests with other settings (greedy draws, no guidance) may still need
         another compiled step.
 
         Args:
-            text, **fields: a request like those to come, see `SpeechRequest`; by default in the voice that the model was loaded
-                with, or for a bare T3, which knows no text, in a made-up one.
+            text, **fields: a request like those to come, see `SpeechRequest`. A bare T3 knows no text, and speaks with a made-up
+                voice where none is given.
             requests: rows of the scheduler that will serve, its ``max_rows``: its steps are those of one request and of all, or
                 of powers of two as graphs.
             background: return at once and do it in a thread. From then on no request waits for a compiler: it runs eagerly
@@ -374,8 +374,10 @@ class ChatterboxEngine(UtteranceDecoder):
         return heard(audio, pieces)
 
     def generate(self, text: str | SpeechRequest, **fields: Unpack[TextFields]) -> Tensor:
-        """The audio of a text ``[1, samples]``: all tokens, then one vocoder pass for each segment, as upstream's `generate`
-        does for its one. The arguments are those of `generate_stream`, whose chunks are together as long."""
+        """The audio of a text ``[1, samples]``, as upstream's `generate` gives it: all tokens, then one vocoder pass a segment.
+
+        The arguments are those of `generate_stream`, whose chunks are together as long.
+        """
         request, limits = asked(text, fields)
         who = self.voice_of(request.voice, request.audio_prompt_path)
         long, speaker = self.long_text(request, who, limits), self._with_vocoder()

@@ -104,36 +104,14 @@ class SpeechRequest:
                 raise InputError(f"{name}={getattr(self, name)!r:.80} must be a {kind.__name__}")
         check_flag("watermark", self.watermark)
 
-    @classmethod
-    def of(cls, text: "str | SpeechRequest", **fields: Unpack[RequestFields]) -> "SpeechRequest":
+    @staticmethod
+    def of(text: "str | SpeechRequest", **fields: Unpack[RequestFields]) -> "SpeechRequest":
         """The request that a text and keywords stand for, or the one that is given.
 
         Raises:
             InputError: for an unknown keyword, a value that cannot be, or keywords beside a request.
         """
-        return cls._of(text, fields, REQUEST_FIELDS)
-
-    @classmethod
-    def _of(cls, text: "str | SpeechRequest", fields: Mapping[str, Any], known: Collection[str]) -> "SpeechRequest":
-        check_names(fields, known, "a request for speech")
-        if isinstance(text, SpeechRequest):
-            if fields:
-                raise InputError(
-                    f"a SpeechRequest and {', '.join(fields)} are given; put them into it with dataclasses.replace(), or give "
-                    "a text and keywords"
-                )
-            return text
-
-        def given(names: Collection[str]) -> dict[str, Any]:
-            return {name: value for name, value in fields.items() if name in names}
-
-        return cls(
-            text,
-            **given(_OWN),
-            utterance=UtteranceOptions.of(cast(UtteranceFields, given(UTTERANCE_FIELDS))),
-            chunking=chunking_of(**given(_CHUNKS)),
-            segmenting=Segmenting(**given(_SEGMENTS)),
-        )
+        return _made(text, fields, REQUEST_FIELDS)
 
 
 REQUEST_FIELDS = frozenset(RequestFields.__optional_keys__)
@@ -142,6 +120,29 @@ _LIMITS = frozenset(TextFields.__optional_keys__) - REQUEST_FIELDS
 _CHUNKS = frozenset({"chunking", "first_chunk", "max_chunk"})
 _SEGMENTS = frozenset(Segmenting.__dataclass_fields__)
 _OWN = REQUEST_FIELDS - UTTERANCE_FIELDS - _CHUNKS - _SEGMENTS
+
+
+def _made(text: str | SpeechRequest, fields: Mapping[str, Any], known: Collection[str]) -> SpeechRequest:
+    """The request that a text and keywords stand for; `known` are those that there are."""
+    check_names(fields, known, "a request for speech")
+    if isinstance(text, SpeechRequest):
+        if fields:
+            raise InputError(
+                f"a SpeechRequest and {', '.join(fields)} are given; put them into it with dataclasses.replace(), or give "
+                "a text and keywords"
+            )
+        return text
+
+    def given(names: Collection[str]) -> dict[str, Any]:
+        return {name: value for name, value in fields.items() if name in names}
+
+    return SpeechRequest(
+        text,
+        **given(_OWN),
+        utterance=UtteranceOptions.of(cast(UtteranceFields, given(UTTERANCE_FIELDS))),
+        chunking=chunking_of(**given(_CHUNKS)),
+        segmenting=Segmenting(**given(_SEGMENTS)),
+    )
 
 
 def asked(text: str | SpeechRequest, fields: TextFields, *beside: str) -> tuple[SpeechRequest, RowLimits]:
@@ -157,7 +158,7 @@ def asked(text: str | SpeechRequest, fields: TextFields, *beside: str) -> tuple[
     """
     limits = {name: value for name, value in fields.items() if name in _LIMITS}
     others = {name: value for name, value in fields.items() if name not in _LIMITS}
-    request = SpeechRequest._of(text, others, {*REQUEST_FIELDS, *_LIMITS, *beside})
+    request = _made(text, others, {*REQUEST_FIELDS, *_LIMITS, *beside})
     return request, RowLimits(**cast(Any, limits))
 
 
