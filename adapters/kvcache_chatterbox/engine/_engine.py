@@ -391,7 +391,7 @@ class ChatterboxEngine(UtteranceDecoder):
     def long_text(
         self,
         text: str | SpeechRequest,
-        voice: Voice,
+        who: Voice,
         limits: RowLimits | None = None,
         *,
         slots: int | None = None,
@@ -400,12 +400,12 @@ class ChatterboxEngine(UtteranceDecoder):
         """A text as utterances, with the plan for them; see `generate_stream` for the request.
 
         Args:
-            voice: who speaks, whoever the request names.
+            who: speaks, whatever voice the request names.
             limits: how many segments decode together; by default those of `RowLimits`.
             slots: of each row of the batch that they shall fit; by default as many as they need, up to `max_cache_length`.
         """
         request, limits = SpeechRequest.of(text, **fields), RowLimits() if limits is None else limits
-        return long_text(self, self._with_vocoder(), self._defaults, request, voice, limits, slots)
+        return long_text(self, self._with_vocoder(), self._defaults, request, who, limits, slots)
 
     def audio(
         self,

@@ -73,7 +73,7 @@ class EngineOptions(DecoderOptions):
             return options
         if options is not None and "policy" in given:
             raise InputError(f"two policies are given, {options!r:.80} and {given['policy']!r:.80}; give one")
-        return cls(**({} if options is None else {"policy": options}), **given)
+        return cls(**given) if options is None else cls(policy=options, **given)
 
     @classmethod
     def of_profile(cls, model: Any, path: str | os.PathLike[str], given: Mapping[str, Any]) -> Self:

@@ -9,7 +9,7 @@ from kvcache import InputError, KeepAll, PolicyError, SizePolicy
 from kvcache.cache import chosen_by_head
 from kvcache.decoding import BUCKET, BackendName, check_bucket
 from kvcache.models import PositionMode, Precision, check_kv_dtype
-from kvcache_chatterbox.checks import check_flag
+from kvcache_chatterbox.checks import check_count, check_flag
 from kvcache_chatterbox.voices import Reuse
 
 
@@ -54,6 +54,7 @@ class DecoderOptions:
     def __post_init__(self) -> None:
         if self.reuse not in ("all", "conditioning", "none"):
             raise InputError(f"reuse={self.reuse!r} must be 'all', 'conditioning' or 'none'")
+        check_count("max_cache_length", self.max_cache_length)
         for name in ("double_bos", "onednn", "tf32"):
             check_flag(name, getattr(self, name))
         check_bucket(self.bucket)
