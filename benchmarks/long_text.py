@@ -23,7 +23,7 @@ from torch import nn
 
 from kvcache.decoding import Request, Turns
 from kvcache.memory import malloc_trim
-from kvcache_chatterbox import ChatterboxEngine, load_t3, stand_in
+from kvcache_chatterbox import ChatterboxEngine, RowLimits, load_t3, stand_in
 from kvcache_chatterbox.speech import LongText
 from kvcache_chatterbox.upstream import upstream_t3
 
@@ -120,9 +120,9 @@ def planned(engine: ChatterboxEngine, case: Case, rows: int) -> LongText:
     long = engine.long_text(
         text,
         engine.voice_of(None),
+        RowLimits(rows),
         max_new_tokens=case.tokens,
         seed=0,
-        max_rows=rows,
         segment_characters=CHARACTERS,
     )
     assert len(long.utterances) == case.segments, f"{len(long.utterances)} segments"

@@ -17,7 +17,7 @@ LONGEST_TEXT = 20_000  # characters; about twenty minutes of speech
 _CODES = {400: "invalid_request", 404: "voice_not_found", 429: "busy", 503: "unavailable"}
 
 
-class SpeechRequest(BaseModel):
+class SpeechBody(BaseModel):
     """The body of a request for speech, as OpenAI has it, and what Chatterbox can do beyond."""
 
     model_config = ConfigDict(extra="forbid", strict=True)  # a number is a number of JSON
@@ -57,10 +57,10 @@ def new_api() -> FastAPI:
 
 
 async def _answer(request: Request, error: Exception) -> Response:
-    return problem_of(error, SpeechRequest.model_fields, request).response()
+    return problem_of(error, SpeechBody.model_fields, request).response()
 
 
-async def answer(asked: SpeechRequest, chunks: AsyncIterator[dict[str, Any]]) -> Response:
+async def answer(asked: SpeechBody, chunks: AsyncIterator[dict[str, Any]]) -> Response:
     """The response that a request gets.
 
     Args:
@@ -75,7 +75,7 @@ async def answer(asked: SpeechRequest, chunks: AsyncIterator[dict[str, Any]]) ->
     if first is not None and "status" in first:
         status = first["status"]
         retry = {"Retry-After": str(first.get("retry_after", RETRY_UNKNOWN))} if status in (429, 503) else None
-        raise Problem(status, for_clients(first["reason"], SpeechRequest.model_fields), _CODES[status], retry)
+        raise Problem(status, for_clients(first["reason"], SpeechBody.model_fields), _CODES[status], retry)
     names = ("replica", "prefix", "retried")
     headers = {} if first is None else {f"X-{name}": str(first[name]) for name in names}
 

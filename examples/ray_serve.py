@@ -25,7 +25,7 @@ from typing import Any
 import ray
 from example_options import CLASSES, count
 from fastapi import Response
-from fleet_api import SpeechRequest, answer, new_api
+from fleet_api import SpeechBody, answer, new_api
 from ray import serve
 from ray.exceptions import ObjectLostError, RayActorError
 from ray.serve.config import RequestRouterConfig
@@ -119,7 +119,7 @@ class Replica:
         redis: URL of the server that shares what was computed of them; None shares nothing.
         max_rows: segments that decode together.
         max_waiting: requests that Serve may send beyond.
-        chunks: how much audio comes at once where a request says nothing of it: arguments of `SpeechScheduler.submit`.
+        chunks: how much audio comes at once where a request says nothing of it: keywords of `SpeechRequest.of`.
         **engine: see `ChatterboxEngine`.
     """
 
@@ -162,7 +162,7 @@ class Replica:
         except FileNotFoundError as error:
             yield {"status": 404, "reason": str(error)}
             return
-        except (InputError, CapacityError, TypeError) as error:  # the last for an option that there is not
+        except (InputError, CapacityError) as error:
             yield {"status": 400, "reason": str(error)}
             return
         except BusyError as error:
@@ -232,7 +232,7 @@ class Ingress:
             yield chunk
 
     @api.post("/v1/audio/speech", response_class=Response)
-    async def speech(self, asked: SpeechRequest) -> Response:
+    async def speech(self, asked: SpeechBody) -> Response:
         """Speak a text; the audio comes while it is made."""
         return await answer(asked, self._chunks(asked.input, asked.voice, asked.options()))
 

@@ -42,7 +42,7 @@ from starlette.types import Receive, Scope, Send
 
 from kvcache import InputError, KVCacheError
 from kvcache.errors import said
-from kvcache_chatterbox import ChatterboxEngine, SpeechScheduler, load_t3, stand_in
+from kvcache_chatterbox import ChatterboxEngine, SpeechRequest, SpeechScheduler, load_t3, stand_in
 from kvcache_chatterbox.units import SAMPLE_RATE
 from kvcache_chatterbox.upstream import beside
 
@@ -68,7 +68,7 @@ def named(voice: Any) -> Any:
     return voice["id"]
 
 
-class SpeechRequest(BaseModel):
+class SpeechBody(BaseModel):
     """The body of a request for speech, as OpenAI has it, and what Chatterbox can do beyond."""
 
     model_config = ConfigDict(strict=True)  # a number is a number of JSON: no text, no truth value
@@ -86,9 +86,22 @@ class SpeechRequest(BaseModel):
     first_chunk: int | None = Field(None, ge=1, le=LARGEST_CHUNK)
     max_chunk: int | None = Field(None, ge=1, le=LARGEST_CHUNK)
 
-    def chunks(self) -> dict[str, Any]:
-        """How much audio it wants at once, if it says anything about that."""
-        return self.model_dump(include={"chunking", "first_chunk", "max_chunk"}, exclude_none=True)
+    def request(self, seed: int, chunks: Mapping[str, Any]) -> SpeechRequest:
+        """What it asks of the scheduler.
+
+        Args:
+            seed: where it has none.
+            chunks: how much audio comes at once, where it says nothing about that.
+        """
+        own = self.model_dump(include={"chunking", "first_chunk", "max_chunk"}, exclude_none=True)
+        return SpeechRequest.of(
+            self.input,
+            voice=self.voice,
+            seed=seed,
+            exaggeration=self.exaggeration,
+            language_id=self.language,
+            **(own or chunks),
+        )
 
 
 class Speech(StreamingResponse):
@@ -141,7 +154,7 @@ def create_app(
         languages: what a request may name, for the page.
         hosts: names of this server with a dot in them; see `Guard`.
         limits: of requests.
-        chunks: how much audio comes at once where a request says nothing of it: arguments of `SpeechScheduler.submit`.
+        chunks: how much audio comes at once where a request says nothing of it: keywords of `SpeechRequest.of`.
     """
     gate, figures = Gate(), Figures(scheduler)
 
@@ -154,7 +167,7 @@ def create_app(
         gate.state = "closed"
 
     async def answer(request: Request, error: Exception) -> Response:
-        return problem_of(error, SpeechRequest.model_fields, request).response()
+        return problem_of(error, SpeechBody.model_fields, request).response()
 
     # The pages of /docs load scripts from elsewhere; /openapi.json is here.
     app = FastAPI(title="Chatterbox on kvcache", lifespan=lifespan, docs_url=None, redoc_url=None)
@@ -176,7 +189,7 @@ def speaking(
     """The route that speaks."""
     router = APIRouter()
 
-    def begin(asked: SpeechRequest, seed: int) -> Any:
+    def begin(asked: SpeechBody, seed: int) -> Any:
         if asked.speed != 1:
             raise Problem(400, f"speed={asked.speed}: only 1.0; change the speed where you play it", "invalid_request")
         if asked.voice not in voices:
@@ -184,14 +197,7 @@ def speaking(
             raise Problem(404, f"there is no voice {asked.voice!r}; there are {known}", "voice_not_found")
         if gate.state != "ready":
             raise closing()
-        return scheduler.submit(
-            asked.input,
-            voice=asked.voice,
-            seed=seed,
-            exaggeration=asked.exaggeration,
-            language_id=asked.language,
-            **(asked.chunks() or chunks),
-        )
+        return scheduler.submit(asked.request(seed, chunks))
 
     async def until_heard(stream: Any, request: Request) -> bytes | None:
         """The first audio, so that an error still is a status; None if the client goes away before."""
@@ -207,7 +213,7 @@ def speaking(
         return b"" if sound is None else pcm(sound[0].numpy())
 
     @router.post("/v1/audio/speech", response_class=Response)
-    async def speech(asked: SpeechRequest, request: Request) -> Response:
+    async def speech(asked: SpeechBody, request: Request) -> Response:
         """Speak a text; the audio comes while it is made."""
         timing, seed = figures.begin(), random.randrange(2**31) if asked.seed is None else asked.seed
         with timing.unless_heard():

@@ -41,6 +41,26 @@ def test_jobs_say_what_plain_python_says(data, places, quantum, compact):
     assert_free(batch)
 
 
+def test_what_breaks_behind_an_end_is_nothing():
+    """Steps are decoded some at a time: what comes behind the token that ends a job is thrown away, whatever it is."""
+    end = linked(1, 3, seed=2)[-1]
+    expected = linked(1, 9, seed=2, ends=[end])
+
+    def forward(tokens, made, given):
+        return TABLE[tokens].masked_fill((tokens == end)[:, None], float("nan"))
+
+    for included in (True, False):
+        batch = Batch(chain(2, forward=forward))
+        jobs = [link(1, 9, seed=2, ends=[end], include_stop_token=included), link(1, 9, seed=2, ends=[end])]
+        said = [expected if included else expected[:-1], expected]
+        assert through(batch, jobs) == said
+        assert_free(batch)
+    batch = Batch(chain(1, forward=forward))
+    batch.enter(link(1, 9, seed=2))  # which does not end there, and would go on
+    [error] = [piece.error for _ in range(9) for piece in batch.turn() if piece.error is not None]
+    assert "cannot be drawn" in str(error)
+
+
 def test_a_job_may_be_over_with_its_first_token():
     [first] = linked(2, 1)
     batch = Batch(chain(1))

@@ -28,14 +28,14 @@ class Recorded(Batch):
         super().__init__(decoding, **options)
         self.logits = defaultdict(list)
 
-    def _piece(self, place, job, tokens, ends):
+    def _piece(self, place, job, tokens):
         decoding, rows = self._decoding, self._decoding.rows
         if self._made[place] == 0:
             self.logits[job].append(decoding.first)
         else:
             log = decoding.log[: len(tokens), place * rows : (place + 1) * rows]
             self.logits[job] += log.clone().unbind()
-        return super()._piece(place, job, tokens, ends)
+        return super()._piece(place, job, tokens)
 
 
 def recording(engine):

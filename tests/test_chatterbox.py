@@ -131,13 +131,13 @@ def test_without_a_cache_the_tokens_are_the_same(kind):
     request = {"t3_cond": voice(t3), "text_tokens": text, "max_new_tokens": 40, "seed": 3}
     cached = torch.cat(list(engine.inference_stream(**request)), 1)
     assert engine.report().nbytes > 0
-    recomputed = torch.cat(list(engine.inference_stream(**request, use_kv_cache=False)), 1)
-    assert not engine.report().enabled
-    engine.disable_kv_cache()
+    engine.enabled = False
+    assert not engine.enabled
     assert torch.equal(torch.cat(list(engine.inference_stream(**request)), 1), cached)
     assert not engine.report().enabled
-    engine.enable_kv_cache()
-    assert torch.equal(recomputed, cached)
+    engine.enabled = True
+    assert torch.equal(torch.cat(list(engine.inference_stream(**request)), 1), cached)
+    assert engine.report().enabled
 
 
 def test_without_guidance_one_row_runs():
@@ -338,7 +338,9 @@ def test_more_refusals():
             t3_cond=voice(t3), text_tokens=text, max_new_tokens=200
         )
     with pytest.raises(PolicyError, match=r"\(max_cache_length\) is 200"):
-        ChatterboxEngine(t3, SlidingWindow(180), 200).inference_stream(t3_cond=voice(t3), text_tokens=text)
+        ChatterboxEngine(t3, SlidingWindow(180), max_cache_length=200).inference_stream(
+            t3_cond=voice(t3), text_tokens=text
+        )
     with pytest.raises(InputError, match="the GPT-2 variants have no guidance"):
         ChatterboxEngine(gpt).inference_stream(t3_cond=voice(gpt), text_tokens=byte_tokens(gpt, TEXT), cfg_weight=0.5)
     with pytest.raises(InputError, match="is empty"):

@@ -16,7 +16,7 @@ from support.vocoders import NOBODY, Told
 from kvcache import InputError
 from kvcache.models import looks_on
 from kvcache_chatterbox import ChatterboxEngine, Chunking, byte_tokens
-from kvcache_chatterbox.audio import CONTEXT, SegmentedAudio, Speaker, heard
+from kvcache_chatterbox.audio import CONTEXT, Joints, SegmentedAudio, Speaker, heard
 from kvcache_chatterbox.units import SAMPLES_PER_TOKEN
 from kvcache_chatterbox.upstream import upstream_t3
 from kvcache_chatterbox.vocoder import LEAD, SeededNoise
@@ -265,7 +265,7 @@ def test_a_vocoder_that_never_says_the_same_twice_does_not_click(pause, joined):
         calls.append(tokens)
         return torch.cos(2 * torch.pi * 110 / 24000 * torch.arange(960 * tokens.numel()) + 2.0 * len(calls))
 
-    audio = SegmentedAudio(Told(vocode), NOBODY, chunking=ONE, pause=pause, joined=joined)
+    audio = SegmentedAudio(Told(vocode), NOBODY, chunking=ONE, joints=Joints(pause, joined))
     parts = [audio.push(i // 4, tokens_of(1 + i % 3)) for i in range(12)]
     heard = torch.cat([*parts, audio.finish()], 1)[0]
     assert audio.chunks == [1] * 24
@@ -277,7 +277,7 @@ def test_a_vocoder_that_never_says_the_same_twice_does_not_click(pause, joined):
 @pytest.mark.parametrize("pause", [0, 0.2, 1 / 7, 3e-5])
 def test_a_pause_has_its_samples(pause):
     ones = Told(lambda tokens: torch.ones(tokens.numel() * 960))
-    audio = SegmentedAudio(ones, NOBODY, chunking=ONE, pause=pause)
+    audio = SegmentedAudio(ones, NOBODY, chunking=ONE, joints=Joints(pause))
     heard = torch.cat([*(audio.push(i, tokens_of(2)) for i in range(3)), audio.finish()], 1)
     assert int((heard == 0).sum()) == 2 * round(pause * 24000)
     assert heard[0, 0] == heard[0, -1] == 1  # where nothing meets, nothing is faded
@@ -285,7 +285,7 @@ def test_a_pause_has_its_samples(pause):
 
 def test_joined_segments_are_made_with_the_end_of_the_one_before():
     vocoder = Told(tone)
-    audio = SegmentedAudio(vocoder, NOBODY, chunking=Chunking((30, 4)), joined=True)
+    audio = SegmentedAudio(vocoder, NOBODY, chunking=Chunking((30, 4)), joints=Joints(joined=True))
     first, second = tokens_of(30), tokens_of(4)
     audio.push(0, first)
     audio.push(1, second)
@@ -301,7 +301,7 @@ def test_each_segment_has_noise_of_its_own_and_joined_ones_that_of_the_first():
             asked.append((index, tokens))
             return SeededNoise(index)
 
-        audio = SegmentedAudio(vocoder, NOBODY, noise, chunking=Chunking((4,)), joined=joined)
+        audio = SegmentedAudio(vocoder, NOBODY, noise, chunking=Chunking((4,)), joints=Joints(joined=joined))
         for index in (0, 2):
             for token in (6562, 6600):
                 assert audio.push(index, torch.tensor([[token]])).numel() == 0
@@ -332,7 +332,7 @@ def test_segments_out_of_order_and_bad_pauses_are_refused():
     with pytest.raises(InputError, match="segment 1 comes after segment 2"):
         audio.push(1, tokens_of(1))
     for pause in (-0.1, float("nan"), float("inf")):
-        with pytest.raises(InputError, match="must be a number of seconds, 0 or more"):
+        with pytest.raises(InputError, match="must be a finite number of seconds from 0 to 600"):
             one.segmented(one.builtin(), False, pause=pause)
 
 

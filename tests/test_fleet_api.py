@@ -37,7 +37,7 @@ def ask(content, chunks=(CHUNK, CHUNK), headers=(("Content-Type", "application/j
     api, asked_of = fleet_api.new_api(), []
 
     @api.post("/v1/audio/speech")
-    async def speech(asked: fleet_api.SpeechRequest):
+    async def speech(asked: fleet_api.SpeechBody):
         asked_of.append(asked)
 
         async def said():

@@ -13,7 +13,15 @@ from support.t3_models import likely_end, tiny_t3
 
 from kvcache import BusyError, CapacityError, ClosedError, InputError, SlidingWindow
 from kvcache.decoding import Batch
-from kvcache_chatterbox import ChatterboxEngine, SpeechScheduler, Voice, byte_tokens, random_conditionals, stand_in
+from kvcache_chatterbox import (
+    ChatterboxEngine,
+    SpeechRequest,
+    SpeechScheduler,
+    Voice,
+    byte_tokens,
+    random_conditionals,
+    stand_in,
+)
 from kvcache_chatterbox.units import SAMPLES_PER_TOKEN
 
 
@@ -185,11 +193,11 @@ def test_an_early_end_leaves_nothing_behind():
         ("word" * 1250, {}, "5000 characters cannot be divided"),
         (TEXT, {"language_id": "klingon"}, "'klingon' is not a two-letter code"),
         (TEXT, {"voice": "nobody"}, "there is no voice 'nobody'"),
-        (TEXT, {"max_rows": 0}, "max_rows must be at least 1"),
+        (TEXT, {"max_rows": 0}, "max_rows=0 must be"),
         (TEXT, {"carry": "all"}, "carry='all' must be"),
         (TEXT, {"first_chunk": 0}, "first_chunk=0 must be"),
         (TEXT, {"chunking": "slow"}, "chunking='slow' must be"),
-        (TEXT, {"segment_characters": 3}, "target=3"),
+        (TEXT, {"segment_characters": 3}, "segment_characters=3"),
         (TEXT, {"pause": -1.0}, "pause=-1.0"),
         (TEXT, {"voice": "silent"}, "no reference for the vocoder"),
         (TEXT, {"temperature": -1.0}, "temperature=-1.0"),
@@ -207,12 +215,16 @@ def test_bad_requests_are_refused_before_anything_runs(text, options, message):
 
     async def submit():
         async with SpeechScheduler(ours) as scheduler:
-            with pytest.raises(InputError, match=message):
-                await anext(scheduler.submit(text, **options))
-            assert (scheduler.metrics().refused, scheduler.metrics().failed) == (
-                not {"first_chunk", "chunking"} & set(options),
-                0,
-            )
+            try:
+                request = SpeechRequest.of(text, **options)
+            except InputError:  # what no request can be never reaches the scheduler
+                with pytest.raises(InputError, match=message):
+                    scheduler.submit(text, **options)
+                assert scheduler.metrics().refused == 0
+            else:
+                with pytest.raises(InputError, match=message):
+                    await anext(scheduler.submit(request))
+                assert (scheduler.metrics().refused, scheduler.metrics().failed) == (1, 0)
 
     asyncio.run(submit())
 

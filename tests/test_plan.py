@@ -11,7 +11,7 @@ from support.inside.speech import predicted_tokens
 from support.searching import search
 
 from kvcache import CapacityError, InputError
-from kvcache_chatterbox.text import Segment, make_plan, split
+from kvcache_chatterbox.text import RowLayout, RowLimits, Segment, TokenRoom, make_plan, split
 
 pytestmark = pytest.mark.one_release
 
@@ -27,20 +27,18 @@ TEXT = (
 
 def planned(segments, tokens=None, **changes):
     segments = [Segment(text, 0, len(text)) if isinstance(text, str) else text for text in segments]
-    arguments = {
-        "language": "en",
-        "prefix": 34,
-        "overhead": 2,
-        "token_bytes": 1000,
-        "guided": True,
-        "max_rows": 8,
-        "memory_budget": None,
-        "max_new_tokens": None,
-        "longest": None,
-        "max_length": None,
-    }
     tokens = [len(segment.text) + 2 for segment in segments] if tokens is None else tokens
-    return make_plan(segments, tokens, **{**arguments, **changes})
+    rows, token_bytes = 2 if changes.pop("guided", True) else 1, changes.pop("token_bytes", 1000)
+    limits = {name: changes.pop(name) for name in ("max_rows", "memory_budget") if name in changes}
+    room = {name: changes.pop(name) for name in ("overhead", "longest", "max_length") if name in changes}
+    return make_plan(
+        segments,
+        tokens,
+        **{"language": "en", "max_new_tokens": None, **changes},
+        limits=RowLimits(**limits),
+        room=TokenRoom(34, **{"overhead": 2, **room}),
+        together=RowLayout(rows, token_bytes),
+    )
 
 
 @pytest.mark.parametrize(
@@ -160,8 +158,8 @@ def test_a_cache_length_of_exactly_the_slots():
 @pytest.mark.parametrize(
     ("texts", "changes", "error", "message"),
     [
-        (["Hi."], {"max_rows": 0}, InputError, "max_rows must be at least 1, got 0"),
-        (["Hi."], {"max_new_tokens": 0}, InputError, "max_new_tokens must be at least 1, got 0"),
+        (["Hi."], {"max_rows": 0}, InputError, "max_rows=0 must be a whole number of at least 1"),
+        (["Hi."], {"max_new_tokens": 0}, InputError, "max_new_tokens=0 must be a whole number of at least 1"),
         (["Hi."], {"tokens": [1, 2]}, InputError, "1 segments with 2 numbers of text tokens"),
         ([], {}, InputError, "0 segments with 0 numbers"),
         (["Hi."], {"language": "xx"}, InputError, "language='xx' is not"),

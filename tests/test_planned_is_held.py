@@ -133,7 +133,7 @@ def test_w15_what_waits_of_another_text_goes_before_more_is_held():
 
 def test_w15_a_cache_that_is_off_takes_nothing():
     ours = engine("english")
-    ours.disable_kv_cache()
+    ours.enabled = False
     plan = ours.plan("Hello there.", max_new_tokens=4, memory_budget=1)
     assert (plan.rows, plan.kv_bytes) == (1, 0)
     ours.generate("Hello there.", max_new_tokens=4, memory_budget=1)

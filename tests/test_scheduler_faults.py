@@ -29,7 +29,15 @@ from support.waiting import until, until_async
 from kvcache import BusyError, ClosedError, InputError, MemoryStore, SpeakerCache, TieredStore
 from kvcache.decoding import Batch, Request, Scheduler, Turns
 from kvcache.prefixes.stores import Aside
-from kvcache_chatterbox import ChatterboxEngine, SpeechScheduler, Voice, byte_tokens, random_conditionals, stand_in
+from kvcache_chatterbox import (
+    ChatterboxEngine,
+    SpeechScheduler,
+    Voice,
+    byte_tokens,
+    random_conditionals,
+    split,
+    stand_in,
+)
 
 pytestmark = pytest.mark.one_release
 
@@ -217,7 +225,7 @@ def test_s3_a_refusal_divides_tokenizes_and_plans_nothing_and_no_text_does_so_on
         return prepare(*args, **options)
 
     monkeypatch.setattr(ours, "long_text", long_text)
-    monkeypatch.setattr("kvcache_chatterbox.engine.split", watched("kvcache_chatterbox.engine.split", where))
+    monkeypatch.setattr("kvcache_chatterbox.engine._texts.split", watched(where))
 
     async def main():
         async with SpeechScheduler(ours, max_rows=1, max_waiting=1) as scheduler:
@@ -236,11 +244,7 @@ def test_s3_a_refusal_divides_tokenizes_and_plans_nothing_and_no_text_does_so_on
     assert threads() == []
 
 
-def watched(name, where):
-    import kvcache_chatterbox.engine as engine
-
-    split = engine.split
-
+def watched(where):
     def seen(*args):
         where.append(threading.current_thread().name)
         return split(*args)

@@ -24,7 +24,7 @@ from support.waiting import until, until_async
 from server_errors import for_clients  # isort: skip
 
 from kvcache.decoding import Batch
-from kvcache_chatterbox import SpeechScheduler
+from kvcache_chatterbox import Chunking, SpeechScheduler
 
 pytestmark = pytest.mark.one_release
 
@@ -80,16 +80,15 @@ def test_how_much_comes_at_once_is_the_requests_or_the_servers():
     scheduler = SpeechScheduler(engine, max_rows=1)
     submit = scheduler.submit
 
-    def told(text, **given):
-        asked.append({name: given.get(name) for name in ("chunking", "first_chunk", "max_chunk")})
-        return submit(text, **given)
+    def told(request):
+        asked.append(request.chunking)
+        return submit(request)
 
     scheduler.submit = told
     chunks = {"chunking": "fixed", "first_chunk": 5, "max_chunk": None}
     with serving(server.create_app(scheduler, engine.voices, chunks=chunks)) as url:
         sounds = [say(url, **more).content for more in ({}, {"chunking": "auto"}, {"first_chunk": 7, "max_chunk": 9})]
-    auto = {"chunking": "auto", "first_chunk": None, "max_chunk": None}
-    assert asked == [chunks, auto, {"chunking": None, "first_chunk": 7, "max_chunk": 9}]
+    assert asked == [Chunking((5,)), Chunking(), Chunking(first=7, most=9)]
     assert len(sounds[0]) > 44 and {len(sound) for sound in sounds} == {len(sounds[0])}
 
 
@@ -384,7 +383,7 @@ def test_s8_nothing_long_is_sent_back(url, changed):
     )
     if answer.status_code == 200:
         assert not set(changed) & set(
-            server.SpeechRequest.model_fields
+            server.SpeechBody.model_fields
         )  # a field that nobody knows is let be, as OpenAI's
     else:
         assert answer.status_code in (400, 404, 413)
@@ -420,7 +419,7 @@ def test_s8_advice_can_be_followed_by_a_request():
                     refused.append(answer.json()["error"]["message"])
     assert refused
     for message in (*refused, *map(for_clients_of_speech, ADVICE)):
-        assert set(re.findall(r"\b[a-z]+(?:_[a-z]+)+\b", message)) <= set(server.SpeechRequest.model_fields), message
+        assert set(re.findall(r"\b[a-z]+(?:_[a-z]+)+\b", message)) <= set(server.SpeechBody.model_fields), message
 
 
 # As the library says it to whoever has its settings at hand.
@@ -432,7 +431,7 @@ ADVICE = (
 
 
 def for_clients_of_speech(message):
-    return for_clients(message, server.SpeechRequest.model_fields)
+    return for_clients(message, server.SpeechBody.model_fields)
 
 
 def test_s8_advice_that_can_be_followed_is_left():

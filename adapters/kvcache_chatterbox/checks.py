@@ -1,8 +1,9 @@
 """What requests are given, looked at before anything runs; and autocast, which is kept out."""
 
 import dataclasses
+import difflib
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager
 from numbers import Real
 from typing import Any, TypeVar
@@ -13,6 +14,28 @@ from kvcache.errors import check_whole
 _T = TypeVar("_T")
 _LONGEST_PAUSE = 600  # seconds: the silence is made as samples
 _LARGEST = 3e38  # about the largest number of fp32
+
+
+def check_names(given: Iterable[str], known: Collection[str], where: str) -> None:
+    """Raise `InputError` for a keyword that is not known, with the one that is closest to it.
+
+    Args:
+        given: the keywords of a call.
+        known: those that there are.
+        where: what was called.
+    """
+    for name in given:
+        if name not in known:
+            [closest] = difflib.get_close_matches(name, sorted(known), 1, cutoff=0.0)
+            raise InputError(
+                f"{where} has no argument {name!r}; the closest is {closest!r}, all are {', '.join(sorted(known))}"
+            )
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise `InputError` for what is no truth value."""
+    if not isinstance(value, bool):
+        raise InputError(f"{name}={value!r:.80} must be True or False")
 
 
 def check_count(name: str, value: Any) -> None:

@@ -12,6 +12,7 @@ from kvcache.decoding._backends import (
 )
 from kvcache.decoding._batch import Batch, Job, Piece
 from kvcache.decoding._compiling import Refused, compiled
+from kvcache.decoding._ends import Said, TextEnd
 from kvcache.decoding._engine import Decoding, StepOptions
 from kvcache.decoding._generation_settings import GenerationSettings
 from kvcache.decoding._kernel import decode_attention
@@ -68,6 +69,7 @@ __all__ = [
     "Refused",
     "Request",
     "RootSizes",
+    "Said",
     "Sampler",
     "Sampling",
     "Scheduler",
@@ -76,6 +78,7 @@ __all__ = [
     "StaticKV",
     "StepOptions",
     "Stream",
+    "TextEnd",
     "Told",
     "Trial",
     "TuningProfile",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvcache.cache import CacheReport, LayerCache
+from kvcache.decoding._ends import TextEnd
 from kvcache.decoding._engine import FAILED, Decoding, check_drawn
 from kvcache.decoding._sampler import Sampling
 from kvcache.errors import CapacityError, GeometryError, InputError, check_whole
@@ -51,6 +52,11 @@ class Job:
 
     def __post_init__(self) -> None:
         check_whole("total", self.total, 1)
+
+    @property
+    def end(self) -> TextEnd:
+        """Where it ends."""
+        return TextEnd(self.ends, self.total, self.first_may_end, self.include_stop_token)
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +155,7 @@ class Batch:
         if job.reset_penalty_after_first:
             decoding.sampler.begin(place, first)
         self._jobs[place], self._made[place] = job, 0
-        piece = self._piece(place, job, first.cpu(), job.ends if job.first_may_end else ())
+        piece = self._piece(place, job, first.cpu())
         if piece.over:
             self.leave(job)
         if piece.error is not None:
@@ -171,24 +177,22 @@ class Batch:
         running = [(place, job) for place, job in enumerate(self._jobs) if job is not None]
         steps = min(self._quantum, *(job.total - self._made[place] for place, job in running))
         tokens = front.chunk(steps).cpu()  # the one look at the device
-        pieces = [self._piece(place, job, tokens[place], job.ends) for place, job in running]
+        pieces = [self._piece(place, job, tokens[place]) for place, job in running]
         for piece in pieces:
             if piece.over:
                 self.leave(piece.job)
         return pieces
 
-    def _piece(self, place: int, job: Job, tokens: Tensor, ends: Sequence[int]) -> Piece:
-        """What these tokens are of a job: up to its end, if that is among them."""
+    def _piece(self, place: int, job: Job, tokens: Tensor) -> Piece:
+        """What these tokens are of a job: up to its end, if that is among them. What was drawn behind it is nothing."""
+        said = job.end.of(tokens.tolist(), self._made[place])
         self._made[place] += len(tokens)
+        tokens = tokens[: said.tokens]
         try:
             check_drawn(tokens[None])
         except InputError as error:
             return Piece(job, tokens[tokens != FAILED], True, error)
-        stops = torch.isin(tokens, torch.tensor(ends, dtype=torch.long)).nonzero()
-        if len(stops):
-            return Piece(job, tokens[: int(stops[0]) + job.include_stop_token], True)
-        over = self._made[place] == job.total
-        return Piece(job, tokens, over, cut_off=over)
+        return Piece(job, tokens, said.over, cut_off=said.cut_off)
 
     def _gather(self) -> int:
         """Move jobs to lower places as far as steps get cheaper by it. How many places the next step runs."""

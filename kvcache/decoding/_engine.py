@@ -18,6 +18,7 @@ from typing_extensions import TypedDict, Unpack
 
 from kvcache.cache import CacheReport, LayerCache
 from kvcache.decoding._backends import BUCKET, Backend, BackendName, Compiled, Eager, backend_for
+from kvcache.decoding._ends import TextEnd
 from kvcache.decoding._programs import Programs
 from kvcache.decoding._sampler import GREEDY, Drawing, Sampler, Sampling
 from kvcache.decoding._static_cache import StaticKV
@@ -279,27 +280,22 @@ class Decoding:
                 what was drawn before it in its own chunk has not.
             CapacityError: where a row has no room for more, after all tokens that there was room for.
         """
-        stops = torch.tensor(ends, dtype=torch.long, device=self.token.device)
-        ended = torch.zeros_like(self.token, dtype=torch.bool)
-        held, made, over = self.token.masked_fill(self.sampler.failed, FAILED)[:, None], 1, False
-        if first_may_end:
-            held, ended, over = self._ended(held, ended, stops, pad)
-        else:
-            check_drawn(held)
+        end, over, made = TextEnd(ends, total, first_may_end), [False] * self.requests, 1
+        held = self._until_ends(self.token.masked_fill(self.sampler.failed, FAILED)[:, None], 0, end, over, pad)
         while True:
-            while not over and made < total and held.shape[1] < size:
+            while not all(over) and held.shape[1] < size:
                 if (room := self.kv.room()) == 0:
                     if held.shape[1]:
                         yield held
                     self.kv.check(1)
                 steps = min(size - held.shape[1], total - made, self.ahead, room)
-                new, ended, over = self._ended(self.chunk(steps), ended, stops, pad)
+                new = self._until_ends(self.chunk(steps), made, end, over, pad)
                 if new.shape[1] < steps:
                     self.rewind(new.shape[1])
                 held = torch.cat([held, new], 1)
                 made += new.shape[1]
             yield held
-            if over or made == total:
+            if all(over):
                 return
             held = held[:, :0]
 
@@ -326,23 +322,32 @@ class Decoding:
         return torch.stack(said)
 
     @staticmethod
-    def _ended(tokens: Tensor, ended: Tensor, stops: Tensor, pad: int) -> tuple[Tensor, Tensor, bool]:
-        """The tokens up to where the last request ends, padded behind each end; which have ended; whether all have.
+    def _until_ends(tokens: Tensor, made: int, end: TextEnd, over: list[bool], pad: int) -> Tensor:
+        """The tokens up to where the last request ends, padded behind each end.
+
+        Args:
+            tokens: ``[requests, n]``, as they were drawn.
+            made: tokens of each request before them.
+            end: where each ends.
+            over: which have ended, which is brought up to date.
 
         Raises:
             InputError: if one of them could not be drawn.
         """
-        stopping = torch.isin(tokens, stops) & ~ended[:, None]
-        after = (stopping.cumsum(1) - stopping.long() > 0) | ended[:, None]
-        tokens = tokens.masked_fill(after, pad)
-        columns = (~(after | stopping)).any(0).sum()  # after which some request still runs
-        running, failed = torch.stack([columns, (tokens == FAILED).sum()]).tolist()  # the one look at the device
-        if failed:
-            check_drawn(tokens)
-        needed = min(running + 1, tokens.shape[1])
-        tokens, stopping = tokens[:, :needed], stopping[:, :needed]
-        ended = ended | stopping.any(1)
-        return tokens, ended, running < needed
+        lengths = []
+        for request, ids in enumerate(tokens.tolist()):  # the one look at the device
+            said = 0
+            if not over[request]:
+                said, over[request], _ = end.of(ids, made)
+                if FAILED in ids[:said]:
+                    check_drawn(tokens)
+            lengths.append(said)
+        needed = max(lengths) if all(over) else tokens.shape[1]
+        tokens = tokens[:, :needed]
+        if min(lengths) == needed:
+            return tokens
+        order = torch.arange(needed, device=tokens.device)
+        return tokens.masked_fill(order >= torch.tensor(lengths, device=tokens.device)[:, None], pad)
 
     def rewind(self, steps: int) -> None:
         """Leave torch's default generator as if the last chunk had ended after so many steps."""

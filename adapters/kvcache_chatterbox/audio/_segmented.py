@@ -1,9 +1,9 @@
 """Speech tokens to audio that comes in pieces: chunks that join without a click, segments with pauses between them."""
 
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from kvcache import InputError
 from kvcache_chatterbox.audio._chunking import Chunking, Cost, Listener, Pace
 from kvcache_chatterbox.audio._watermark import LATER, StreamMarker
+from kvcache_chatterbox.checks import check_pause
 from kvcache_chatterbox.units import FRAMES_PER_TOKEN, SAMPLE_RATE, SPEECH_TOKENS, TOKENS_PER_SECOND
 from kvcache_chatterbox.vocoder import LEAD, Noise, Run, SeededNoise, Vocoder
 from kvcache_chatterbox.voices import Voice
@@ -81,6 +82,33 @@ class AudioStream:
         return torch.cat([rest, held])
 
 
+@dataclass(frozen=True, eq=False)
+class Joints:
+    """What is between the segments of a text.
+
+    Attributes:
+        pause: seconds of silence between two segments.
+        joined: the segments continue one another: each is made together with the end of the one before. With ``pause=0``
+            they are faded into one another, as chunks of one segment are.
+        ending: tokens ``[n]`` behind each segment, or behind the last if they are joined; None: none.
+
+    Raises:
+        InputError: if `pause` is negative, not finite, or longer than ten minutes.
+    """
+
+    pause: float = 0.2
+    joined: bool = False
+    ending: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        check_pause(self.pause)
+
+    @property
+    def silence(self) -> Tensor:
+        """The pause ``[samples]``."""
+        return torch.zeros(round(self.pause * SAMPLE_RATE))
+
+
 class SegmentedAudio:
     """Turns the speech tokens of a text's segments, pushed in text order, into audio that joins without a click.
 
@@ -95,10 +123,7 @@ class SegmentedAudio:
             one's is that of all.
         chunking: how the tokens are cut; None makes each segment in one run.
         cost: what runs of the vocoder take, which streams share.
-        ending: tokens ``[n]`` behind each segment, or behind the last if they are joined; by default none.
-        pause: seconds of silence between two segments.
-        joined: the segments continue one another: each is made together with the end of the one before. With ``pause=0``
-            they are faded into one another, as chunks of one segment are.
+        joints: what is between the segments.
         marker: marks all audio before it is handed out, pauses too, as one signal; this stream's own.
         clock: seconds.
 
@@ -106,9 +131,6 @@ class SegmentedAudio:
         listener: who plays the audio as it comes.
         chunks: speech tokens of the vocoder's runs so far.
         marked_seconds: that the marker took so far.
-
-    Raises:
-        InputError: if `pause` is negative or not finite.
     """
 
     def __init__(
@@ -119,20 +141,16 @@ class SegmentedAudio:
         *,
         chunking: Chunking | None = None,
         cost: Cost | None = None,
-        ending: Tensor | None = None,
-        pause: float = 0.2,
-        joined: bool = False,
+        joints: Joints | None = None,
         marker: StreamMarker | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        if not 0 <= pause < math.inf:
-            raise InputError(f"pause={pause} must be a number of seconds, 0 or more")
         self._vocoder, self._voice, self._chunking = vocoder, voice, chunking
         self._noise = _unknown() if noise is None else noise
         self._stream: AudioStream | None = None
-        self._ending = ending
-        self._silence = torch.zeros(round(pause * SAMPLE_RATE))
-        self._joined, self._marker, self._clock = joined, marker, clock
+        joints = Joints() if joints is None else joints
+        self._ending, self._silence, self._joined = joints.ending, joints.silence, joints.joined
+        self._marker, self._clock = marker, clock
         self._index: int | None = None  # of the segment last heard
         self._pushed: Counter[int] = Counter()  # tokens of each segment, those that are no speech too
         self._waiting = torch.zeros(0, dtype=torch.long)

@@ -22,10 +22,10 @@ from kvcache.errors import said
 from kvcache.events import Event, emit
 from kvcache.tools import bytes_in
 from kvcache_chatterbox.audio._chunking import FIXED, Chunking, Cost
-from kvcache_chatterbox.audio._segmented import CONTEXT, SegmentedAudio
+from kvcache_chatterbox.audio._segmented import CONTEXT, Joints, SegmentedAudio
 from kvcache_chatterbox.audio._watermark import StreamMarker, Watermarker, check_watermarker, marked
 from kvcache_chatterbox.checks import check_language, check_path, without_autocast
-from kvcache_chatterbox.speech import LongText
+from kvcache_chatterbox.speech import LongText, speech_end
 from kvcache_chatterbox.text import VocoderBytes
 from kvcache_chatterbox.units import SPEECH_TOKENS
 from kvcache_chatterbox.upstream import beside, needed_beside
@@ -321,26 +321,24 @@ class Speaker:
         Args:
             voice: who speaks.
             watermark: mark the audio, as one signal, with the model's watermarker if it has one; see `StreamMarker`.
-            noise, chunking, pause, joined: see `SegmentedAudio`.
+            noise, chunking: see `SegmentedAudio`.
+            pause, joined: see `Joints`.
             cost: of runs of the vocoder; by default of this speaker's.
             vocoder: in place of this speaker's own.
 
         Raises:
-            InputError: if `pause` is negative or not finite, the vocoder cannot speak with the voice, or the model's watermarker
-                is none.
+            InputError: if the pause cannot be, the vocoder cannot speak with the voice, or the model's watermarker is none.
         """
+        joints = Joints(pause, joined, self._ending())
         own = self.checked(voice)
-        vocoder = own if vocoder is None else vocoder
         watermarker = self._watermarker(watermark)
         return SegmentedAudio(
-            vocoder,
+            own if vocoder is None else vocoder,
             voice,
             noise,
             chunking=chunking,
             cost=self.cost if cost is None else cost,
-            ending=self._ending(),
-            pause=pause,
-            joined=joined,
+            joints=joints,
             marker=None if watermarker is None else StreamMarker(watermarker, self._tts.sr),
         )
 
@@ -385,11 +383,10 @@ class Speaker:
         def in_order(index: int, tokens: int) -> Noise:
             utterance, t3 = text.utterances[index], self._tts.t3
             generator = utterance.generator()
-            # Upstream draws the one after the other. Its GPT-2 loop keeps the stop token, which is drawn, to itself.
-            drawn = tokens + (t3.is_gpt and tokens < utterance.max_new_tokens)
+            # Upstream draws the one after the other.
             if generator is not None and not utterance.sampling.greedy:
                 row = torch.empty(1, t3.speech_head.out_features, device=t3.device)
-                for _ in range(drawn):
+                for _ in range(speech_end(t3, utterance.max_new_tokens).drawn(tokens)):
                     row.exponential_(generator=generator)
             return UpstreamNoise(generator, t3.device, meanflow=self.meanflow)
 

@@ -1,10 +1,10 @@
 """Speech tokens of utterances on managed caches: one by one, or several together in a batch."""
 
 import dataclasses
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,47 +14,32 @@ from kvcache import (
     CacheReport,
     CapacityError,
     InputError,
-    KeepAll,
     KVCacheManager,
     Pinned,
-    PolicyError,
     SizePolicy,
     SpeakerCache,
     default_store,
 )
-from kvcache.cache import CacheSpec, PositionMode, chosen_by_head
-from kvcache.decoding import BackendName, Batch, Job, Programs, backend_on, check_bucket, chunked
+from kvcache.cache import CacheSpec
+from kvcache.decoding import Batch, Job, Programs, backend_on, chunked
 from kvcache.events import Event, emit
-from kvcache.models import Precision, check_kv_dtype, new_cache, reads_half_caches
+from kvcache.models import new_cache, reads_half_caches
 from kvcache.prefixes import check_prefix_cache
 from kvcache.prefixes.stores import Aside
-from kvcache_chatterbox.checks import autocast_on, check_count, check_seed, each_without_autocast
+from kvcache_chatterbox.checks import autocast_on, check_count, each_without_autocast
 from kvcache_chatterbox.prefill import check_text, condition, prefill
+from kvcache_chatterbox.speech._cache_needs import CacheNeeds
+from kvcache_chatterbox.speech._ending import CutOff, Ending
 from kvcache_chatterbox.speech._long_text import Carry, Watch, in_batch, unwatched
-from kvcache_chatterbox.speech._sampling import SamplingOptions, sampling_of
+from kvcache_chatterbox.speech._options import DecoderOptions
+from kvcache_chatterbox.speech._sampling import sampling_of
 from kvcache_chatterbox.speech._step_engine import Stepper, at_precision
 from kvcache_chatterbox.speech._token_loop import Decoder
-from kvcache_chatterbox.speech._utterance import CutOff, Utterance, rows_alone
-from kvcache_chatterbox.text import RowLayout, check_plan
-from kvcache_chatterbox.voices import Prepared, Reuse, Voice, VoiceReuse
+from kvcache_chatterbox.speech._utterance import Utterance, UtteranceFields, UtteranceOptions, rows_alone
+from kvcache_chatterbox.text import RowLimits
+from kvcache_chatterbox.voices import Prepared, Voice, VoiceReuse
 
-
-def _check_policy(policy: SizePolicy | None) -> None:
-    """Refuse what the engine cannot follow in every layer and step alike.
-
-    Raises:
-        PolicyError: for a list of policies, or one that ranks.
-    """
-    if policy is not None and not isinstance(policy, SizePolicy):
-        raise PolicyError(
-            f"policy={policy!r}: the engine keeps the same tokens in all layers; give one SizePolicy, such as "
-            "SlidingWindow(500)"
-        )
-    if policy is not None and chosen_by_head(policy):
-        raise PolicyError(
-            f"{policy!r} chooses tokens by head, which the engine does not; use a policy by age, such as "
-            "SlidingWindow(500) or MaxTokens(500)"
-        )
+_MOST = 1000  # speech tokens of an utterance that is not told how many
 
 
 class UtteranceDecoder:
@@ -62,50 +47,37 @@ class UtteranceDecoder:
 
     Args:
         t3: upstream's.
-        policy, max_cache_length, positions, double_bos, speakers, reuse, onednn, backend, precision, kv_dtype, tf32,
-            bucket: see `ChatterboxEngine`.
+        options: how it decodes.
+        speakers: see `ChatterboxEngine`.
+
+    Attributes:
+        options: as given.
+        enabled: False recomputes everything at every token: the same tokens, slowly; the reference that caches are measured
+            against.
     """
 
-    def __init__(
-        self,
-        t3: Any,
-        policy: SizePolicy | None,
-        max_cache_length: int,
-        *,
-        positions: PositionMode,
-        double_bos: bool,
-        speakers: SpeakerCache | None,
-        reuse: Reuse,
-        onednn: bool,
-        backend: BackendName | Literal["auto", "off"],
-        precision: Precision | None,
-        kv_dtype: torch.dtype | None,
-        tf32: bool,
-        bucket: int,
-    ) -> None:
-        if reuse not in ("all", "conditioning", "none"):
-            raise InputError(f"reuse={reuse!r} must be 'all', 'conditioning' or 'none'")
-        check_bucket(bucket)
-        _check_policy(policy)
+    def __init__(self, t3: Any, options: DecoderOptions, speakers: SpeakerCache | None) -> None:
         check_prefix_cache(speakers)
-        check_kv_dtype(kv_dtype)
-        backend = backend_on(backend, t3.device)
+        backend = backend_on(options.backend, t3.device)
+        precision, kv_dtype = options.precision, options.kv_dtype
+        self.options = options
         self.t3 = t3 if precision is None else at_precision(t3, precision)
-        self.double_bos = double_bos
-        self.onednn = onednn
         self.speakers = SpeakerCache(default_store(self.t3.device)) if speakers is None else speakers
-        self._reuse = None if reuse == "none" else VoiceReuse(self.t3, self.speakers, reuse)
+        self._reuse = None if options.reuse == "none" else VoiceReuse(self.t3, self.speakers, options.reuse)
         self.enabled = True
-        self._manager = KVCacheManager(self.t3.tfmr, policy, max_cache_length, positions=positions)
+        self._manager = KVCacheManager(
+            self.t3.tfmr, options.policy, options.max_cache_length, positions=options.positions
+        )
         self._last = CacheReport(())
-        self._bucket = bucket
-        self._captures = backend not in ("eager", "off")
         if kv_dtype is None and precision in ("bf16", "int8") and reads_half_caches():
             kv_dtype = torch.bfloat16
         self._programs = Programs()
         self._engine: Stepper | None = None
+        self._captures = backend not in ("eager", "off")
         if backend != "off":
-            self._engine = Stepper(self.t3, backend, kv_dtype, tf32, precision, onednn, bucket, self._programs)
+            self._engine = Stepper(
+                self.t3, backend, kv_dtype, options.tf32, precision, options.onednn, options.bucket, self._programs
+            )
             if (reason := self._why_not) is not None:
                 emit(Event("fell_back", f"{backend} to the token loop", reason=reason))
 
@@ -123,6 +95,11 @@ class UtteranceDecoder:
         """What decodes whole steps, if the model can as it is now."""
         return self._engine if self._why_not is None else None
 
+    @property
+    def needs(self) -> CacheNeeds:
+        """What utterances take of a cache."""
+        return CacheNeeds(self.t3, self.options, self._manager, self._stepper, self._captures)
+
     def __repr__(self) -> str:
         decodes = "the token loop" if self._stepper is None else "the decode engine"
         limit = self._manager.max_cache_length
@@ -133,16 +110,7 @@ class UtteranceDecoder:
     @property
     def policy(self) -> SizePolicy:
         """Which speech tokens stay."""
-        policy = self._manager.policy
-        return policy if isinstance(policy, SizePolicy) else KeepAll()
-
-    def enable_kv_cache(self) -> None:
-        """Use caches again (the default)."""
-        self.enabled = True
-
-    def disable_kv_cache(self) -> None:
-        """Recompute everything at every token: the same tokens, slowly; the reference that caches are measured against."""
-        self.enabled = False
+        return self.options.kept
 
     def report(self) -> CacheReport:
         """The account of the last request's cache, as of its last chunk."""
@@ -159,35 +127,39 @@ class UtteranceDecoder:
         self,
         voice: Voice,
         text_tokens: Tensor,
+        options: UtteranceOptions | None = None,
         *,
-        exaggeration: float | None = None,
-        max_new_tokens: int = 1000,
-        seed: int | None = None,
         reused: bool = True,
-        **sampling: Unpack[SamplingOptions],
+        **fields: Unpack[UtteranceFields],
     ) -> Utterance:
-        """One text ``[tokens]`` or ``[1, tokens]`` in one voice, checked. See `inference_stream`.
+        """One text ``[tokens]`` or ``[1, tokens]`` in one voice, checked.
+
+        Args:
+            voice: who speaks.
+            text_tokens: see `ChatterboxEngine.inference_stream`.
+            options: how it is spoken; or give its fields as keywords.
+            reused: whether what is known of the voice is used.
 
         Raises:
             InputError: if it cannot be said.
         """
-        options = sampling_of(self.t3.is_gpt, sampling)
-        if self.t3.is_gpt and options.cfg_weight > 0:
-            raise InputError(f"cfg_weight={options.cfg_weight}: the GPT-2 variants have no guidance; leave it out")
-        check_count("max_new_tokens", max_new_tokens)
-        check_seed(seed)
-        text = check_text(self.t3, text_tokens, guided=options.cfg_weight > 0)
+        if options is not None and fields:
+            raise InputError(f"options and {', '.join(fields)} are given; give the one or the others")
+        options = UtteranceOptions.of(fields) if options is None else options
+        sampling = sampling_of(self.t3.is_gpt, options.sampling)
+        if self.t3.is_gpt and sampling.cfg_weight > 0:
+            raise InputError(f"cfg_weight={sampling.cfg_weight}: the GPT-2 variants have no guidance; leave it out")
+        most = _MOST if options.max_new_tokens is None else options.max_new_tokens
+        text = check_text(self.t3, text_tokens, guided=sampling.cfg_weight > 0)
         positions = self.t3.speech_pos_emb
-        if positions is not None and max_new_tokens >= (longest := positions.emb.num_embeddings):
-            raise InputError(
-                f"max_new_tokens={max_new_tokens}: the model learned {longest} speech positions; ask for fewer"
-            )
-        if exaggeration is not None:
-            voice = voice.with_emotion(exaggeration)
+        if positions is not None and most >= (longest := positions.emb.num_embeddings):
+            raise InputError(f"max_new_tokens={most}: the model learned {longest} speech positions; ask for fewer")
+        if options.exaggeration is not None:
+            voice = voice.with_emotion(options.exaggeration)
         if autocast_on(self.t3):
             reason = "an engine computes in its model's precision or the one it was given; give precision='bf16' for that speed"
             emit(Event("fell_back", "autocast to the engine's own precision", reason=reason))
-        return Utterance(voice, text[:1], options, max_new_tokens, seed, reused)
+        return Utterance(voice, text[:1], sampling, most, options.seed, reused)
 
     def job(self, utterance: Utterance) -> Job:
         """An utterance for a batch of `batch`; where the model can be guided it has two rows, whatever its weight.
@@ -234,9 +206,13 @@ class UtteranceDecoder:
 
     def slots(self, utterance: Utterance) -> int:
         """Slots of cache that an utterance needs in each of its rows in a batch."""
-        conditioning = self._conditioning(utterance.voice, utterance.reused).shape[1]
-        before = int(conditioning + utterance.text.shape[1] + self._overhead)
-        return self._slots_taken(before, utterance.max_new_tokens, self._rows_together)
+        needs = self.needs
+        before = self.voice_tokens(utterance.voice, utterance.reused) + utterance.text.shape[1] + needs.overhead
+        return needs.taken(before, utterance.max_new_tokens, needs.rows)
+
+    def voice_tokens(self, voice: Voice, reused: bool = True) -> int:
+        """Tokens that a voice is, at the beginning of each of its utterances."""
+        return int(self._conditioning(voice, reused).shape[1])
 
     def room(self, max_rows: int, slots: int | None = None, memory_budget: int | str | None = None) -> tuple[int, int]:
         """Slots and places of a batch that any utterance fits, within a budget.
@@ -251,18 +227,7 @@ class UtteranceDecoder:
             CapacityError: if the budget does not hold one place.
         """
         self._batched()
-        check_count("max_rows", max_rows)
-        slots = self._manager.max_cache_length if slots is None else slots
-        assert slots is not None
-        check_count("slots", slots)
-        one = slots * self._token_bytes * self._rows_together
-        memory_budget = check_plan(max_rows, None, memory_budget)
-        if memory_budget is not None and memory_budget < one:
-            raise CapacityError(
-                f"one row of {slots} tokens takes {one / 2**20:.1f} MiB of KV cache, memory_budget is "
-                f"{memory_budget / 2**20:.1f} MiB; raise it, or lower max_cache_length"
-            )
-        return slots, max_rows if memory_budget is None else min(max_rows, memory_budget // one)
+        return self.needs.room(RowLimits(max_rows, memory_budget), slots)
 
     @property
     def batches(self) -> bool:
@@ -280,12 +245,7 @@ class UtteranceDecoder:
     # ------------------------------------------------------------------ inside
 
     def _tokens(
-        self,
-        utterance: Utterance,
-        chunk_size: int,
-        use_kv_cache: bool = True,
-        slots: int | None = None,
-        cut_off: CutOff | None = None,
+        self, utterance: Utterance, chunk_size: int, slots: int | None = None, cut_off: CutOff | None = None
     ) -> Iterator[Tensor]:
         """The speech tokens of one utterance, in chunks ``[1, n]``, each reported before it is given.
 
@@ -294,18 +254,17 @@ class UtteranceDecoder:
             cut_off: of the text that it belongs to.
         """
         check_count("chunk_size", chunk_size)
-        rows, caching = rows_alone(utterance.sampling), self.enabled and use_kv_cache
-        generator = utterance.generator()
-        decoder, cache = self._decoder(utterance, rows, generator, caching, slots)
-        stepper = self._stepper
+        rows, generator = rows_alone(utterance.sampling), utterance.generator()
+        decoder, cache = self._decoder(utterance, rows, generator, self.enabled, slots)
+        ending, stepper = decoder.ending, self._stepper
         if stepper is None or cache is None:
             chunks = self._reported(chunked(decoder.tokens(), chunk_size), cache)
         else:
             exactly = slots is not None
             if slots is None:
-                slots = self._slots_taken(decoder.prefix, utterance.max_new_tokens, rows)
+                slots = self.needs.taken(decoder.prefix, utterance.max_new_tokens, rows)
             chunks = self._stepped(stepper, decoder, cache, utterance, chunk_size, generator, slots, exactly)
-        watched = self._watched(chunks, utterance, CutOff() if cut_off is None else cut_off)
+        watched = self._watched(chunks, ending, CutOff() if cut_off is None else cut_off)
         return each_without_autocast(self.t3, watched)
 
     def _decoder(
@@ -323,7 +282,7 @@ class UtteranceDecoder:
         """
         reuse = self._reuse_now(utterance.reused)
         text = utterance.text.expand(rows, -1)
-        request = prefill(self.t3, self._conditioning(utterance.voice, utterance.reused), text, self.double_bos)
+        request = prefill(self.t3, self._conditioning(utterance.voice, utterance.reused), text, self.options.double_bos)
         total = utterance.max_new_tokens
         slots = slots if self._stepper is None else None
         cache = self._new_cache(request.embeds, total, slots) if caching else None
@@ -331,7 +290,7 @@ class UtteranceDecoder:
         if cache is not None and reuse is not None:
             known = utterance.known or (None if utterance.voice.kept else reuse.passing)
             start = partial(reuse.start, known=known)
-        return Decoder(self.t3, request, utterance.sampling, total, cache, generator, start, self.onednn), cache
+        return Decoder(self.t3, request, utterance.sampling, total, cache, generator, start, self.options.onednn), cache
 
     def _reuse_now(self, reused: bool) -> VoiceReuse | None:
         """What is known of voices, where the model as it is now lets it be used: else all of a request is run."""
@@ -340,54 +299,6 @@ class UtteranceDecoder:
     def _conditioning(self, voice: Voice, reused: bool) -> Tensor:
         reuse = self._reuse_now(reused)
         return condition(self.t3, voice.t3) if reuse is None else reuse.condition(voice.t3)
-
-    @property
-    def _overhead(self) -> int:
-        """Start-of-speech tokens behind the text."""
-        return 2 if self.double_bos and not self.t3.is_gpt else 1
-
-    @property
-    def _rows_together(self) -> int:
-        """Cache rows of an utterance in a batch: two where the model can be guided, whatever its weight."""
-        return 1 if self.t3.is_gpt else 2
-
-    @property
-    def _token_bytes(self) -> int:
-        """Of one token in one cache row, over all layers."""
-        stepper = self._stepper
-        return self._manager.geometry.token_bytes if stepper is None else stepper.token_bytes
-
-    def _layout(self, rows: int, slots_of: Callable[[int, int, int], int]) -> RowLayout:
-        """How a segment lies in so many rows of a cache."""
-        return RowLayout(
-            rows,
-            self._token_bytes if self.enabled else 0,
-            lambda before, most: slots_of(before, most, rows),
-            lambda before: self._pinned_twice(before, rows) if self.enabled else 0,
-        )
-
-    def _pinned_twice(self, before: int, rows: int) -> int:
-        """Bytes of the keys that re-rotated positions keep besides, as they were before they were turned."""
-        if self._manager.positions != "rerotated" or not self.policy.evicts:
-            return 0
-        geometry = self._manager.geometry
-        keys = sum(geometry.of(layer).layer_token_bytes[0] for layer in range(geometry.layers))
-        return rows * keys * Pinned(before, self.policy).pinned
-
-    def _slots_needed(self, before: int, total: int, rows: int) -> int:
-        """Slots of a row with so many tokens before the speech and so many of it, or what the policy keeps of them."""
-        token, twice = self._manager.geometry.token_bytes * rows, self._pinned_twice(before, rows)
-        policy = Pinned(before, self.policy).resolve(token, twice, self._manager.max_cache_length)
-        return before + total - 1 if policy.limit is None else policy.limit  # the last token drawn is never run
-
-    def _slots_taken(self, before: int, total: int, rows: int) -> int:
-        """The same; in steps where steps of the decode are captured or compiled, which then serve other texts, too."""
-        needed = self._slots_needed(before, total, rows)
-        most = self._manager.max_cache_length
-        captures = self._captures and self._stepper is not None
-        if not captures or self.policy.evicts or most is None or needed > most:
-            return needed
-        return min(-(-needed // self._bucket) * self._bucket, most)
 
     def _in_order(
         self,
@@ -463,22 +374,17 @@ class UtteranceDecoder:
         slots: int,
         exactly: bool,
     ) -> Generator[Tensor, None, None]:
-        sampling, total = utterance.sampling, utterance.max_new_tokens
-        chunks = stepper.chunks(decoder.prefill(), cache, sampling, total, size, generator, slots, exactly)
+        sampling, ending = utterance.sampling, decoder.ending
+        chunks = stepper.chunks(decoder.prefill(), cache, sampling, ending, size, generator, slots, exactly)
         del decoder, cache  # what was prefilled is copied, and would take its memory twice while this decodes
         for chunk, report in chunks:
             self._last = report
             yield chunk
 
-    def _watched(
-        self, chunks: Iterator[Tensor], utterance: Utterance, cut_off: CutOff
-    ) -> Generator[Tensor, None, None]:
+    def _watched(self, chunks: Iterator[Tensor], ending: Ending, cut_off: CutOff) -> Generator[Tensor, None, None]:
         """The chunks; where they come to the utterance's most tokens without an end, that is told and reported."""
-        said, total, stop = 0, utterance.max_new_tokens, self.t3.hp.stop_speech_token
         for chunk in chunks:
-            said += chunk.shape[1]
-            # The GPT-2 loop keeps its stop token to itself: what has said all that it may has not ended.
-            if said == total and (self.t3.is_gpt or int(chunk[0, -1]) != stop):
-                cut_off.tell(total)
+            if ending.cut_off:
+                cut_off.tell(ending.end.most)
             self._last = dataclasses.replace(self._last, cut_off=tuple(cut_off.found))
             yield chunk

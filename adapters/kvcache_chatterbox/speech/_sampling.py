@@ -1,7 +1,8 @@
 """From logits to the next speech token, with the processors and the order of upstream's two loops."""
 
+from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from typing_extensions import TypedDict
 from kvcache import InputError
 from kvcache.decoding import Sampling
 from kvcache.errors import check_whole
-from kvcache_chatterbox.checks import check_number
+from kvcache_chatterbox.checks import check_names, check_number
 
 _LARGEST_K = 2**63 - 1  # what a tensor of whole numbers holds
 OPTIONS = tuple(field.name for field in fields(Sampling))
@@ -35,22 +36,35 @@ class SamplingOptions(TypedDict, total=False):
     cfg_weight: float
 
 
-def sampling_of(is_gpt: bool, options: SamplingOptions) -> Sampling:
-    """The defaults of upstream's `T3.inference` or `inference_turbo`, with `options` in their place where given.
+def check_sampling(options: Mapping[str, Any]) -> SamplingOptions:
+    """The options as the numbers that they are.
 
     Raises:
-        InputError: for what is no finite number, or out of its range.
+        InputError: for an unknown one, what is no finite number, or one out of its range.
     """
+    if not isinstance(options, Mapping):
+        raise InputError(f"sampling={options!r:.80} must be SamplingOptions, such as {{'temperature': 0.8}}")
+    check_names(options, OPTIONS, "sampling")
     given: dict[str, Any] = dict(options)
     for name, value in given.items():
         if name == "top_k":
             check_whole(name, value, 0)
             if value > _LARGEST_K:
                 raise InputError(f"top_k={value} must be at most {_LARGEST_K}; 0 keeps all tokens")
-        elif name in OPTIONS:
+        else:
             given[name] = check_number(name, value)
+    replace(Sampling(), **given)  # which knows the ranges
+    return cast(SamplingOptions, given)
+
+
+def sampling_of(is_gpt: bool, options: SamplingOptions) -> Sampling:
+    """The defaults of upstream's `T3.inference` or `inference_turbo`, with `options` in their place where given.
+
+    Raises:
+        InputError: as `check_sampling`.
+    """
     upstream = Sampling(top_k=1000) if is_gpt else Sampling(min_p=0.05, cfg_weight=0.5)
-    return replace(upstream, **given)
+    return replace(upstream, **check_sampling(options))
 
 
 def order(is_gpt: bool) -> tuple[str, ...]:

@@ -36,6 +36,7 @@ from kvcache.models import (
     structural_copy,
 )
 from kvcache_chatterbox.speech._alignment import AlignmentCheck
+from kvcache_chatterbox.speech._ending import Ending, speech_end
 from kvcache_chatterbox.speech._sampling import order
 
 
@@ -158,24 +159,22 @@ class Stepper:
             sampling, generator: how tokens are drawn.
             total: the most tokens.
         """
-        hp, is_gpt = self._t3.hp, self._t3.is_gpt
+        hp, end = self._t3.hp, speech_end(self._t3, total)
 
         def layers() -> tuple[Tensor, Any]:
             logits, cache = prefill()
             return logits, kv_layers(cache)
 
-        # Upstream's GPT-2 loop keeps its stop token to itself, speaks one that comes first, and penalizes the start token
-        # only as long as there is nothing else.
         return Job(
             layers,
             sampling,
             generator,
-            total,
-            ends=[hp.stop_speech_token],
+            end.most,
+            ends=end.tokens,
             seen=torch.tensor([hp.start_speech_token]),
-            first_may_end=not is_gpt,
-            reset_penalty_after_first=is_gpt,
-            include_stop_token=not is_gpt,
+            first_may_end=end.first_may_end,
+            reset_penalty_after_first=self._t3.is_gpt,  # the start token counts only as long as there is nothing else
+            include_stop_token=end.include_stop_token,
         )
 
     def decoding(self, requests: int, rows: int, slots: int) -> Decoding:
@@ -213,7 +212,7 @@ class Stepper:
         logits: Tensor,
         cache: Any,
         sampling: Sampling,
-        total: int,
+        ending: Ending,
         size: int,
         generator: torch.Generator | None,
         slots: int,
@@ -225,13 +224,13 @@ class Stepper:
             logits: of its prefill's last position, ``[rows, vocabulary]``.
             cache: what was prefilled.
             sampling, generator: how tokens are drawn.
-            total: the most tokens.
+            ending: of the request, which has said nothing yet.
             size: tokens in a chunk.
             slots: of the static cache: as many as the request needs, or more.
             exactly: so many; False also takes what waits from an earlier request and has more.
         """
         layers = kv_layers(cache)
-        t3, rows = self._t3, logits.shape[0]
+        t3, rows, end = self._t3, logits.shape[0], ending.end
 
         def make(slots: int) -> Decoding:
             return self.decoding(1, rows, slots)
@@ -244,14 +243,10 @@ class Stepper:
             if t3.is_gpt:  # penalizes the start token only as long as there is nothing else
                 decoding.sampler.begin(0, first)
             del cache, layers
-            stop, spoken = t3.hp.stop_speech_token, 0
-            for chunk in decoding.chunks(total, size, [stop], first_may_end=not t3.is_gpt):
-                # Upstream's GPT-2 loop keeps its stop token to itself, and speaks one that comes first.
-                last = spoken + chunk.shape[1] - 1
-                ends = t3.is_gpt and last > 0 and int(chunk[0, -1]) == stop
-                spoken = last + 1
-                if chunk.shape[1] > ends:
-                    yield chunk[:, : chunk.shape[1] - ends], decoding.report()
+            for chunk in decoding.chunks(end.most, size, end.tokens, first_may_end=end.first_may_end):
+                said = ending.take(chunk[0])
+                if said.numel():
+                    yield said[None], decoding.report()
 
 
 def _why_not(t3: Any) -> str | None:

@@ -13,6 +13,7 @@ from kvcache.models import cache_kwarg, onednn_linear
 from kvcache_chatterbox.checks import without_autocast
 from kvcache_chatterbox.prefill import Prefill, embed_speech
 from kvcache_chatterbox.speech._alignment import AlignmentCheck
+from kvcache_chatterbox.speech._ending import Ending, speech_end
 from kvcache_chatterbox.speech._sampling import draw, processors
 from kvcache_chatterbox.voices import FirstPass
 
@@ -29,6 +30,10 @@ class Decoder:
         generator: of the draws; None takes torch's global one, as upstream does.
         start: prefills the request into the cache, from what is known of its voice; None runs all of it.
         onednn: let oneDNN multiply where it is faster, see `kvcache.models.onednn_linear`.
+
+    Attributes:
+        prefix: tokens before the speech.
+        ending: how near its end the request is.
     """
 
     def __init__(
@@ -49,25 +54,22 @@ class Decoder:
         self._cache = cache
         self._generator = generator
         self._pending = request.embeds  # what the next forward pass runs
-        self.prefix = request.embeds.shape[1]  # tokens before the speech
+        self.prefix = request.embeds.shape[1]
         self._start = None if start is None else partial(start, request, cache)
         self._onednn = onednn
         self._alignment = AlignmentCheck(t3, request.text) if AlignmentCheck.wanted(t3) else None
+        self.ending = Ending(speech_end(t3, max_new_tokens))
         self._ids = torch.full((1, max_new_tokens + 1), t3.hp.start_speech_token, device=t3.device)
 
     def tokens(self) -> Iterator[Tensor]:
-        """The speech tokens ``[1]`` as they are drawn.
-
-        Upstream's Llama loop returns the stop token too. Its GPT-2 loop does not, and does not look for it in the first
-        token: a model that begins with it goes on.
-        """
-        for made in range(self._ids.shape[1] - 1):
+        """The speech tokens ``[1]`` as they are drawn, up to the utterance's `ending`."""
+        for made in range(self.ending.end.most):
             with without_autocast(self._t3):
                 token = self._step(made)
-            stop = int(token) == self._t3.hp.stop_speech_token and not (self._t3.is_gpt and made == 0)
-            if not (stop and self._t3.is_gpt):
-                yield token.reshape(1)
-            if stop:
+            said = self.ending.take(token.reshape(1))
+            if said.numel():
+                yield said
+            if self.ending.over:
                 return
 
     # Decorated here and not around the loop: a suspended generator would leave its caller in inference mode.

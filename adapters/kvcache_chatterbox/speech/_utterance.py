@@ -3,17 +3,73 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from kvcache import PrefixKey, PrefixSnapshot
 from kvcache.decoding import Sampling
-from kvcache.events import Event, emit
+from kvcache_chatterbox.checks import check_count, check_names, check_number, check_seed
+from kvcache_chatterbox.speech._sampling import OPTIONS, SamplingOptions, check_sampling
 from kvcache_chatterbox.units import SPEECH_TOKENS
 from kvcache_chatterbox.voices import Voice
 
 _TAIL = 50  # two seconds
+
+
+class UtteranceFields(SamplingOptions, total=False):
+    """The fields of `UtteranceOptions` as keywords, those of its `sampling` among them."""
+
+    max_new_tokens: int | None
+    exaggeration: float | None
+    seed: int | None
+
+
+@dataclass(frozen=True)
+class UtteranceOptions:
+    """How the speech of a text is made.
+
+    Attributes:
+        max_new_tokens: speech tokens at most; 25 are a second. None: 1000 of bare tokens; of a text that becomes audio
+            upstream's own number for one segment, and of each of several three times as many as it will probably take.
+        exaggeration: emotion; None: as the voice has it.
+        seed: of the draws; None draws from torch's global generator. Of several texts or segments each further one has the
+            next number.
+        sampling: what is to be other than upstream has it for the model and the method.
+
+    Raises:
+        InputError: for a value that cannot be.
+    """
+
+    max_new_tokens: int | None = None
+    exaggeration: float | None = None
+    seed: int | None = None
+    sampling: SamplingOptions = field(default_factory=SamplingOptions, hash=False)
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens is not None:
+            check_count("max_new_tokens", self.max_new_tokens)
+        if self.exaggeration is not None:
+            object.__setattr__(self, "exaggeration", check_number("exaggeration", self.exaggeration))
+        check_seed(self.seed)
+        object.__setattr__(self, "sampling", check_sampling(self.sampling))
+
+    @classmethod
+    def of(cls, fields: UtteranceFields) -> Self:
+        """The options that keywords stand for.
+
+        Raises:
+            InputError: for an unknown keyword, or a value that cannot be.
+        """
+        check_names(fields, UTTERANCE_FIELDS, "a text to be spoken")
+        sampling = {name: value for name, value in fields.items() if name in OPTIONS}
+        others: dict[str, Any] = {name: value for name, value in fields.items() if name not in OPTIONS}
+        return cls(**others, sampling=cast(SamplingOptions, sampling))
+
+
+UTTERANCE_FIELDS = frozenset(UtteranceFields.__optional_keys__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,31 +114,6 @@ class Utterance:
         t3 = copy.copy(self.voice.t3)
         t3.cond_prompt_speech_tokens = torch.cat([prompt[:, : prompt.shape[1] - len(tail)], tail[None]], 1)
         return replace(self, voice=Voice(t3, self.voice.gen), reused=False)
-
-
-@dataclass
-class CutOff:
-    """Which segments of a text have come to their most tokens without an end, told as it happens.
-
-    Attributes:
-        segment: which one decodes.
-        found: those that were cut off.
-    """
-
-    segment: int = 0
-    found: list[int] = field(default_factory=list)
-
-    def tell(self, tokens: int, segment: int | None = None) -> None:
-        """A segment, by default the one that decodes, has said so many tokens, all that it may."""
-        segment = self.segment if segment is None else segment
-        self.found.append(segment)
-        tell_cut_off(segment, tokens)
-
-
-def tell_cut_off(segment: int, tokens: int) -> None:
-    """Emit the event that a segment has said so many tokens, all that it may, and has not come to its end."""
-    reason = "no stop token came within max_new_tokens: give more, or shorter segments, or look at the text"
-    emit(Event("cut_off", f"segment {segment}", {"segment": segment, "tokens": tokens}, reason))
 
 
 def rows_alone(sampling: Sampling) -> int:

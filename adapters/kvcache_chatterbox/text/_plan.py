@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvcache import CapacityError, InputError
+from kvcache.errors import check_whole
 from kvcache.io import parse_bytes, printable
 from kvcache_chatterbox.text._pace import CHARACTERS_PER_SECOND, seconds
 from kvcache_chatterbox.text._segments import Segment, primary_language
@@ -159,6 +160,52 @@ class LongTextPlan:
 
 
 @dataclass(frozen=True)
+class RowLimits:
+    """How many segments of a text may decode together.
+
+    Attributes:
+        max_rows: segments at once at most; with guidance each takes two rows of the cache.
+        memory_budget: bytes that their cache may take, or ``"200MiB"``; fewer segments at once where not all fit. None: no limit.
+
+    Raises:
+        InputError, PolicyError: for a number that cannot be used, or words that are no size.
+    """
+
+    max_rows: int = 8
+    memory_budget: int | str | None = None
+
+    def __post_init__(self) -> None:
+        check_whole("max_rows", self.max_rows, 1)
+        budget = self.memory_budget
+        if isinstance(budget, str):
+            parse_bytes(budget)
+        elif budget is not None and type(budget) is not int:
+            raise InputError(f"memory_budget={budget!r} must be a number of bytes, or a size such as '200MiB'")
+
+    @property
+    def bytes(self) -> int | None:
+        """The budget as a number of bytes; None without one."""
+        return parse_bytes(self.memory_budget) if isinstance(self.memory_budget, str) else self.memory_budget
+
+
+@dataclass(frozen=True)
+class TokenRoom:
+    """What a model has room for, and what of it a segment takes beside its text.
+
+    Attributes:
+        prefix: voice tokens before the text.
+        overhead: start-of-speech tokens behind the text, 1 or 2.
+        longest: speech tokens that the model has positions for; None: any number.
+        max_length: tokens that a cache row may hold; None: any number.
+    """
+
+    prefix: int
+    overhead: int
+    longest: int | None = None
+    max_length: int | None = None
+
+
+@dataclass(frozen=True)
 class RowLayout:
     """How one segment lies in the cache that decodes it.
 
@@ -181,16 +228,10 @@ def make_plan(
     text_tokens: Sequence[int],
     *,
     language: str | None,
-    prefix: int,
-    overhead: int,
-    token_bytes: int,
-    guided: bool,
-    max_rows: int,
-    memory_budget: int | str | None,
     max_new_tokens: int | None,
-    longest: int | None,
-    max_length: int | None,
-    slots_of: Callable[[int, int], int] | None = None,
+    limits: RowLimits,
+    room: TokenRoom,
+    together: RowLayout,
     alone: RowLayout | None = None,
 ) -> LongTextPlan:
     """Plan the segments of a text: what each takes, and how many decode together.
@@ -199,45 +240,30 @@ def make_plan(
         segments: from `split`.
         text_tokens: how many tokens each segment is for the model, start and stop included.
         language: of the text, as for `split`.
-        prefix: voice tokens before the text.
-        overhead: start-of-speech tokens behind the text, 1 or 2.
-        token_bytes, guided, slots_of: of segments that decode together, see `RowLayout`; with guidance each runs two rows.
-        max_rows: segments at once at most.
-        memory_budget: bytes that the cache may take, or ``"200MiB"``; None: no limit.
         max_new_tokens: speech tokens of each segment at most; None: three times the predicted and two seconds more,
-            at most 1000 and at most `longest`.
-        longest: speech tokens that the model has positions for; None: any number.
-        max_length: tokens that a cache row may hold; None: any number.
+            at most 1000 and at most ``room.longest``.
+        limits: of the segments at once.
+        room: that the model has.
+        together: of a segment that decodes beside others.
         alone: of a segment that decodes by itself; by default as together.
 
     Raises:
-        InputError: if a number cannot be used, or a segment is predicted to take more speech than the model can make.
-        CapacityError: if one segment does not fit into `memory_budget` or `max_length`.
+        InputError: if a segment is predicted to take more speech than the model can make.
+        CapacityError: if one segment does not fit into the budget or ``room.max_length``.
     """
     if not segments or len(segments) != len(text_tokens):
         raise InputError(
             f"{len(segments)} segments with {len(text_tokens)} numbers of text tokens; give one for each of at least one"
         )
-    budget = check_plan(max_rows, max_new_tokens, memory_budget)
-    together = RowLayout(2 if guided else 1, token_bytes)
-    together = together if slots_of is None else dataclasses.replace(together, slots=slots_of)
+    if max_new_tokens is not None:
+        check_whole("max_new_tokens", max_new_tokens, 1)
     planned = [
-        _planned(i, segment, tokens, language, max_new_tokens, longest)
+        _planned(i, segment, tokens, language, max_new_tokens, room.longest)
         for i, (segment, tokens) in enumerate(zip(segments, text_tokens, strict=True))
     ]
-    rows, layout = min(len(segments), max_rows), together
-    if rows > 1 and budget is not None:
-        rows = min(rows, budget // max(1, _taken(planned, together, prefix, overhead, max_length)[1]))
-    if rows <= 1:
-        rows, layout = 1, together if alone is None else alone
-    slots, row_bytes = _taken(planned, layout, prefix, overhead, max_length)
-    if budget is not None and budget < row_bytes:
-        raise CapacityError(
-            f"one segment takes {_mib(row_bytes)} of KV cache ({layout.rows} x {slots} slots), memory_budget is "
-            f"{_mib(budget)}; raise memory_budget, or lower segment_characters or max_new_tokens"
-        )
+    rows, layout, slots, row_bytes = _arranged(planned, limits, room, together, alone)
     spans = [segment.text_tokens + segment.predicted for segment in planned]
-    fixed = prefix + overhead - 1
+    fixed, budget = room.prefix + room.overhead - 1, limits.bytes
     return LongTextPlan(
         segments=tuple(planned),
         rows=rows,
@@ -245,7 +271,7 @@ def make_plan(
         slots=slots,
         kv_bytes=rows * row_bytes,
         row_bytes=row_bytes,
-        prefix=prefix,
+        prefix=room.prefix,
         attention=sum(span**2 for span in spans) / sum(spans) ** 2,
         kv_share=(fixed + max(spans)) / (fixed + sum(spans)),
         memory_budget=budget,
@@ -253,24 +279,27 @@ def make_plan(
     )
 
 
-def check_plan(max_rows: int, max_new_tokens: int | None, memory_budget: int | str | None) -> int | None:
-    """The budget in bytes; None without one.
+def _arranged(
+    planned: Sequence[SegmentPlan], limits: RowLimits, room: TokenRoom, together: RowLayout, alone: RowLayout | None
+) -> tuple[int, RowLayout, int, int]:
+    """How many segments decode together, how each lies in the cache, and the slots of a row and the bytes of a segment then.
 
     Raises:
-        InputError: for a number that cannot be used.
+        CapacityError: if one does not fit.
     """
-    for name, value in (("max_rows", max_rows), ("max_new_tokens", max_new_tokens)):
-        if value is None and name == "max_new_tokens":
-            continue
-        if type(value) is not int:
-            raise InputError(f"{name}={value!r} must be a whole number of at least 1")
-        if value < 1:
-            raise InputError(f"{name} must be at least 1, got {value}")
-    if isinstance(memory_budget, str):
-        return parse_bytes(memory_budget)
-    if memory_budget is not None and type(memory_budget) is not int:
-        raise InputError(f"memory_budget={memory_budget!r} must be a number of bytes, or a size such as '200MiB'")
-    return memory_budget
+    budget = limits.bytes
+    rows, layout = min(len(planned), limits.max_rows), together
+    if rows > 1 and budget is not None:
+        rows = min(rows, budget // max(1, _taken(planned, together, room)[1]))
+    if rows <= 1:
+        rows, layout = 1, together if alone is None else alone
+    slots, row_bytes = _taken(planned, layout, room)
+    if budget is not None and budget < row_bytes:
+        raise CapacityError(
+            f"one segment takes {_mib(row_bytes)} of KV cache ({layout.rows} x {slots} slots), memory_budget is "
+            f"{_mib(budget)}; raise memory_budget, or lower segment_characters or max_new_tokens"
+        )
+    return rows, layout, slots, row_bytes
 
 
 def _planned(
@@ -290,9 +319,7 @@ def _planned(
     return SegmentPlan(segment.text, len(segment.text), tokens, predicted, most)
 
 
-def _taken(
-    planned: Sequence[SegmentPlan], layout: RowLayout, prefix: int, overhead: int, max_length: int | None
-) -> tuple[int, int]:
+def _taken(planned: Sequence[SegmentPlan], layout: RowLayout, room: TokenRoom) -> tuple[int, int]:
     """Slots of a cache row, and bytes of all rows of one segment, where any of them fits.
 
     Raises:
@@ -300,12 +327,12 @@ def _taken(
     """
     slots = nbytes = 0
     for i, segment in enumerate(planned):
-        before = prefix + segment.text_tokens + overhead
+        before = room.prefix + segment.text_tokens + room.overhead
         needed = layout.slots(before, segment.most)
-        if max_length is not None and needed > max_length:
+        if room.max_length is not None and needed > room.max_length:
             raise CapacityError(
-                f"{_name(i, segment.text)} may need {needed} slots of cache (for {prefix} tokens of voice, "
-                f"{segment.text_tokens} of text, {overhead + segment.most} of speech), there are {max_length}; lower "
+                f"{_name(i, segment.text)} may need {needed} slots of cache (for {room.prefix} tokens of voice, "
+                f"{segment.text_tokens} of text, {room.overhead + segment.most} of speech), there are {room.max_length}; lower "
                 "segment_characters or max_new_tokens, or raise max_cache_length"
             )
         slots = max(slots, needed)

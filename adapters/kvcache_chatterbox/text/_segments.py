@@ -5,6 +5,7 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import sentencex  # type: ignore[import-untyped]
 
@@ -133,11 +134,8 @@ def split(text: str, language: str | None = "en", target: int | None = 200) -> l
         InputError: if there is nothing to say, or the language or target cannot be used.
     """
     language = primary_language(language)
-    if target is not None and type(target) is not int:
-        raise InputError(f"target={target!r} must be a whole number of characters, or None never to divide")
-    if target is not None and target < _SHORTEST_TARGET:
-        raise InputError(f"target={target} characters is below {_SHORTEST_TARGET}; give about 200")
-    _check_text(text)
+    check_target("target", target)
+    check_text(text)
     if target is None:
         start = len(text) - len(text.lstrip())
         return [Segment(text.strip(), start, len(text.rstrip()))]
@@ -165,7 +163,16 @@ def primary_language(language: str | None) -> str:
     return code
 
 
-def _check_text(text: str) -> None:
+def check_target(name: str, target: Any) -> None:
+    """Raise `InputError` for what segments cannot be measured by."""
+    if target is not None and type(target) is not int:
+        raise InputError(f"{name}={target!r} must be a whole number of characters, or None never to divide")
+    if target is not None and target < _SHORTEST_TARGET:
+        raise InputError(f"{name}={target} characters is below {_SHORTEST_TARGET}; give about 200")
+
+
+def check_text(text: Any) -> None:
+    """Raise `InputError` for what nobody could say."""
     if not isinstance(text, str):
         raise InputError(f"the text must be a str, got {type(text).__name__}; decode bytes first")
     if not text.strip():

@@ -23,7 +23,7 @@ def text_room(engine: ChatterboxEngine, voice: int, context: int) -> int:
         InputError: if there is no room for a text.
     """
     frame = 0 if engine.t3.is_gpt else 2
-    count = context - voice - engine._overhead - frame
+    count = context - voice - engine.needs.overhead - frame
     if count < 1:
         raise InputError(
             f"context={context} leaves no room for a text: voice, frame and start take {context - count} tokens; "
@@ -107,7 +107,7 @@ def speech_footprint(engine: ChatterboxEngine, requests: int, context: int, toke
     prefix = reuse.nbytes(reuse.kept)
     filled = buffers(layers)
     prefill = max(0, watch.peak - buffers(layers))
-    plain = device == "cpu" and engine.onednn and logits.dtype == torch.float32
+    plain = device == "cpu" and engine.options.onednn and logits.dtype == torch.float32
     # `onednn_linear` multiplies with oneDNN, whose copy of the largest layer comes on top.
     scratch = onednn_bytes([t3.tfmr]) if plain and (onednn_rows().start == 1 or not t3.is_gpt) else 0
     prefill += scratch

@@ -16,7 +16,7 @@ from kvcache.decoding import BUCKET, Setting, Told, VocoderSetting, WarmUp
 from kvcache.models import planned, structural_copy
 from kvcache.tools import Footprint, ModelTarget, Prepared, VocoderFootprint
 from kvcache_chatterbox.audio import CONTEXT, ENDING, MOST, Speaker, heard, perth_or_none
-from kvcache_chatterbox.engine import ChatterboxEngine
+from kvcache_chatterbox.engine import ChatterboxEngine, EngineOptions
 from kvcache_chatterbox.loading import WEIGHTS, load_t3, random_conditionals
 from kvcache_chatterbox.prefill import prefill
 from kvcache_chatterbox.testing import stand_in
@@ -232,17 +232,16 @@ def engine_of(model: Any, setting: Setting, tokens: int = 0, vocoder: VocoderOpt
     """The engine that decodes so, for requests of so many tokens, around a T3 or a whole model."""
     if setting.quantization is not None:
         raise InputError("Chatterbox's engine has no quantized caches; leave the bits out")
-    return ChatterboxEngine(
-        model,
-        setting.policy,
-        setting.max_length or max(_SLOTS, tokens),
-        speakers=SpeakerCache(MemoryStore("1GiB")),
+    options = EngineOptions(
+        policy=setting.policy,
+        max_cache_length=setting.max_length or max(_SLOTS, tokens),
         backend=setting.backend,
         precision=setting.precision,
         kv_dtype=setting.kv_dtype,
         bucket=setting.bucket or BUCKET,
         vocoder=vocoder,
     )
+    return ChatterboxEngine(model, options, speakers=SpeakerCache(MemoryStore("1GiB")))
 
 
 class _Speech:
@@ -334,7 +333,7 @@ class _Speech:
     @property
     def _prefix(self) -> int:
         """Tokens of the voice."""
-        return self.engine._conditioning(self.engine.voice_of(_VOICE), True).shape[1]
+        return self.engine.voice_tokens(self.engine.voice_of(_VOICE))
 
     def report(self) -> CacheReport:
         return self.engine.report()

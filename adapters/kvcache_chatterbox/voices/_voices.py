@@ -122,10 +122,7 @@ class Voices(Mapping[str, Voice]):
 
     def __getitem__(self, name: str) -> Voice:
         if not isinstance(name, str):
-            raise InputError(
-                f"a {type(name).__name__} is no name of a voice: give the name that it was added under; conditionals and "
-                "clips are added with add_voice()"
-            )
+            raise _no_name(name)
         found = self._voices.get(name)  # once: another thread may remove it
         if found is None:
             known = ", ".join(map(repr, self)) or "none yet"
@@ -216,6 +213,19 @@ class Voices(Mapping[str, Voice]):
                 self._reuse.speakers.store.put(snapshot)
             self._reuse.prepare(voice.t3)
         return name
+
+
+def check_voice(voice: Any) -> None:
+    """Raise `InputError` for what is neither a voice nor the name of one."""
+    if not isinstance(voice, str | Voice):
+        raise _no_name(voice)
+
+
+def _no_name(name: Any) -> InputError:
+    return InputError(
+        f"a {type(name).__name__} is no name of a voice: give the name that it was added under; conditionals and "
+        "clips are added with add_voice()"
+    )
 
 
 def check_name(name: Any) -> None:
