@@ -21,7 +21,8 @@ class GenerateCall:
     """What a model's `generate` is asked for.
 
     Attributes:
-        inputs: its first argument; None where that is among the settings, under the name that the model has for it.
+        inputs: its first argument, such as token ids ``[rows, tokens]``; None where that is among the settings, under the
+            name that the model has for it.
         settings: its other arguments, by name.
         model: that is asked.
         module: the model, or within a wrapper that one, which `generate` is called on; None if it is no transformers model.

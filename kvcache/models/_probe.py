@@ -376,7 +376,7 @@ def _masking(argument: str, mask: Tensor) -> Callable[..., Any]:
 
 
 def alike(a: Tensor, b: Tensor, tolerance: float | None = None) -> bool:
-    """Whether two results are the same but for rounding."""
+    """Whether two results, of any shape, are the same but for rounding."""
     if tolerance is None:
         tolerance = 1e-3 if a.dtype in (torch.float32, torch.float64) else 4e-2
     a, b = a.float(), b.float()
