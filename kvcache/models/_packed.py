@@ -27,7 +27,7 @@ _library = _torch_library.Library("kvcache", "FRAGMENT")
 _library.define("packed_linear(Tensor states, Tensor kernel, int out_features) -> Tensor")
 
 
-def _run(states: Tensor, kernel: Tensor, out_features: int) -> Tensor:
+def _run(states: Tensor, kernel: Tensor, _out_features: int) -> Tensor:
     operator, others = _kernels[int(kernel)]
     return operator(states, *others)
 

@@ -195,7 +195,7 @@ def _hooked(model: nn.Module, stack: list[Call], notes: Notes, wanted: Sequence[
         return hook
 
     def leave(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             if threading.get_ident() == mine and stack:
                 stack.pop()
                 out = next(_tensors((output,)), None)
