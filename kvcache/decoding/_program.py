@@ -83,15 +83,7 @@ def fits(tensor: Tensor, dims: Sequence[Any], sizes: Mapping[str, tuple[int, int
 
 
 class Bound:
-    """A program with the tensors, of any shape ``[…]``, of what it is a function of.
-
-    Args:
-        library: AOTInductor's.
-        held: the tensors, None in the place of each argument.
-        given: of each argument: its place, its name and its dimensions, numbers or ``[times, size]``.
-        sizes: what each size may be, least and most.
-        known: the sizes that the held tensors settle.
-    """
+    """A program with the tensors, of any shape, of what it is a function of."""
 
     def __init__(
         self,
