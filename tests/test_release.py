@@ -62,8 +62,8 @@ def test_a_wheel_has_the_packages_and_nothing_else():
     whole = wheel()
     assert {"kvcache/py.typed", "kvcache/cli/__main__.py", "kvcache_chatterbox/py.typed", f"{ABOUT}/METADATA"} <= whole
     assert list(wheel_faults(whole, kvcache.__version__)) == []
-    [lacking] = wheel_faults(whole - {"kvcache/manager/_manager.py"}, kvcache.__version__)
-    assert lacking == "the wheel lacks kvcache/manager/_manager.py"
+    [lacking] = wheel_faults(whole - {"kvcache/memory.py"}, kvcache.__version__)
+    assert lacking == "the wheel lacks kvcache/memory.py"
     for surplus in ("tests/test_manager.py", "adapters/kvcache_chatterbox/engine.py", "kvcache/__pycache__/x.pyc"):
         assert any(surplus in fault for fault in wheel_faults(whole | {surplus}, kvcache.__version__))
 
