@@ -4,7 +4,7 @@ import copy
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -31,7 +31,8 @@ def mixtral() -> Any:
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = MixtralForCausalLM(config).eval().requires_grad_(False)
+        made: Any = MixtralForCausalLM(config)
+        model = made.eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * (0.3 if parameter.dim() > 1 else 1))
@@ -117,7 +118,7 @@ def another_class(model: Any) -> None:
 
 class NegatedMLP(type(build("llama").model.layers[0].mlp)):  # type: ignore[misc]
     def forward(self, states: Tensor) -> Tensor:
-        return -super().forward(states)
+        return cast(Tensor, -super().forward(states))
 
 
 def forward_hook(model: Any) -> None:
@@ -182,7 +183,7 @@ def own_forward_bound(model: Any) -> None:
 
 def method_bound(model: Any) -> None:
     def negated(self: Any, states: Tensor) -> Tensor:
-        return -type(self).forward(self, states)
+        return cast(Tensor, -type(self).forward(self, states))
 
     mlp = model.model.layers[0].mlp
     mlp.forward = types.MethodType(negated, mlp)
@@ -339,4 +340,4 @@ CHANGES = {
 
 def said(model: Any, ids: Tensor = WHOLE) -> Tensor:
     """The reference: what the model says without kvcache."""
-    return model.generate(input_ids=ids, **GREEDY)[:, ids.shape[1] :]
+    return cast(Tensor, model.generate(input_ids=ids, **GREEDY)[:, ids.shape[1] :])

@@ -22,7 +22,11 @@ _FACTORIES = (
 _CROSSING = {"to", "copy_", "__getitem__", "__setitem__", "index_put_", "type_as"}  # may see both devices
 _NAMES = ("cpu", "mps", "mps:0")
 _HOME = {"cpu"}  # give a tensor of the CPU
-_TELLING = {Tensor.device.__get__: DEVICE, Tensor.is_cpu.__get__: False, Tensor.is_mps.__get__: True}
+_TELLING: dict[Any, Any] = {
+    Tensor.device.__get__: DEVICE,
+    Tensor.is_cpu.__get__: False,  # type: ignore[attr-defined]
+    Tensor.is_mps.__get__: True,  # type: ignore[attr-defined]
+}
 
 
 class Away(Tensor):
@@ -36,7 +40,7 @@ class Away(Tensor):
         _check(name, [*args, *kwargs.values()])
         args, kwargs, device = _without_device(args, kwargs)
         home = name in _HOME or (device is not None and device.type == "cpu")
-        result = super().__torch_function__(func, types, args, kwargs)
+        result = super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
         return tree_map(_home if home else _away, result)
 
 

@@ -28,15 +28,15 @@ from transformers import (
 
 VOCABULARY = 97
 CODEBOOKS = 3
-_LLAMA = {
+_LLAMA: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8,
 }  # fmt: skip
-_VISION = {
+_VISION: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 8,
     "patch_size": 4, "projection_dim": 32,
 }  # fmt: skip
-_ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_ENDS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def _widened(model: Any, scale: float = 0.2) -> Any:
@@ -148,7 +148,7 @@ def _blip2() -> Any:
 def _llava() -> Any:
     vision = {**_VISION, "model_type": "clip_vision_model", "num_hidden_layers": 2}
     text = {**_LLAMA, "model_type": "llama", **_ENDS}
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=90, image_seq_length=4)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=90, image_seq_length=4)  # type: ignore[call-arg]  # its other name
     return _widened(LlavaForConditionalGeneration(config), 0.4)
 
 

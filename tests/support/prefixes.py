@@ -111,17 +111,19 @@ def embedded(model: Any, ids: Tensor) -> Tensor:
 def voice(model: Any, seed: int = 3, n: int = 13) -> Tensor:
     """Embeddings that are no token's, of the size of a token's."""
     table = model.get_input_embeddings().weight
-    return torch.randn(n, table.shape[1], generator=torch.Generator().manual_seed(seed)) * table.std()
+    noise = torch.randn(n, table.shape[1], generator=torch.Generator().manual_seed(seed))
+    result: Tensor = noise * table.std()
+    return result
 
 
-def held_states(cache_: Any) -> list[Tensor]:
+def held_states(cache_: Any) -> list[Any]:
     return [states for layer in hf.kv_layers(cache_) for states in (layer.keys, layer.values) if states is not None]
 
 
 @torch.no_grad()
 def cold(model: Any, ids: Tensor) -> list[Tensor]:
     """Keys and values of a prefix, by transformers alone and at once."""
-    held = DynamicCache()
+    held: Any = DynamicCache()
     model.base_model(**({"inputs_embeds" if ids.is_floating_point() else "input_ids": ids[None]}), past_key_values=held)
     return [states for layer in held.layers for states in (layer.keys, layer.values)]
 

@@ -66,7 +66,7 @@ def ask(
     size: int = 4,
     through: Callable[[Chunk], Iterable[Any]] = both,
     **options: Any,
-) -> Stream:
+) -> Stream[Any]:
     return scheduler.submit(
         len(lengths),
         lambda index, before: link(index, lengths[index], seed=index),

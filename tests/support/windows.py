@@ -85,7 +85,7 @@ def as_given(model: Any, mask: Tensor) -> Tensor:
     return torch.where(mask, 0.0, torch.finfo(torch.float32).min)
 
 
-def positions_of(model: Any, padding: Sequence[int] = (0,), tokens: int = LENGTH) -> dict[str, Tensor]:
+def positions_of(model: Any, padding: Sequence[int] = (0,), tokens: int = LENGTH) -> dict[str, Any]:
     """Positions that start at each row's first real token; for models that take them."""
     if model.config.is_encoder_decoder or model.config.model_type == "whisper":
         return {}

@@ -1,7 +1,7 @@
 """Inside of the decode engine: steps that a test makes or breaks, and what has to be empty afterwards."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from kvcache import KVCacheManager
 from kvcache.decoding import Batch, Decoding, Pool, Sampler, Scheduler, StaticKV, Stream
@@ -85,7 +85,7 @@ def owner_of(backend: Any) -> Any:
 
 def recorded(backend: Any) -> Mapping[Any, Any]:
     """The recordings, by their columns and by how tokens are drawn."""
-    return backend._recorded
+    return cast(Mapping[Any, Any], backend._recorded)
 
 
 def forward_of(decoding: Decoding) -> Callable[..., Any]:
@@ -161,7 +161,7 @@ def maker_of(items: AsyncItems[Any]) -> Callable[[], Any]:
 
 def programs_of(function: Any) -> Sequence[Any]:
     """What a function compiled ahead of time has made or loaded."""
-    return function._programs.made
+    return cast(Sequence[Any], function._programs.made)
 
 
 # ---------------------------------------------------------------------- schedulers
@@ -175,7 +175,7 @@ def inboxes_of(scheduler: Scheduler) -> Any:
     return scheduler._inboxes
 
 
-def inbox_of(stream: Stream) -> Any:
+def inbox_of(stream: Stream[Any]) -> Any:
     """Where the items of a stream wait, and the request that they are of."""
     return stream._inbox
 

@@ -92,7 +92,7 @@ def remember_caches(engine: ChatterboxEngine, told: Callable[[Any], None]) -> No
         told(cache)
         return cache
 
-    engine._new_cache = remembered  # type: ignore[method-assign]
+    engine._new_cache = remembered  # type: ignore[assignment,method-assign]
 
 
 def decoder_of(engine: ChatterboxEngine) -> Any:

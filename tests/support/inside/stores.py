@@ -83,12 +83,12 @@ def available(store: BlobStore) -> bool:
     return store._available()
 
 
-def ask(store: BlobStore, question: Callable[[], Any]) -> Any:
+def ask(store: RedisStore, question: Callable[[], Any]) -> Any:
     """As the store asks its location: within its time, and of what is available."""
     return store._do(question)
 
 
-def ask_by(store: BlobStore, asking: Callable[..., Any]) -> None:
+def ask_by(store: RedisStore, asking: Callable[..., Any]) -> None:
     """Let a function of the test's have the questions."""
     store._do = asking  # type: ignore[method-assign]
 

@@ -1,5 +1,7 @@
 """Inside of the tools: what they ask of the machine, and their parts one by one."""
 
+from typing import Any
+
 from kvcache.monitoring import _timeline
 from kvcache.tools import _doctor as doctor  # whose questions are answered by the test
 from kvcache.tools import _planning, _profiling
@@ -47,4 +49,4 @@ PLANNED_PROCESS_BYTES = "kvcache.tools._planning.process_bytes"
 PLANNED_RESIDENT_BYTES = "kvcache.tools._planning.resident_bytes"
 
 # What each of those asks that tell of a process's memory.
-RESIDENT_BYTES = [_planning.resident_bytes, _profiling.resident_bytes, _timeline.resident_bytes]
+RESIDENT_BYTES: list[Any] = [vars(module)["resident_bytes"] for module in (_planning, _profiling, _timeline)]
