@@ -33,7 +33,7 @@ GPU_OPTIONS ?=
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help environments demo test test-slow test-random test-fleet test-watermark lint docs pages bench gpu gpu-wheels clean
+.PHONY: help environments demo test test-slow test-random test-fleet test-watermark lint docs packages pages bench gpu gpu-wheels clean
 
 help:  ## print the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -72,10 +72,16 @@ test-watermark: $(PERTH_READY)  ## run the tests of streams with Perth, the real
 lint: $(READY)  ## check style, format and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m ruff format --check --line-length 79 *.md docs/*.md
 	$(PY) -m mypy kvcache adapters/kvcache_chatterbox tests/support
 
 docs: $(DOCS_READY)  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+packages: $(READY)  ## build sdist and wheel into dist/, check what is in them and install them, for a second Python as well where there is one
+	rm -rf dist
+	$(PY) -m build --outdir dist . > /dev/null
+	$(PY) .ci/check_packages.py dist
 
 pages: $(READY)  ## write pages and pictures that quote measurements anew, from benchmarks/results/
 	$(PY) docs/generate/figures.py

@@ -15,7 +15,6 @@ a cache: perplexity over the control's says what the stream did, whatever the te
 import argparse
 import ast
 import math
-import os
 import random
 import sys
 import sysconfig
@@ -32,6 +31,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from kvcache import KeepAll, KVCacheManager, SlidingWindow
+from kvcache.memory import resident_bytes
 from kvcache.models import exact_windows
 
 sys.path.insert(0, str(ROOT / "examples"))
@@ -110,11 +110,6 @@ class Plain:
         return time.perf_counter() - start
 
 
-def resident() -> float:
-    """MiB of this process that are in memory now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
 @torch.inference_mode()
 def stream(
     model: Any, sides: dict[str, Side], ids: Tensor, marks: list[int], options: argparse.Namespace
@@ -141,7 +136,7 @@ def stream(
                 progress.update(1)
                 position += 1
             cache = {name: side.mib for name, side in sides.items()}
-            found.append({"mark": mark, "seconds": seconds, "cache": cache, "rss": resident()})
+            found.append({"mark": mark, "seconds": seconds, "cache": cache, "rss": (resident_bytes() or 0) / 2**20})
     return found
 
 

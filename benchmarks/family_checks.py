@@ -20,7 +20,7 @@ from transformers.cache_utils import (
     EncoderDecoderCache,
 )
 
-from kvcache import KVCacheManager, Quantization, SlidingWindow
+from kvcache import KVCacheManager, KVQuantization, SlidingWindow
 from kvcache.cache import SnapKV
 from kvcache.errors import KVCacheError
 from kvcache.models import cache_kwarg
@@ -469,7 +469,7 @@ class Trial:
         self._bounded(manager, LIMIT)
 
     def bits(self) -> None:
-        out = self.run(self.manager(quantization=Quantization(8, group=8)).generate)
+        out = self.run(self.manager(storage=KVQuantization(8, group_size=8)).generate)
         want, got = _logits(self.reference), _logits(out)
         if want is None or got is None or want.shape != got.shape:
             return

@@ -48,10 +48,10 @@ from kvcache import (
     KeyDiff,
     KeyNorm,
     KVCacheManager,
+    KVQuantization,
     KVzip,
     LongRangeAttention,
     Pinned,
-    Quantization,
     SnapKV,
     profile_retrieval_heads,
     pyramid_kv,
@@ -156,7 +156,7 @@ class Ours:
         limit = round(self.row.budget * ids.shape[1])
         if limit not in self._managers:
             policy = KeepAll() if self.policy is None else self.policy(limit)
-            self._managers[limit] = KVCacheManager(self.model, policy, quantization=self.quantization)
+            self._managers[limit] = KVCacheManager(self.model, policy, storage=self.quantization)
         manager = self._managers[limit]
         cache = manager.new_cache()
         with exact_windows(manager.runner):
@@ -217,7 +217,7 @@ def sides(model: Any, options: argparse.Namespace) -> list[Ours]:
         if name in METHODS:
             found += [Ours(model, Row("ours", name, budget), None, METHODS[name]) for budget in budgets]
         else:
-            found.append(Ours(model, Row("ours", name, 1.0), Quantization(QUANTIZED[name])))
+            found.append(Ours(model, Row("ours", name, 1.0), KVQuantization(QUANTIZED[name])))
     return found
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from processes import Gate
+from processes import Gate, peak_from_here
 from s3gen import load
 from torch import Tensor
 
@@ -424,12 +424,6 @@ def engine_of(tts: Any, side: Side) -> Engine:
 
 
 # ---------------------------------------------------------------------- in a process
-
-
-def peak_from_here() -> None:
-    """Count this process's peak memory anew, where the system can."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
 
 
 def begin(gate: Gate, case: Case, side: Side, tokens: int, home: str, warm_up: bool) -> None:

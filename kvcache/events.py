@@ -78,6 +78,7 @@ class Subscription:
             _listeners = tuple(entry for entry in _listeners if entry is not self._entry)
 
     def __call__(self) -> None:
+        """As `stop`."""
         self.stop()
 
     def __enter__(self) -> Self:
@@ -141,16 +142,20 @@ class Counted(Protocol):
     """A layer, as far as its evictions are told."""
 
     @property
-    def policy(self) -> object: ...
+    def policy(self) -> object:
+        """What decides which tokens stay."""
 
     @property
-    def seen(self) -> int: ...
+    def seen(self) -> int:
+        """Tokens that each row was given, pads among them."""
 
     @property
-    def evicted(self) -> int: ...
+    def evicted(self) -> int:
+        """Of these, tokens that have left."""
 
     @property
-    def rows(self) -> int | None: ...
+    def rows(self) -> int | None:
+        """Rows of the batch; None before the first tokens."""
 
 
 class Evictions:

@@ -209,7 +209,7 @@ def test_rerotation_layers_of_their_own_and_a_disabled_cache_are_left_to_generat
         manager = KVCacheManager(tiny("llama"), policy if given else [policy, policy], **given)
         same(manager, token_ids(2, 9), "eager", False, max_new_tokens=20, do_sample=False)
     manager = KVCacheManager(tiny("llama"))
-    manager.disable_kv_cache()
+    manager.enabled = False
     same(manager, token_ids(2, 9), "eager", False, max_new_tokens=8, do_sample=False)
 
 

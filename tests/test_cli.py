@@ -18,6 +18,7 @@ pytest.importorskip("rich")
 import typer
 from support.commands import COMMANDS, NEEDED, NEXT_STEP, WRONG, places, refused  # noqa: F401
 
+import kvcache
 from kvcache.cli import application, main, overview
 from kvcache.prefixes.stores import DiskStore
 
@@ -61,12 +62,12 @@ def test_what_is_wrong_is_said_in_one_line(name, arguments, says, refused, place
     refused(name, [*arguments, "--json"])  # JSON or not: nothing but that line
 
 
-@pytest.mark.parametrize("arguments", [["magic"], ["voices", "magic"], ["--magic"], ["voices", "--magic"]])
+@pytest.mark.parametrize("arguments", [["magic"], ["prefixes", "magic"], ["--magic"], ["prefixes", "--magic"]])
 def test_commands_that_there_are_not(arguments, refused):  # noqa: F811
     assert "magic" in refused(arguments[0], arguments[1:])
 
 
-@pytest.mark.parametrize("arguments", [[], ["voices"]])
+@pytest.mark.parametrize("arguments", [[], ["prefixes"]])
 def test_without_a_command_the_help_says_which_there_are(arguments, capsys):
     assert main(arguments) in (0, 2)  # by release of click
     said = "".join(capsys.readouterr())
@@ -80,7 +81,7 @@ def test_without_a_command_the_help_says_which_there_are(arguments, capsys):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["voices", "export", "sarah", "{tmp}/new.safetensors", "--store", "{store}"],
+        ["prefixes", "export", "sarah", "{tmp}/new.safetensors", "--store", "{store}"],
         ["plan", "{tmp}", "--length", "10"],
     ],
     ids=lambda arguments: arguments[0],
@@ -146,7 +147,21 @@ def test_the_page_tells_of_every_command_and_no_other():
     assert (one.values, two.values) == ((["a", "b c"], False, "out\n"), (["d"], False, ""))
 
 
-# ---------------------------------------------------------------------- the list of all
+# ---------------------------------------------------------------------- the list of all, and the version
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--version", "plan"]], ids=str)
+def test_the_version_is_that_of_the_package(arguments, capsys):
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == f"kvcache {kvcache.__version__}\n"
+
+
+def test_the_version_is_said_without_typer():
+    """By a wheel that was installed without what it needs."""
+    missing = "import sys; sys.modules |= dict.fromkeys(['typer', 'rich', 'torch', 'transformers', 'filelock'])"
+    script = f"{missing}; from kvcache.cli import main; sys.exit(main(['--version']))"
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert (ran.returncode, ran.stdout) == (0, f"kvcache {kvcache.__version__}\n"), ran.stderr
 
 
 def test_the_list_of_commands_says_of_each_what_its_own_help_says():
@@ -156,14 +171,22 @@ def test_the_list_of_commands_says_of_each_what_its_own_help_says():
     }
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["nothing"]])
+def test_the_package_is_imported_without_torch_and_its_names_without_dynamo():
+    """The compiler of torch takes seconds to import: that is left to who compiles."""
+    script = "import sys, kvcache; print('torch' in sys.modules); kvcache.KVCacheManager; print('torch._dynamo' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, timeout=300)
+    assert ran.stdout.split() == ["False", "False"], ran.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["--version"], ["nothing"]])
 def test_the_list_of_commands_imports_nothing_heavy(arguments):
     script = f"import sys; from kvcache.cli import main; main({arguments}); sys.exit('torch' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr
-    assert "nothing" in ran.stderr or all(name in ran.stdout for name in ("doctor", "profile", "voices"))
+    shown = ("kvcache",) if arguments == ["--version"] else ("doctor", "profile", "prefixes")
+    assert "nothing" in ran.stderr or all(name in ran.stdout for name in shown)
 
 
 def test_a_command_behind_two_dashes_is_run(capsys):
-    assert main(["--", "voices", "nothing of that name"]) == 2
+    assert main(["--", "prefixes", "nothing of that name"]) == 2
     assert "nothing of that name" in capsys.readouterr().err

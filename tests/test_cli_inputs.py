@@ -162,7 +162,7 @@ def test_every_command_meets_twenty_kinds_of_bad_input(name, refused):  # noqa: 
     assert len(HOSTILE) >= 20
     arguments = NEEDED[name]
     for hostile in HOSTILE:
-        surplus = name == "voices verify" and not hostile[0].startswith("--")  # which takes an address, or none
+        surplus = name == "prefixes verify" and not hostile[0].startswith("--")  # which takes an address, or none
         refused(name, [*arguments, *(["ab"] if surplus else []), *hostile])
     assert len(HOSTILE) + len(WRONG[name]) >= 25
 

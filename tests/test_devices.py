@@ -11,8 +11,8 @@ from kvcache import (
     AdaKV,
     InputError,
     KVCacheManager,
+    KVQuantization,
     MemoryStore,
-    Quantization,
     SlidingWindow,
     SnapKV,
     SpeakerCache,
@@ -106,7 +106,7 @@ def test_prefixes_live_there(model, mps, how):
 
 KINDS = {
     "re-rotated": {"policy": SlidingWindow(16, sinks=2), "positions": "rerotated"},
-    "few bits": {"quantization": Quantization(8)},
+    "few bits": {"storage": KVQuantization(8)},
     "ranked": {"policy": H2O(16, recent=8)},
     "by head": {"policy": AdaKV(SnapKV(16, recent=6))},
 }

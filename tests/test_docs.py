@@ -19,6 +19,8 @@ pytestmark = pytest.mark.one_release
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PROSE = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+CODE = re.compile(r"^```(?:python|sh|bash|console)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+WIDEST = 79  # characters of a line of code that its column shows
 ANY_FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 ELSEWHERE = re.compile(r"https://[a-z0-9-]+(\.[a-z0-9-]+)+(/[\w.~%+@:=-]+)*/?(#[\w.-]+)?")
@@ -43,6 +45,12 @@ def broken_links(page, text):
         file = page.parent / path if path else page
         if not file.exists() or (anchor and anchor not in map(slug, HEADING.findall(file.read_text()))):
             yield target
+
+
+@pytest.mark.parametrize("page", PROSE, ids=name)
+def test_code_fits_its_column(page):
+    lines = [line for code in CODE.findall(page.read_text()) for line in code.splitlines()]
+    assert [line for line in lines if len(line) > WIDEST] == []
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import torch
 import transformers
 from support.inside import tools as inside
 from support.inside.stores import DISK_PEEK, DISK_WRITE
-from support.inside.tools import doctor
+from support.inside.tools import doctor, doctor_decoding, doctor_machine, doctor_packages, doctor_stores
 from support.ports import deserted
 from support.snapshots import cold, voice
 
@@ -39,7 +39,7 @@ def named(findings, name):
 
 def installed(monkeypatch, **versions):
     """Pretend that these packages are there in another version, or with None not at all."""
-    real = doctor.version
+    real = doctor_packages.version
 
     def version(name):
         if name in versions:
@@ -48,7 +48,7 @@ def installed(monkeypatch, **versions):
             return versions[name]
         return real(name)
 
-    monkeypatch.setattr(doctor, "version", version)
+    monkeypatch.setattr(doctor_packages, "version", version)
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_not_installed_at_all(home, light, monkeypatch):
 
 def test_what_chatterbox_pins_is_told(home, light, monkeypatch):
     monkeypatch.setattr(
-        doctor,
+        doctor_packages,
         "requires",
         lambda name: ["torch==2.6.0"] if name == "chatterbox-tts" else ["torch>=2.6"],
     )
@@ -161,7 +161,7 @@ def test_an_adapter_that_does_not_load(home, light, monkeypatch):
         raise ImportError("no module named einops")
 
     entry = SimpleNamespace(name="parrot", value="parrot.subjects:subject", load=load)
-    monkeypatch.setattr(doctor, "entry_points", lambda group: [entry])
+    monkeypatch.setattr(doctor_packages, "entry_points", lambda group: [entry])
     found = named(doctor.diagnose(), "models of parrot")
     assert found.state == "broken" and "einops" in found.said and found.advice
 
@@ -171,7 +171,7 @@ def test_an_adapter_whose_package_is_not_installed_is_missing_and_not_broken(hom
         raise ModuleNotFoundError("No module named 'einops'", name="einops")
 
     entry = SimpleNamespace(name="parrot", value="parrot.subjects:subject", load=load, dist=None)
-    monkeypatch.setattr(doctor, "entry_points", lambda group: [entry])
+    monkeypatch.setattr(doctor_packages, "entry_points", lambda group: [entry])
     found = named(doctor.diagnose(), "models of parrot")
     assert found.state == "missing" and "einops" in found.said and found.advice == 'pip install "einops"'
 
@@ -208,22 +208,24 @@ def test_a_cache_that_changes_tokens_is_found(monkeypatch):
     """The trial itself: its reference is what generate gives without any of ours."""
     tried = inside.doctor_trial(torch.device("cpu"))
     assert tried("eager") is None
-    real = doctor.KVCacheManager.stream
+    real = doctor_decoding.KVCacheManager.stream
     monkeypatch.setattr(
-        doctor.KVCacheManager, "stream", lambda self, *a, **k: ((chunk + 1) % 64 for chunk in real(self, *a, **k))
+        doctor_decoding.KVCacheManager,
+        "stream",
+        lambda self, *a, **k: ((chunk + 1) % 64 for chunk in real(self, *a, **k)),
     )
     assert tried("eager").startswith("gave [[")
 
 
 def test_without_a_compiler(monkeypatch, tmp_path):
     monkeypatch.setattr(inside.DOCTOR_TRIAL, lambda device: lambda backend: None)
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    monkeypatch.setattr(doctor_machine.shutil, "which", lambda name: None)
     found = named(inside.doctor_backends(torch.device("cpu"), compiling=True), "compile")
     assert found.state == "missing" and "no C++ compiler" not in found.said and "g++" in found.advice
     failing = tmp_path / "g++"
     failing.write_text("#!/bin/sh\necho 'fatal error: Python.h: No such file' >&2\nexit 1\n")
     failing.chmod(0o755)
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: str(failing))
+    monkeypatch.setattr(doctor_machine.shutil, "which", lambda name: str(failing))
     found = named(inside.doctor_backends(torch.device("cpu"), compiling=True), "compile")
     assert found.state == "missing" and "Python.h" in found.said and "python3-dev" in found.advice
 
@@ -247,7 +249,7 @@ def test_why_there_is_no_gpu(driver, built, state, advice, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", built)
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: driver)
+    monkeypatch.setattr(doctor_machine.shutil, "which", lambda name: driver)
     found = named(inside.doctor_gpus(), "gpu")
     assert (
         found.state == state and (advice is None) == (found.advice is None) and (advice or "") in (found.advice or "")
@@ -304,7 +306,7 @@ def test_c7_a_store_that_can_be_made_is_not_made(light, monkeypatch, tmp_path):
 
 
 def test_a_disk_that_is_nearly_full(home, light, monkeypatch):
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**30))
+    monkeypatch.setattr(doctor_stores.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**30))
     found = named(doctor.diagnose(), "default")
     assert found.state == "note" and "1.0 GiB free, less than its budget of 4" in found.said and found.advice
 

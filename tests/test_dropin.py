@@ -18,14 +18,15 @@ from kvcache import (
     GeometryError,
     InputError,
     KVCacheManager,
+    KVQuantization,
     MaxBytes,
     PolicyError,
-    Quantization,
     RollbackError,
     SlidingWindow,
     SnapKV,
 )
 from kvcache import models as hf
+from kvcache.cache import CacheSpec
 from kvcache.models import MADE_AS, ManagedCache
 
 
@@ -210,7 +211,7 @@ def test_d1_after_a_reset_another_batch_comes(policy: Any) -> None:
 
 def test_d1_after_a_reset_another_dtype_comes() -> None:
     model, half = tiny("llama"), build("llama").to(torch.bfloat16)
-    for given in ({}, {"quantization": Quantization(8, 16)}):
+    for given in ({}, {"storage": KVQuantization(8, group_size=16)}):
         cache = hf.new_cache(model, **given)
         logits(model, token_ids(), cache)
         cache.reset()
@@ -288,7 +289,7 @@ def test_d1_what_nobody_could_name_is_not_assigned() -> None:
     layer.values = layer.values[:, :, :5]
     with pytest.raises(GeometryError, match=r"12 tokens have left.*8"):
         layer.keys = layer.keys[:, :, :5]
-    limited = hf.new_cache(model, max_length=6).layers[0]
+    limited = hf.new_cache(model, CacheSpec(max_length=6)).layers[0]
     limited.keys = torch.zeros(1, 2, 7, 16)
     with pytest.raises(GeometryError, match="at most 6"):
         limited.values = torch.zeros(1, 2, 7, 16)
@@ -300,7 +301,7 @@ def test_d1_what_nobody_could_name_is_not_assigned() -> None:
 
 
 def test_d1_a_quantized_layer_quantizes_what_it_is_assigned() -> None:
-    layer = hf.new_cache(tiny("llama"), quantization=Quantization(8, 16)).layers[0]
+    layer = hf.new_cache(tiny("llama"), CacheSpec(storage=KVQuantization(8, group_size=16))).layers[0]
     keys = torch.randn(2, 2, 40, 16, generator=torch.Generator().manual_seed(3))
     layer.keys, layer.values = keys, -keys
     assert layer.get_seq_length() == 40

@@ -44,6 +44,7 @@ from kvcache import (
     SnapKV,
 )
 from kvcache import models as hf
+from kvcache.memory import resident_bytes
 from kvcache.models import get_cache
 
 GREEDY: dict[str, Any] = {"do_sample": False}
@@ -166,7 +167,7 @@ def test_the_report_is_that_of_the_last_run_even_if_it_failed() -> None:
     with pytest.raises(CapacityError):
         kv.generate(token_ids(), max_new_tokens=12, **GREEDY)
     assert kv.report().seen == 24
-    kv.disable_kv_cache()
+    kv.enabled = False
     kv.generate(token_ids(), max_new_tokens=3, **GREEDY)
     assert "disabled" in str(kv.report())
 
@@ -254,7 +255,7 @@ def caches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         made.extend(weakref.ref(layer) for layer in hf.kv_layers(held))
         return held
 
-    monkeypatch.setattr("kvcache.manager.new_cache", recording)
+    monkeypatch.setattr("kvcache.manager._caches.new_cache", recording)
     return made
 
 
@@ -461,7 +462,7 @@ def everything(model: Any, evicts: bool, padded: bool) -> Iterator[tuple[str, Ca
     yield "report", lambda: str(kv.report())
     yield "estimate", lambda: kv.estimate(1000, 2)
     yield "repr", lambda: repr(kv)
-    yield "disabled", lambda: (kv.disable_kv_cache(), kv.generate(ids, **given), kv.enable_kv_cache())
+    yield "disabled", lambda: kv.generate(ids, use_cache=False, **given)
     yield "truncate", lambda: static.truncate(fed(static, model), 4)
     yield "trim", lambda: kv.trim(fed(kv, model), 5)
     yield "full", lambda: static.generate(ids, max_new_tokens=30, **GREEDY)
@@ -532,11 +533,11 @@ def test_a_disabled_cache_is_not_there_at_all() -> None:
         with_kwargs=True,
     )
     kv = KVCacheManager(model, SlidingWindow(8))
-    kv.disable_kv_cache()
+    kv.enabled = False
     seen.clear()  # of the trial that the constructor makes
     kv.generate(token_ids(), max_new_tokens=3, **GREEDY)
     assert seen == [(None, 20), (None, 21), (None, 22)]
-    kv.enable_kv_cache()
+    kv.enabled = True
     seen.clear()
     kv.generate(token_ids(), max_new_tokens=3, **GREEDY)
     assert [tokens for _, tokens in seen] == [20, 1, 1]
@@ -671,10 +672,6 @@ def test_300_requests_leave_nothing_behind() -> None:
     assert left_behind(model) == before
 
 
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
 @pytest.mark.slow
 @pytest.mark.parametrize("positions", ["absolute", "rerotated"])
@@ -693,7 +690,7 @@ def test_20_000_tokens_through_a_window_of_1_024(positions: Any) -> None:
             if start >= 1100:
                 sizes.add(kv.report(held).nbytes)
             if start % 2500 == 0:
-                memory.append(resident_bytes())
+                memory.append(resident_bytes() or 0)
     assert held.get_seq_length() == tokens
     assert sizes == {kv.estimate(tokens)} == {bytes_found(held)} == {kv.estimate(1024)}
     assert [layer.stored for layer in hf.kv_layers(held)] == [1024, 1024]
@@ -733,7 +730,7 @@ def test_20_000_single_tokens_through_a_layer(policy: Any) -> None:
     layer, sizes, addresses = KVLayer(policy), set(), set()
     key = torch.zeros(1, 1, 1, 2)
     for token in range(20_000):
-        keys, values = layer.append(key, key + token)
+        keys, values = layer.append(key, key + token).states
         if token >= 1024:
             sizes.add(layer.nbytes)
             addresses.add((keys.data_ptr(), values.data_ptr()))

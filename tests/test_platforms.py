@@ -89,7 +89,7 @@ kvcache.memory._STATM = Path("/none")
 from kvcache.cli import main
 codes = []
 for given in (["plan", folder, "--length", "20"], ["plan", folder, "--memory", "1"], ["plan", folder, "--length", "0"],
-              ["voices", "list"], ["voices", "remove", "ab"], ["bench", "nope"], ["doctor", "--json"], ["tune", folder]):
+              ["prefixes", "list"], ["prefixes", "remove", "ab"], ["bench", "nope"], ["doctor", "--json"], ["tune", folder]):
     out, sys.stdout = sys.stdout, io.TextIOWrapper(io.BytesIO(), encoding="cp1252" if platform == "win32" else "utf-8")
     codes.append(main(given))
     sys.stdout = out

@@ -31,6 +31,7 @@ from kvcache import (
     SlidingWindow,
 )
 from kvcache import models as hf
+from kvcache.cache import CacheSpec
 from kvcache.models import ManagedCache, ManagedLayer
 
 # ---------------------------------------------------------------------- law 4, on bare layers beside the oracle
@@ -66,7 +67,7 @@ class Fork(Pair):
     def append(self, count: int) -> None:
         fresh = tokens(len(self.oracle.padding), count, seed=1000 * self.seed + self.layer.seen, dtype=self.dtype)
         self.oracle.append(*fresh)
-        ours, theirs = self.layer.append(*fresh[1:]), self.direct.append(*fresh[1:])
+        ours, theirs = self.layer.append(*fresh[1:]).states, self.direct.append(*fresh[1:]).states
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))  # turned keys too: to the bit
         self.check()
 
@@ -218,7 +219,7 @@ def test_law_4_a_model_goes_on_from_a_saved_prefix_as_from_its_own(
 
 CACHES: dict[str, Callable[[Any], Any]] = {
     "ours": lambda model: hf.new_cache(model),
-    "static-ours": lambda model: hf.new_cache(model, max_length=64, preallocate=True),
+    "static-ours": lambda model: hf.new_cache(model, CacheSpec(max_length=64, preallocate=True)),
     "dynamic": lambda model: DynamicCache(),
     "dynamic-of-config": lambda model: DynamicCache(config=model.config),
     "static": lambda model: StaticCache(config=model.config, max_cache_len=64),
@@ -283,7 +284,12 @@ def test_a_fork_that_is_refused_changes_nothing() -> None:
             2,
             r"made for 3 rows, got 2; make it with new_cache\(batch_size=2",
         ),
-        (CapacityError, hf.new_cache(model, max_length=12), 1, "cannot append 13 tokens: 0 of 12 slots used; raise"),
+        (
+            CapacityError,
+            hf.new_cache(model, CacheSpec(max_length=12)),
+            1,
+            "cannot append 13 tokens: 0 of 12 slots used; raise",
+        ),
         (CapacityError, beside, 1, "cannot append 13"),  # its first layer could take them
         (CapacityError, StaticCache(config=model.config, max_cache_len=12), 1, "13 tokens, the cache room for 12"),
     ]

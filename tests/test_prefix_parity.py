@@ -147,7 +147,7 @@ def test_embeddings_before_and_behind(name: str, mode: str) -> None:
             assert torch.equal(kv.generate(*args, prefix=prefix, **kwargs, **given_), expected)
         reference = logits(model, TEXT, primed(model, before))
         assert (logits(model, TEXT, kv.new_cache(2, prefix=prefix)) - reference).abs().max() < CLOSE
-    kv.disable_kv_cache()
+    kv.enabled = False
     torch.manual_seed(5)
     assert torch.equal(kv.generate(TEXT, prefix="voice", **given_), expected)
 
@@ -279,13 +279,13 @@ def test_streams_of_one_prefix_at_once_do_not_mix() -> None:
 @pytest.mark.parametrize("name", DECODERS)
 def test_without_a_cache_the_prefix_is_computed_with_the_rest(name: str) -> None:
     model, kv, expected = tiny(name), manager(tiny(name)), plain(name)
-    kv.disable_kv_cache()
+    kv.enabled = False
     with forwarded(model) as counts:
         assert torch.equal(kv.generate(TEXT, prefix="p", **GREEDY), expected)
     assert counts == list(range(22, 22 + NEW))
     assert not kv.report().enabled
     assert torch.equal(collected(kv.stream(TEXT, prefix="p", **GREEDY)), plain(name)[:, -NEW:])
-    kv.enable_kv_cache()
+    kv.enabled = True
     assert torch.equal(kv.generate(TEXT, prefix="p", **GREEDY), plain(name))
 
 

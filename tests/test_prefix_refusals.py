@@ -95,10 +95,10 @@ def test_a_request_that_a_prefix_cannot_stand_before_is_refused(wrong: str) -> N
     for call in (kv.generate, lambda *args, **kwargs: next(kv.stream(*args, **kwargs))):
         with unchanged(kv), pytest.raises(InputError, match=words):
             call(inputs, **asked)
-        kv.disable_kv_cache()
+        kv.enabled = False
         with unchanged(kv), pytest.raises(InputError, match=words):
             call(inputs, **asked)
-        kv.enable_kv_cache()
+        kv.enabled = True
     assert torch.equal(kv.generate(TEXT, prefix="p", **GREEDY), plain("llama"))
 
 

@@ -15,7 +15,7 @@ from support.waiting import until
 from torch import nn
 
 from kvcache import CorruptError, KVCacheManager, subscribe
-from kvcache.decoding import Ahead, ProgramFiles, Programs, Refused
+from kvcache.decoding import Ahead, ProgramFiles, Programs, Refused, RootSizes
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="this system does not tell whose a file is")
 KEY, BY, ABOUT = "ab" * 32, {"torch": "1"}, {"names": ["x"]}
@@ -219,9 +219,8 @@ def ring(room, files):
         name="remembered",
         model=root.model,
         dynamic={"order": (0,)},
-        sized=[(root.held, (0,))],
         programs=Programs(files),
-        example=lambda given: {**given, "order": torch.arange(room // 2)},
+        sizes=RootSizes([(root.held, (0,))], lambda given: {**given, "order": torch.arange(room // 2)}),
     )
 
 
@@ -343,7 +342,7 @@ for _ in range(3):
     tokens = torch.cat(list(manager.stream(token_ids(1, 9), backend="compile", **given)), 1)
     times.append(time.perf_counter() - began)
 print(json.dumps(dict(slots=manager.report().layers[0].capacity, same=torch.equal(tokens, eager), times=times, reasons=reasons, backend=manager.report().backend,
-      how=[one.how for one in manager._decoder.programs.made], dynamo="torch._dynamo.convert_frame" in sys.modules)))
+      how=[one.how for one in manager.engine.decoder.programs.made], dynamo="torch._dynamo.convert_frame" in sys.modules)))
 """
 
 

@@ -21,11 +21,13 @@ from hypothesis import Phase, given
 from hypothesis import strategies as st
 from support.families import FAMILIES, build, dynamic_cache, logits, tiny, token_ids
 from support.searching import search
+from support.storages import STORAGES, exact_in
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import kvcache.cache._slots
+import kvcache.models as hf
 from kvcache import (
     H2O,
     TOVA,
@@ -38,6 +40,7 @@ from kvcache import (
     KeyRotation,
     KVCacheManager,
     KVLayer,
+    LayerCache,
     Pinned,
     PolicyError,
     PositionsError,
@@ -46,11 +49,12 @@ from kvcache import (
     SizePolicy,
     SlidingWindow,
     SnapKV,
+    Storage,
     pyramid_kv,
 )
-from kvcache.cache import RankedLayer, ScoringContext
+from kvcache.cache import RankedLayer, ScoringContext, attend
 from kvcache.models import _attention as attention
-from kvcache.models import _cache as hf
+from kvcache.testing._laws import held_bytes, state
 
 KEY_DIM, VALUE_DIM = 4, 3
 CLOSE = 1e-5  # fp32 sums of some forty numbers of size one; a wrong token shows as 0.01 and more
@@ -321,30 +325,25 @@ SCENARIOS = st.builds(
 
 
 def forward(
-    layer: KVLayer, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float | None = None
+    layer: LayerCache, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float | None = None
 ) -> torch.Tensor:
     """Append and attend as a model does it, ``[batch, heads, tokens, value_dim]``."""
-    held = layer.append(keys, values)
-    attention._observing.set(True)
-    try:
-        attention.stored(layer, *held)
-        return attention._attend(torch.nn.Module(), queries, *held, None, scaling=scaling)[0].transpose(1, 2)
-    finally:
-        attention._observing.set(False)
+    return attend(queries, layer.append(keys, values).spans, scaling)
 
 
 class Pair:
     """A layer and the reference, fed the same tokens and compared after each call."""
 
     def __init__(self, make: type[RankedLayer], name: str, s: Scenario) -> None:
-        self.s, self.make, self.name = s, make, name
+        # A name may say how tokens are held: "snapkv/int4".
+        self.s, self.make, (self.name, self.storage) = s, make, divided(name)
         self.history: list[torch.Tensor] = self.fresh(0)
         self.begin()
 
     def begin(self) -> None:
         self.policy = self.s.policy(self.name)
         turn = KeyRotation(torch.tensor(FREQUENCIES))
-        self.layer = self.make(self.policy, padding=torch.tensor(self.s.padding), turn=turn)
+        self.layer = self.make(self.policy, self.storage, padding=torch.tensor(self.s.padding), turn=turn)
         self.reference = Reference(self.policy, self.s.padding, self.s.heads, self.s.groups, KEY_DIM**-0.5, FREQUENCIES)
 
     def fresh(self, count: int, rows: int | None = None) -> list[torch.Tensor]:
@@ -354,7 +353,7 @@ class Pair:
         rows = rows if rows is not None else len(self.s.padding)
         sizes = ((self.s.heads * self.s.groups, KEY_DIM), (self.s.heads, KEY_DIM), (self.s.heads, VALUE_DIM))
         drawn = [torch.randn(rows, heads, count, dim, generator=generator) for heads, dim in sizes]
-        return [drawn[0], drawn[1] * 1.5, drawn[2]]
+        return [drawn[0], exact_in(self.storage, drawn[1] * 1.5, "keys"), exact_in(self.storage, drawn[2], "values")]
 
     def append(self, count: int) -> None:
         rows = self.history[0].shape[0]
@@ -401,29 +400,10 @@ class Pair:
         self.check()
 
 
-def state(layer: KVLayer) -> dict:
-    """All that a layer is: its tensors by their bytes (free slots too), anything else by value."""
-
-    def bits(x):
-        if isinstance(x, tuple):
-            return tuple(map(bits, x))
-        return (x.shape, x.dtype, x.contiguous().view(-1).view(torch.uint8).tolist()) if torch.is_tensor(x) else x
-
-    return {name: bits(value) for name, value in vars(layer).items()}
-
-
-def held_bytes(layer: KVLayer) -> int:
-    """Bytes of the storages behind all tensors of a layer, but for its padding, which is the caller's."""
-
-    def tensors(x):
-        if torch.is_tensor(x):
-            yield x
-        elif isinstance(x, tuple | list):
-            for part in x:
-                yield from tensors(part)
-
-    held = [t.untyped_storage() for name, x in vars(layer).items() if name != "padding" for t in tensors(x)]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in held}.values())
+def divided(name: str) -> tuple[str, Storage]:
+    """A policy's name, and how its tokens are held."""
+    policy, _, storage = name.partition("/")
+    return policy, STORAGES[storage or "plain"]
 
 
 def run(make: type[RankedLayer], name: str, s: Scenario) -> Pair:
@@ -625,8 +605,8 @@ def short_ladder():
 
 
 @pytest.mark.search
-@pytest.mark.grid(72)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.grid(144)
+@pytest.mark.parametrize("name", [name if held == "plain" else f"{name}/{held}" for held in STORAGES for name in NAMES])
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
 def test_law(law, name):
     hold(law, name, LAWS[law])
@@ -708,18 +688,16 @@ class LooksAhead(RankedLayer):
 class ChunksSeeAll(RankedLayer):
     """The tokens of a chunk attend to those after them."""
 
-    def pieces(self, keys, values, fresh):
-        return [replace(p, mask=torch.ones(1, 1, fresh, keys.shape[2])) for p in super().pieces(keys, values, fresh)]
+    def _mask(self, columns, fresh, device):
+        return torch.ones(1, 1, fresh, columns)
 
 
 class MaskIsOneShort(RankedLayer):
     """Each token of a chunk misses itself, but for the first."""
 
-    def pieces(self, keys, values, fresh):
-        pieces = super().pieces(keys, values, fresh)
-        columns = torch.arange(keys.shape[2])
-        mask = columns <= (columns[-fresh:, None] - 1).clamp_min(keys.shape[2] - fresh)
-        return [replace(piece, mask=mask[None, None]) for piece in pieces]
+    def _mask(self, columns, fresh, device):
+        column = torch.arange(columns)
+        return (column <= (column[-fresh:, None] - 1).clamp_min(columns - fresh))[None, None]
 
 
 class AttentionStaysBehind(RankedLayer):
@@ -773,7 +751,7 @@ class ObservesOtherHeads(RankedLayer):
     """Query heads are dealt out to KV heads in turn, not side by side."""
 
     def observe(self, queries, scaling):
-        dealt = queries.unflatten(1, (-1, self._keys.shape[1])).transpose(1, 2).flatten(1, 2)
+        dealt = queries.unflatten(1, (-1, self.keys.shape[1])).transpose(1, 2).flatten(1, 2)
         super().observe(dealt, scaling)
 
 
@@ -792,7 +770,7 @@ class CountsTokensAlone(RankedLayer):
 
     @property
     def nbytes(self):
-        return KVLayer.nbytes.fget(self)
+        return 0 if self._buffer is None else self._buffer.nbytes
 
 
 class ForgetsItsPadding(RankedLayer):

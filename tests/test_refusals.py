@@ -19,10 +19,10 @@ from kvcache import (
     InputError,
     KeepAll,
     KVCacheManager,
+    KVQuantization,
     MemoryStore,
     MissingDependencyError,
     PolicyError,
-    Quantization,
     RollbackError,
     SlidingWindow,
     SnapKV,
@@ -62,7 +62,7 @@ def test_d9_what_is_no_model_is_refused(name: str) -> None:
 
 
 ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"quantization": 8}, InputError, r"quantization=8.*Quantization\(8\)"),
+    ({"storage": 8}, InputError, r"storage=8.*KVQuantization\(8\)"),
     ({"kv_dtype": "bf16"}, InputError, r"kv_dtype='bf16'.*torch\.bfloat16"),
     ({"kv_dtype": torch.int8}, InputError, r"kv_dtype=torch\.int8.*floating-point"),
     ({"speakers": "redis://localhost"}, InputError, r"speakers='redis://localhost'.*SpeakerCache\("),
@@ -87,7 +87,7 @@ def test_d9_preallocation_takes_any_limit() -> None:
 
 @pytest.mark.parametrize(
     "given",
-    [{"quantization": Quantization(8)}, {"policy": SlidingWindow(4)}],
+    [{"storage": KVQuantization(8)}, {"policy": SlidingWindow(4)}],
     ids=str,
 )
 def test_d9_what_has_no_layer_to_work_on_is_refused(given: dict[str, Any]) -> None:
@@ -274,7 +274,7 @@ def test_models_are_the_same_afterwards() -> None:
 
 
 def test_what_is_missing_is_said_in_words() -> None:
-    manager = KVCacheManager(tiny("llama"), quantization=Quantization(8), speakers=memory())
+    manager = KVCacheManager(tiny("llama"), storage=KVQuantization(8), speakers=memory())
     cache = manager.new_cache()
     logits(tiny("llama"), token_ids(1, 9), cache)
     tensors, counts = cache.layers[0].kv.state()

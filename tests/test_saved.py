@@ -17,11 +17,11 @@ from kvcache import (
     KeepAll,
     KeyDiff,
     KVCacheManager,
+    KVQuantization,
     LongRangeAttention,
     MaxBytes,
     MaxTokens,
     PerHead,
-    Quantization,
     SlidingWindow,
     SnapKV,
 )
@@ -44,16 +44,18 @@ POLICIES = {
 }
 KINDS = {name: (policy, None, "absolute") for name, policy in POLICIES.items()}
 KINDS |= {
-    f"{name}-int8": (POLICIES[name], Quantization(8, 8), "absolute") for name in ("all", "window", "max", "bytes")
+    f"{name}-int8": (POLICIES[name], KVQuantization(8, group_size=8), "absolute")
+    for name in ("all", "window", "max", "bytes")
 }
-KINDS |= {"all-int4": (KeepAll(), Quantization(4, 8), "absolute"), "turned": (POLICIES["window"], None, "rerotated")}
+KINDS |= {
+    "all-int4": (KeepAll(), KVQuantization(4, group_size=8), "absolute"),
+    "turned": (POLICIES["window"], None, "rerotated"),
+}
 
 
 def manager_of(kind, model=None):
-    policy, quantization, positions = KINDS[kind]
-    return KVCacheManager(
-        tiny("llama") if model is None else model, policy, quantization=quantization, positions=positions
-    )
+    policy, storage, positions = KINDS[kind]
+    return KVCacheManager(tiny("llama") if model is None else model, policy, storage=storage, positions=positions)
 
 
 @torch.no_grad()

@@ -24,18 +24,18 @@ from kvcache import (
     KeyNorm,
     KVCacheManager,
     KVLayer,
+    KVQuantization,
     MaxBytes,
     MaxTokens,
     PerHead,
     Pinned,
     PolicyError,
-    Quantization,
     RankingPolicy,
     SizePolicy,
     SlidingWindow,
     SnapKV,
 )
-from kvcache.cache import QuantizedLayer, RankedLayer
+from kvcache.cache import GroupedLayer, RankedLayer
 from kvcache.testing import check_layer, check_policy, no_leaks
 
 pytestmark = pytest.mark.one_release
@@ -295,7 +295,7 @@ class BringsBack(RankedLayer):
 class ForgetsItsPositionsBytes(RankedLayer):
     @property
     def nbytes(self):
-        return KVLayer.nbytes.fget(self)
+        return 0 if self._buffer is None else self._buffer.nbytes
 
 
 @pytest.mark.parametrize(
@@ -307,7 +307,7 @@ class ForgetsItsPositionsBytes(RankedLayer):
     ],
 )
 def test_mistakes_of_layers_that_rank_are_caught(layer, says, monkeypatch):
-    monkeypatch.setattr(inside.LAYER_FOR, layer)
+    monkeypatch.setattr(inside.MADE_BY, lambda spec: layer)
     with pytest.raises(AssertionError, match=says):
         check_policy(KeyNorm(10, sinks=1, recent=2), examples=20)
 
@@ -320,8 +320,8 @@ def test_the_houses_layer_keeps_the_laws():
     check_layer(KVLayer, variants=("plain", "padded", "rerotated"), examples=examples(12))
 
 
-def quantized(policy, rotation=None, token_bytes=None, preallocate=False, **given):
-    return QuantizedLayer(policy, Quantization(8, group=8), **given)
+def quantized(policy, rotation=None, preallocate=False, **given):
+    return GroupedLayer(policy, KVQuantization(8, group_size=8), **given)
 
 
 @pytest.mark.search
@@ -372,9 +372,9 @@ class ExceedsItsLimit(KVLayer):
 class EvictsPinnedTokens(KVLayer):
     """The ring runs over the pinned slots too."""
 
-    def _overwrite(self, keys, values):
+    def _overwrite(self, *given):
         policy, self.policy = self.policy, SlidingWindow(self.policy.limit)
-        result = super()._overwrite(keys, values)
+        result = super()._overwrite(*given)
         self.policy = policy
         return result
 

@@ -17,8 +17,8 @@ from kvcache import (
     CorruptError,
     InputError,
     KVCacheManager,
+    KVQuantization,
     PolicyError,
-    Quantization,
     TuningProfile,
     quantize_linear,
 )
@@ -453,12 +453,12 @@ def test_a_manager_from_a_profile_is_one_built_by_hand(tmp_path, setting):
     by_hand = KVCacheManager(
         model if setting.precision is None else quantize_linear(model, setting.precision),
         kv_dtype=setting.kv_dtype,
-        quantization=None if setting.quantization is None else Quantization(setting.quantization),
+        storage=None if setting.quantization is None else KVQuantization(setting.quantization),
     )
     assert torch.equal(said(manager), said(by_hand, backend=setting.backend))
     assert manager.report().backend == (None if setting.backend == "off" else setting.backend)
     assert manager.report().fallback is None
-    assert manager.quantization == by_hand.quantization
+    assert manager.spec == by_hand.spec
     if setting.kv_dtype == BF16:
         assert manager.report().nbytes * 2 == said_bytes(KVCacheManager(model, backend="eager"))
     over = KVCacheManager.from_profile(model, path, backend="off", max_cache_length=50)
@@ -576,7 +576,7 @@ def test_bits_that_would_do_nothing_are_left_out(tmp_path):
     (refused,) = (one for one in found.refused if one.axis == "quantization")
     assert "no layer of this model's cache is held in few bits" in refused.reason
     with pytest.raises(PolicyError, match="no layer"):
-        KVCacheManager(build("mistral-own-window"), quantization=Quantization(8))
+        KVCacheManager(build("mistral-own-window"), storage=KVQuantization(8))
 
 
 def test_bits_are_left_out_behind_few_tokens(tiny):

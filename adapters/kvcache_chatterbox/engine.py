@@ -18,9 +18,10 @@ from kvcache import (
     SizePolicy,
     SpeakerCache,
 )
+from kvcache.cache import PositionMode
 from kvcache.decoding import BUCKET, BackendName, Told, TuningProfile, WarmUp, as_async, in_thread, untold
 from kvcache.memory import release_threads
-from kvcache.models import PositionMode, Precision
+from kvcache.models import Precision
 from kvcache_chatterbox.audio import Chunks, SegmentedAudio, Speaker, chunking_of, heard
 from kvcache_chatterbox.checks import check_conditionals, check_count, check_number, check_path, check_pause, check_seed
 from kvcache_chatterbox.loading import byte_tokens, random_conditionals
@@ -149,7 +150,7 @@ class ChatterboxEngine(UtteranceDecoder):
             CorruptError: if that is no profile.
         """
         arguments = TuningProfile.load(Path(path), getattr(model, "t3", model)).arguments
-        if "quantization" in arguments:
+        if "storage" in arguments:
             raise InputError(f"{path} has a quantized cache, which Chatterbox's engine has not; tune with kvcache tune")
         vocoder = arguments.pop("vocoder", None)
         if vocoder is not None and hasattr(model, "s3gen"):

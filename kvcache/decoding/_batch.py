@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvcache.cache import CacheReport, KVLayer
+from kvcache.cache import CacheReport, LayerCache
 from kvcache.decoding._engine import FAILED, Decoding, check_drawn
 from kvcache.decoding._sampler import Sampling
 from kvcache.errors import CapacityError, GeometryError, InputError, check_whole
@@ -39,7 +39,7 @@ class Job:
         include_stop_token: whether the token that ends it is part of what it says.
     """
 
-    prefill: Callable[[], tuple[Tensor, Sequence[KVLayer]]]
+    prefill: Callable[[], tuple[Tensor, Sequence[LayerCache]]]
     sampling: Sampling
     generator: torch.Generator
     total: int

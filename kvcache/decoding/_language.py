@@ -159,7 +159,7 @@ class _Step(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens: Tensor, made: Tensor, given: dict[str, Any]) -> Tensor:
+    def forward(self, tokens: Tensor, made: Tensor, given: dict[str, Any]) -> Tensor:  # noqa: ARG002  # as every step's
         return torch.as_tensor(self.model(input_ids=tokens[:, None], **given).logits[:, -1])
 
 

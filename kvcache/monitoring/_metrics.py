@@ -194,8 +194,10 @@ def _add(known: dict[str, T], name: str, one: T) -> None:
 
 
 class SchedulerCollector(Collector):
-    """A scheduler's own counts: gauges ``kvcache_rows``, ``_busy``, ``_waiting``, ``_running``; counters
-    ``kvcache_finished_total``, ``_cancelled_total``, ``_refused_total``, ``_failed_total`` and ``_tokens_total``.
+    """A scheduler's own counts.
+
+    Gauges ``kvcache_rows``, ``_busy``, ``_waiting``, ``_running``; counters ``kvcache_finished_total``, ``_cancelled_total``,
+    ``_refused_total``, ``_failed_total`` and ``_tokens_total``.
 
     Args:
         scheduler: what has ``metrics()``: a `Scheduler`, or a `SpeechScheduler`.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from kvcache.cache import KVLayer
+from kvcache.cache import CacheSpec
 from kvcache.errors import GeometryError, InputError, PositionsError
 from kvcache.models import ManagedCache, ManagedLayer, facts_of, kv_layers, rope_by_length
 from kvcache.prefixes._snapshot import PrefixKey, PrefixSnapshot
@@ -52,7 +52,7 @@ def prefix_cache(model: Any) -> Any:
         )
     if (why := facts_of(model).why_no_prefix) is not None:
         raise PositionsError(f"no prefix of {type(model).__name__} can be reused: {why}; give it with each request")
-    return ManagedCache([ManagedLayer(KVLayer()) for _ in layers])
+    return ManagedCache([ManagedLayer(CacheSpec().layer()) for _ in layers])
 
 
 def extend_prefix(

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.pytorch_utils import Conv1D
 
-from kvcache.cache import KVLayer
+from kvcache.cache import LayerCache
 from kvcache.decoding import Decoding, Drawing, StaticKV
+from kvcache.generation import GenerateCall
 from kvcache.models import (
     PackedLinear,
     Watch,
@@ -93,7 +94,7 @@ def held(tensors: Iterable[Tensor]) -> int:
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def buffers(layers: Sequence[KVLayer]) -> int:
+def buffers(layers: Sequence[LayerCache]) -> int:
     """Bytes of these layers, written to or not: what a C library hands out again has been written to before."""
     return sum(kv.nbytes for kv in layers)
 
@@ -127,7 +128,7 @@ def _pages(count: int, stride: int, size: int) -> int:
     return more(0) + rounds * once + sum(map(more, range(1, rest + 1)))
 
 
-def fill(layers: Sequence[KVLayer], tokens: int) -> None:
+def fill(layers: Sequence[LayerCache], tokens: int) -> None:
     """Let layers on the meta device, which hold something, see so many tokens more."""
     for kv in layers:
         assert kv.keys is not None and kv.values is not None
@@ -185,7 +186,7 @@ class _Blank:
 
     def run(self, count: int) -> tuple[int, Tensor]:
         """Bytes that a pass of so many tokens takes at most, beside the cache as it was before, and the logits."""
-        with without_numbers() as watch, self._manager._exactly():
+        with without_numbers() as watch, self._manager.caches.exactly():
             out = run_blank(self._manager.runner, self.cache, self._rows, count, 0, "meta", **self._more)
         return watch.peak + self.states, out.logits
 
@@ -217,8 +218,9 @@ def language_footprint(manager: Any, setting: "Setting", context: int, tokens: i
         device: ``"cpu"`` or ``"cuda"``: what is planned for.
     """
     model, rows = manager.model, setting.requests
-    request = {"max_new_tokens": tokens, "attention_mask": torch.ones(1, 1)}
-    reason = None if setting.backend == "off" else manager._why_not(None, None, request)
+    settings = {"max_new_tokens": tokens, "attention_mask": torch.ones(1, 1)}
+    call = GenerateCall.of(model, manager.geometry, None, settings)
+    reason = None if setting.backend == "off" else manager.engine.unsupported_reason(call)
     blank = _Blank(manager, rows, context)
     seen = blank.context + tokens - 1  # the last token drawn is never run
     peak, logits = blank.run(blank.context)
@@ -238,9 +240,10 @@ def language_footprint(manager: Any, setting: "Setting", context: int, tokens: i
         return Footprint(tuple(moments), blank.nbytes, 0, (model,), reason)
 
     policy, stored = blank.layers[0].policy, blank.layers[0].stored
+    decoder = manager.engine.decoder
     with Watch() as watch:
-        needed = manager._decoder.needed(policy, stored, tokens)
-        decoding = manager._decoder.decoding(policy, rows, needed, logits.shape[-1], setting.backend)
+        needed = decoder.needed(policy, stored, tokens)
+        decoding = decoder.decoding(policy, rows, needed, logits.shape[-1], setting.backend)
     static = decoding.kv
     fixed = watch.live - static.nbytes  # noise, marks, counters
     moments.append(Moment("handover", first, written_static(static, context, rows, device), fixed, last))

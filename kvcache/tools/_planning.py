@@ -15,7 +15,7 @@ from kvcache.errors import InputError
 from kvcache.memory import resident_bytes
 from kvcache.models import PackedLinear, Precision, meta_without_autocast, onednn_linear
 from kvcache.tools._footprint import Moment, Weights, bytes_in, weights_of
-from kvcache.tools._targets import ModelTarget, check_vocoder
+from kvcache.tools._target import ModelTarget, check_vocoder
 
 Device = Literal["cpu", "cuda"]
 

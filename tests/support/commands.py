@@ -42,15 +42,15 @@ NEEDED: dict[str, list[str]] = {
     "profile": ["{model}"],
     "tune": ["{model}", "--out", "{tmp}/profile.json"],
     "warm": ["{model}"],
-    "voices list": [],
-    "voices show": ["{file}"],
-    "voices verify": [],
-    "voices export": ["{address}", "{tmp}/new.safetensors"],
-    "voices import": ["{file}"],
-    "voices prune": ["--max-bytes", "1GiB"],
-    "voices remove": ["{address}"],
-    "voices pin": ["{address}"],
-    "voices unpin": ["{address}"],
+    "prefixes list": [],
+    "prefixes show": ["{file}"],
+    "prefixes verify": [],
+    "prefixes export": ["{address}", "{tmp}/new.safetensors"],
+    "prefixes import": ["{file}"],
+    "prefixes prune": ["--max-bytes", "1GiB"],
+    "prefixes remove": ["{address}"],
+    "prefixes pin": ["{address}"],
+    "prefixes unpin": ["{address}"],
 }
 STORE = [  # of every command that opens one
     (["--store", "{tmp}/nothing"], "there is no folder"),
@@ -143,8 +143,8 @@ WRONG: dict[str, list[Any]] = {  # pairs, some of them with marks
         (["{model}", "--precision", "int2"], "--precision int2"),
         (["{model}", "--threads", "-2"], "--threads -2"),
     ],
-    "voices list": store_of(),
-    "voices show": [
+    "prefixes list": store_of(),
+    "prefixes show": [
         *store_of("{address}"),
         *(case for case in ADDRESS if case[1] != "is no address"),
         (["sarah"], "cannot be read"),
@@ -152,21 +152,21 @@ WRONG: dict[str, list[Any]] = {  # pairs, some of them with marks
         (["{foreign}"], "not a file of kvcache's"),
         (["{empty}"], "not a file of kvcache's"),
     ],
-    "voices verify": [*ADDRESS, *store_of()],
-    "voices export": [
+    "prefixes verify": [*ADDRESS, *store_of()],
+    "prefixes export": [
         *(([*wrong, "{tmp}/new.safetensors"], says) for wrong, says in ADDRESS),
         *store_of("{address}", "{tmp}/new.safetensors"),
         (["{address}"], "FILE"),
         (["{address}", "{file}"], "--force"),
         (["{address}", "{tmp}/nothing/file"], "there is no folder"),
     ],
-    "voices import": [
+    "prefixes import": [
         *((wrong, says) for wrong, says in store_of("{file}") if says != "there is no folder"),  # it makes one
         (["{tmp}/nothing"], "cannot be read"),
         (["{foreign}"], "not a file of kvcache's"),
         (["{voice}"], "kvcache-voice"),
     ],
-    "voices prune": [
+    "prefixes prune": [
         *store_of("--max-bytes", "1GiB"),
         ([], "--max-bytes"),
         (["--max-bytes", "lots"], "--max-bytes lots"),
@@ -176,9 +176,9 @@ WRONG: dict[str, list[Any]] = {  # pairs, some of them with marks
         (["--older-than", "-3d"], "--older-than '-3d'"),
         (["--model", ""], "model=''"),
     ],
-    "voices remove": [*ADDRESS, *store_of("{address}")],
-    "voices pin": [*ADDRESS, *store_of("{address}")],
-    "voices unpin": [*ADDRESS, *store_of("{address}")],
+    "prefixes remove": [*ADDRESS, *store_of("{address}")],
+    "prefixes pin": [*ADDRESS, *store_of("{address}")],
+    "prefixes unpin": [*ADDRESS, *store_of("{address}")],
 }  # fmt: skip
 
 

@@ -22,10 +22,10 @@ from kvcache import (
     SpeakerCache,
     default_store,
 )
-from kvcache.cache import chosen_by_head
+from kvcache.cache import CacheSpec, PositionMode, chosen_by_head
 from kvcache.decoding import BackendName, Batch, Job, Programs, backend_on, check_bucket, chunked
 from kvcache.events import Event, emit
-from kvcache.models import PositionMode, Precision, check_kv_dtype, new_cache, reads_half_caches
+from kvcache.models import Precision, check_kv_dtype, new_cache, reads_half_caches
 from kvcache.prefixes import check_prefix_cache
 from kvcache.prefixes.stores import Aside
 from kvcache_chatterbox.checks import autocast_on, check_count, check_seed, each_without_autocast
@@ -166,7 +166,7 @@ class UtteranceDecoder:
         reused: bool = True,
         **sampling: Unpack[SamplingOptions],
     ) -> Utterance:
-        """One text in one voice, checked. See `inference_stream`.
+        """One text ``[tokens]`` or ``[1, tokens]`` in one voice, checked. See `inference_stream`.
 
         Raises:
             InputError: if it cannot be said.
@@ -441,15 +441,9 @@ class UtteranceDecoder:
                 f"max_cache_length is {longest}; lower max_new_tokens, raise max_cache_length, or give a policy that evicts"
             )
         policy = Pinned(prefix, self.policy) if self.policy.evicts else self.policy
-        return new_cache(
-            self.t3.tfmr,
-            policy,
-            max_length=longest if slots is None or self.policy.evicts else slots,
-            preallocate=slots is not None,
-            positions=self._manager.positions,
-            rows=rows,
-            geometry=self._manager.geometry,
-        )
+        most = longest if slots is None or self.policy.evicts else slots
+        spec = CacheSpec(policy, most, self._manager.positions, preallocate=slots is not None)
+        return new_cache(self.t3.tfmr, spec, rows=rows, geometry=self._manager.geometry)
 
     def _reported(self, chunks: Iterator[Tensor], cache: Any) -> Generator[Tensor, None, None]:
         reason = self._why_not

@@ -55,6 +55,9 @@ def at_precision(t3: Any, precision: Precision) -> Any:
 class T3Step(nn.Module):
     """From a speech token to the logits of the next, without a number from the host.
 
+    Called with the tokens ``[requests]`` and how many each request has made ``[requests]``, it gives logits
+    ``[requests * rows, vocabulary]``.
+
     Args:
         t3: whose step.
         rows: 2 with guidance.

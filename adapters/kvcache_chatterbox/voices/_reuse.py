@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kvcache import PrefixKey, PrefixSnapshot, SpeakerCache, model_fingerprint
+from kvcache.cache import CacheSpec
 from kvcache.models import cache_kwarg, geometry_of, kv_layers, new_cache, tensor_bytes, watch_of
 from kvcache.prefixes import Layout, extend_prefix
 from kvcache.prefixes.stores import Aside
@@ -64,8 +65,10 @@ class VoiceReuse:
 
     @property
     def usable(self) -> bool:
-        """Whether the model, as it is now, can be told from others, so that what it computes may be kept; see
-        `kvcache.models.Signature.why_no_name`."""
+        """Whether the model, as it is now, can be told from others, so that what it computes may be kept.
+
+        See `kvcache.models.Signature.why_no_name`.
+        """
         return self._watch.signature().why_no_name is None
 
     @torch.inference_mode()
@@ -91,7 +94,7 @@ class VoiceReuse:
         return FirstPass(out[0][:, -1])
 
     def condition(self, t3_cond: Any) -> Tensor:
-        """As `requests.condition`; the last few are remembered, by content."""
+        """The voice as the beginning of the backbone's input, ``[1, tokens, dim]``; the last few are remembered, by content."""
         parts = [getattr(t3_cond, field.name) for field in dataclasses.fields(t3_cond)]
         content = [(p.dtype, p.shape, bytes(tensor_bytes(p))) if isinstance(p, Tensor) else p for p in parts]
         with without_autocast(self._t3):
@@ -133,8 +136,10 @@ class VoiceReuse:
         return self.speakers.get_or_extend(key, partial(self._extend, key))
 
     def passing(self, key: PrefixKey) -> PrefixSnapshot:
-        """The prefix of what is no named voice, such as a number that a request gives: it is not stored, but for the last
-        two, which are remembered here."""
+        """The prefix of what is no named voice, such as a number that a request gives.
+
+        It is not stored; the last two are remembered here.
+        """
         if (known := self._remembered(key)) is not None:
             return known
         found = self.speakers.find(key)
@@ -206,7 +211,7 @@ class VoiceReuse:
 
     def _cache(self, tokens: int) -> Any:
         """For one row of so many tokens."""
-        return new_cache(self._t3.tfmr, max_length=tokens, preallocate=True, rows=1, geometry=self._geometry)
+        return new_cache(self._t3.tfmr, CacheSpec(max_length=tokens, preallocate=True), rows=1, geometry=self._geometry)
 
 
 class Prepared:

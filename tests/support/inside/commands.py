@@ -11,5 +11,5 @@ from kvcache.cli._plan import _room as shown_room
 __all__ = ["bytes_of", "print_json", "shown_bytes", "shown_room"]
 
 PLAN = "kvcache.cli._plan.plan"
-DESCRIBE = "kvcache.cli._voices.describe"
-UNPACK = "kvcache.cli._voices.unpack"
+DESCRIBE = "kvcache.cli._prefixes.describe"
+UNPACK = "kvcache.cli._prefixes.unpack"

@@ -41,7 +41,7 @@ PROGRAMS_COMPILED = "kvcache.decoding._programs.compiled"
 PROGRAMS_FAILED = "kvcache.decoding._programs._failed"
 PROGRAMS_LOADED = "kvcache.decoding._programs._loaded"
 PROGRAMS_ROOM = "kvcache.decoding._program_files._ALL"
-SCHEDULER_CLOCK = "kvcache.decoding._scheduler.time"
+SCHEDULER_CLOCK = "kvcache.decoding._ledger.time"
 TRACED = "kvcache.decoding._backends.traced"
 WORKER_QUEUE = "kvcache.decoding._streaming.queue"
 ZEROS = "kvcache.decoding._static_cache.zeros"  # the system's own pages, which cannot be faked
@@ -150,8 +150,7 @@ def idle(pool: Pool) -> dict[Any, Any]:
 
 
 def pool_of(manager: KVCacheManager) -> Pool:
-    assert manager._decoder is not None
-    return manager._decoder._pool
+    return manager.engine.decoder._pool
 
 
 def maker_of(items: AsyncItems[Any]) -> Callable[[], Any]:
@@ -187,7 +186,7 @@ def dropped_by(scheduler: Scheduler) -> Any:
 
 def first_items_of(scheduler: Scheduler) -> Any:
     """The seconds to the first item, of the last requests."""
-    return scheduler._firsts
+    return scheduler._ledger.firsts
 
 
 def order_of(scheduler: Scheduler) -> Any:

@@ -6,8 +6,9 @@ from typing import Any
 from kvcache import SpeakerCache
 from kvcache.cache._archive import _checksum as checksum  # of files that a test makes, whose sum is right
 from kvcache.prefixes.stores import BlobStore, DiskStore, RedisStore, RemoteStore, TieredStore
-from kvcache.prefixes.stores._base import Patience, check_address  # of any question; of any text
+from kvcache.prefixes.stores._base import check_address  # of any text
 from kvcache.prefixes.stores._index import Index  # of files that a test wrote
+from kvcache.prefixes.stores._patience import Patience  # of any question
 from kvcache.prefixes.stores._remote import _written as written  # of what file systems say of a time
 
 __all__ = ["Index", "Patience", "check_address", "checksum", "written"]

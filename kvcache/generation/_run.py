@@ -1,4 +1,4 @@
-"""One call of a model's `generate`: which cache it runs on, what it was asked for, and the tokens it says on the way.
+"""One call of a model's `generate`, on caches of ours: a stand-in for the model asks for them.
 
 A `generate` may call itself, as Whisper's does for each part of a long text, or hand its work to a model within, as BLIP's
 does. So it is not handed one cache: for the time of a call, a stand-in for the model makes ours where the model would make
@@ -269,54 +269,3 @@ def _let_ask(module: Any, run: Run) -> None:
         methods.append(next_inputs)
     for name, method in zip(_ASKING, methods, strict=False):
         module.__dict__[name] = types.MethodType(method, module)
-
-
-# ---------------------------------------------------------------------- its tokens
-
-
-class Emitter(BaseStreamer):
-    """Passes each step's tokens on, ``[rows]``, or ``[rows, codebooks]`` where a token has several numbers.
-
-    Args:
-        emit: takes them.
-        run: that they are of.
-        rows: of the batch, where the run does not say.
-        beside: another streamer, which is given all that `generate` gives.
-    """
-
-    def __init__(self, emit: Callable[[Tensor], None], run: Run, rows: int | None, beside: Any) -> None:
-        self._emit = emit
-        self._run = run
-        self._rows = rows
-        self._beside = beside
-        self._prompt: Tensor | None = None
-        self._ended = False
-
-    def put(self, value: Tensor) -> None:
-        if self._ended:
-            raise InputError(
-                "these inputs take several runs of this model's generate (long audio, or another try), whose tokens are no "
-                "stream: what came so far may be replaced; use generate()"
-            )
-        if self._beside is not None:
-            self._beside.put(value)
-        if self._prompt is None:
-            self._prompt = value
-            return
-        if self._run.mode is GenerationMode.ASSISTED_GENERATION:  # several tokens of one row
-            for token in value.reshape(1, -1).unbind(1):
-                self._emit(token)
-        else:
-            self._emit(self._by_row(value, self._prompt))
-
-    def _by_row(self, value: Tensor, prompt: Tensor) -> Tensor:
-        # Some models run a row for each codebook, and tell how many there are by their prompt or not at all.
-        rows = prompt.shape[0] if prompt.dim() == 3 else self._run.rows or self._rows
-        if value.dim() > 1 or rows is None or value.shape[0] == rows or value.shape[0] % rows:
-            return value
-        return value.reshape(rows, -1)
-
-    def end(self) -> None:
-        self._ended = True
-        if self._beside is not None:
-            self._beside.end()

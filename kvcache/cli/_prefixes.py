@@ -1,4 +1,4 @@
-"""`kvcache voices`: what a store of voices and other prefixes holds, and looking after it."""
+"""`kvcache prefixes`: what a store holds, of any model, and looking after it."""
 
 import re
 import time
@@ -31,7 +31,7 @@ from kvcache.prefixes.stores import (
 )
 
 app = typer.Typer(
-    help="Voices and other prefixes in a store: list, check, copy, pin and remove them.", no_args_is_help=True
+    help="Prompts and voices that a store holds: list, check, copy, pin and remove them.", no_args_is_help=True
 )
 
 Where = Annotated[
@@ -147,7 +147,7 @@ def check(
         left = sum(not row["removed"] for row in bad)
         todo = "what was removed is computed again when it is asked for"
         if left:
-            todo = f"run kvcache voices verify --remove, or give the right --secret-file: {left} still there"
+            todo = f"run kvcache prefixes verify --remove, or give the right --secret-file: {left} still there"
         raise CheckFailed(f"{len(bad)} of {_counted(len(entries))} cannot be used; {todo}")
 
 
@@ -171,7 +171,7 @@ def export(
         found = find(opened.entries(), address).address
         data = opened.read_verified(found)
     if data is None:
-        raise CheckFailed(f"{found} left the store meanwhile; run kvcache voices list")
+        raise CheckFailed(f"{found} left the store meanwhile; run kvcache prefixes list")
     try:
         write_given(file, data)
     except OSError as error:
@@ -193,7 +193,7 @@ def bring_in(
     try:
         described(beginning(data))
     except CorruptError as error:
-        raise InputError(f"{file}: {error}; give a file that kvcache voices export wrote") from error
+        raise InputError(f"{file}: {error}; give a file that kvcache prefixes export wrote") from error
     with _opened(store, namespace, secret_file, new=True) as opened:
         try:
             address = opened.add(data)
