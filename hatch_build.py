@@ -10,16 +10,11 @@ RELATIVE = re.compile(r"(!?)\[([^\]]*)\]\((?![a-z]+:|#)([^)\s]+)\)")
 
 
 class LongDescription(MetadataHookInterface):
-    """Makes the project's readme and its other addresses; hatchling finds the class by this file's name."""
+    """Makes the project's readme; hatchling finds the class by this file's name."""
 
     def update(self, metadata: dict[str, Any]) -> None:
-        """Set what depends on the repository's address and the version, each of which stands in one place."""
+        """Set the readme, by the repository's address and the version, each of which is stated elsewhere."""
         repository, tag = metadata["urls"]["Repository"], f"v{metadata['version']}"
-        metadata["urls"] |= {
-            "Documentation": f"{repository}/blob/{tag}/docs/index.md",
-            "Changelog": f"{repository}/blob/{tag}/CHANGELOG.md",
-            "Issues": f"{repository}/issues",
-        }
         readme = (Path(self.root) / "README.md").read_text(encoding="utf-8")
         metadata["readme"] = {"content-type": "text/markdown", "text": absolute(readme, repository, tag)}
 

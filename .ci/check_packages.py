@@ -76,11 +76,10 @@ def metadata_faults(
     if tag is not None and tag != f"v{metadata['Version']}":
         yield f"the tag {tag} is not that of version {metadata['Version']}; tag v{metadata['Version']}, or change __version__"
     addresses = dict(line.split(", ", 1) for line in metadata.get_all("Project-URL", []))
-    if repository is not None and addresses.get("Repository") != repository:
-        yield f"pyproject.toml says that the repository is {addresses.get('Repository')}, not {repository}; correct it there"
+    here = addresses.get("Repository", "https://") if repository is None else repository
     for name in ("Repository", "Documentation", "Changelog", "Issues"):
-        if not addresses.get(name, "").startswith("https://"):
-            yield f"the address {name!r} is {addresses.get(name)!r}"
+        if not addresses.get(name, "").startswith(here):
+            yield f"pyproject.toml says {name} = {addresses.get(name)!r}, which is not at {here}; correct it there"
     if not metadata.get_payload():
         yield "there is no long description"
     for link in RELATIVE.findall(str(metadata.get_payload())):

@@ -67,7 +67,7 @@ def _captured(function: "Ahead", args: Mapping[str, Any]) -> tuple[Any, list[str
     """The function as a graph of tensors, by torch's own tracer, and the places that its inputs come from."""
     found: list[tuple[Any, list[str]]] = []
 
-    def take(graph: Any, inputs: Sequence[Any]) -> Any:
+    def take(graph: Any, _inputs: Sequence[Any]) -> Any:
         found.append((graph, [_source_of(node) for node in graph.graph.nodes if node.op == "placeholder"]))
         raise _Stop
 

@@ -83,7 +83,7 @@ def fits(tensor: Tensor, dims: Sequence[Any], sizes: Mapping[str, tuple[int, int
 
 
 class Bound:
-    """A program with the tensors of what it is a function of."""
+    """A program with the tensors, of any shape, of what it is a function of."""
 
     def __init__(
         self,

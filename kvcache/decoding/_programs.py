@@ -95,7 +95,7 @@ class Programs:
                 begun = _begun.get(key)
                 if begun is None:
                     _begun[key] = threading.Event()
-            if begun is None and (self._waits or self._load(function, key, args)):
+            if begun is None and (self._waits or self._load(function, key)):
                 self._make(function, key, args)
             elif begun is None:
                 like = {name: _like(value) for name, value in args.items()}
@@ -106,7 +106,7 @@ class Programs:
             else:
                 return None
 
-    def _load(self, function: "Ahead", key: str, args: Mapping[str, Any]) -> bool:
+    def _load(self, function: "Ahead", key: str) -> bool:
         """Whether the next process's part is done already: it takes milliseconds, and nobody need run eagerly for that."""
         began = time.perf_counter()
         try:
@@ -125,7 +125,7 @@ class Programs:
 
     def _make(self, function: "Ahead", key: str, args: Mapping[str, Any]) -> None:
         try:
-            if key in _loaded or self._load(function, key, args):
+            if key in _loaded or self._load(function, key):
                 return
             began = time.perf_counter()
             with _making:

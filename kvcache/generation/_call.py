@@ -21,7 +21,8 @@ class GenerateCall:
     """What a model's `generate` is asked for.
 
     Attributes:
-        inputs: its first argument; None where that is among the settings, under the name that the model has for it.
+        inputs: its first argument, such as token ids ``[rows, tokens]``; None where that is among the settings, under the
+            name that the model has for it.
         settings: its other arguments, by name.
         model: that is asked.
         module: the model, or within a wrapper that one, which `generate` is called on; None if it is no transformers model.
@@ -85,8 +86,10 @@ class GenerateCall:
 
     @property
     def text(self) -> tuple[Tensor | None, int] | None:
-        """The token ids ``[rows, tokens]`` of the text so far, None where they are not known, and how many a row has; None
-        where nothing says it."""
+        """The token ids ``[rows, tokens]`` of the text so far, and how many a row has.
+
+        The ids are None where they are not known; all of it is None where nothing says how many there are.
+        """
         ids = self.settings.get("decoder_input_ids") if self.seq2seq else self.prompt
         mask = self.settings.get("decoder_attention_mask" if self.seq2seq else "attention_mask")
         if ids is None and not self.seq2seq:
@@ -97,8 +100,10 @@ class GenerateCall:
         return (ids if ids is not None and not ids.is_floating_point() else None), given
 
     def read(self, out: Any) -> Tensor | None:
-        """The token ids ``[rows, tokens]`` that a cache has seen after this, by what came of it: rows as they came, ids from
-        the beginning; None where that does not say it."""
+        """The token ids ``[rows, tokens]`` that a cache has seen after this, by what came of it.
+
+        Rows stand as they came, ids from the beginning; None where that does not say it.
+        """
         prompt, mask = self.prompt, self.settings.get("attention_mask")
         ids = out if isinstance(out, Tensor) else getattr(out, "sequences", None)
         told = prompt is not None and prompt.dim() == 2 and not prompt.is_floating_point()
@@ -131,8 +136,9 @@ class GenerateCall:
         return mode_of(self.module, self.settings)
 
     def check_cache_kind(self) -> None:
-        """Refuse another kind of cache than ours: what a checkpoint's config asks for is a default, for which we stand; what
-        a request asks for is not.
+        """Refuse another kind of cache than ours.
+
+        What a checkpoint's config asks for is a default, for which we stand; what a request asks for is not.
 
         Raises:
             InputError: with what to do instead.

@@ -307,7 +307,7 @@ class KVCacheManager:
         report is then about the last.
 
         Args:
-            inputs: as the model's own first argument, which may be given by its name as well.
+            inputs: token ids ``[rows, tokens]``, or the model's own first argument, which may be given by its name as well.
             prefix: the name of one added with `add_prefix`: the result is as if it stood before each row of the inputs,
                 and is in the result where they are. Rows may be padded on the left, if nothing is evicted.
             **kwargs: as the model's own.
@@ -373,7 +373,7 @@ class KVCacheManager:
         compiled step of its own; with `max_cache_length` the cache of all has the same length.
 
         Args:
-            inputs, **kwargs: of a request, as in `generate`.
+            inputs, **kwargs: of a request, as in `generate`: token ids ``[rows, tokens]``.
             backend: see `stream`.
             background: return at once and do it in a thread. From then on no request waits for a compiler: it runs eagerly
                 until its compiled step is there, and says the same tokens.
@@ -404,7 +404,7 @@ class KVCacheManager:
         backend: Backends | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[Tensor]:
-        """`stream` for an event loop. Cancelling ends the run."""
+        """`stream` for an event loop: chunks ``[rows, n]``. Cancelling ends the run."""
         return as_async(self.stream(inputs, prefix=prefix, chunk_size=chunk_size, backend=backend, **kwargs))
 
     def unsupported_reason(
@@ -413,7 +413,7 @@ class KVCacheManager:
         """Why `stream` would not decode this on the decode engine, but by `generate`; None if it would.
 
         Args:
-            inputs, prefix, **kwargs: as in `generate`.
+            inputs, prefix, **kwargs: as in `generate`: token ids ``[rows, tokens]``.
         """
         return self._streams.unsupported_reason(self._call(inputs, kwargs), prefix, cached=self.enabled)
 

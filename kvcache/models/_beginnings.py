@@ -18,7 +18,7 @@ def run_prefix(model: Any, given: Mapping[str, Tensor], cache: Any, start: int) 
     """Run a part of a prefix on a cache, at the positions that `generate` would give it.
 
     Args:
-        given: ``input_ids`` or ``inputs_embeds`` of one row.
+        given: ``input_ids`` ``[1, tokens]`` or ``inputs_embeds`` ``[1, tokens, width]``.
         start: tokens before it.
     """
     body = getattr(model, "base_model", model)  # without the head: nobody asks for a prefix's logits

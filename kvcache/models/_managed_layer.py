@@ -42,8 +42,9 @@ _CROP_TO_LENGTH = _after_crop(1) == 1  # up to 5.22
 
 
 def let_go(layer: DynamicSlidingWindowLayer, keys: Tensor, values: Tensor) -> None:
-    """Let a model's own layer with a window hold as much as after a single token, whatever came: so what is held depends on
-    how many came, and not on how. Transformers' holds a whole prompt until the next token comes.
+    """Let a model's own layer with a window hold as much as after a single token, whatever came.
+
+    So what is held depends on how many came, and not on how. Transformers' holds a whole prompt until the next token comes.
 
     Args:
         keys, values: what its `update` has returned.
@@ -163,7 +164,7 @@ class ManagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.kv.policy!r}, seen={self.kv.seen}, stored={self.kv.stored})"
 
-    def get_seq_length(self, cache_position: Tensor | None = None) -> int:
+    def get_seq_length(self, cache_position: Tensor | None = None) -> int:  # noqa: ARG002  # as transformers calls it
         return self.kv.seen
 
     def get_max_length(self) -> int:

@@ -27,7 +27,7 @@ _library = _torch_library.Library("kvcache", "FRAGMENT")
 _library.define("packed_linear(Tensor states, Tensor kernel, int out_features) -> Tensor")
 
 
-def _run(states: Tensor, kernel: Tensor, out_features: int) -> Tensor:
+def _run(states: Tensor, kernel: Tensor, _out_features: int) -> Tensor:
     operator, others = _kernels[int(kernel)]
     return operator(states, *others)
 
@@ -45,8 +45,8 @@ _torch_library.register_fake(
 class PackedLinear(nn.Module):
     """Linear layers of packed weights on a CPU, fp32 in and out.
 
-    Layers that read the same input (queries, keys and values; gate and up) are one product, computed by whoever asks
-    first: fewer and larger calls.
+    Layers that read the same input ``[..., in]`` (queries, keys and values; gate and up) are one product ``[..., out]``,
+    computed by whoever asks first: fewer and larger calls. Their outputs stand side by side.
 
     Args:
         sources: ``nn.Linear`` layers or GPT-2's ``Conv1D`` in fp32, with the same input.

@@ -195,7 +195,7 @@ def _hooked(model: nn.Module, stack: list[Call], notes: Notes, wanted: Sequence[
         return hook
 
     def leave(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             if threading.get_ident() == mine and stack:
                 stack.pop()
                 out = next(_tensors((output,)), None)
@@ -376,7 +376,7 @@ def _masking(argument: str, mask: Tensor) -> Callable[..., Any]:
 
 
 def alike(a: Tensor, b: Tensor, tolerance: float | None = None) -> bool:
-    """Whether two results are the same but for rounding."""
+    """Whether two results, of any shape, are the same but for rounding."""
     if tolerance is None:
         tolerance = 1e-3 if a.dtype in (torch.float32, torch.float64) else 4e-2
     a, b = a.float(), b.float()

@@ -61,7 +61,7 @@ class SpyLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         fresh = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
         return self.kept + fresh, self.seen - self.kept
 
-    def get_seq_length(self, cache_position: Tensor | None = None) -> int:
+    def get_seq_length(self, cache_position: Tensor | None = None) -> int:  # noqa: ARG002  # as transformers calls it
         return self.seen
 
     def get_max_length(self) -> int:

@@ -100,8 +100,10 @@ def buffers(layers: Sequence[LayerCache]) -> int:
 
 
 def written_static(kv: StaticKV, tokens: int, rows: int, device: str) -> int:
-    """Bytes of the decode engine's cache that memory counts, with `tokens` in each of its first rows: on a CPU the pages that
-    have been written to, elsewhere all."""
+    """Bytes of the decode engine's cache that memory counts, with `tokens` in each of its first rows.
+
+    On a CPU these are the pages that have been written to, elsewhere all.
+    """
     if device != "cpu":
         return kv.nbytes
     total = 0
@@ -313,8 +315,10 @@ def weights_of(modules: Sequence[nn.Module], loaded: nn.Module, keep_loaded: boo
 
 
 def bytes_in(modules: Iterable[nn.Module]) -> int:
-    """Bytes of the storages that these modules hold, each counted once: of weights, of tables that are plain attributes, such as
-    positions, and of what is packed for kernels."""
+    """Bytes of the storages that these modules hold, each counted once.
+
+    They are of weights, of tables that are plain attributes, such as positions, and of what is packed for kernels.
+    """
     parts = {id(part): part for module in modules for part in module.modules()}.values()
     tensors = [
         tensor

@@ -144,7 +144,7 @@ class LanguageTarget(ModelTarget):
                 f"{self.name} decodes its requests one by one, not {setting.requests} together; leave that out"
             )
         language = PreparedLanguage(self.load(), setting)
-        prompt, settings = language._request(context, tokens)
+        prompt, settings = language.request(context, tokens)
         if (reason := language.manager.unsupported_reason(prompt, **settings)) is not None:
             raise InputError(f"{self.name} has no steps to compile: {reason}")
         return language.manager.warm_up(prompt, backend=setting.backend, told=told, **settings)
@@ -184,19 +184,19 @@ class PreparedLanguage:
         return found
 
     def stream(self, context: int, tokens: int, chunk_size: int = 16) -> Iterator[int]:
-        prompt, settings = self._request(context, tokens)
+        prompt, settings = self.request(context, tokens)
         for chunk in self.manager.stream(prompt, chunk_size=chunk_size, backend=self._setting.backend, **settings):
             yield chunk.numel()
 
     def run(self, context: int, tokens: int) -> None:
-        prompt, settings = self._request(context, tokens)
+        prompt, settings = self.request(context, tokens)
         if self._setting.backend == "off" or self.manager.unsupported_reason(prompt, **settings) is not None:
             self.manager.generate(prompt, **settings)
         else:
             for _ in self.stream(context, tokens):
                 pass
 
-    def vocode(self, tokens: int) -> Mapping[str, float] | None:
+    def vocode(self, tokens: int) -> Mapping[str, float] | None:  # noqa: ARG002  # as every runner
         return None
 
     @property
@@ -207,7 +207,7 @@ class PreparedLanguage:
     def kept(self) -> int:
         return 0
 
-    def _request(self, context: int, tokens: int) -> tuple[Tensor, dict[str, Any]]:
+    def request(self, context: int, tokens: int) -> tuple[Tensor, dict[str, Any]]:
         """What `generate` is given: the tokens, or what an encoder hears, and how many to make."""
         ids = self._ids(context)
         # An end that the vocabulary does not have: only the length ends it.

@@ -121,8 +121,7 @@ class Room:
 
 
 def process_bytes(precision: Precision | None = None) -> int | None:
-    """What this process holds of Python and its libraries, if it holds no model: its resident memory; None where the system
-    does not tell.
+    """Bytes that this process holds of Python and its libraries, if it holds no model; None where the system does not tell.
 
     Each kind of kernel runs once before, as its code is read from disk, or made, at its first use, and stays from then on.
 

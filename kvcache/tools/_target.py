@@ -23,15 +23,20 @@ class Prepared(Protocol):
         """What runs at each step, so that its layers can be watched."""
 
     def stream(self, context: int, tokens: int, chunk_size: int = 16) -> Iterator[int]:
-        """Decode `tokens` tokens for every request behind `context` tokens of it; how many of all requests came, chunk by
-        chunk. The first chunk waits for the prefill. Nothing ends it early."""
+        """Decode `tokens` tokens for every request behind `context` tokens of it.
+
+        Yields how many tokens of all requests came, chunk by chunk. The first chunk waits for the prefill. Nothing ends it early.
+        """
 
     def run(self, context: int, tokens: int) -> None:
         """The same at once and in this thread, for tools that look at one thread only."""
 
     def vocode(self, tokens: int) -> Mapping[str, float] | None:
-        """Make audio of so many made-up tokens, chunk by chunk: the seconds of those parts of it that can be told apart, by
-        their names in `kvcache.tools._module_timer.AUDIO`; None if the model does not speak."""
+        """Make audio of so many made-up tokens, chunk by chunk; None if the model does not speak.
+
+        Returns:
+            Seconds of the parts that can be told apart, by their names in `kvcache.tools._module_timer.AUDIO`.
+        """
 
     @property
     def vocoder(self) -> nn.Module | None:
@@ -42,8 +47,10 @@ class Prepared(Protocol):
         """Bytes of prefixes, such as voices, that wait in memory for the next request."""
 
     def logits(self, ids: Tensor) -> Tensor:
-        """What the model says after each of these tokens ``[n]``, at this precision: ``[n, vocabulary]``; to judge
-        fidelity by. At least the second half goes through a cache as the setting has it."""
+        """The logits ``[n, vocabulary]`` after each of these tokens ``[n]``, at this precision, to judge fidelity by.
+
+        At least the second half goes through a cache as the setting has it.
+        """
 
     def report(self) -> CacheReport:
         """The account of the last run's cache."""
@@ -134,7 +141,7 @@ class ModelTarget(ABC):
         """The skeleton, made once; not to be changed."""
         return self.skeleton()
 
-    def geometry(self, setting: Setting | None = None) -> CacheGeometry:
+    def geometry(self, setting: Setting | None = None) -> CacheGeometry:  # noqa: ARG002  # others need it
         """Of its cache, in the dtype that a setting gives it."""
         return geometry_of(self.decoder(self.skeleton()))
 
