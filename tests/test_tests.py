@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,7 @@ def bound(tree: ast.AST) -> Iterator[str]:
             yield node.id
 
 
+@cache
 def private_names() -> set[str]:
     """All that the library keeps to itself."""
     files = [file for house in HOUSES.values() for file in house.rglob("*.py")]
