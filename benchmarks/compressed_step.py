@@ -94,7 +94,7 @@ class Side:
             manager.truncate(cache, cache.get_seq_length() - tokens)
 
         nbytes = lambda: manager.report(cache).nbytes  # noqa: E731
-        return cls(name, lengths, manager.runner, cache, cut if plain else None, nbytes, rows)
+        return cls(name, lengths, manager.observed_model, cache, cut if plain else None, nbytes, rows)
 
     @classmethod
     def theirs(cls, name: str, lengths: str, model: Any, cache: Any, rows: int = 1) -> "Side":

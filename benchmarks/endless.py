@@ -78,7 +78,7 @@ class Side:
         """Feed these tokens; the seconds that the model took."""
         part = ids[begin:end]
         start = time.perf_counter()
-        logits = self.manager.runner(part[None], past_key_values=self.cache, use_cache=True).logits[0]
+        logits = self.manager.observed_model(part[None], past_key_values=self.cache, use_cache=True).logits[0]
         seconds = time.perf_counter() - start
         if self._last is not None:
             self.losses[begin] = cross_entropy(self._last, part[0])
@@ -106,7 +106,7 @@ class Plain:
     def read(self, ids: Tensor, begin: int, end: int) -> float:
         self.manager.truncate(self.cache, self.window - 1)
         start = time.perf_counter()
-        self.manager.runner(ids[None, begin:end], past_key_values=self.cache, use_cache=True)
+        self.manager.observed_model(ids[None, begin:end], past_key_values=self.cache, use_cache=True)
         return time.perf_counter() - start
 
 

@@ -462,9 +462,9 @@ class Trial:
         compare(want, self.run(manager.generate, inputs=text, prefix="p"))
 
     def ranking(self) -> None:
-        loose = self.manager(SnapKV(400, sinks=SINKS, recent=4))
+        loose = self.manager(SnapKV(400, sinks=SINKS, window_size=4))
         compare(self.reference, self.run(loose.generate), "nothing leaves")
-        manager = self.manager(SnapKV(LIMIT, sinks=SINKS, recent=4))
+        manager = self.manager(SnapKV(LIMIT, sinks=SINKS, window_size=4))
         self.run(manager.generate)
         self._bounded(manager, LIMIT)
 

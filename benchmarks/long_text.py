@@ -172,7 +172,7 @@ def together(
         total = sum(one.max_new_tokens for one in long.utterances)
         part = 1
         while not request.over:
-            turns.turn()
+            turns.step()
             if part < parts and turns.tokens >= total * part / parts:
                 part += 1
                 yield None

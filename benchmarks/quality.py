@@ -88,7 +88,7 @@ METHODS: dict[str, Callable[[int], Any]] = {
     "AdaKV SnapKV": lambda limit: AdaKV(ranking(SnapKV)(limit)),
     "AdaKV ExpectedAttention": lambda limit: AdaKV(ranking(ExpectedAttention)(limit)),
     "KVzip": lambda limit: KVzip(8192),
-    "AdaKV KVzip": lambda limit: AdaKV(KVzip(8192), floor=0),
+    "AdaKV KVzip": lambda limit: AdaKV(KVzip(8192), alpha_safeguard=0),
     "head profile": PROFILES.__getitem__,
 }
 QUANTIZED = {"int8": 8, "int4": 4}  # bits
@@ -159,13 +159,13 @@ class Ours:
             self._managers[limit] = KVCacheManager(self.model, policy, storage=self.quantization)
         manager = self._managers[limit]
         cache = manager.new_cache()
-        with exact_windows(manager.runner):
-            manager.runner(ids, past_key_values=cache, logits_to_keep=1)
+        with exact_windows(manager.observed_model):
+            manager.observed_model(ids, past_key_values=cache, logits_to_keep=1)
         if self.row.budget < 1 and isinstance(getattr(manager.policy, "ranking", None), KVzip):
             manager.compress(cache, ids, limit, instruction=INSTRUCTION)
         elif self.row.budget < 1 and manager.policy == Pinned(4, KeepAll()):
             manager.trim(cache, max_tokens=limit)
-        return manager.runner, cache
+        return manager.observed_model, cache
 
     def nbytes(self, cache: Any) -> int:
         if self.row.side == "ours":

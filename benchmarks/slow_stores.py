@@ -122,7 +122,7 @@ def main() -> None:
     firsts: dict[str, list[float]] = {}
     with ExitStack() as stack:
         engines = {
-            name: ChatterboxEngine(stand_in(t3), speakers=SpeakerCache(store))
+            name: ChatterboxEngine(stand_in(t3), prefix_cache=SpeakerCache(store))
             for name, store in chosen(stores(stack, options.quick), options.sides).items()
         }
         conditionals = stand_in(t3, 1).conds

@@ -414,7 +414,7 @@ def engine_of(tts: Any, side: Side) -> Engine:
         settings["weights"] = random_s3gen(meanflow=True)
     return Engine(
         tts,
-        speakers=SpeakerCache(MemoryStore("1GiB")),
+        prefix_cache=SpeakerCache(MemoryStore("1GiB")),
         backend=side.backend,  # type: ignore[arg-type]
         precision=None if side.precision == "fp32" else side.precision,  # type: ignore[arg-type]
         bucket=SLOTS,

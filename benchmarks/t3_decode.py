@@ -245,7 +245,7 @@ def upstream(turn: Callable[[], None], told: Callable[[Callable[[int], None]], N
 
 
 def our_cache(t3: Any) -> Any:
-    return new_cache(t3.tfmr, CacheSpec(max_length=SLOTS, preallocate=True), rows=1 if t3.is_gpt else 2)
+    return new_cache(t3.tfmr, CacheSpec(max_length=SLOTS, static=True), rows=1 if t3.is_gpt else 2)
 
 
 def run_upstream(model: Model, tokens: int) -> Tensor:

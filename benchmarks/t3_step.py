@@ -74,7 +74,7 @@ def ours(gate: Gate, context: int, kind: str) -> None:
     if kind == DYNAMIC:
         cache = DynamicCache(config=t3.cfg)
     else:
-        cache = new_cache(t3.tfmr, CacheSpec(max_length=2048, preallocate=kind == STATIC), rows=2)
+        cache = new_cache(t3.tfmr, CacheSpec(max_length=2048, static=kind == STATIC), rows=2)
     generator = torch.Generator().manual_seed(0)
     tokens = Decoder(
         t3, prefill(t3, condition(t3, voice), rows), sampling_of(False, {}), 1000, cache, generator

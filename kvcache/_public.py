@@ -47,7 +47,7 @@ from kvcache.events import Event, subscribe
 from kvcache.manager import KVCacheManager
 from kvcache.models import RetrievalHeadProfile, model_fingerprint, profile_retrieval_heads, quantize_linear
 from kvcache.monitoring import MemoryTimeline, Occupancy, Sample, occupancy
-from kvcache.prefixes import PrefixKey, PrefixSnapshot, SpeakerCache, SpeakerStats, default_store
+from kvcache.prefixes import PrefixCache, PrefixKey, PrefixSnapshot, PrefixStats, SpeakerCache, default_store
 from kvcache.prefixes.stores import DiskStore, MemoryStore, RedisStore, RemoteStore, TieredStore
 
 __all__ = [
@@ -88,8 +88,10 @@ __all__ = [
     "Pinned",
     "PolicyError",
     "PositionsError",
+    "PrefixCache",
     "PrefixKey",
     "PrefixSnapshot",
+    "PrefixStats",
     "RankingPolicy",
     "RedisStore",
     "RemoteStore",
@@ -102,7 +104,6 @@ __all__ = [
     "SlidingWindow",
     "SnapKV",
     "SpeakerCache",
-    "SpeakerStats",
     "Storage",
     "TieredStore",
     "TuningProfile",

@@ -114,7 +114,7 @@ def subscribe(callback: Callback, kinds: Collection[Kind] = KINDS) -> Subscripti
     return Subscription(entry)
 
 
-def heard(kind: Kind) -> bool:
+def has_listeners(kind: Kind) -> bool:
     """Whether anybody would be told; to be asked before something is put together to tell."""
     return bool(_listeners) or log.isEnabledFor(_LEVELS.get(kind, logging.INFO))
 
@@ -173,7 +173,7 @@ class Evictions:
         """A forward begins."""
         if self._known is not None:
             self._tell(self._known)  # of layers that rank their tokens once they have been attended to
-        elif heard("evicted"):
+        elif has_listeners("evicted"):
             self._known = [layer.evicted for layer in self._layers]
 
     def after(self) -> None:
@@ -186,7 +186,7 @@ class Evictions:
         self._known = None
 
     def _tell(self, known: Sequence[int]) -> None:
-        if not heard("evicted"):
+        if not has_listeners("evicted"):
             self._known = None
             return
         self._known = [layer.evicted for layer in self._layers]

@@ -52,7 +52,7 @@ def tts(request):
 
 
 def engine(tts, **options):
-    return ChatterboxEngine(tts, speakers=SpeakerCache(MemoryStore("32MiB")), **options)
+    return ChatterboxEngine(tts, prefix_cache=SpeakerCache(MemoryStore("32MiB")), **options)
 
 
 @pytest.mark.parametrize(("backend", "seed"), [("off", 0), ("eager", 7)])

@@ -56,8 +56,8 @@ def test_what_breaks_behind_an_end_is_nothing():
         assert through(batch, jobs) == said
         assert_free(batch)
     batch = Batch(chain(1, forward=forward))
-    batch.enter(link(1, 9, seed=2))  # which does not end there, and would go on
-    [error] = [piece.error for _ in range(9) for piece in batch.turn() if piece.error is not None]
+    batch.add(link(1, 9, seed=2))  # which does not end there, and would go on
+    [error] = [piece.error for _ in range(9) for piece in batch.step() if piece.error is not None]
     assert "cannot be drawn" in str(error)
 
 
@@ -73,12 +73,12 @@ def test_a_job_may_be_over_with_its_first_token():
         ({"total": 1, "ends": [first], "first_may_end": False, "include_stop_token": False}, [first], True),
     ):
         job = link(2, **options)
-        piece = batch.enter(job)
+        piece = batch.add(job)
         assert (piece.job, piece.tokens.tolist(), piece.over) == (job, tokens, over)
         assert batch.busy == 1 - over
-        batch.leave(job)
+        batch.cancel(job)
         assert_empty(batch)
-        assert batch.turn() == []
+        assert batch.step() == []
 
 
 def test_d10_a_job_whose_logits_are_no_numbers_ends_and_its_neighbours_go_on():
@@ -92,23 +92,23 @@ def test_d10_a_job_whose_logits_are_no_numbers_ends_and_its_neighbours_go_on():
 
     batch = Batch(chain(2, forward=forward), quantum=4)
     bad, good = link(2, 20, seed=1), link(5, 20, seed=3)
-    said = {job: batch.enter(job).tokens.tolist() for job in (bad, good)}
-    said[bad] += next(piece.tokens.tolist() for piece in batch.turn() if piece.job is bad)
+    said = {job: batch.add(job).tokens.tolist() for job in (bad, good)}
+    said[bad] += next(piece.tokens.tolist() for piece in batch.step() if piece.job is bad)
     spoiled[0] = True
-    [failed] = [piece for piece in batch.turn() if piece.job is bad]
+    [failed] = [piece for piece in batch.step() if piece.job is bad]
     assert failed.over and failed.tokens.tolist() == [] and "NaN" in str(failed.error)
     assert said[bad] == linked(2, 20, seed=1)[:5], "what came before is what it is"
     spoiled[0] = False
     assert batch.busy == 1
     while batch.busy:
-        [piece] = batch.turn()
+        [piece] = batch.step()
         assert piece.job is good and piece.error is None
 
     def prefill():
         return torch.full((1, SYMBOLS), float("nan")), link(0, 1).prefill()[1]
 
     with pytest.raises(InputError, match="NaN"):
-        batch.enter(replace(link(2, 9), prefill=prefill))
+        batch.add(replace(link(2, 9), prefill=prefill))
     assert_empty(batch)
 
 
@@ -116,10 +116,10 @@ def test_a_job_that_forgets_is_penalized_for_what_it_drew():
     for reset_penalty_after_first in (False, True):
         decoding = chain(2)
         batch = Batch(decoding)
-        batch.enter(link(4, 20, seed=1, reset_penalty_after_first=not reset_penalty_after_first, penalty=1.5))
+        batch.add(link(4, 20, seed=1, reset_penalty_after_first=not reset_penalty_after_first, penalty=1.5))
         job = link(2, 20, seed=7, reset_penalty_after_first=reset_penalty_after_first, penalty=1.5)
-        said = batch.enter(job).tokens.tolist()
-        [piece] = [piece for piece in batch.turn() if piece.job is job]
+        said = batch.add(job).tokens.tolist()
+        [piece] = [piece for piece in batch.step() if piece.job is job]
         said += piece.tokens.tolist()
         seen = set(decoding.sampler.seen[1].nonzero()[:, 0].tolist())
         assert seen == set(said) | (set() if reset_penalty_after_first else {2})
@@ -183,7 +183,7 @@ def broken():
 def test_a_job_that_cannot_enter_changes_nothing():
     batch = Batch(chain(2, 20))
     inside = link(1, 18, seed=3)
-    said = batch.enter(inside).tokens.tolist()
+    said = batch.add(inside).tokens.tolist()
     refused = [
         (CapacityError, "needs 21 slots, there are 20", link(2, 19)),
         (CapacityError, "needs 30 slots, there are 20", link(2, 1, prefix=30)),
@@ -196,28 +196,28 @@ def test_a_job_that_cannot_enter_changes_nothing():
     for error, words, job in refused:
         before = whole_state(batch)
         with pytest.raises(error, match=words):
-            batch.enter(job)
+            batch.add(job)
         assert batch.busy == 1
         if error is IndexError:
             assert_free(batch)
         else:
             assert_whole_state(batch, before)
-        said += [token for piece in batch.turn()[:1] for token in piece.tokens.tolist()][: 18 - len(said)]
+        said += [token for piece in batch.step()[:1] for token in piece.tokens.tolist()][: 18 - len(said)]
         if batch.busy == 0:
             batch = Batch(chain(2, 20))
             assert said == linked(1, 18, 3)
-            said = batch.enter(inside := link(1, 18, seed=3)).tokens.tolist()
+            said = batch.add(inside := link(1, 18, seed=3)).tokens.tolist()
     beside = link(5, 18, seed=9)
-    batch.enter(beside)
+    batch.add(beside)
     before = whole_state(batch)
     with pytest.raises(CapacityError, match="all 2 places are taken"):
-        batch.enter(Job(broken, GREEDY, torch.Generator(), 3, [], torch.tensor([1])))  # it is not even prefilled
+        batch.add(Job(broken, GREEDY, torch.Generator(), 3, [], torch.tensor([1])))  # it is not even prefilled
     assert_whole_state(batch, before)
-    batch.leave(link(5, 18, seed=9))  # not this one
+    batch.cancel(link(5, 18, seed=9))  # not this one
     assert_whole_state(batch, before)
-    batch.leave(inside)
-    batch.leave(inside)
-    batch.leave(beside)
+    batch.cancel(inside)
+    batch.cancel(inside)
+    batch.cancel(beside)
     assert_empty(batch)
     assert through(batch, [link(2, 18)]) == [linked(2, 18)]  # as much as fits
 
@@ -227,13 +227,13 @@ def test_a_job_without_positions_is_refused_and_not_its_neighbours():
     geometry = CacheGeometry(1, 1, 2, 2, max_positions=24)
     batch = Batch(chain(2, 64, geometry=geometry))
     inside = link(1, 22, seed=2)  # 3 and 21 more run
-    said = batch.enter(inside).tokens.tolist()
+    said = batch.add(inside).tokens.tolist()
     for policy in (None, SlidingWindow(4)):
         with pytest.raises(CapacityError, match="24"):
-            batch.enter(link(2, 23, policy=policy))
+            batch.add(link(2, 23, policy=policy))
     assert batch.busy == 1
     while batch.busy:
-        [piece] = batch.turn()
+        [piece] = batch.step()
         said += piece.tokens.tolist()
     assert said == linked(1, 22, 2)
 
@@ -259,16 +259,16 @@ def test_the_account_is_of_who_is_there():
     layer = batch.report().layers[0]
     assert (layer.seen, layer.stored, batch.report().nbytes) == (0, 0, nbytes)
     short, long = link(1, 6, prefix=2), link(2, 20, prefix=5, policy=SlidingWindow(4))
-    batch.enter(short)
+    batch.add(short)
     assert batch.report().layers[0].seen == 2
-    batch.enter(long)
+    batch.add(long)
     layer = batch.report().layers[0]
     assert (layer.seen, layer.stored, layer.evicted) == (5, 4, 1)
-    batch.turn()
+    batch.step()
     layer = batch.report().layers[0]
     assert (batch.busy, layer.seen, layer.stored, layer.evicted) == (1, 10, 4, 6)
     while batch.busy:
-        batch.turn()
+        batch.step()
         assert batch.report().nbytes == nbytes
     layer = batch.report().layers[0]
     assert (layer.seen, layer.stored, layer.evicted) == (0, 0, 0)
@@ -297,12 +297,12 @@ def test_a_turn_that_fails_can_be_left_behind():
     batch = Batch(chain(3, forward=forward))
     jobs = [link(i, 30, i) for i in range(3)]
     for job in jobs:
-        batch.enter(job)
-    batch.leave(jobs[0])
+        batch.add(job)
+    batch.cancel(jobs[0])
     fails.append("in the middle of a chunk")
     with pytest.raises(Breaks, match="middle"):
-        batch.turn()
+        batch.step()
     for job in jobs:
-        batch.leave(job)
+        batch.cancel(job)
     assert_empty(batch)
     assert through(batch, [link(i, 30, i) for i in range(5)]) == [linked(i, 30, i) for i in range(5)]

@@ -219,21 +219,21 @@ def run_schedule(kind, policy, backend, places, compact, schedule):
                 _, case, stays = waiting.popleft()
                 job = engine.job(cases(kind)[case])
                 who[job], leaves[job] = case, None if stays is None else turn + stays
-                take(batch.enter(job))
+                take(batch.add(job))
             for job, when in list(leaves.items()):
                 if when == turn:
-                    batch.leave(job)
+                    batch.cancel(job)
                     del leaves[job]
             assert_free(batch)
             running = {job for job in inside.jobs_of(batch) if job is not None}
-            pieces = batch.turn()
+            pieces = batch.step()
             assert {piece.job for piece in pieces} == running and len(pieces) == len(running)
             for piece in pieces:
                 take(piece)
             assert batch.busy == len(running - over)
             turn += 1
         assert_free(batch)
-        assert batch.turn() == []
+        assert batch.step() == []
         assert memory == ([t.data_ptr() for t in (*kv.keys, *kv.values)], kv.nbytes)
         assert batch.report().backend == backend and batch.report().fallback is None
     assert_empty(batch)

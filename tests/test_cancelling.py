@@ -259,7 +259,9 @@ def test_closed_before_its_first_item_and_forgotten_between_two_it_leaves_nothin
 @functools.cache
 def speech():
     model = stand_in(tiny_t3("english"))
-    engine = ChatterboxEngine(model, speakers=SpeakerCache(MemoryStore("64MiB")))  # a disk's has a thread that writes
+    engine = ChatterboxEngine(
+        model, prefix_cache=SpeakerCache(MemoryStore("64MiB"))
+    )  # a disk's has a thread that writes
     text, voice = byte_tokens(model.t3, "hello there"), random_conditionals(model.t3)
     return engine, {"text_tokens": text, "t3_cond": voice, "max_new_tokens": 30, "seed": 0}
 

@@ -63,7 +63,7 @@ def test_the_exercise_leads_to_a_policy_that_every_law_holds(tmp_path):
     found = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=540, env=environment(tmp_path))
     assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-2000:]
     assert re.search(r"^\.{5,} ", found.stdout, re.MULTILINE), "hardly a law was tried"
-    checked = f"from kvcache import {name}; from kvcache.testing import check_policy; check_policy({name}(9, sinks=1, recent=2))"
+    checked = f"from kvcache import {name}; from kvcache.testing import check_policy; check_policy({name}(9, sinks=1, window_size=2))"
     subprocess.run([sys.executable, "-c", checked], cwd=tmp_path, check=True, timeout=300, env=environment(tmp_path))
 
 

@@ -31,7 +31,7 @@ def derived(t3):
 
 def said(tts, **given):
     """Samples of a short text, in the language that some variants ask for."""
-    engine = ChatterboxEngine(tts, speakers=SpeakerCache(MemoryStore("32MiB")))
+    engine = ChatterboxEngine(tts, prefix_cache=SpeakerCache(MemoryStore("32MiB")))
     torch.manual_seed(0)
     return engine.generate("hello there. My  friend", language_id="en", max_new_tokens=12, **given)
 

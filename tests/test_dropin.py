@@ -222,12 +222,12 @@ def test_d1_after_a_reset_another_dtype_comes() -> None:
 
 
 def test_d1_after_a_reset_ranked_rows_change() -> None:
-    manager = KVCacheManager(tiny("llama"), SnapKV(24, recent=8, sinks=2))
+    manager = KVCacheManager(tiny("llama"), SnapKV(24, window_size=8, sinks=2))
     cache, fresh = manager.new_cache(2), manager.new_cache(3)
-    logits(manager.runner, token_ids(2, 40), cache)
+    logits(manager.observed_model, token_ids(2, 40), cache)
     cache.reset()
     for one in (cache, fresh):
-        logits(manager.runner, token_ids(3, 40), one)
+        logits(manager.observed_model, token_ids(3, 40), one)
     same(cache, fresh)
 
 
@@ -293,9 +293,9 @@ def test_d1_what_nobody_could_name_is_not_assigned() -> None:
     limited.keys = torch.zeros(1, 2, 7, 16)
     with pytest.raises(GeometryError, match="at most 6"):
         limited.values = torch.zeros(1, 2, 7, 16)
-    manager = KVCacheManager(model, SnapKV(24, recent=8, sinks=2))
+    manager = KVCacheManager(model, SnapKV(24, window_size=8, sinks=2))
     ranked = manager.new_cache(2)
-    logits(manager.runner, token_ids(), ranked)
+    logits(manager.observed_model, token_ids(), ranked)
     with pytest.raises(PolicyError, match="each head holds tokens of its own"):
         ranked.layers[0].keys = ranked.layers[0].keys + 1
 
@@ -325,18 +325,18 @@ def test_d1_a_layer_goes_to_another_device_and_back() -> None:
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 @pytest.mark.parametrize(
-    "policy", [None, SlidingWindow(16, sinks=2), SnapKV(24, recent=8, sinks=2)], ids=["keep", "window", "ranked"]
+    "policy", [None, SlidingWindow(16, sinks=2), SnapKV(24, window_size=8, sinks=2)], ids=["keep", "window", "ranked"]
 )
 def test_d1_a_copy_goes_on_by_itself(policy: Any, how: str) -> None:
     manager = KVCacheManager(tiny("llama"), policy)
     cache, more = manager.new_cache(2), token_ids(2, 3, seed=5)
     with exactly(manager):
-        logits(manager.runner, token_ids(2, 40), cache)
+        logits(manager.observed_model, token_ids(2, 40), cache)
         other = copy.deepcopy(cache) if how == "deepcopy" else pickle.loads(pickle.dumps(cache))
         before = [layer.keys.clone() for layer in cache.layers]
-        result = logits(manager.runner, more, other)
+        result = logits(manager.observed_model, more, other)
         assert all(torch.equal(layer.keys, held) for layer, held in zip(cache.layers, before, strict=True))
-        assert torch.equal(logits(manager.runner, more, cache), result)
+        assert torch.equal(logits(manager.observed_model, more, cache), result)
     assert other.layers[0].beside[1] is other.layers[1].kv
 
 

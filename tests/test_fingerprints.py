@@ -232,7 +232,7 @@ def test_an_unchanged_model_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -
     asked = partial(model_fingerprint, model)
     assert reads(asked) == tensors
     assert reads(asked) == 0
-    kv = KVCacheManager(model, speakers=in_memory())
+    kv = KVCacheManager(model, prefix_cache=in_memory())
     assert reads(lambda: kv.add_prefix("p", PREFIX)) == 0
     assert reads(lambda: kv.generate(TEXT, prefix="p", **GREEDY)) == 0
     in_place(model)
@@ -346,29 +346,29 @@ def test_what_is_served_is_what_this_model_computes_for_this_prefix() -> None:
         # A whole text takes 5 KB in fp32, and a file one more: memory holds one of them, the disk a few.
         with tempfile.TemporaryDirectory() as folder:
             store = TieredStore(MemoryStore("8KB"), DiskStore(folder, "40KB"), write_behind=write_behind)
-            speakers = Watched(store)
-            speakers.served = []
-            managers = [KVCacheManager(model, speakers=speakers) for model in models]
+            prefix_cache = Watched(store)
+            prefix_cache.served = []
+            managers = [KVCacheManager(model, prefix_cache=prefix_cache) for model in models]
             try:
                 for what, i, text, length in requests:
                     answer(managers[i], what, text, length, originals[i])
-                total.update({f"hit {tier}": n for tier, n in speakers.stats().hits.items()})
-                stats = speakers.stats()
-                asked = {key for key, _ in speakers.served}
+                total.update({f"hit {tier}": n for tier, n in prefix_cache.stats().hits.items()})
+                stats = prefix_cache.stats()
+                asked = {key for key, _ in prefix_cache.served}
                 total.update(extended=stats.extended, built=stats.built, refused=stats.refused)
                 total.update(again=max(0, stats.built + stats.extended - len(asked)))
                 assert stats.nbytes["memory"] <= 8_000
                 assert stats.nbytes["disk"] <= 40_000
             finally:
-                speakers.close()
+                prefix_cache.close()
                 with torch.no_grad():
                     for model, original in zip(models, originals, strict=True):
                         weight(model).copy_(original)
 
     def answer(kv: KVCacheManager, what: str, text: int, length: int, original: Tensor) -> None:
         model, ids, name = kv.model, TEXTS[text][:length], f"{text}:{length}"
-        speakers = kv.speakers
-        assert isinstance(speakers, Watched)
+        prefix_cache = kv.prefix_cache
+        assert isinstance(prefix_cache, Watched)
         if what.startswith("change"):
             with torch.no_grad():
                 weight(model).copy_(original)
@@ -381,9 +381,9 @@ def test_what_is_served_is_what_this_model_computes_for_this_prefix() -> None:
         assert names.setdefault(identity(model), key.model) == key.model
         assert len(set(names.values())) == len(names)
         if what == "evict":
-            speakers.evict(key)
+            prefix_cache.evict(key)
         held = kv.new_cache(1, prefix=name)
-        assert speakers.served[-1][0] == speakers.served[-1][1].key == key
+        assert prefix_cache.served[-1][0] == prefix_cache.served[-1][1].key == key
         # 1e-4 in fp32, for keys and values of size 1 to 10: what began with another prefix was computed in two parts,
         # and products of other shapes add up in another order. In bfloat16 that order shows in the last of 8 bits.
         close = CLOSE if model.dtype == torch.float32 else 0.1
@@ -413,4 +413,4 @@ def test_a_model_that_has_changed_is_asked_again(change: str) -> None:
         assert_holds(kv, "p", PREFIX)
         assert torch.equal(kv.generate(TEXT, prefix="p", **GREEDY), model.generate(after(PREFIX), **GREEDY))
     assert counts[:3] == [13, 13, 9]  # ours, the reference, and then ours without it
-    assert kv.speakers.stats().built == 2
+    assert kv.prefix_cache.stats().built == 2

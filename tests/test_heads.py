@@ -50,7 +50,7 @@ from kvcache import (
 from kvcache.cache import CacheSpec, Expected, RankedLayer
 
 WINDOW = SlidingWindow(6, sinks=2)
-HEAVY = H2O(12, sinks=1, recent=3)
+HEAVY = H2O(12, sinks=1, window_size=3)
 
 
 # ---------------------------------------------------------------------- a model whose heads are masked by hand
@@ -160,7 +160,7 @@ def test_each_head_sees_what_its_policy_says(family, name, chunks):
     manager = KVCacheManager(tiny(family), policy)
     store = manager.new_cache(2, mask)
     given_ = {"attention_mask": mask, "position_ids": places(mask)}
-    mine = logits(manager.runner, ids, store, lengths, **given_)
+    mine = logits(manager.observed_model, ids, store, lengths, **given_)
     expected, real = reference_logits(family, policy, ids, mask, pads, lengths), mask.bool()
     torch.testing.assert_close(mine[real], expected[real], atol=EXACT, rtol=0)
     whole = logits(tiny(family), ids, **given_)
@@ -174,7 +174,7 @@ def test_report_counts_heads_and_bytes(name):
     store, ids = manager.new_cache(2), token_ids(2, 40)
     with torch.no_grad():
         for part in ids.split([15, 1, 1, 4, 1, 17, 1], 1):
-            manager.runner(part, past_key_values=store)
+            manager.observed_model(part, past_key_values=store)
             report = manager.report(store)
             for layer, kv in zip(report.layers, hf.kv_layers(store), strict=True):
                 assert layer.nbytes == held_bytes(kv)
@@ -225,7 +225,7 @@ def made(policy, storage="plain", *, heads=2, rows=None, padding=None, max_lengt
 
 
 LAYERS = {name: PerHead(heads) for name, heads in PER_HEAD.items()}
-LAYERS |= {"adaptive-heavy": AdaKV(HEAVY), "adaptive-norm": AdaKV(KeyNorm(12, sinks=1, recent=3))}
+LAYERS |= {"adaptive-heavy": AdaKV(HEAVY), "adaptive-norm": AdaKV(KeyNorm(12, sinks=1, window_size=3))}
 
 
 def dump(layer):
@@ -280,13 +280,15 @@ def test_mask_is_checked_against_the_rows_that_are_left():
     ids, mask, _ = padded([9, 5])
     manager = KVCacheManager(tiny("llama"), PerHead((KeepAll(), WINDOW)))
     store = manager.new_cache(2, mask)
-    logits(manager.runner, ids, store, attention_mask=mask, position_ids=places(mask))
+    logits(manager.observed_model, ids, store, attention_mask=mask, position_ids=places(mask))
     store.batch_select_indices(torch.tensor([1]))
     more = torch.cat([mask[1:], torch.ones(1, 1, dtype=torch.long)], 1)
     with torch.no_grad():
-        manager.runner(ids[1:, -1:], past_key_values=store, attention_mask=more, position_ids=torch.tensor([[5]]))
+        manager.observed_model(
+            ids[1:, -1:], past_key_values=store, attention_mask=more, position_ids=torch.tensor([[5]])
+        )
     with pytest.raises(PolicyError, match="hides more"), torch.no_grad():
-        manager.runner(ids[1:, -1:], past_key_values=store, attention_mask=torch.ones(1, 11).tril(9))
+        manager.observed_model(ids[1:, -1:], past_key_values=store, attention_mask=torch.ones(1, 11).tril(9))
 
 
 def fed(policy, length, storage):
@@ -328,7 +330,7 @@ def test_truncate_is_refused_or_right(storage, name):
 
 
 def test_truncate_before_anything_left():
-    layer, other = (made(PerHead((KeepAll(), WINDOW, KeyNorm(12, sinks=1, recent=3))), heads=3) for _ in range(2))
+    layer, other = (made(PerHead((KeepAll(), WINDOW, KeyNorm(12, sinks=1, window_size=3))), heads=3) for _ in range(2))
     fresh, more = drawn(0, 1, 3, 2, 7), drawn(1, 1, 3, 2, 9)
     forward(layer, *fresh)
     layer.truncate(5)
@@ -391,8 +393,8 @@ def test_no_token_is_no_change(storage, name):
 
 
 def check_shared(name, storage, seed, rows, heads, groups, beside, floor, chunks, first):
-    policy = RANKINGS[name](4 + beside, sinks=1, recent=2, low_water=4 + beside // 2)
-    adaptive = AdaKV(policy, floor=floor)
+    policy = RANKINGS[name](4 + beside, sinks=1, window_size=2, low_water=4 + beside // 2)
+    adaptive = AdaKV(policy, alpha_safeguard=floor)
     layer = made(Pinned(first, adaptive) if first else adaptive, storage, heads=heads)
     endless = replace(policy, limit=10**6, low_water=10**6)
     endless = Pinned(first, endless) if first else endless
@@ -430,7 +432,7 @@ def share_by_hand(lists, mean, floor):
             worth = [math.inf if one.stays(b, token) == 2 else score for token, score in zip(held, scores, strict=True)]
             one.order.append(sorted(zip(worth, held, strict=True), key=lambda pair: (-pair[0], pair[1].position)))
         orders.append([sum(pair[0] for pair in nth) / len(nth) for nth in zip(*one.order, strict=True)])
-    least = max(lists[0].pinned + lists[0].how.recent, int(floor * mean))
+    least = max(lists[0].pinned + lists[0].how.window_size, int(floor * mean))
     sure = [min(least, len(order)) for order in orders]
     rest = sorted(((worth, h) for h, order in enumerate(orders) for worth in order[sure[h] :]), reverse=True)
     chosen = [h for _, h in rest[: mean * len(lists) - sum(sure)]]
@@ -464,7 +466,7 @@ def test_shares_are_those_of_a_sort_by_hand(name):
 
 @pytest.mark.parametrize("name", RANKINGS)
 def test_a_single_head_is_a_ranked_layer(name):
-    policy = RANKINGS[name](10, sinks=1, recent=2, low_water=8)
+    policy = RANKINGS[name](10, sinks=1, window_size=2, low_water=8)
     shared, plain = made(AdaKV(policy), heads=1), RankedLayer(policy)
     for i, count in enumerate([6, 5, 1, 1, 1, 9, 1, 1]):
         fresh = drawn(i, 1, 1, 2, count)
@@ -474,15 +476,15 @@ def test_a_single_head_is_a_ranked_layer(name):
         assert shared.values.equal(plain.values)
 
 
-@pytest.mark.parametrize("policy", [H2O(12, sinks=1, recent=3), KeyDiff(12, sinks=1, recent=3)], ids=repr)
+@pytest.mark.parametrize("policy", [H2O(12, sinks=1, window_size=3), KeyDiff(12, sinks=1, window_size=3)], ids=repr)
 def test_shares_through_a_model(policy):
     """Heads come to differ, never hold more than allowed, and a bound of the manager is no bound of one head."""
-    manager = KVCacheManager(tiny("llama"), AdaKV(policy, floor=0), max_cache_length=20)
+    manager = KVCacheManager(tiny("llama"), AdaKV(policy, alpha_safeguard=0), max_cache_length=20)
     store, ids = manager.new_cache(1), token_ids(1, 60)
     counts = set()
     with torch.no_grad():
         for part in ids.split([30, *[1] * 12, 9, *[1] * 9], 1):
-            manager.runner(part, past_key_values=store)
+            manager.observed_model(part, past_key_values=store)
             for layer in manager.report(store).layers:
                 assert sum(layer.heads) <= 2 * policy.limit
                 counts |= set(layer.heads)
@@ -501,13 +503,13 @@ def test_trim_between_append_and_observation_is_refused():
 # ---------------------------------------------------------------------- a second reading
 
 
-REHEARSED = KVzip(64, sinks=2, recent=3)
+REHEARSED = KVzip(64, sinks=2, window_size=3)
 
 
 def filled(policy, rows=1, tokens=24):
     manager = KVCacheManager(tiny("llama"), policy)
     store, ids = manager.new_cache(rows), token_ids(rows, tokens, seed=5)
-    logits(manager.runner, ids, store)
+    logits(manager.observed_model, ids, store)
     return manager, store, ids
 
 
@@ -520,8 +522,8 @@ def looks_by_hand(ids, instruction):
     return [layer[0, :, n:, :n].amax(1).unflatten(0, (2, -1)).amax(1).tolist() for layer in found]
 
 
-def kept_by_hand(looks, tokens, most, together, floor=0.2, sinks=2, recent=3):
-    stays = {p for p in range(tokens) if p < sinks or p >= tokens - recent}
+def kept_by_hand(looks, tokens, most, together, floor=0.2, sinks=2, window_size=3):
+    stays = {p for p in range(tokens) if p < sinks or p >= tokens - window_size}
     orders = {
         (i, h): sorted(range(tokens), key=lambda p, head=head: (p not in stays, -head[p]))
         for i, layer in enumerate(looks)
@@ -564,7 +566,7 @@ def test_second_reading_keeps_what_it_looked_at(together, most, instruct):
         for h in range(2):
             MASKS[i][0, h, 24:, [p for p in range(24) if p not in kept[i, h]]] = False
     expected = logits(masked_model("llama"), torch.cat([ids, more], 1))[:, 24:]
-    torch.testing.assert_close(logits(manager.runner, more, store, [2, 1]), expected, atol=EXACT, rtol=0)
+    torch.testing.assert_close(logits(manager.observed_model, more, store, [2, 1]), expected, atol=EXACT, rtol=0)
 
 
 def test_compressing_what_fits_changes_nothing():
@@ -614,7 +616,7 @@ def interrupted(policy, where, monkeypatch):
     manager, store, ids = filled(policy)
     with monkeypatch.context() as patch:
         if where == "between layers":
-            patch.setattr(manager.runner.model.layers[1], "forward", fail)
+            patch.setattr(manager.observed_model.model.layers[1], "forward", fail)
         else:
             patch.setattr("kvcache.cache._attended._one", fail)
         with pytest.raises(MemoryError):
@@ -634,7 +636,9 @@ def test_a_cache_goes_on_after_a_failed_second_reading(policy, where, monkeypatc
     assert not any(kv.rehearsing for kv in hf.kv_layers(store))
     assert not any(part.rehearsing for kv in hf.kv_layers(store) for _, part in kv.parts())
     more = token_ids(1, 4, seed=6)
-    assert logits(manager.runner, more, store, [3, 1]).equal(logits(manager.runner, more, other, [3, 1]))
+    assert logits(manager.observed_model, more, store, [3, 1]).equal(
+        logits(manager.observed_model, more, other, [3, 1])
+    )
 
 
 @pytest.mark.parametrize("policy", [REHEARSED, AdaKV(REHEARSED)], ids=["plain", "adaptive"])
@@ -643,7 +647,7 @@ def test_a_failed_second_reading_leaves_nothing(policy, monkeypatch):
     more = token_ids(1, 4, seed=6)
     both = torch.cat([ids, more], 1)
     for one in (store, other):
-        logits(manager.runner, more, one)
+        logits(manager.observed_model, more, one)
     for one in (store, other):
         manager.compress(one, both, 9)
     assert kept_of(store) == kept_of(other)
@@ -802,8 +806,8 @@ def test_only_rankings_are_shared(policy):
 
 @pytest.mark.parametrize("floor", [-0.1, 1.1, math.nan])
 def test_floors_are_shares(floor):
-    with pytest.raises(PolicyError, match="floor"):
-        AdaKV(HEAVY, floor=floor)
+    with pytest.raises(PolicyError, match="alpha_safeguard"):
+        AdaKV(HEAVY, alpha_safeguard=floor)
 
 
 @pytest.mark.parametrize(
@@ -822,7 +826,7 @@ def test_another_number_of_heads_is_refused(policy):
         manager = KVCacheManager(tiny("llama"), policy)
         store = manager.new_cache()
         try:
-            logits(manager.runner, token_ids(1, 5), store)
+            logits(manager.observed_model, token_ids(1, 5), store)
         finally:
             assert [kv.seen for kv in hf.kv_layers(store)] == [0, 0]
             assert not any(kv.initialized for kv in hf.kv_layers(store))

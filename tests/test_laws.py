@@ -238,7 +238,7 @@ def test_calls_in_any_order():
 
 
 def test_first_append_that_fails_takes_no_memory():
-    layer = KVLayer(max_length=4, preallocate=True, padding=torch.tensor([1, 0]), expected=Expected(rows=2))
+    layer = KVLayer(max_length=4, static=True, padding=torch.tensor([1, 0]), expected=Expected(rows=2))
     before = state(layer)
     _, keys, values = tokens(2, 5)
     three = tokens(3, 2)[1:]

@@ -333,7 +333,7 @@ def test_limits_have_clear_refusals():
 
 def test_what_is_wanted_whole_decodes_together_from_the_first_token_on(monkeypatch):
     ours, busy = ChatterboxEngine(stand_in(tiny_t3("gpt"))), []
-    turn = Batch.turn
+    turn = Batch.step
     monkeypatch.setattr(Batch, "turn", lambda batch: (busy.append(batch.busy), turn(batch))[1])
     given = {"segment_characters": 30, "max_new_tokens": 40}
     assert ours.plan(TEXT, **given).rows >= 4

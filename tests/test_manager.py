@@ -128,7 +128,7 @@ def test_the_estimate_of_a_request(kind: str, copies: int) -> None:
 @pytest.mark.parametrize("rows", [1, 2, 5])
 @pytest.mark.parametrize("budget", ["60KB", "150KB", "1MB"])
 def test_a_budget_in_bytes_is_never_exceeded_and_well_used(budget: str, rows: int) -> None:
-    model, kv = tiny("llama"), KVCacheManager(tiny("llama"), MaxBytes(budget), preallocate=True)
+    model, kv = tiny("llama"), KVCacheManager(tiny("llama"), MaxBytes(budget), static=True)
     most = int(budget[:-2]) * 10 ** (3 if budget[-2] == "K" else 6)
     held = kv.new_cache(rows)
     for chunk in (1, 200, 1, 1):
@@ -453,7 +453,7 @@ def everything(model: Any, evicts: bool, padded: bool) -> Iterator[tuple[str, Ca
     """Every operation of a manager, those that fail among them."""
     policy = SlidingWindow(8, sinks=2) if evicts else None
     kv = KVCacheManager(model, policy)
-    static = KVCacheManager(model, max_cache_length=24, preallocate=True)
+    static = KVCacheManager(model, max_cache_length=24, static=True)
     ids, given = token_ids(), {"max_new_tokens": 6, **GREEDY}
     yield "generate", lambda: kv.generate(ids, **given)
     yield "sampled", lambda: kv.generate(ids, max_new_tokens=6, do_sample=True, top_k=5)
@@ -514,7 +514,7 @@ def test_no_operation_changes_the_model(name: str) -> None:
     assert ("wrong positions" in failed) != FAMILIES[name].rope
 
 
-@pytest.mark.parametrize("policy", [SnapKV(8, sinks=2, recent=2), AdaKV(H2O(8, sinks=2, recent=2))])
+@pytest.mark.parametrize("policy", [SnapKV(8, sinks=2, window_size=2), AdaKV(H2O(8, sinks=2, window_size=2))])
 def test_ranking_tokens_changes_the_model_as_little(policy: SizePolicy) -> None:
     """It runs a copy with hooks of its own."""
     model = build("llama")
@@ -630,7 +630,7 @@ def test_300_requests_leave_nothing_behind() -> None:
     model = smallest()
     managers = [
         KVCacheManager(model),
-        KVCacheManager(model, max_cache_length=64, preallocate=True),
+        KVCacheManager(model, max_cache_length=64, static=True),
         KVCacheManager(model, SlidingWindow(6, sinks=2)),
         KVCacheManager(model, MaxBytes("8KB")),
         KVCacheManager(model, SlidingWindow(6, sinks=2), positions="rerotated"),
@@ -739,6 +739,6 @@ def test_20_000_single_tokens_through_a_layer(policy: Any) -> None:
     assert len(addresses) == 1 or isinstance(policy, MaxTokens)
     assert layer.values is not None
     held = sorted(layer.values[0, 0, :, 0].int().tolist())
-    recent = layer.stored - policy.pinned
-    assert held == [*range(policy.pinned), *range(20_000 - recent, 20_000)]
+    window_size = layer.stored - policy.pinned
+    assert held == [*range(policy.pinned), *range(20_000 - window_size, 20_000)]
     assert torch.equal(layer.values[0, 0, :, 0].long(), layer.positions()[0])

@@ -48,8 +48,8 @@ def test_ladder(tokens, bound, slots):
 
 
 def test_preallocated_is_all_of_the_bound_at_once():
-    assert slots_for(0, 150, preallocate=True) == slots_for(150, 150, preallocate=True) == 150
-    assert slots_for(129, None, preallocate=True) == 192
+    assert slots_for(0, 150, static=True) == slots_for(150, 150, static=True) == 150
+    assert slots_for(129, None, static=True) == 192
 
 
 def test_estimate_by_hand():
@@ -60,7 +60,7 @@ def test_estimate_by_hand():
     assert CacheSpec(max_length=1200).nbytes(geometry, 1000, rows=2) == 2 * 1200 * 122_880
     assert CacheSpec(SlidingWindow(1020, sinks=4)).nbytes(geometry, 5000) == 1024 * 122_880
     assert CacheSpec(MaxBytes(1024 * 122_880)).nbytes(geometry, 5000) == 1024 * 122_880
-    assert CacheSpec(max_length=500, preallocate=True).nbytes(geometry, 10) == 500 * 122_880
+    assert CacheSpec(max_length=500, static=True).nbytes(geometry, 10) == 500 * 122_880
     # Re-rotation keeps the keys of the four sinks a second time.
     rerotated = CacheSpec(SlidingWindow(1020, sinks=4), positions="rerotated").nbytes(geometry, 5000)
     assert rerotated == 1024 * 122_880 + 4 * 122_880 // 2
@@ -97,7 +97,7 @@ def test_layers_may_have_policies_of_their_own():
 )
 def test_estimate_for_a_model_is_what_its_cache_holds(policy, positions, rows):
     model = LlamaForCausalLM(LlamaConfig(**TINY, num_key_value_heads=2)).eval()
-    spec = CacheSpec(policy or KeepAll(), 60, positions, preallocate=True)
+    spec = CacheSpec(policy or KeepAll(), 60, positions, static=True)
     cache = new_cache(model, spec, rows=rows)
     with torch.no_grad():
         for tokens in torch.arange(24).repeat(2, 1).split([7, *[1] * 17], 1):

@@ -32,7 +32,7 @@ def engine(manager: KVCacheManager) -> Tensor:
 @torch.no_grad()
 def saved(manager: KVCacheManager) -> Tensor:
     cache = manager.new_cache()
-    manager.runner(input_ids=PREFIX, past_key_values=cache, use_cache=True)
+    manager.observed_model(input_ids=PREFIX, past_key_values=cache, use_cache=True)
     loaded = manager.load(manager.save(cache))
     return manager.generate(input_ids=WHOLE, past_key_values=loaded, **GREEDY)[:, WHOLE.shape[1] :]
 
@@ -48,7 +48,7 @@ FEATURES: dict[str, Callable[[KVCacheManager], Tensor]] = {
 
 def manager_of(model: Any, feature: str) -> KVCacheManager:
     policy = TOVA(200) if feature == "ranking" else None  # nothing leaves: all else is as without it
-    return KVCacheManager(model, policy, speakers=SpeakerCache(MemoryStore()))
+    return KVCacheManager(model, policy, prefix_cache=SpeakerCache(MemoryStore()))
 
 
 def outcome(ask: Callable[[], Tensor], expected: Tensor) -> str:

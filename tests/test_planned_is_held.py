@@ -38,7 +38,7 @@ MODELS = {}
 def engine(kind, policy=None, **options):
     if kind not in MODELS:
         MODELS[kind] = stand_in(tiny_t3(kind))
-    return ChatterboxEngine(MODELS[kind], policy, speakers=SpeakerCache(MemoryStore("32MiB")), **options)
+    return ChatterboxEngine(MODELS[kind], policy, prefix_cache=SpeakerCache(MemoryStore("32MiB")), **options)
 
 
 class Counted(StaticKV):

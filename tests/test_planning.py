@@ -95,7 +95,7 @@ def test_speech_is_planned_to_the_byte(kind, setting):
     assert made.weights.total - made.weights.originals == pytest.approx(
         sum(packed.values()) + sum(held.values()) + head, abs=8 * t3.speech_head.out_features
     )
-    assert made.prefixes == served.engine.speakers.stats().nbytes["memory"]
+    assert made.prefixes == served.engine.prefix_cache.stats().nbytes["memory"]
 
 
 def _speech(kind):

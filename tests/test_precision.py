@@ -186,11 +186,11 @@ def test_fp32_is_the_model_itself():
 
 @pytest.mark.parametrize("precision", NARROW)
 @pytest.mark.parametrize("wide", [["mlp.down_proj"], ["layers.0.mlp.down_proj"], ["k_proj", "layers.1.mlp.up_proj"]])
-def test_wide_layers_stay_as_they_are(precision, wide):
+def test_wide_layers_stay_as_they_are(precision, modules_to_not_convert):
     model = tiny("llama")
-    new = quantize_linear(model, precision, wide=wide)
+    new = quantize_linear(model, precision, modules_to_not_convert=modules_to_not_convert)
     before, after = linear(model), linear(new)
-    ends = tuple(wide)
+    ends = tuple(modules_to_not_convert)
     named = {n for n in before if any(n == end or n.endswith("." + end) for end in ends)}
     assert set(after) == named | {"lm_head"}
     for name in after:
@@ -306,7 +306,7 @@ def test_names_that_are_none_are_refused():
             quantize_linear(tiny("llama"), name)
     for end in ("mlp.nothing", "own_proj", "embed_tokens", ""):
         with pytest.raises(InputError, match="no linear layer's name ends so"):
-            quantize_linear(tiny("llama"), "int8", wide=[end])
+            quantize_linear(tiny("llama"), "int8", modules_to_not_convert=[end])
 
 
 @pytest.mark.parametrize("precision", ["fp32", *NARROW])

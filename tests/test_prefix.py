@@ -71,7 +71,7 @@ def test_a_policy_is_about_what_follows_the_prefix(name: str, policy: str, posit
         pytest.skip("the budget is a llama's")
     model, rule = tiny(name), LEAVING[policy]
     kv = manager(model, rule, positions=positions)
-    kept = KVCacheManager(model, Pinned(len(PREFIX), rule), positions=positions, speakers=in_memory())
+    kept = KVCacheManager(model, Pinned(len(PREFIX), rule), positions=positions, prefix_cache=in_memory())
     ours, theirs = kv.new_cache(2, prefix="p"), kept.new_cache(2)
     more = token_ids(2, 20, seed=4)
     chunks = [9, *[1] * 8, 3]
@@ -99,7 +99,7 @@ def test_a_policy_is_about_what_follows_the_prefix(name: str, policy: str, posit
 )
 def test_generating_under_a_policy_is_as_with_the_prompt_pinned(name: str, mode: str) -> None:
     model, rule, given_ = tiny(name), SlidingWindow(7, sinks=1), {**GREEDY, **MODES.get(mode, {})}
-    kept = KVCacheManager(model, Pinned(len(PREFIX), rule), speakers=in_memory())
+    kept = KVCacheManager(model, Pinned(len(PREFIX), rule), prefix_cache=in_memory())
     torch.manual_seed(5)
     expected = kept.generate(after(PREFIX), **given_)
     kv = manager(model, rule)
@@ -122,7 +122,7 @@ def test_generating_with_positions_that_move_along(name: str) -> None:
 
 def test_a_policy_for_each_layer() -> None:
     model, rules = tiny("llama"), [SlidingWindow(4), KeepAll()]
-    kept = KVCacheManager(model, [Pinned(len(PREFIX), rule) for rule in rules], speakers=in_memory())
+    kept = KVCacheManager(model, [Pinned(len(PREFIX), rule) for rule in rules], prefix_cache=in_memory())
     kv = manager(model, rules)
     assert torch.equal(kv.generate(TEXT, prefix="p", **GREEDY), kept.generate(after(PREFIX), **GREEDY))
     assert [layer.stored for layer in kv.report().layers] == [17, 33]
@@ -134,7 +134,7 @@ def test_a_policy_for_each_layer() -> None:
 @pytest.mark.parametrize("kind", ["ids", "embeddings"])
 def test_only_what_is_new_is_computed(kind: str) -> None:
     model = tiny("llama")
-    kv = KVCacheManager(model, speakers=in_memory())
+    kv = KVCacheManager(model, prefix_cache=in_memory())
     a = PREFIX if kind == "ids" else voice(model)
     other = token_ids(1, 13, seed=9)[0] if kind == "ids" else voice(model, seed=9)
     asked = [
@@ -155,7 +155,7 @@ def test_only_what_is_new_is_computed(kind: str) -> None:
         for name, content_, _ in asked:
             assert_holds(kv, name, content_)
     assert counts == [len(content_) for _, content_, _ in asked]  # the references; ours ran nothing
-    stats = kv.speakers.stats()
+    stats = kv.prefix_cache.stats()
     assert (stats.built, stats.extended, stats.refused) == (3, 3, 0)
     assert kv.prefixes == tuple(name for name, _, _ in asked)
 
@@ -176,18 +176,18 @@ def test_managers_share_what_a_store_keeps(tmp_path: Path, monkeypatch: pytest.M
     first, second = build("llama"), build("llama")
     kv = KVCacheManager(first, MaxTokens(64))  # by itself in memory over disk
     kv.add_prefix("p", PREFIX)
-    kv.speakers.close()
+    kv.prefix_cache.close()
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
     later = KVCacheManager(second, SlidingWindow(20))  # as another process would
     with forwarded(second) as counts:
         later.add_prefix("voice", PREFIX[None])
-        again = KVCacheManager(second, speakers=later.speakers)
+        again = KVCacheManager(second, prefix_cache=later.prefix_cache)
         again.add_prefix("the same", PREFIX)
     assert counts == []
-    assert later.speakers.stats().hits == {"memory": 1, "disk": 1}
+    assert later.prefix_cache.stats().hits == {"memory": 1, "disk": 1}
     for served, name in ((later, "voice"), (again, "the same")):
         assert_holds(served, name, PREFIX)
-    later.speakers.close()
+    later.prefix_cache.close()
 
 
 def test_names_are_replaced_and_forgotten() -> None:
@@ -209,7 +209,7 @@ def test_names_are_replaced_and_forgotten() -> None:
 
 def test_what_is_pinned_stays_until_its_last_name_is_removed() -> None:
     model = tiny("llama")
-    kv = KVCacheManager(model, speakers=SpeakerCache(MemoryStore("20KB")))  # two of 13 tokens, not three
+    kv = KVCacheManager(model, prefix_cache=SpeakerCache(MemoryStore("20KB")))  # two of 13 tokens, not three
     kv.add_prefix("voice", PREFIX, pin=True)
     kv.add_prefix("the same", PREFIX)
     kv.remove_prefix("the same")
@@ -241,7 +241,7 @@ def never(*_: Any) -> PrefixSnapshot:
 
 
 def test_what_is_served_is_counted(key: PrefixKey, monkeypatch: pytest.MonkeyPatch) -> None:
-    speakers, clock = in_memory(), Clock()
+    prefix_cache, clock = in_memory(), Clock()
     monkeypatch.setattr(CACHE_CLOCK, clock)
     whole = some(key, seconds=6.0)
     starts: list[int | None] = []
@@ -251,27 +251,27 @@ def test_what_is_served_is_counted(key: PrefixKey, monkeypatch: pytest.MonkeyPat
         clock.now += 3
         return some(key_, seconds=12.0)
 
-    assert speakers.get(key) is None
-    built = speakers.get_or_build(key, lambda: whole)
+    assert prefix_cache.get(key) is None
+    built = prefix_cache.get_or_build(key, lambda: whole)
     assert all_bits(built) == all_bits(whole)
-    assert all_bits(speakers.get_or_build(key, never)) == all_bits(whole)
-    assert all_bits(speakers.get_or_extend(key, never)) == all_bits(whole)
-    assert len(speakers.get_or_extend(key.first(4), never)) == 4
+    assert all_bits(prefix_cache.get_or_build(key, never)) == all_bits(whole)
+    assert all_bits(prefix_cache.get_or_extend(key, never)) == all_bits(whole)
+    assert len(prefix_cache.get_or_extend(key.first(4), never)) == 4
     longer = PrefixKey("model", torch.arange(12))
-    assert speakers.get(longer) is None  # half of it is not it
-    assert len(speakers.get_or_extend(longer, partial(extend, longer))) == 12
+    assert prefix_cache.get(longer) is None  # half of it is not it
+    assert len(prefix_cache.get_or_extend(longer, partial(extend, longer))) == 12
     branch = PrefixKey("model", torch.tensor([0, 1, 2, 9]))
-    assert len(speakers.get_or_build(branch, lambda: some(branch))) == 4  # a beginning is known, and of no use
+    assert len(prefix_cache.get_or_build(branch, lambda: some(branch))) == 4  # a beginning is known, and of no use
     other = PrefixKey("another model", torch.arange(6))
-    speakers.get_or_extend(other, partial(extend, other))
+    prefix_cache.get_or_extend(other, partial(extend, other))
     assert starts == [6, None]
-    stats = speakers.stats()
+    stats = prefix_cache.stats()
     assert (stats.built, stats.extended, stats.refused) == (3, 1, 0)
     # 6 twice, 4 of 6, and the 6 with which the longer one began
     assert stats.seconds_saved == pytest.approx(6.0 + 6.0 + 4.0 + 6.0)
     assert stats.build_seconds == 6.0  # of the two that took their time
     assert stats.hits == {"memory": 3}
-    assert stats.nbytes == {"memory": speakers.store.nbytes}
+    assert stats.nbytes == {"memory": prefix_cache.store.nbytes}
 
 
 class Lying(MemoryStore):
@@ -296,12 +296,12 @@ class Lying(MemoryStore):
 )
 def test_no_store_is_trusted(key: PrefixKey, lie: PrefixKey) -> None:
     store = Lying()
-    speakers, store.said = SpeakerCache(store), some(lie)
-    assert speakers.get(key) is None
-    assert speakers.stats().refused == 1
+    prefix_cache, store.said = SpeakerCache(store), some(lie)
+    assert prefix_cache.get(key) is None
+    assert prefix_cache.stats().refused == 1
     starts: list[Any] = []
-    assert speakers.get_or_extend(key, lambda start: starts.append(start) or some(key)).key == key
+    assert prefix_cache.get_or_extend(key, lambda start: starts.append(start) or some(key)).key == key
     assert starts == [None]
-    assert speakers.get_or_build(key, lambda: some(key)).key == key
-    assert speakers.stats().refused == 3
-    assert speakers.stats().seconds_saved == 0
+    assert prefix_cache.get_or_build(key, lambda: some(key)).key == key
+    assert prefix_cache.stats().refused == 3
+    assert prefix_cache.stats().seconds_saved == 0

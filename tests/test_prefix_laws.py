@@ -58,7 +58,7 @@ class Fork(Pair):
 
     def begin(self) -> None:
         rows, (keys, values) = len(self.oracle.padding), (t[0] for t in zip(*self.snapshot.layers, strict=True))
-        self.snapshot.fork(ManagedCache([ManagedLayer(self.layer)]), rows)
+        self.snapshot.write_to(ManagedCache([ManagedLayer(self.layer)]), rows)
         keys, values = keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1)
         self.direct.append(keys, values)
         self.oracle.append(torch.zeros_like(keys), keys, values)
@@ -199,9 +199,9 @@ def test_law_4_a_model_goes_on_from_a_saved_prefix_as_from_its_own(
     computed = snapshot_of(kv, ids)
     loaded = PrefixSnapshot.from_bytes(computed.to_bytes())
     before = all_bits(loaded)
-    kept = KVCacheManager(model, pinned(POLICIES[policy], length), positions=positions, speakers=in_memory())
+    kept = KVCacheManager(model, pinned(POLICIES[policy], length), positions=positions, prefix_cache=in_memory())
     whole, held = kept.new_cache(rows), kept.new_cache(rows)
-    loaded.fork(held, rows)
+    loaded.write_to(held, rows)
     with hf.exact_windows(model):
         expected = logits(model, after(ids, more), whole, [length, *chunks])[:, length:]
         # 1e-4 in fp32: the reference runs the prefix in all rows at once, which adds up in another order.
@@ -212,14 +212,14 @@ def test_law_4_a_model_goes_on_from_a_saved_prefix_as_from_its_own(
             kv.truncate(again, length)  # back to the pinned prefix, and on
             assert (logits(model, more, again, chunks) - expected).abs().max() < CLOSE
             again.reset()
-            loaded.fork(again, rows)
+            loaded.write_to(again, rows)
             assert (logits(model, more, again, chunks) - expected).abs().max() < CLOSE
     assert all_bits(loaded) == all_bits(computed) == before
 
 
 CACHES: dict[str, Callable[[Any], Any]] = {
     "ours": lambda model: hf.new_cache(model),
-    "static-ours": lambda model: hf.new_cache(model, CacheSpec(max_length=64, preallocate=True)),
+    "static-ours": lambda model: hf.new_cache(model, CacheSpec(max_length=64, static=True)),
     "dynamic": lambda model: DynamicCache(),
     "dynamic-of-config": lambda model: DynamicCache(config=model.config),
     "static": lambda model: StaticCache(config=model.config, max_cache_len=64),
@@ -236,8 +236,8 @@ def test_a_fork_goes_into_any_cache_and_changes_nothing_but_it(name: str, attent
     if kind == "static" and not takes_a_static_cache(name, attention):
         pytest.skip("this release's own static cache does not work with this model")
     held, other = make(model), make(model)
-    snapshot.fork(held, 2)
-    snapshot.fork(other, 2)
+    snapshot.write_to(held, 2)
+    snapshot.write_to(other, 2)
     assert int(held.get_seq_length()) == len(PREFIX)
     assert (logits(model, TEXT, held, (4, 1, 1, 3)) - expected).abs().max() < CLOSE
     held.reset()
@@ -263,7 +263,7 @@ def test_what_a_fork_holds_is_the_snapshot_to_the_bit(rows: int) -> None:
     snapshot = snapshot_of(manager(tiny("llama")))
     for make in CACHES.values():
         held = make(tiny("llama"))
-        snapshot.fork(held, rows)
+        snapshot.write_to(held, rows)
         for layer, states in zip(held.layers, snapshot.layers, strict=True):
             for ours, theirs in zip((layer.keys, layer.values), states, strict=True):
                 assert torch.equal(ours[:, :, : len(PREFIX)], theirs.expand(rows, -1, -1, -1))
@@ -296,7 +296,7 @@ def test_a_fork_that_is_refused_changes_nothing() -> None:
     for error, held, rows, words in refused:
         before = [int(layer.get_seq_length()) for layer in held.layers]
         with pytest.raises(error, match=words):
-            snapshot.fork(held, rows)
+            snapshot.write_to(held, rows)
         assert [int(layer.get_seq_length()) for layer in held.layers] == before
-    snapshot.first(12).fork(beside, 1)
+    snapshot.first(12).write_to(beside, 1)
     assert [layer.kv.stored for layer in beside.layers] == [4, 12]

@@ -165,14 +165,14 @@ def test_embeddings_of_another_dtype_are_those_of_the_models() -> None:
     kv, spoken = manager(model), voice(model)
     kv.add_prefix("double", spoken.double())
     kv.add_prefix("float", spoken)
-    assert kv.speakers.stats().hits == {"memory": 1}
+    assert kv.prefix_cache.stats().hits == {"memory": 1}
     got = kv.generate(inputs_embeds=embedded(model, TEXT).double(), prefix="double", **GREEDY)
     assert torch.equal(got, model.generate(inputs_embeds=after(spoken, embedded(model, TEXT)), **GREEDY))
 
 
 @pytest.mark.parametrize("name", ["bart", "t5"])
 def test_an_encoder_decoder_says_that_its_decoder_depends_on_the_encoder(name: str) -> None:
-    kv = KVCacheManager(tiny(name), speakers=in_memory())
+    kv = KVCacheManager(tiny(name), prefix_cache=in_memory())
     with pytest.raises(InputError, match=r"is an encoder-decoder: .* keep the encoder's output"):
         kv.add_prefix("p", PREFIX)
     assert kv.prefixes == ()
@@ -180,7 +180,7 @@ def test_an_encoder_decoder_says_that_its_decoder_depends_on_the_encoder(name: s
 
 @pytest.mark.parametrize("rope", ROPE_BY_LENGTH, ids=lambda rope: rope["rope_type"])
 def test_a_rotation_that_depends_on_what_follows_is_refused(rope: dict[str, Any]) -> None:
-    kv = KVCacheManager(build("llama", rope_parameters=rope, max_position_embeddings=256), speakers=in_memory())
+    kv = KVCacheManager(build("llama", rope_parameters=rope, max_position_embeddings=256), prefix_cache=in_memory())
     with pytest.raises(PositionsError, match=f"'{rope['rope_type']}' RoPE .* use a model with another rope_type"):
         kv.add_prefix("p", PREFIX)
     assert kv.prefixes == ()
@@ -216,7 +216,7 @@ def state_space(name: str) -> Any:
 
 @pytest.mark.parametrize("name", ["Jamba", "Lfm2", "Qwen3Next"])
 def test_layers_that_keep_a_state_are_refused(name: str) -> None:
-    kv = KVCacheManager(state_space(name), speakers=in_memory())
+    kv = KVCacheManager(state_space(name), prefix_cache=in_memory())
     with pytest.raises(
         GeometryError, match="keeps no keys and values to reuse; prefixes need attention in every layer"
     ):

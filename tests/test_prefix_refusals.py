@@ -103,7 +103,7 @@ def test_a_request_that_a_prefix_cannot_stand_before_is_refused(wrong: str) -> N
 
 
 def test_an_unknown_name_says_what_is_known() -> None:
-    kv = KVCacheManager(tiny("llama"), speakers=in_memory())
+    kv = KVCacheManager(tiny("llama"), prefix_cache=in_memory())
     calls: list[Callable[[], Any]] = [
         lambda: kv.new_cache(1, prefix="q"),
         lambda: kv.remove_prefix("q"),
@@ -188,7 +188,7 @@ def test_padded_rows_are_refused_where_tokens_leave(given_: str) -> None:
 
 def test_what_is_too_long_is_refused_before_anything_changes() -> None:
     model = tiny("llama")
-    kv = manager(model, max_cache_length=20, preallocate=True)
+    kv = manager(model, max_cache_length=20, static=True)
     for long in (token_ids(1, 20)[0], token_ids(1, 21)[0]):
         words = f"'q' has {len(long)} tokens, max_cache_length is 20; raise max_cache_length, or shorten the prefix"
         with unchanged(kv), forwarded(model) as counts, pytest.raises(CapacityError, match=words):
@@ -239,7 +239,7 @@ def test_a_table_of_positions_ends_behind_a_prefix_too() -> None:
 def test_a_prefix_is_not_computed_in_training_mode_by_a_request_either() -> None:
     model = build("llama", attention_dropout=0.5)
     kv = manager(model)
-    kv.speakers.evict(PrefixKey(model_fingerprint(model), PREFIX))
+    kv.prefix_cache.evict(PrefixKey(model_fingerprint(model), PREFIX))
     model.train()
     with pytest.raises(InputError, match="training mode"):
         kv.new_cache(1, prefix="p")
@@ -265,21 +265,21 @@ def test_a_prefix_of_embeddings_survives_a_change_of_dtype() -> None:
 def test_a_pin_follows_the_weights() -> None:
     model = build("llama")
     store = MemoryStore("20KB")  # two of 13 tokens, not three
-    kv = KVCacheManager(model, speakers=SpeakerCache(store))
+    kv = KVCacheManager(model, prefix_cache=SpeakerCache(store))
     kv.add_prefix("voice", PREFIX, pin=True)
     in_place(model)
     kv.new_cache(1, prefix="voice")
     for seed in range(20, 23):
         kv.add_prefix("other", token_ids(1, 13, seed=seed)[0])
-    assert kv.speakers.get(PrefixKey(model_fingerprint(model), PREFIX)) is not None
+    assert kv.prefix_cache.get(PrefixKey(model_fingerprint(model), PREFIX)) is not None
 
 
 def test_a_name_that_is_given_anew_unpins_what_it_named() -> None:
-    kv = KVCacheManager(tiny("llama"), speakers=SpeakerCache(MemoryStore("20KB")))
+    kv = KVCacheManager(tiny("llama"), prefix_cache=SpeakerCache(MemoryStore("20KB")))
     kv.add_prefix("voice", PREFIX, pin=True)
     for seed in range(20, 23):
         kv.add_prefix("voice", token_ids(1, 13, seed=seed)[0], pin=True)
-    assert kv.speakers.get(PrefixKey(model_fingerprint(kv.model), token_ids(1, 13, seed=22)[0])) is not None
+    assert kv.prefix_cache.get(PrefixKey(model_fingerprint(kv.model), token_ids(1, 13, seed=22)[0])) is not None
 
 
 def test_a_text_that_runs_past_the_table_of_positions_is_refused_as_such() -> None:
@@ -289,7 +289,7 @@ def test_a_text_that_runs_past_the_table_of_positions_is_refused_as_such() -> No
 
 
 def test_a_prefix_longer_than_the_table_of_positions_is_refused() -> None:
-    kv = KVCacheManager(tiny("gpt2"), speakers=in_memory())
+    kv = KVCacheManager(tiny("gpt2"), prefix_cache=in_memory())
     with unchanged(kv), pytest.raises(CapacityError, match="256 positions"):
         kv.add_prefix("p", token_ids(1, 300)[0])
 
@@ -311,7 +311,7 @@ def test_a_mask_of_another_shape_than_the_inputs_is_refused(shape: tuple[int, ..
 
 
 def test_autocast_makes_another_prefix() -> None:
-    kv = KVCacheManager(build("llama"), speakers=in_memory())
+    kv = KVCacheManager(build("llama"), prefix_cache=in_memory())
     with torch.autocast("cpu", torch.bfloat16):
         kv.add_prefix("p", PREFIX)
     assert torch.equal(kv.generate(TEXT, prefix="p", **GREEDY), plain("llama"))

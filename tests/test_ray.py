@@ -110,7 +110,7 @@ def sound(chunks):
 
 def reference(voices):
     """What an engine of its own says: a function of voice, tokens and seed."""
-    engine = ChatterboxEngine(tiny(), speakers=SpeakerCache(MemoryStore()))
+    engine = ChatterboxEngine(tiny(), prefix_cache=SpeakerCache(MemoryStore()))
     for name in VOICES:
         engine.voices.load(voices / f"{name}.safetensors")
 

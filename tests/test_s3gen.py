@@ -155,7 +155,7 @@ def test_streamed_segments_are_as_long_as_whole_ones(model, pause, joined):
 
 
 def test_a_seed_gives_the_same_samples_whoever_else_draws(model):
-    engine = ChatterboxEngine(model, speakers=SpeakerCache(MemoryStore("8MiB")))
+    engine = ChatterboxEngine(model, prefix_cache=SpeakerCache(MemoryStore("8MiB")))
     given = {"max_new_tokens": 12, "watermark": False, "chunking": [5]}
     said = []
     for seed, other in ((3, 0), (3, 1), (4, 0)):

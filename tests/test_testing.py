@@ -173,16 +173,16 @@ HOUSE = [
     MaxBytes(2000),
     Pinned(3, MaxTokens(6)),
     Pinned(2, Pinned(1, SlidingWindow(4, sinks=1))),
-    SnapKV(12, sinks=2, recent=3),
-    H2O(12, sinks=2, recent=3, low_water=6),
-    TOVA(9, sinks=1, recent=1),
-    KeyNorm(10, sinks=0, recent=2),
-    KeyDiff(10, sinks=2, recent=2),
-    ExpectedAttention(12, sinks=2, recent=3, following=5),
-    Pinned(3, SnapKV(12, sinks=2, recent=3)),
+    SnapKV(12, sinks=2, window_size=3),
+    H2O(12, sinks=2, window_size=3, low_water=6),
+    TOVA(9, sinks=1, window_size=1),
+    KeyNorm(10, sinks=0, window_size=2),
+    KeyDiff(10, sinks=2, window_size=2),
+    ExpectedAttention(12, sinks=2, window_size=3, n_future_positions=5),
+    Pinned(3, SnapKV(12, sinks=2, window_size=3)),
     PerHead((KeepAll(), SlidingWindow(4, sinks=1))),
-    PerHead((SnapKV(12, sinks=2, recent=3), MaxTokens(6))),
-    AdaKV(SnapKV(12, sinks=2, recent=3)),
+    PerHead((SnapKV(12, sinks=2, window_size=3), MaxTokens(6))),
+    AdaKV(SnapKV(12, sinks=2, window_size=3)),
 ]
 
 
@@ -275,7 +275,7 @@ def test_a_policy_that_no_cache_would_take_is_refused_as_a_cache_refuses_it():
 
 
 def test_a_policy_of_ones_own_passes():
-    for policy in (Own(), ScoresByNothing(10, sinks=1, recent=2)):
+    for policy in (Own(), ScoresByNothing(10, sinks=1, window_size=2)):
         check_policy(policy, examples=4)
 
 
@@ -309,7 +309,7 @@ class ForgetsItsPositionsBytes(RankedLayer):
 def test_mistakes_of_layers_that_rank_are_caught(layer, says, monkeypatch):
     monkeypatch.setattr(inside.MADE_BY, lambda spec: layer)
     with pytest.raises(AssertionError, match=says):
-        check_policy(KeyNorm(10, sinks=1, recent=2), examples=20)
+        check_policy(KeyNorm(10, sinks=1, window_size=2), examples=20)
 
 
 # ---------------------------------------------------------------------- layers: the house's own pass
@@ -320,7 +320,7 @@ def test_the_houses_layer_keeps_the_laws():
     check_layer(KVLayer, variants=("plain", "padded", "rerotated"), examples=examples(12))
 
 
-def quantized(policy, rotation=None, preallocate=False, **given):
+def quantized(policy, rotation=None, static=False, **given):
     return GroupedLayer(policy, KVQuantization(8, group_size=8), **given)
 
 

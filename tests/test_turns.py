@@ -63,9 +63,9 @@ def test_turns_are_fair_and_chunks_in_order(world):
                 here.turns.drop(asked.request)  # nothing happens
         if turn > 8 and here.batch.busy == 0 and not here.eligible():
             assert all(one.blocked and one.chunks for one in here.there)  # all that is left waits for its consumer
-            here.turn()
+            here.step()
             here.unblocked = True
-        here.turn()
+        here.step()
         if turn > 4 and not here.there:
             break
     assert here.there == here.turns.requests == here.batch.jobs == []  # nobody waits for ever
@@ -103,7 +103,7 @@ def test_a_real_batch_says_what_each_says_alone(sequence):
         turns.add(request)
     over = []
     while turns.requests:
-        over += turns.turn()
+        over += turns.step()
     assert set(over) == {request for request, _ in asked} and len(over) == 5
     for (request, chunks), one in zip(asked, lengths, strict=True):
         assert request.error is None
@@ -117,7 +117,7 @@ def test_the_first_chunk_comes_before_further_jobs():
     turns, (request, chunks) = Turns(batch), quietly([30, 5, 5], size=7)
     turns.add(request)
     for entered, given_ in ((1, 0), (1, 0), (1, 1), (3, 1)):
-        turns.turn()
+        turns.step()
         assert (request.entered, len(chunks)) == (entered, given_)
 
 
@@ -127,11 +127,11 @@ def test_a_newcomer_finds_the_reserved_place():
         turns, (long, _) = Turns(batch, reserved=reserved), quietly([60] * 6, size=1)
         turns.add(long)
         for _ in range(3):
-            turns.turn()
+            turns.step()
         assert len(long.running) == 3 - reserved
         newcomer, chunks = quietly([9], size=1)
         turns.add(newcomer)
-        turns.turn()
+        turns.step()
         assert (chunks == []) == waits
 
 
@@ -145,10 +145,10 @@ def test_who_fails_to_deliver_its_first_token_leaves_no_job_behind():
     good, chunks = quietly([20])
     turns.add(bad)
     turns.add(good)
-    assert turns.turn() == [bad]
+    assert turns.step() == [bad]
     assert str(bad.error) == "the consumer is gone" and batch.busy == 1
     while turns.requests:
-        turns.turn()
+        turns.step()
     assert_said(chunks, [20])
     assert_empty(batch)
 
@@ -176,7 +176,7 @@ def test_an_end_that_is_not_said_still_ends_its_job():
             )
         )
         while turns.requests:
-            turns.turn()
+            turns.step()
         assert [t for c in chunks for t in c.tokens.tolist() if c.index == 0] == said[:at]
         assert [(c.index, c.last) for c in chunks if c.last] == [(0, True), (1, True)]
         assert chunks[-1].tokens.tolist() == []
@@ -200,9 +200,9 @@ def test_errors_of_what_a_request_makes_are_no_sign_of_a_broken_batch():
     for _ in range(20):
         bad = Request(1, fails, size=1, deliver=others.append)
         turns.add(bad)
-        assert turns.turn() == [bad] and isinstance(bad.error, KeyError)
+        assert turns.step() == [bad] and isinstance(bad.error, KeyError)
     good, chunks = quietly([5])
     turns.add(good)
     while turns.requests:
-        turns.turn()
+        turns.step()
     assert_said(chunks, [5])

@@ -32,7 +32,7 @@ class Hears(PlainVocoder):
 @pytest.fixture
 def idle(monkeypatch):
     """An engine in which nothing may run: no T3, no vocoder."""
-    ours = ChatterboxEngine(stand_in(tiny_t3("gpt")), speakers=SpeakerCache(MemoryStore("32MiB")))
+    ours = ChatterboxEngine(stand_in(tiny_t3("gpt")), prefix_cache=SpeakerCache(MemoryStore("32MiB")))
     monkeypatch.setattr(
         VOCODER_OF,
         lambda s3gen, options, device, programs, onednn: Hears(s3gen, device),
@@ -109,7 +109,7 @@ def test_a_scheduler_refuses_such_a_voice(idle):
 def test_a_clip_of_a_third_of_a_second_is_refused_before_it_is_encoded(kind, says, tmp_path, monkeypatch):
     model = whole(kind)
     monkeypatch.setattr(model.s3gen, "embed_ref", None)
-    ours = ChatterboxEngine(model, speakers=SpeakerCache(MemoryStore("32MiB")))
+    ours = ChatterboxEngine(model, prefix_cache=SpeakerCache(MemoryStore("32MiB")))
     file = clip(tmp_path / "short.wav", 0.3)
     with pytest.raises(InputError, match=says):
         ours.add_voice("short", file)
@@ -120,14 +120,14 @@ def test_a_clip_of_a_third_of_a_second_is_refused_before_it_is_encoded(kind, say
 
 @pytest.mark.audio
 def test_a_clip_that_turbo_does_not_take_says_so(tmp_path):
-    ours = ChatterboxEngine(whole("gpt"), speakers=SpeakerCache(MemoryStore("32MiB")))
+    ours = ChatterboxEngine(whole("gpt"), prefix_cache=SpeakerCache(MemoryStore("32MiB")))
     with pytest.raises(InputError, match=r"clip.*longer than 5 seconds"):
         ours.add_voice("short", clip(tmp_path / "clip.wav", 3))
 
 
 @pytest.mark.audio
 def test_of_a_clip_of_a_minute_the_first_ten_seconds_are_heard(tmp_path):
-    ours = ChatterboxEngine(whole("english"), speakers=SpeakerCache(MemoryStore("32MiB")))
+    ours = ChatterboxEngine(whole("english"), prefix_cache=SpeakerCache(MemoryStore("32MiB")))
     voice = ours.add_voice("long", clip(tmp_path / "long.wav", 60))
     assert voice.gen["prompt_feat"].shape == (1, 500, 80)
     speaker_of(ours).checked(voice)

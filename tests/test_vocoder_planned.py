@@ -24,7 +24,7 @@ pytestmark = [*UPSTREAMS_WARNINGS, pytest.mark.one_release, pytest.mark.filterwa
 def engine(vocoder, kind="gpt", **options):
     model = stand_in(tiny_t3(kind))
     model.s3gen = vocoder
-    return ChatterboxEngine(model, speakers=SpeakerCache(MemoryStore("32MiB")), vocoder=VocoderOptions(**options))
+    return ChatterboxEngine(model, prefix_cache=SpeakerCache(MemoryStore("32MiB")), vocoder=VocoderOptions(**options))
 
 
 def voice_of(ours, seconds=2.0):
@@ -95,7 +95,7 @@ def test_planned_weights_and_voice_are_what_is_held(distilled):
     assert planned.voice == given + vocoder.nbytes
     assert vocoder.nbytes == 50 * 8 + 100 * 80 * 4 + 80 * 4
     # All that lives since: what is kept of the voice for T3, and tables of some kilobytes.
-    rest = alive() - before - engines - planned.voice - ours.speakers.store.nbytes
+    rest = alive() - before - engines - planned.voice - ours.prefix_cache.store.nbytes
     assert abs(rest) < 2**20
 
 
@@ -149,7 +149,7 @@ def test_weights_that_no_vocoder_has_are_refused():
 
 
 def test_of_a_vocoder_of_which_nothing_is_known_nothing_is_planned():
-    ours = ChatterboxEngine(stand_in(tiny_t3("gpt")), speakers=SpeakerCache(MemoryStore("32MiB")))
+    ours = ChatterboxEngine(stand_in(tiny_t3("gpt")), prefix_cache=SpeakerCache(MemoryStore("32MiB")))
     assert ours.plan("Hello there.").vocoder is None
 
 
@@ -168,7 +168,7 @@ def vocoders():
 @pytest.mark.parametrize("kind", vocoders())
 def test_200_requests_of_which_many_are_cancelled_leave_nothing(kind):
     if kind == "tones":
-        ours = ChatterboxEngine(stand_in(tiny_t3("gpt")), speakers=SpeakerCache(MemoryStore("32MiB")))
+        ours = ChatterboxEngine(stand_in(tiny_t3("gpt")), prefix_cache=SpeakerCache(MemoryStore("32MiB")))
         voice = ours.voice_of(None)
     else:
         ours = engine(short_s3gen(True), steps=1)
@@ -204,14 +204,14 @@ def test_200_requests_of_which_many_are_cancelled_leave_nothing(kind):
     direct(1)
     direct(2)
     ours.release()
-    held, kept = ours.vocoder.nbytes, ours.speakers.store.nbytes
+    held, kept = ours.vocoder.nbytes, ours.prefix_cache.store.nbytes
     with no_leaks(ours.t3):
         for first in range(0, 160, 40):
             asyncio.run(some(range(first, first + 40)))
         for number in range(40):
             direct(number)
         ours.release()
-    assert (ours.vocoder.nbytes, ours.speakers.store.nbytes) == (held, kept)
+    assert (ours.vocoder.nbytes, ours.prefix_cache.store.nbytes) == (held, kept)
     ours.voices.remove("sarah")
     del voice
     gc.collect()

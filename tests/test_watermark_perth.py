@@ -51,7 +51,7 @@ def engine(kind, sound="noise"):
     model.watermarker = perth()
     if sound == "noise":
         model.s3gen = NoiseVocoder(model.s3gen.meanflow)
-    return ChatterboxEngine(model, speakers=SpeakerCache(MemoryStore("64MiB")))
+    return ChatterboxEngine(model, prefix_cache=SpeakerCache(MemoryStore("64MiB")))
 
 
 def detected(audio, exactly=False):

@@ -85,9 +85,9 @@ def test_generate_past_a_learned_table_says_so(name: str, policy: SizePolicy | N
 @pytest.mark.parametrize("preallocate", [False, True], ids=["growing", "preallocated"])
 @pytest.mark.parametrize("fresh", [1, 4])
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "mistral-own-window"])
-def test_a_full_cache_refuses_before_any_layer_changed(name: str, fresh: int, preallocate: bool) -> None:
+def test_a_full_cache_refuses_before_any_layer_changed(name: str, fresh: int, static: bool) -> None:
     model = tiny(name)
-    held = KVCacheManager(model, max_cache_length=24, preallocate=preallocate).new_cache(2)
+    held = KVCacheManager(model, max_cache_length=24, static=static).new_cache(2)
     start = 25 - fresh
     logits(model, token_ids(2, start), held, (9, start - 9))
     before = snapshot(held)
@@ -215,7 +215,7 @@ def test_a_pinned_prefix_is_returned_to_after_rerotation() -> None:
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "mistral-own-window"])
 def test_reset_is_fresh_without_new_memory(name: str) -> None:
-    model, kv = tiny(name), KVCacheManager(tiny(name), max_cache_length=64, preallocate=True)
+    model, kv = tiny(name), KVCacheManager(tiny(name), max_cache_length=64, static=True)
     held = kv.new_cache(2)
     fresh = logits(model, token_ids(), kv.new_cache(2), (7, 13))
     logits(model, token_ids(2, 30, seed=1), held)
@@ -327,22 +327,24 @@ def test_trimming_gives_memory_back_and_changes_nothing_else(given: dict[str, An
     held, same = kv.new_cache(2), kv.new_cache(2)
     ids = token_ids(2, 300)
     for one in (held, same):
-        logits(kv.runner, ids, one)
+        logits(kv.observed_model, ids, one)
     left = kv.trim(held, 64)
     assert max(layer.trim(64) for layer in hf.kv_layers(same)) == left > 0
     after = kv.report(held).nbytes
     assert after < 0.6 * kv.report(same).nbytes
-    if kv.positions != "rerotated" and kv.runner is model:  # which keep more than keys and values
+    if kv.positions != "rerotated" and kv.observed_model is model:  # which keep more than keys and values
         assert after <= kv.estimate(64 + 16, 2)
     more = token_ids(2, 200, seed=3)
     for i in range(0, 200, 40):
-        assert torch.equal(logits(kv.runner, more[:, i : i + 40], held), logits(kv.runner, more[:, i : i + 40], same))
+        assert torch.equal(
+            logits(kv.observed_model, more[:, i : i + 40], held), logits(kv.observed_model, more[:, i : i + 40], same)
+        )
     assert kv.report(held).nbytes <= kv.report(same).nbytes
 
 
 def test_trimming_keeps_what_was_preallocated() -> None:
     model = tiny("llama")
-    kv = KVCacheManager(model, max_cache_length=200, preallocate=True)
+    kv = KVCacheManager(model, max_cache_length=200, static=True)
     held = kv.new_cache(2)
     logits(model, token_ids(2, 100), held)
     before = kv.report(held).nbytes

@@ -56,7 +56,7 @@ class LayerCache(ABC):
     """
 
     by_head: ClassVar[bool] = False
-    preallocate: bool = False
+    static: bool = False
     rotation: KeyRotation | None = None
     rehearsing: range | None = None
     seen: int

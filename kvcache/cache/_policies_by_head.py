@@ -52,13 +52,13 @@ class AdaKV(SizePolicy):
     """
 
     policy: RankingPolicy
-    floor: float = 0.2
+    alpha_safeguard: float = 0.2
 
     def __post_init__(self) -> None:
         if not isinstance(self.policy, RankingPolicy):
             raise PolicyError(f"policy={self.policy!r} ranks no tokens; give for example SnapKV(1024)")
-        if not 0 <= self.floor <= 1:
-            raise PolicyError(f"floor={self.floor} must be from 0 to 1")
+        if not 0 <= self.alpha_safeguard <= 1:
+            raise PolicyError(f"alpha_safeguard={self.alpha_safeguard} must be from 0 to 1")
 
     @property
     def pinned(self) -> int:
@@ -89,7 +89,7 @@ def turns(policy: SizePolicy) -> bool:
         policy = policy.policy
     if isinstance(policy, PerHead):
         return any(map(turns, policy.heads))
-    return isinstance(policy.ranking, RankingPolicy) and policy.ranking.turns
+    return isinstance(policy.ranking, RankingPolicy) and policy.ranking.needs_rope
 
 
 def pinned_around(policy: SizePolicy) -> tuple[int, SizePolicy]:

@@ -42,14 +42,14 @@ class RankedLayer(LayerCache):
         *,
         turn: KeyRotation | None = None,
         max_length: int | None = None,
-        preallocate: bool = False,
+        static: bool = False,
         padding: Tensor | None = None,
         expected: Expected | None = None,
     ) -> None:
         if not isinstance(policy.ranking, RankingPolicy):
             raise PolicyError(f"{policy!r} ranks no tokens; give for example SnapKV(1024), or use a KVLayer")
         self.ranking: RankingPolicy = policy.ranking
-        self.preallocate = preallocate
+        self.static = static
         self._turn = turn
         by_token = None if storage is None else storage.by_token()
         super().__init__(policy, by_token, max_length=max_length, padding=padding, expected=expected)
@@ -118,7 +118,7 @@ class RankedLayer(LayerCache):
         if self._waiting is not None:
             raise PolicyError(
                 f"{self.ranking!r} ranks tokens by what is attended to, but was not told after the last append; run the "
-                "model as manager.runner, or call observe()"
+                "model as manager.observed_model, or call observe()"
             )
 
     def append(self, keys: Tensor, values: Tensor) -> Attended:
@@ -190,12 +190,12 @@ class RankedLayer(LayerCache):
             seen = self._seen(keys, values, at, queries.detach())
             self._mass = looked_at_most(seen, self.rehearsing, self.ranking.sinks, self.stored)
             return
-        if self.ranking.accumulates and (self.ranking.queries or queries.shape[2] > _AT_ONCE):
+        if self.ranking.needs_cumulative_attention and (self.ranking.query_window or queries.shape[2] > _AT_ONCE):
             self._count(keys, values, at, self.seen - queries.shape[2])
             self._add_mass(self._seen(keys, values, at, queries.detach()))
-        elif self.ranking.accumulates and self._held + queries.shape[2] > _AT_ONCE:
+        elif self.ranking.needs_cumulative_attention and self._held + queries.shape[2] > _AT_ONCE:
             self._count(keys, values, at, self.seen - queries.shape[2])
-        if self.ranking.queries or (self.ranking.accumulates and queries.shape[2] <= _AT_ONCE):
+        if self.ranking.query_window or (self.ranking.needs_cumulative_attention and queries.shape[2] <= _AT_ONCE):
             self._keep_queries(queries.detach())
         self._waiting = None
         assert self.policy.limit is not None
@@ -207,7 +207,7 @@ class RankedLayer(LayerCache):
         mass = seen.received
         for weights, at in seen.parts():
             weights = seen.per_kv_head(weights)
-            if (counted := self.ranking.counted(seen, at)) is not None:
+            if (counted := self.ranking.query_mask(seen, at)) is not None:
                 weights = weights * counted
             mass = mass + weights.sum(2) * seen.groups
         self._mass = mass
@@ -225,7 +225,7 @@ class RankedLayer(LayerCache):
 
     def _keep_queries(self, queries: Tensor) -> None:
         """Note the queries of the latest tokens: as many as the policy looks at, or those whose looks are not yet counted."""
-        most, fresh = self.ranking.queries, queries.shape[2]
+        most, fresh = self.ranking.query_window, queries.shape[2]
         if most and fresh >= most:
             queries, fresh, self._held = queries[:, :, -most:], most, 0
         room = min(most, self._held + fresh) + (min(_AT_ONCE, most - 1) if most else _AT_ONCE)
@@ -245,7 +245,7 @@ class RankedLayer(LayerCache):
     @property
     def _latest(self) -> Tensor | None:
         """The queries that the policy looks at."""
-        most = self.ranking.queries
+        most = self.ranking.query_window
         return (
             None if self._queries is None or not most else self._queries[:, :, max(0, self._held - most) : self._held]
         )
@@ -257,7 +257,7 @@ class RankedLayer(LayerCache):
             keys, values, at: of all tokens that are there.
             length: tokens seen when the last of these queries came; by default all.
         """
-        if self._queries is not None and self._held and not self.ranking.queries:
+        if self._queries is not None and self._held and not self.ranking.query_window:
             waiting = self._queries[:, :, : self._held]
             seen = self._seen(keys, values, at, waiting)
             self._add_mass(seen if length is None else replace(seen, length=length))
@@ -268,7 +268,10 @@ class RankedLayer(LayerCache):
             self._count(*self._buffer.read(self.stored), self._at)
 
     def _seen(self, keys: Tensor, values: Tensor, at: Tensor, queries: Tensor | None) -> ScoringContext:
-        asked, unknown = self.ranking.accumulates or self.ranking.rehearses, 0.0 if self.ranking.accumulates else -1.0
+        asked, unknown = (
+            self.ranking.needs_cumulative_attention or self.ranking.rehearses,
+            0.0 if self.ranking.needs_cumulative_attention else -1.0,
+        )
         mass = torch.zeros(*at.shape[:2], 0, device=keys.device) if self._mass is None else self._mass
         pads = torch.zeros(1, 1, 1, dtype=torch.long) if self.padding is None else self.padding[:, None, None]
         return ScoringContext(
@@ -301,7 +304,7 @@ class RankedLayer(LayerCache):
     def _scores(self, seen: ScoringContext) -> Tensor:
         score = self.ranking.score(seen).float().expand(seen.positions.shape)
         own = seen.positions - seen.padding
-        kept = (own >= 0) & ((own < self.policy.pinned) | (seen.positions >= self.seen - self.ranking.recent))
+        kept = (own >= 0) & ((own < self.policy.pinned) | (seen.positions >= self.seen - self.ranking.window_size))
         # Pads leave first; pinned and recent tokens stay.
         return score.masked_fill(own < 0, -torch.inf).masked_fill(kept, torch.inf)
 
@@ -356,10 +359,10 @@ class RankedLayer(LayerCache):
         self._rows = None
 
     def check_trim(self, max_tokens: int) -> None:
-        least = self.policy.pinned + self.ranking.recent
+        least = self.policy.pinned + self.ranking.window_size
         if max_tokens < least:
             raise PolicyError(
-                f"cannot trim to {max_tokens} tokens: {self.policy.pinned} are pinned and {self.ranking.recent} recent; "
+                f"cannot trim to {max_tokens} tokens: {self.policy.pinned} are pinned and {self.ranking.window_size} recent; "
                 f"give at least {least}"
             )
 
@@ -378,7 +381,7 @@ class RankedLayer(LayerCache):
 
     def shrink_to_fit(self) -> None:
         if self._buffer is not None:
-            self._buffer.cut(slots_for(self.stored, self._bound(), self.preallocate))
+            self._buffer.cut(slots_for(self.stored, self._bound(), self.static))
 
     def refuse_waiting(self, what: str) -> None:
         """Raise `PolicyError` between an append and its observation."""
@@ -407,7 +410,7 @@ class RankedLayer(LayerCache):
         keys, values = states_like(tensors)
         self._check_counts(counts, keys, values)
         seen, stored = counts["seen"], counts["stored"]
-        check_looks(tensors, keys, seen, stored, self.ranking.queries)
+        check_looks(tensors, keys, seen, stored, self.ranking.query_window)
         buffer = self._allocate(keys, values)
         held = held_of(buffer, tensors, stored, ("at", "mass", "queries", "scaling"))
         self._reserve(buffer, stored)
@@ -445,9 +448,9 @@ class RankedLayer(LayerCache):
 
     def _allocate(self, keys: Tensor, values: Tensor) -> Buffer:
         self.policy = self._resolved(keys.shape[0], token_of(keys, values))
-        self._buffer = Buffer(self.storage, keys, values, slots_for(0, self._bound(), self.preallocate))
+        self._buffer = Buffer(self.storage, keys, values, slots_for(0, self._bound(), self.static))
         return self._buffer
 
     def _reserve(self, buffer: Buffer, tokens: int) -> None:
         if tokens > buffer.slots:
-            buffer.grow(slots_for(tokens, self._bound(), self.preallocate), self.stored)
+            buffer.grow(slots_for(tokens, self._bound(), self.static), self.stored)

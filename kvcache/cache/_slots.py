@@ -12,13 +12,13 @@ from torch import Tensor
 _FIRST_SLOTS = 128
 
 
-def slots_for(tokens: int, bound: int | None, preallocate: bool = False) -> int:
+def slots_for(tokens: int, bound: int | None, static: bool = False) -> int:
     """How many slots a buffer has once it held `tokens`: all of `bound`, or the next step of a fixed ladder.
 
     The ladder grows by half at each step, so that the copying of a growing cache stays linear in its tokens; and as it
     depends on nothing but `tokens`, memory can be told exactly before it is taken.
     """
-    if preallocate and bound is not None:
+    if static and bound is not None:
         return bound
     if isinstance(tokens, torch.SymInt):  # of a program that is exported for texts of any length
         return tokens

@@ -41,12 +41,12 @@ class KVLayer(ByAge):
         storage: Storage | None = None,
         *,
         max_length: int | None = None,
-        preallocate: bool = False,
+        static: bool = False,
         rotation: KeyRotation | None = None,
         padding: Tensor | None = None,
         expected: Expected | None = None,
     ) -> None:
-        self.preallocate = preallocate
+        self.static = static
         self.rotation = rotation
         by_token = None if storage is None else storage.by_token()
         super().__init__(policy, by_token, max_length=max_length, padding=padding, expected=expected)
@@ -217,7 +217,7 @@ class KVLayer(ByAge):
 
     def shrink_to_fit(self) -> None:
         if self._buffer is not None:
-            self._buffer.cut(slots_for(self.stored, self._bound(), self.preallocate))
+            self._buffer.cut(slots_for(self.stored, self._bound(), self.static))
 
     # ------------------------------------------------------------------ as assigned
 
@@ -311,7 +311,7 @@ class KVLayer(ByAge):
     def _allocate(self, keys: Tensor, values: Tensor) -> Buffer:
         """Slots for tokens like these, of which none is stored yet."""
         self.policy = policy = self._resolved(keys.shape[0], token_of(keys, values))
-        self._buffer = Buffer(self.storage, keys, values, slots_for(0, self._bound(), self.preallocate))
+        self._buffer = Buffer(self.storage, keys, values, slots_for(0, self._bound(), self.static))
         if self.rotation is not None and policy.pinned and policy.limit is not None:
             with torch.inference_mode(False):
                 self._pinned_keys = keys.new_empty((*keys.shape[:2], policy.pinned, keys.shape[3]))
@@ -320,7 +320,7 @@ class KVLayer(ByAge):
     def _reserve(self, buffer: Buffer, tokens: int) -> None:
         """Have room for so many tokens."""
         if tokens > buffer.slots:
-            buffer.grow(slots_for(tokens, self._bound(), self.preallocate), self.stored)
+            buffer.grow(slots_for(tokens, self._bound(), self.static), self.stored)
 
     def _restored(self, buffer: Buffer, tensors: Mapping[str, Tensor], stored: int, others: set[str]) -> None:
         """Fill an empty buffer with what was saved of one like it."""

@@ -47,7 +47,7 @@ class CacheSpec:
     max_length: int | None = None
     positions: PositionMode = "absolute"
     storage: Storage = _PLAIN
-    preallocate: bool = False
+    static: bool = False
 
     def __post_init__(self) -> None:
         check_storage(self.storage)
@@ -112,7 +112,7 @@ class CacheSpec:
 
     def _held(self, token: Token, policy: SizePolicy, tokens: int, rows: int, whole: Whole) -> int:
         """Bytes of one managed layer."""
-        if (groups := _groups(self.storage, policy, self.rerotated, self.preallocate)) is not None:
+        if (groups := _groups(self.storage, policy, self.rerotated, self.static)) is not None:
             return grouped_bytes(token, groups, policy, tokens, rows, whole, self.max_length)
         turned = self.rerotated and policy.evicts
         small = sum(sum(held_bytes(self.storage, one)) for one in whole.tokens)
@@ -120,7 +120,7 @@ class CacheSpec:
         resolved = policy.resolve(rows * small, rows * beside, self.max_length)
         limit = resolved.limit
         bound, stored = (self.max_length, tokens) if limit is None else (limit, min(tokens, limit))
-        total = rows * sum(held_bytes(self.storage, token)) * slots_for(stored, bound, self.preallocate)
+        total = rows * sum(held_bytes(self.storage, token)) * slots_for(stored, bound, self.static)
         return total + (rows * bytes_of(token)[0] * resolved.pinned if turned and limit is not None else 0)
 
     # ------------------------------------------------------------------ layers
@@ -146,9 +146,9 @@ class CacheSpec:
         policy = self.policies(1)[0] if policy is None else policy
         given: dict[str, Any] = {"max_length": self.max_length, "padding": padding, "expected": expected}
         if not chosen_by_head(policy):
-            if (groups := _groups(self.storage, policy, rotation is not None, self.preallocate)) is not None:
+            if (groups := _groups(self.storage, policy, rotation is not None, self.static)) is not None:
                 return GroupedLayer(policy, groups, **given)
-            return KVLayer(policy, self.storage, preallocate=self.preallocate, rotation=rotation, **given)
+            return KVLayer(policy, self.storage, static=self.static, rotation=rotation, **given)
         if rotation is not None:
             raise PositionsError(
                 f"under {policy!r} each head keeps tokens of its own, so there is no window to turn sinks towards; "
@@ -159,7 +159,7 @@ class CacheSpec:
             return self._sharing(policy, first, inner, turn, padding, expected or Expected())
         if isinstance(inner, PerHead):
             return self._divided(policy, first, inner, turn, padding, expected)
-        return RankedLayer(policy, self.storage, turn=turn, preallocate=self.preallocate, **given)
+        return RankedLayer(policy, self.storage, turn=turn, static=self.static, **given)
 
     def _divided(
         self,
@@ -209,9 +209,9 @@ class CacheSpec:
         return AdaKVLayer(policy, inner, heads, max_length=self.max_length, padding=padding, expected=rows)
 
 
-def _groups(storage: Storage, policy: SizePolicy, turned: bool, preallocate: bool) -> KVQuantization | None:
+def _groups(storage: Storage, policy: SizePolicy, turned: bool, static: bool) -> KVQuantization | None:
     """The storage, where it holds the tokens of such a layer in groups: they leave in order, and keys stay as they were."""
-    by_age = not chosen_by_head(policy) and not (turned and policy.evicts) and not preallocate
+    by_age = not chosen_by_head(policy) and not (turned and policy.evicts) and not static
     return storage if isinstance(storage, KVQuantization) and storage.group_size is not None and by_age else None
 
 

@@ -287,8 +287,8 @@ class AdaKVLayer(SplitLayer):
 
     def floor(self, mean: int) -> int:
         """What each head is sure to keep where it keeps `mean` tokens on average."""
-        protected = self._first + self._shared.policy.sinks + self._shared.policy.recent
-        return max(protected, int(self._shared.floor * mean))
+        protected = self._first + self._shared.policy.sinks + self._shared.policy.window_size
+        return max(protected, int(self._shared.alpha_safeguard * mean))
 
     @property
     def _most(self) -> int:

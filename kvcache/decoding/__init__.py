@@ -10,7 +10,7 @@ from kvcache.decoding._backends import (
     cuda_graph,
     traced,
 )
-from kvcache.decoding._batch import Batch, Job, Piece
+from kvcache.decoding._batch import Batch, Job, JobOutput
 from kvcache.decoding._compiling import Refused, compiled
 from kvcache.decoding._ends import Said, TextEnd
 from kvcache.decoding._engine import Decoding, StepOptions
@@ -58,9 +58,9 @@ __all__ = [
     "GenerationSettings",
     "Goal",
     "Job",
+    "JobOutput",
     "LanguageDecoder",
     "Made",
-    "Piece",
     "Pool",
     "Program",
     "ProgramFiles",

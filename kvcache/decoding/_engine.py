@@ -24,7 +24,7 @@ from kvcache.decoding._sampler import GREEDY, Drawing, Sampler, Sampling
 from kvcache.decoding._static_cache import StaticKV
 from kvcache.decoding._wiring import DecodeInputs, kernel_reason
 from kvcache.errors import GeometryError, InputError, KVCacheError
-from kvcache.events import Event, emit, heard
+from kvcache.events import Event, emit, has_listeners
 
 Forward = Callable[[Tensor, Tensor, dict[str, Any]], Tensor]
 """Runs a model on one token per request: token ids ``[requests]``; how many tokens each request has made so far,
@@ -252,7 +252,7 @@ class Decoding:
             for noise in self._noise[:, :steps].unbind(1):
                 self._draw(noise)
         self._column.zero_()
-        before = self.kv.evicted() if heard("evicted") else None
+        before = self.kv.evicted() if has_listeners("evicted") else None
         with _tf32(self._tf32):
             for _ in range(steps):
                 self._step(drawing)
@@ -300,7 +300,7 @@ class Decoding:
             held = held[:, :0]
 
     @torch.no_grad()
-    def told(self, ids: Tensor) -> Tensor:
+    def teacher_forced_logits(self, ids: Tensor) -> Tensor:
         """The logits ``[n, rows, vocabulary]`` after each of these token ids ``[n]``.
 
         Every request is given them in turn, whatever it would have drawn, to judge what a cache or a precision costs. Steps

@@ -392,7 +392,7 @@ class Scheduler:
         for request in dropped:
             turns.drop(request)
         with self._within():
-            over = turns.turn()
+            over = turns.step()
         for request in over:
             self._call(self._request_over, request)
 

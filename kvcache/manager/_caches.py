@@ -34,7 +34,7 @@ class _FromModel:
     """What is made of a model, and made anew when the model has changed."""
 
     geometry: CacheGeometry
-    runner: Any
+    observed_model: Any
 
 
 class ModelCaches:
@@ -64,9 +64,9 @@ class ModelCaches:
     def _make(self) -> _FromModel:
         geometry = geometry_of(self.model)
         if self.ranks:
-            runner = observed_copy(self.model)
-            check_ranking(self.model, runner)
-            return _FromModel(geometry, runner)
+            observed_model = observed_copy(self.model)
+            check_ranking(self.model, observed_model)
+            return _FromModel(geometry, observed_model)
         signature = self._of_model.watch.signature()
         if signature.compiled and signature.why_no_copy is None and self.evicts:
             # Masks are put in by hooks, which compiled modules may not run.
@@ -86,9 +86,9 @@ class ModelCaches:
         return made_for.then is not None and self._of_model.watch.changed_since(made_for.then)
 
     @property
-    def runner(self) -> Any:
+    def observed_model(self) -> Any:
         """What runs on these caches: the model, or a copy that shares its weights, see `KVCacheManager.runner`."""
-        return self._of_model.now().runner
+        return self._of_model.now().observed_model
 
     @property
     def geometry(self) -> CacheGeometry:
@@ -108,7 +108,7 @@ class ModelCaches:
 
     def exactly(self) -> AbstractContextManager[None]:
         """A block in which each token of a prompt sees what the policy says, see `kvcache.models.exact_windows`."""
-        return exact_windows(self.runner) if self.evicts else nullcontext()
+        return exact_windows(self.observed_model) if self.evicts else nullcontext()
 
     # ------------------------------------------------------------------ new ones
 
@@ -132,7 +132,7 @@ class ModelCaches:
             check_no_pads(attention_mask)
             attention_mask = None
         cache = self._made(self._pinned(len(snapshot)), rows, attention_mask, None)
-        snapshot.fork(cache, rows)
+        snapshot.write_to(cache, rows)
         return cache
 
     def check_makes(self) -> None:

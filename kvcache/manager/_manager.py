@@ -30,7 +30,7 @@ from kvcache.models import (
     report_of,
     truncate,
 )
-from kvcache.prefixes import PrefixRegistry, SpeakerCache, check_prefix_cache, default_store
+from kvcache.prefixes import PrefixCache, PrefixRegistry, check_prefix_cache, default_store
 
 
 class KVCacheManager:
@@ -54,7 +54,7 @@ class KVCacheManager:
         engine: tells which calls the decode engine can do, and lets it do them.
 
     Raises:
-        InputError: for what is no model, no `SpeakerCache`, dtype, `Storage` or back end.
+        InputError: for what is no model, no `PrefixCache`, dtype, `Storage` or back end.
         PolicyError, PositionsError: if that cannot work for this model.
     """
 
@@ -65,26 +65,26 @@ class KVCacheManager:
         max_cache_length: int | None = None,
         *,
         positions: PositionMode = "absolute",
-        preallocate: bool = False,
-        speakers: SpeakerCache | None = None,
+        static: bool = False,
+        prefix_cache: PrefixCache | None = None,
         storage: Storage | None = None,
         **decoding: Unpack[DecodeArguments],
     ) -> None:
         check_model(model)
-        check_prefix_cache(speakers)
+        check_prefix_cache(prefix_cache)
         options = DecodeOptions(**decoding)
         self.model = model
         self.backend: Backends = options.backend
         self.enabled = True
         held = Plain() if storage is None else storage
-        spec = CacheSpec(spec_of(policy).policy, max_cache_length, positions, held, preallocate)
+        spec = CacheSpec(spec_of(policy).policy, max_cache_length, positions, held, static)
         self.caches = ModelCaches(model, spec)
         device = self.geometry.device
         backend_on(options.backend, device)
-        self.speakers = SpeakerCache(default_store(device)) if speakers is None else speakers
+        self.prefix_cache = PrefixCache(default_store(device)) if prefix_cache is None else prefix_cache
         decoder = LanguageDecoder(model, options.kv_dtype, max_cache_length, options.bucket)
         self.engine = EngineCalls(self.caches, decoder)
-        self._prompts = PrefixRegistry(model, self.speakers, max_cache_length, self.geometry.max_positions)
+        self._prompts = PrefixRegistry(model, self.prefix_cache, max_cache_length, self.geometry.max_positions)
         self._runs = Runs(self.caches, self._prompts)
         self._streams = Streams(self.engine, self._runs)
         release_threads()  # who has loaded the model may not be who decodes
@@ -116,7 +116,7 @@ class KVCacheManager:
         )
 
     @property
-    def runner(self) -> Any:
+    def observed_model(self) -> Any:
         """What to call in a loop of your own: the model, or where the policy ranks tokens a copy that shares its weights.
 
         A copy is of the model as it is now: ask again after a change of the model.
@@ -124,7 +124,7 @@ class KVCacheManager:
         Raises:
             PolicyError: if the model has changed into one that cannot be copied faithfully.
         """
-        return self.caches.runner
+        return self.caches.observed_model
 
     @property
     def geometry(self) -> CacheGeometry:

@@ -109,7 +109,7 @@ class Runs:
                 used(cache)
             return cache
 
-        model, geometry = caches.runner, caches.geometry
+        model, geometry = caches.observed_model, caches.geometry
         if given is None and not asks(model, geometry):  # a model of another kind takes the one it is handed
             given = caches.for_run(Wanted(None, None, call.seq2seq, False, True), begin)
         with running(model, geometry, make, given) as run:

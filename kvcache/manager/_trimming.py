@@ -34,7 +34,7 @@ def compress(caches: ModelCaches, cache: Any, inputs: Tensor, max_tokens: int, i
     for layer in layers:
         layer.check_trim(max_tokens)
     before, evicted = [layer.stored for layer in layers], [layer.evicted for layer in layers]
-    rehearse(caches.runner, cache, inputs.to(caches.model.device), instruction)
+    rehearse(caches.observed_model, cache, inputs.to(caches.model.device), instruction)
     compress_layers(layers, max_tokens)
     _tell(cache, [layer.evicted - then for layer, then in zip(layers, evicted, strict=True)])
     return max(0, before[0] - max_tokens)

@@ -134,10 +134,10 @@ def _check_spec(
     evicting = [policy for policy in policies if policy.evicts]
     if evicting or spec.rerotated:
         _check_eviction(model, geometry, policies if evicting else [], spec.rerotated)
-    for one in policies if spec.preallocate else ():
+    for one in policies if spec.static else ():
         if spec.max_length is None and not one.evicts:
             raise PolicyError(
-                f"preallocate=True takes the memory of all tokens at once, and under {one!r} without a limit there is no "
+                f"static=True takes the memory of all tokens at once, and under {one!r} without a limit there is no "
                 "telling how many: give max_length (max_cache_length), or a policy with a limit"
             )
     if any(map(chosen_by_head, policies)):

@@ -25,7 +25,7 @@ _FORMAT = "kvcache-heads"
 class _Watching(RankingPolicy):
     """Keeps everything, and every query, to be looked at afterwards."""
 
-    queries: ClassVar[int] = 2**31 - 1
+    query_window: ClassVar[int] = 2**31 - 1
 
     def score(self, seen: ScoringContext) -> Tensor:
         return torch.zeros_like(seen.positions, dtype=torch.float32)
@@ -175,7 +175,7 @@ def profile_retrieval_heads(
     sums: list[list[float]] = []
     tokens = sum(ids.numel() for ids in batches)
     for ids in batches:
-        room = ids.shape[1] + _Watching.recent + _Watching.sinks
+        room = ids.shape[1] + _Watching.window_size + _Watching.sinks
         cache = new_cache(model, _Watching(limit=room, low_water=room))
         body(ids.to(model.device), **cache_kwarg(body, cache), use_cache=True)
         layers = [kv for kv in kv_layers(cache) if kv.by_head]

@@ -309,7 +309,7 @@ def _check_observed(kv: LayerCache) -> None:
     if kv.by_head and not attention.observing():
         raise PolicyError(
             f"under {kv.policy!r} each head sees its own tokens, and the cache what is attended to; run the model as "
-            "manager.runner, or by manager.generate() and stream()"
+            "manager.observed_model, or by manager.generate() and stream()"
         )
 
 

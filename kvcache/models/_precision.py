@@ -59,7 +59,7 @@ def _like_cpu(device: torch.device) -> bool:
     return device.type in ("cpu", "meta")
 
 
-def quantize_linear(model: nn.Module, precision: Precision, *, wide: Collection[str] = ()) -> Any:
+def quantize_linear(model: nn.Module, precision: Precision, *, modules_to_not_convert: Collection[str] = ()) -> Any:
     """A copy of `model` whose linear layers compute in `precision`; what does not change is shared with it.
 
     Args:
@@ -77,7 +77,7 @@ def quantize_linear(model: nn.Module, precision: Precision, *, wide: Collection[
     weight = next(model.parameters())
     check_precision(precision, weight.device)
     linear = {name: module for name, module in _named(model) if isinstance(module, nn.Linear | Conv1D)}
-    for end in wide:
+    for end in modules_to_not_convert:
         if not any(_ends(name, end) for name in linear):
             raise InputError(
                 f"wide names {end!r}, and no linear layer's name ends so; there are, for example, {list(linear)[:3]}"
@@ -101,8 +101,8 @@ def quantize_linear(model: nn.Module, precision: Precision, *, wide: Collection[
         )
     packed: dict[str, nn.Module] = {}
     for name, module in plain.items():
-        if name not in packed and not any(_ends(name, end) for end in wide):
-            packed |= _packed(name, module, plain, precision, wide)
+        if name not in packed and not any(_ends(name, end) for end in modules_to_not_convert):
+            packed |= _packed(name, module, plain, precision, modules_to_not_convert)
     if weight.device.type == "cpu":
         malloc_trim()  # what packing took for a moment: of SmolLM2 in int8, 329 MiB
     return structural_copy(model, lambda name, module: packed.get(name))
@@ -154,7 +154,9 @@ def find_sensitive_layers(
         groups.setdefault(f"{parent}.{first}", []).append(name)
     moved: dict[str, float] = {}
     for group, inside in groups.items():
-        converted = quantize_linear(model, precision, wide=[name for name in names if name not in inside])
+        converted = quantize_linear(
+            model, precision, modules_to_not_convert=[name for name in names if name not in inside]
+        )
         moved[group] = (
             sum(
                 float((ours.exp() * (ours - forward(converted, batch).float().log_softmax(-1))).sum())
@@ -162,14 +164,14 @@ def find_sensitive_layers(
             )
             / tokens
         )
-    wide: list[str] = []
+    modules_to_not_convert: list[str] = []
     left = sum(moved.values())
     for group in sorted(moved, key=lambda name: moved[name], reverse=True):
         if left <= bound and bound > 0:
             break
         left -= moved[group]
-        wide += groups[group]
-    return wide
+        modules_to_not_convert += groups[group]
+    return modules_to_not_convert
 
 
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -253,7 +255,7 @@ def _packed(
     module: nn.Linear | Conv1D,
     plain: Mapping[str, nn.Linear | Conv1D],
     precision: str,
-    wide: Collection[str],
+    modules_to_not_convert: Collection[str],
 ) -> dict[str, nn.Module]:
     """What takes the place of a linear layer, and of those that read the same input, by name."""
     parent, _, own = name.rpartition(".")
@@ -261,7 +263,7 @@ def _packed(
         if own == group[0]:
             names = [f"{parent}.{other}" if parent else other for other in group]
             layers = [layer for n in names if isinstance(layer := plain.get(n), nn.Linear)]
-            if len(layers) == len(group) and not any(_ends(n, end) for n in names for end in wide):
+            if len(layers) == len(group) and not any(_ends(n, end) for n in names for end in modules_to_not_convert):
                 together = PackedLinear(layers, precision)
                 parts = [Part(together, i) for i in range(len(group))]
                 return {n: part.of(parts[0]) for n, part in zip(names, parts, strict=True)}

@@ -69,7 +69,7 @@ def extend_prefix(
     """
     began, known, spent = time.perf_counter(), 0, 0.0
     if start is not None:
-        start.to(device).fork(cache)
+        start.to(device).write_to(cache)
         known, spent = len(start), start.build_seconds
     run(key.content[None, known:].to(device))
     return PrefixSnapshot.of(kv_layers(cache), key, build_seconds=spent + time.perf_counter() - began)

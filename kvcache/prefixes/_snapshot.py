@@ -248,7 +248,7 @@ class PrefixSnapshot:
             if tensor.is_floating_point():
                 check_finite(tensor, name)
 
-    def fork(self, cache: Any, rows: int = 1) -> None:
+    def write_to(self, cache: Any, rows: int = 1) -> None:
         """Begin an empty cache of any kind with this prefix, in all of its rows.
 
         The one copy made is the cache's own, so no cache ever changes the snapshot, nor another cache.

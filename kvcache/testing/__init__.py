@@ -52,7 +52,7 @@ def check_layer(
 
     Args:
         make: called with a policy and the keyword arguments of `LayerCache`, and with `rotation` and, where it takes the
-            memory at once, `preallocate`; a class of layers, or a function that drops what
+            memory at once, `static`; a class of layers, or a function that drops what
             yours does not take.
         policies: that it is tried under, each keeping the oldest tokens last; by default one of each kind that there is.
         variants: ``"plain"``, ``"padded"``: rows padded on the left, ``"rerotated"``: pinned keys turned.

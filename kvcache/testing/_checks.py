@@ -66,10 +66,8 @@ class Made:
 def made_by(spec: CacheSpec) -> Callable[..., LayerCache]:
     """What makes the layers of a cache, under any policy, of any length."""
 
-    def make(
-        policy: SizePolicy, *, max_length: int | None = None, preallocate: bool = False, **given: Any
-    ) -> LayerCache:
-        return replace(spec, max_length=max_length, preallocate=preallocate).layer(policy, **given)
+    def make(policy: SizePolicy, *, max_length: int | None = None, static: bool = False, **given: Any) -> LayerCache:
+        return replace(spec, max_length=max_length, static=static).layer(policy, **given)
 
     return make
 
@@ -278,10 +276,10 @@ def _kept_by_head(make: Callable[..., LayerCache], policy: SizePolicy, fed: Fed)
         told, found = layer.nbytes, held.held_bytes(layer)
         assert told == found, f"{told} bytes are reported, {found} are held"
         for heads, part, at in feed.parts():
-            recent = getattr(part.policy.ranking, "recent", 1)
+            window_size = getattr(part.policy.ranking, "recent", 1)
             for (b, pads), (i, head) in product(enumerate(fed.padding), enumerate(heads)):
                 pinned = range(pads, min(layer.seen, pads + part.policy.pinned))
-                lost = {*pinned, *range(max(pads, layer.seen - recent), layer.seen)} - kept[b, head]
+                lost = {*pinned, *range(max(pads, layer.seen - window_size), layer.seen)} - kept[b, head]
                 assert not lost, f"head {head} has lost the pinned or recent tokens {sorted(lost)}"
                 back = kept[b, head] - before.get((b, head), set()) - {*range(start, layer.seen), *range(pads)}
                 assert not back, f"head {head} has the tokens {sorted(back)} again, which had left"

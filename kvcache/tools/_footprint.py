@@ -190,7 +190,7 @@ class _Blank:
     def run(self, count: int) -> tuple[int, Tensor]:
         """Bytes that a pass of so many tokens takes at most, beside the cache as it was before, and the logits."""
         with without_numbers() as watch, self._manager.caches.exactly():
-            out = run_blank(self._manager.runner, self.cache, self._rows, count, 0, "meta", **self._more)
+            out = run_blank(self._manager.observed_model, self.cache, self._rows, count, 0, "meta", **self._more)
         return watch.peak + self.states, out.logits
 
     def fill(self, count: int) -> None:
@@ -210,7 +210,9 @@ class _Blank:
 
 
 @torch.inference_mode()
-def language_footprint(manager: KVCacheManager, setting: "Setting", context: int, tokens: int, device: str) -> Footprint:
+def language_footprint(
+    manager: KVCacheManager, setting: "Setting", context: int, tokens: int, device: str
+) -> Footprint:
     """What requests of a language model take.
 
     Args:

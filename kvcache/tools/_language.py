@@ -180,7 +180,7 @@ class PreparedLanguage:
 
     @property
     def module(self) -> nn.Module:
-        found: nn.Module = self.manager.runner
+        found: nn.Module = self.manager.observed_model
         return found
 
     def stream(self, context: int, tokens: int, chunk_size: int = 16) -> Iterator[int]:
@@ -239,7 +239,9 @@ class PreparedLanguage:
         said = [self.module(ids[:, :half], **given).logits[0]]
         some = max(1, half // 32)  # tokens at a time, of a long text
         if self._setting.backend != "off":
-            return torch.cat([*said, self.manager.engine.decoder.told(said[0][-1:], cache, ids[0, half:])])
+            return torch.cat(
+                [*said, self.manager.engine.decoder.teacher_forced_logits(said[0][-1:], cache, ids[0, half:])]
+            )
         rest = torch.split(ids[:, half:], some, 1)
         return torch.cat(said + [self.module(one, **given).logits[0] for one in rest])
 

@@ -1,4 +1,4 @@
-"""Will it fit: what a model takes while it serves, to the byte where bytes can be known, before anything is loaded."""
+"""Planning memory: what a model takes while it serves, to the byte where bytes can be known, before anything is loaded."""
 
 import sys
 from bisect import bisect_right

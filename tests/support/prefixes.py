@@ -50,7 +50,7 @@ def after(prefix: Tensor, text: Tensor = TEXT) -> Tensor:
 
 
 def snapshot_of(kv: KVCacheManager, ids: Tensor = PREFIX) -> PrefixSnapshot:
-    found = kv.speakers.get(PrefixKey(model_fingerprint(kv.model), ids))
+    found = kv.prefix_cache.get(PrefixKey(model_fingerprint(kv.model), ids))
     assert found is not None
     return found
 
@@ -151,7 +151,7 @@ def unchanged(kv: KVCacheManager) -> Iterator[None]:
 
     def state() -> tuple[Any, ...]:
         # To have found what the store has is no change.
-        stats = replace(kv.speakers.stats(), hits={}, seconds_saved=0.0)
+        stats = replace(kv.prefix_cache.stats(), hits={}, seconds_saved=0.0)
         return kv.prefixes, stats, kv.enabled, kv.report(), len(kv.model._forward_pre_hooks)
 
     before = state()

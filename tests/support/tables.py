@@ -98,8 +98,8 @@ def through(batch: Batch, jobs: Iterable[Job]) -> list[list[int]]:
     waiting = list(jobs)
     said: dict[Job, list[int]] = {job: [] for job in waiting}
     while waiting or batch.busy:
-        pieces = [batch.enter(waiting.pop(0)) for _ in range(min(len(waiting), batch.places - batch.busy))]
-        for piece in (*pieces, *batch.turn()):
+        pieces = [batch.add(waiting.pop(0)) for _ in range(min(len(waiting), batch.places - batch.busy))]
+        for piece in (*pieces, *batch.step()):
             said[piece.job] += piece.tokens.tolist()
     return list(said.values())
 

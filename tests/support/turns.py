@@ -5,7 +5,7 @@ from typing import Any, TypeAlias, cast
 
 import torch
 
-from kvcache.decoding import Batch, Chunk, Piece, Request, Turns
+from kvcache.decoding import Batch, Chunk, JobOutput, Request, Turns
 from support.tables import Breaks
 
 Told: TypeAlias = tuple[int, list[int], bool]  # of a chunk: which job, its tokens, whether it ends with them
@@ -31,31 +31,31 @@ class Places:
     def busy(self) -> int:
         return len(self.jobs)
 
-    def enter(self, job: Any) -> Piece:
+    def add(self, job: Any) -> JobOutput:
         assert self.busy < self.places
         if job.asked.fails == ("enter", job.asked.entered - 1):
             raise Breaks("prefill")
         self.jobs.append(job)
         return self._piece(job, 1)
 
-    def leave(self, job: Any) -> None:
+    def cancel(self, job: Any) -> None:
         if job in self.jobs:
             self.jobs.remove(job)
 
-    def turn(self) -> list[Piece]:
+    def step(self) -> list[JobOutput]:
         self.watch()
         self.turns += 1
         if self.jobs and self.turns in self.fails:
             raise Breaks("step")
         return [self._piece(job, self.quantum) for job in list(self.jobs)]
 
-    def _piece(self, job: Any, steps: int) -> Piece:
+    def _piece(self, job: Any, steps: int) -> JobOutput:
         tokens = job.tokens[job.made : job.made + steps]
         job.made += steps
         over = job.made >= len(job.tokens)
         if over:
-            self.leave(job)
-        return Piece(job, torch.tensor(tokens, dtype=torch.long), over)
+            self.cancel(job)
+        return JobOutput(job, torch.tensor(tokens, dtype=torch.long), over)
 
 
 class Asked:
@@ -197,11 +197,11 @@ class World:
         self.look()
         self.rule("empty", self.tried == self.prefills or not self.eligible())
 
-    def turn(self) -> None:
+    def step(self) -> None:
         self.tried = 0
         step_fails = self.batch.turns + 1 in self.batch.fails
         before = {id(asked): asked.entered for asked in self.there}
-        over = self.turns.turn()
+        over = self.turns.step()
         assert self.broken == []
         if step_fails and any(isinstance(one.request.error, Breaks) for one in self.there):
             for asked in self.there:

@@ -71,7 +71,7 @@ class Speaker:
         self,
         tts: Any,
         options: VocoderOptions | None = None,
-        speakers: SpeakerCache | None = None,
+        prefix_cache: SpeakerCache | None = None,
         programs: Programs | None = None,
         onednn: bool = True,
     ) -> None:
@@ -80,7 +80,7 @@ class Speaker:
         self._vocoder: tuple[Any, str | None, Vocoder] | None = None
         self._planned: tuple[Vocoder, PlannedRuns] | None = None
         self.cost = Cost()
-        self._speakers = speakers
+        self._speakers = prefix_cache
         self._clips: OrderedDict[tuple[str | None, bytes], Voice] = OrderedDict()
         self._encoding = RLock()
         if options not in (None, VocoderOptions()):

@@ -56,14 +56,14 @@ class UtteranceDecoder:
             against.
     """
 
-    def __init__(self, t3: Any, options: DecoderOptions, speakers: SpeakerCache | None) -> None:
-        check_prefix_cache(speakers)
+    def __init__(self, t3: Any, options: DecoderOptions, prefix_cache: SpeakerCache | None) -> None:
+        check_prefix_cache(prefix_cache)
         backend = backend_on(options.backend, t3.device)
         precision, kv_dtype = options.precision, options.kv_dtype
         self.options = options
         self.t3 = t3 if precision is None else at_precision(t3, precision)
-        self.speakers = SpeakerCache(default_store(self.t3.device)) if speakers is None else speakers
-        self._reuse = None if options.reuse == "none" else VoiceReuse(self.t3, self.speakers, options.reuse)
+        self.prefix_cache = SpeakerCache(default_store(self.t3.device)) if prefix_cache is None else prefix_cache
+        self._reuse = None if options.reuse == "none" else VoiceReuse(self.t3, self.prefix_cache, options.reuse)
         self.enabled = True
         self._manager = KVCacheManager(
             self.t3.tfmr, options.policy, options.max_cache_length, positions=options.positions
@@ -181,7 +181,7 @@ class UtteranceDecoder:
         """Utterances of one voice that ask no store once they decode: what is known of the voice is looked up now.
 
         Args:
-            aside: of `speakers`.
+            aside: of `prefix_cache`.
         """
         first = utterances[0]
         reuse = self._reuse_now(first.reused)
@@ -353,7 +353,7 @@ class UtteranceDecoder:
             )
         policy = Pinned(prefix, self.policy) if self.policy.evicts else self.policy
         most = longest if slots is None or self.policy.evicts else slots
-        spec = CacheSpec(policy, most, self._manager.positions, preallocate=slots is not None)
+        spec = CacheSpec(policy, most, self._manager.positions, static=slots is not None)
         return new_cache(self.t3.tfmr, spec, rows=rows, geometry=self._manager.geometry)
 
     def _reported(self, chunks: Iterator[Tensor], cache: Any) -> Generator[Tensor, None, None]:

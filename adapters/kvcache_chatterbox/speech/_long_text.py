@@ -70,7 +70,7 @@ def in_batch(batch: Batch, jobs: Sequence[Job], size: int, watch: Watch = unwatc
     turns.add(request)
     try:
         while not request.over:
-            turns.turn()
+            turns.step()
             while said:
                 yield said.popleft()
     finally:
