@@ -192,7 +192,7 @@ class ManagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             attention.stored(self.kv, attended)
         elif self.evictions is not None and self.kv is self.beside[-1]:
             self.evictions.after()
-        return attended.states
+        return attended.keys, attended.values
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         # Asked once before a forward writes anything: the place to refuse, with every layer still as it was.
