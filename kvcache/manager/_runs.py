@@ -2,7 +2,6 @@
 
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -34,25 +33,20 @@ class Runs:
     Args:
         caches: makes what it runs on.
         prefixes: that a call can be behind, by name.
+
+    Attributes:
+        last: the account of the last run that is over, here or on the decode engine.
     """
 
     def __init__(self, caches: ModelCaches, prefixes: PrefixRegistry) -> None:
         self._caches, self._prefixes = caches, prefixes
-        self._last = CacheReport(())
+        self.last = CacheReport(())
         self._cache: weakref.ref[Any] | None = None  # of a run that is under way
 
     def report(self) -> CacheReport:
         """The account of the run that is under way, or was last."""
         cache = None if self._cache is None else self._cache()
-        return self._last if cache is None else report_of(cache)
-
-    def note(self, report: CacheReport) -> None:
-        """The account of a run elsewhere."""
-        self._last = report
-
-    def note_fallback(self, reason: str | None) -> None:
-        """Why the last run was no other's."""
-        self._last = replace(self._last, fallback=reason)
+        return self.last if cache is None else report_of(cache)
 
     def check_prefix(self, name: str) -> None:
         """Raise `InputError` for an unknown prefix."""
@@ -92,7 +86,7 @@ class Runs:
         """`generate` as it is without a cache: each token is computed anew with all before it."""
         with running(call.model, self._caches.geometry, lambda wanted: None) as run:
             arguments = call.arguments(caching=False) | _streamer(call, run, emit)
-            self._last = CacheReport((), enabled=False)
+            self.last = CacheReport((), enabled=False)
             return run.model.generate(*_first(call), **arguments)
 
     def _cached(self, call: GenerateCall, begin: Callable[[], PrefixSnapshot] | None, emit: Emit | None) -> Any:
@@ -134,7 +128,7 @@ class Runs:
                 raise
             finally:
                 if run.cache is not None:
-                    self._last = report_of(run.cache)
+                    self.last = report_of(run.cache)
                     emit_evictions(run.cache)
                 if self._cache in mine:
                     self._cache = None

@@ -1,6 +1,7 @@
 """The tokens of `generate` as they come: from the decode engine, or from `generate` in a worker thread."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor
@@ -56,7 +57,7 @@ class Streams:
 
         def generate(emit: Callable[[Tensor], None]) -> None:
             self._runs.generate(call, prefix, cached=cached, emit=emit)
-            self._runs.note_fallback(reason)
+            self._runs.last = replace(self._runs.last, fallback=reason)
 
         return chunked(_tokens_of(generate, call.model), chunk_size)
 
@@ -90,7 +91,7 @@ class Streams:
             backend=backend,
             chunk_size=chunk_size,
         ):
-            self._runs.note(report)
+            self._runs.last = report
             yield chunk
 
 

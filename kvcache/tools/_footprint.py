@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from kvcache.cache import KVLayer
 from kvcache.decoding import Decoding, Drawing, StaticKV
 from kvcache.generation import GenerateCall
+from kvcache.manager import KVCacheManager
 from kvcache.models import (
     PackedLinear,
     Watch,
@@ -159,12 +160,12 @@ class _Blank:
     """A language model that runs without numbers, on one cache.
 
     Args:
-        manager: a `KVCacheManager` around a model on the meta device.
+        manager: around a model on the meta device.
         rows: that decode together.
         context: tokens of a request before those it makes.
     """
 
-    def __init__(self, manager: Any, rows: int, context: int) -> None:
+    def __init__(self, manager: KVCacheManager, rows: int, context: int) -> None:
         model = manager.model
         self._manager, self._rows, self.context = manager, rows, context
         self._more: dict[str, Any] = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
@@ -207,11 +208,13 @@ class _Blank:
 
 
 @torch.inference_mode()
-def language_footprint(manager: Any, setting: "Setting", context: int, tokens: int, device: str) -> Footprint:
+def language_footprint(
+    manager: KVCacheManager, setting: "Setting", context: int, tokens: int, device: str
+) -> Footprint:
     """What requests of a language model take.
 
     Args:
-        manager: a `KVCacheManager` around a model on the meta device.
+        manager: around a model on the meta device.
         setting: how it decodes.
         context: tokens of a request before those it makes: of an encoder-decoder that reads text, the encoder's.
         tokens: that it makes.
