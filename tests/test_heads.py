@@ -13,6 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.families import build, logits, tiny, token_ids
+from support.inside.layers import ATTEND_ONE
+from support.inside.testing import held_bytes
 from support.searching import search
 from support.storages import STORAGES, exact_in
 from test_ranking import CHUNKINGS, CLOSE, EXACT, KEY_DIM, RANKINGS, VALUE_DIM, Reference, forward, padded, places
@@ -47,7 +49,6 @@ from kvcache import (
     profile_retrieval_heads,
 )
 from kvcache.cache import CacheSpec, Expected, RankedLayer
-from kvcache.testing._laws import held_bytes
 
 WINDOW = SlidingWindow(6, sinks=2)
 HEAVY = H2O(12, sinks=1, recent=3)
@@ -616,7 +617,7 @@ def interrupted(policy, where, monkeypatch):
         if where == "between layers":
             patch.setattr(manager.runner.model.layers[1], "forward", fail)
         else:
-            patch.setattr("kvcache.cache._attended._one", fail)
+            patch.setattr(ATTEND_ONE, fail)
         with pytest.raises(MemoryError):
             manager.compress(store, ids, 9)
     return manager, store, filled(policy)[1], ids

@@ -19,25 +19,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from support.searching import search
-from support.storages import STORAGES, exact_in
-
-from kvcache import (
-    CapacityError,
-    GeometryError,
-    KeepAll,
-    KVLayer,
-    MaxBytes,
-    MaxTokens,
-    Pinned,
-    PolicyError,
-    RollbackError,
-    SizePolicy,
-    SlidingWindow,
-)
-from kvcache.cache import Expected, short_ladder
-from kvcache.cache import held_bytes as held_bytes_of
-from kvcache.testing._laws import (
+from support.inside.testing import (
     HEADS,
     KEY_DIM,
     LAWS,
@@ -56,6 +38,24 @@ from kvcache.testing._laws import (
     tokens,
     truncate_then_append,
 )
+from support.searching import search
+from support.storages import STORAGES, exact_in
+
+from kvcache import (
+    CapacityError,
+    GeometryError,
+    KeepAll,
+    KVLayer,
+    MaxBytes,
+    MaxTokens,
+    Pinned,
+    PolicyError,
+    RollbackError,
+    SizePolicy,
+    SlidingWindow,
+)
+from kvcache.cache import Expected, short_ladder
+from kvcache.cache import held_bytes as held_bytes_of
 
 pytestmark = pytest.mark.one_release
 

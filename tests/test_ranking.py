@@ -20,13 +20,14 @@ import torch
 from hypothesis import Phase, given
 from hypothesis import strategies as st
 from support.families import FAMILIES, build, dynamic_cache, logits, tiny, token_ids
+from support.inside import layers as inside
+from support.inside.testing import held_bytes, state
 from support.searching import search
 from support.storages import STORAGES, exact_in
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-import kvcache.cache._slots
 import kvcache.models as hf
 from kvcache import (
     H2O,
@@ -52,9 +53,7 @@ from kvcache import (
     Storage,
     pyramid_kv,
 )
-from kvcache.cache import RankedLayer, ScoringContext, attend
-from kvcache.models import _attention as attention
-from kvcache.testing._laws import held_bytes, state
+from kvcache.cache import RankedLayer, ScoringContext, attend, short_ladder
 
 KEY_DIM, VALUE_DIM = 4, 3
 CLOSE = 1e-5  # fp32 sums of some forty numbers of size one; a wrong token shows as 0.01 and more
@@ -597,10 +596,8 @@ def hold(law: Callable[..., None], name: str, examples: int, make: type[RankedLa
 
 
 @pytest.fixture(autouse=True, scope="module")
-def short_ladder():
-    """Buffers of 4, 6, 9, 13 … slots, so that they grow within a few tokens."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kvcache.cache._slots, "_FIRST_SLOTS", 4)
+def buffers_grow():
+    with short_ladder():
         yield
 
 
@@ -629,7 +626,7 @@ def test_pads_change_no_score(name):
 
 def len_queries(pair: Pair) -> int:
     """SnapKV takes the mean over queries, of pads too: a factor that no order depends on."""
-    return pair.layer._latest.shape[2] if isinstance(pair.policy, SnapKV) else 1
+    return inside.latest_queries(pair.layer).shape[2] if isinstance(pair.policy, SnapKV) else 1
 
 
 def test_of_equal_scores_the_older_stay():
@@ -644,16 +641,16 @@ def test_low_precision_and_many_queries_at_once(monkeypatch):
     fresh = Pair(RankedLayer, "heavy-sum", s).fresh(23)
     layers = []
     for at_once in (128, 5):
-        monkeypatch.setattr("kvcache.cache._ranking._QUERIES_AT_ONCE", at_once)
+        monkeypatch.setattr(inside.QUERIES_AT_ONCE, at_once)
         layers.append(Pair(RankedLayer, "heavy-sum", s).layer)
         forward(layers[-1], *fresh)
     assert torch.equal(layers[0].positions(), layers[1].positions())
-    torch.testing.assert_close(layers[0]._mass, layers[1]._mass)
+    torch.testing.assert_close(*map(inside.cumulative_attention, layers))
     half = Pair(RankedLayer, "heavy-sum", s).layer
     forward(half, *(t.bfloat16() for t in fresh))
     assert half.keys.dtype == torch.bfloat16
     assert half.stored == s.policy("heavy-sum").low_water
-    assert half._mass.dtype == torch.float32
+    assert inside.cumulative_attention(half).dtype == torch.float32
 
 
 # ---------------------------------------------------------------------- mutants: broken layers that the laws must catch
@@ -1106,7 +1103,7 @@ def test_model_is_left_as_it_was(family):
     assert manager.runner is not model
     with pytest.raises(IndexError), torch.no_grad():
         manager.runner(ids + 1000, past_key_values=manager.new_cache())  # a forward that fails
-    assert not attention.observing()
+    assert not inside.observing()
     assert torch.equal(logits(model, ids), output)
     assert {t.data_ptr() for t in manager.runner.parameters()} == {t.data_ptr() for t in model.parameters()}
     assert logits(model, ids, dynamic_cache(model), [5, 7]).allclose(output, atol=1e-5)
@@ -1174,7 +1171,7 @@ def test_masks_that_hide_more_than_known_pads_are_refused(family, name):
         with pytest.raises(PolicyError, match="attention_mask"):
             logits(manager.runner, ids, cache, attention_mask=mask)
         assert [state(kv) for kv in hf.kv_layers(cache)] == before
-        assert not attention.observing()
+        assert not inside.observing()
     for mask in (hole, right):
         with pytest.raises(PolicyError, match="attention_mask"):
             manager.generate(ids, attention_mask=mask, max_new_tokens=3)
@@ -1405,15 +1402,11 @@ def test_an_attention_that_somebody_registered_is_refused(monkeypatch):
     model = build("llama")
     monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", lambda *args, **given: None)
     with pytest.raises(PolicyError, match="attends by 'sdpa', which is none of transformers' own"):
-        attention.observed_copy(model)
+        hf.observed_copy(model)
 
 
 @pytest.mark.parametrize("more", ["s_aux", "softcap", "sliding_window"])
 def test_attention_that_is_told_more_than_heads_compute_is_refused(more):
     states = torch.zeros(1, 1, 1, 4)
-    token = attention._stored.set((object(), states, states))
-    try:
-        with pytest.raises(PolicyError, match=f"depends on {more}, which heads"):
-            attention._attend(torch.nn.Module(), states, states, states, None, dropout=0.0, **{more: 0.5})
-    finally:
-        attention._stored.reset(token)
+    with inside.stored(object(), states, states), pytest.raises(PolicyError, match=f"depends on {more}, which heads"):
+        inside.attend_stored(torch.nn.Module(), states, states, states, None, dropout=0.0, **{more: 0.5})
