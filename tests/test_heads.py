@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from support.families import build, logits, tiny, token_ids
 from support.inside.layers import ATTEND_ONE
 from support.inside.testing import held_bytes
+from support.ranked_models import CHUNKINGS, EXACT, padded, places
+from support.ranking import CLOSE, KEY_DIM, RANKINGS, VALUE_DIM, Reference, forward
 from support.searching import search
 from support.storages import STORAGES, exact_in
-from test_ranking import CHUNKINGS, CLOSE, EXACT, KEY_DIM, RANKINGS, VALUE_DIM, Reference, forward, padded, places
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 

@@ -37,7 +37,7 @@ def beside_the_states(layer: Any) -> list[Tensor]:
 @contextmanager
 def stored(*held: Any) -> Iterator[None]:
     """Within the block, this is what a cache has just stored."""
-    token = _stored.set(held)  # type: ignore[arg-type]
+    token = _stored.set(held)
     try:
         yield
     finally:
