@@ -71,6 +71,15 @@ def all_threads() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
+def buffers_grow() -> Iterator[None]:
+    """For layers of few tokens: buffers that grow within them."""
+    from kvcache.cache import short_ladder
+
+    with short_ladder():
+        yield
+
+
+@pytest.fixture(scope="module")
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real Redis server, for the tests of one module."""
     from support.snapshots import running_redis

@@ -40,19 +40,19 @@ def test_the_exercise_leads_to_a_policy_that_every_law_holds(tmp_path):
         file = tmp_path / "kvcache" / face
         put(file, "    ExpectedAttention,\n", f"    {name},\n")
         put(file, '    "ExpectedAttention",\n', f'    "{name}",\n')
-    laws = tmp_path / "tests/test_ranking.py"
-    put(laws, "    ExpectedAttention,\n", f"    {name},\n")
-    source = laws.read_text()
+    shared = tmp_path / "tests/support/ranking.py"
+    put(shared, "    ExpectedAttention,\n", f"    {name},\n")
+    source = shared.read_text()
     first = re.search(r"RANKINGS: .* = {\n", source)[0]
-    laws.write_text(source.replace(first, first + textwrap.indent(line, "    "), 1))
-    put(laws, "        held, how = self.rows[b][h], self.how\n", textwrap.indent(formula, "        "))
+    shared.write_text(source.replace(first, first + textwrap.indent(line, "    "), 1))
+    put(shared, "        held, how = self.rows[b][h], self.how\n", textwrap.indent(formula, "        "))
     called = re.search(r'"(\w+)"', line)[1]
     run = [
         sys.executable,
         "-m",
         "pytest",
         "-q",
-        str(laws),
+        str(tmp_path / "tests/test_ranking_laws.py"),
         "-k",
         f"test_law and {called}",
         "-m",

@@ -13,10 +13,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.families import build, logits, tiny, token_ids
+from support.inside.layers import ATTEND_ONE
 from support.inside.testing import held_bytes
+from support.ranked_models import CHUNKINGS, EXACT, padded, places
+from support.ranking import CLOSE, KEY_DIM, RANKINGS, VALUE_DIM, Reference, forward
 from support.searching import search
 from support.storages import STORAGES, exact_in
-from test_ranking import CHUNKINGS, CLOSE, EXACT, KEY_DIM, RANKINGS, VALUE_DIM, Reference, forward, padded, places
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
@@ -618,7 +620,7 @@ def interrupted(policy, where, monkeypatch):
         if where == "between layers":
             patch.setattr(manager.observed_model.model.layers[1], "forward", fail)
         else:
-            patch.setattr("kvcache.cache._attended._one", fail)
+            patch.setattr(ATTEND_ONE, fail)
         with pytest.raises(MemoryError):
             manager.compress(store, ids, 9)
     return manager, store, filled(policy)[1], ids
@@ -844,6 +846,6 @@ def test_turned_heads_are_refused(policy):
 @pytest.mark.parametrize("policy", [PerHead((KeepAll(), WINDOW)), AdaKV(HEAVY)], ids=["per head", "adaptive"])
 def test_the_model_itself_is_refused(policy):
     store = KVCacheManager(tiny("llama"), policy).new_cache()
-    with pytest.raises(PolicyError, match=r"manager\.runner"):
+    with pytest.raises(PolicyError, match=r"manager\.observed_model"):
         logits(tiny("llama"), token_ids(1, 5), store)
     assert all(kv.seen == 0 for kv in hf.kv_layers(store))

@@ -1,43 +1,17 @@
 """The laws of `kvcache.testing`, each held to by every policy in every variant, against the oracle of a plain list.
 
-Law 4 (save, load, fork) is in `test_prefix.py`; law 7 (a model's logits) is tested with the models. A new policy enters
-by one line in `POLICIES`. `SEARCH=20 pytest tests/test_laws.py` searches twenty times as long, each run elsewhere.
+Law 4 (save, load, fork) is in `test_prefix_laws.py`; law 7 (a model's logits) is tested with the models. A new policy enters
+by one line in `POLICIES` of `support/kinds.py`. `SEARCH=20 pytest tests/test_laws.py` searches twenty times as long, each run elsewhere.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import pytest
 import torch
-from hypothesis import Phase, given
+from hypothesis import Phase
 from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    rule,
-    run_state_machine_as_test,
-)
-from support.searching import search
-from support.storages import STORAGES, exact_in
-
-from kvcache import (
-    CapacityError,
-    GeometryError,
-    KeepAll,
-    KVLayer,
-    MaxBytes,
-    MaxTokens,
-    Pinned,
-    PolicyError,
-    RollbackError,
-    SizePolicy,
-    SlidingWindow,
-)
-from kvcache.cache import Expected, short_ladder
-from kvcache.cache import held_bytes as held_bytes_of
-from kvcache.testing._laws import (
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from support.inside.testing import (
     HEADS,
     KEY_DIM,
     LAWS,
@@ -48,7 +22,6 @@ from kvcache.testing._laws import (
     failed_call_changes_nothing,
     held_bytes,
     kept_is_named,
-    layer_of,
     rows_commute,
     run,
     scenarios,
@@ -56,94 +29,15 @@ from kvcache.testing._laws import (
     tokens,
     truncate_then_append,
 )
+from support.kinds import KINDS, Kind, hold
+from support.searching import search
 
-pytestmark = pytest.mark.one_release
+from kvcache import CapacityError, GeometryError, KVLayer, MaxBytes, Pinned, PolicyError, RollbackError, SlidingWindow
+from kvcache.cache import Expected
 
+pytestmark = [pytest.mark.one_release, pytest.mark.usefixtures("buffers_grow")]
 
 # ---------------------------------------------------------------------- what is tested: policy x variant
-
-
-@dataclass(frozen=True)
-class Halving(SizePolicy):
-    """A user's own policy, as the documentation writes it."""
-
-    limit: int
-
-    def keep(self, count: int) -> int:
-        return count if count <= self.limit else self.limit // 2
-
-
-POLICIES = {
-    "all": KeepAll(),
-    "window": SlidingWindow(5),
-    "one": SlidingWindow(1),
-    "sinks": SlidingWindow(4, sinks=2),
-    "max": MaxTokens(8),
-    "max-low": MaxTokens(9, low_water=3),
-    "max-one": MaxTokens(4, low_water=1),
-    "max-full": MaxTokens(6, low_water=6),
-    "own": Halving(7),
-    "bytes": lambda token: MaxBytes(14 * token),  # of the bytes of a token in all rows and layers
-    "bytes-low": lambda token: MaxBytes(12 * token + 1, low_water=0.5),
-}
-POLICIES |= {
-    f"pinned-{name}": (lambda token, p=p: Pinned(3, p(token))) if callable(p) else Pinned(3, p)
-    for name, p in POLICIES.items()
-}
-VARIANTS = ("plain", "padded", "rerotated")
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A policy and a variant; makes layers, of a broken class where a mutant is asked for."""
-
-    name: str
-    variant: str
-    layer: type[KVLayer] = KVLayer
-    storage: str = "plain"
-
-    @property
-    def tolerance(self) -> float:
-        """Pinned keys that are turned are quantized anew: what is attended to is off by half a scale."""
-        return 1e-9 if self.storage != "plain" and self.variant == "rerotated" else 0.0
-
-    def __str__(self) -> str:
-        return f"{self.name}-{self.variant}-{self.storage}"
-
-    def tokens(self, rows: int, count: int, seed: int, dtype: torch.dtype) -> list[torch.Tensor]:
-        queries, keys, values = tokens(rows, count, seed, dtype)
-        storage = STORAGES[self.storage]
-        return [queries, exact_in(storage, keys, "keys"), exact_in(storage, values, "values")]
-
-    def policy(self, rows: int, dtype: torch.dtype = torch.float32, layers: int = 1) -> SizePolicy:
-        policy = POLICIES[self.name]
-        token = layers * rows * sum(held_bytes_of(STORAGES[self.storage], (HEADS, KEY_DIM, VALUE_DIM, dtype)))
-        return policy(token) if callable(policy) else policy
-
-    def __call__(self, padding: list[int], dtype: torch.dtype = torch.float32, layers: int = 1, **options) -> KVLayer:
-        policy = self.policy(len(padding), dtype, layers)
-        make = partial(self.layer, storage=STORAGES[self.storage])
-        return layer_of(make, policy, self.variant, padding, dtype, layers, **options)
-
-
-KINDS = [
-    Kind(name, variant, storage=storage)
-    for storage in STORAGES
-    for name in POLICIES
-    for variant in VARIANTS
-    if variant != "rerotated" or name == "sinks" or (name.startswith("pinned") and name != "pinned-all")
-]
-
-
-def hold(law: Callable[..., None], kind: Kind, examples: int, **options) -> None:
-    """Search for a scenario in which `kind` breaks `law`."""
-    given(scenarios(kind.variant))(search(examples, **options)(lambda s: law(kind, s)))()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def buffers_grow():
-    with short_ladder():
-        yield
 
 
 @pytest.mark.search

@@ -19,8 +19,8 @@ import pytest
 import torch
 from support import holding
 from support.families import FAMILIES, SEQ2SEQ, build, dynamic_cache, logits, tiny, token_ids
-from support.inside import models as inside
 from support.inside.decoding import WORKER_QUEUE
+from support.inside.models import NEW_CACHE
 from support.searching import examples
 from support.waiting import until
 from torch import Tensor, nn
@@ -256,7 +256,7 @@ def caches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         made.extend(weakref.ref(layer) for layer in hf.kv_layers(held))
         return held
 
-    monkeypatch.setattr(inside.NEW_CACHE, recording)
+    monkeypatch.setattr(NEW_CACHE, recording)
     return made
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.inside import testing as inside
+from support.inside.testing import held_bytes as bytes_of_layer
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from kvcache import (
@@ -103,7 +103,7 @@ def test_estimate_for_a_model_is_what_its_cache_holds(policy, positions, rows):
         for tokens in torch.arange(24).repeat(2, 1).split([7, *[1] * 17], 1):
             model(tokens, past_key_values=cache)
     layers = [layer.kv for layer in cache_layers(cache)]
-    held = sum(inside.held_bytes(kv) for kv in layers)
+    held = sum(bytes_of_layer(kv) for kv in layers)
     geometry = geometry_of(model)
     assert account(cache_layers(cache)).nbytes == held
     assert spec.nbytes(geometry, 24, rows=2) == held

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.families import build, cases, logits, tiny, token_ids
 from support.inside.testing import BUFFERS, Pair, tokens
+from support.kinds import KINDS, Kind
 from support.prefixes import CLOSE, DECODERS, PREFIX, TEXT, after, all_bits, in_memory, manager, snapshot_of
 from support.searching import search
-from test_laws import KINDS, Kind
 from transformers import DynamicCache, StaticCache
 
 from kvcache import (

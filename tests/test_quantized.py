@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.inside.layers import beside_the_states
 from support.inside.testing import held_bytes
 from support.searching import search
 
@@ -661,7 +662,7 @@ def test_tokens_that_leave_one_by_one_are_smaller_too(policy, bits, smaller):
         layer = CacheSpec(policy, storage=storage).layer(expected=Expected(1, token))
         for span in layer.append(states, states).spans:
             span.observe(states, 0.125)
-        more = [t for t in (getattr(layer, "_at", None), getattr(layer, "_queries", None)) if t is not None]
+        more = beside_the_states(layer)
         sizes.append(layer.nbytes - sum(t.nbytes for t in more))
         assert layer.stored <= 512
     assert sizes[0] / sizes[1] >= smaller

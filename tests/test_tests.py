@@ -15,10 +15,6 @@ ROOT = TESTS.parent
 MODULES = sorted(TESTS.rglob("*.py"))
 HOUSES = {"kvcache": ROOT / "kvcache", "kvcache_chatterbox": ROOT / "adapters" / "kvcache_chatterbox"}
 
-# Not yet: these are about the layers, whose contract is being made anew.
-STILL_TAKE = {"test_heads.py": ["test_ranking"], "test_prefix_laws.py": ["test_laws"]}
-STILL_REACH = {"test_heads.py", "test_laws.py", "test_quantized.py", "test_ranking.py"}
-
 
 # ---------------------------------------------------------------------- none takes from another
 
@@ -40,7 +36,7 @@ def taken(source: str) -> list[str]:
 
 
 def test_no_module_takes_from_a_test_module():
-    assert {file.name: taken(file.read_text()) for file in MODULES if taken(file.read_text())} == STILL_TAKE
+    assert {file.name: taken(file.read_text()) for file in MODULES if taken(file.read_text())} == {}
 
 
 def test_beside_the_tests_there_is_only_what_they_share():
@@ -113,7 +109,7 @@ def outside(files: Iterable[Path]) -> Iterator[Path]:
 def test_only_one_folder_reaches_inside():
     ours = private_names()
     found = {file.name: list(reaches(file.read_text(), ours)) for file in outside(MODULES)}
-    assert {name: taken for name, taken in found.items() if taken and name not in STILL_REACH} == {}
+    assert {name: taken for name, taken in found.items() if taken} == {}
 
 
 def test_what_reaches_inside_is_found():

@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 HAS_HALF = "kvcache.models._precision.has_half"  # what this CPU has
-NEW_CACHE = "kvcache.manager._caches.new_cache"  # what a manager asks for
+NEW_CACHE = "kvcache.manager._caches.new_cache"  # which tells of each
 ONEDNN_ROWS = "kvcache.models._onednn.onednn_rows"  # which CPU this is
 REHEARSED = "kvcache.models._rehearsal._REHEARSED"  # tokens that are read again at once, and those before them
 REHEARSED_LEAD = "kvcache.models._rehearsal._LEAD"
