@@ -26,15 +26,14 @@ DOCS_READY := $(VENV)/.ready-docs
 FLOOR_READY := $(FLOOR)/.ready
 PERTH_READY := $(PERTH)/.ready
 AUDIO_READY := $(AUDIO)/.ready
-# Without what is no benchmark by itself, and those that need more than is installed here.
-NOT_ALONE := carry common family_checks family_models gpu preparing processes timetable quality_kvpress s3gen first_audio speaking end_to_end
-BENCHMARKS := $(filter-out $(NOT_ALONE:%=benchmarks/%.py),$(wildcard benchmarks/*.py))
+# Each that does not say of itself why it is left out: as no benchmark by itself, or as one that needs more than is installed here.
+BENCHMARKS = $(shell grep -L '^# Not by `make bench`: ' benchmarks/*.py)
 GPU_OPTIONS ?=
 # What has been compiled for the one run of tests serves the next.
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help environments demo test test-slow test-random test-fleet test-watermark lint docs pages bench gpu gpu-wheels clean
+.PHONY: help environments demo test test-slow test-random test-fleet test-watermark lint docs packages pages bench gpu gpu-wheels clean
 
 help:  ## print the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -73,10 +72,16 @@ test-watermark: $(PERTH_READY)  ## run the tests of streams with Perth, the real
 lint: $(READY)  ## check style, format and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy kvcache adapters/kvcache_chatterbox
+	$(PY) -m ruff format --check --line-length 79 *.md docs/*.md
+	$(PY) -m mypy kvcache adapters/kvcache_chatterbox tests/support
 
 docs: $(DOCS_READY)  ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+packages: $(READY)  ## build sdist and wheel into dist/, check what is in them and install them, for a second Python as well where there is one
+	rm -rf dist
+	$(PY) -m build --outdir dist . > /dev/null
+	$(PY) .ci/check_packages.py dist
 
 pages: $(READY)  ## write pages and pictures that quote measurements anew, from benchmarks/results/
 	$(PY) docs/generate/figures.py

@@ -5,6 +5,7 @@
 
 Only Python's own library is imported here, so that it runs before anything is installed.
 """
+# Not by `make bench`: it fetches wheels and installs them.
 
 import argparse
 import hashlib

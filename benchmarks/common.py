@@ -1,4 +1,5 @@
 """What all benchmarks share: interleaved timing, the machine they ran on, one form of table and file."""
+# Not by `make bench`: what benchmarks share.
 
 import argparse
 import json

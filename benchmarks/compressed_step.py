@@ -42,10 +42,10 @@ from kvcache import (
     KeyDiff,
     KeyNorm,
     KVCacheManager,
+    KVQuantization,
     LongRangeAttention,
     MaxTokens,
     PerHead,
-    Quantization,
     SlidingWindow,
     SnapKV,
 )
@@ -94,7 +94,7 @@ class Side:
             manager.truncate(cache, cache.get_seq_length() - tokens)
 
         nbytes = lambda: manager.report(cache).nbytes  # noqa: E731
-        return cls(name, lengths, manager.runner, cache, cut if plain else None, nbytes, rows)
+        return cls(name, lengths, manager.observed_model, cache, cut if plain else None, nbytes, rows)
 
     @classmethod
     def theirs(cls, name: str, lengths: str, model: Any, cache: Any, rows: int = 1) -> "Side":
@@ -273,7 +273,7 @@ def quantized(model: Any) -> list[Side]:
         Side.theirs(f"DynamicCache, {GROWING}", GROWING, model, DynamicCache(config=model.config)),
     ]
     sides += [
-        Side.ours(f"int{bits}", GROWING, model, KeepAll(), quantization=Quantization(bits, group=GROUP))
+        Side.ours(f"int{bits}", GROWING, model, KeepAll(), storage=KVQuantization(bits, group_size=GROUP))
         for bits in (8, 4)
     ]
     for backend in backends():
@@ -325,8 +325,8 @@ def speech_rows(ratios: dict[str, float], options: argparse.Namespace) -> list[d
     sides = [
         Side.ours(f"KeepAll, {GROWING}", GROWING, model, KeepAll(), rows=2),
         Side.theirs(f"DynamicCache, {GROWING}", GROWING, model, DynamicCache(config=model.config), rows=2),
-        Side.ours("int8", GROWING, model, KeepAll(), quantization=Quantization(8, group=GROUP), rows=2),
-        Side.ours("int4", GROWING, model, KeepAll(), quantization=Quantization(4, group=GROUP), rows=2),
+        Side.ours("int8", GROWING, model, KeepAll(), storage=KVQuantization(8, group_size=GROUP), rows=2),
+        Side.ours("int4", GROWING, model, KeepAll(), storage=KVQuantization(4, group_size=GROUP), rows=2),
     ]
     for side in sides:
         fill(side.cache, model, tokens, rows=2)

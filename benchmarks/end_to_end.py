@@ -14,6 +14,7 @@ distance of its audio from that of upstream's setting, of the same tokens under 
 A run can be taken in parts: `--with` keeps the rows of earlier ones. Ratios are of medians, at the longest speech of both sides;
 that of first audio at the length that was spoken most often.
 """
+# Not by `make bench`: it needs what upstream's S3Gen imports.
 
 import argparse
 import asyncio

@@ -15,7 +15,6 @@ a cache: perplexity over the control's says what the stream did, whatever the te
 import argparse
 import ast
 import math
-import os
 import random
 import sys
 import sysconfig
@@ -32,6 +31,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from kvcache import KeepAll, KVCacheManager, SlidingWindow
+from kvcache.memory import resident_bytes
 from kvcache.models import exact_windows
 
 sys.path.insert(0, str(ROOT / "examples"))
@@ -78,7 +78,7 @@ class Side:
         """Feed these tokens; the seconds that the model took."""
         part = ids[begin:end]
         start = time.perf_counter()
-        logits = self.manager.runner(part[None], past_key_values=self.cache, use_cache=True).logits[0]
+        logits = self.manager.observed_model(part[None], past_key_values=self.cache, use_cache=True).logits[0]
         seconds = time.perf_counter() - start
         if self._last is not None:
             self.losses[begin] = cross_entropy(self._last, part[0])
@@ -106,13 +106,8 @@ class Plain:
     def read(self, ids: Tensor, begin: int, end: int) -> float:
         self.manager.truncate(self.cache, self.window - 1)
         start = time.perf_counter()
-        self.manager.runner(ids[None, begin:end], past_key_values=self.cache, use_cache=True)
+        self.manager.observed_model(ids[None, begin:end], past_key_values=self.cache, use_cache=True)
         return time.perf_counter() - start
-
-
-def resident() -> float:
-    """MiB of this process that are in memory now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 @torch.inference_mode()
@@ -141,7 +136,7 @@ def stream(
                 progress.update(1)
                 position += 1
             cache = {name: side.mib for name, side in sides.items()}
-            found.append({"mark": mark, "seconds": seconds, "cache": cache, "rss": resident()})
+            found.append({"mark": mark, "seconds": seconds, "cache": cache, "rss": (resident_bytes() or 0) / 2**20})
     return found
 
 

@@ -1,4 +1,5 @@
 """What kvcache does with one model: each feature tried, and compared with the model's own `generate` and forward."""
+# Not by `make bench`: a part of families.py.
 
 import copy
 import inspect
@@ -19,7 +20,7 @@ from transformers.cache_utils import (
     EncoderDecoderCache,
 )
 
-from kvcache import KVCacheManager, Quantization, SlidingWindow
+from kvcache import KVCacheManager, KVQuantization, SlidingWindow
 from kvcache.cache import SnapKV
 from kvcache.errors import KVCacheError
 from kvcache.models import cache_kwarg
@@ -461,14 +462,14 @@ class Trial:
         compare(want, self.run(manager.generate, inputs=text, prefix="p"))
 
     def ranking(self) -> None:
-        loose = self.manager(SnapKV(400, sinks=SINKS, recent=4))
+        loose = self.manager(SnapKV(400, sinks=SINKS, window_size=4))
         compare(self.reference, self.run(loose.generate), "nothing leaves")
-        manager = self.manager(SnapKV(LIMIT, sinks=SINKS, recent=4))
+        manager = self.manager(SnapKV(LIMIT, sinks=SINKS, window_size=4))
         self.run(manager.generate)
         self._bounded(manager, LIMIT)
 
     def bits(self) -> None:
-        out = self.run(self.manager(quantization=Quantization(8, group=8)).generate)
+        out = self.run(self.manager(storage=KVQuantization(8, group_size=8)).generate)
         want, got = _logits(self.reference), _logits(out)
         if want is None or got is None or want.shape != got.shape:
             return

@@ -2,6 +2,7 @@
 
 A rule by the names of settings makes most of them; `EXCEPTIONS` has what the others need.
 """
+# Not by `make bench`: a part of families.py.
 
 import inspect
 import re

@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kvcache import InputError
+from kvcache.cache import CacheSpec
 from kvcache.decoding import DecodeInputs, StaticKV, decoder_copy
 from kvcache.models import check_precision, geometry_of, kv_layers, new_cache, quantize_linear
 
@@ -86,7 +87,7 @@ def prefilled(model: Any, text: Tensor) -> Iterator[Tensor]:
 def decoded(model: Any, text: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
     """The logits of all pieces after each true token ``[pieces, vocabulary]``, one step at a time."""
     rows, length = text.shape
-    cache = new_cache(model, max_length=length, rows=rows)
+    cache = new_cache(model, CacheSpec(max_length=length), rows=rows)
     model.model(text[:, :BEGINNING], past_key_values=cache, use_cache=True)
     kv = StaticKV(geometry_of(model), rows, length, dtype=dtype)
     kv.load(0, kv_layers(cache))

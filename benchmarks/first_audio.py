@@ -6,6 +6,7 @@ whose recordings are this benchmark's own (see `s3gen.py`), made before its firs
 
 Weights are random: they decide neither shapes nor speed, and what is heard is no speech.
 """
+# Not by `make bench`: it needs what upstream's S3Gen imports.
 
 import argparse
 import logging

@@ -6,6 +6,7 @@
 Each step is a process with a limit of its own. What became of it is in `gpu.json` as soon as it ends; a second run goes on
 where the first one stopped. Wheels that the machine lacks come from a folder that `make gpu-wheels` filled elsewhere.
 """
+# Not by `make bench`: it runs others; `make gpu` does.
 
 import argparse
 import json

@@ -13,13 +13,12 @@ side alike, so each segment is exactly as long as asked.
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from common import arguments, chosen, finish, known, memory_option, spread
-from processes import Gate, Measured, Phase, Processes, memory
+from processes import Gate, Measured, Phase, Processes, memory, peak_from_here
 from torch import nn
 
 from kvcache.decoding import Request, Turns
@@ -173,7 +172,7 @@ def together(
         total = sum(one.max_new_tokens for one in long.utterances)
         part = 1
         while not request.over:
-            turns.turn()
+            turns.step()
             if part < parts and turns.tokens >= total * part / parts:
                 part += 1
                 yield None
@@ -235,7 +234,7 @@ def serve(gate: Gate, case: Case, side: Side) -> None:
 
 def resident_from_here() -> float:
     """MiB of this process; from here on its peak is counted anew."""
-    Path("/proc/self/clear_refs").write_text("5")
+    peak_from_here()
     return memory()["MiB"]
 
 

@@ -43,7 +43,7 @@ class Side:
 
     def __init__(self, manager: KVCacheManager, prompt: Tensor, hooks: bool) -> None:
         self.cache = manager.new_cache()
-        self._model = manager.runner
+        self._model = manager.observed_model
         self._run(prompt)
         if not hooks:
             for layer in cache_layers(self.cache):

@@ -23,6 +23,7 @@ from unittest.mock import patch
 
 import torch
 from common import arguments, finish
+from processes import memory, peak_from_here
 from tqdm import tqdm
 
 from kvcache.decoding import Setting
@@ -101,18 +102,14 @@ def measured(case: Case) -> dict[str, Any]:
     gc.collect()
     if case.drop_loaded:
         malloc_trim()
-    loading = _status("VmHWM")
-    Path("/proc/self/clear_refs").write_text("5")
-    ready = _status("VmRSS")
+    loading = memory()["MiB, peak"]
+    peak_from_here()
+    ready = memory()["MiB"]
     made = sum(served.stream(case.context, case.length - case.context))
     if made != case.requests * (case.length - case.context):
         raise RuntimeError(f"{case}: {made} tokens came")
-    return {"kv": served.report().nbytes, "peak": _status("VmHWM"), "loading": loading, "ready": ready}
-
-
-def _status(field: str) -> int:
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[field].split()[0]) * 1024
+    held = {"peak": memory()["MiB, peak"], "loading": loading, "ready": ready}
+    return {"kv": served.report().nbytes} | {name: int(mib * 2**20) for name, mib in held.items()}
 
 
 def _child(function: Any, case: Case, threads: int, pipe: Any) -> None:

@@ -1,4 +1,5 @@
 """How long compiling and capturing took, told apart from what comes after them."""
+# Not by `make bench`: what benchmarks share.
 
 import time
 from typing import Any

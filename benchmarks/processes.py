@@ -15,6 +15,7 @@ largest before it. When the sum goes over the budget, the side that was prepared
 
 Nothing here imports torch: a side's own module does.
 """
+# Not by `make bench`: what benchmarks share.
 
 import ctypes
 import multiprocessing
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -78,6 +80,12 @@ def memory() -> dict[str, float]:
     if torch is not None and torch.cuda.is_initialized():
         found["GPU MiB, peak"] = torch.cuda.max_memory_allocated() / 2**20
     return found
+
+
+def peak_from_here() -> None:
+    """Count this process's peak memory anew, where the system can."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _serve(connection: Connection, log: str, threads: int, side: Callable[..., None], given: tuple[Any, ...]) -> None:

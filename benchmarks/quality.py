@@ -48,10 +48,10 @@ from kvcache import (
     KeyDiff,
     KeyNorm,
     KVCacheManager,
+    KVQuantization,
     KVzip,
     LongRangeAttention,
     Pinned,
-    Quantization,
     SnapKV,
     profile_retrieval_heads,
     pyramid_kv,
@@ -88,7 +88,7 @@ METHODS: dict[str, Callable[[int], Any]] = {
     "AdaKV SnapKV": lambda limit: AdaKV(ranking(SnapKV)(limit)),
     "AdaKV ExpectedAttention": lambda limit: AdaKV(ranking(ExpectedAttention)(limit)),
     "KVzip": lambda limit: KVzip(8192),
-    "AdaKV KVzip": lambda limit: AdaKV(KVzip(8192), floor=0),
+    "AdaKV KVzip": lambda limit: AdaKV(KVzip(8192), alpha_safeguard=0),
     "head profile": PROFILES.__getitem__,
 }
 QUANTIZED = {"int8": 8, "int4": 4}  # bits
@@ -156,16 +156,16 @@ class Ours:
         limit = round(self.row.budget * ids.shape[1])
         if limit not in self._managers:
             policy = KeepAll() if self.policy is None else self.policy(limit)
-            self._managers[limit] = KVCacheManager(self.model, policy, quantization=self.quantization)
+            self._managers[limit] = KVCacheManager(self.model, policy, storage=self.quantization)
         manager = self._managers[limit]
         cache = manager.new_cache()
-        with exact_windows(manager.runner):
-            manager.runner(ids, past_key_values=cache, logits_to_keep=1)
+        with exact_windows(manager.observed_model):
+            manager.observed_model(ids, past_key_values=cache, logits_to_keep=1)
         if self.row.budget < 1 and isinstance(getattr(manager.policy, "ranking", None), KVzip):
             manager.compress(cache, ids, limit, instruction=INSTRUCTION)
         elif self.row.budget < 1 and manager.policy == Pinned(4, KeepAll()):
             manager.trim(cache, max_tokens=limit)
-        return manager.runner, cache
+        return manager.observed_model, cache
 
     def nbytes(self, cache: Any) -> int:
         if self.row.side == "ours":
@@ -217,7 +217,7 @@ def sides(model: Any, options: argparse.Namespace) -> list[Ours]:
         if name in METHODS:
             found += [Ours(model, Row("ours", name, budget), None, METHODS[name]) for budget in budgets]
         else:
-            found.append(Ours(model, Row("ours", name, 1.0), Quantization(QUANTIZED[name])))
+            found.append(Ours(model, Row("ours", name, 1.0), KVQuantization(QUANTIZED[name])))
     return found
 
 

@@ -10,6 +10,7 @@ but its cache afterwards: it runs once, what each layer's hook would have been g
 Where layers or heads keep different tokens, a chunk's causal mask has to be made per layer and head; that is done here. kvpress
 itself masks heads by keys that no query looks at, which is the same where such a key is found.
 """
+# Not by `make bench`: it needs kvpress; quality.py runs it.
 
 import argparse
 import gc

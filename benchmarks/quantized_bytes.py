@@ -12,16 +12,16 @@ import torch
 from common import arguments, finish
 from tqdm import tqdm
 
-from kvcache import KeepAll, Quantization
-from kvcache.cache import QuantizedLayer
+from kvcache import KVQuantization
+from kvcache.cache import CacheSpec
 
 SHAPES = {"SmolLM2-135M": (30, 3, 64), "Chatterbox T3, English": (30, 16, 64)}  # layers, KV heads, head_dim
 CHUNK = 512
 
 
-def held(heads: int, dim: int, dtype: torch.dtype, quantization: Quantization, lengths: list[int]) -> dict[int, int]:
+def held(heads: int, dim: int, dtype: torch.dtype, quantization: KVQuantization, lengths: list[int]) -> dict[int, int]:
     """Bytes of one layer at each of these lengths."""
-    layer, found = QuantizedLayer(KeepAll(), quantization), {}
+    layer, found = CacheSpec(storage=quantization).layer(), {}
     generator = torch.Generator().manual_seed(0)
     for length in lengths:
         while layer.seen < length:
@@ -29,7 +29,7 @@ def held(heads: int, dim: int, dtype: torch.dtype, quantization: Quantization, l
             layer.append(states, states)
         tensors, _ = layer.state()
         # Of what is saved only the part in use is there; the tail is held whole, however few tokens are in it.
-        tail = 2 * heads * quantization.group * dim * dtype.itemsize
+        tail = 2 * heads * (quantization.group_size or 0) * dim * dtype.itemsize
         counted = sum(t.numel() * t.element_size() for name, t in tensors.items() if not name.endswith("tail")) + tail
         if counted != layer.nbytes:
             raise RuntimeError(f"counted {counted} bytes at {length} tokens, the layer says {layer.nbytes}")
@@ -55,7 +55,7 @@ def main() -> None:
         for dtype in (torch.bfloat16, torch.float32)
     ]
     for model, (layers, heads, dim), bits, group, dtype in tqdm(cases, leave=False):
-        found = held(heads, dim, dtype, Quantization(bits, group), sorted(options.lengths))
+        found = held(heads, dim, dtype, KVQuantization(bits, group_size=group), sorted(options.lengths))
         fp16 = {length: 2 * heads * dim * 2 * length for length in found}
         first, last = min(found), max(found)
         row: dict[str, Any] = {"model": model, "bits": bits, "group": group, "of states": str(dtype)[6:]}

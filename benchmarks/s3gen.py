@@ -7,6 +7,7 @@ each length. On a CPU a trace takes a recording's place, which shows that it can
 
 Weights are random: they decide neither shapes nor speed.
 """
+# Not by `make bench`: it needs what upstream's S3Gen imports.
 
 import argparse
 import copy

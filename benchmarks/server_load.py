@@ -50,7 +50,7 @@ AGAIN = 16  # requests that are repeated alone
 
 def tiny() -> Any:
     """A tiny model whose texts end by themselves, after 33 tokens on average: it knows 64 sounds, and the end is likely."""
-    from t3_models import likely_end, tiny_t3
+    from support.t3_models import likely_end, tiny_t3
 
     t3 = likely_end(tiny_t3("english"), by=0.7)
     with torch.no_grad():

@@ -113,7 +113,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.quick:
         sys.path.insert(0, str(ROOT / "tests"))
-        from t3_models import tiny_t3
+        from support.t3_models import tiny_t3
 
         options.rounds, options.tokens, t3 = 1, 30, tiny_t3("gpt")
     else:
@@ -122,7 +122,7 @@ def main() -> None:
     firsts: dict[str, list[float]] = {}
     with ExitStack() as stack:
         engines = {
-            name: ChatterboxEngine(stand_in(t3), speakers=SpeakerCache(store))
+            name: ChatterboxEngine(stand_in(t3), prefix_cache=SpeakerCache(store))
             for name, store in chosen(stores(stack, options.quick), options.sides).items()
         }
         conditionals = stand_in(t3, 1).conds

@@ -3,6 +3,7 @@
 The model is of upstream's own class, around upstream's T3 and S3Gen, with Perth; only the tokenizer is a stand-in, as its
 vocabulary comes with the weights. T3 is made to say speech tokens alone and never to end, so that a request is as long as asked.
 """
+# Not by `make bench`: a part of end_to_end.py.
 
 import contextlib
 import importlib
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from processes import Gate
+from processes import Gate, peak_from_here
 from s3gen import load
 from torch import Tensor
 
@@ -413,7 +414,7 @@ def engine_of(tts: Any, side: Side) -> Engine:
         settings["weights"] = random_s3gen(meanflow=True)
     return Engine(
         tts,
-        speakers=SpeakerCache(MemoryStore("1GiB")),
+        prefix_cache=SpeakerCache(MemoryStore("1GiB")),
         backend=side.backend,  # type: ignore[arg-type]
         precision=None if side.precision == "fp32" else side.precision,  # type: ignore[arg-type]
         bucket=SLOTS,
@@ -423,12 +424,6 @@ def engine_of(tts: Any, side: Side) -> Engine:
 
 
 # ---------------------------------------------------------------------- in a process
-
-
-def peak_from_here() -> None:
-    """Count this process's peak memory anew, where the system can."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
 
 
 def begin(gate: Gate, case: Case, side: Side, tokens: int, home: str, warm_up: bool) -> None:

@@ -32,6 +32,7 @@ from transformers import StaticCache
 from transformers.pytorch_utils import Conv1D
 
 import kvcache.models._precision
+from kvcache.cache import CacheSpec
 from kvcache.decoding import Decoding, Sampler, StaticKV
 from kvcache.memory import malloc_trim
 from kvcache.models import decoding_arguments, geometry_of, kv_layers, new_cache
@@ -244,7 +245,7 @@ def upstream(turn: Callable[[], None], told: Callable[[Callable[[int], None]], N
 
 
 def our_cache(t3: Any) -> Any:
-    return new_cache(t3.tfmr, max_length=SLOTS, rows=1 if t3.is_gpt else 2, preallocate=True)
+    return new_cache(t3.tfmr, CacheSpec(max_length=SLOTS, static=True), rows=1 if t3.is_gpt else 2)
 
 
 def run_upstream(model: Model, tokens: int) -> Tensor:
@@ -389,7 +390,7 @@ class Engine:
 
     def begin(self) -> Tensor:
         """The first token."""
-        cache = new_cache(self.t3.tfmr, max_length=SLOTS, rows=self.kv.rows)
+        cache = new_cache(self.t3.tfmr, CacheSpec(max_length=SLOTS), rows=self.kv.rows)
         logits = Decoder(self.t3, self.model.request(), self.sampling, 1, cache, None).prefill()
         self.kv.load(0, kv_layers(cache))
         sampling = self.sampling if self.side.sampler else replace(self.sampling, temperature=0)  # takes no noise

@@ -17,6 +17,7 @@ from common import arguments, finish, known, memory_option, paired_ratio, spread
 from processes import Gate, Phase, Processes
 from transformers import DynamicCache
 
+from kvcache.cache import CacheSpec
 from kvcache.models import new_cache
 from kvcache_chatterbox import byte_tokens, load_t3, random_conditionals
 from kvcache_chatterbox.prefill import check_text, condition, prefill
@@ -73,7 +74,7 @@ def ours(gate: Gate, context: int, kind: str) -> None:
     if kind == DYNAMIC:
         cache = DynamicCache(config=t3.cfg)
     else:
-        cache = new_cache(t3.tfmr, max_length=2048, rows=2, preallocate=kind == STATIC)
+        cache = new_cache(t3.tfmr, CacheSpec(max_length=2048, static=kind == STATIC), rows=2)
     generator = torch.Generator().manual_seed(0)
     tokens = Decoder(
         t3, prefill(t3, condition(t3, voice), rows), sampling_of(False, {}), 1000, cache, generator

@@ -2,6 +2,7 @@
 
 Only Python's own library is imported here: a machine may have nothing else that works.
 """
+# Not by `make bench`: a part of gpu.py.
 
 import contextlib
 import json

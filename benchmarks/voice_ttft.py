@@ -134,17 +134,17 @@ def chatterbox(variant: str, quick: bool, folder: Path, redis: str | None) -> di
     if not t3.is_gpt:
         text = torch.cat([torch.tensor([[t3.hp.start_text_token]]), text, torch.tensor([[t3.hp.stop_text_token]])], 1)
     voice = random_conditionals(t3)
-    nothing = ChatterboxEngine(t3, speakers=SpeakerCache(MemoryStore()), reuse="none")
+    nothing = ChatterboxEngine(t3, prefix_cache=SpeakerCache(MemoryStore()), reuse="none")
     # Upstream writes an embedding into the voice that it is given: each call gets a copy.
     sides: dict[str, Callable[[], int | None]] = {
         COLD: lambda: upstream_first(t3, type(voice)(**vars(voice)), text),
         OURS: lambda: our_first(nothing, text, t3_cond=voice),
     }
     if not t3.is_gpt:
-        part = ChatterboxEngine(t3, speakers=SpeakerCache(MemoryStore("4GiB")), reuse="conditioning")
+        part = ChatterboxEngine(t3, prefix_cache=SpeakerCache(MemoryStore("4GiB")), reuse="conditioning")
         part.add_voice("sarah", conditionals=voice)
         sides[CONDITIONING] = lambda: our_first(part, text, voice="sarah")
-        without = ChatterboxEngine(t3, speakers=SpeakerCache(MemoryStore("4GiB")), onednn=False)
+        without = ChatterboxEngine(t3, prefix_cache=SpeakerCache(MemoryStore("4GiB")), onednn=False)
         without.add_voice("sarah", conditionals=voice)
         sides[WITHOUT] = lambda: our_first(without, text, voice="sarah")
     rows = text.shape[1] + (1 if t3.is_gpt else 4)  # with guidance, two starts of speech in each row
@@ -152,7 +152,7 @@ def chatterbox(variant: str, quick: bool, folder: Path, redis: str | None) -> di
         t3.tfmr, torch.randn(1, rows, t3.dim), 376 if t3.is_gpt else 34 + text.shape[1], not t3.is_gpt
     )
     for name, store in stores(folder, redis).items():
-        engine = ChatterboxEngine(t3, speakers=SpeakerCache(store))
+        engine = ChatterboxEngine(t3, prefix_cache=SpeakerCache(store))
         engine.add_voice("sarah", conditionals=voice)
         sides[name] = lambda engine=engine: our_first(engine, text, voice="sarah")  # type: ignore[misc]
     return sides
@@ -176,7 +176,7 @@ def smollm2(quick: bool, folder: Path, redis: str | None) -> dict[str, Callable[
     }
     sides[REST] = RestAlone(model.model, question, len(prompt), False)
     for name, store in stores(folder, redis).items():
-        manager = KVCacheManager(model, speakers=SpeakerCache(store))
+        manager = KVCacheManager(model, prefix_cache=SpeakerCache(store))
         manager.add_prefix("system", prompt)
         sides[name] = lambda manager=manager: int(  # type: ignore[misc]
             manager.generate(question, prefix="system", **once)[0, -1]

@@ -201,7 +201,7 @@ def main() -> None:
     except KVCacheError as error:
         options.fail(said(error))
     if options.no_cache:
-        engine.disable_kv_cache()
+        engine.enabled = False
     millions = sum(p.numel() for p in t3.parameters()) / 1e6
     console.print(
         f"[bold]Chatterbox {options.variant}[/bold], T3 of {millions:.0f} M parameters on {options.device}. {escape(sentence)}"

@@ -136,7 +136,7 @@ class Replica:
         model = load()
         memory = _Memory("1GiB", device=getattr(model, "t3", model).device)
         store = TieredStore(memory) if redis is None else TieredStore(memory, _Redis(redis))
-        self._engine = ChatterboxEngine(model, speakers=SpeakerCache(store), **engine)
+        self._engine = ChatterboxEngine(model, prefix_cache=SpeakerCache(store), **engine)
         self._folder, self._chunks = Path(voices), chunks
         self._stamps: OrderedDict[str, tuple[int, int]] = OrderedDict()  # of the files, least recently used first
         self._id = serve.get_replica_context().replica_id.unique_id
@@ -147,7 +147,7 @@ class Replica:
     async def __del__(self) -> None:  # Serve awaits it once the last request is through
         if hasattr(self, "_scheduler"):  # else the model could not be loaded, which Serve reports
             await self._scheduler.close()
-            await asyncio.to_thread(self._engine.speakers.close)  # what is still to be written for the others
+            await asyncio.to_thread(self._engine.prefix_cache.close)  # what is still to be written for the others
 
     async def speak(self, text: str, voice: str | None, options: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """Chunks of audio, each with who made it; or one ``status`` and ``reason``, as of HTTP.
@@ -177,7 +177,11 @@ class Replica:
 
     def metrics(self) -> dict[str, Any]:
         """The scheduler's figures and the speakers' statistics."""
-        return {"replica": self._id, "scheduler": self._scheduler.metrics(), "speakers": self._engine.speakers.stats()}
+        return {
+            "replica": self._id,
+            "scheduler": self._scheduler.metrics(),
+            "speakers": self._engine.prefix_cache.stats(),
+        }
 
     async def _prepare(self, name: str) -> tuple[Voice, str]:
         """A voice whose prefix is in memory now, and where that was: memory, redis, or nowhere, so it was computed."""

@@ -95,7 +95,7 @@ def measure(t3: Any, voices: dict[str, Any], text: torch.Tensor, rounds: int, st
     if store is None:
         plain = ChatterboxEngine(t3, reuse="none")
         return [first_token(plain, text, t3_cond=voice) for _ in range(rounds) for voice in voices.values()]
-    engine = ChatterboxEngine(t3, speakers=SpeakerCache(store))
+    engine = ChatterboxEngine(t3, prefix_cache=SpeakerCache(store))
     for name, voice in voices.items():
         engine.add_voice(name, conditionals=voice)
     return [first_token(engine, text, voice=name) for _ in range(rounds) for name in voices]
@@ -148,7 +148,7 @@ def main() -> None:
         console.print(table)
     if options.export is not None:
         options.export.mkdir(parents=True, exist_ok=True)
-        engine = ChatterboxEngine(t3, speakers=SpeakerCache(MemoryStore("8GiB")))
+        engine = ChatterboxEngine(t3, prefix_cache=SpeakerCache(MemoryStore("8GiB")))
         for i, (name, voice) in enumerate(voices.items()):
             engine.voices.add(name, Voice.of(t3, voice))
             engine.voices.export(name, options.export / f"{i}.safetensors")

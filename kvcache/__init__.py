@@ -16,8 +16,10 @@ watch_transformers()
 if not TYPE_CHECKING:  # or every name would be one that the package has
 
     def __getattr__(name):
-        """The first name that is asked for brings all of them, and torch and transformers with them: a command that only
-        says what is wrong, or is interrupted, waits for neither."""
+        """The first name that is asked for brings all of them, and torch and transformers with them.
+
+        A command that only says what is wrong, or is interrupted, waits for neither.
+        """
         if name.startswith("__") and name != "__all__":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         try:

@@ -78,6 +78,7 @@ class Subscription:
             _listeners = tuple(entry for entry in _listeners if entry is not self._entry)
 
     def __call__(self) -> None:
+        """As `stop`."""
         self.stop()
 
     def __enter__(self) -> Self:
@@ -113,7 +114,7 @@ def subscribe(callback: Callback, kinds: Collection[Kind] = KINDS) -> Subscripti
     return Subscription(entry)
 
 
-def heard(kind: Kind) -> bool:
+def has_listeners(kind: Kind) -> bool:
     """Whether anybody would be told; to be asked before something is put together to tell."""
     return bool(_listeners) or log.isEnabledFor(_LEVELS.get(kind, logging.INFO))
 
@@ -141,16 +142,20 @@ class Counted(Protocol):
     """A layer, as far as its evictions are told."""
 
     @property
-    def policy(self) -> object: ...
+    def policy(self) -> object:
+        """What decides which tokens stay."""
 
     @property
-    def seen(self) -> int: ...
+    def seen(self) -> int:
+        """Tokens that each row was given, pads among them."""
 
     @property
-    def evicted(self) -> int: ...
+    def evicted(self) -> int:
+        """Of these, tokens that have left."""
 
     @property
-    def rows(self) -> int | None: ...
+    def rows(self) -> int | None:
+        """Rows of the batch; None before the first tokens."""
 
 
 class Evictions:
@@ -168,7 +173,7 @@ class Evictions:
         """A forward begins."""
         if self._known is not None:
             self._tell(self._known)  # of layers that rank their tokens once they have been attended to
-        elif heard("evicted"):
+        elif has_listeners("evicted"):
             self._known = [layer.evicted for layer in self._layers]
 
     def after(self) -> None:
@@ -181,7 +186,7 @@ class Evictions:
         self._known = None
 
     def _tell(self, known: Sequence[int]) -> None:
-        if not heard("evicted"):
+        if not has_listeners("evicted"):
             self._known = None
             return
         self._known = [layer.evicted for layer in self._layers]

@@ -1,5 +1,6 @@
-"""What audio needs beside kvcache, above all a torchaudio that loads: one that does not is found, said, and kept from taking
-transformers down with it.
+"""What audio needs beside kvcache, above all a torchaudio that loads.
+
+One that does not is found, said, and kept from taking transformers down with it.
 
 From PyPI torchaudio is a CUDA build on Linux, whatever torch it meets; and one of another release does not load either. From
 5.24 on transformers imports whatever torchaudio is installed, so nothing of transformers works then.
@@ -66,8 +67,10 @@ def _reason(error: BaseException) -> str:
 
 
 def watch_transformers() -> None:
-    """Before transformers is first imported, see whether torchaudio can be; one that cannot counts as not installed in this
-    process, with a warning that says what is broken and what to do."""
+    """See, before transformers is first imported, whether torchaudio can be imported.
+
+    One that cannot counts as not installed in this process, with a warning that says what is broken and what to do.
+    """
     if _torchaudio() is None:
         return
     if "transformers" in sys.modules:
@@ -80,7 +83,10 @@ class _Watch:
     """Stands before all finders until transformers is looked for."""
 
     def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+        self,
+        name: str,
+        path: Sequence[str] | None = None,  # noqa: ARG002  # as Python calls every finder
+        target: ModuleType | None = None,  # noqa: ARG002
     ) -> ModuleSpec | None:
         if name == "transformers" and self in sys.meta_path:
             # Another list: whoever looks for transformers goes through the old one, and would pass the next finder over.

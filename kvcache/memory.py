@@ -20,8 +20,10 @@ _PROCESS = os.getpid()  # a forked one has another number
 
 
 def resident_bytes() -> int | None:
-    """Bytes of the machine's memory that this process holds now; where the system tells only the most that it ever held, as
-    macOS does, that; None where it tells nothing."""
+    """Bytes of the machine's memory that this process holds now; None where the system does not tell.
+
+    Where it tells only the most that the process ever held, as macOS does, that.
+    """
     if sys.platform == "win32":
         return _working_set()
     if _STATM.exists():
@@ -99,7 +101,7 @@ def _pauses() -> list[Callable[[int], int]]:
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros of which a CPU's memory holds only what has been written to; `torch.zeros` writes all of them at once."""
+    """Zeros ``[*shape]`` of which a CPU's memory holds only what has been written to; `torch.zeros` writes all at once."""
     if device.type != "cpu" or math.prod(shape) == 0:
         return torch.zeros(*shape, dtype=dtype, device=device)
     size = math.prod(shape) * dtype.itemsize

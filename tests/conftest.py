@@ -10,12 +10,20 @@ import random
 import shutil
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 import transformers
-from support import searching
-from support.grids import mark_grids
+
+pytest.register_assert_rewrite("support")  # before it is imported: what is shared tells what it compared, as tests do
+
+from support import searching  # noqa: E402
+from support.grids import mark_grids  # noqa: E402
+
+if TYPE_CHECKING:
+    from support.snapshots import Stores
 
 torch.set_num_threads(1)
 # Without a GPU, Triton's kernels run in its interpreter; it asks for this once, when it is first imported.
@@ -60,3 +68,22 @@ def all_threads() -> Iterator[None]:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real Redis server, for the tests of one module."""
+    from support.snapshots import running_redis
+
+    with running_redis(tmp_path_factory.mktemp("redis")) as server:
+        yield server.url
+
+
+@pytest.fixture
+def stores(request: pytest.FixtureRequest, tmp_path: Path) -> "Iterator[Stores]":
+    """Opens stores of every kind in the test's folder, and closes them."""
+    from support.snapshots import Stores
+
+    opened = Stores(request, tmp_path)
+    yield opened
+    opened.close()

@@ -9,8 +9,8 @@ from functools import partial
 
 import pytest
 import torch
+from support.t3_models import likely_end, tiny_t3
 from support.whole import reference, short_s3gen, whole
-from t3_models import likely_end, tiny_t3
 
 from kvcache import MemoryStore, SpeakerCache
 from kvcache_chatterbox import ChatterboxEngine, SpeechScheduler, VocoderOptions
@@ -52,7 +52,7 @@ def tts(request):
 
 
 def engine(tts, **options):
-    return ChatterboxEngine(tts, speakers=SpeakerCache(MemoryStore("32MiB")), **options)
+    return ChatterboxEngine(tts, prefix_cache=SpeakerCache(MemoryStore("32MiB")), **options)
 
 
 @pytest.mark.parametrize(("backend", "seed"), [("off", 0), ("eager", 7)])

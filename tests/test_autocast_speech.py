@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from t3_models import tiny_t3
+from support.t3_models import tiny_t3
 
 from kvcache import MemoryStore, SpeakerCache
 from kvcache.events import subscribe
@@ -16,7 +16,7 @@ HALF = {"device_type": "cpu", "dtype": torch.bfloat16}
 
 
 def engine(kind, **options):
-    return ChatterboxEngine(stand_in(MODELS[kind]), speakers=SpeakerCache(MemoryStore("32MiB")), **options)
+    return ChatterboxEngine(stand_in(MODELS[kind]), prefix_cache=SpeakerCache(MemoryStore("32MiB")), **options)
 
 
 def request(ours, how):
@@ -92,7 +92,7 @@ def test_autocast_reaches_neither_clips_nor_the_vocoder_nor_the_watermark(tmp_pa
     model.watermarker = Marks()
     model.watermarker.apply_watermark = spied(model.watermarker.apply_watermark)
     (tmp_path / "clip.wav").write_bytes(bytes(range(100)))  # the stand-in makes a voice of any bytes
-    ours = ChatterboxEngine(model, speakers=SpeakerCache(MemoryStore("32MiB")))
+    ours = ChatterboxEngine(model, prefix_cache=SpeakerCache(MemoryStore("32MiB")))
     with torch.autocast(**HALF):
         ours.generate("Hello there.", max_new_tokens=6, audio_prompt_path=tmp_path / "clip.wav")
         for _ in ours.generate_stream("Hello there.", max_new_tokens=6):

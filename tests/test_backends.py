@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from support.families import FAMILIES, RELEASE, VOCABULARY, build, tiny, token_ids
+from support.inside import decoding as inside
 from transformers import (
     AttentionInterface,
     GenerationConfig,
@@ -20,7 +21,6 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from kvcache import CapacityError, GeometryError, InputError, KVCacheManager, MaxBytes, MaxTokens, SlidingWindow
 from kvcache.decoding import unsupported_reason
-from kvcache.decoding._wiring import attend
 from kvcache.models import own_attention
 
 NATIVE = {"llama", "mistral", "qwen2", "qwen3", "phi3", "gpt2", "gpt-neox", "opt", "cohere"}
@@ -172,10 +172,10 @@ def test_attention_that_is_told_more_than_it_computes_is_refused(more):
     query, keys, values = torch.randn(3, 2, 4, 5, 8).unbind()
     expected = torch.nn.functional.scaled_dot_product_attention(query[:, :, :1], keys, values).transpose(1, 2)
     harmless = {"dropout": 0.0, "is_causal": False, "position_ids": torch.zeros(2, 1), "use_cache": True, more: None}
-    torch.testing.assert_close(attend(None, query[:, :, :1], keys, values, None, **harmless)[0], expected)
+    torch.testing.assert_close(inside.attend(None, query[:, :, :1], keys, values, None, **harmless)[0], expected)
     for given in ({more: 0.5}, {"dropout": 0.5}):
         with pytest.raises(GeometryError, match=f"depends on {next(iter(given))}"):
-            attend(None, query[:, :, :1], keys, values, None, **given)
+            inside.attend(None, query[:, :, :1], keys, values, None, **given)
 
 
 def test_sinks_in_half_precision_are_left_to_generate():
@@ -209,7 +209,7 @@ def test_rerotation_layers_of_their_own_and_a_disabled_cache_are_left_to_generat
         manager = KVCacheManager(tiny("llama"), policy if given else [policy, policy], **given)
         same(manager, token_ids(2, 9), "eager", False, max_new_tokens=20, do_sample=False)
     manager = KVCacheManager(tiny("llama"))
-    manager.disable_kv_cache()
+    manager.enabled = False
     same(manager, token_ids(2, 9), "eager", False, max_new_tokens=8, do_sample=False)
 
 
@@ -232,7 +232,7 @@ def test_a_backend_that_fails_is_left_for_the_eager_one(monkeypatch, caplog):
     manager = KVCacheManager(tiny("llama"))
     ids = token_ids(1, 9)
     expected, _ = text(manager, ids, "off", max_new_tokens=30, do_sample=True)
-    monkeypatch.setattr("kvcache.decoding._backends.make_fx", lambda step: _breaking)
+    monkeypatch.setattr(inside.MAKE_FX, lambda step: _breaking)
     with caplog.at_level(logging.WARNING, "kvcache"):
         tokens, _ = text(manager, ids, "graph", max_new_tokens=30, do_sample=True)
     assert torch.equal(tokens, expected)
@@ -250,7 +250,7 @@ def test_closing_a_stream_gives_its_cache_back_and_release_frees_it():
     stream = manager.stream(token_ids(1, 9), max_new_tokens=50, chunk_size=4, backend="eager", do_sample=False)
     next(stream)
     stream.close()
-    (waiting,) = manager._decoder._pool._idle.values()
+    (waiting,) = inside.idle(inside.pool_of(manager)).values()
     assert waiting.kv.seen == [0]
     gone = weakref.ref(waiting.kv)
     del waiting, stream

@@ -18,11 +18,12 @@ if sys.platform == "win32":
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-import bench_sides
 import common
 import processes
-from bench_sides import MIB, ends, growing, parent, steady
 from processes import Failure, Group, Measured, Phase, Processes, resident
+from support.bench_sides import MIB, ends, growing, parent, steady
+
+ROOT = Path(__file__).resolve().parents[1]
 
 pytestmark = pytest.mark.one_release
 
@@ -175,7 +176,7 @@ def test_nothing_is_left_after_an_interrupt(trace, monkeypatch):
     def interrupted(side, meanwhile):
         raise KeyboardInterrupt  # as Ctrl-C does, which a shell's background job would not be sent
 
-    monkeypatch.setattr(processes._Side, "answer", interrupted)
+    monkeypatch.setattr("processes._Side.answer", interrupted)
     with pytest.raises(KeyboardInterrupt):
         Processes({"a": (steady, trace, "a")}, 1).run([Phase(1)])
 
@@ -183,10 +184,11 @@ def test_nothing_is_left_after_an_interrupt(trace, monkeypatch):
 @linux
 def test_a_side_that_is_being_prepared_ends_with_a_parent_that_is_killed(trace):
     os.mkfifo(trace)  # so that reading waits for what the side writes
-    folders = [str(Path(module.__file__).parent) for module in (processes, bench_sides)]
+    folders = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
     code = (
         "import sys; sys.path[:0] = sys.argv[2:]\n"
-        "import bench_sides, processes\n"
+        "import processes\n"
+        "from support import bench_sides\n"
         "processes.Processes({'a': (bench_sides.stuck, sys.argv[1], 'a')}, 1).run([processes.Phase(1)])"
     )
     runs = subprocess.Popen([sys.executable, "-c", code, trace, *folders], stderr=subprocess.DEVNULL)

@@ -12,14 +12,15 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from support.families import tiny, token_ids
+from support.inside.decoding import AsyncItems, idle, maker_of
+from support.inside.speech import pool_of
 from support.searching import examples
+from support.t3_models import tiny_t3
 from support.waiting import until, until_async
-from t3_models import tiny_t3
 
 from kvcache import KVCacheManager, MemoryStore, SpeakerCache
 from kvcache.decoding import as_async, from_worker
-from kvcache.decoding._streaming import AsyncItems
-from kvcache.testing._leaks import no_leaks
+from kvcache.testing import no_leaks
 from kvcache_chatterbox import ChatterboxEngine, SpeechScheduler, byte_tokens, random_conditionals, stand_in
 
 pytestmark = pytest.mark.one_release
@@ -104,7 +105,7 @@ def test_another_thread_has_the_state_of_torch_of_who_asks(kind):
     assert (list(told), asyncio.run(read())) == ([expected], expected)
     with ThreadPoolExecutor(1) as pool:  # whose thread goes on to other work
         before = pool.submit(state).result()
-        assert pool.submit(items._make).result() == (expected,)
+        assert pool.submit(maker_of(items)).result() == (expected,)
         assert pool.submit(state).result() == before
 
 
@@ -258,7 +259,9 @@ def test_closed_before_its_first_item_and_forgotten_between_two_it_leaves_nothin
 @functools.cache
 def speech():
     model = stand_in(tiny_t3("english"))
-    engine = ChatterboxEngine(model, speakers=SpeakerCache(MemoryStore("64MiB")))  # a disk's has a thread that writes
+    engine = ChatterboxEngine(
+        model, prefix_cache=SpeakerCache(MemoryStore("64MiB"))
+    )  # a disk's has a thread that writes
     text, voice = byte_tokens(model.t3, "hello there"), random_conditionals(model.t3)
     return engine, {"text_tokens": text, "t3_cond": voice, "max_new_tokens": 30, "seed": 0}
 
@@ -361,7 +364,7 @@ def test_200_random_cancels_of_streams_leave_nothing_behind():
     with no_leaks(engine.t3, manager("off").model, allow=lambda held: isinstance(held, torch.Tensor)):
         run(main)
     assert sum(ended) > len(ended) / 4
-    assert list(engine._stepper._pool._idle) == [2]  # one place, which waits for the next request
+    assert list(idle(pool_of(engine))) == [2]  # one place, which waits for the next request
 
 
 @pytest.mark.search

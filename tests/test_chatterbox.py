@@ -10,43 +10,21 @@ from functools import partial
 
 import pytest
 import torch
+from support.inside import decoding as inside
+from support.inside.speech import READS_HALF_CACHES, AlignmentCheck, Stepper, pool_of, punc_norm
 from support.searching import examples, steps
-from t3_models import UPSTREAMS_WARNINGS, fingerprint, likely_end, tiny_t3
+from support.t3_models import UPSTREAMS_WARNINGS, fingerprint, likely_end, tiny_t3
+from support.upstream import model, upstream, voice
 
 from kvcache import CapacityError, InputError, MaxBytes, MaxTokens, PolicyError, SlidingWindow
-from kvcache.decoding import _backends as backends
 from kvcache.models import check_precision
-from kvcache_chatterbox import ChatterboxEngine, byte_tokens, load_t3, random_conditionals, stand_in
-from kvcache_chatterbox.speech._step_engine import Stepper
-from kvcache_chatterbox.testing._stand_in import punc_norm
+from kvcache_chatterbox import ChatterboxEngine, byte_tokens, load_t3, stand_in
 
 pytestmark = UPSTREAMS_WARNINGS
+
 TEXT = "The birch canoe slid on the smooth planks."
 LONG = steps(200)
 SEEDS = range(5)
-MODELS = {}
-
-
-def model(kind):
-    if kind not in MODELS:
-        MODELS[kind] = tiny_t3(kind)
-        if kind == "gpt":  # among 6,563 tokens the stop token would turn up in some runs of 200
-            MODELS[kind].speech_head.bias.data[MODELS[kind].hp.stop_speech_token] = -20
-    return MODELS[kind]
-
-
-def voice(t3, seed=0):
-    return random_conditionals(t3, seed)
-
-
-def upstream(t3, text, tokens, seed, **settings):
-    torch.manual_seed(seed)
-    if t3.is_gpt:  # it makes one token more than asked for
-        return t3.inference_turbo(t3_cond=voice(t3), text_tokens=text, max_gen_len=tokens - 1, **settings)
-    rows = torch.cat([text, text])
-    result = t3.inference(t3_cond=voice(t3), text_tokens=rows, max_new_tokens=tokens, **settings)
-    t3.__dict__["_modules"].pop("patched_model", None)  # upstream registers its backbone a second time
-    return result
 
 
 def ours(t3, text, tokens, seed, chunk_size=25, **settings):
@@ -106,7 +84,6 @@ def test_multilingual_tokens_are_upstreams_and_no_hook_stays(seed):
 
 
 def test_the_alignment_read_from_three_heads_is_upstreams():
-    alignment = importlib.import_module("kvcache_chatterbox.speech._alignment")
     reference, t3 = tiny_t3("multilingual"), model("multilingual")
     seen = []
     analyzer = importlib.import_module("chatterbox.models.t3.t3").AlignmentStreamAnalyzer
@@ -123,7 +100,7 @@ def test_the_alignment_read_from_three_heads_is_upstreams():
         ours(t3, byte_tokens(t3, TEXT), 40, 1)
     finally:
         analyzer.step = step
-    assert alignment.AlignmentCheck.wanted(t3)
+    assert AlignmentCheck.wanted(t3)
     theirs = [a for name, a in seen if name == "AlignmentStreamAnalyzer"]
     mine = [a for name, a in seen if name == "Analyzer"]
     assert len(theirs) == len(mine) > 1  # its repetition check may end the speech before 40 tokens
@@ -154,11 +131,11 @@ def test_without_a_cache_the_tokens_are_the_same(kind):
     request = {"t3_cond": voice(t3), "text_tokens": text, "max_new_tokens": 40, "seed": 3}
     cached = torch.cat(list(engine.inference_stream(**request)), 1)
     assert engine.report().nbytes > 0
-    engine.disable_kv_cache()
+    engine.enabled = False
     assert not engine.enabled
     assert torch.equal(torch.cat(list(engine.inference_stream(**request)), 1), cached)
     assert not engine.report().enabled
-    engine.enable_kv_cache()
+    engine.enabled = True
     assert torch.equal(torch.cat(list(engine.inference_stream(**request)), 1), cached)
     assert engine.report().enabled
 
@@ -391,9 +368,6 @@ def test_suspended_streams_leave_the_caller_out_of_inference_mode():
     stream.close()
 
 
-# ---------------------------------------------------------------------- the decode engine
-
-
 def spoken(engine, text, tokens, seed, who=0, chunk_size=25, **settings):
     chunks = engine.inference_stream(
         t3_cond=voice(engine.t3, who),
@@ -427,7 +401,7 @@ def test_every_backend_says_upstreams_tokens(kind, backend):
 @pytest.mark.parametrize("kind", ["english", "gpt"])
 def test_five_hundred_greedy_tokens_on_every_backend(kind, monkeypatch):
     # torch's compiler without its slow half, which test_decode_full.py has
-    monkeypatch.setattr(backends, "Compiled", partial(backends.Compiled, compiler="aot_eager"))
+    monkeypatch.setattr(inside.COMPILED, partial(inside.Compiled, compiler="aot_eager"))
     t3 = model(kind)
     text = byte_tokens(t3, TEXT)
     said = {
@@ -488,7 +462,7 @@ def precise(name):
 @pytest.mark.parametrize("tiles", [True, False])
 @pytest.mark.parametrize("kind", ["english", "gpt"])
 def test_fewer_bits_are_close_and_keep_requests_apart(kind, precision, tiles, monkeypatch):
-    monkeypatch.setattr("kvcache_chatterbox.speech._decoder.reads_half_caches", lambda: tiles)
+    monkeypatch.setattr(READS_HALF_CACHES, lambda: tiles)
     t3 = model(kind)
     before = fingerprint(t3)
     seen = []
@@ -539,12 +513,12 @@ def test_release_lets_go_of_what_waits():
     text = byte_tokens(t3, TEXT)
     engine = ChatterboxEngine(t3, backend="graph")
     said = spoken(engine, text, 10, 0)
-    [waiting] = engine._stepper._pool._idle.values()
+    [waiting] = inside.idle(pool_of(engine)).values()
     held = weakref.ref(waiting)
     del waiting
     engine.release()
     gc.collect()
-    assert engine._stepper._pool._idle == {}
+    assert inside.idle(pool_of(engine)) == {}
     assert held() is None
     assert torch.equal(spoken(engine, text, 10, 0), said)
     ChatterboxEngine(t3, backend="off").release()  # there is nothing to do

@@ -8,17 +8,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.inside.speech import S3GEN_SIL, AudioStream, ToneVocoder, model_of, punc_norm
 from support.searching import search
+from support.speech import tts
 from support.vocoders import NOBODY, Told
-from t3_models import tiny_t3
 
 from kvcache import InputError
 from kvcache.models import looks_on
 from kvcache_chatterbox import ChatterboxEngine, Chunking, byte_tokens
 from kvcache_chatterbox.audio import CONTEXT, Joints, SegmentedAudio, Speaker, heard
-from kvcache_chatterbox.audio._segmented import AudioStream
-from kvcache_chatterbox.testing import stand_in
-from kvcache_chatterbox.testing._stand_in import S3GEN_SIL, ToneVocoder, punc_norm
 from kvcache_chatterbox.units import SAMPLES_PER_TOKEN
 from kvcache_chatterbox.upstream import upstream_t3
 from kvcache_chatterbox.vocoder import LEAD, SeededNoise
@@ -98,18 +96,6 @@ def test_a_joint_without_enough_context_is_faded_and_not_a_click():
     assert jumps[LEAD] < jumps[0]
 
 
-class Watermarker:
-    def apply_watermark(self, audio, sample_rate):
-        assert sample_rate == 24000
-        return audio + 1.0
-
-
-def tts(kind):
-    model = stand_in(tiny_t3(kind))
-    model.watermarker = Watermarker()
-    return model
-
-
 @pytest.mark.parametrize("kind", ["english", "gpt", "multilingual"])
 def test_streamed_audio_is_the_whole_audio(kind):
     model = tts(kind)
@@ -167,14 +153,15 @@ def test_voices_and_emotions_are_of_the_request_alone(tmp_path):
 
 
 def test_bad_texts_and_voices_are_refused():
-    engine = ChatterboxEngine(tts("multilingual"))
+    model = tts("multilingual")
+    engine = ChatterboxEngine(model)
     with pytest.raises(InputError, match="text is empty"):
         engine.generate_stream("  ", language_id="fr")
     with pytest.raises(InputError, match="'xx' is not one of ar, da, de,"):
         engine.generate_stream("Bonjour", language_id="xx")
     with pytest.raises(InputError, match="None is not one of ar, da, de,"):
         engine.generate("Bonjour")
-    engine._speaker._tts.conds = None
+    model.conds = None
     with pytest.raises(InputError, match="there is no voice"):
         engine.generate("Bonjour", language_id="fr")
 
@@ -207,8 +194,8 @@ def laid_out(speaker, voice, segments, pause, joined):
     said = [tokens[0] for tokens in segments if tokens.numel()]
     if not said:
         return torch.zeros(0), torch.zeros(1)
-    ending = torch.full((3,), S3GEN_SIL)[: 3 if speaker._tts.t3.is_gpt else 0]
-    vocode = functools.partial(speaker._tts.s3gen.inference, ref_dict=voice.gen)
+    ending = torch.full((3,), S3GEN_SIL)[: 3 if model_of(speaker).t3.is_gpt else 0]
+    vocode = functools.partial(model_of(speaker).s3gen.inference, ref_dict=voice.gen)
     if joined:
         together = vocode(torch.cat([*said, ending]))[0][0]
         lengths = [960 * tokens.numel() for tokens in said]

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.clocks import Clock
+from support.inside.speech import GROWTH, SECOND, Cost, Listener, Pace
 from support.searching import search
 
 from kvcache import InputError
 from kvcache_chatterbox.audio import Chunking, chunking_of
-from kvcache_chatterbox.audio._chunking import GROWTH, SECOND, Cost, Listener, Pace
 from kvcache_chatterbox.units import TOKENS_PER_SECOND
 
 BEFORE = 100  # tokens of reference and context

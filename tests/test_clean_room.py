@@ -26,9 +26,8 @@ EXTRAS = ["chatterbox", "metrics", "plot", "redis", "remote", "server", "bench",
 # What each of the extras is for, in a line; the commands come after it.
 CHECK = """
 import json, sys
-from kvcache.tools._doctor import diagnose, healthy
-from kvcache.tools._planning import plan
-from kvcache.tools._targets import Setting, subject
+from kvcache.decoding import Setting
+from kvcache.tools import diagnose, healthy, plan, subject
 extra, folder = sys.argv[1:]
 found = diagnose()
 states = {finding.name: finding.state for finding in found}
@@ -130,7 +129,8 @@ def environment_with(extra, core, wheel, folder):
 def documented(page, after):
     """The commands of the first shell block behind these words of a page."""
     text = (ROOT / "docs" / page).read_text()
-    return re.search(r"^```sh\n(.*?)^```$", text[text.index(after) :], re.MULTILINE | re.DOTALL)[1].splitlines()
+    block = re.search(r"^```sh\n(.*?)^```$", text[text.index(after) :], re.MULTILINE | re.DOTALL)[1]
+    return block.replace("\\\n", "").splitlines()
 
 
 def test_the_commands_alone(core, wheel, model, tmp_path):
@@ -169,7 +169,7 @@ def test_the_documented_installation_of_audio(release, core, tmp_path):
     (commands / "pip").chmod(0o755)
     path = f"{commands}{os.pathsep}{os.environ['PATH']}"
     lines = documented("chatterbox.md", "Audio needs what")
-    assert len(lines) == 2
+    assert len(lines) == 3
     for line in lines:
         ended = subprocess.run(
             ["sh", "-e", "-c", line], cwd=ROOT, env=os.environ | {"PATH": path}, capture_output=True, text=True

@@ -10,17 +10,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.commands import COMMANDS, NEEDED, WRONG, places, refused  # noqa: F401
+from support.inside.commands import bytes_of, shown_room
+from support.inside.tools import ENTRY_POINTS, PLANNED_PROCESS_BYTES, LanguageTarget
 from support.searching import search
-from test_cli import COMMANDS, NEEDED, WRONG, places, refused  # noqa: F401
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvcache import InputError, MissingDependencyError
 from kvcache.cli import main
-from kvcache.cli._common import bytes_of
-from kvcache.cli._plan import _room
 from kvcache.tools import Room, room, subject
-from kvcache.tools import _targets as subjects
-from kvcache.tools._targets import LanguageTarget
 
 pytestmark = pytest.mark.one_release
 
@@ -83,7 +81,7 @@ def whole(tmp_path_factory):
 def one_line(monkeypatch, capsys):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("kvcache.tools._planning.process_bytes", lambda precision: 400 * 2**20)
+    monkeypatch.setattr(PLANNED_PROCESS_BYTES, lambda precision: 400 * 2**20)
 
     def ask(arguments):
         code = main(arguments)
@@ -164,7 +162,7 @@ def test_every_command_meets_twenty_kinds_of_bad_input(name, refused):  # noqa: 
     assert len(HOSTILE) >= 20
     arguments = NEEDED[name]
     for hostile in HOSTILE:
-        surplus = name == "voices verify" and not hostile[0].startswith("--")  # which takes an address, or none
+        surplus = name == "prefixes verify" and not hostile[0].startswith("--")  # which takes an address, or none
         refused(name, [*arguments, *(["ab"] if surplus else []), *hostile])
     assert len(HOSTILE) + len(WRONG[name]) >= 25
 
@@ -198,7 +196,7 @@ def room_of(whole, capsys, *options):
 
 @pytest.fixture
 def light(monkeypatch):
-    monkeypatch.setattr("kvcache.tools._planning.process_bytes", lambda precision: 400 * 2**20)
+    monkeypatch.setattr(PLANNED_PROCESS_BYTES, lambda precision: 400 * 2**20)
 
 
 @pytest.mark.slow
@@ -213,8 +211,8 @@ def test_c5_a_shorter_request_that_fits_is_named(whole, light, capsys):
     assert room_of(whole, capsys, "--length", str(room["alone"]))[1]["total"] <= one
     made = SimpleNamespace(length=60, requests=16)
     fit = Room(2**20, False, 0, False, 0, False, 50)
-    assert _room(made, fit) == "1.0 MiB has room for no request of 60 tokens, but for 1 request of 50"
-    assert _room(made, replace(fit, alone=0)) == "1.0 MiB is too little for any request"
+    assert shown_room(made, fit) == "1.0 MiB has room for no request of 60 tokens, but for 1 request of 50"
+    assert shown_room(made, replace(fit, alone=0)) == "1.0 MiB is too little for any request"
 
 
 @search(100)
@@ -273,7 +271,7 @@ def entries(monkeypatch, **loads):
         def __init__(self, name):
             self.name, self.load, self.dist, self.value = name, loads[name], None, name
 
-    monkeypatch.setattr(subjects, "entry_points", lambda group: [Entry(name) for name in loads])
+    monkeypatch.setattr(ENTRY_POINTS, lambda group: [Entry(name) for name in loads])
 
 
 def lacking():

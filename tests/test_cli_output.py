@@ -14,12 +14,13 @@ from support.folders import weightless_llama
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 
-from snapshots import cold, voice
+from support.inside.commands import PLAN, print_json, shown_bytes
+from support.inside.tools import PLANNED_PROCESS_BYTES
+from support.snapshots import cold, voice
 
 from kvcache import cli
 from kvcache.cache import pack
 from kvcache.cli import main
-from kvcache.cli._common import print_json, shown_bytes
 from kvcache.io import Redactor, printable
 from kvcache.prefixes.stores import DiskStore
 from kvcache.tools import Finding
@@ -39,7 +40,7 @@ def folder(tmp_path_factory):
 def places(monkeypatch, tmp_path):
     monkeypatch.setenv("KVCACHE_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("KVCACHE_STORE", raising=False)
-    monkeypatch.setattr("kvcache.tools._planning.process_bytes", lambda precision: 400 * 2**20)
+    monkeypatch.setattr(PLANNED_PROCESS_BYTES, lambda precision: 400 * 2**20)
 
 
 def told(monkeypatch, arguments, encoding):
@@ -66,7 +67,7 @@ def test_c8_an_encoding_that_has_not_every_character(encoding, folder, monkeypat
 
 
 @full
-@pytest.mark.parametrize("arguments", [["voices", "list"], ["plan", "FOLDER", "--json"], ["--help"]], ids=str)
+@pytest.mark.parametrize("arguments", [["prefixes", "list"], ["plan", "FOLDER", "--json"], ["--help"]], ids=str)
 def test_c8_a_full_device(arguments, folder, monkeypatch, capsys):
     with open("/dev/full", "w") as device:
         monkeypatch.setattr(sys, "stdout", device)
@@ -100,7 +101,7 @@ def test_c8_an_interrupt_in_a_command(folder, monkeypatch, capsys):
     def interrupted(*given, **more):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kvcache.cli._plan.plan", interrupted)
+    monkeypatch.setattr(PLAN, interrupted)
     assert main(["plan", folder]) == 130
     assert "Traceback" not in capsys.readouterr().err
     monkeypatch.setattr(cli, "application", interrupted)
@@ -132,7 +133,7 @@ def test_c8_as_a_process(set_up, output, code, says):
     """As a shell has it."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "adapters")))}
     with open(output or os.devnull, "w") as to:
-        command = [sys.executable, "-c", f"{PROCESS}{set_up}run()", "voices", "list"]
+        command = [sys.executable, "-c", f"{PROCESS}{set_up}run()", "prefixes", "list"]
         ended = subprocess.run(command, env=environment, stdout=to, stderr=subprocess.PIPE, text=True, timeout=100)
     assert ended.returncode == code and says in ended.stderr
     assert len(ended.stderr.splitlines()) == bool(says)
@@ -158,7 +159,7 @@ def test_c8_figures_are_whole_in_a_narrow_terminal(columns, folder, monkeypatch,
     for size in parts.values():
         if size:
             assert f" {shown_bytes(size)} " in out
-    assert main(["voices", "list"]) == 0
+    assert main(["prefixes", "list"]) == 0
     assert "…" not in capsys.readouterr().out
 
 
@@ -206,7 +207,7 @@ def test_text_that_steers_a_terminal_is_shown_as_text(tmp_path, capsys):
         ([f"--{STEERING}"], 2),
         ([STEERING], 2),
     ):
-        assert main(["voices", *arguments]) in ({0, 1, 2} if code is None else {code})
+        assert main(["prefixes", *arguments]) in ({0, 1, 2} if code is None else {code})
         said += capsys.readouterr()
     assert not steers("".join(said))
     assert said[4].count("�") >= 5 and "model" in said[4]  # shown, and in one line
@@ -218,11 +219,11 @@ def test_text_that_steers_a_terminal_is_shown_as_text(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["[/x]", "[prod]", ":cat:", "[link=x]"])
 def test_names_are_no_markup(name, tmp_path, capsys, folder, monkeypatch):
     file = stranger(tmp_path / name, model=name)
-    assert main(["voices", "list", "--store", str(file.parent)]) == 0
+    assert main(["prefixes", "list", "--store", str(file.parent)]) == 0
     out = capsys.readouterr().out
     assert f"{file.parent}: 2 prefixes" in out.replace("\n", "")
     assert f"│ {name[:8]} " in out
-    assert main(["voices", "show", "abab", "--store", str(file.parent)]) == 0
+    assert main(["prefixes", "show", "abab", "--store", str(file.parent)]) == 0
     assert f" {name}\n" in capsys.readouterr().out
     model = tmp_path / "models" / name
     model.parent.mkdir(parents=True)

@@ -9,6 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 pytest.importorskip("typer")
 pytest.importorskip("rich")
 
+from support.inside.tools import PLANNED_PROCESS_BYTES
+
 from kvcache.cli import main
 from kvcache.decoding import Setting
 from kvcache.tools import subject
@@ -31,7 +33,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def process(monkeypatch):
     """As much as a new process holds: this one may hold what other tests left, and more at the second call."""
-    monkeypatch.setattr("kvcache.tools._planning.process_bytes", lambda precision: 400 * 2**20)
+    monkeypatch.setattr(PLANNED_PROCESS_BYTES, lambda precision: 400 * 2**20)
 
 
 def test_json_says_what_the_cache_will_hold(folder, capsys):

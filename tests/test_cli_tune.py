@@ -4,10 +4,10 @@ import json
 
 import pytest
 from support.families import build
+from support.inside.tools import LanguageTarget
 
 from kvcache import KVCacheManager, TuningProfile
 from kvcache.cli import main
-from kvcache.tools._targets import LanguageTarget
 
 pytestmark = pytest.mark.one_release
 

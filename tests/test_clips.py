@@ -5,14 +5,14 @@ import hashlib
 
 import pytest
 import torch
-from snapshots import running_redis
+from support.inside.speech import StandIn, reseed
+from support.snapshots import running_redis
+from support.t3_models import UPSTREAMS_WARNINGS, tiny_t3
 from support.whole import clip, whole
-from t3_models import UPSTREAMS_WARNINGS, tiny_t3
 
 from kvcache import DiskStore, MemoryStore, PrefixSnapshot, RedisStore, RemoteStore, SpeakerCache, TieredStore
 from kvcache.events import subscribe
 from kvcache_chatterbox import ChatterboxEngine, stand_in
-from kvcache_chatterbox.testing._stand_in import StandIn
 from kvcache_chatterbox.voices import Voice, clip_key, encoder_of, kept_bytes, packed
 
 pytestmark = [*UPSTREAMS_WARNINGS, pytest.mark.one_release, pytest.mark.filterwarnings("ignore")]
@@ -73,7 +73,7 @@ def file(tmp_path):
 def heard(store, file, model=None, **options):
     """The voice of a clip, as a new process would have it; how often a clip was encoded; and what was told."""
     told, before = [], len(COUNTED)
-    ours = ChatterboxEngine(Encodes() if model is None else model, speakers=SpeakerCache(store), **options)
+    ours = ChatterboxEngine(Encodes() if model is None else model, prefix_cache=SpeakerCache(store), **options)
     with subscribe(lambda event: told.append((event.kind, event.reason)), ("hit", "built", "refused")):
         voice = ours.voice_of(None, file)
     return voice, len(COUNTED) - before, [kind for kind, _ in told]
@@ -129,7 +129,7 @@ def test_a_voice_from_a_store_speaks_as_the_one_that_was_encoded(file):
     store = MemoryStore("32MiB")
     said = []
     for _ in range(2):
-        ours = ChatterboxEngine(Encodes(), speakers=SpeakerCache(store))
+        ours = ChatterboxEngine(Encodes(), prefix_cache=SpeakerCache(store))
         ours.add_voice("sarah", file)
         said.append(ours.generate("Hello there.", voice="sarah", max_new_tokens=8, seed=0))
     assert len(COUNTED) == 1 and torch.equal(*said)
@@ -149,7 +149,7 @@ def other_speaker_encoder(model, file):
 
 
 def other_setting(model, file):
-    model._seed = 5
+    reseed(model, 5)
 
 
 def other_prompt(model, file):
@@ -177,10 +177,10 @@ def test_what_decides_the_voice_is_in_its_key(change, file):
 
 def test_a_change_is_noticed_by_an_engine_that_knows_the_clip(file):
     model = Encodes()
-    ours = ChatterboxEngine(model, speakers=SpeakerCache(MemoryStore("1MiB")))
+    ours = ChatterboxEngine(model, prefix_cache=SpeakerCache(MemoryStore("1MiB")))
     first = ours.voice_of(None, file)
     assert ours.voice_of(None, file) is not None and len(COUNTED) == 1
-    model._seed = 7
+    reseed(model, 7)
     second = ours.voice_of(None, file)
     assert len(COUNTED) == 2 and not torch.equal(first.t3.speaker_emb, second.t3.speaker_emb)
 
@@ -293,11 +293,11 @@ def test_the_entry_of_a_clip_takes_what_is_planned():
 def test_upstreams_own_encoding_is_kept(tmp_path):
     model, file = whole("english"), clip(tmp_path / "clip.wav", 3)
     store = DiskStore(tmp_path / "store")
-    first = ChatterboxEngine(model, speakers=SpeakerCache(store)).voice_of(None, file)
+    first = ChatterboxEngine(model, prefix_cache=SpeakerCache(store)).voice_of(None, file)
     assert store.nbytes > first.gen["prompt_feat"].nbytes
     model.t3 = tiny_t3("english")  # as another process would have it
     told = []
     with subscribe(lambda event: told.append(event.kind), ("hit", "built", "refused")):
-        again = ChatterboxEngine(model, speakers=SpeakerCache(DiskStore(tmp_path / "store"))).voice_of(None, file)
+        again = ChatterboxEngine(model, prefix_cache=SpeakerCache(DiskStore(tmp_path / "store"))).voice_of(None, file)
     assert told == ["hit"]
     same(first, again)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.inside.models import ALL_ROWS, FEW_ROWS, ONEDNN_ROWS
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from kvcache.models import _onednn as cpu
 from kvcache.models import onednn_linear, onednn_rows
 
 
@@ -32,12 +32,12 @@ def run(layer, states):
 
 @pytest.fixture
 def intel(monkeypatch):
-    monkeypatch.setattr(cpu, "onednn_rows", lambda: cpu._FEW)
+    monkeypatch.setattr(ONEDNN_ROWS, lambda: FEW_ROWS)
 
 
 @pytest.fixture
 def other(monkeypatch):
-    monkeypatch.setattr(cpu, "onednn_rows", lambda: cpu._ALL)
+    monkeypatch.setattr(ONEDNN_ROWS, lambda: ALL_ROWS)
 
 
 def check(layer, shape, suits):

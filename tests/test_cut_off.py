@@ -4,7 +4,8 @@ import asyncio
 
 import pytest
 import torch
-from t3_models import likely_end, tiny_t3
+from support.inside.speech import speaker_of
+from support.t3_models import likely_end, tiny_t3
 
 from kvcache import MemoryStore, SpeakerCache
 from kvcache.events import subscribe
@@ -19,7 +20,7 @@ GIVEN = {"language_id": "en", "segment_characters": 20, "seed": 3}
 def engine(kind, ends, **options):
     """By 30 every token is the stop token, by -30 none is."""
     t3 = likely_end(tiny_t3(kind), by=ends)
-    return ChatterboxEngine(stand_in(t3), speakers=SpeakerCache(MemoryStore("8MiB")), **options)
+    return ChatterboxEngine(stand_in(t3), prefix_cache=SpeakerCache(MemoryStore("8MiB")), **options)
 
 
 def watched(run):
@@ -48,14 +49,14 @@ def test_an_end_in_the_very_last_token_is_an_end():
     ours = engine("english", 0.0)
     with torch.no_grad():
         ours.t3.speech_head.weight.mul_(12)
-    tokens = ours._with_vocoder().tokenize("Hello.", None)
+    tokens = speaker_of(ours).tokenize("Hello.", None)
     given = {"text_tokens": tokens, "voice": ours.voice_of(None), "temperature": 0.0}
     [said] = ours.inference_stream(**given, max_new_tokens=4, chunk_size=9)
     assert ours.report().cut_off == (0,)
     ours.t3.hp.stop_speech_token = int(said[0, -1])
     if int(said[0, -1]) not in said[0, :-1].tolist():
         for backend in ("eager", "off"):
-            ends = ChatterboxEngine(ours.t3, backend=backend, speakers=SpeakerCache(MemoryStore("8MiB")))
+            ends = ChatterboxEngine(ours.t3, backend=backend, prefix_cache=SpeakerCache(MemoryStore("8MiB")))
             assert watched(lambda: list(ends.inference_stream(**given, max_new_tokens=4))) == []  # noqa: B023
             assert ends.report().cut_off == ()
 

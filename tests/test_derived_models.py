@@ -5,12 +5,11 @@ from types import ModuleType
 
 import pytest
 import torch
-from t3_models import tiny_t3
+from support.inside.speech import AlignmentCheck, StandIn
+from support.t3_models import tiny_t3
 
 from kvcache import InputError, MemoryStore, SpeakerCache
 from kvcache_chatterbox import ChatterboxEngine, random_conditionals, stand_in
-from kvcache_chatterbox.speech._alignment import AlignmentCheck
-from kvcache_chatterbox.testing._stand_in import StandIn
 from kvcache_chatterbox.upstream import beside, needed_beside
 
 pytestmark = pytest.mark.one_release
@@ -32,7 +31,7 @@ def derived(t3):
 
 def said(tts, **given):
     """Samples of a short text, in the language that some variants ask for."""
-    engine = ChatterboxEngine(tts, speakers=SpeakerCache(MemoryStore("32MiB")))
+    engine = ChatterboxEngine(tts, prefix_cache=SpeakerCache(MemoryStore("32MiB")))
     torch.manual_seed(0)
     return engine.generate("hello there. My  friend", language_id="en", max_new_tokens=12, **given)
 

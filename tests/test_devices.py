@@ -1,25 +1,24 @@
-"""Devices that are neither a CPU nor a CUDA GPU: an "mps" that is not there, see `fake_device`."""
+"""Devices that are neither a CPU nor a CUDA GPU: an "mps" that is not there, see `support.fake_device`."""
 
 import pytest
 import torch
-from fake_device import Away, an_mps_device, moved
+from support.fake_device import Away, an_mps_device, moved
 from support.families import build, tiny, token_ids
+from support.inside.decoding import check_backend, default_generator
 
 from kvcache import (
     H2O,
     AdaKV,
     InputError,
     KVCacheManager,
+    KVQuantization,
     MemoryStore,
-    Quantization,
     SlidingWindow,
     SnapKV,
     SpeakerCache,
 )
 from kvcache.cache import KeyRotation
 from kvcache.decoding import backend_for, backend_on, kernel_reason
-from kvcache.decoding._backends import check_backend
-from kvcache.decoding._engine import default_generator
 from kvcache.models import looks_on
 
 XPU = torch.device("xpu", 0)
@@ -72,8 +71,8 @@ def test_the_double_is_as_strict_as_the_device(mps):
 @pytest.mark.parametrize("how", ["generate", "off", "eager", "auto"])
 @pytest.mark.parametrize("policy", [None, SlidingWindow(16, sinks=2)], ids=str)
 def test_the_same_tokens_as_on_a_cpu(model, mps, how, settings, policy):
-    expected = run(KVCacheManager(tiny("llama"), policy, speakers=memory()), token_ids(), how, **settings)
-    manager = KVCacheManager(model, policy, speakers=memory())
+    expected = run(KVCacheManager(tiny("llama"), policy, prefix_cache=memory()), token_ids(), how, **settings)
+    manager = KVCacheManager(model, policy, prefix_cache=memory())
     assert torch.equal(run(manager, token_ids().to(mps), how, **settings), expected)
     report = manager.report()
     assert report.fallback is None
@@ -83,9 +82,9 @@ def test_the_same_tokens_as_on_a_cpu(model, mps, how, settings, policy):
 @pytest.mark.parametrize("how", ["generate", "off", "eager"])
 def test_an_end_token_ends_a_text_where_it_stands(model, mps, how):
     """There `generate` looks a step behind, and takes one token too many back from the cache: a limit has to hold that one."""
-    expected = run(KVCacheManager(tiny("llama"), speakers=memory()), token_ids(1), how, **GREEDY)
+    expected = run(KVCacheManager(tiny("llama"), prefix_cache=memory()), token_ids(1), how, **GREEDY)
     end = int(expected[0, 5])
-    manager = KVCacheManager(model, speakers=memory())
+    manager = KVCacheManager(model, prefix_cache=memory())
     said = run(manager, token_ids(1).to(mps), how, eos_token_id=end, **GREEDY)
     stop = expected[0].tolist().index(end) + 1
     assert torch.equal(said, expected[:, :stop])
@@ -96,7 +95,7 @@ def test_an_end_token_ends_a_text_where_it_stands(model, mps, how):
 @pytest.mark.parametrize("how", ["generate", "eager"])
 def test_prefixes_live_there(model, mps, how):
     prefix = token_ids(1, 9, seed=4)
-    here, there = KVCacheManager(tiny("llama"), speakers=memory()), KVCacheManager(model, speakers=memory())
+    here, there = KVCacheManager(tiny("llama"), prefix_cache=memory()), KVCacheManager(model, prefix_cache=memory())
     for manager, ids in ((here, prefix), (there, prefix.to(mps))):
         manager.add_prefix("before", ids)
     expected = run(here, token_ids(), how, prefix="before", **GREEDY)
@@ -107,21 +106,23 @@ def test_prefixes_live_there(model, mps, how):
 
 KINDS = {
     "re-rotated": {"policy": SlidingWindow(16, sinks=2), "positions": "rerotated"},
-    "few bits": {"quantization": Quantization(8)},
-    "ranked": {"policy": H2O(16, recent=8)},
-    "by head": {"policy": AdaKV(SnapKV(16, recent=6))},
+    "few bits": {"storage": KVQuantization(8)},
+    "ranked": {"policy": H2O(16, window_size=8)},
+    "by head": {"policy": AdaKV(SnapKV(16, window_size=6))},
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_kinds_of_caches_live_there(model, mps, kind):
-    expected = run(KVCacheManager(tiny("llama"), speakers=memory(), **KINDS[kind]), token_ids(), "generate", **GREEDY)
-    manager = KVCacheManager(model, speakers=memory(), **KINDS[kind])
+    expected = run(
+        KVCacheManager(tiny("llama"), prefix_cache=memory(), **KINDS[kind]), token_ids(), "generate", **GREEDY
+    )
+    manager = KVCacheManager(model, prefix_cache=memory(), **KINDS[kind])
     assert torch.equal(run(manager, token_ids().to(mps), "generate", **GREEDY), expected)
 
 
 def test_a_cache_is_saved_there_and_goes_on(model, mps):
-    manager = KVCacheManager(model, speakers=memory())
+    manager = KVCacheManager(model, prefix_cache=memory())
     cache = manager.new_cache()
     first = manager.generate(token_ids(1).to(mps), past_key_values=cache, **GREEDY)
     loaded = manager.load(manager.save(cache))
@@ -137,9 +138,9 @@ def test_a_cache_is_saved_there_and_goes_on(model, mps):
 def test_graphs_are_refused_with_the_reason_before_anything_runs(model, mps, name):
     why = f"backend='{name.replace('+', '.')}' records steps in a CUDA graph, and the model is on 'mps'"
     with pytest.raises(InputError, match=why):
-        KVCacheManager(model, speakers=memory(), backend=name)
+        KVCacheManager(model, prefix_cache=memory(), backend=name)
     model.model.register_forward_pre_hook(looks_on(lambda *given: pytest.fail("nothing runs")))
-    manager = KVCacheManager(model, speakers=memory())
+    manager = KVCacheManager(model, prefix_cache=memory())
     with pytest.raises(InputError, match=why):
         manager.stream(token_ids().to(mps), backend=name, **GREEDY)
     with pytest.raises(InputError, match=why):

@@ -8,21 +8,19 @@ import json
 import logging
 import re
 from contextlib import redirect_stdout
-from pathlib import Path
 
 import pytest
+from support.inside.ground import LISTENERS
+from support.pages import ROOT, blocks
 
 from kvcache_chatterbox import load_t3
 
 pytestmark = pytest.mark.one_release
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PROSE = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
-
-FENCE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-PRINTED = re.compile(r"\s*^```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)  # right behind a block: what it prints
-NOT_RUN = re.compile(r"<!-- not run: \S.*? -->\s*\Z")
+CODE = re.compile(r"^```(?:python|sh|bash|console)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+WIDEST = 79  # characters of a line of code that its column shows
 ANY_FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 ELSEWHERE = re.compile(r"https://[a-z0-9-]+(\.[a-z0-9-]+)+(/[\w.~%+@:=-]+)*/?(#[\w.-]+)?")
@@ -32,14 +30,6 @@ RESULTS = re.compile(r"benchmarks/results/[\w.-]+\.json")
 
 def name(page):
     return str(page.relative_to(ROOT))
-
-
-def blocks(text):
-    """Each Python block, padded to its line, whether it is to be run, and what it prints, if the page says that."""
-    for match in FENCE.finditer(text):
-        line = text.count("\n", 0, match.start(1))
-        printed = PRINTED.match(text, match.end())
-        yield "\n" * line + match[1], NOT_RUN.search(text[: match.start()]) is None, printed and printed[1]
 
 
 def slug(heading):
@@ -55,6 +45,12 @@ def broken_links(page, text):
         file = page.parent / path if path else page
         if not file.exists() or (anchor and anchor not in map(slug, HEADING.findall(file.read_text()))):
             yield target
+
+
+@pytest.mark.parametrize("page", PROSE, ids=name)
+def test_code_fits_its_column(page):
+    lines = [line for code in CODE.findall(page.read_text()) for line in code.splitlines()]
+    assert [line for line in lines if len(line) > WIDEST] == []
 
 
 @pytest.fixture
@@ -86,7 +82,7 @@ def made_once(variant):
 )
 def test_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("kvcache.events._listeners", ())  # a page may leave some behind
+    monkeypatch.setattr(LISTENERS, ())  # a page may leave some behind
     monkeypatch.setattr("kvcache_chatterbox.load_t3", made_once)
     shared = {"__name__": "__main__"}
     for source, run, printed in blocks(page.read_text()):

@@ -9,8 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from snapshots import cold, voice
+from support.inside import tools as inside
+from support.inside.stores import DISK_PEEK, DISK_WRITE
+from support.inside.tools import doctor, doctor_decoding, doctor_machine, doctor_packages, doctor_stores
 from support.ports import deserted
+from support.snapshots import cold, voice
 
 pytest.importorskip("typer")
 pytest.importorskip("rich")
@@ -18,7 +21,6 @@ pytest.importorskip("rich")
 from kvcache.cli import main
 from kvcache.errors import InputError
 from kvcache.prefixes.stores import DiskStore
-from kvcache.tools import _doctor as doctor
 
 pytestmark = pytest.mark.one_release
 
@@ -37,7 +39,7 @@ def named(findings, name):
 
 def installed(monkeypatch, **versions):
     """Pretend that these packages are there in another version, or with None not at all."""
-    real = doctor.version
+    real = doctor_packages.version
 
     def version(name):
         if name in versions:
@@ -46,13 +48,13 @@ def installed(monkeypatch, **versions):
             return versions[name]
         return real(name)
 
-    monkeypatch.setattr(doctor, "version", version)
+    monkeypatch.setattr(doctor_packages, "version", version)
 
 
 @pytest.fixture
 def light(monkeypatch):
     """Without the back ends, which take the time."""
-    monkeypatch.setattr(doctor, "_backends", lambda device, compiling: [])
+    monkeypatch.setattr(inside.DOCTOR_BACKENDS, lambda device, compiling: [])
 
 
 # ---------------------------------------------------------------------- here
@@ -141,7 +143,7 @@ def test_not_installed_at_all(home, light, monkeypatch):
 
 def test_what_chatterbox_pins_is_told(home, light, monkeypatch):
     monkeypatch.setattr(
-        doctor,
+        doctor_packages,
         "requires",
         lambda name: ["torch==2.6.0"] if name == "chatterbox-tts" else ["torch>=2.6"],
     )
@@ -159,7 +161,7 @@ def test_an_adapter_that_does_not_load(home, light, monkeypatch):
         raise ImportError("no module named einops")
 
     entry = SimpleNamespace(name="parrot", value="parrot.subjects:subject", load=load)
-    monkeypatch.setattr(doctor, "entry_points", lambda group: [entry])
+    monkeypatch.setattr(doctor_packages, "entry_points", lambda group: [entry])
     found = named(doctor.diagnose(), "models of parrot")
     assert found.state == "broken" and "einops" in found.said and found.advice
 
@@ -169,7 +171,7 @@ def test_an_adapter_whose_package_is_not_installed_is_missing_and_not_broken(hom
         raise ModuleNotFoundError("No module named 'einops'", name="einops")
 
     entry = SimpleNamespace(name="parrot", value="parrot.subjects:subject", load=load, dist=None)
-    monkeypatch.setattr(doctor, "entry_points", lambda group: [entry])
+    monkeypatch.setattr(doctor_packages, "entry_points", lambda group: [entry])
     found = named(doctor.diagnose(), "models of parrot")
     assert found.state == "missing" and "einops" in found.said and found.advice == 'pip install "einops"'
 
@@ -183,9 +185,9 @@ def test_back_ends_that_decode_wrongly_fail_or_fall_back(monkeypatch):
             raise RuntimeError("the linker died\nof many things")
         return wrong[backend]
 
-    monkeypatch.setattr(doctor, "_trial", lambda device: tried)
-    monkeypatch.setattr(doctor, "_no_compiler", lambda device: None)
-    found = list(doctor._backends(device, compiling=True))
+    monkeypatch.setattr(inside.DOCTOR_TRIAL, lambda device: tried)
+    monkeypatch.setattr(inside.DOCTOR_COMPILER, lambda device: None)
+    found = list(inside.doctor_backends(device, compiling=True))
     assert (
         named(found, "the cache in generate").state == "broken"
         and "gave [[1]]" in named(found, "the cache in generate").said
@@ -197,39 +199,41 @@ def test_back_ends_that_decode_wrongly_fail_or_fall_back(monkeypatch):
     def nothing(device):
         raise OSError("driver")
 
-    monkeypatch.setattr(doctor, "_trial", nothing)
-    [found] = doctor._backends(device, compiling=False)
+    monkeypatch.setattr(inside.DOCTOR_TRIAL, nothing)
+    [found] = inside.doctor_backends(device, compiling=False)
     assert found.state == "broken" and "OSError: driver" in found.said
 
 
 def test_a_cache_that_changes_tokens_is_found(monkeypatch):
     """The trial itself: its reference is what generate gives without any of ours."""
-    tried = doctor._trial(torch.device("cpu"))
+    tried = inside.doctor_trial(torch.device("cpu"))
     assert tried("eager") is None
-    real = doctor.KVCacheManager.stream
+    real = doctor_decoding.KVCacheManager.stream
     monkeypatch.setattr(
-        doctor.KVCacheManager, "stream", lambda self, *a, **k: ((chunk + 1) % 64 for chunk in real(self, *a, **k))
+        doctor_decoding.KVCacheManager,
+        "stream",
+        lambda self, *a, **k: ((chunk + 1) % 64 for chunk in real(self, *a, **k)),
     )
     assert tried("eager").startswith("gave [[")
 
 
 def test_without_a_compiler(monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "_trial", lambda device: lambda backend: None)
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
-    found = named(doctor._backends(torch.device("cpu"), compiling=True), "compile")
+    monkeypatch.setattr(inside.DOCTOR_TRIAL, lambda device: lambda backend: None)
+    monkeypatch.setattr(doctor_machine.shutil, "which", lambda name: None)
+    found = named(inside.doctor_backends(torch.device("cpu"), compiling=True), "compile")
     assert found.state == "missing" and "no C++ compiler" not in found.said and "g++" in found.advice
     failing = tmp_path / "g++"
     failing.write_text("#!/bin/sh\necho 'fatal error: Python.h: No such file' >&2\nexit 1\n")
     failing.chmod(0o755)
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: str(failing))
-    found = named(doctor._backends(torch.device("cpu"), compiling=True), "compile")
+    monkeypatch.setattr(doctor_machine.shutil, "which", lambda name: str(failing))
+    found = named(inside.doctor_backends(torch.device("cpu"), compiling=True), "compile")
     assert found.state == "missing" and "Python.h" in found.said and "python3-dev" in found.advice
 
 
 def test_more_threads_than_cpus(monkeypatch):
-    monkeypatch.setattr(doctor, "_usable_cpus", lambda: 2.0)
+    monkeypatch.setattr(inside.DOCTOR_CPUS, lambda: 2.0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
-    found = named(doctor._devices(), "cpu")
+    found = named(inside.doctor_devices(), "cpu")
     assert found.state == "note" and "16 torch threads" in found.said and "OMP_NUM_THREADS=2" in found.advice
 
 
@@ -245,8 +249,8 @@ def test_why_there_is_no_gpu(driver, built, state, advice, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", built)
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: driver)
-    found = named(doctor._gpus(), "gpu")
+    monkeypatch.setattr(doctor_machine.shutil, "which", lambda name: driver)
+    found = named(inside.doctor_gpus(), "gpu")
     assert (
         found.state == state and (advice is None) == (found.advice is None) and (advice or "") in (found.advice or "")
     )
@@ -261,7 +265,7 @@ def test_a_store_that_cannot_be_written_to(home, light, monkeypatch, capsys):
     def full(self, address, data):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(DiskStore, "_write", full)
+    monkeypatch.setattr(DISK_WRITE, full)
     assert main(["doctor", "--json"]) == 1
     out, err = capsys.readouterr()
     said = json.loads(out)
@@ -290,26 +294,26 @@ def test_c7_the_default_store_is_tried(place, says, light, monkeypatch, tmp_path
     if ("/proc" in place or "read_only" in place) and not os.path.isdir("/sys/kernel"):
         pytest.skip("there is no such folder here that nobody can write to")
     monkeypatch.setenv("KVCACHE_HOME", place.format(**places))
-    found = doctor._default_store()
+    found = inside.doctor_default_store()
     assert found.state == "broken" and says.lower() in found.said.lower() and "KVCACHE_HOME" in found.advice
     assert sorted(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
 def test_c7_a_store_that_can_be_made_is_not_made(light, monkeypatch, tmp_path):
     monkeypatch.setenv("KVCACHE_HOME", str(tmp_path / "a" / "b"))
-    assert doctor._default_store().state == "ok"
+    assert inside.doctor_default_store().state == "ok"
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_disk_that_is_nearly_full(home, light, monkeypatch):
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**30))
+    monkeypatch.setattr(doctor_stores.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**30))
     found = named(doctor.diagnose(), "default")
     assert found.state == "note" and "1.0 GiB free, less than its budget of 4" in found.said and found.advice
 
 
 def test_a_store_that_loses_what_it_was_given(home, light, monkeypatch):
     home.mkdir()
-    monkeypatch.setattr(DiskStore, "_peek", lambda self, address, most=None: None)
+    monkeypatch.setattr(DISK_PEEK, lambda self, address, most=None: None)
     assert "did not come back" in named(doctor.diagnose(), "default").said
 
 
@@ -324,7 +328,7 @@ def test_a_server_that_is_down(home, light, capsys):
 
 
 def test_a_wrong_place_is_refused_before_anything_is_tried(home, monkeypatch):
-    monkeypatch.setattr(doctor, "_packages", lambda: pytest.fail("it began"))
+    monkeypatch.setattr(inside.DOCTOR_PACKAGES, lambda: pytest.fail("it began"))
     for wrong in ({"store": "gopher://x"}, {"namespace": "a"}, {"store": __file__}):
         with pytest.raises(InputError):
             doctor.diagnose(**wrong)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.families import RELEASE, build, dynamic_cache, logits, tiny, token_ids
+from support.inside.models import chosen, exactly
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
@@ -17,21 +18,21 @@ from kvcache import (
     GeometryError,
     InputError,
     KVCacheManager,
+    KVQuantization,
     MaxBytes,
     PolicyError,
-    Quantization,
     RollbackError,
     SlidingWindow,
     SnapKV,
 )
+from kvcache import models as hf
+from kvcache.cache import CacheSpec
 from kvcache.models import MADE_AS, ManagedCache
-from kvcache.models import _cache as hf
-from kvcache.models._managed import chosen
 
 
 def filled(model: Any, ids: Tensor, **given: Any) -> tuple[Any, Any]:
     """Ours and transformers' own cache after the same tokens."""
-    ours, theirs = hf.new_cache(model, **given), dynamic_cache(model)
+    ours, theirs = hf.new_cache(model, CacheSpec(**given)), dynamic_cache(model)
     for cache in (ours, theirs):
         logits(model, ids, cache)
     return ours, theirs
@@ -210,8 +211,8 @@ def test_d1_after_a_reset_another_batch_comes(policy: Any) -> None:
 
 def test_d1_after_a_reset_another_dtype_comes() -> None:
     model, half = tiny("llama"), build("llama").to(torch.bfloat16)
-    for given in ({}, {"quantization": Quantization(8, 16)}):
-        cache = hf.new_cache(model, **given)
+    for given in ({}, {"storage": KVQuantization(8, group_size=16)}):
+        cache = hf.new_cache(model, CacheSpec(**given))
         logits(model, token_ids(), cache)
         cache.reset()
         logits(half, token_ids(), cache)
@@ -221,12 +222,12 @@ def test_d1_after_a_reset_another_dtype_comes() -> None:
 
 
 def test_d1_after_a_reset_ranked_rows_change() -> None:
-    manager = KVCacheManager(tiny("llama"), SnapKV(24, recent=8, sinks=2))
+    manager = KVCacheManager(tiny("llama"), SnapKV(24, window_size=8, sinks=2))
     cache, fresh = manager.new_cache(2), manager.new_cache(3)
-    logits(manager.runner, token_ids(2, 40), cache)
+    logits(manager.observed_model, token_ids(2, 40), cache)
     cache.reset()
     for one in (cache, fresh):
-        logits(manager.runner, token_ids(3, 40), one)
+        logits(manager.observed_model, token_ids(3, 40), one)
     same(cache, fresh)
 
 
@@ -288,19 +289,19 @@ def test_d1_what_nobody_could_name_is_not_assigned() -> None:
     layer.values = layer.values[:, :, :5]
     with pytest.raises(GeometryError, match=r"12 tokens have left.*8"):
         layer.keys = layer.keys[:, :, :5]
-    limited = hf.new_cache(model, max_length=6).layers[0]
+    limited = hf.new_cache(model, CacheSpec(max_length=6)).layers[0]
     limited.keys = torch.zeros(1, 2, 7, 16)
     with pytest.raises(GeometryError, match="at most 6"):
         limited.values = torch.zeros(1, 2, 7, 16)
-    manager = KVCacheManager(model, SnapKV(24, recent=8, sinks=2))
+    manager = KVCacheManager(model, SnapKV(24, window_size=8, sinks=2))
     ranked = manager.new_cache(2)
-    logits(manager.runner, token_ids(), ranked)
+    logits(manager.observed_model, token_ids(), ranked)
     with pytest.raises(PolicyError, match="each head holds tokens of its own"):
         ranked.layers[0].keys = ranked.layers[0].keys + 1
 
 
 def test_d1_a_quantized_layer_quantizes_what_it_is_assigned() -> None:
-    layer = hf.new_cache(tiny("llama"), quantization=Quantization(8, 16)).layers[0]
+    layer = hf.new_cache(tiny("llama"), CacheSpec(storage=KVQuantization(8, group_size=16))).layers[0]
     keys = torch.randn(2, 2, 40, 16, generator=torch.Generator().manual_seed(3))
     layer.keys, layer.values = keys, -keys
     assert layer.get_seq_length() == 40
@@ -324,18 +325,18 @@ def test_d1_a_layer_goes_to_another_device_and_back() -> None:
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 @pytest.mark.parametrize(
-    "policy", [None, SlidingWindow(16, sinks=2), SnapKV(24, recent=8, sinks=2)], ids=["keep", "window", "ranked"]
+    "policy", [None, SlidingWindow(16, sinks=2), SnapKV(24, window_size=8, sinks=2)], ids=["keep", "window", "ranked"]
 )
 def test_d1_a_copy_goes_on_by_itself(policy: Any, how: str) -> None:
     manager = KVCacheManager(tiny("llama"), policy)
     cache, more = manager.new_cache(2), token_ids(2, 3, seed=5)
-    with manager._exactly():
-        logits(manager.runner, token_ids(2, 40), cache)
+    with exactly(manager):
+        logits(manager.observed_model, token_ids(2, 40), cache)
         other = copy.deepcopy(cache) if how == "deepcopy" else pickle.loads(pickle.dumps(cache))
         before = [layer.keys.clone() for layer in cache.layers]
-        result = logits(manager.runner, more, other)
+        result = logits(manager.observed_model, more, other)
         assert all(torch.equal(layer.keys, held) for layer, held in zip(cache.layers, before, strict=True))
-        assert torch.equal(logits(manager.runner, more, cache), result)
+        assert torch.equal(logits(manager.observed_model, more, cache), result)
     assert other.layers[0].beside[1] is other.layers[1].kv
 
 

@@ -269,7 +269,7 @@ def test_the_server_under_load_speaks_through_the_real_vocoder():
     import server_load
 
     engine = server_load.engine_with_voices(server_load.tiny(), "fast")
-    vocoder = engine._speaker.vocoder
+    vocoder = engine.vocoder
     assert vocoder.meanflow and vocoder.options.reference_seconds == 3 and len(engine.voices) > 1
     voice = engine.voice_of(next(iter(engine.voices)))
     assert vocoder.before(voice) == 75  # tokens, of the 250 that its clip has

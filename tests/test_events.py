@@ -5,6 +5,8 @@ import logging
 import pytest
 import torch
 from support.families import tiny, token_ids
+from support.inside.decoding import EMIT_EVICTIONS, MAKE_FX
+from support.inside.ground import TELL_EVICTIONS
 
 from kvcache import InputError, KVCacheManager, MaxTokens, MemoryStore, SlidingWindow, SnapKV, SpeakerCache, events
 from kvcache.events import Event, subscribe
@@ -24,7 +26,7 @@ def seen():
         yield found
 
 
-POLICIES = [SlidingWindow(8, sinks=2), MaxTokens(16, low_water=4), SnapKV(20, sinks=1, recent=2)]
+POLICIES = [SlidingWindow(8, sinks=2), MaxTokens(16, low_water=4), SnapKV(20, sinks=1, window_size=2)]
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=repr)
@@ -93,7 +95,7 @@ def test_trims_are_told_as_such(seen):
 
 
 def test_prefixes_are_built_hit_and_extended(seen):
-    manager = KVCacheManager(tiny("llama"), speakers=SpeakerCache(MemoryStore()))
+    manager = KVCacheManager(tiny("llama"), prefix_cache=SpeakerCache(MemoryStore()))
     ids = token_ids(1, 20)
     manager.add_prefix("short", ids[:, :12])
     manager.add_prefix("again", ids[:, :12])
@@ -102,7 +104,7 @@ def test_prefixes_are_built_hit_and_extended(seen):
     assert [event.kind for event in seen] == ["built", "hit", "extended", "hit"]
     assert [event.numbers["tokens"] for event in seen] == [12, 12, 20, 20]
     assert seen[2].numbers["known"] == 12
-    stats = manager.speakers.stats()
+    stats = manager.prefix_cache.stats()
     assert (stats.built, stats.extended) == (1, 1)
     assert stats.hits["memory"] == 2
     assert sum(numbers(seen, "seconds", "hit")) == pytest.approx(stats.seconds_saved, rel=0.5)  # its sum has beginnings
@@ -113,7 +115,7 @@ def test_what_a_store_should_not_have_given_is_told(seen):
         def get(self, key):
             return next(iter(self._entries.values())).snapshot if self._entries else None
 
-    manager = KVCacheManager(tiny("llama"), speakers=SpeakerCache(Mixed()))
+    manager = KVCacheManager(tiny("llama"), prefix_cache=SpeakerCache(Mixed()))
     manager.add_prefix("one", token_ids(1, 9))
     manager.add_prefix("other", token_ids(1, 9, seed=5))
     assert [event.kind for event in seen] == ["built", "refused", "built"]
@@ -121,7 +123,7 @@ def test_what_a_store_should_not_have_given_is_told(seen):
 
 
 def test_falling_back_says_why(seen, monkeypatch, caplog):
-    manager = KVCacheManager(tiny("llama"), SnapKV(20, sinks=1, recent=2))
+    manager = KVCacheManager(tiny("llama"), SnapKV(20, sinks=1, window_size=2))
     list(manager.stream(token_ids(1, 5), backend="eager", **GREEDY))
     told = [event for event in seen if event.kind == "fell_back"]
     assert [(event.about, event.reason) for event in told] == [("eager to generate", manager.report().fallback)]
@@ -129,7 +131,7 @@ def test_falling_back_says_why(seen, monkeypatch, caplog):
     def breaking():
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr("kvcache.decoding._backends.make_fx", lambda step: breaking)
+    monkeypatch.setattr(MAKE_FX, lambda step: breaking)
     manager = KVCacheManager(tiny("llama"))
     with caplog.at_level(logging.WARNING):
         list(manager.stream(token_ids(1, 5), backend="graph", **GREEDY))
@@ -164,7 +166,7 @@ def test_subscriptions_end():
         events.emit(Event("built", "c"))
     events.emit(Event("built", "d"))
     assert [[event.about for event in one] for one in (first, second, only)] == [["a", "b"], ["a", "b", "c"], ["b"]]
-    assert not events.heard("hit")
+    assert not events.has_listeners("hit")
     for wrong in ({"hits"}, "hit"):
         with pytest.raises(InputError, match="must be some of 'evicted', 'trimmed'"):
             subscribe(first.append, wrong)
@@ -195,9 +197,7 @@ def test_the_log_has_each_kind_at_its_level(caplog):
 def test_nothing_is_put_together_while_nobody_listens(monkeypatch):
     monkeypatch.setattr(events, "Event", lambda *args, **kwargs: pytest.fail("nobody listens"))
     manager = KVCacheManager(tiny("llama"), SlidingWindow(8))
-    monkeypatch.setattr(events.Evictions, "_tell", lambda *args: pytest.fail("nobody listens"))
-    monkeypatch.setattr(
-        "kvcache.decoding._static_cache.StaticKV.emit_evictions", lambda *args: pytest.fail("nobody listens")
-    )
+    monkeypatch.setattr(TELL_EVICTIONS, lambda *args: pytest.fail("nobody listens"))
+    monkeypatch.setattr(EMIT_EVICTIONS, lambda *args: pytest.fail("nobody listens"))
     manager.generate(token_ids(1, 20), **GREEDY)
     list(manager.stream(token_ids(1, 20), backend="eager", **GREEDY))

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from support.families import RELEASE, VOCABULARY, token_ids, widened
+from support.inside.models import LayerShape
 from transformers import (
     BlipConfig,
     BlipForConditionalGeneration,
@@ -19,9 +20,8 @@ from transformers import (
 )
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
-from kvcache import KeepAll, KVCacheManager, MaxBytes, SlidingWindow, SnapKV
-from kvcache.cache import CacheShape, estimate_cache
-from kvcache.cache._shape import LayerShape
+from kvcache import KVCacheManager, MaxBytes, SlidingWindow, SnapKV
+from kvcache.cache import CacheShape, CacheSpec
 from kvcache.errors import GeometryError, PositionsError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -206,9 +206,9 @@ def test_a_layer_without_a_known_end_takes_no_share_of_a_budget_in_bytes():
     odd = LayerShape(False, asked=lambda tokens: tokens**2)
     usual = LayerShape(True, (2, 8, 8, torch.float32))
     shape = CacheShape((usual, odd))
-    assert estimate_cache(shape, 3, [KeepAll()] * 2) == estimate_cache(CacheShape((usual,)), 3, [KeepAll()]) + 9
+    assert CacheSpec().nbytes(shape, 3) == CacheSpec().nbytes(CacheShape((usual,)), 3) + 9
     with pytest.raises(GeometryError, match="no end that is known"):
-        estimate_cache(shape, 3, [MaxBytes("1MiB")] * 2)
+        CacheSpec(MaxBytes("1MiB")).nbytes(shape, 3)
 
 
 def test_a_cache_has_the_layers_of_one_part_of_a_model():

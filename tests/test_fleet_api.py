@@ -21,7 +21,6 @@ pytestmark = pytest.mark.one_release
 
 assert support.serving
 CHUNK = {"audio": np.linspace(-1, 1, 480, dtype=np.float32), "replica": "r1", "prefix": "memory", "retried": 0}
-FIELDS = set(fleet_api.SpeechBody.model_fields)
 REFUSALS = (
     (404, "there is no voice 'x'; export one to the folder of voices"),
     (

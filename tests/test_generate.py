@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from kvcache import KVCacheManager, KVLayer, MaxBytes, MaxTokens, Pinned, SlidingWindow
-from kvcache.models import _cache as hf
+from kvcache import models as hf
 
 NEW = 12
 DECODERS = [name for name in FAMILIES if name not in SEQ2SEQ]
@@ -106,11 +106,11 @@ def test_logits_are_bit_identical(name: str, attention: str, kind: str, chunks: 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_without_a_cache_the_same_greedy_tokens(name: str) -> None:
     kv = KVCacheManager(tiny(name))
-    kv.disable_kv_cache()
+    kv.enabled = False
     assert torch.equal(run(kv.generate, token_ids()), plain(name))
     assert not kv.report().enabled
     assert kv.report().nbytes == 0
-    kv.enable_kv_cache()
+    kv.enabled = True
     assert torch.equal(run(kv.generate, token_ids()), plain(name))
     assert kv.report().enabled
 
@@ -328,7 +328,7 @@ def test_a_stream_of_embeddings(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bart"])
 def test_a_stream_without_a_cache(name: str) -> None:
     kv = KVCacheManager(tiny(name))
-    kv.disable_kv_cache()
+    kv.enabled = False
     chunks = list(kv.stream(token_ids(), chunk_size=5, max_new_tokens=NEW, do_sample=False))
     assert torch.equal(torch.cat(chunks, 1), plain(name)[:, -NEW:])
 

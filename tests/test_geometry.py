@@ -13,6 +13,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from kvcache import CacheGeometry, GeometryError, PositionsError, SlidingWindow
+from kvcache.cache import CacheSpec
 from kvcache.models import exact_windows, facts_of, geometry_of, new_cache
 
 # Three layers, four heads of which two hold keys and values, and a width of 48: no two numbers may be mistaken.
@@ -151,9 +152,9 @@ def test_latent_keys_are_turned_where_they_are_keys_and_refused_where_they_are_l
     new_cache(model, SlidingWindow(4, sinks=2))
     if facts_of(model).why_no_rerotation is not None:
         with pytest.raises(PositionsError, match=r"cannot be re-rotated.*positions='absolute'"):
-            new_cache(model, SlidingWindow(4, sinks=2), positions="rerotated")
+            new_cache(model, CacheSpec(SlidingWindow(4, sinks=2), positions="rerotated"))
         return
-    cache = new_cache(model, SlidingWindow(4, sinks=2), positions="rerotated")
+    cache = new_cache(model, CacheSpec(SlidingWindow(4, sinks=2), positions="rerotated"))
     ids = torch.arange(3, 15)[None]
     with torch.no_grad(), exact_windows(model):
         for token in ids.split(1, 1):

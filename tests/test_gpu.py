@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from support.families import build, token_ids
+from support.inside.decoding import KERNEL_REASON
 
 from kvcache import KVCacheManager, MaxTokens, SlidingWindow
 from kvcache.decoding import Decoding
@@ -74,7 +75,7 @@ def test_without_the_kernel_it_is_the_same():
     manager = on_gpu("llama")
     expected = said(manager, token_ids(2, 9), "graph", max_new_tokens=300, do_sample=False)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kvcache.decoding._engine.kernel_reason", lambda device: "not wanted")
+        patch.setattr(KERNEL_REASON, lambda device: "not wanted")
         plain = on_gpu("llama")
         assert torch.equal(said(plain, token_ids(2, 9), "graph", max_new_tokens=300, do_sample=False), expected)
 
@@ -83,7 +84,7 @@ def test_without_the_kernel_it_is_the_same():
 def test_chatterbox_speaks_the_same_on_every_backend(kind):
     if not CHATTERBOX:
         pytest.skip("chatterbox-tts is not installed")
-    from t3_models import tiny_t3
+    from support.t3_models import tiny_t3
 
     from kvcache_chatterbox import ChatterboxEngine, byte_tokens, random_conditionals
 

@@ -96,6 +96,35 @@ def test_a_folder_hands_on_what_it_imports(house):
         assert set(names) <= set(handed)
 
 
+LAYERS = {"KVLayer", "ByAge", "GroupedLayer", "RankedLayer", "SplitLayer", "AdaKVLayer"}
+
+
+def layers_named(source: str) -> set[str]:
+    """The classes of layers that a module names: what a layer can do is asked of it, and not of its class."""
+    names = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
+    attributes = {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
+    return LAYERS & (names | attributes)
+
+
+def test_no_class_of_a_layer_is_named_outside_of_the_cache():
+    found = {
+        str(file.relative_to(ROOT)): named
+        for house in HOUSES
+        for file in house.rglob("*.py")
+        if file.parent != ROOT / "kvcache" / "cache" and (named := layers_named(file.read_text()))
+    }
+    assert found == {}
+    assert layers_named("isinstance(x, kvcache.KVLayer) or type(x) is RankedLayer") == {"KVLayer", "RankedLayer"}
+    defined = [
+        node.name
+        for file in (ROOT / "kvcache" / "cache").glob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ClassDef)
+        and any(getattr(base, "id", "") in LAYERS | {"LayerCache"} for base in node.bases)
+    ]
+    assert set(defined) == LAYERS
+
+
 def test_faults_are_found():
     place = {"errors": 0, "cache": 1, "models": 2, "beside": 2}
     assert (

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from input_models import CODEBOOKS, ids_of, inputs_of, model_of, noise, picture_behind
 from support.families import RELEASE, build, tiny, token_ids
+from support.input_models import CODEBOOKS, ids_of, inputs_of, model_of, noise, picture_behind
 from transformers import CompileConfig, GenerationConfig, Mamba2ForCausalLM, WhisperForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
-from kvcache import GeometryError, InputError, KVCacheManager, MaxTokens, PolicyError, Quantization, SlidingWindow
+from kvcache import GeometryError, InputError, KVCacheManager, KVQuantization, MaxTokens, PolicyError, SlidingWindow
 from kvcache.models import looks_on
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
@@ -230,7 +230,7 @@ def test_w8_guessed_tokens_are_those_of_one_row(case):
         assert torch.equal(torch.cat(chunks, 1), expected[:, 30:])
 
 
-@pytest.mark.parametrize("kept", [{"quantization": Quantization(8)}, {"policy": SlidingWindow(16, sinks=2)}])
+@pytest.mark.parametrize("kept", [{"storage": KVQuantization(8)}, {"policy": SlidingWindow(16, sinks=2)}])
 def test_a_guess_that_cannot_be_taken_back_is_refused(kept):
     model = build("llama")
     model.model.register_forward_pre_hook(looks_on(lambda *given: pytest.fail("nothing runs")))

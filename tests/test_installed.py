@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from support.inside import ground as inside
 
 from kvcache import installed
 
@@ -36,7 +37,7 @@ def broken(tmp_path, monkeypatch):
     known.mkdir()
     (known / "METADATA").write_text("Metadata-Version: 2.1\nName: torchaudio\nVersion: 2.11.0\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(installed, "_fault", None)
+    monkeypatch.setattr(inside.FAULT, None)
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchaudio"]:
         monkeypatch.delitem(sys.modules, name)
     yield folder
@@ -44,7 +45,7 @@ def broken(tmp_path, monkeypatch):
 
 
 def test_no_torchaudio_is_no_fault(monkeypatch, tmp_path):
-    monkeypatch.setattr(installed, "_torchaudio", lambda: None)
+    monkeypatch.setattr(inside.TORCHAUDIO, lambda: None)
     assert installed.torchaudio_fault() is None and installed.mend_torchaudio() == []
 
 
@@ -55,7 +56,7 @@ def test_a_torchaudio_that_does_not_load_is_told_by_what_is_at_the_bottom_of_it(
 
 def test_it_is_set_aside_with_a_warning_that_says_what_to_do(broken):
     with pytest.warns(RuntimeWarning, match=r"torchaudio .*libc10_cuda.*kvcache doctor --mend"):
-        installed._set_aside()
+        inside.set_aside()
     assert find_spec("torchaudio") is None  # what transformers asks
     with pytest.raises(ModuleNotFoundError):
         import torchaudio  # noqa: F401
@@ -64,8 +65,8 @@ def test_it_is_set_aside_with_a_warning_that_says_what_to_do(broken):
 
 def test_it_is_looked_at_when_transformers_is_looked_for(monkeypatch):
     looked = []
-    monkeypatch.setattr(installed, "_set_aside", lambda: looked.append(1))
-    watch = installed._Watch()
+    monkeypatch.setattr(inside.SET_ASIDE, lambda: looked.append(1))
+    watch = inside.Watch()
     monkeypatch.setattr(sys, "meta_path", [watch, *sys.meta_path])
     for name in ("json", "transformers.utils", "transformers", "transformers"):
         assert watch.find_spec(name) is None
@@ -79,8 +80,8 @@ def test_the_finder_behind_it_is_asked_too(monkeypatch):
         def find_spec(self, name, path=None, target=None):
             asked.append(name)
 
-    monkeypatch.setattr(installed, "_set_aside", lambda: None)
-    monkeypatch.setattr(sys, "meta_path", [installed._Watch(), Tracer(), *sys.meta_path])
+    monkeypatch.setattr(inside.SET_ASIDE, lambda: None)
+    monkeypatch.setattr(sys, "meta_path", [inside.Watch(), Tracer(), *sys.meta_path])
     monkeypatch.delitem(sys.modules, "transformers")
     assert find_spec("transformers") is not None
     assert asked == ["transformers"]
@@ -97,7 +98,7 @@ def test_mending_removes_the_compiled_part_alone(broken, monkeypatch, tmp_path):
 def test_what_was_set_aside_is_there_again_once_it_is_mended(broken, monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.warns(RuntimeWarning, match="torchaudio"):
-        installed._set_aside()
+        inside.set_aside()
     assert len(installed.mend_torchaudio()) == 2
     assert installed.torchaudio_fault() is None and find_spec("torchaudio") is not None
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.inside.decoding import KERNEL_DOT_TILE, KERNEL_INTERPRETED, KERNEL_TILE, kernel
 from support.searching import search
 
 # Is read when triton is imported, which torch._dynamo does.
@@ -22,7 +23,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from kvcache import GeometryError, InputError
-from kvcache.decoding import _kernel as kernel
 from kvcache.decoding import decode_attention
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -149,7 +149,7 @@ def problems(draw):
 @given(problems(), st.sampled_from([None, 1, 2, 3, 7, 64]), st.sampled_from([None, 0.05]), st.sampled_from([64, 4096]))
 def test_as_dense_attention_to_the_visible_slots(problem, splits, scale, tile):
     # A small tile makes several blocks of a few slots.
-    with mock.patch.object(kernel, "_TILE", tile), mock.patch.object(kernel, "_DOT_TILE", tile):
+    with mock.patch(KERNEL_TILE, tile), mock.patch(KERNEL_DOT_TILE, tile):
         ours = decode_attention(*problem.tensors, scale, splits)
     problem.check(ours, scale)
 
@@ -214,7 +214,7 @@ def test_reads_what_is_visible_and_no_more(length, stored):
                 read.update((buffer.data_ptr() + 4 * place[mask.data]).tolist())
         return load(pointers, mask, *rest)
 
-    with mock.patch.object(interpreter_builder, "create_masked_load", watched), mock.patch.object(kernel, "_TILE", 64):
+    with mock.patch.object(interpreter_builder, "create_masked_load", watched), mock.patch(KERNEL_TILE, 64):
         decode_attention(*problem.tensors, splits=4)
     wanted = [
         buffer[0, 0, slot, dim].data_ptr()
@@ -340,7 +340,7 @@ def test_splits_have_bounds(splits):
 
 def test_a_cpu_needs_the_interpreter(monkeypatch):
     assert kernel.available() is None
-    monkeypatch.setattr(kernel, "_interpreted", lambda: False)
+    monkeypatch.setattr(KERNEL_INTERPRETED, lambda: False)
     cpu = {name: x.cpu() if isinstance(x, torch.Tensor) else x for name, x in some().items()}
     with pytest.raises(InputError, match=r"set TRITON_INTERPRET=1|the tensors are on the CPU"):
         decode_attention(**cpu)
@@ -352,7 +352,6 @@ def test_without_triton_it_says_so():
 import sys
 sys.modules["triton"] = None  # as if it were not installed
 import torch
-from kvcache.decoding import _kernel as kernel
 print(kernel.available())
 counts = torch.ones(1, dtype=torch.int64)
 try:

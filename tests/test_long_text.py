@@ -6,7 +6,10 @@ import threading
 
 import pytest
 import torch
-from t3_models import likely_end, tiny_t3
+from support.inside.decoding import idle
+from support.inside.speech import decode_by, decoder_of, model_of, pool_of, speaker_of
+from support.speech import SHORT, TEXT, audio
+from support.t3_models import likely_end, tiny_t3
 
 from kvcache import BusyError, CapacityError, ClosedError, InputError, SlidingWindow
 from kvcache.decoding import Batch
@@ -21,21 +24,10 @@ from kvcache_chatterbox import (
 )
 from kvcache_chatterbox.units import SAMPLES_PER_TOKEN
 
-TEXT = (
-    "The birch canoe slid on the smooth planks. Glue the sheet to the dark blue background. "
-    "It is easy to tell the depth of a well. These days a chicken leg is a rare dish. "
-    "Rice is often served in round bowls. The juice of lemons makes fine punch."
-)
-SHORT = {"segment_characters": 90, "max_new_tokens": 30, "seed": 3}  # three segments
-
 
 def engine(kind="english", policy=None, ends=0.0, **options):
     t3 = likely_end(tiny_t3(kind), by=ends) if ends else tiny_t3(kind)
     return ChatterboxEngine(stand_in(t3), policy, **options)
-
-
-def audio(stream):
-    return torch.cat([torch.zeros(1, 0), *stream], 1)
 
 
 @pytest.mark.grid(2)
@@ -98,13 +90,13 @@ def test_the_first_chunk_waits_for_no_other_segment(monkeypatch):
 def test_the_tail_is_carried_into_the_next_segments_prompt():
     ours = engine()
     said, prompts = [], []
-    step = ours._decoder
+    step = decoder_of(ours)
 
     def watched(utterance, *args):
         prompts.append(utterance.voice.t3.cond_prompt_speech_tokens[0])
         return step(utterance, *args)
 
-    ours._decoder = watched
+    decode_by(ours, watched)
     texts = [byte_tokens(ours.t3, text) for text in ("Hello there.", "Good morning.", "Bye.")]
     ours.add_voice("v", conditionals=random_conditionals(ours.t3))
     said = {}
@@ -166,11 +158,11 @@ def test_captured_steps_serve_texts_of_other_lengths():
     plans = [ours.plan(TEXT, segment_characters=90, max_new_tokens=most) for most in (30, 60)]
     assert plans[0].slots == plans[1].slots == 256
     list(ours.generate_stream(TEXT, **SHORT))
-    held = next(decoding for kind, decoding in ours._stepper._pool._idle.items() if kind == ("batch", 3))
+    held = next(decoding for kind, decoding in idle(pool_of(ours)).items() if kind == ("batch", 3))
     list(ours.generate_stream(TEXT, **{**SHORT, "max_new_tokens": 60}))
-    assert held in ours._stepper._pool._idle.values()
+    assert held in idle(pool_of(ours)).values()
     ours.release()
-    assert not ours._stepper._pool._idle
+    assert not idle(pool_of(ours))
 
 
 def test_a_model_that_decodes_on_the_host_speaks_one_segment_after_the_other():
@@ -187,7 +179,7 @@ def test_an_early_end_leaves_nothing_behind():
     stream = ours.generate_stream(TEXT, overlap=True, **SHORT)
     next(stream)
     stream.close()
-    decoding = ours._stepper._pool._idle["batch", 3]
+    decoding = idle(pool_of(ours))["batch", 3]
     assert set(decoding.kv.seen) == {0} and decoding.kv.length.tolist() == [0] * 6
     assert audio(ours.generate_stream(TEXT, **SHORT)).shape[1] > 0
 
@@ -245,9 +237,6 @@ def test_no_segment_too_long_for_the_cache():
         SpeechScheduler(ours, memory_budget=1000)
 
 
-# ---------------------------------------------------------------------- many texts at once
-
-
 def test_clients_hear_what_they_would_hear_alone():
     ours = engine(ends=2.0)
     ours.add_voice("other", conditionals=stand_in(ours.t3, seed=4).conds)
@@ -298,7 +287,7 @@ def test_who_speaks_is_who_was_meant_when_it_was_submitted():
             unknown = scheduler.submit("Hello.", voice="later", **given)
             for name in ("v", "later"):
                 ours.add_voice(name, conditionals=other)
-            ours._speaker._tts.conds = other
+            model_of(speaker_of(ours)).conds = other
             replaced.set()
             with pytest.raises(InputError, match="no voice 'later'"):
                 await anext(unknown)
@@ -344,7 +333,7 @@ def test_limits_have_clear_refusals():
 
 def test_what_is_wanted_whole_decodes_together_from_the_first_token_on(monkeypatch):
     ours, busy = ChatterboxEngine(stand_in(tiny_t3("gpt"))), []
-    turn = Batch.turn
+    turn = Batch.step
     monkeypatch.setattr(Batch, "turn", lambda batch: (busy.append(batch.busy), turn(batch))[1])
     given = {"segment_characters": 30, "max_new_tokens": 40}
     assert ours.plan(TEXT, **given).rows >= 4

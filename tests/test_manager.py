@@ -19,6 +19,8 @@ import pytest
 import torch
 from support import holding
 from support.families import FAMILIES, SEQ2SEQ, build, dynamic_cache, logits, tiny, token_ids
+from support.inside import models as inside
+from support.inside.decoding import WORKER_QUEUE
 from support.searching import examples
 from support.waiting import until
 from torch import Tensor, nn
@@ -42,7 +44,8 @@ from kvcache import (
     SlidingWindow,
     SnapKV,
 )
-from kvcache.models import _cache as hf
+from kvcache import models as hf
+from kvcache.memory import resident_bytes
 from kvcache.models import get_cache
 
 GREEDY: dict[str, Any] = {"do_sample": False}
@@ -125,7 +128,7 @@ def test_the_estimate_of_a_request(kind: str, copies: int) -> None:
 @pytest.mark.parametrize("rows", [1, 2, 5])
 @pytest.mark.parametrize("budget", ["60KB", "150KB", "1MB"])
 def test_a_budget_in_bytes_is_never_exceeded_and_well_used(budget: str, rows: int) -> None:
-    model, kv = tiny("llama"), KVCacheManager(tiny("llama"), MaxBytes(budget), preallocate=True)
+    model, kv = tiny("llama"), KVCacheManager(tiny("llama"), MaxBytes(budget), static=True)
     most = int(budget[:-2]) * 10 ** (3 if budget[-2] == "K" else 6)
     held = kv.new_cache(rows)
     for chunk in (1, 200, 1, 1):
@@ -165,7 +168,7 @@ def test_the_report_is_that_of_the_last_run_even_if_it_failed() -> None:
     with pytest.raises(CapacityError):
         kv.generate(token_ids(), max_new_tokens=12, **GREEDY)
     assert kv.report().seen == 24
-    kv.disable_kv_cache()
+    kv.enabled = False
     kv.generate(token_ids(), max_new_tokens=3, **GREEDY)
     assert "disabled" in str(kv.report())
 
@@ -253,7 +256,7 @@ def caches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         made.extend(weakref.ref(layer) for layer in hf.kv_layers(held))
         return held
 
-    monkeypatch.setattr("kvcache.manager.new_cache", recording)
+    monkeypatch.setattr(inside.NEW_CACHE, recording)
     return made
 
 
@@ -365,7 +368,7 @@ def test_a_slow_consumer_holds_the_run_back(monkeypatch: pytest.MonkeyPatch) -> 
                 full.set()
             super().put(*args, **kwargs)
 
-    monkeypatch.setattr("kvcache.decoding._streaming.queue", SimpleNamespace(Queue=Told, Full=queue.Full))
+    monkeypatch.setattr(WORKER_QUEUE, SimpleNamespace(Queue=Told, Full=queue.Full))
     steps, kv = Steps(), KVCacheManager(tiny("llama"))
     given = {"max_new_tokens": 230, **GREEDY}
     stream = kv.stream(token_ids(), chunk_size=1, stopping_criteria=StoppingCriteriaList([steps]), **given)
@@ -450,7 +453,7 @@ def everything(model: Any, evicts: bool, padded: bool) -> Iterator[tuple[str, Ca
     """Every operation of a manager, those that fail among them."""
     policy = SlidingWindow(8, sinks=2) if evicts else None
     kv = KVCacheManager(model, policy)
-    static = KVCacheManager(model, max_cache_length=24, preallocate=True)
+    static = KVCacheManager(model, max_cache_length=24, static=True)
     ids, given = token_ids(), {"max_new_tokens": 6, **GREEDY}
     yield "generate", lambda: kv.generate(ids, **given)
     yield "sampled", lambda: kv.generate(ids, max_new_tokens=6, do_sample=True, top_k=5)
@@ -460,7 +463,7 @@ def everything(model: Any, evicts: bool, padded: bool) -> Iterator[tuple[str, Ca
     yield "report", lambda: str(kv.report())
     yield "estimate", lambda: kv.estimate(1000, 2)
     yield "repr", lambda: repr(kv)
-    yield "disabled", lambda: (kv.disable_kv_cache(), kv.generate(ids, **given), kv.enable_kv_cache())
+    yield "disabled", lambda: kv.generate(ids, use_cache=False, **given)
     yield "truncate", lambda: static.truncate(fed(static, model), 4)
     yield "trim", lambda: kv.trim(fed(kv, model), 5)
     yield "full", lambda: static.generate(ids, max_new_tokens=30, **GREEDY)
@@ -511,7 +514,7 @@ def test_no_operation_changes_the_model(name: str) -> None:
     assert ("wrong positions" in failed) != FAMILIES[name].rope
 
 
-@pytest.mark.parametrize("policy", [SnapKV(8, sinks=2, recent=2), AdaKV(H2O(8, sinks=2, recent=2))])
+@pytest.mark.parametrize("policy", [SnapKV(8, sinks=2, window_size=2), AdaKV(H2O(8, sinks=2, window_size=2))])
 def test_ranking_tokens_changes_the_model_as_little(policy: SizePolicy) -> None:
     """It runs a copy with hooks of its own."""
     model = build("llama")
@@ -531,11 +534,11 @@ def test_a_disabled_cache_is_not_there_at_all() -> None:
         with_kwargs=True,
     )
     kv = KVCacheManager(model, SlidingWindow(8))
-    kv.disable_kv_cache()
+    kv.enabled = False
     seen.clear()  # of the trial that the constructor makes
     kv.generate(token_ids(), max_new_tokens=3, **GREEDY)
     assert seen == [(None, 20), (None, 21), (None, 22)]
-    kv.enable_kv_cache()
+    kv.enabled = True
     seen.clear()
     kv.generate(token_ids(), max_new_tokens=3, **GREEDY)
     assert [tokens for _, tokens in seen] == [20, 1, 1]
@@ -627,7 +630,7 @@ def test_300_requests_leave_nothing_behind() -> None:
     model = smallest()
     managers = [
         KVCacheManager(model),
-        KVCacheManager(model, max_cache_length=64, preallocate=True),
+        KVCacheManager(model, max_cache_length=64, static=True),
         KVCacheManager(model, SlidingWindow(6, sinks=2)),
         KVCacheManager(model, MaxBytes("8KB")),
         KVCacheManager(model, SlidingWindow(6, sinks=2), positions="rerotated"),
@@ -670,10 +673,6 @@ def test_300_requests_leave_nothing_behind() -> None:
     assert left_behind(model) == before
 
 
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
 @pytest.mark.slow
 @pytest.mark.parametrize("positions", ["absolute", "rerotated"])
@@ -692,7 +691,7 @@ def test_20_000_tokens_through_a_window_of_1_024(positions: Any) -> None:
             if start >= 1100:
                 sizes.add(kv.report(held).nbytes)
             if start % 2500 == 0:
-                memory.append(resident_bytes())
+                memory.append(resident_bytes() or 0)
     assert held.get_seq_length() == tokens
     assert sizes == {kv.estimate(tokens)} == {bytes_found(held)} == {kv.estimate(1024)}
     assert [layer.stored for layer in hf.kv_layers(held)] == [1024, 1024]
@@ -732,7 +731,7 @@ def test_20_000_single_tokens_through_a_layer(policy: Any) -> None:
     layer, sizes, addresses = KVLayer(policy), set(), set()
     key = torch.zeros(1, 1, 1, 2)
     for token in range(20_000):
-        keys, values = layer.append(key, key + token)
+        keys, values = layer.append(key, key + token).states
         if token >= 1024:
             sizes.add(layer.nbytes)
             addresses.add((keys.data_ptr(), values.data_ptr()))
@@ -740,6 +739,6 @@ def test_20_000_single_tokens_through_a_layer(policy: Any) -> None:
     assert len(addresses) == 1 or isinstance(policy, MaxTokens)
     assert layer.values is not None
     held = sorted(layer.values[0, 0, :, 0].int().tolist())
-    recent = layer.stored - policy.pinned
-    assert held == [*range(policy.pinned), *range(20_000 - recent, 20_000)]
+    window_size = layer.stored - policy.pinned
+    assert held == [*range(policy.pinned), *range(20_000 - window_size, 20_000)]
     assert torch.equal(layer.values[0, 0, :, 0].long(), layer.positions()[0])

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "docs" / "generate"
 
 import figures
 import pages
+import summary
 from common import command
 from measured import ROOT, Result, cell, digits, ms, results, signed
 
@@ -22,6 +23,17 @@ pytestmark = pytest.mark.one_release
 def test_the_committed_pages_are_what_the_results_make_of_them():
     stale = [str(page.relative_to(ROOT)) for page, text in pages.pages().items() if page.read_text() != text]
     assert not stale, "run python docs/generate/pages.py"
+
+
+def test_the_page_on_benchmarks_begins_with_ten_lines():
+    """Each is what its own section says, which it leads to; what is slower is among them."""
+    whole = summary.ten_lines(results().__getitem__)
+    assert pages.BENCHMARKS.read_text().startswith(f"# Benchmarks\n\n{whole}\n\n")
+    _, _, *lines = whole.splitlines()
+    assert len(lines) == 10
+    gains = [float(line.split(" | ")[-1].removesuffix("× |")) for line in lines]
+    assert min(gains) < 1 < max(gains)
+    assert whole.replace("](#", "](docs/benchmarks.md#") in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", figures.drawable(results()))

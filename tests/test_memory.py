@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.inside import testing as inside
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from kvcache import (
     CacheGeometry,
     CacheReport,
+    CacheSpec,
     KeepAll,
     KVLayer,
     LayerReport,
@@ -19,7 +21,6 @@ from kvcache import (
     MaxTokens,
     Pinned,
     SlidingWindow,
-    estimate_bytes,
 )
 from kvcache.cache import account, slots_for
 from kvcache.models import cache_layers, geometry_of, new_cache
@@ -47,21 +48,21 @@ def test_ladder(tokens, bound, slots):
 
 
 def test_preallocated_is_all_of_the_bound_at_once():
-    assert slots_for(0, 150, preallocate=True) == slots_for(150, 150, preallocate=True) == 150
-    assert slots_for(129, None, preallocate=True) == 192
+    assert slots_for(0, 150, static=True) == slots_for(150, 150, static=True) == 150
+    assert slots_for(129, None, static=True) == 192
 
 
 def test_estimate_by_hand():
     # 30 layers of 16 heads of 64 in half precision take 30 * 16 * (64 + 64) * 2 bytes a token.
     geometry = CacheGeometry(30, 16, 64, 64, torch.float16)
     assert geometry.token_bytes == 122_880
-    assert estimate_bytes(geometry, 1000) == 1458 * 122_880
-    assert estimate_bytes(geometry, 1000, rows=2, max_length=1200) == 2 * 1200 * 122_880
-    assert estimate_bytes(geometry, 5000, policy=SlidingWindow(1020, sinks=4)) == 1024 * 122_880
-    assert estimate_bytes(geometry, 5000, policy=MaxBytes(1024 * 122_880)) == 1024 * 122_880
-    assert estimate_bytes(geometry, 10, max_length=500, preallocate=True) == 500 * 122_880
+    assert CacheSpec().nbytes(geometry, 1000) == 1458 * 122_880
+    assert CacheSpec(max_length=1200).nbytes(geometry, 1000, rows=2) == 2 * 1200 * 122_880
+    assert CacheSpec(SlidingWindow(1020, sinks=4)).nbytes(geometry, 5000) == 1024 * 122_880
+    assert CacheSpec(MaxBytes(1024 * 122_880)).nbytes(geometry, 5000) == 1024 * 122_880
+    assert CacheSpec(max_length=500, static=True).nbytes(geometry, 10) == 500 * 122_880
     # Re-rotation keeps the keys of the four sinks a second time.
-    rerotated = estimate_bytes(geometry, 5000, policy=SlidingWindow(1020, sinks=4), rerotate=True)
+    rerotated = CacheSpec(SlidingWindow(1020, sinks=4), positions="rerotated").nbytes(geometry, 5000)
     assert rerotated == 1024 * 122_880 + 4 * 122_880 // 2
 
 
@@ -76,17 +77,17 @@ def test_estimate_is_what_is_held_however_the_tokens_came(policy, tokens, chunk)
         count = min(chunk, tokens - start)
         layer.append(torch.zeros(3, 1, count, 4), torch.zeros(3, 1, count, 2))
     held = held_bytes([layer.keys, layer.values])
-    assert estimate_bytes(geometry, tokens, rows=3, policy=policy) == layer.nbytes == held
+    assert CacheSpec(policy).nbytes(geometry, tokens, rows=3) == layer.nbytes == held
 
 
 def test_layers_may_have_policies_of_their_own():
-    policies = [KeepAll(), SlidingWindow(20, sinks=2), MaxTokens(150)]
+    policies = (KeepAll(), SlidingWindow(20, sinks=2), MaxTokens(150))
     geometry = CacheGeometry(3, 1, 4, 2)
     layers = [KVLayer(policy) for policy in policies]
     for layer in layers:
         layer.append(torch.zeros(1, 1, 300, 4), torch.zeros(1, 1, 300, 2))
     held = sum(held_bytes([layer.keys, layer.values]) for layer in layers)
-    assert estimate_bytes(geometry, 300, policy=policies) == held
+    assert CacheSpec(policies).nbytes(geometry, 300) == held
 
 
 @pytest.mark.parametrize("rows", [None, 2])
@@ -96,17 +97,16 @@ def test_layers_may_have_policies_of_their_own():
 )
 def test_estimate_for_a_model_is_what_its_cache_holds(policy, positions, rows):
     model = LlamaForCausalLM(LlamaConfig(**TINY, num_key_value_heads=2)).eval()
-    given = {"policy": policy, "max_length": 60, "preallocate": True}
-    cache = new_cache(model, **given, positions=positions, rows=rows)
+    spec = CacheSpec(policy or KeepAll(), 60, positions, static=True)
+    cache = new_cache(model, spec, rows=rows)
     with torch.no_grad():
         for tokens in torch.arange(24).repeat(2, 1).split([7, *[1] * 17], 1):
             model(tokens, past_key_values=cache)
     layers = [layer.kv for layer in cache_layers(cache)]
-    held = sum(held_bytes([x for x in vars(kv).values() if torch.is_tensor(x) and x.dim() == 4]) for kv in layers)
-    rerotate = positions == "rerotated"
+    held = sum(inside.held_bytes(kv) for kv in layers)
     geometry = geometry_of(model)
     assert account(cache_layers(cache)).nbytes == held
-    assert estimate_bytes(geometry, 24, rows=2, rerotate=rerotate, **given) == held
+    assert spec.nbytes(geometry, 24, rows=2) == held
     if "MaxBytes" in repr(policy):
         assert held <= 20_000
 

@@ -6,6 +6,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from support.families import tiny, token_ids
+from support.inside.tools import METRICS
 
 from kvcache import InputError, KVCacheManager, MemoryStore, SlidingWindow, SpeakerCache, TieredStore, events
 from kvcache.monitoring import CacheMetrics
@@ -34,18 +35,18 @@ def test_caches_and_their_events():
         assert found["kvcache_events_total", "evicted"] == 20, "once a forward"
     manager.generate(token_ids(1, 30), **GREEDY)
     assert scraped(registry) == {}
-    assert not events.heard("hit")
+    assert not events.has_listeners("hit")
 
 
 def test_prefixes_and_their_tiers(tmp_path):
-    speakers = SpeakerCache(TieredStore(MemoryStore(), DiskStore(tmp_path), write_behind=False))
-    registry, manager = CollectorRegistry(), KVCacheManager(tiny("llama"), speakers=speakers)
+    prefix_cache = SpeakerCache(TieredStore(MemoryStore(), DiskStore(tmp_path), write_behind=False))
+    registry, manager = CollectorRegistry(), KVCacheManager(tiny("llama"), prefix_cache=prefix_cache)
     alone = MemoryStore()
-    with CacheMetrics(registry).watch("prompts", speakers).watch("alone", alone):
+    with CacheMetrics(registry).watch("prompts", prefix_cache).watch("alone", alone):
         manager.add_prefix("one", token_ids(1, 12))
         manager.add_prefix("two", token_ids(1, 12))
         manager.add_prefix("long", token_ids(1, 20))
-        found, stats = scraped(registry), speakers.stats()
+        found, stats = scraped(registry), prefix_cache.stats()
     assert found["kvcache_prefixes_built_total", "prompts"] == stats.built
     assert found["kvcache_prefixes_extended_total", "prompts"] == stats.extended
     assert found["kvcache_prefixes_refused_total", "prompts"] == 0
@@ -55,7 +56,7 @@ def test_prefixes_and_their_tiers(tmp_path):
         assert found["kvcache_store_bytes", tier, "prompts"] == stats.nbytes[tier] > 0
         assert found["kvcache_store_hits_total", tier, "prompts"] == stats.hits[tier]
     assert stats.hits["memory"] == 1
-    assert found["kvcache_store_misses_total", "memory", "prompts"] == speakers.store.tiers[0].misses > 0
+    assert found["kvcache_store_misses_total", "memory", "prompts"] == prefix_cache.store.tiers[0].misses > 0
     assert found["kvcache_store_bytes", "alone", "memory"] == 0
     kinds = {"built": stats.built, "extended": stats.extended, "hit": 1}
     assert {kind: found["kvcache_events_total", kind] for kind in kinds} == kinds
@@ -72,6 +73,6 @@ def test_what_cannot_be_watched():
 
 def test_without_prometheus_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "prometheus_client.core", None)
-    monkeypatch.delitem(sys.modules, "kvcache.monitoring._metrics")
+    monkeypatch.delitem(sys.modules, METRICS)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'kvcache\[metrics\]'"):
-        __import__("kvcache.monitoring._metrics")
+        __import__(METRICS)

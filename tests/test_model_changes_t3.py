@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from t3_models import UPSTREAMS_WARNINGS, tiny_t3
+from support.t3_models import UPSTREAMS_WARNINGS, tiny_t3
 
 from kvcache import MemoryStore, SpeakerCache
 from kvcache.models import PackedLinear
@@ -64,7 +64,7 @@ def test_an_engine_follows_its_model(change: Any, backend: Any) -> None:
     change(bare)
     plain = ChatterboxEngine(bare, backend="off", reuse="none", onednn=False)
     expected = spoken(plain, bare, t3_cond=voice)
-    engine = ChatterboxEngine(t3, backend=backend, speakers=SpeakerCache(MemoryStore()), onednn=False)
+    engine = ChatterboxEngine(t3, backend=backend, prefix_cache=SpeakerCache(MemoryStore()), onednn=False)
     engine.add_voice("v", conditionals=voice)
     before = spoken(engine, t3, voice="v"), spoken(engine, t3, t3_cond=voice)
     assert torch.equal(*before)
@@ -82,7 +82,7 @@ def test_an_engine_follows_its_model(change: Any, backend: Any) -> None:
 def test_the_multilingual_model_keeps_what_its_check_reads() -> None:
     t3 = tiny_t3("multilingual")
     voice = random_conditionals(t3)
-    engine = ChatterboxEngine(t3, precision="int8", speakers=SpeakerCache(MemoryStore()))
+    engine = ChatterboxEngine(t3, precision="int8", prefix_cache=SpeakerCache(MemoryStore()))
     assert spoken(engine, t3, t3_cond=voice).shape[1] == 16
     kept = [name for name, part in engine.t3.tfmr.named_modules() if isinstance(part, torch.nn.Linear)]
     assert kept == [f"layers.{layer}.self_attn.{name}" for layer in (9, 12, 13) for name in ("q_proj", "k_proj")]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.families import VOCABULARY, build, dynamic_cache, tiny, token_ids, widened
-from test_windows import as_given, kept_after_each, policy_mask
+from support.windows import as_given, kept_after_each, policy_mask
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, cache_utils
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -27,7 +27,7 @@ from kvcache import (
     SnapKV,
     SpeakerCache,
 )
-from kvcache.models import _cache as hf
+from kvcache import models as hf
 from kvcache.models import cache_kwarg, facts_of, geometry_of, get_cache, output_cache
 
 CLOSE = 2e-4  # fp32 logits of size 1 to 30; a window that is off by one token is off by more than 0.05
@@ -278,7 +278,7 @@ def of_class(kind: type) -> Any:
 
 
 def in_memory(model: Any, policy: Any = None) -> KVCacheManager:
-    return KVCacheManager(model, policy, speakers=SpeakerCache(MemoryStore()))
+    return KVCacheManager(model, policy, prefix_cache=SpeakerCache(MemoryStore()))
 
 
 @pytest.mark.parametrize(
@@ -492,33 +492,35 @@ def test_w7_outside_of_generate_such_a_mask_is_refused_once_slots_are_out_of_ord
 def test_w9_attention_of_another_kind_is_refused_at_construction_or_right(kind: str) -> None:
     model, ids = known(kind), token_ids(1, 12)
     try:
-        kv = KVCacheManager(model, SnapKV(64, recent=8))
+        kv = KVCacheManager(model, SnapKV(64, window_size=8))
     except PolicyError:
         return
     with torch.no_grad():
         plain = model(ids, use_cache=False).logits
     held = kv.new_cache()
-    assert far(torch.cat([run(kv.runner, part, held) for part in ids.split([8, 4], 1)], 1), plain) < CLOSE
+    assert far(torch.cat([run(kv.observed_model, part, held) for part in ids.split([8, 4], 1)], 1), plain) < CLOSE
 
 
 def test_w9_twice_attended_keys_are_refused() -> None:
     with pytest.raises(PolicyError, match="by age"):
-        KVCacheManager(known("diffllama"), SnapKV(64, recent=8))
+        KVCacheManager(known("diffllama"), SnapKV(64, window_size=8))
 
 
 def test_w9_a_prompt_that_attends_both_ways_is_refused() -> None:
     """A mask that shows later tokens reaches the attention of heads which make their own."""
     model = tiny("llama")
-    kv = KVCacheManager(model, SnapKV(64, recent=8))
+    kv = KVCacheManager(model, SnapKV(64, window_size=8))
     both = torch.ones(1, 1, 8, 8, dtype=torch.bool)
 
     def show(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         return args, {**kwargs, "attention_mask": both}
 
-    handles = [layer.self_attn.register_forward_pre_hook(show, with_kwargs=True) for layer in kv.runner.model.layers]
+    handles = [
+        layer.self_attn.register_forward_pre_hook(show, with_kwargs=True) for layer in kv.observed_model.model.layers
+    ]
     try:
         with pytest.raises(PolicyError, match="causal"):
-            run(kv.runner, token_ids(1, 8), kv.new_cache())
+            run(kv.observed_model, token_ids(1, 8), kv.new_cache())
     finally:
         for handle in handles:
             handle.remove()

@@ -27,9 +27,9 @@ from kvcache import (
     SnapKV,
     occupancy,
 )
+from kvcache import models as hf
 from kvcache.cache import LayerReport
 from kvcache.memory import resident_bytes
-from kvcache.models import _cache as hf
 
 GREEDY = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": -1, "pad_token_id": 0}  # no token is -1
 
@@ -218,8 +218,8 @@ def test_a_timelines_table_and_plot(tmp_path):
 
 
 def run(manager, cache, tokens):
-    with torch.no_grad(), hf.exact_windows(manager.runner):
-        manager.runner(tokens, past_key_values=cache)
+    with torch.no_grad(), hf.exact_windows(manager.observed_model):
+        manager.observed_model(tokens, past_key_values=cache)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_heads_of_their_own():
     assert found.kept(0, head=0) == [0, 16, 17, 18, 19] and found.kept(0, head=1) == list(range(20))
     assert found.map()[0, 5] == 0.5 and found.map()[0, 17] == 1
 
-    manager = KVCacheManager(tiny("llama"), SnapKV(12, sinks=2, recent=3))
+    manager = KVCacheManager(tiny("llama"), SnapKV(12, sinks=2, window_size=3))
     cache = manager.new_cache(2)
     run(manager, cache, token_ids(2, 30))
     found = occupancy(cache)

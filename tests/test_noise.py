@@ -3,11 +3,11 @@
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.inside.speech import HARMONICS
 from support.searching import search
 
 from kvcache_chatterbox.units import MELS, SAMPLES_PER_FRAME
 from kvcache_chatterbox.vocoder import SeededNoise
-from kvcache_chatterbox.vocoder._noise import HARMONICS
 
 
 @search(100)

@@ -11,12 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.families import logits, tiny, token_ids
+from support.inside.models import REHEARSED, REHEARSED_LEAD
 from support.searching import search
 from torch import Tensor
 
 from kvcache import AdaKV, KVCacheManager, KVzip, PolicyError, RankingPolicy, SnapKV, pyramid_kv
+from kvcache import models as hf
 from kvcache.cache import ScoringContext
-from kvcache.models import _cache as hf
 
 # ---------------------------------------------------------------------- D3: PyramidKV
 
@@ -59,8 +60,8 @@ def test_d3_budgets_are_a_line_around_the_mean_for_any_setting(
 
 def test_d3_a_quotient_that_rounds_to_what_is_protected_is_more_than_it() -> None:
     """119 / 1.7 is 70.0 to a float, and more than 70 exactly."""
-    policy = SnapKV(119, low_water=119, recent=66)
-    assert policy.low_water / 1.7 == 70.0 == policy.sinks + policy.recent
+    policy = SnapKV(119, low_water=119, window_size=66)
+    assert policy.low_water / 1.7 == 70.0 == policy.sinks + policy.window_size
     assert Fraction(119) / Fraction(1.7) > 70
     assert [one.low_water for one in pyramid_kv(policy, 3, 1.7)] == [168, 119, 71]
 
@@ -97,9 +98,9 @@ def looks(ids: Tensor, parts: Sequence[Part], lead: int, sinks: int | None) -> l
     return found.tolist()
 
 
-def kept(found: list[list[list[float]]], most: int, sinks: int, recent: int) -> list[list[set[int]]]:
+def kept(found: list[list[list[float]]], most: int, sinks: int, window_size: int) -> list[list[set[int]]]:
     tokens = len(found[0][0])
-    stays = {p for p in range(tokens) if p < sinks or p >= tokens - recent}
+    stays = {p for p in range(tokens) if p < sinks or p >= tokens - window_size}
     return [
         [set(sorted(range(tokens), key=lambda p, h=head: (p not in stays, -h[p]))[:most]) for head in layer]
         for layer in found
@@ -118,12 +119,12 @@ def alike(one: list[list[set[int]]], other: list[list[set[int]]]) -> float:
 @pytest.mark.parametrize("most", [12, 24, 40])
 def test_d4_a_long_text_is_read_again_in_parts_as_the_paper_does(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of 16 tokens instead of 2,048, so that a small model has several; the sets that stay are the paper's."""
-    monkeypatch.setattr(hf, "_REHEARSED", 16)
-    monkeypatch.setattr(hf, "_LEAD", 3)
-    policy = KVzip(96, sinks=2, recent=3)
+    monkeypatch.setattr(REHEARSED, 16)
+    monkeypatch.setattr(REHEARSED_LEAD, 3)
+    policy = KVzip(96, sinks=2, window_size=3)
     manager = KVCacheManager(tiny("llama"), policy)
     cache, ids = manager.new_cache(), token_ids(1, 57, seed=8)
-    logits(manager.runner, ids, cache)
+    logits(manager.observed_model, ids, cache)
     manager.compress(cache, ids, most)
     parts = [(0, 16), (16, 32), (32, 48), (48, 57)]
     paper, among_all = (kept(looks(ids, parts, 3, sinks), most, 2, 3) for sinks in (2, None))
@@ -137,11 +138,11 @@ def test_d4_a_text_of_one_part_is_divided_among_all_of_it() -> None:
 
 
 def test_d4_heads_that_share_a_budget_read_in_parts_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf, "_REHEARSED", 16)
-    monkeypatch.setattr(hf, "_LEAD", 3)
-    manager = KVCacheManager(tiny("llama"), AdaKV(KVzip(96, sinks=2, recent=3), floor=1.0))
+    monkeypatch.setattr(REHEARSED, 16)
+    monkeypatch.setattr(REHEARSED_LEAD, 3)
+    manager = KVCacheManager(tiny("llama"), AdaKV(KVzip(96, sinks=2, window_size=3), alpha_safeguard=1.0))
     cache, ids = manager.new_cache(), token_ids(1, 40, seed=8)
-    logits(manager.runner, ids, cache)
+    logits(manager.observed_model, ids, cache)
     manager.compress(cache, ids, 20)
     paper = kept(looks(ids, [(0, 16), (16, 32), (32, 40)], 3, 2), 20, 2, 3)
     found = [[set(part.positions()[0, 0].tolist()) for _, part in kv.parts] for kv in hf.kv_layers(cache)]
@@ -154,19 +155,19 @@ def test_d4_heads_that_share_a_budget_read_in_parts_too(monkeypatch: pytest.Monk
 @dataclass(frozen=True)
 class Unasked(RankingPolicy):
     def score(self, seen: ScoringContext) -> Tensor:
-        return seen.mass
+        return seen.cumulative_attention
 
 
 @dataclass(frozen=True)
 class Asked(Unasked):
-    accumulates: ClassVar[bool] = True
+    needs_cumulative_attention: ClassVar[bool] = True
 
 
 def test_d11_attention_that_was_not_asked_for_is_not_minus_one() -> None:
-    manager = KVCacheManager(tiny("llama"), Unasked(16, sinks=1, recent=4))
-    with pytest.raises(PolicyError, match="accumulates: ClassVar"):
-        logits(manager.runner, token_ids(1, 30), manager.new_cache())
-    manager = KVCacheManager(tiny("llama"), Asked(16, sinks=1, recent=4))
+    manager = KVCacheManager(tiny("llama"), Unasked(16, sinks=1, window_size=4))
+    with pytest.raises(PolicyError, match="needs_cumulative_attention: ClassVar"):
+        logits(manager.observed_model, token_ids(1, 30), manager.new_cache())
+    manager = KVCacheManager(tiny("llama"), Asked(16, sinks=1, window_size=4))
     cache = manager.new_cache()
-    logits(manager.runner, token_ids(1, 30), cache)
+    logits(manager.observed_model, token_ids(1, 30), cache)
     assert cache.layers[0].kv.stored == 14

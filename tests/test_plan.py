@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from support.inside.speech import predicted_tokens
 from support.searching import search
 
 from kvcache import CapacityError, InputError
 from kvcache_chatterbox.text import RowLayout, RowLimits, Segment, TokenRoom, make_plan, split
-from kvcache_chatterbox.text._plan import predicted_tokens
 
 pytestmark = pytest.mark.one_release
 

@@ -8,17 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from plan_families import KINDS, NAMES, class_of, config_of, made
 from support import holding
+from support.inside.tools import language_footprint
+from support.plan_families import KINDS, NAMES, class_of, config_of, made
 from torch import Tensor
 
 from kvcache import InputError, KVCacheManager, MaxBytes, MaxTokens, Pinned, PolicyError, SizePolicy, SlidingWindow
-from kvcache.cache import Quantization
+from kvcache import models as hf
+from kvcache.cache import KVQuantization
 from kvcache.decoding import Setting
-from kvcache.models import _cache as hf
 from kvcache.models import cache_kwarg
 from kvcache.tools import plan, subject
-from kvcache.tools._footprint import language_footprint
 
 FEW = ("llama", "gemma3", "deepseek-v3", "whisper")  # tried with everything; the others at leisure
 FRAMES = 60  # of sound, twice Whisper's positions
@@ -98,13 +98,13 @@ def test_c2_other_policies_are_planned_to_the_byte(name: str, policy: SizePolicy
 
 @pytest.mark.parametrize("name", some(name for name in NAMES if KINDS[name].bits))
 def test_c2_fewer_bits_are_planned_to_the_byte(name: str) -> None:
-    check(name, 2, 70, 3, quantization=Quantization(4, group=16))
+    check(name, 2, 70, 3, storage=KVQuantization(4, group_size=16))
 
 
 @pytest.mark.parametrize("name", ["gemma3", "gpt-oss", "llama"])
 def test_c2b_a_budget_in_fewer_bits_holds_the_whole_cache(name: str) -> None:
     budget = 40_000
-    held = check(name, 2, 70, 80, policy=MaxBytes(budget), quantization=Quantization(8, group=16))
+    held = check(name, 2, 70, 80, policy=MaxBytes(budget), storage=KVQuantization(8, group_size=16))
     assert held <= budget
 
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.inside.decoding import idle
+from support.inside.speech import STATIC_CACHE, stepper_of
 from support.searching import search
-from t3_models import tiny_t3
+from support.t3_models import tiny_t3
 
 from kvcache import (
     CapacityError,
@@ -24,7 +26,6 @@ from kvcache import (
 )
 from kvcache.decoding import Pool, StaticKV
 from kvcache_chatterbox import ChatterboxEngine, byte_tokens, stand_in
-from kvcache_chatterbox.speech import _step_engine as stepping
 
 pytestmark = pytest.mark.one_release
 
@@ -37,7 +38,7 @@ MODELS = {}
 def engine(kind, policy=None, **options):
     if kind not in MODELS:
         MODELS[kind] = stand_in(tiny_t3(kind))
-    return ChatterboxEngine(MODELS[kind], policy, speakers=SpeakerCache(MemoryStore("32MiB")), **options)
+    return ChatterboxEngine(MODELS[kind], policy, prefix_cache=SpeakerCache(MemoryStore("32MiB")), **options)
 
 
 class Counted(StaticKV):
@@ -53,7 +54,7 @@ class Counted(StaticKV):
 @pytest.fixture(autouse=True)
 def counted(monkeypatch):
     monkeypatch.setattr(Counted, "living", [])
-    monkeypatch.setattr(stepping, "StaticKV", Counted)
+    monkeypatch.setattr(STATIC_CACHE, Counted)
 
 
 def static_bytes():
@@ -68,7 +69,7 @@ def check(ours, text, **request):
     plan = ours.plan(text, **request)
     held = {ours.report().nbytes for _ in ours.generate_stream(text, seed=0, chunking=[5], **request)}
     assert max(held) == plan.kv_bytes
-    if ours._stepper is not None:
+    if stepper_of(ours) is not None:
         assert len(held) == 1
         gc.collect()
         assert static_bytes() == plan.kv_bytes
@@ -132,7 +133,7 @@ def test_w15_what_waits_of_another_text_goes_before_more_is_held():
 
 def test_w15_a_cache_that_is_off_takes_nothing():
     ours = engine("english")
-    ours.disable_kv_cache()
+    ours.enabled = False
     plan = ours.plan("Hello there.", max_new_tokens=4, memory_budget=1)
     assert (plan.rows, plan.kv_bytes) == (1, 0)
     ours.generate("Hello there.", max_new_tokens=4, memory_budget=1)
@@ -201,14 +202,14 @@ def test_w15_one_kind_waits_where_memory_is_planned():
 
     pool = Pool(most=1)
     with pool.lent("one", 4, Made) as one:
-        assert not pool._idle
+        assert not idle(pool)
     with pool.lent("one", 3, Made) as again:
         assert again is one
     with pool.lent("eight", 3, Made) as eight:
-        assert not pool._idle
+        assert not idle(pool)
         with pool.lent("one", 3, Made) as other:
             assert other is not one
-    assert list(pool._idle.values()) == [eight]
+    assert list(idle(pool).values()) == [eight]
 
 
 @pytest.mark.parametrize(

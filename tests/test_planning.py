@@ -1,11 +1,11 @@
 """Plans against what the same model, loaded, really holds; searches against brute force."""
 
 import os
-import resource
 from functools import cache
 
 import pytest
 import torch
+from support.inside.tools import held
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from kvcache import InputError, KeepAll, MaxBytes, MaxTokens, Pinned, PolicyError, SlidingWindow
@@ -13,7 +13,6 @@ from kvcache.cache import CacheGeometry
 from kvcache.decoding import Setting, StaticKV
 from kvcache.models import PackedLinear, Watch, has_half, quantize_linear
 from kvcache.tools import plan, room, subject, written_static
-from kvcache.tools._footprint import held
 
 FEWER = "bf16" if has_half("bf16") else "int8"  # where it is as fast as it can be
 TINY = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -96,13 +95,12 @@ def test_speech_is_planned_to_the_byte(kind, setting):
     assert made.weights.total - made.weights.originals == pytest.approx(
         sum(packed.values()) + sum(held.values()) + head, abs=8 * t3.speech_head.out_features
     )
-    assert made.prefixes == served.engine.speakers.stats().nbytes["memory"]
+    assert made.prefixes == served.engine.prefix_cache.stats().nbytes["memory"]
 
 
 def _speech(kind):
-    from t3_models import tiny_t3
-
-    from kvcache_chatterbox.tools._targets import ChatterboxTarget
+    from support.inside.speech import ChatterboxTarget
+    from support.t3_models import tiny_t3
 
     class Tiny(ChatterboxTarget):
         shortest = 21 + 2 if kind == "gpt" else 22 + 3 + 2
@@ -222,11 +220,6 @@ def test_pages_of_a_static_cache_against_the_system():
     assert planned == pytest.approx(resident, abs=64 * 1024)
     assert written_static(kv, 500, 2, "cpu") >= kv.nbytes
     assert written_static(kv, 70, 1, "cuda") == kv.nbytes
-
-
-def _resident():
-    with open("/proc/self/statm") as statm:
-        return int(statm.read().split()[1]) * resource.getpagesize()
 
 
 def test_held_counts_a_storage_once():

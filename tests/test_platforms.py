@@ -9,11 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from support.inside import tools as inside
+from support.inside.ground import STATM
 
 from kvcache import memory
-from kvcache.monitoring import _timeline as timeline
-from kvcache.tools import _planning as planning
-from kvcache.tools import _profiling as profiling
 
 pytestmark = pytest.mark.one_release
 
@@ -21,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_w16_what_a_process_holds_is_told_in_one_place():
-    assert planning.resident_bytes is profiling.resident_bytes is timeline.resident_bytes is memory.resident_bytes
+    assert all(one is memory.resident_bytes for one in inside.RESIDENT_BYTES)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="read from /proc")
@@ -33,7 +32,7 @@ def test_w16_on_linux_it_is_the_resident_set():
 
 @pytest.mark.parametrize(("platform", "unit"), [("darwin", 1), ("linux", 1024), ("freebsd14", 1024)])
 def test_w16_without_proc_it_is_the_most_in_the_platforms_own_unit(platform, unit, monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "_STATM", tmp_path / "none")
+    monkeypatch.setattr(STATM, tmp_path / "none")
     monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=123_456))
     assert memory.resident_bytes() == 123_456 * unit
@@ -62,12 +61,12 @@ def test_w16_on_windows_its_own_call_is_asked(told, held, monkeypatch):
 
 
 def test_w16_where_nothing_is_told_it_is_none(monkeypatch, tmp_path):
-    monkeypatch.setattr(memory, "_STATM", tmp_path / "none")
+    monkeypatch.setattr(STATM, tmp_path / "none")
     monkeypatch.setitem(sys.modules, "resource", None)
     assert memory.resident_bytes() is None
     monkeypatch.setattr(sys, "platform", "win32")
     assert memory.resident_bytes() is None  # a Windows without the call
-    assert planning.process_bytes() is None
+    assert inside.process_bytes() is None
 
 
 # What Windows lacks is taken away once torch and transformers are there, which would look for their own parts of it.
@@ -90,7 +89,7 @@ kvcache.memory._STATM = Path("/none")
 from kvcache.cli import main
 codes = []
 for given in (["plan", folder, "--length", "20"], ["plan", folder, "--memory", "1"], ["plan", folder, "--length", "0"],
-              ["voices", "list"], ["voices", "remove", "ab"], ["bench", "nope"], ["doctor", "--json"], ["tune", folder]):
+              ["prefixes", "list"], ["prefixes", "remove", "ab"], ["bench", "nope"], ["doctor", "--json"], ["tune", folder]):
     out, sys.stdout = sys.stdout, io.TextIOWrapper(io.BytesIO(), encoding="cp1252" if platform == "win32" else "utf-8")
     codes.append(main(given))
     sys.stdout = out
@@ -117,6 +116,6 @@ def test_the_memory_of_a_plan_that_is_not_told_is_said(monkeypatch, tmp_path, ca
 
     LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
                 num_key_value_heads=2, architectures=["LlamaForCausalLM"]).save_pretrained(tmp_path)  # fmt: skip
-    monkeypatch.setattr("kvcache.tools._planning.resident_bytes", lambda: None)
+    monkeypatch.setattr(inside.PLANNED_RESIDENT_BYTES, lambda: None)
     assert main(["plan", str(tmp_path), "--length", "20"]) == 0
     assert "does not tell what a process holds" in capsys.readouterr().out

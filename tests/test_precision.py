@@ -8,11 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.families import build, tiny, token_ids
+from support.inside.models import HAS_HALF, packed_kernels
 from support.searching import search
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-import kvcache.models._precision as precision_module
 from kvcache import InputError
 from kvcache.models import PackedLinear, check_precision, model_fingerprint, planned, quantize_linear
 
@@ -186,11 +186,11 @@ def test_fp32_is_the_model_itself():
 
 @pytest.mark.parametrize("precision", NARROW)
 @pytest.mark.parametrize("wide", [["mlp.down_proj"], ["layers.0.mlp.down_proj"], ["k_proj", "layers.1.mlp.up_proj"]])
-def test_wide_layers_stay_as_they_are(precision, wide):
+def test_wide_layers_stay_as_they_are(precision, modules_to_not_convert):
     model = tiny("llama")
-    new = quantize_linear(model, precision, wide=wide)
+    new = quantize_linear(model, precision, modules_to_not_convert=modules_to_not_convert)
     before, after = linear(model), linear(new)
-    ends = tuple(wide)
+    ends = tuple(modules_to_not_convert)
     named = {n for n in before if any(n == end or n.endswith("." + end) for end in ends)}
     assert set(after) == named | {"lm_head"}
     for name in after:
@@ -258,22 +258,22 @@ def test_a_deep_copy_computes_the_same(precision):
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_packed_weights_die_with_the_copy(name, precision):
     gc.collect()
-    model, before = build(name), len(precision_module._kernels)
+    model, before = build(name), len(packed_kernels)
     new = quantize_linear(model, precision)
-    held = len(precision_module._kernels) - before
+    held = len(packed_kernels) - before
     assert held == sum(isinstance(m, PackedLinear) for m in new.modules()) == 8
     with torch.no_grad():
         new(token_ids(1, 5))
     del new
     gc.collect()
-    assert len(precision_module._kernels) == before
+    assert len(packed_kernels) == before
 
 
 # ---------------------------------------------------------------------- what is refused
 
 
 def test_what_a_cpu_cannot_is_refused(monkeypatch):
-    monkeypatch.setattr(precision_module, "has_half", lambda precision: False)
+    monkeypatch.setattr(HAS_HALF, lambda precision: False)
     for precision in ("bf16", "fp16"):
         with pytest.raises(InputError, match=f"precision='{precision}': this CPU has no fast {precision}"):
             quantize_linear(tiny("llama"), precision)
@@ -306,7 +306,7 @@ def test_names_that_are_none_are_refused():
             quantize_linear(tiny("llama"), name)
     for end in ("mlp.nothing", "own_proj", "embed_tokens", ""):
         with pytest.raises(InputError, match="no linear layer's name ends so"):
-            quantize_linear(tiny("llama"), "int8", wide=[end])
+            quantize_linear(tiny("llama"), "int8", modules_to_not_convert=[end])
 
 
 @pytest.mark.parametrize("precision", ["fp32", *NARROW])

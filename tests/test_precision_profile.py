@@ -54,20 +54,27 @@ def divergence(model, other, batches) -> float:
 
 def test_the_layer_that_int8_cannot_do_stays_wide(model, batches):
     plain = divergence(model, quantize_linear(model, "int8"), batches)
-    wide = find_sensitive_layers(model, "int8", batches, bound=plain / 4)
-    assert wide[0] == "model.layers.1.mlp.down_proj"
-    assert len(wide) < 6
+    modules_to_not_convert = find_sensitive_layers(model, "int8", batches, bound=plain / 4)
+    assert modules_to_not_convert[0] == "model.layers.1.mlp.down_proj"
+    assert len(modules_to_not_convert) < 6
     # On other text than it was profiled on. Divergences add up only about, hence the half.
     others = [torch.randint(0, 50, (2, 40), generator=torch.Generator().manual_seed(2))]
-    assert divergence(model, quantize_linear(model, "int8", wide=wide), others) < plain / 2
+    assert (
+        divergence(model, quantize_linear(model, "int8", modules_to_not_convert=modules_to_not_convert), others)
+        < plain / 2
+    )
 
 
 def test_layers_that_are_computed_together_stay_wide_together(model, batches):
-    wide = find_sensitive_layers(model, "int8", batches, bound=0)
+    modules_to_not_convert = find_sensitive_layers(model, "int8", batches, bound=0)
     linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
-    assert sorted(wide) == sorted(linear)
-    first = wide.index("model.layers.0.self_attn.q_proj")
-    assert [name.rsplit(".", 1)[1] for name in wide[first : first + 3]] == ["q_proj", "k_proj", "v_proj"]
+    assert sorted(modules_to_not_convert) == sorted(linear)
+    first = modules_to_not_convert.index("model.layers.0.self_attn.q_proj")
+    assert [name.rsplit(".", 1)[1] for name in modules_to_not_convert[first : first + 3]] == [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+    ]
 
 
 def test_nothing_stays_wide_where_the_bound_allows_all(model, batches):
@@ -82,10 +89,10 @@ def test_other_models_and_inputs():
     def forward(model, batch):
         return gpt.lm_head(model(inputs_embeds=batch)[0])
 
-    wide = find_sensitive_layers(gpt.transformer, "int8", embeds, bound=0, forward=forward)
-    assert len(wide) == 8
-    assert "h.0.attn.c_attn" in wide
-    quantize_linear(gpt.transformer, "int8", wide=wide)  # takes the names
+    modules_to_not_convert = find_sensitive_layers(gpt.transformer, "int8", embeds, bound=0, forward=forward)
+    assert len(modules_to_not_convert) == 8
+    assert "h.0.attn.c_attn" in modules_to_not_convert
+    quantize_linear(gpt.transformer, "int8", modules_to_not_convert=modules_to_not_convert)  # takes the names
 
 
 def test_without_samples_there_is_nothing_to_go_by(model):

@@ -6,6 +6,8 @@ import pytest
 import torch
 from support.clocks import Ticking
 from support.families import build
+from support.inside.decoding import StaticLayer
+from support.inside.tools import AUDIO, LanguageRunner, LanguageTarget, part_of, weight_bytes
 from torch import nn
 from torch.nn.modules import module as modules
 from torch.overrides import TorchFunctionMode
@@ -14,12 +16,8 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from kvcache import InputError
 from kvcache.decoding import Setting
-from kvcache.decoding._wiring import StaticLayer
 from kvcache.models import LINEAR, ManagedLayer, has_half, quantize_linear, structural_copy
 from kvcache.tools import MEMORY, PARTS, Watch, plot, profile
-from kvcache.tools._module_timer import AUDIO, part_of
-from kvcache.tools._profiling import weight_bytes
-from kvcache.tools._targets import LanguageTarget, _Language
 
 CONTEXT, TOKENS = 30, 20
 SLOW = 1.0  # second, of the test's clock; beside it its ticks are nothing
@@ -35,7 +33,7 @@ class Given(LanguageTarget):
         return self._given
 
     def prepared(self, setting, device="cpu"):
-        return _Language(self._given, setting)
+        return LanguageRunner(self._given, setting)
 
 
 @pytest.fixture

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from support.clocks import Ticking
-from t3_models import UPSTREAMS_WARNINGS, fingerprint, tiny_t3
+from support.inside.speech import remember_caches
+from support.inside.tools import AUDIO
+from support.t3_models import UPSTREAMS_WARNINGS, fingerprint, tiny_t3
 
 from kvcache.decoding import Setting
 from kvcache.tools import profile
-from kvcache.tools._module_timer import AUDIO
 from kvcache_chatterbox import ChatterboxEngine, byte_tokens, random_conditionals
 from kvcache_chatterbox.testing import stand_in
 from kvcache_chatterbox.tools import LoadedTarget
@@ -80,17 +81,10 @@ def test_a_head_in_fewer_bits_is_still_a_head():
     assert found.memory.parts["unused_weights"] > found.memory.parts["mlp_weights"] > 0
 
 
-def test_what_was_prefilled_is_let_go_while_the_engine_decodes(monkeypatch):
+def test_what_was_prefilled_is_let_go_while_the_engine_decodes():
     t3, made = tiny_t3("english"), []
     engine = ChatterboxEngine(t3, backend="eager")
-    new_cache = engine._new_cache
-
-    def remembered(*args):
-        cache = new_cache(*args)
-        made.append(weakref.ref(cache))
-        return cache
-
-    monkeypatch.setattr(engine, "_new_cache", remembered)
+    remember_caches(engine, lambda cache: made.append(weakref.ref(cache)))
     text, voice = byte_tokens(t3, "The birch canoe slid."), random_conditionals(t3)
     chunks = engine.inference_stream(text_tokens=text, t3_cond=voice, max_new_tokens=20, chunk_size=5, seed=0)
     next(chunks)

@@ -10,12 +10,12 @@ import threading
 import pytest
 import torch
 from support.families import build, token_ids
+from support.inside import decoding as inside
 from support.waiting import until
 from torch import nn
 
 from kvcache import CorruptError, KVCacheManager, subscribe
-from kvcache.decoding import Ahead, ProgramFiles, Programs, Refused
-from kvcache.decoding import _programs as module
+from kvcache.decoding import Ahead, ProgramFiles, Programs, Refused, RootSizes
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="this system does not tell whose a file is")
 KEY, BY, ABOUT = "ab" * 32, {"torch": "1"}, {"names": ["x"]}
@@ -29,8 +29,8 @@ def files(tmp_path):
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """As if no program had been loaded in this process."""
-    for name in ("_loaded", "_begun", "_failed"):
-        monkeypatch.setattr(module, name, {})
+    for known in (inside.PROGRAMS_LOADED, inside.PROGRAMS_BEGUN, inside.PROGRAMS_FAILED):
+        monkeypatch.setattr(known, {})
 
 
 @pytest.fixture
@@ -126,7 +126,7 @@ def test_what_another_user_owns_is_not_used(files, monkeypatch):
 
 
 def test_the_least_recently_used_leave_when_there_is_no_more_room(files, monkeypatch):
-    monkeypatch.setattr("kvcache.decoding._program_files._ALL", 900)
+    monkeypatch.setattr(inside.PROGRAMS_ROOM, 900)
     for i in range(4):
         files.write(f"{i:064}", BY, ABOUT, bytes(250))
         os.utime(files.folder / f"{i:064}.kvcache-program", ns=(i, i))
@@ -168,7 +168,7 @@ def written(tmp_path_factory):
 
 
 def told(function):
-    return [(one.name, one.how) for one in function._programs.made]
+    return [(one.name, one.how) for one in inside.programs_of(function)]
 
 
 def test_another_model_of_the_same_shape_takes_the_program_with_its_own_weights(written, fell_back):
@@ -219,9 +219,8 @@ def ring(room, files):
         name="remembered",
         model=root.model,
         dynamic={"order": (0,)},
-        sized=[(root.held, (0,))],
         programs=Programs(files),
-        example=lambda given: {**given, "order": torch.arange(room // 2)},
+        sizes=RootSizes([(root.held, (0,))], lambda given: {**given, "order": torch.arange(room // 2)}),
     )
 
 
@@ -252,7 +251,7 @@ def test_what_cannot_be_used_is_said_and_everything_works(written, fell_back, tm
     copied.write_bytes(path.read_bytes())
     copied.chmod(0o600)
     spoil(copied)
-    monkeypatch.setattr(module, "compiled", _no_compiler)
+    monkeypatch.setattr(inside.PROGRAMS_COMPILED, _no_compiler)
     function = ahead(Scaled(), files)
     x = torch.ones(5, 8)
     assert torch.equal(function(x, True), scaled(function.root, x, True))
@@ -296,7 +295,7 @@ def test_requests_are_served_eagerly_while_their_step_is_compiled(tmp_path, monk
         assert go.wait(60)
         raise Refused("it was only a test")
 
-    monkeypatch.setattr(module, "compiled", compiling)
+    monkeypatch.setattr(inside.PROGRAMS_COMPILED, compiling)
     monkeypatch.setenv("KVCACHE_HOME", str(tmp_path))
     manager = KVCacheManager(build("llama"), max_cache_length=64)
     given = {"max_new_tokens": 12, "do_sample": False}
@@ -343,7 +342,7 @@ for _ in range(3):
     tokens = torch.cat(list(manager.stream(token_ids(1, 9), backend="compile", **given)), 1)
     times.append(time.perf_counter() - began)
 print(json.dumps(dict(slots=manager.report().layers[0].capacity, same=torch.equal(tokens, eager), times=times, reasons=reasons, backend=manager.report().backend,
-      how=[one.how for one in manager._decoder.programs.made], dynamo="torch._dynamo.convert_frame" in sys.modules)))
+      how=[one.how for one in manager.engine.decoder.programs.made], dynamo="torch._dynamo.convert_frame" in sys.modules)))
 """
 
 

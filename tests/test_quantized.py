@@ -6,25 +6,31 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.inside.testing import held_bytes
 from support.searching import search
 
 from kvcache import (
+    AdaKV,
     CacheGeometry,
     CapacityError,
     CorruptError,
     GeometryError,
     InputError,
     KeepAll,
+    KeyRotation,
     KVLayer,
+    KVQuantization,
     MaxBytes,
     MaxTokens,
+    PerHead,
     Pinned,
     PolicyError,
     PositionsError,
     RollbackError,
     SlidingWindow,
+    SnapKV,
 )
-from kvcache.cache import Quantization, QuantizedLayer, pack, quantized_bytes, unpack
+from kvcache.cache import CacheSpec, Expected, GroupedLayer, Plain, Whole, pack, unpack
 
 pytestmark = pytest.mark.one_release
 
@@ -56,15 +62,15 @@ class Case:
     chunks: list[int]
 
     @property
-    def quantization(self) -> Quantization:
-        return Quantization(self.bits, GROUP)
+    def quantization(self) -> KVQuantization:
+        return KVQuantization(self.bits, group_size=GROUP)
 
-    def make(self, **options) -> QuantizedLayer:
-        geometry = CacheGeometry(1, HEADS, KEY_DIM, VALUE_DIM, self.dtype)
-        options = {"rows": self.rows, "geometry": geometry} | options
-        return QuantizedLayer(POLICIES[self.policy], self.quantization, **options)
+    def make(self, **options) -> GroupedLayer:
+        rows = options.pop("rows", self.rows)
+        token = (HEADS, KEY_DIM, VALUE_DIM, self.dtype) if options.pop("known", True) else None
+        return GroupedLayer(POLICIES[self.policy], self.quantization, expected=Expected(rows, token), **options)
 
-    def run(self, chunks: list[int] | None = None, **options) -> QuantizedLayer:
+    def run(self, chunks: list[int] | None = None, **options) -> GroupedLayer:
         layer = self.make(**options)
         for count in self.chunks if chunks is None else chunks:
             feed(layer, self, count)
@@ -92,11 +98,11 @@ def tokens(start: int, count: int, rows: int, dtype: torch.dtype, seed: int = 0)
     return [torch.cat(states, 2) for states in zip(*made, strict=True)]
 
 
-def feed(layer: QuantizedLayer, case: Case, count: int, seed: int = 0) -> list[torch.Tensor]:
-    return list(layer.append(*tokens(layer.seen, count, case.rows, case.dtype, seed)))
+def feed(layer: GroupedLayer, case: Case, count: int, seed: int = 0) -> list[torch.Tensor]:
+    return list(layer.append(*tokens(layer.seen, count, case.rows, case.dtype, seed)).states)
 
 
-def held(layer: QuantizedLayer) -> dict:
+def held(layer: GroupedLayer) -> dict:
     """All that a layer is, but for the memory that it does not use."""
     tensors, counts = layer.state()
     return {name: tensor.tolist() for name, tensor in tensors.items()} | counts
@@ -159,7 +165,7 @@ def test_holds_what_the_reference_holds(case: Case):
         before = [[], []] if layer.keys is None else [layer.keys, layer.values]
         retained, stored = layer.retained, layer.stored
         sees = [*range(min(layer.seen, pinned)), *range(stored - retained + min(layer.seen, pinned), stored)]
-        attended = layer.append(*fresh)
+        attended = layer.append(*fresh).states
         full.append(*fresh)
         for now, old, new in zip(attended, before, fresh, strict=True):
             assert now.shape[2] == retained + count
@@ -183,12 +189,11 @@ def test_bytes_are_those_told_before(case: Case):
     layer = case.make()
     for count in case.chunks:
         feed(layer, case, count)
-        tensors = [t for side in layer._sides for t in side.parts.values()]
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
-        expected = quantized_bytes(
-            HEADS, KEY_DIM, VALUE_DIM, case.dtype, case.quantization, layer.seen, case.rows, POLICIES[case.policy]
+        geometry = CacheGeometry(1, HEADS, KEY_DIM, VALUE_DIM, case.dtype)
+        expected = CacheSpec(POLICIES[case.policy], storage=case.quantization).nbytes(
+            geometry, layer.seen, rows=case.rows
         )
-        assert layer.nbytes == sum(storages.values()) == expected
+        assert layer.nbytes == held_bytes(layer) == expected
         if "bytes" in case.policy:
             assert layer.nbytes <= {"bytes": 5000, "pinned-bytes": 6000}[case.policy]
         if layer.policy.limit is not None:
@@ -203,8 +208,9 @@ def test_state_does_not_depend_on_the_chunks(case: Case):
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_budget_in_bytes_is_shared_by_layers_and_kept_with_more_rows(bits):
-    quantization = Quantization(bits, GROUP)
-    layers = [QuantizedLayer(MaxBytes(40_000), quantization, layers=3) for _ in range(3)]
+    quantization = KVQuantization(bits, group_size=GROUP)
+    whole = Expected(whole=Whole(((HEADS, KEY_DIM, VALUE_DIM, torch.float16),) * 3))
+    layers = [GroupedLayer(MaxBytes(40_000), quantization, expected=whole) for _ in range(3)]
     for layer in layers:
         layer.append(*tokens(0, 600, 2, torch.float16))
     assert 36_000 < sum(layer.nbytes for layer in layers) <= 40_000
@@ -220,14 +226,14 @@ def test_a_budget_in_bytes_is_shared_by_layers_and_kept_with_more_rows(bits):
         layers[0].repeat(20)
     assert held(layers[0]) == before
     with pytest.raises(PolicyError, match="does not hold one token"):
-        QuantizedLayer(MaxBytes(100), quantization).append(*tokens(0, 1, 1, torch.float16))
+        GroupedLayer(MaxBytes(100), quantization).append(*tokens(0, 1, 1, torch.float16))
 
 
 # How much smaller. Against the bare states the tail alone costs 64 of 2048 tokens in full precision.
 @pytest.mark.parametrize(("bits", "layers", "bare"), [(8, 1.9, 1.8), (4, 3.4, 3.2)])
 def test_it_is_smaller(bits, layers, bare):
     states = torch.zeros(1, 3, 2048, 64, dtype=torch.float16)
-    small, full = QuantizedLayer(quantization=Quantization(bits)), KVLayer()
+    small, full = GroupedLayer(None, KVQuantization(bits)), KVLayer()
     small.append(states, states)
     full.append(states, states)
     assert full.nbytes / small.nbytes >= layers
@@ -249,7 +255,7 @@ def test_every_magnitude_is_off_by_half_a_scale(dtype, bits, dim, size):
     states = (torch.rand(2, HEADS, 2 * GROUP, dim, generator=torch.Generator().manual_seed(0)) * 2 - 1) * size
     states[0, 0, 0], states[0, 0, 1] = size, -size
     states = states.clamp(-info.max, info.max).to(dtype)
-    layer = QuantizedLayer(quantization=Quantization(bits, GROUP))
+    layer = GroupedLayer(None, KVQuantization(bits, group_size=GROUP))
     layer.append(states, states)
     exact = states.double()
     for got, over in ((layer.keys, 2), (layer.values, 3)):
@@ -270,7 +276,7 @@ def test_every_magnitude_is_off_by_half_a_scale(dtype, bits, dim, size):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_constant_channels(dtype, bits):
     keys = torch.tensor([0.0, 3.0, -0.1]).expand(1, 1, GROUP, 3).to(dtype)
-    layer = QuantizedLayer(quantization=Quantization(bits, GROUP))
+    layer = GroupedLayer(None, KVQuantization(bits, group_size=GROUP))
     layer.append(keys, keys)
     if dtype == torch.float32:
         torch.testing.assert_close(layer.keys, keys, atol=0, rtol=2**-8)  # scales and minima are bf16
@@ -285,7 +291,7 @@ def test_whole_numbers_come_back(bits):
     for dim in (1, 2, 3, 8):
         codes = torch.randint(0, 16, (1, 2, 3 * GROUP, dim), generator=torch.Generator().manual_seed(dim)).float()
         codes[:, :, ::GROUP], codes[:, :, 1::GROUP] = 0, 15  # so that a key channel's scale is 1
-        layer = QuantizedLayer(quantization=Quantization(bits, GROUP))
+        layer = GroupedLayer(None, KVQuantization(bits, group_size=GROUP))
         layer.append(codes, codes)
         torch.testing.assert_close(layer.keys, codes, atol=0.0 if bits == 4 else 15 / 127 / 2, rtol=1e-6)
 
@@ -294,11 +300,11 @@ def test_whole_numbers_come_back(bits):
 @pytest.mark.parametrize("bits", [8, 4])
 def test_what_is_not_finite_shows_and_stays_in_its_channel_and_token(bits, bad):
     keys, values = tokens(0, 3 * GROUP, 1, torch.float32)
-    clean = QuantizedLayer(quantization=Quantization(bits, GROUP))
+    clean = GroupedLayer(None, KVQuantization(bits, group_size=GROUP))
     clean.append(keys, values)
     keys, values = keys.clone(), values.clone()
     keys[0, 1, 10, 2] = values[0, 1, 10, 2] = bad
-    layer = QuantizedLayer(quantization=Quantization(bits, GROUP))
+    layer = GroupedLayer(None, KVQuantization(bits, group_size=GROUP))
     layer.append(keys, values)
     wrong = torch.zeros_like(keys, dtype=torch.bool)
     wrong[0, 1, GROUP : 2 * GROUP, 2] = True
@@ -364,7 +370,7 @@ def test_rows_commute(case: Case, rows: list[int], more: list[int]):
     assert held(layer) == held(chosen)
     for count in more:
         fresh = [t[rows] for t in tokens(layer.seen, count, case.rows, case.dtype)]
-        for ours, theirs in zip(layer.append(*fresh), chosen.append(*fresh), strict=True):
+        for ours, theirs in zip(layer.append(*fresh).states, chosen.append(*fresh).states, strict=True):
             assert torch.equal(ours, theirs)
     assert held(layer) == held(chosen)
 
@@ -393,7 +399,7 @@ def test_trim_keeps_the_newest(case: Case, keep: int, more: list[int]):
 
 
 def test_memory_does_not_grow_where_it_is_trimmed_by_hand():
-    layer = QuantizedLayer(quantization=Quantization(8, GROUP), max_length=40)
+    layer = GroupedLayer(None, KVQuantization(8, group_size=GROUP), max_length=40)
     sizes = set()
     for _ in range(30):
         layer.append(*tokens(layer.seen, 20, 1, torch.float32))
@@ -408,7 +414,7 @@ def test_a_saved_layer_continues_as_the_original(case: Case, more: list[int]):
     layer = case.run()
     tensors, counts = layer.state()
     saved = unpack(pack(tensors, counts))
-    forks = [case.make(), case.make(rows=None, geometry=None), case.run(case.chunks[:1])]
+    forks = [case.make(), case.make(rows=None, known=False), case.run(case.chunks[:1])]
     forks[2].reset()
     for fork in forks:
         fork.restore(*saved)
@@ -433,7 +439,7 @@ def test_a_saved_layer_continues_as_the_original(case: Case, more: list[int]):
 def test_a_state_that_does_not_fit_is_refused(case: Case, data: st.DataObject):
     tensors, counts = case.run().state()
     kind = data.draw(
-        st.sampled_from(["missing", "more", "shape", "dtype", "count", "no-count", "bits", "other", "float"])
+        st.sampled_from(["missing", "more", "shape", "dtype", "count", "no-count", "group", "other", "float"])
     )
     name = data.draw(st.sampled_from(sorted(tensors)))
     if kind == "missing":
@@ -455,12 +461,12 @@ def test_a_state_that_does_not_fit_is_refused(case: Case, data: st.DataObject):
         counts[count] = changed
     elif kind == "no-count":
         del counts[data.draw(st.sampled_from(sorted(counts)))]
-    elif kind == "bits":
-        counts["bits"] = 12 - counts["bits"]
+    elif kind == "group":
+        counts["group_size"] = 2 * counts["group_size"]
     elif kind == "float":
         counts["seen"] = float(counts["seen"])
     else:
-        tensors = None
+        tensors = dict.fromkeys(tensors)
     layer = case.make()
     with pytest.raises(CorruptError):
         layer.restore(tensors, counts)
@@ -471,20 +477,15 @@ def test_a_state_goes_into_an_empty_layer_alike():
     case = Case("sinks", 8, torch.float32, 2, [40])
     layer = case.run()
     state = layer.state()
-    with pytest.raises(InputError, match="already holds 40 tokens"):
+    with pytest.raises(CorruptError, match="already holds 40 tokens"):
         layer.restore(*state)
     with pytest.raises(CorruptError, match="rows"):
         case.make(rows=3).restore(*state)
-    for other in (Quantization(4, GROUP), Quantization(8, 16)):
-        with pytest.raises(CorruptError, match="it is of"):
-            QuantizedLayer(POLICIES["sinks"], other).restore(*state)
+    for other in (KVQuantization(4, group_size=GROUP), KVQuantization(8, group_size=16)):
+        with pytest.raises(CorruptError, match=r"it is of groups|not a state of this layer"):
+            GroupedLayer(POLICIES["sinks"], other).restore(*state)
     with pytest.raises(CorruptError, match="tokens stored of"):
-        QuantizedLayer(SlidingWindow(10, sinks=4), Quantization(8, GROUP)).restore(*state)
-    used = QuantizedLayer(POLICIES["sinks"], Quantization(8, GROUP))
-    used.append(*tokens(0, 1, 2, torch.float16))
-    used.reset()
-    with pytest.raises(CorruptError, match="float16"):
-        used.restore(*state)
+        GroupedLayer(SlidingWindow(10, sinks=4), KVQuantization(8, group_size=GROUP)).restore(*state)
     empty = case.make()
     empty.restore(*case.make().state())
     assert empty.keys is None
@@ -522,22 +523,32 @@ def test_a_failed_call_changes_nothing(bits):
     layer.append(keys, values)
     for states in ((keys.long(), values.long()), (keys.half(), values)):
         with pytest.raises(GeometryError, match="one floating-point dtype"):
-            QuantizedLayer().append(*states)
+            GroupedLayer(None, KVQuantization(8)).append(*states)
 
 
-@pytest.mark.parametrize(("bits", "group"), [(2, 64), (16, 64), (True, 64), (8, 7), (8, 9), (4, 0), (4, 8.0)])
-def test_what_cannot_be_a_quantization(bits, group):
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"keys": 2},
+        {"keys": 16},
+        {"keys": True},
+        {"keys": 8, "values": 3},
+        *({"keys": 8, "group_size": n} for n in (7, 9, 0, 8.0)),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_a_quantization(wrong):
     with pytest.raises(InputError, match="must be"):
-        Quantization(bits, group)
+        KVQuantization(**wrong)
 
 
 def test_padded_rows_that_evict_are_refused():
     padding = torch.tensor([2, 0])
     for policy in (SlidingWindow(5), MaxBytes(10_000), Pinned(2, MaxTokens(9))):
-        with pytest.raises(PositionsError, match=r"run the rows apart, or use KeepAll\(\)"):
-            QuantizedLayer(policy, padding=padding)
-    QuantizedLayer(SlidingWindow(5), padding=torch.zeros(2))
-    layer = QuantizedLayer(padding=padding)
+        with pytest.raises(PositionsError, match=r"group_size=None\), run the rows apart, or use KeepAll\(\)"):
+            GroupedLayer(policy, KVQuantization(8), padding=padding)
+    GroupedLayer(SlidingWindow(5), KVQuantization(8), padding=torch.zeros(2))
+    layer = GroupedLayer(None, KVQuantization(8), padding=padding)
     layer.append(*tokens(0, 5, 2, torch.float32))
     with pytest.raises(PositionsError, match="padded rows"):
         layer.trim(3)
@@ -552,7 +563,7 @@ def test_padded_rows_without_eviction(padding: list[int], chunks: list[int], pol
     for i, count in enumerate(chunks):
         assert torch.equal(layer.mask(count), full.mask(count))
         fresh = tokens(layer.seen, count, case.rows, case.dtype)
-        assert [t.shape for t in layer.append(*fresh)] == [t.shape for t in full.append(*fresh)]
+        assert [t.shape for t in layer.append(*fresh).states] == [t.shape for t in full.append(*fresh).states]
         if i == 0:
             rows = data.draw(st.permutations(range(case.rows)))
             for both in (layer, full):
@@ -573,7 +584,7 @@ def test_inference_mode_and_gradients():
     with torch.inference_mode():
         feed(layer, case, 5)
     keys, values = tokens(5, 30, 2, torch.float32)
-    assert not layer.append(keys.requires_grad_(), values)[0].requires_grad
+    assert not layer.append(keys.requires_grad_(), values).keys.requires_grad
     with torch.inference_mode():
         feed(layer, case, 1)
         layer.select(torch.tensor([0, 1]))
@@ -589,8 +600,8 @@ def test_what_is_given_is_not_changed():
     keys, values = tokens(0, 3 * GROUP, 1, torch.float32)
     copies = keys.clone(), values.clone()
     for bits in (8, 4):
-        layer = QuantizedLayer(quantization=Quantization(bits, GROUP))
-        attended = layer.append(keys, values)
+        layer = GroupedLayer(None, KVQuantization(bits, group_size=GROUP))
+        attended = layer.append(keys, values).states
         before = held(layer)
         for states in attended:
             states.zero_()
@@ -598,3 +609,92 @@ def test_what_is_given_is_not_changed():
         assert torch.equal(keys, copies[0]) and torch.equal(values, copies[1])
     layer.append(keys.transpose(1, 2).contiguous().transpose(1, 2), values.expand(1, -1, -1, -1))
     assert layer.stored == 6 * GROUP
+
+
+# ---------------------------------------------------------------------- each token by itself
+
+
+@pytest.mark.grid(36)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dim", [1, 2, 7, 64])
+@pytest.mark.parametrize("size", [0.0, 1e-7, 1e-4, 1.0, 60000.0, 3e38])
+def test_a_token_by_itself_is_off_by_half_a_scale(dtype, bits, dim, size):
+    info = torch.finfo(dtype)
+    size = min(info.max / 2.1, size) if bits == 4 else size
+    states = (torch.rand(2, HEADS, 9, dim, generator=torch.Generator().manual_seed(0)) * 2 - 1) * size
+    states = states.clamp(-info.max, info.max).to(dtype)
+    storage = KVQuantization(bits, group_size=None)
+    for side in ("keys", "values"):
+        held = storage.encode(states, side)
+        got = storage.decode(held, side, states[:, :, :0])
+        assert got.dtype == dtype and got.isfinite().all()
+        shared = 32 if bits == 4 and dim == 64 else dim
+        grouped = states.double().unflatten(3, (-1, shared))
+        low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
+        scale = (high - low) / 15 if bits == 4 else torch.maximum(high, -low) / 127
+        if dtype == torch.float32:
+            scale = (scale + (low.abs() * 2**-7 / 15 if bits == 4 else 0)) * (1 + 2**-7)
+        bound = scale.expand_as(grouped).flatten(3) / 2
+        bound = bound + info.eps * (states.double().abs() + 8 * bound) + (2**-24 if dtype == torch.float16 else 1e-37)
+        assert ((got.double() - states.double()).abs() <= bound).all()
+        one = storage.encode(states[:, :, 3:4], side)
+        assert all(torch.equal(part[:, :, 3:4], one[name]) for name, part in held.items()), "depends on other tokens"
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_what_is_not_finite_stays_in_its_token(bits):
+    states = torch.randn(1, 2, 5, 6)
+    states[0, 1, 3, 2] = torch.inf
+    storage = KVQuantization(bits, group_size=None)
+    got = storage.decode(storage.encode(states, "keys"), "keys", states[:, :, :0])
+    assert got[0, 1, 3].isnan().all()
+    assert got.isnan().sum() == 6
+
+
+@pytest.mark.parametrize(("bits", "smaller"), [(8, 1.9), (4, 3.1)])
+@pytest.mark.parametrize("policy", [SnapKV(512), SlidingWindow(512)], ids=repr)
+def test_tokens_that_leave_one_by_one_are_smaller_too(policy, bits, smaller):
+    token, states = (3, 64, 64, torch.float16), torch.randn(1, 3, 700, 64, dtype=torch.float16)
+    sizes = []
+    for storage in (Plain(), KVQuantization(bits, group_size=None)):
+        layer = CacheSpec(policy, storage=storage).layer(expected=Expected(1, token))
+        for span in layer.append(states, states).spans:
+            span.observe(states, 0.125)
+        more = [t for t in (getattr(layer, "_at", None), getattr(layer, "_queries", None)) if t is not None]
+        sizes.append(layer.nbytes - sum(t.nbytes for t in more))
+        assert layer.stored <= 512
+    assert sizes[0] / sizes[1] >= smaller
+
+
+def test_keys_and_values_may_have_bits_of_their_own():
+    token, states = (2, 32, 32, torch.float16), torch.randn(1, 2, 128, 32, dtype=torch.float16)
+    layers = {}
+    for pair in ((8, 8), (8, 4), (4, 8), (4, 4)):
+        for group in (16, None):
+            storage = KVQuantization(*pair, group_size=group)
+            layers[pair, group] = layer = CacheSpec(storage=storage).layer(expected=Expected(1, token))
+            layer.append(states, states)
+            off = [(held - states).abs().max() for held in (layer.keys, layer.values)]
+            assert [error > 0.05 for error in off] == [bits == 4 for bits in pair]
+            assert layer.nbytes == CacheSpec(storage=storage).nbytes(CacheGeometry(1, 2, 32, 32, torch.float16), 128)
+    assert layers[(8, 8), 16].nbytes > layers[(8, 4), 16].nbytes > layers[(4, 4), 16].nbytes
+
+
+def test_which_layers_hold_groups():
+    expected = Expected(1, (2, 8, 8, torch.float32))
+    groups = KVQuantization(8, group_size=8)
+    turn = KeyRotation(torch.ones(4))
+    layers = [
+        (True, CacheSpec(storage=groups).layer()),
+        (True, CacheSpec(SlidingWindow(9, sinks=2), storage=groups).layer()),
+        (False, CacheSpec(storage=KVQuantization(8, group_size=None)).layer()),
+        (False, CacheSpec(SlidingWindow(9, sinks=2), storage=groups).layer(rotation=turn)),
+        (False, CacheSpec(SlidingWindow(9), storage=groups, static=True).layer()),
+        (False, CacheSpec(SnapKV(128), storage=groups).layer()),
+        (False, CacheSpec(PerHead((KeepAll(), SlidingWindow(9))), storage=groups).layer(expected=expected)),
+        (False, CacheSpec(AdaKV(SnapKV(128)), storage=groups).layer(expected=expected)),
+    ]
+    for grouped, layer in layers:
+        for _, part in layer.parts():
+            assert (part.storage.group_size is not None) == grouped, layer

@@ -20,12 +20,15 @@ import torch
 from hypothesis import Phase, given
 from hypothesis import strategies as st
 from support.families import FAMILIES, build, dynamic_cache, logits, tiny, token_ids
+from support.inside.testing import held_bytes, state
 from support.searching import search
+from support.storages import STORAGES, exact_in
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import kvcache.cache._slots
+import kvcache.models as hf
 from kvcache import (
     H2O,
     TOVA,
@@ -38,6 +41,7 @@ from kvcache import (
     KeyRotation,
     KVCacheManager,
     KVLayer,
+    LayerCache,
     Pinned,
     PolicyError,
     PositionsError,
@@ -46,11 +50,11 @@ from kvcache import (
     SizePolicy,
     SlidingWindow,
     SnapKV,
+    Storage,
     pyramid_kv,
 )
-from kvcache.cache import RankedLayer, ScoringContext
+from kvcache.cache import RankedLayer, ScoringContext, attend
 from kvcache.models import _attention as attention
-from kvcache.models import _cache as hf
 
 KEY_DIM, VALUE_DIM = 4, 3
 CLOSE = 1e-5  # fp32 sums of some forty numbers of size one; a wrong token shows as 0.01 and more
@@ -81,12 +85,12 @@ def looks(query: Sequence[float], held: Sequence[Token], scaling: float) -> list
     return [power / sum(powers) for power in powers]
 
 
-def ahead(query: Sequence[float], distance: int, following: int, frequencies: Sequence[float]) -> list[float]:
+def ahead(query: Sequence[float], distance: int, n_future_positions: int, frequencies: Sequence[float]) -> list[float]:
     """The mean of a query turned to each of the next positions; its first channels are the real parts, then the imaginary ones."""
     found, half = list(query), len(frequencies)
     for i, frequency in enumerate(frequencies):
-        turns = [cmath.exp(1j * frequency * (distance + further)) for further in range(following)]
-        turned = complex(query[i], query[half + i]) * sum(turns) / following
+        turns = [cmath.exp(1j * frequency * (distance + further)) for further in range(n_future_positions)]
+        turned = complex(query[i], query[half + i]) * sum(turns) / n_future_positions
         found[i], found[half + i] = turned.real, turned.imag
     return found
 
@@ -170,7 +174,7 @@ class Reference:
         own = token.position - self.padding[b]
         if own < 0:
             return 0
-        return 2 if own < self.pinned or token.position >= self.seen - self.how.recent else 1
+        return 2 if own < self.pinned or token.position >= self.seen - self.how.window_size else 1
 
     def scores(self, b: int, h: int) -> list[float]:
         held, how = self.rows[b][h], self.how
@@ -190,7 +194,7 @@ class Reference:
         if isinstance(how, ExpectedAttention):
             return self.expected(b, h)
         assert isinstance(how, SnapKV | TOVA)
-        latest = self.queries[b][-how.queries :]
+        latest = self.queries[b][-how.query_window :]
         found = [0.0] * len(held)
         for back, heads in enumerate(reversed(latest)):
             at = self.seen - 1 - back
@@ -202,18 +206,18 @@ class Reference:
                     found[i] += weight / self.groups / len(latest)
         if isinstance(how, TOVA):
             return found
-        found = [0.0 if t.position >= self.seen - how.recent else x for x, t in zip(found, held, strict=True)]
+        found = [0.0 if t.position >= self.seen - how.window_size else x for x, t in zip(found, held, strict=True)]
         half = how.kernel // 2
         return [sum(found[max(0, i - half) : i + half + 1]) / how.kernel for i in range(len(found))]
 
     def expected(self, b: int, h: int) -> list[float]:
         held, how, found = self.rows[b][h], self.how, [0.0] * len(self.rows[b][h])
         ranked = [i for i, token in enumerate(held) if token.position - self.padding[b] >= how.sinks]
-        latest = list(enumerate(self.queries[b]))[-how.queries :]
+        latest = list(enumerate(self.queries[b]))[-how.query_window :]
         first = self.seen - len(self.queries[b])  # the position of the first query that is known
         for head in range(h * self.groups, (h + 1) * self.groups):
             coming = [
-                ahead(heads[head], self.seen - first - i, how.following, self.frequencies)
+                ahead(heads[head], self.seen - first - i, how.n_future_positions, self.frequencies)
                 for i, heads in latest
                 if first + i >= self.padding[b]
             ]
@@ -242,21 +246,21 @@ class Reference:
 class FewQueries(SnapKV):
     """SnapKV that looks at what some four queries look at, so that a short text has more."""
 
-    queries: ClassVar[int] = 4
+    query_window: ClassVar[int] = 4
 
 
 @dataclass(frozen=True)
 class MoreQueries(SnapKV):
     """One that looks back as far as to pads."""
 
-    queries: ClassVar[int] = 12
+    query_window: ClassVar[int] = 12
 
 
 @dataclass(frozen=True)
 class FewExpected(ExpectedAttention):
     """Of so few queries that most have left."""
 
-    queries: ClassVar[int] = 5
+    query_window: ClassVar[int] = 5
 
 
 RANKINGS: dict[str, Callable[..., RankingPolicy]] = {
@@ -266,7 +270,7 @@ RANKINGS: dict[str, Callable[..., RankingPolicy]] = {
     "snapkv-wide": partial(MoreQueries, kernel=5),
     "snapkv-unsmoothed": partial(FewQueries, kernel=1),
     "tova": TOVA,
-    "expected": partial(FewExpected, following=3),
+    "expected": partial(FewExpected, n_future_positions=3),
     "norm": KeyNorm,
     "diff": KeyDiff,
 }
@@ -283,7 +287,7 @@ class Scenario:
     heads: int
     groups: int
     sinks: int
-    recent: int
+    window_size: int
     beside: int  # tokens of the limit that are neither
     low: int  # below the limit
     chunks: list[int]
@@ -292,10 +296,10 @@ class Scenario:
     seed: int
 
     def policy(self, name: str) -> SizePolicy:
-        limit = self.sinks + self.recent + self.beside
-        low = max(self.sinks + self.recent + 1, limit - self.low)
+        limit = self.sinks + self.window_size + self.beside
+        low = max(self.sinks + self.window_size + 1, limit - self.low)
         make = RANKINGS[name.removeprefix("pinned-")]
-        policy = make(limit, sinks=self.sinks, recent=self.recent, low_water=low)
+        policy = make(limit, sinks=self.sinks, window_size=self.window_size, low_water=low)
         return Pinned(3, policy) if name.startswith("pinned-") else policy
 
 
@@ -310,7 +314,7 @@ SCENARIOS = st.builds(
     heads=st.integers(1, 3),
     groups=st.integers(1, 3),
     sinks=st.integers(0, 2),
-    recent=st.integers(1, 4),
+    window_size=st.integers(1, 4),
     beside=st.integers(1, 8),
     low=st.integers(0, 4),
     chunks=chunkings(),
@@ -321,30 +325,25 @@ SCENARIOS = st.builds(
 
 
 def forward(
-    layer: KVLayer, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float | None = None
+    layer: LayerCache, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float | None = None
 ) -> torch.Tensor:
     """Append and attend as a model does it, ``[batch, heads, tokens, value_dim]``."""
-    held = layer.append(keys, values)
-    attention._observing.set(True)
-    try:
-        attention.stored(layer, *held)
-        return attention._attend(torch.nn.Module(), queries, *held, None, scaling=scaling)[0].transpose(1, 2)
-    finally:
-        attention._observing.set(False)
+    return attend(queries, layer.append(keys, values).spans, scaling)
 
 
 class Pair:
     """A layer and the reference, fed the same tokens and compared after each call."""
 
     def __init__(self, make: type[RankedLayer], name: str, s: Scenario) -> None:
-        self.s, self.make, self.name = s, make, name
+        # A name may say how tokens are held: "snapkv/int4".
+        self.s, self.make, (self.name, self.storage) = s, make, divided(name)
         self.history: list[torch.Tensor] = self.fresh(0)
         self.begin()
 
     def begin(self) -> None:
         self.policy = self.s.policy(self.name)
         turn = KeyRotation(torch.tensor(FREQUENCIES))
-        self.layer = self.make(self.policy, padding=torch.tensor(self.s.padding), turn=turn)
+        self.layer = self.make(self.policy, self.storage, padding=torch.tensor(self.s.padding), turn=turn)
         self.reference = Reference(self.policy, self.s.padding, self.s.heads, self.s.groups, KEY_DIM**-0.5, FREQUENCIES)
 
     def fresh(self, count: int, rows: int | None = None) -> list[torch.Tensor]:
@@ -354,7 +353,7 @@ class Pair:
         rows = rows if rows is not None else len(self.s.padding)
         sizes = ((self.s.heads * self.s.groups, KEY_DIM), (self.s.heads, KEY_DIM), (self.s.heads, VALUE_DIM))
         drawn = [torch.randn(rows, heads, count, dim, generator=generator) for heads, dim in sizes]
-        return [drawn[0], drawn[1] * 1.5, drawn[2]]
+        return [drawn[0], exact_in(self.storage, drawn[1] * 1.5, "keys"), exact_in(self.storage, drawn[2], "values")]
 
     def append(self, count: int) -> None:
         rows = self.history[0].shape[0]
@@ -388,7 +387,7 @@ class Pair:
         for b, row in enumerate(kept):
             pads = reference.padding[b]
             first = set(range(pads, min(pads + reference.pinned, layer.seen)))
-            last = set(range(max(pads, layer.seen - reference.how.recent), layer.seen))
+            last = set(range(max(pads, layer.seen - reference.how.window_size), layer.seen))
             assert all(first | last <= set(held) for held in row)
 
     def select(self, rows: list[int]) -> None:
@@ -401,29 +400,10 @@ class Pair:
         self.check()
 
 
-def state(layer: KVLayer) -> dict:
-    """All that a layer is: its tensors by their bytes (free slots too), anything else by value."""
-
-    def bits(x):
-        if isinstance(x, tuple):
-            return tuple(map(bits, x))
-        return (x.shape, x.dtype, x.contiguous().view(-1).view(torch.uint8).tolist()) if torch.is_tensor(x) else x
-
-    return {name: bits(value) for name, value in vars(layer).items()}
-
-
-def held_bytes(layer: KVLayer) -> int:
-    """Bytes of the storages behind all tensors of a layer, but for its padding, which is the caller's."""
-
-    def tensors(x):
-        if torch.is_tensor(x):
-            yield x
-        elif isinstance(x, tuple | list):
-            for part in x:
-                yield from tensors(part)
-
-    held = [t.untyped_storage() for name, x in vars(layer).items() if name != "padding" for t in tensors(x)]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in held}.values())
+def divided(name: str) -> tuple[str, Storage]:
+    """A policy's name, and how its tokens are held."""
+    policy, _, storage = name.partition("/")
+    return policy, STORAGES[storage or "plain"]
 
 
 def run(make: type[RankedLayer], name: str, s: Scenario) -> Pair:
@@ -502,7 +482,7 @@ def trims(make: type[RankedLayer], name: str, s: Scenario) -> None:
     """A trim ranks at once, down to what is asked for, or to the policy's own mark."""
     pair = run(make, name, s)
     layer, reference = pair.layer, pair.reference
-    protected = reference.pinned + reference.how.recent
+    protected = reference.pinned + reference.how.window_size
     before = state(layer)
     for refused in (-1, 0, protected - 1):
         with pytest.raises(PolicyError, match=f"give at least {protected}"):
@@ -625,8 +605,8 @@ def short_ladder():
 
 
 @pytest.mark.search
-@pytest.mark.grid(72)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.grid(144)
+@pytest.mark.parametrize("name", [name if held == "plain" else f"{name}/{held}" for held in STORAGES for name in NAMES])
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
 def test_law(law, name):
     hold(law, name, LAWS[law])
@@ -653,7 +633,7 @@ def len_queries(pair: Pair) -> int:
 
 
 def test_of_equal_scores_the_older_stay():
-    layer = RankedLayer(KeyNorm(6, sinks=1, recent=2, low_water=6))
+    layer = RankedLayer(KeyNorm(6, sinks=1, window_size=2, low_water=6))
     layer.append(torch.ones(1, 1, 9, 4), torch.ones(1, 1, 9, 4))
     assert layer.positions().tolist() == [[[0, 1, 2, 3, 7, 8]]]
 
@@ -708,18 +688,16 @@ class LooksAhead(RankedLayer):
 class ChunksSeeAll(RankedLayer):
     """The tokens of a chunk attend to those after them."""
 
-    def pieces(self, keys, values, fresh):
-        return [replace(p, mask=torch.ones(1, 1, fresh, keys.shape[2])) for p in super().pieces(keys, values, fresh)]
+    def _mask(self, columns, fresh, device):
+        return torch.ones(1, 1, fresh, columns)
 
 
 class MaskIsOneShort(RankedLayer):
     """Each token of a chunk misses itself, but for the first."""
 
-    def pieces(self, keys, values, fresh):
-        pieces = super().pieces(keys, values, fresh)
-        columns = torch.arange(keys.shape[2])
-        mask = columns <= (columns[-fresh:, None] - 1).clamp_min(keys.shape[2] - fresh)
-        return [replace(piece, mask=mask[None, None]) for piece in pieces]
+    def _mask(self, columns, fresh, device):
+        column = torch.arange(columns)
+        return (column <= (column[-fresh:, None] - 1).clamp_min(columns - fresh))[None, None]
 
 
 class AttentionStaysBehind(RankedLayer):
@@ -773,7 +751,7 @@ class ObservesOtherHeads(RankedLayer):
     """Query heads are dealt out to KV heads in turn, not side by side."""
 
     def observe(self, queries, scaling):
-        dealt = queries.unflatten(1, (-1, self._keys.shape[1])).transpose(1, 2).flatten(1, 2)
+        dealt = queries.unflatten(1, (-1, self.keys.shape[1])).transpose(1, 2).flatten(1, 2)
         super().observe(dealt, scaling)
 
 
@@ -792,7 +770,7 @@ class CountsTokensAlone(RankedLayer):
 
     @property
     def nbytes(self):
-        return KVLayer.nbytes.fget(self)
+        return 0 if self._buffer is None else self._buffer.nbytes
 
 
 class ForgetsItsPadding(RankedLayer):
@@ -891,14 +869,14 @@ def reference_of(family: str, policy, padding: Sequence[int]):
 
 MODELS = ["llama", "qwen3", "mistral", "gpt2", "gpt-neox", "phi3", "gemma3", "opt"]
 LIMITED: dict[str, SizePolicy] = {
-    "heavy": H2O(14, sinks=2, recent=4, low_water=11),
-    "heavy-sum": H2O(14, sinks=0, recent=3, average=False),
-    "snapkv": SnapKV(16, sinks=1, recent=6, kernel=3, low_water=16),
+    "heavy": H2O(14, sinks=2, window_size=4, low_water=11),
+    "heavy-sum": H2O(14, sinks=0, window_size=3, average=False),
+    "snapkv": SnapKV(16, sinks=1, window_size=6, kernel=3, low_water=16),
     "tova": TOVA(12, sinks=1, low_water=12),
-    "expected": FewExpected(14, sinks=2, recent=4, following=6, low_water=14),
-    "norm": KeyNorm(13, sinks=2, recent=4),
-    "diff": KeyDiff(13, sinks=2, recent=4, low_water=13),
-    "pinned": Pinned(3, SnapKV(12, sinks=1, recent=4, kernel=5)),
+    "expected": FewExpected(14, sinks=2, window_size=4, n_future_positions=6, low_water=14),
+    "norm": KeyNorm(13, sinks=2, window_size=4),
+    "diff": KeyDiff(13, sinks=2, window_size=4, low_water=13),
+    "pinned": Pinned(3, SnapKV(12, sinks=1, window_size=4, kernel=5)),
 }
 EXACT = 2e-4  # the reference sums in fp64; what another kept token costs is 0.01 and more: see the test of that
 
@@ -941,7 +919,7 @@ def test_beyond_the_limit_a_model_computes_what_the_policy_says(family, name, ch
     ids, mask, pads = padded([sum(chunked), sum(chunked) - 5], seed=3)
     manager = KVCacheManager(tiny(family), policy)
     cache = manager.new_cache(2, mask)
-    mine = logits(manager.runner, ids, cache, chunked, attention_mask=mask, position_ids=places(mask))
+    mine = logits(manager.observed_model, ids, cache, chunked, attention_mask=mask, position_ids=places(mask))
     expected = reference_logits(family, policy, ids, mask, pads, chunked)
     real = mask.bool()
     torch.testing.assert_close(mine[real], expected[real], atol=EXACT, rtol=0)
@@ -1001,7 +979,7 @@ def test_prefix_is_pinned(name):
     mine = []
     with torch.no_grad():
         for part in more.split(chunks, 1):
-            mine.append(manager.runner(part, past_key_values=cache, use_cache=True).logits)  # noqa: PERF401
+            mine.append(manager.observed_model(part, past_key_values=cache, use_cache=True).logits)  # noqa: PERF401
     whole = torch.cat([prefix.expand(2, -1), more], 1)
     pinned = Pinned(7, policy)
     if isinstance(policy, Pinned):
@@ -1011,7 +989,7 @@ def test_prefix_is_pinned(name):
     for kv in hf.kv_layers(cache):
         assert kv.evicted > 0
         assert (kv.positions()[:, :, :7] == torch.arange(7)).all()
-    wide = KVCacheManager(model, H2O(64), speakers=manager.speakers)
+    wide = KVCacheManager(model, H2O(64), prefix_cache=manager.prefix_cache)
     wide.add_prefix("p", prefix[0])
     given_ = {"max_new_tokens": 12, "do_sample": False}
     together = torch.cat([prefix.expand(2, -1), rest], 1)
@@ -1020,12 +998,12 @@ def test_prefix_is_pinned(name):
 
 MIXTURES = {
     "llama": [
-        pyramid_kv(SnapKV(16, sinks=1, recent=4), 2, beta=2),
-        [KeepAll(), H2O(12, sinks=1, recent=3)],
-        [H2O(12, sinks=1, recent=3), KeepAll()],
-        [TOVA(12), KeyDiff(17, recent=3, sinks=0)],
+        pyramid_kv(SnapKV(16, sinks=1, window_size=4), 2, beta=2),
+        [KeepAll(), H2O(12, sinks=1, window_size=3)],
+        [H2O(12, sinks=1, window_size=3), KeepAll()],
+        [TOVA(12), KeyDiff(17, window_size=3, sinks=0)],
     ],
-    "gemma3": [[KeepAll()] * 5 + [TOVA(12)], pyramid_kv(KeyNorm(14, sinks=1, recent=3), 6, beta=2)],
+    "gemma3": [[KeepAll()] * 5 + [TOVA(12)], pyramid_kv(KeyNorm(14, sinks=1, window_size=3), 6, beta=2)],
 }
 
 
@@ -1038,8 +1016,8 @@ def test_layers_may_differ(family, which):
     ids, mask, pads = padded([31, 27], seed=11)
     manager = KVCacheManager(tiny(family), policies)
     cache = manager.new_cache(2, mask)
-    with hf.exact_windows(manager.runner):
-        mine = logits(manager.runner, ids, cache, chunks, attention_mask=mask, position_ids=places(mask))
+    with hf.exact_windows(manager.observed_model):
+        mine = logits(manager.observed_model, ids, cache, chunks, attention_mask=mask, position_ids=places(mask))
     expected = reference_logits(family, policies, ids, mask, pads, chunks)
     torch.testing.assert_close(mine[mask.bool()], expected[mask.bool()], atol=EXACT, rtol=0)
     assert manager.report(cache).evicted > 0
@@ -1048,12 +1026,12 @@ def test_layers_may_differ(family, which):
 def test_window_beside_ranking():
     """A layer by age and one by rank in one cache: each is what it is in a cache of its own kind."""
     ids, chunks = token_ids(2, 30, seed=12), [13, 6, 1, 1, 1, 8]
-    window, ranked = SlidingWindow(6, sinks=2), H2O(12, sinks=1, recent=3)
+    window, ranked = SlidingWindow(6, sinks=2), H2O(12, sinks=1, window_size=3)
     for policies in ([window, ranked], [ranked, window]):
         manager = KVCacheManager(tiny("llama"), policies)
         cache = manager.new_cache(2)
-        with hf.exact_windows(manager.runner):
-            mine = logits(manager.runner, ids, cache, chunks)
+        with hf.exact_windows(manager.observed_model):
+            mine = logits(manager.observed_model, ids, cache, chunks)
         # The reference keeps all; of the window's layer a mask says what it has.
         expected = windowed_reference(policies, ids, chunks)
         torch.testing.assert_close(mine, expected, atol=EXACT, rtol=0)
@@ -1086,9 +1064,9 @@ def test_padded_row_is_the_row_alone(name):
     manager = KVCacheManager(tiny("llama"), policy)
     chunks = [22] + [1] * 8
     together = logits(
-        manager.runner, ids, manager.new_cache(2, mask), chunks, attention_mask=mask, position_ids=places(mask)
+        manager.observed_model, ids, manager.new_cache(2, mask), chunks, attention_mask=mask, position_ids=places(mask)
     )
-    alone = logits(manager.runner, ids[1:, pads[1] :], manager.new_cache(1), [22 - pads[1]] + [1] * 8)
+    alone = logits(manager.observed_model, ids[1:, pads[1] :], manager.new_cache(1), [22 - pads[1]] + [1] * 8)
     assert 22 - pads[1] >= policy.limit
     torch.testing.assert_close(together[1, pads[1] :], alone[0], atol=EXACT, rtol=0)
 
@@ -1122,20 +1100,20 @@ def same(a, b) -> bool:
 def test_model_is_left_as_it_was(family):
     model, ids = build(family), token_ids(1, 12)
     before, output = everything(model), logits(model, ids)
-    manager = KVCacheManager(model, H2O(10, sinks=1, recent=3))
+    manager = KVCacheManager(model, H2O(10, sinks=1, window_size=3))
     manager.generate(ids, max_new_tokens=8)
     assert same(before, everything(model))
-    assert manager.runner is not model
+    assert manager.observed_model is not model
     with pytest.raises(IndexError), torch.no_grad():
-        manager.runner(ids + 1000, past_key_values=manager.new_cache())  # a forward that fails
+        manager.observed_model(ids + 1000, past_key_values=manager.new_cache())  # a forward that fails
     assert not attention.observing()
     assert torch.equal(logits(model, ids), output)
-    assert {t.data_ptr() for t in manager.runner.parameters()} == {t.data_ptr() for t in model.parameters()}
+    assert {t.data_ptr() for t in manager.observed_model.parameters()} == {t.data_ptr() for t in model.parameters()}
     assert logits(model, ids, dynamic_cache(model), [5, 7]).allclose(output, atol=1e-5)
     # Weights that change later are the runner's, too.
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(1.5)
-    assert torch.allclose(logits(manager.runner, ids), logits(model, ids), atol=1e-5)
+    assert torch.allclose(logits(manager.observed_model, ids), logits(model, ids), atol=1e-5)
     assert not torch.allclose(logits(model, ids), output, atol=1e-3)
 
 
@@ -1179,7 +1157,7 @@ def test_plain_model_is_refused_before_anything_changed(family, name):
             model(ids, past_key_values=cache, use_cache=True)
         assert [state(layer.kv) if hasattr(layer, "kv") else layer.get_seq_length() for layer in layers] == before
         assert cache.get_seq_length() == seen
-        logits(manager.runner, ids, cache)
+        logits(manager.observed_model, ids, cache)
 
 
 @pytest.mark.parametrize("name", ["heavy", "norm"])
@@ -1194,7 +1172,7 @@ def test_masks_that_hide_more_than_known_pads_are_refused(family, name):
         cache = manager.new_cache(2)
         before = [state(kv) for kv in hf.kv_layers(cache)]
         with pytest.raises(PolicyError, match="attention_mask"):
-            logits(manager.runner, ids, cache, attention_mask=mask)
+            logits(manager.observed_model, ids, cache, attention_mask=mask)
         assert [state(kv) for kv in hf.kv_layers(cache)] == before
         assert not attention.observing()
     for mask in (hole, right):
@@ -1202,7 +1180,7 @@ def test_masks_that_hide_more_than_known_pads_are_refused(family, name):
             manager.generate(ids, attention_mask=mask, max_new_tokens=3)
     manager.generate(ids, attention_mask=left, max_new_tokens=3)
     for kept in (left, torch.ones_like(ids)):
-        logits(manager.runner, ids, manager.new_cache(2, kept), [2, 5, 1, 1, 1], attention_mask=kept)
+        logits(manager.observed_model, ids, manager.new_cache(2, kept), [2, 5, 1, 1, 1], attention_mask=kept)
 
 
 def test_what_cannot_tell_its_attention_is_refused():
@@ -1260,7 +1238,7 @@ def test_managers_own_calls():
     """Truncating, trimming and reporting, of a whole cache."""
     manager, ids = KVCacheManager(tiny("llama"), LIMITED["heavy"]), token_ids(2, 22)
     cache = manager.new_cache(2)
-    logits(manager.runner, ids, cache, [20, 1, 1])
+    logits(manager.observed_model, ids, cache, [20, 1, 1])
     for kv in hf.kv_layers(cache):
         assert kv.nbytes == held_bytes(kv)
     assert manager.report(cache).nbytes == sum(held_bytes(kv) for kv in hf.kv_layers(cache))
@@ -1272,8 +1250,8 @@ def test_managers_own_calls():
     assert manager.report(cache).stored == 8
     manager.truncate(cache, 0)
     assert cache.get_seq_length() == 0
-    again = logits(manager.runner, ids, cache, [20, 1, 1])
-    assert torch.equal(again, logits(manager.runner, ids, manager.new_cache(2), [20, 1, 1]))
+    again = logits(manager.observed_model, ids, cache, [20, 1, 1])
+    assert torch.equal(again, logits(manager.observed_model, ids, manager.new_cache(2), [20, 1, 1]))
 
 
 # ---------------------------------------------------------------------- policies and the pyramid
@@ -1317,9 +1295,9 @@ def test_defaults():
 
 
 @pytest.mark.parametrize("following", [0, -1, 2.5, "5"])
-def test_bad_futures_are_refused(following):
-    with pytest.raises(PolicyError, match="following"):
-        ExpectedAttention(128, following=following)
+def test_bad_futures_are_refused(n_future_positions):
+    with pytest.raises(PolicyError, match="n_future_positions"):
+        ExpectedAttention(128, n_future_positions=n_future_positions)
 
 
 def test_what_cannot_be_turned_is_refused():
@@ -1344,10 +1322,12 @@ def test_bad_kernels_are_refused(kernel):
 @pytest.mark.parametrize("tokens", [None, 150, 1000])
 @pytest.mark.parametrize("layers", [1, 2, 3, 7, 32])
 @pytest.mark.parametrize("beta", [1, 1.5, 4, 20, 1e9, math.inf])
-@pytest.mark.parametrize("policy", [SnapKV(128), KeyNorm(100, low_water=100), TOVA(64, recent=5), SnapKV(69)], ids=repr)
+@pytest.mark.parametrize(
+    "policy", [SnapKV(128), KeyNorm(100, low_water=100), TOVA(64, window_size=5), SnapKV(69)], ids=repr
+)
 def test_pyramid_keeps_the_mean(policy, layers, beta, tokens):
     policies = pyramid_kv(policy, layers, beta, tokens=tokens)
-    protected, mean = policy.sinks + policy.recent, policy.low_water
+    protected, mean = policy.sinks + policy.window_size, policy.low_water
     lows = [one.low_water for one in policies]
     assert len(policies) == layers
     assert abs(sum(lows) / layers - mean) <= 0.5
@@ -1417,7 +1397,7 @@ def test_a_new_policy_is_one_class_with_a_score():
         def score(self, seen: ScoringContext) -> torch.Tensor:
             return seen.values.norm(dim=-1)
 
-    layer = RankedLayer(LargeValues(8, sinks=1, recent=2, low_water=6))
+    layer = RankedLayer(LargeValues(8, sinks=1, window_size=2, low_water=6))
     values = torch.arange(12.0)[None, None, :, None].expand(1, 1, -1, 3).flip(2)
     layer.append(torch.zeros(1, 1, 12, 4), values)
     assert layer.positions().tolist() == [[[0, 1, 2, 3, 10, 11]]]

@@ -17,9 +17,9 @@ if any(importlib.util.find_spec(name) is None for name in ("ray", "fastapi", "ht
 import httpx
 import numpy as np
 import torch
-from snapshots import running_redis
+from support.snapshots import running_redis
+from support.t3_models import tiny_t3
 from support.waiting import until_async
-from t3_models import tiny_t3
 
 from kvcache import BusyError, InputError, MemoryStore, SpeakerCache
 from kvcache_chatterbox import ChatterboxEngine, stand_in
@@ -110,7 +110,7 @@ def sound(chunks):
 
 def reference(voices):
     """What an engine of its own says: a function of voice, tokens and seed."""
-    engine = ChatterboxEngine(tiny(), speakers=SpeakerCache(MemoryStore()))
+    engine = ChatterboxEngine(tiny(), prefix_cache=SpeakerCache(MemoryStore()))
     for name in VOICES:
         engine.voices.load(voices / f"{name}.safetensors")
 

@@ -5,63 +5,57 @@ from contextlib import contextmanager, suppress
 
 import pytest
 import torch
-from snapshots import cold, exact, running_redis, voice
+from support.inside import stores as inside
 from support.ports import deserted, held
+from support.snapshots import cold, exact, running_redis, voice
 
 from kvcache import InputError, SpeakerCache
 from kvcache.errors import KVCacheError, StoreError
 from kvcache.prefixes.stores import RedisStore
-from kvcache.prefixes.stores._base import Patience
 
 pytestmark = pytest.mark.one_release
 
 KEY, OTHER, NEW = voice(0), voice(1), voice(2)
 
 
-@pytest.fixture(scope="module")
-def redis_url(tmp_path_factory):
-    with running_redis(tmp_path_factory.mktemp("redis")) as server:
-        yield server.url
-
-
 def address_of(store, key):
-    return store._key(key.address)
+    return inside.key_of(store, key.address)
 
 
 def as_user(url, name, *rights):
     """The URL of a user of the server with these rights."""
     with RedisStore(url, timeout=20) as admin:
-        admin._client.execute_command("ACL", "SETUSER", name, "reset", "on", ">pw", "~*", *rights)
+        inside.client_of(admin).execute_command("ACL", "SETUSER", name, "reset", "on", ">pw", "~*", *rights)
     return url.replace("redis://", f"redis://{name}:pw@")
 
 
 def book(number):
     def spoil(store):
-        store._client.delete(store._books[number])
-        store._client.lpush(store._books[number], "not a book of ours")
+        inside.client_of(store).delete(inside.books_of(store)[number])
+        inside.client_of(store).lpush(inside.books_of(store)[number], "not a book of ours")
 
     return spoil
 
 
 def garbage(store):
-    used, sizes, pins, ends, total = store._books
-    store._client.hset(sizes, mapping={b"\xff\xfe": "much", "../../x": "12", KEY.address: "much"})
-    store._client.zadd(used, {b"\xff\xfe": 1, "": 0})
-    store._client.sadd(pins, b"\xff\xfe")
-    store._client.zadd(ends, {"x": 0})
-    store._client.set(total, "much")
+    used, sizes, pins, ends, total = inside.books_of(store)
+    inside.client_of(store).hset(sizes, mapping={b"\xff\xfe": "much", "../../x": "12", KEY.address: "much"})
+    inside.client_of(store).zadd(used, {b"\xff\xfe": 1, "": 0})
+    inside.client_of(store).sadd(pins, b"\xff\xfe")
+    inside.client_of(store).zadd(ends, {"x": 0})
+    inside.client_of(store).set(total, "much")
 
 
 def too_little(store):
-    store._client.set(store._books[4], -(10**9))
+    inside.client_of(store).set(inside.books_of(store)[4], -(10**9))
 
 
 def sum_of(value):
-    return lambda store: store._client.set(store._books[4], value)
+    return lambda store: inside.client_of(store).set(inside.books_of(store)[4], value)
 
 
 def size_of(value):
-    return lambda store: store._client.hset(store._books[1], KEY.address, value)
+    return lambda store: inside.client_of(store).hset(inside.books_of(store)[1], KEY.address, value)
 
 
 NO_SUMS = ("nan", "inf", "-inf", "1e3", "1.5", "0x10", "9223372036854775807", "9" * 5000, "1", "0", "-7", " 1", "")
@@ -78,7 +72,7 @@ NO_SIZES = ("nan", "inf", "1e3", "1.5", "0x10", "-1000000", "9" * 5000, "")
 def test_crashes_stores_redis_books_that_lie_cost_neither_budget_nor_writes(spoil, redis_url):
     size = len(cold(KEY).to_bytes())
     with RedisStore(redis_url, namespace="lies", max_bytes=4 * size, timeout=20) as store:
-        store._client.delete(*store._client.keys("{lies}*"), "x")
+        inside.client_of(store).delete(*inside.client_of(store).keys("{lies}*"), "x")
         for key in (KEY, OTHER):
             store.put(cold(key))
         spoil(store)
@@ -90,7 +84,9 @@ def test_crashes_stores_redis_books_that_lie_cost_neither_budget_nor_writes(spoi
         spoil(store)
         store.delete(voice(15))
         store.put(cold(voice(15)))
-        there = sum(store._client.strlen(name) for name in store._client.keys(f"{store._prefix}*"))
+        there = sum(
+            inside.client_of(store).strlen(name) for name in inside.client_of(store).keys(f"{inside.prefix_of(store)}*")
+        )
         assert there <= 4 * size and store.has(voice(15))
 
 
@@ -98,22 +94,22 @@ def test_crashes_stores_redis_books_that_lie_cost_neither_budget_nor_writes(spoi
 def test_crashes_stores_a_time_on_a_server_that_is_none_is_not_told(time, redis_url):
     with RedisStore(redis_url, namespace="times", timeout=20) as store:
         store.put(cold(KEY))
-        store._client.zadd(store._books[0], {KEY.address: time})
+        inside.client_of(store).zadd(inside.books_of(store)[0], {KEY.address: time})
         assert [entry.used for entry in store.entries()] == [None]
 
 
 def a_list_at_the_address(store):
-    store._client.delete(address_of(store, KEY))
-    store._client.lpush(address_of(store, KEY), "x")
+    inside.client_of(store).delete(address_of(store, KEY))
+    inside.client_of(store).lpush(address_of(store, KEY), "x")
 
 
 def full(store):
-    store._client.config_set("maxmemory", "100kb")  # less than the server itself takes
-    store._client.config_set("maxmemory-policy", "noeviction")
+    inside.client_of(store).config_set("maxmemory", "100kb")  # less than the server itself takes
+    inside.client_of(store).config_set("maxmemory-policy", "noeviction")
 
 
 def a_replica(store):
-    store._client.replicaof("127.0.0.1", "1")
+    inside.client_of(store).replicaof("127.0.0.1", "1")
 
 
 # What is wrong: what is done to the server, and whether what is stored is served, what is new is kept.
@@ -154,7 +150,7 @@ def test_crashes_stores_redis_that_refuses_still_serves(fault, tmp_path, redis_u
             assert exact(store.get(OTHER), OTHER) == (serves or fault == "a list at the address")
             assert (store.hits > 0) == bool(serves or keeps)
             assert keeps is None or exact(store.get(NEW), NEW) == keeps  # None: as the server's version has it
-            assert store._available()  # it answers: it is not down
+            assert inside.available(store)  # it answers: it is not down
             store.pin(KEY)
             store.delete(OTHER)
             assert store.nbytes >= 0
@@ -254,10 +250,10 @@ def test_crashes_stores_a_server_that_is_no_redis_costs_a_computation(kind, capl
             cache.evict(KEY)
             return store.nbytes
 
-        assert Patience().in_time(ask, 60) >= 0
+        assert inside.Patience().in_time(ask, 60) >= 0
         assert cache.stats().built == 3
         with suppress(KVCacheError):
-            assert Patience().in_time(lambda: store.read_verified(KEY.address), 60) is None
+            assert inside.Patience().in_time(lambda: store.read_verified(KEY.address), 60) is None
     assert caplog.records and "hunter2" not in caplog.text
 
 
@@ -265,9 +261,9 @@ def test_crashes_stores_a_server_that_is_not_there_is_asked_once():
     pytest.importorskip("redis")
     with deserted() as port, RedisStore(f"redis://127.0.0.1:{port}", timeout=1) as store:
         store.retry_after = 1000.0
-        assert store.get(KEY) is None and not store._available()
+        assert store.get(KEY) is None and not inside.available(store)
         asked = []
-        store._do = asked.append
+        inside.ask_by(store, asked.append)
         store.pin(KEY)
         store.delete(KEY)
         store.put(cold(KEY))
@@ -277,7 +273,7 @@ def test_crashes_stores_a_server_that_is_not_there_is_asked_once():
 def test_what_the_url_says_cannot_make_it_wait(redis_url):
     """`?socket_timeout=1000` and `?decode_responses=1` are settings that this store needs for itself."""
     with RedisStore(f"{redis_url}?socket_timeout=1000&decode_responses=True", namespace="url", timeout=7) as store:
-        assert store._client.connection_pool.connection_kwargs["socket_timeout"] == 7
+        assert inside.client_of(store).connection_pool.connection_kwargs["socket_timeout"] == 7
         store.put(cold(KEY))
         assert exact(store.get(KEY), KEY)
 
@@ -290,12 +286,16 @@ def test_the_books_keep_their_sum(redis_url):
                 store.put(cold(voice(seed)))
                 store.put(cold(voice(seed)))
         store.delete(voice(8))
-        held_there = sum(store._client.strlen(key) for key in store._client.keys(f"{store._prefix}*"))
+        held_there = sum(
+            inside.client_of(store).strlen(key) for key in inside.client_of(store).keys(f"{inside.prefix_of(store)}*")
+        )
         assert store.nbytes == held_there == 3 * size == sum(entry.nbytes for entry in store.entries())
-        store._client.delete(store._books[4])  # lost: it is summed up again
+        inside.client_of(store).delete(inside.books_of(store)[4])  # lost: it is summed up again
         store.put(cold(voice(20)))
         assert store.nbytes == 4 * size
-        store._client.delete(store._key(voice(20).address))  # evicted by the server: room that stays unused for a while
+        inside.client_of(store).delete(
+            inside.key_of(store, voice(20).address)
+        )  # evicted by the server: room that stays unused for a while
         for seed in range(30, 34):
             store.put(cold(voice(seed)))
         assert store.nbytes == 4 * size

@@ -9,27 +9,28 @@ from typing import Any
 import pytest
 import torch
 from support.families import RELEASE, build, logits, tiny, token_ids
-from transformers import AutoModelForCausalLM, DeepseekV3Config, JambaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, DeepseekV3Config, DynamicCache, JambaConfig, LlamaForCausalLM
 
 import kvcache
 from kvcache import (
+    CacheSpec,
     CapacityError,
     DiskStore,
     GeometryError,
     InputError,
     KeepAll,
     KVCacheManager,
+    KVQuantization,
     MemoryStore,
     MissingDependencyError,
     PolicyError,
-    Quantization,
     RollbackError,
     SlidingWindow,
     SnapKV,
     SpeakerCache,
     subscribe,
 )
-from kvcache.models import _cache as hf
+from kvcache import models as hf
 
 
 def memory() -> SpeakerCache:
@@ -62,13 +63,13 @@ def test_d9_what_is_no_model_is_refused(name: str) -> None:
 
 
 ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"quantization": 8}, InputError, r"quantization=8.*Quantization\(8\)"),
+    ({"storage": 8}, InputError, r"storage=8.*KVQuantization\(8\)"),
     ({"kv_dtype": "bf16"}, InputError, r"kv_dtype='bf16'.*torch\.bfloat16"),
     ({"kv_dtype": torch.int8}, InputError, r"kv_dtype=torch\.int8.*floating-point"),
-    ({"speakers": "redis://localhost"}, InputError, r"speakers='redis://localhost'.*SpeakerCache\("),
+    ({"speakers": "redis://localhost"}, InputError, r"prefix_cache='redis://localhost'.*SpeakerCache\("),
     ({"max_cache_length": 0}, PolicyError, "max_length=0 must be at least 1"),
     ({"max_cache_length": 2.5}, PolicyError, r"max_length=2\.5"),
-    ({"preallocate": True}, PolicyError, "preallocate=True.*max_cache_length"),
+    ({"preallocate": True}, PolicyError, "static=True.*max_cache_length"),
 ]
 
 
@@ -80,20 +81,20 @@ def test_d9_arguments_of_the_manager_are_checked(given: dict[str, Any], error: t
 
 def test_d9_preallocation_takes_any_limit() -> None:
     for policy, length in ((None, 32), (SlidingWindow(16), None), (kvcache.MaxBytes("64KiB"), None)):
-        cache = KVCacheManager(tiny("llama"), policy, length, preallocate=True, speakers=memory()).new_cache()
+        cache = KVCacheManager(tiny("llama"), policy, length, static=True, prefix_cache=memory()).new_cache()
         logits(tiny("llama"), token_ids(1, 3), cache)
         assert cache.layers[0].kv.capacity >= 16
 
 
 @pytest.mark.parametrize(
     "given",
-    [{"quantization": Quantization(8)}, {"policy": SlidingWindow(4)}],
+    [{"storage": KVQuantization(8)}, {"policy": SlidingWindow(4)}],
     ids=str,
 )
 def test_d9_what_has_no_layer_to_work_on_is_refused(given: dict[str, Any]) -> None:
     """A model whose every layer keeps a window of its own: nothing of it is managed."""
     with pytest.raises(PolicyError, match=r"has no layer to work on.*DynamicSlidingWindowLayer"):
-        hf.new_cache(tiny("mistral-own-window"), **given)
+        hf.new_cache(tiny("mistral-own-window"), CacheSpec(**given))
     assert hf.new_cache(tiny("mistral-own-window")).get_seq_length() == 0
 
 
@@ -111,7 +112,7 @@ def test_d9_stores_are_checked(tmp_path: Path) -> None:
 
 
 def test_d9_a_body_without_a_head_says_so_at_the_call() -> None:
-    manager = KVCacheManager(tiny("llama").model, speakers=memory())
+    manager = KVCacheManager(tiny("llama").model, prefix_cache=memory())
     assert manager.new_cache().get_seq_length() == 0
     for call in (manager.generate, manager.stream):
         with pytest.raises(InputError, match="LlamaModel has no head"):
@@ -119,7 +120,7 @@ def test_d9_a_body_without_a_head_says_so_at_the_call() -> None:
 
 
 def test_d9_numbers_are_checked_at_the_call() -> None:
-    manager = KVCacheManager(tiny("llama"), speakers=memory())
+    manager = KVCacheManager(tiny("llama"), prefix_cache=memory())
     calls: list[tuple[Any, str]] = [
         (lambda: manager.estimate(-5), "tokens=-5"),
         (lambda: manager.estimate(5, 0), "batch_size=0"),
@@ -135,17 +136,17 @@ def test_d9_numbers_are_checked_at_the_call() -> None:
 
 
 def test_d9_only_a_cache_of_ours_has_a_report() -> None:
-    manager = KVCacheManager(tiny("llama"), speakers=memory())
-    for other in (kvcache.models._cache.DynamicCache(), "x"):
+    manager = KVCacheManager(tiny("llama"), prefix_cache=memory())
+    for other in (DynamicCache(), "x"):
         with pytest.raises(GeometryError, match=r"no cache of ours: make one with new_cache\(\)"):
             manager.report(other)
     assert manager.report(manager.new_cache()).seen == 0
-    assert KVCacheManager(tiny("bart"), speakers=memory()).report(hf.new_cache(tiny("bart"))).seen == 0
+    assert KVCacheManager(tiny("bart"), prefix_cache=memory()).report(hf.new_cache(tiny("bart"))).seen == 0
 
 
 @pytest.mark.parametrize("backend", ["off", "eager"])
 def test_d9_a_stream_says_at_the_call_what_nothing_takes(backend: Any) -> None:
-    manager = KVCacheManager(tiny("llama"), speakers=memory(), backend=backend)
+    manager = KVCacheManager(tiny("llama"), prefix_cache=memory(), backend=backend)
     with pytest.raises(InputError, match="max_new_token"):
         manager.stream(token_ids(), max_new_token=4)
     with pytest.raises(InputError, match="no prefix 'voice'"):
@@ -156,7 +157,7 @@ def test_d9_a_stream_says_at_the_call_what_nothing_takes(backend: Any) -> None:
 @pytest.mark.parametrize("backend", ["off", "eager"])
 def test_d9_a_limit_within_a_stream_comes_after_all_tokens_that_there_was_room_for(backend: Any) -> None:
     """Ten slots and six tokens of prompt: one token is drawn from the prompt, four from what is run after it."""
-    manager = KVCacheManager(tiny("llama"), max_cache_length=10, speakers=memory())
+    manager = KVCacheManager(tiny("llama"), max_cache_length=10, prefix_cache=memory())
     reference = tiny("llama").generate(token_ids(2, 6), max_new_tokens=5, do_sample=False)[:, 6:]
     for size in (1, 3, 16):
         stream, chunks = (
@@ -171,7 +172,7 @@ def test_d9_a_limit_within_a_stream_comes_after_all_tokens_that_there_was_room_f
 
 
 def test_d9_a_name_that_stands_for_another_content_says_so() -> None:
-    manager, told = KVCacheManager(tiny("llama"), speakers=memory()), []
+    manager, told = KVCacheManager(tiny("llama"), prefix_cache=memory()), []
     with subscribe(told.append, ["replaced"]):
         manager.add_prefix("voice", token_ids(1, 8))
         manager.add_prefix("voice", token_ids(1, 8), pin=True)
@@ -181,12 +182,12 @@ def test_d9_a_name_that_stands_for_another_content_says_so() -> None:
 
 
 def test_d9_public_objects_say_what_they_are(tmp_path: Path) -> None:
-    manager = KVCacheManager(tiny("llama"), speakers=memory())
+    manager = KVCacheManager(tiny("llama"), prefix_cache=memory())
     list(manager.stream(token_ids(), max_new_tokens=4, do_sample=False))
     report = repr(manager.report())
     assert report.startswith("CacheReport(23 tokens seen, 23 kept, ")
     assert "MiB in 2 layers" in report
-    assert repr(manager.speakers) == "SpeakerCache(MemoryStore(max_bytes=1048576, 0 snapshots, nbytes=0))"
+    assert repr(manager.prefix_cache) == "SpeakerCache(MemoryStore(max_bytes=1048576, 0 snapshots, nbytes=0))"
     assert str(tmp_path) in repr(DiskStore(tmp_path))
     silent = [
         name
@@ -210,8 +211,8 @@ def test_d11_latents_are_not_ranked() -> None:
     )  # fmt: skip
     model = model_of(config)
     with pytest.raises(PolicyError, match=r"SnapKV.*latent attention.*SlidingWindow"):
-        KVCacheManager(model, SnapKV(128), speakers=memory())
-    out = KVCacheManager(model, speakers=memory()).generate(token_ids(), max_new_tokens=3, do_sample=False)
+        KVCacheManager(model, SnapKV(128), prefix_cache=memory())
+    out = KVCacheManager(model, prefix_cache=memory()).generate(token_ids(), max_new_tokens=3, do_sample=False)
     assert torch.equal(out, model.generate(token_ids(), max_new_tokens=3, do_sample=False))
 
 
@@ -226,7 +227,7 @@ def test_hybrid_truncate_is_refused_or_right() -> None:
         use_mamba_kernels=False, pad_token_id=0, eos_token_id=None,
     )  # fmt: skip
     model = model_of(config)
-    manager = KVCacheManager(model, speakers=memory())
+    manager = KVCacheManager(model, prefix_cache=memory())
     cache, ids = manager.new_cache(), token_ids(1, 9)
     reference = logits(model, ids, cache)
     before = [layer.kv.seen for layer in cache.layers if hasattr(layer, "kv")]
@@ -269,15 +270,16 @@ def test_models_are_the_same_afterwards() -> None:
     model = build("llama")
     before = sorted(model.__dict__)
     with pytest.raises(InputError):
-        KVCacheManager(model, KeepAll(), speakers=memory()).stream(token_ids(), unknown=1)
+        KVCacheManager(model, KeepAll(), prefix_cache=memory()).stream(token_ids(), unknown=1)
     assert sorted(model.__dict__) == before
 
 
 def test_what_is_missing_is_said_in_words() -> None:
-    manager = KVCacheManager(tiny("llama"), quantization=Quantization(8), speakers=memory())
+    manager = KVCacheManager(tiny("llama"), storage=KVQuantization(8), prefix_cache=memory())
     cache = manager.new_cache()
     logits(tiny("llama"), token_ids(1, 9), cache)
     tensors, counts = cache.layers[0].kv.state()
     del tensors["keys.tail"]
+    counts["tensors"] -= 1
     with pytest.raises(kvcache.CorruptError, match=r"not a state of this layer: 'keys\.tail' is missing"):
         manager.new_cache().layers[0].kv.restore(tensors, counts)

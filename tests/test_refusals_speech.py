@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from t3_models import tiny_t3
+from support.t3_models import tiny_t3
 
 from kvcache import InputError, MemoryStore, PolicyError, SlidingWindow, SnapKV, SpeakerCache
 from kvcache_chatterbox import ChatterboxEngine, SpeechScheduler, byte_tokens, random_conditionals, stand_in
@@ -38,12 +38,14 @@ def test_d11_the_engine_refuses_at_construction(
 
 
 def test_d11_a_budget_is_a_size_in_words_too(t3: Any) -> None:
-    engine = ChatterboxEngine(t3, speakers=SpeakerCache(MemoryStore("1MiB")))
+    engine = ChatterboxEngine(t3, prefix_cache=SpeakerCache(MemoryStore("1MiB")))
     assert engine.room(64, 64, "2MiB") == engine.room(64, 64, 2 * 2**20)
     assert engine.room(64, 64, "2MiB")[1] < 64
     with pytest.raises(PolicyError, match="cannot read 'much' as a size"):
         engine.room(64, 64, "much")
-    assert "SlidingWindow" in repr(ChatterboxEngine(t3, SlidingWindow(9), speakers=SpeakerCache(MemoryStore("1MiB"))))
+    assert "SlidingWindow" in repr(
+        ChatterboxEngine(t3, SlidingWindow(9), prefix_cache=SpeakerCache(MemoryStore("1MiB")))
+    )
 
 
 class Anything:
@@ -51,7 +53,7 @@ class Anything:
 
 
 def test_d11_a_bad_file_of_conditionals_hands_on_no_advice_to_run_it(t3: Any, tmp_path: Path) -> None:
-    engine = ChatterboxEngine(t3, speakers=SpeakerCache(MemoryStore("1MiB")))
+    engine = ChatterboxEngine(t3, prefix_cache=SpeakerCache(MemoryStore("1MiB")))
     torch.save({"t3": Anything()}, tmp_path / "more.pt")
     torch.save({"gen": {}}, tmp_path / "less.pt")
     (tmp_path / "torn.pt").write_bytes(b"PK\x03\x04 no more")
@@ -95,7 +97,7 @@ def each(*lists: list[tuple[str, list[Any]]]) -> list[tuple[str, Any]]:
 
 @pytest.fixture(scope="module")
 def speaking(t3: Any) -> Any:
-    engine = ChatterboxEngine(stand_in(t3), speakers=SpeakerCache(MemoryStore("1MiB")))
+    engine = ChatterboxEngine(stand_in(t3), prefix_cache=SpeakerCache(MemoryStore("1MiB")))
     engine.add_voice("v", conditionals=random_conditionals(t3))
     return engine
 

@@ -43,7 +43,7 @@ TEXT = "Hello there. How are you?"
 
 @pytest.fixture(scope="module")
 def speaking() -> ChatterboxEngine:
-    engine = ChatterboxEngine(stand_in(tiny_t3("english")), speakers=SpeakerCache(MemoryStore("8MiB")))
+    engine = ChatterboxEngine(stand_in(tiny_t3("english")), prefix_cache=SpeakerCache(MemoryStore("8MiB")))
     engine.add_voice("v", conditionals=stand_in(engine.t3, seed=4).conds)
     return engine
 
@@ -358,7 +358,7 @@ def test_what_depends_on_model_and_device_is_refused_by_the_engine() -> None:
     t3 = tiny_t3("english")
     for wrong in ({"positions": "sideways"}, {"backend": "fast"}, {"precision": "int4"}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            ChatterboxEngine(t3, speakers=SpeakerCache(MemoryStore("1MiB")), **wrong)  # type: ignore[arg-type]
+            ChatterboxEngine(t3, prefix_cache=SpeakerCache(MemoryStore("1MiB")), **wrong)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="a bare T3 has no vocoder"):
         ChatterboxEngine(t3, EngineOptions(vocoder=VocoderOptions(steps=2)))
 

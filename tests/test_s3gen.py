@@ -9,12 +9,12 @@ import warnings
 
 import pytest
 import torch
-from t3_models import tiny_t3
+from support.inside.speech import AudioStream
+from support.t3_models import tiny_t3
 
 from kvcache import MemoryStore, MissingDependencyError, SpeakerCache
 from kvcache_chatterbox import ChatterboxEngine, Chunking
 from kvcache_chatterbox.audio import CONTEXT, Speaker, heard
-from kvcache_chatterbox.audio._segmented import AudioStream
 from kvcache_chatterbox.testing import stand_in
 from kvcache_chatterbox.units import SAMPLES_PER_TOKEN
 from kvcache_chatterbox.vocoder import LEAD, Run, S3GenVocoder, SeededNoise, VocoderOptions, random_s3gen
@@ -155,7 +155,7 @@ def test_streamed_segments_are_as_long_as_whole_ones(model, pause, joined):
 
 
 def test_a_seed_gives_the_same_samples_whoever_else_draws(model):
-    engine = ChatterboxEngine(model, speakers=SpeakerCache(MemoryStore("8MiB")))
+    engine = ChatterboxEngine(model, prefix_cache=SpeakerCache(MemoryStore("8MiB")))
     given = {"max_new_tokens": 12, "watermark": False, "chunking": [5]}
     said = []
     for seed, other in ((3, 0), (3, 1), (4, 0)):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.inside.decoding import TRANSFORMERS
 from support.searching import search
 from transformers import (
     MinPLogitsWarper,
@@ -17,7 +18,6 @@ from transformers import (
 
 from kvcache import InputError
 from kvcache.decoding import Sampler, Sampling
-from kvcache.decoding._sampler import TRANSFORMERS
 from kvcache_chatterbox.speech import order
 
 CPU = torch.device("cpu")

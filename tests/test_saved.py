@@ -17,11 +17,11 @@ from kvcache import (
     KeepAll,
     KeyDiff,
     KVCacheManager,
+    KVQuantization,
     LongRangeAttention,
     MaxBytes,
     MaxTokens,
     PerHead,
-    Quantization,
     SlidingWindow,
     SnapKV,
 )
@@ -32,36 +32,40 @@ POLICIES = {
     "window": SlidingWindow(12, sinks=2),
     "max": MaxTokens(20),
     "bytes": MaxBytes("24KiB"),
-    "snapkv": SnapKV(30, recent=8),
-    "heavy": H2O(24, recent=4),
-    "far": LongRangeAttention(24, recent=4, near=4),
-    "expected": ExpectedAttention(48, recent=8),
+    "snapkv": SnapKV(30, window_size=8),
+    "heavy": H2O(24, window_size=4),
+    "far": LongRangeAttention(24, window_size=4, near=4),
+    "expected": ExpectedAttention(48, window_size=8),
     "tova": TOVA(20),
-    "keydiff": KeyDiff(24, recent=4),
+    "keydiff": KeyDiff(24, window_size=4),
     "per-head": PerHead((KeepAll(), SlidingWindow(10, sinks=2))),
-    "ranked-heads": PerHead((TOVA(20), H2O(24, recent=4))),
-    "adaptive": AdaKV(SnapKV(24, recent=4)),
+    "ranked-heads": PerHead((TOVA(20), H2O(24, window_size=4))),
+    "adaptive": AdaKV(SnapKV(24, window_size=4)),
 }
 KINDS = {name: (policy, None, "absolute") for name, policy in POLICIES.items()}
 KINDS |= {
-    f"{name}-int8": (POLICIES[name], Quantization(8, 8), "absolute") for name in ("all", "window", "max", "bytes")
+    f"{name}-int8": (POLICIES[name], KVQuantization(8, group_size=8), "absolute")
+    for name in ("all", "window", "max", "bytes")
 }
-KINDS |= {"all-int4": (KeepAll(), Quantization(4, 8), "absolute"), "turned": (POLICIES["window"], None, "rerotated")}
+KINDS |= {
+    "all-int4": (KeepAll(), KVQuantization(4, group_size=8), "absolute"),
+    "turned": (POLICIES["window"], None, "rerotated"),
+}
 
 
 def manager_of(kind, model=None):
-    policy, quantization, positions = KINDS[kind]
-    return KVCacheManager(
-        tiny("llama") if model is None else model, policy, quantization=quantization, positions=positions
-    )
+    policy, storage, positions = KINDS[kind]
+    return KVCacheManager(tiny("llama") if model is None else model, policy, storage=storage, positions=positions)
 
 
 @torch.no_grad()
 def run(manager, cache, ids, chunk):
     from kvcache.models import exact_windows
 
-    with exact_windows(manager.runner):
-        return torch.cat([manager.runner(part, past_key_values=cache).logits for part in ids.split(chunk, 1)], 1)
+    with exact_windows(manager.observed_model):
+        return torch.cat(
+            [manager.observed_model(part, past_key_values=cache).logits for part in ids.split(chunk, 1)], 1
+        )
 
 
 def same(one, other):

@@ -16,12 +16,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.clocks import Clock
+from support.inside import decoding as inside
+from support.inside.speech import passing, reuse_of
+from support.scheduling import Opened, ask, both, counted, due, read, threads
 from support.searching import search
+from support.speech import SHORT, TEXT, audio
+from support.t3_models import tiny_t3
+from support.tables import Breaks, chain, link
+from support.turns import Asked, Places, World
 from support.waiting import until, until_async
-from t3_models import tiny_t3
-from test_batch import Breaks, chain, link
-from test_long_text import SHORT, TEXT, audio
-from test_scheduler import Asked, Opened, Places, World, ask, both, counted, due, read, threads
 
 from kvcache import BusyError, ClosedError, InputError, MemoryStore, SpeakerCache, TieredStore
 from kvcache.decoding import Batch, Request, Scheduler, Turns
@@ -66,7 +69,7 @@ def test_s1_nobody_waits_longer_than_the_bound(coming, places, quantum, reserved
             asked = Asked(number, here, lengths, 3, 1, False, None, False)
             here.there.append(asked)
             here.turns.add(asked.request)
-        here.turn()  # which checks both bounds at every job that enters
+        here.step()  # which checks both bounds at every job that enters
         assert sum(one.contends for one in here.there) <= here.begun
         if not here.there:
             break
@@ -99,7 +102,7 @@ def passed_over(rows, clients, books):
     for _ in range(4000):
         if all(book.over for book in running):
             return most
-        for over in turns.turn():
+        for over in turns.step():
             if over.jobs == 1:
                 request("sentence", 1)  # who has heard one asks for the next
     raise AssertionError("the books do not end")
@@ -169,14 +172,14 @@ def test_s2_what_is_no_request_is_not_held():
             for lengths, size in (([], 3), ([5], 0)):
                 with pytest.raises(InputError, match="at least 1"):
                     ask(scheduler, lengths, size=size)
-            assert scheduler.metrics().waiting == 0 and not scheduler._inboxes
+            assert scheduler.metrics().waiting == 0 and not inside.inboxes_of(scheduler)
 
     asyncio.run(main())
 
 
 def test_s2_a_refusal_says_when_to_come_again(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr("kvcache.decoding._scheduler.time", clock)
+    monkeypatch.setattr(inside.SCHEDULER_CLOCK, clock)
 
     async def main():
         opened = Opened(2)
@@ -302,14 +305,14 @@ class Slow(MemoryStore):
 def test_s4_a_store_that_hangs_holds_up_no_stream(tiered):
     slow = Slow()
     store = TieredStore(MemoryStore(), slow) if tiered else slow
-    ours = ChatterboxEngine(stand_in(tiny_t3("english")), speakers=SpeakerCache(store))
+    ours = ChatterboxEngine(stand_in(tiny_t3("english")), prefix_cache=SpeakerCache(store))
     ours.add_voice("known", conditionals=stand_in(ours.t3, 1).conds)
     store.close()
     new = [Voice.of(ours.t3, stand_in(ours.t3, i).conds) for i in (2, 3)]
     few = {**SHORT, "max_new_tokens": 9}
     expected = [audio(ours.generate_stream(TEXT, voice=one, **few)) for one in ("known", *new)]
     for one in new:
-        ours.speakers.evict(ours._reuse.key(one.t3))
+        ours.prefix_cache.evict(reuse_of(ours).key(one.t3))
     store.close()
 
     slow.by.clear()
@@ -328,7 +331,7 @@ def test_s4_a_store_that_hangs_holds_up_no_stream(tiered):
             for got, want in zip(heard, expected, strict=True):
                 torch.testing.assert_close(torch.cat(got, 1), want, atol=1e-6, rtol=0)
             slow.opened.set()
-        assert all(ours.speakers.get(ours._reuse.key(one.t3)) is not None for one in new)  # written at last
+        assert all(ours.prefix_cache.get(reuse_of(ours).key(one.t3)) is not None for one in new)  # written at last
 
     asyncio.run(main())
     assert slow.by <= {"kvcache-find", "kvcache-keep", "kvcache-write_0", threading.current_thread().name}
@@ -336,12 +339,12 @@ def test_s4_a_store_that_hangs_holds_up_no_stream(tiered):
 
 def test_s4_writes_are_dropped_rather_than_waited_for_and_hanging_questions_are_not_repeated():
     slow = Slow()
-    speakers = SpeakerCache(slow)
-    ours = ChatterboxEngine(stand_in(tiny_t3("english")), speakers=speakers)
-    snapshots = [ours._reuse.prepare(random_conditionals(ours.t3, i)) for i in range(20)]
+    prefix_cache = SpeakerCache(slow)
+    ours = ChatterboxEngine(stand_in(tiny_t3("english")), prefix_cache=prefix_cache)
+    snapshots = [reuse_of(ours).prepare(random_conditionals(ours.t3, i)) for i in range(20)]
     del slow.asked[:]
     slow.opened.clear()
-    aside = Aside(speakers, patience=0.01)
+    aside = Aside(prefix_cache, patience=0.01)
     assert aside.find(snapshots[0].key) is None and slow.asked == ["get"]
     assert [aside.find(one.key) for one in snapshots] == [None] * 20 and slow.asked == ["get"]
     for one in snapshots:
@@ -376,8 +379,8 @@ class Raises(MemoryStore):
 
 
 def snapshots_of(number):
-    ours = ChatterboxEngine(stand_in(tiny_t3("english")), speakers=SpeakerCache(MemoryStore()))
-    return [ours._reuse.prepare(random_conditionals(ours.t3, i)) for i in range(number)]
+    ours = ChatterboxEngine(stand_in(tiny_t3("english")), prefix_cache=SpeakerCache(MemoryStore()))
+    return [reuse_of(ours).prepare(random_conditionals(ours.t3, i)) for i in range(number)]
 
 
 @pytest.mark.parametrize("how", ["error", "thread"])
@@ -433,10 +436,10 @@ def test_s4_what_a_store_says_when_it_fails_is_told_without_its_secrets(caplog):
 
 
 def test_s5_emotions_that_requests_bring_are_not_stored():
-    ours = ChatterboxEngine(stand_in(tiny_t3("english")), speakers=SpeakerCache(MemoryStore()))
+    ours = ChatterboxEngine(stand_in(tiny_t3("english")), prefix_cache=SpeakerCache(MemoryStore()))
     for i, name in enumerate(("alba", "finn")):
         ours.add_voice(name, conditionals=stand_in(ours.t3, i).conds)
-    store = ours.speakers.store
+    store = ours.prefix_cache.store
     store.max_bytes = 3 * store.nbytes  # room for six
     held = {entry.address for entry in store.entries()}
 
@@ -452,7 +455,7 @@ def test_s5_emotions_that_requests_bring_are_not_stored():
         list(ours.generate_stream("Hi.", voice="finn", exaggeration=i / 100, max_new_tokens=2, seed=1))
     assert {entry.address for entry in store.entries()} == held
     alone = ChatterboxEngine(ours.t3, reuse="none")
-    assert len(ours._reuse._passing) == 2 and len(sounds) == 8
+    assert len(passing(ours)) == 2 and len(sounds) == 8
     named = ours.add_voice("moved", conditionals=ours.voices["alba"], exaggeration=0.07)
     assert len(store.entries()) == 3 and named.kept  # what a named voice asks for stays
     words = byte_tokens(ours.t3, "Hello.")
@@ -490,17 +493,17 @@ class Faulty:
         self._passes("busy")
         return self._batch.busy
 
-    def enter(self, job):
+    def add(self, job):
         self._passes("enter")
-        return self._batch.enter(job)
+        return self._batch.add(job)
 
-    def leave(self, job):
+    def cancel(self, job):
         self._passes("leave")
-        self._batch.leave(job)
+        self._batch.cancel(job)
 
-    def turn(self):
+    def step(self):
         self._passes("turn")
-        return self._batch.turn()
+        return self._batch.step()
 
     @contextmanager
     def opened(self):
@@ -606,7 +609,7 @@ def test_s10_what_breaks_in_one_request_ends_that_one(part):
         for request in (broken, good):
             turns.add(request)
         while turns.requests:
-            turns.turn()
+            turns.step()
         assert str(broken.error) == f"{part} is broken" and good.error is None and batch.busy == 0
         assert sum(len(chunk.tokens) for chunk in chunks) == 9
 
@@ -810,8 +813,8 @@ def test_cancels_end_as_cancels_and_leave_nothing_behind(how):
                 with pytest.raises(StopAsyncIteration):
                     await anext(stream)
                 assert counted(scheduler.metrics()) == (0, i + 1, 0, 0)
-            await until_async(lambda: scheduler.metrics().busy == 0 and scheduler._turns.requests == [])
-            assert not scheduler._inboxes and asyncio.all_tasks() == {asyncio.current_task()}
+            await until_async(lambda: scheduler.metrics().busy == 0 and inside.turns_of(scheduler).requests == [])
+            assert not inside.inboxes_of(scheduler) and asyncio.all_tasks() == {asyncio.current_task()}
 
     asyncio.run(main())
     assert threads() == []

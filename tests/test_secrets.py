@@ -4,8 +4,9 @@ import logging
 import traceback
 
 import pytest
-from snapshots import cold, voice
+from support.inside import stores as inside
 from support.ports import deserted
+from support.snapshots import cold, voice
 
 from kvcache import KVCacheError, SpeakerCache
 from kvcache.events import subscribe
@@ -103,7 +104,7 @@ def used(place, options, said):
         assert cache.get_or_build(KEY, lambda: cold(KEY)) is not None
         cache.pin(KEY)
         cache.evict(KEY)
-        said += [repr(store), repr(cache), repr(cache.stats()), str(vars(store._redact).keys())]
+        said += [repr(store), repr(cache), repr(cache.stats()), str(vars(inside.redactor_of(store)).keys())]
         for ask in (store.entries, lambda: store.peek(KEY.address), lambda: store.remove(KEY.address)):  # noqa: B023
             try:
                 ask()
@@ -116,7 +117,7 @@ def broken(store):
     """A location whose errors tell all that it knows, as those of HTTP do."""
     if not isinstance(store, RemoteStore):
         return
-    url, options = store._told
+    url, options = store.opened_with
 
     class Files:
         protocol = "http"
@@ -127,7 +128,7 @@ def broken(store):
 
             return fails
 
-    store._files = Files()
+    inside.on_files(store, Files())
 
 
 @pytest.fixture
@@ -137,7 +138,7 @@ def telling(monkeypatch):
 
     def init(store, url, **options):
         begin(store, url, **options)
-        store._told = url, options
+        store.opened_with = url, options
 
     monkeypatch.setattr(RemoteStore, "__init__", init)
 
@@ -177,7 +178,7 @@ def test_crashes_stores_no_command_tells_a_password(capsys, monkeypatch, tmp_pat
     with deserted() as port:
         for place in list(places(port))[::2]:
             monkeypatch.setenv("KVCACHE_STORE", place)
-            assert main(["voices", "list"]) in (0, 1, 2)
+            assert main(["prefixes", "list"]) in (0, 1, 2)
     written = capsys.readouterr()
     assert tells(written.out + written.err) == []
     assert "Traceback" not in written.err and written.err.count("\n") > 50

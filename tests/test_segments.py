@@ -10,13 +10,12 @@ import pytest
 import sentencex
 from hypothesis import example, given
 from hypothesis import strategies as st
+from support.inside.speech import PACKED, pace, predicted_tokens
+from support.inside.speech import segments as segmenting
 from support.searching import search
 
 from kvcache import InputError
 from kvcache_chatterbox.text import Segment, primary_language, split
-from kvcache_chatterbox.text import _pace as pace
-from kvcache_chatterbox.text import _segments as segments_module
-from kvcache_chatterbox.text._plan import predicted_tokens
 
 pytestmark = pytest.mark.one_release
 
@@ -181,10 +180,8 @@ def work(text, monkeypatch):
 
     sentences = sentencex.segment
     with monkeypatch.context() as patch:
-        patch.setattr(
-            segments_module, "min", lambda *given: compared(*given) if len(given) == 1 else min(*given), False
-        )
-        patch.setattr(segments_module.sentencex, "segment", handed_on)
+        patch.setattr(segmenting, "min", lambda *given: compared(*given) if len(given) == 1 else min(*given), False)
+        patch.setattr(segmenting.sentencex, "segment", handed_on)
         before = sys.getprofile()
         sys.setprofile(called)
         try:
@@ -208,7 +205,7 @@ def test_twice_the_text_is_twice_the_work(kind, monkeypatch):
 
 def test_without_a_target_nothing_is_packed(monkeypatch):
     """This took 27 s to find the one segment that it is."""
-    monkeypatch.setattr(segments_module, "_packed", None)
+    monkeypatch.setattr(PACKED, None)
     text = "\n " + "Hi. " * 3000
     assert split(text, "en", None) == [Segment(text.strip(), 2, 2 + 11_999)]
 

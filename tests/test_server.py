@@ -16,15 +16,15 @@ if any(importlib.util.find_spec(name) is None for name in ("fastapi", "uvicorn",
 
 import httpx
 from support.clocks import Ticking
+from support.inside.speech import ToneVocoder
 from support.serving import body, engine_of, server, server_load, serving
+from support.t3_models import tiny_t3
 from support.waiting import until, until_async
-from t3_models import tiny_t3
 
 from server_errors import for_clients  # isort: skip
 
 from kvcache.decoding import Batch
 from kvcache_chatterbox import Chunking, SpeechScheduler
-from kvcache_chatterbox.testing._stand_in import ToneVocoder
 
 pytestmark = pytest.mark.one_release
 

@@ -21,8 +21,8 @@ if any(importlib.util.find_spec(name) is None for name in ("fastapi", "uvicorn",
 
 import httpx
 from support.serving import TEXT, body, engine_of, running, server, server_load
+from support.t3_models import tiny_t3
 from support.waiting import until
-from t3_models import tiny_t3
 
 from kvcache_chatterbox import SpeechScheduler
 

@@ -10,7 +10,7 @@ if any(importlib.util.find_spec(name) is None for name in ("fastapi", "uvicorn",
     pytest.skip("the server's packages are not installed (pip install kvcache[server,test])", allow_module_level=True)
 
 from support.serving import engine_of, server, server_load
-from t3_models import tiny_t3
+from support.t3_models import tiny_t3
 
 from kvcache_chatterbox import stand_in
 

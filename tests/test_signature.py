@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from support.changes import CHANGES, GREEDY, PREFIX, REST, WHOLE, hooked, in_place, llama, said
 from support.families import build
-from test_model_changes import CHANGES, GREEDY, PREFIX, REST, WHOLE, hooked, in_place, llama, said
+from support.inside.decoding import LANGUAGE_COPY
+from support.inside.models import stored_by
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils import parametrize
@@ -22,7 +24,6 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-import kvcache.decoding._language as language
 from kvcache import (
     TOVA,
     DiskStore,
@@ -34,6 +35,7 @@ from kvcache import (
     SpeakerCache,
     model_fingerprint,
 )
+from kvcache.decoding import decoder_copy
 from kvcache.models import (
     Following,
     PackedLinear,
@@ -45,7 +47,6 @@ from kvcache.models import (
     structural_copy,
     watch_of,
 )
-from kvcache.models._stores import stored_by
 
 # ---------------------------------------------------------------------- what is a change
 
@@ -158,7 +159,7 @@ def test_the_sample_sees_whole_tensors_and_not_every_element() -> None:
 @pytest.mark.parametrize("register", [register_module_forward_hook, register_module_forward_pre_hook])
 def test_hooks_on_every_module_are_a_change(register: Any) -> None:
     model = llama()
-    manager = KVCacheManager(model, speakers=SpeakerCache(MemoryStore()))
+    manager = KVCacheManager(model, prefix_cache=SpeakerCache(MemoryStore()))
     manager.add_prefix("p", PREFIX)
     before = signature_of(model)
     acting = register(lambda module, *given: None)
@@ -290,7 +291,7 @@ def test_another_attention_under_the_same_name_is_a_change(monkeypatch: pytest.M
     monkeypatch.setitem(AttentionInterface._global_mapping, "mine", plain_attention)
     monkeypatch.setitem(AttentionMaskInterface._global_mapping, "mine", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     model.set_attn_implementation("mine")
-    manager = KVCacheManager(model, speakers=SpeakerCache(MemoryStore()))
+    manager = KVCacheManager(model, prefix_cache=SpeakerCache(MemoryStore()))
     manager.add_prefix("p", PREFIX)
 
     def behind() -> Tensor:
@@ -339,9 +340,8 @@ def writing() -> Any:
 
 def test_what_a_forward_writes_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
     model, made = writing(), []
-    copied = language.decoder_copy
-    monkeypatch.setattr(language, "decoder_copy", lambda model: made.append(1) or copied(model))
-    manager = KVCacheManager(model, speakers=SpeakerCache(MemoryStore()))
+    monkeypatch.setattr(LANGUAGE_COPY, lambda model: made.append(1) or decoder_copy(model))
+    manager = KVCacheManager(model, prefix_cache=SpeakerCache(MemoryStore()))
 
     def stream(length: int) -> Tensor:
         return torch.cat(list(manager.stream(WHOLE[:, :length], backend="eager", **GREEDY)), 1)
@@ -397,7 +397,7 @@ def test_what_somebody_sets_while_tokens_come_is_no_state(steer: str) -> None:
     model, drawn = llama(), torch.Generator().manual_seed(0)
     steering = Steering()
     model.model.layers[0].mlp = nn.Sequential(model.model.layers[0].mlp, steering)
-    manager = KVCacheManager(model, speakers=SpeakerCache(MemoryStore()))
+    manager = KVCacheManager(model, prefix_cache=SpeakerCache(MemoryStore()))
     manager.add_prefix("p", PREFIX)
 
     class Schedule:
@@ -507,7 +507,7 @@ def test_a_model_is_let_go_of_with_its_manager(cycle: bool) -> None:
 
 def test_weights_that_a_model_lets_go_of_are_free() -> None:
     model = llama()
-    manager = KVCacheManager(model, speakers=SpeakerCache(MemoryStore()))
+    manager = KVCacheManager(model, prefix_cache=SpeakerCache(MemoryStore()))
     manager.add_prefix("p", PREFIX)
     head = model.lm_head
     old = weakref.ref(head.weight.untyped_storage()), weakref.ref(head.weight)
@@ -522,7 +522,7 @@ def test_parameters_of_a_model_that_is_watched_can_be_swapped(monkeypatch: pytes
     monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
     model, other = llama(), llama()
     in_place(other)
-    manager = KVCacheManager(model, speakers=SpeakerCache(MemoryStore()))
+    manager = KVCacheManager(model, prefix_cache=SpeakerCache(MemoryStore()))
     manager.add_prefix("p", PREFIX)
     before, named = signature_of(model), model_fingerprint(model)
     if change == "half":
@@ -640,8 +640,8 @@ def test_a_parametrized_model_is_copied() -> None:
 
 
 def test_a_model_with_hooks_has_no_name(tmp_path: Any) -> None:
-    speakers = SpeakerCache(DiskStore(tmp_path, "1GiB"))
-    manager = KVCacheManager(hooked(), speakers=speakers)
+    prefix_cache = SpeakerCache(DiskStore(tmp_path, "1GiB"))
+    manager = KVCacheManager(hooked(), prefix_cache=prefix_cache)
     for ask in (
         lambda: manager.add_prefix("p", PREFIX),
         lambda: manager.save(manager.new_cache()),
@@ -649,13 +649,13 @@ def test_a_model_with_hooks_has_no_name(tmp_path: Any) -> None:
     ):
         with pytest.raises(InputError, match=r"hooks on model\.layers\.0\.mlp may change what it computes"):
             ask()
-    assert speakers.stats().built == 0
-    speakers.close()
+    assert prefix_cache.stats().built == 0
+    prefix_cache.close()
 
 
 def test_a_hook_that_is_marked_as_an_onlooker_changes_nothing() -> None:
     model, seen = llama(), []
-    manager = KVCacheManager(model, speakers=SpeakerCache(MemoryStore()))
+    manager = KVCacheManager(model, prefix_cache=SpeakerCache(MemoryStore()))
     manager.add_prefix("p", PREFIX)
     before = signature_of(model), model_fingerprint(model)
     model.model.norm.register_forward_hook(looks_on(lambda module, given, out: seen.append(out.shape[1])))
@@ -814,7 +814,7 @@ def test_a_copy_in_fewer_bits_is_of_the_moment() -> None:
 
 def test_adapters_by_row_have_no_prefix_in_common() -> None:
     model = CHANGES["another adapter"].make()
-    manager = KVCacheManager(model, speakers=SpeakerCache(MemoryStore()))
+    manager = KVCacheManager(model, prefix_cache=SpeakerCache(MemoryStore()))
     manager.add_prefix("p", PREFIX)
     with pytest.raises(InputError, match="prefix or adapter_names"):
         manager.generate(input_ids=REST.expand(2, -1), prefix="p", adapter_names=["one", "two"], **GREEDY)

@@ -35,10 +35,10 @@ def test_a_system_prompt_that_is_known_changes_neither_logits_nor_tokens(smollm2
     assert whole.shape == (1, 520)
 
     store = TieredStore(MemoryStore(), DiskStore(tmp_path))
-    manager = KVCacheManager(model, speakers=SpeakerCache(store))
+    manager = KVCacheManager(model, prefix_cache=SpeakerCache(store))
     manager.add_prefix("half", system[:250])
     manager.add_prefix("system", system)  # goes on from the half
-    assert manager.speakers.stats().extended == 1
+    assert manager.prefix_cache.stats().extended == 1
     with torch.no_grad():
         expected = model(whole, logits_to_keep=1).logits
         cache = manager.new_cache(prefix="system")
@@ -50,9 +50,9 @@ def test_a_system_prompt_that_is_known_changes_neither_logits_nor_tokens(smollm2
     plain = model.generate(whole, attention_mask=torch.ones_like(whole), **greedy)
     assert torch.equal(manager.generate(question, prefix="system", **greedy), plain)
     store.close()
-    again = KVCacheManager(model, speakers=SpeakerCache(DiskStore(tmp_path)))
+    again = KVCacheManager(model, prefix_cache=SpeakerCache(DiskStore(tmp_path)))
     again.add_prefix("system", system)
-    assert again.speakers.stats().hits == {"disk": 1}
+    assert again.prefix_cache.stats().hits == {"disk": 1}
     sampled = {"max_new_tokens": 60, "min_new_tokens": 60, "do_sample": True}
     torch.manual_seed(3)
     plain = model.generate(whole, attention_mask=torch.ones_like(whole), **sampled)

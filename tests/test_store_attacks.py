@@ -14,11 +14,11 @@ import pytest
 import torch
 from filelock import FileLock
 from fsspec.implementations.memory import MemoryFileSystem
-from snapshots import PROCESSES, cold, exact, running_redis, voice
+from support.inside import stores as inside
+from support.snapshots import PROCESSES, cold, exact, voice
 
 from kvcache import CorruptError, InputError, PrefixSnapshot, SpeakerCache
 from kvcache.cache import pack
-from kvcache.cache._archive import _checksum
 from kvcache.decoding import Setting, TuningProfile
 from kvcache.errors import StoreError
 from kvcache.events import subscribe
@@ -36,20 +36,12 @@ from kvcache.prefixes.stores import (
     prunable,
     verify,
 )
-from kvcache.prefixes.stores._base import Patience
-from kvcache.prefixes.stores._index import Index
 
 pytestmark = pytest.mark.one_release
 
 LAYOUT = Layout(((2, 8, 8), (2, 8, 8)), torch.float32)
 BUDGET = 2**20
 posix = pytest.mark.skipif(os.name != "posix", reason="FIFOs, modes and umasks are POSIX's")
-
-
-@pytest.fixture(scope="module")
-def redis_url(tmp_path_factory):
-    with running_redis(tmp_path_factory.mktemp("redis")) as server:
-        yield server.url
 
 
 def known(seed):
@@ -82,7 +74,7 @@ def reheaded(change):
     checksum = json.loads(data[8 : 8 + length])["__metadata__"]["checksum"].encode()
     whole = len(raw).to_bytes(8, "little") + raw.replace(checksum, blank) + body
     at = whole.find(blank)
-    return whole if at < 0 else whole[:at] + _checksum(whole, at, None).encode() + whole[at + 64 :]
+    return whole if at < 0 else whole[:at] + inside.checksum(whole, at, None).encode() + whole[at + 64 :]
 
 
 def with_tensor(name, **changes):
@@ -302,7 +294,7 @@ def lives_on(store, keys):
         assert held >= {key.address for key in keys} and store.nbytes >= len(keys) * len(GOOD)
         return cache.stats()
 
-    return Patience().in_time(serve, 60)
+    return inside.Patience().in_time(serve, 60)
 
 
 # ---------------------------------------------------------------------- W17 and "Crashes · Stores"
@@ -331,7 +323,7 @@ def test_crashes_stores_what_is_no_file_is_never_opened(kind, tmp_path):
         for left in (tmp_path / "fifo",):
             left.unlink(missing_ok=True)
         AT_THE_ADDRESS[kind](path)
-        assert Patience().in_time(lambda store=store: store.get(KEY), 60) is None
+        assert inside.Patience().in_time(lambda store=store: store.get(KEY), 60) is None
         assert exact(store.get(OTHER), OTHER)
         lives_on(store, [KEY, OTHER, known(2)])
         assert path.is_file() and not path.is_symlink()
@@ -369,7 +361,7 @@ def test_a_broken_index_does_not_cost_the_budget(kind, tmp_path):
     for seed in range(3):
         store.put(cold(known(seed)))
     BESIDE[kind](tmp_path)
-    Patience().in_time(lambda: store.put(cold(known(3))), 60)
+    inside.Patience().in_time(lambda: store.put(cold(known(3))), 60)
     assert [store.has(known(seed)) for seed in range(4)] == [False, True, True, True]
     assert store.nbytes <= budget
 
@@ -437,7 +429,7 @@ def test_the_index_knows_what_a_prefix_continues(tmp_path):
     whole = voice(0, tokens=9)
     cache.get_or_extend(whole.first(4), lambda start: cold(whole.first(4)))
     cache.get_or_extend(whole, lambda start: cold(whole))
-    with closing(Index(tmp_path / ".kvcache")) as index:
+    with closing(inside.Index(tmp_path / ".kvcache")) as index:
         assert index.row(whole.address).parent == whole.first(4).address
         assert index.row(whole.first(4).address).parent is None
     assert PrefixSnapshot.from_bytes(store.peek(whole.address)).parent == whole.first(4).address
@@ -509,22 +501,22 @@ def test_a_file_larger_than_its_key_can_be_is_not_read(key, tmp_path, monkeypatc
 
 def test_a_location_that_tells_no_sizes_is_read_within_bounds(tmp_path):
     store = RemoteStore(f"memory://{tmp_path}")
-    store._files = Location()
+    inside.on_files(store, Location())
     store.put(cold(KEY))
     assert exact(store.get(KEY), KEY) and exact(PrefixSnapshot.from_bytes(store.peek(KEY.address)), KEY)
     assert store.peek(KEY.address, 1500) == store.peek(KEY.address)[:1500]
     assert [entry.nbytes for entry in store.entries()] == [store.nbytes] == [0]
-    store._files.pipe_file(store._path(KEY.address), GOOD + bytes(KEY.most_bytes))
-    store._files.served = 0
+    inside.files_of(store).pipe_file(inside.path_of(store, KEY.address), GOOD + bytes(KEY.most_bytes))
+    inside.files_of(store).served = 0
     assert store.get(KEY) is None and store.refused == 1
-    assert store._files.served == KEY.most_bytes + 1
+    assert inside.files_of(store).served == KEY.most_bytes + 1
 
 
 def test_a_value_larger_than_its_key_can_be_is_not_read_from_a_server(redis_url):
     with RedisStore(redis_url, namespace="large", timeout=20) as store:
         store.put(cold(KEY))
         assert exact(store.get(KEY), KEY)
-        store._client.setrange(store._key(KEY.address), KEY.most_bytes + 10, b"x")
+        inside.client_of(store).setrange(inside.key_of(store, KEY.address), KEY.most_bytes + 10, b"x")
         assert store.get(KEY) is None and store.refused == 1
 
 
@@ -609,9 +601,8 @@ def listings(folder, budget, monkeypatch):
     """How often a store lists its folder, and what it asks of the system, in four writes after the first."""
     store, listed = DiskStore(folder, budget), []
     store.put(cold(known(0)))
-    list_all = DiskStore._listed
     with monkeypatch.context() as patch:
-        patch.setattr(DiskStore, "_listed", lambda one: (listed.append(1), list_all(one))[1])
+        patch.setattr(inside.DISK_LISTED, lambda one: (listed.append(1), inside.disk_listed(one))[1])
         asked = Counted(patch)
         for seed in range(1, 5):
             store.put(cold(known(seed)))
@@ -724,7 +715,7 @@ def test_w17_what_is_not_finite_is_not_written_either(tmp_path, caplog):
 
 def test_w17_the_memory_tier_takes_over_nothing_that_does_not_fit(tmp_path):
     disk = DiskStore(tmp_path)
-    disk._write(KEY.address, CONTENTS["three heads"])
+    inside.write(disk, KEY.address, CONTENTS["three heads"])
     with TieredStore(MemoryStore(), disk) as store:
         cache = SpeakerCache(store)
         assert exact(cache.get_or_build(KEY, lambda: cold(KEY)), KEY)

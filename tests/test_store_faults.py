@@ -19,10 +19,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from snapshots import PROCESSES, cold, exact, running_redis, voice
 from support.clocks import Clock
+from support.inside import stores as inside
 from support.ports import deserted
 from support.searching import examples
+from support.snapshots import PROCESSES, cold, exact, running_redis, voice
 from support.waiting import until
 
 from kvcache import CorruptError, PrefixSnapshot, SpeakerCache
@@ -30,12 +31,6 @@ from kvcache.errors import StoreError
 from kvcache.prefixes.stores import DiskStore, MemoryStore, RedisStore, RemoteStore, TieredStore
 
 pytestmark = pytest.mark.one_release
-
-
-@pytest.fixture(scope="session")
-def redis_url(tmp_path_factory):
-    with running_redis(tmp_path_factory.mktemp("redis")) as server:
-        yield server.url
 
 
 @pytest.fixture
@@ -95,7 +90,7 @@ def test_a_file_that_has_rotted_is_computed_and_written_again(tmp_path, caplog):
     key = voice(0, tokens=100)
     data = cold(key).to_bytes()
     cache = SpeakerCache(DiskStore(tmp_path))
-    path = cache.store._path(key.address)
+    path = tmp_path / f"{key.address}.safetensors"
     for i, broken in enumerate(list(damaged(data, 1500))[::20]):
         path.write_bytes(broken)
         assert served(cache, key)
@@ -285,7 +280,7 @@ def test_what_is_deleted_under_a_store_is_computed_again(deleted, tmp_path):
 
 def test_a_server_that_leaves_and_comes_back(tmp_path, caplog, monkeypatch):
     random, clock = Random(0), Clock()
-    monkeypatch.setattr("kvcache.prefixes.stores._base.time", clock)
+    monkeypatch.setattr(inside.BASE_CLOCK, clock)
     with running_redis(tmp_path) as server:
         far = RedisStore(server.url, max_bytes="20kB", timeout=20)
         far.retry_after = 0.2
@@ -409,15 +404,17 @@ def test_the_budget_on_a_server_holds_whoever_writes(redis_url, caplog):
         for future in working:
             future.add_done_callback(lambda _: done.set() if all(each.done() for each in working) else None)
         while not done.wait(0.001):
-            most = max(most, store._client.eval(SUM, 0, store._prefix))
+            most = max(most, inside.client_of(store).eval(SUM, 0, inside.prefix_of(store)))
         for future in working:
             future.result()
         for key in keys:
             store.put(cold(key))
         assert not caplog.records
         assert 0 < most <= budget and store.nbytes <= budget
-        names = {address.decode() for address in store._client.hkeys(store._books[1])}
-        assert names == {address.decode() for address in store._client.zrange(store._books[0], 0, -1)}
+        names = {address.decode() for address in inside.client_of(store).hkeys(inside.books_of(store)[1])}
+        assert names == {
+            address.decode() for address in inside.client_of(store).zrange(inside.books_of(store)[0], 0, -1)
+        }
         assert names == {key.address for key in keys if store.has(key)}
         # The last ones put are those that stayed.
         assert [store.has(key) for key in keys] == sorted(store.has(key) for key in keys)
@@ -539,13 +536,13 @@ def test_processes_that_share_a_folder_keep_to_its_budget_and_to_the_truth(times
 def test_a_location_that_hangs_is_not_asked_again_before_it_answers(tmp_path):
     key, over, asked = voice(0), threading.Event(), count()
     store = RemoteStore(f"memory://{tmp_path}", timeout=0.02)
-    store.retry_after, files = 0.0, store._files
+    store.retry_after, files = 0.0, inside.files_of(store)
 
     def hang(*args, **kwargs):
         next(asked)
         over.wait(60)
 
-    store._files = SimpleNamespace(info=hang, exists=hang, makedirs=hang, ls=hang)
+    inside.on_files(store, SimpleNamespace(info=hang, exists=hang, makedirs=hang, ls=hang))
     before = threading.active_count()
     for _ in range(20):
         assert store.get(key) is None and not store.has(key) and store.nbytes == 0
@@ -554,7 +551,8 @@ def test_a_location_that_hangs_is_not_asked_again_before_it_answers(tmp_path):
     assert next(asked) == 1 and threading.active_count() <= before + 1
     over.set()
     until(lambda: threading.active_count() == before)
-    store._files, store.timeout = files, 20
+    inside.on_files(store, files)
+    store.timeout = 20
     store.put(cold(key))
     assert exact(store.get(key), key)
 
@@ -566,7 +564,7 @@ def test_a_server_that_hangs_costs_one_thread():
         before = threading.active_count()
         for _ in range(5):
             with pytest.raises(TimeoutError):
-                store._do(lambda: over.wait(60))
+                inside.ask(store, lambda: over.wait(60))
         assert threading.active_count() <= before + 1
         over.set()
 
@@ -619,7 +617,8 @@ def test_who_looks_after_a_store_is_told_why_it_cannot_be(what, tmp_path):
 
 def test_a_location_that_does_not_answer_is_told_in_time(tmp_path):
     store, over = RemoteStore(f"memory://{tmp_path}", timeout=0.01), threading.Event()
-    store._files = SimpleNamespace(ls=lambda *args, **kwargs: over.wait(10), info=lambda *args: over.wait(10))
+    hangs = SimpleNamespace(ls=lambda *args, **kwargs: over.wait(10), info=lambda *args: over.wait(10))
+    inside.on_files(store, hangs)
     for ask in (store.entries, lambda: store.peek(voice(0).address)):
         with pytest.raises(StoreError, match="Timeout"):
             ask()

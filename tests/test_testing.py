@@ -10,6 +10,7 @@ from itertools import count
 import pytest
 import torch
 from support.families import build, tiny, token_ids
+from support.inside import testing as inside
 from support.searching import examples
 
 from kvcache import (
@@ -23,21 +24,19 @@ from kvcache import (
     KeyNorm,
     KVCacheManager,
     KVLayer,
+    KVQuantization,
     MaxBytes,
     MaxTokens,
     PerHead,
     Pinned,
     PolicyError,
-    Quantization,
     RankingPolicy,
     SizePolicy,
     SlidingWindow,
     SnapKV,
 )
-from kvcache.cache import QuantizedLayer, RankedLayer
-from kvcache.testing import check_layer, check_policy
-from kvcache.testing._checks import TRIED
-from kvcache.testing._leaks import no_leaks
+from kvcache.cache import GroupedLayer, RankedLayer
+from kvcache.testing import check_layer, check_policy, no_leaks
 
 pytestmark = pytest.mark.one_release
 
@@ -104,7 +103,7 @@ def test_a_file_that_is_left_open_is_found(keeper, tmp_path):
 
 
 def test_a_thread_that_goes_on_is_found(monkeypatch):
-    monkeypatch.setattr("kvcache.testing._leaks._GRACE", 0.05)
+    monkeypatch.setattr(inside.GRACE, 0.05)
     over = threading.Event()
     thread = threading.Thread(target=over.wait, name="forgotten")
     with pytest.raises(AssertionError) as found, no_leaks():
@@ -174,16 +173,16 @@ HOUSE = [
     MaxBytes(2000),
     Pinned(3, MaxTokens(6)),
     Pinned(2, Pinned(1, SlidingWindow(4, sinks=1))),
-    SnapKV(12, sinks=2, recent=3),
-    H2O(12, sinks=2, recent=3, low_water=6),
-    TOVA(9, sinks=1, recent=1),
-    KeyNorm(10, sinks=0, recent=2),
-    KeyDiff(10, sinks=2, recent=2),
-    ExpectedAttention(12, sinks=2, recent=3, following=5),
-    Pinned(3, SnapKV(12, sinks=2, recent=3)),
+    SnapKV(12, sinks=2, window_size=3),
+    H2O(12, sinks=2, window_size=3, low_water=6),
+    TOVA(9, sinks=1, window_size=1),
+    KeyNorm(10, sinks=0, window_size=2),
+    KeyDiff(10, sinks=2, window_size=2),
+    ExpectedAttention(12, sinks=2, window_size=3, n_future_positions=5),
+    Pinned(3, SnapKV(12, sinks=2, window_size=3)),
     PerHead((KeepAll(), SlidingWindow(4, sinks=1))),
-    PerHead((SnapKV(12, sinks=2, recent=3), MaxTokens(6))),
-    AdaKV(SnapKV(12, sinks=2, recent=3)),
+    PerHead((SnapKV(12, sinks=2, window_size=3), MaxTokens(6))),
+    AdaKV(SnapKV(12, sinks=2, window_size=3)),
 ]
 
 
@@ -276,7 +275,7 @@ def test_a_policy_that_no_cache_would_take_is_refused_as_a_cache_refuses_it():
 
 
 def test_a_policy_of_ones_own_passes():
-    for policy in (Own(), ScoresByNothing(10, sinks=1, recent=2)):
+    for policy in (Own(), ScoresByNothing(10, sinks=1, window_size=2)):
         check_policy(policy, examples=4)
 
 
@@ -296,7 +295,7 @@ class BringsBack(RankedLayer):
 class ForgetsItsPositionsBytes(RankedLayer):
     @property
     def nbytes(self):
-        return KVLayer.nbytes.fget(self)
+        return 0 if self._buffer is None else self._buffer.nbytes
 
 
 @pytest.mark.parametrize(
@@ -308,9 +307,9 @@ class ForgetsItsPositionsBytes(RankedLayer):
     ],
 )
 def test_mistakes_of_layers_that_rank_are_caught(layer, says, monkeypatch):
-    monkeypatch.setattr("kvcache.testing._checks.layer_for", layer)
+    monkeypatch.setattr(inside.MADE_BY, lambda spec: layer)
     with pytest.raises(AssertionError, match=says):
-        check_policy(KeyNorm(10, sinks=1, recent=2), examples=20)
+        check_policy(KeyNorm(10, sinks=1, window_size=2), examples=20)
 
 
 # ---------------------------------------------------------------------- layers: the house's own pass
@@ -321,8 +320,8 @@ def test_the_houses_layer_keeps_the_laws():
     check_layer(KVLayer, variants=("plain", "padded", "rerotated"), examples=examples(12))
 
 
-def quantized(policy, rotation=None, token_bytes=None, preallocate=False, **given):
-    return QuantizedLayer(policy, Quantization(8, group=8), **given)
+def quantized(policy, rotation=None, static=False, **given):
+    return GroupedLayer(policy, KVQuantization(8, group_size=8), **given)
 
 
 @pytest.mark.search
@@ -373,9 +372,9 @@ class ExceedsItsLimit(KVLayer):
 class EvictsPinnedTokens(KVLayer):
     """The ring runs over the pinned slots too."""
 
-    def _overwrite(self, keys, values):
+    def _overwrite(self, *given):
         policy, self.policy = self.policy, SlidingWindow(self.policy.limit)
-        result = super()._overwrite(keys, values)
+        result = super()._overwrite(*given)
         self.policy = policy
         return result
 
@@ -398,7 +397,7 @@ PLANTED = [
 @pytest.mark.parametrize(("layer", "says"), PLANTED)
 def test_mistakes_of_layers_are_caught(layer, says):
     laws = {says.split()[0]} if not says.startswith("is") else {"kept_is_named"}
-    policies = {name: TRIED[name] for name in ("all", "window", "sinks")}
+    policies = {name: inside.TRIED[name] for name in ("all", "window", "sinks")}
     with pytest.raises(AssertionError, match=says) as found:
         check_layer(layer, policies, variants=["plain"], laws=laws, examples=40)
     assert ", in Scenario(padding=[0]" in str(found.value), "the smallest scenario is told"
@@ -412,9 +411,9 @@ def test_what_there_is_to_choose_from_is_said():
 
 def test_without_hypothesis_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "hypothesis", None)
-    for name in ("_checks", "_laws"):
-        monkeypatch.delitem(sys.modules, f"kvcache.testing.{name}", raising=False)
-    monkeypatch.delattr("kvcache.testing._checks", raising=False)
+    for name in inside.NEED_HYPOTHESIS:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.delattr(inside.CHECKS, raising=False)
     with pytest.raises(InputError, match="pip install hypothesis"):
         check_policy(KeepAll())
     with no_leaks():

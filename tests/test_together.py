@@ -5,11 +5,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from support.inside.speech import Waveform, audio_waiting, waiting
 from support.waiting import until
 
 from kvcache_chatterbox.units import SAMPLES_PER_TOKEN
 from kvcache_chatterbox.vocoder import OneAtATime, Run, SeededNoise, Together
-from kvcache_chatterbox.vocoder._run import Waveform
 from kvcache_chatterbox.voices import Voice
 
 WHO = Voice(None, {"embedding": torch.zeros(1)})
@@ -54,7 +54,7 @@ def test_who_has_least_to_hear_goes_first_and_what_is_as_long_goes_along(slow):
         assert slow.busy.acquire(timeout=30)
         rest = [run(20, 9.0), run(22, 5.0), run(200, 7.0), run(21, 8.0)]
         others = [pool.submit(together.waves, [one]) for one in rest]
-        until(lambda: len(together._waiting) == 4)
+        until(lambda: len(waiting(together)) == 4)
         slow.free.release(10)
         assert first.result(30)[0].audio.numel() == 10 * SAMPLES_PER_TOKEN
         for one, future in zip(rest, others, strict=True):
@@ -70,7 +70,7 @@ def test_no_more_go_along_than_are_allowed(slow):
         first = pool.submit(together.waves, [run(1, 0.0)])
         assert slow.busy.acquire(timeout=30)
         others = [pool.submit(together.waves, [run(20, float(i))]) for i in range(5)]
-        until(lambda: len(together._waiting) == 5)
+        until(lambda: len(waiting(together)) == 5)
         slow.free.release(10)
         for future in [first, *others]:
             future.result(30)
@@ -83,7 +83,7 @@ def test_an_error_is_told_to_whom_it_concerns(slow):
         first = pool.submit(together.waves, [run(10, 0.0)])
         assert slow.busy.acquire(timeout=30)
         good, bad = pool.submit(together.waves, [run(20, 1.0)]), pool.submit(together.waves, [run(20, 2.0, token=13)])
-        until(lambda: len(together._waiting) == 2)
+        until(lambda: len(waiting(together)) == 2)
         slow.free.release(10)
         assert first.result(30) and good.result(30)
         with pytest.raises(ValueError, match="13"):
@@ -119,7 +119,7 @@ def test_tokens_and_audio_go_by_turns_and_audio_first():
         assert begun.wait(30)
         others = [pool.submit(work, f"tokens {i}", turns.tokens) for i in range(2)]
         others += [pool.submit(work, f"audio {i}", turns.audio) for i in range(2)]
-        until(lambda: turns._audio == 2)
+        until(lambda: audio_waiting(turns) == 2)
         go.set()
         for future in [first, *others]:
             future.result(30)
@@ -143,7 +143,7 @@ def test_the_vocoder_runs_within_what_it_is_given(slow):
     with ThreadPoolExecutor(2) as pool:
         with turns.tokens():
             future = pool.submit(together.waves, [run(10, 0.0)])
-            until(lambda: turns._audio == 1)
+            until(lambda: audio_waiting(turns) == 1)
             assert not slow.busy.acquire(timeout=0.05)
         slow.free.release()
         assert future.result(30)[0].audio.numel() == 10 * SAMPLES_PER_TOKEN

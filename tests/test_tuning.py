@@ -9,23 +9,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.families import VOCABULARY, build
+from support.inside import decoding as inside
+from support.inside.tools import AXES, LanguageTarget
 from support.searching import search
 
 from kvcache import (
     CorruptError,
     InputError,
     KVCacheManager,
+    KVQuantization,
     PolicyError,
-    Quantization,
     TuningProfile,
     quantize_linear,
 )
 from kvcache.decoding import Setting, Trial, machine, traced, versions
-from kvcache.decoding._backends import Graph
 from kvcache.models import model_fingerprint, model_outline
 from kvcache.tools import Refusal, Space, SubjectBench, Tuner, space_of, tune
-from kvcache.tools._targets import LanguageTarget
-from kvcache.tools._tuning_search import AXES
 
 pytestmark = pytest.mark.one_release
 
@@ -454,12 +453,12 @@ def test_a_manager_from_a_profile_is_one_built_by_hand(tmp_path, setting):
     by_hand = KVCacheManager(
         model if setting.precision is None else quantize_linear(model, setting.precision),
         kv_dtype=setting.kv_dtype,
-        quantization=None if setting.quantization is None else Quantization(setting.quantization),
+        storage=None if setting.quantization is None else KVQuantization(setting.quantization),
     )
     assert torch.equal(said(manager), said(by_hand, backend=setting.backend))
     assert manager.report().backend == (None if setting.backend == "off" else setting.backend)
     assert manager.report().fallback is None
-    assert manager.quantization == by_hand.quantization
+    assert manager.spec == by_hand.spec
     if setting.kv_dtype == BF16:
         assert manager.report().nbytes * 2 == said_bytes(KVCacheManager(model, backend="eager"))
     over = KVCacheManager.from_profile(model, path, backend="off", max_cache_length=50)
@@ -472,7 +471,7 @@ def said_bytes(manager):
 
 
 def test_an_engine_from_a_profile_is_one_built_by_hand(tmp_path):
-    from t3_models import tiny_t3
+    from support.t3_models import tiny_t3
 
     from kvcache_chatterbox import ChatterboxEngine, random_conditionals
 
@@ -512,13 +511,13 @@ def test_graphs_read_multiples_of_their_bucket(bucket):
     manager = KVCacheManager(model, max_cache_length=slots, bucket=bucket)
     expected = said(manager, backend="eager")
     assert torch.equal(said(manager, backend="graph"), expected)
-    (decoding,) = (one for one in manager._decoder._pool._idle.values() if one.backend == "graph")
-    reads = sorted(columns for columns, _ in decoding._backend._recorded)
+    (decoding,) = (one for one in inside.idle(inside.pool_of(manager)).values() if one.backend == "graph")
+    reads = sorted(columns for columns, _ in inside.recorded(inside.backend_of(decoding)))
     lengths = range(11, 22)  # ten tokens of prompt, twelve new ones, the last of which is never run
     assert reads == sorted({min(-(-length // bucket) * bucket, slots) for length in lengths})
     with pytest.raises(InputError, match="bucket=0 must be a whole number"):
         KVCacheManager(model, bucket=0)
-    assert Graph(traced, bucket=bucket).name == "graph"
+    assert inside.Graph(traced, bucket=bucket).name == "graph"
 
 
 # ---------------------------------------------------------------------- a real bench
@@ -577,7 +576,7 @@ def test_bits_that_would_do_nothing_are_left_out(tmp_path):
     (refused,) = (one for one in found.refused if one.axis == "quantization")
     assert "no layer of this model's cache is held in few bits" in refused.reason
     with pytest.raises(PolicyError, match="no layer"):
-        KVCacheManager(build("mistral-own-window"), quantization=Quantization(8))
+        KVCacheManager(build("mistral-own-window"), storage=KVQuantization(8))
 
 
 def test_bits_are_left_out_behind_few_tokens(tiny):

@@ -3,15 +3,10 @@
 import os
 import re
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from test_docs import NOT_RUN, ROOT, blocks
+from support.pages import NOT_RUN, ROOT, blocks
 
 pytestmark = pytest.mark.one_release
 

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from t3_models import likely_end, tiny_t3
+from support.inside.speech import S3GEN_SIL, SUPPORTED_LANGUAGES, StandIn, defaults_of_file, speaker_of
+from support.t3_models import likely_end, tiny_t3
 
 from kvcache import MemoryStore, SpeakerCache
 from kvcache_chatterbox import ChatterboxEngine, random_conditionals, stand_in
-from kvcache_chatterbox.speech._defaults import _of_file
-from kvcache_chatterbox.testing._stand_in import S3GEN_SIL, SUPPORTED_LANGUAGES, StandIn
 
 pytestmark = pytest.mark.one_release
 
@@ -78,7 +77,7 @@ def test_w14_generate_says_what_upstreams_generate_says(kind, monkeypatch):
         upstream_generate(kind, t3)(model, TEXT, *(("en",) if kind == "multilingual" else ()))
     vars(t3).pop("inference", None), vars(t3).pop("inference_turbo", None)  # as they came: methods of the class
     expected = heard.pop()
-    engine = ChatterboxEngine(model, speakers=SpeakerCache(MemoryStore("8MiB")))
+    engine = ChatterboxEngine(model, prefix_cache=SpeakerCache(MemoryStore("8MiB")))
     torch.manual_seed(0)
     engine.generate(TEXT, language_id="en", max_new_tokens=most)
     mine = heard.pop()
@@ -108,7 +107,7 @@ def asked(engine, **given):
 
 
 def test_w14_the_defaults_follow_the_class_of_the_model():
-    engine = ChatterboxEngine(Newer(tiny_t3("english"), 0), speakers=SpeakerCache(MemoryStore("8MiB")))
+    engine = ChatterboxEngine(Newer(tiny_t3("english"), 0), prefix_cache=SpeakerCache(MemoryStore("8MiB")))
     sampling, emotion = asked(engine)
     said = {name: one.default for name, one in inspect.signature(Newer.generate).parameters.items()}
     for name in ("temperature", "top_p", "min_p", "top_k", "repetition_penalty", "cfg_weight"):
@@ -122,7 +121,7 @@ def test_w14_the_defaults_follow_the_class_of_the_model():
 
 
 def test_w14_a_class_that_derives_from_it_has_its_defaults_but_where_it_says_others():
-    engine = ChatterboxEngine(Wrapped(tiny_t3("english"), 0), speakers=SpeakerCache(MemoryStore("8MiB")))
+    engine = ChatterboxEngine(Wrapped(tiny_t3("english"), 0), prefix_cache=SpeakerCache(MemoryStore("8MiB")))
     sampling, emotion = asked(engine)
     assert (sampling.temperature, sampling.top_p, sampling.min_p) == (0.45, 0.6, 0.11)
     assert emotion == pytest.approx(0.8)
@@ -137,17 +136,17 @@ def test_w14_a_class_that_derives_from_it_has_its_defaults_but_where_it_says_oth
 )
 def test_w14_bare_tokens_are_drawn_as_by_t3(kind, expected):
     """`inference_stream` is T3's own `inference`, whose defaults differ from those of `generate`."""
-    engine = ChatterboxEngine(stand_in(tiny_t3(kind)), speakers=SpeakerCache(MemoryStore("8MiB")))
+    engine = ChatterboxEngine(stand_in(tiny_t3(kind)), prefix_cache=SpeakerCache(MemoryStore("8MiB")))
     sampling, _ = asked(engine)
     assert {name: getattr(sampling, name) for name in expected} == expected
-    bare = engine.utterance(engine.voice_of(None), engine._with_vocoder().tokenize("Hello.", "en")).sampling
+    bare = engine.utterance(engine.voice_of(None), speaker_of(engine).tokenize("Hello.", "en")).sampling
     theirs = inspect.signature(type(engine.t3).inference).parameters
     for name in ("top_p", "min_p", "repetition_penalty", "cfg_weight", "temperature"):
         assert getattr(bare, name) == theirs[name].default
 
 
 def test_w14_turbo_ignores_what_upstreams_turbo_ignores_and_says_so(caplog):
-    engine = ChatterboxEngine(stand_in(tiny_t3("gpt")), speakers=SpeakerCache(MemoryStore("8MiB")))
+    engine = ChatterboxEngine(stand_in(tiny_t3("gpt")), prefix_cache=SpeakerCache(MemoryStore("8MiB")))
     plain = engine.generate("Hello.", seed=1, max_new_tokens=9)
     assert not caplog.records
     assert torch.equal(engine.generate("Hello.", seed=1, max_new_tokens=9, min_p=0.9, exaggeration=0.7), plain)
@@ -161,4 +160,4 @@ def test_w14_turbo_ignores_what_upstreams_turbo_ignores_and_says_so(caplog):
 )
 def test_a_generate_with_any_number_of_defaults_is_read(given, found, tmp_path):
     (tmp_path / "tts.py").write_text(f"class Model:\n    def generate({given}):\n        pass\n", "utf-8")
-    assert _of_file(tmp_path / "tts.py") == found
+    assert defaults_of_file(tmp_path / "tts.py") == found

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.inside.speech import parts_of, source
 from support.searching import search
 from support.whole import reference, s3gen, short_s3gen
 
@@ -141,14 +142,14 @@ def test_what_is_looked_ahead_at_is_not_said_and_is_heard(meanflow):
 
 def test_the_harmonics_of_a_chunk_go_on_from_the_one_before():
     """With the same pitch, the source of two chunks is the source of both in one."""
-    hift, noise = vocoder(True)._made.now().hift, SeededNoise(1)
+    hift, noise = parts_of(vocoder(True)).hift, SeededNoise(1)
     pitch = 120 + 80 * torch.rand(30, generator=torch.Generator().manual_seed(0))
-    whole, turned = hift._source(pitch, noise, 0, None)
-    begin, before = hift._source(pitch[:13], noise, 0, None)
-    end, after = hift._source(pitch[13:], noise, 13, before[-1])
+    whole, turned = source(hift, pitch, noise, 0, None)
+    begin, before = source(hift, pitch[:13], noise, 0, None)
+    end, after = source(hift, pitch[13:], noise, 13, before[-1])
     CLOSE(torch.cat([begin, end], -1), whole)
     CLOSE(torch.cat([before, after]), turned)
-    fresh, _ = hift._source(pitch[13:], noise, 13, None)
+    fresh, _ = source(hift, pitch[13:], noise, 13, None)
     assert float((fresh - end).abs().max()) > 1e-3
 
 

@@ -5,15 +5,15 @@ import types
 
 import pytest
 import torch
+from support.inside.models import HAS_HALF
+from support.inside.speech import FILE, VOCODER_OF, check_reference, distilled, speak_by, speaker_of
+from support.t3_models import tiny_t3
 from support.whole import clip, reference, s3gen, take_away_the_audio_stack, whole
-from t3_models import tiny_t3
 
 from kvcache import InputError, MemoryStore, MissingDependencyError, SpeakerCache
 from kvcache_chatterbox import ChatterboxEngine, SpeechScheduler, VocoderOptions, random_conditionals, stand_in
 from kvcache_chatterbox.audio import Chunking, chunking_of
 from kvcache_chatterbox.vocoder import PlainVocoder, s3gen_module
-from kvcache_chatterbox.vocoder._flow import check_reference
-from kvcache_chatterbox.vocoder._weights import FILE, distilled
 from kvcache_chatterbox.voices import Voice
 
 pytestmark = [pytest.mark.one_release, pytest.mark.filterwarnings("ignore")]  # of diffusers, librosa and torchaudio
@@ -32,16 +32,16 @@ class Hears(PlainVocoder):
 @pytest.fixture
 def idle(monkeypatch):
     """An engine in which nothing may run: no T3, no vocoder."""
-    ours = ChatterboxEngine(stand_in(tiny_t3("gpt")), speakers=SpeakerCache(MemoryStore("32MiB")))
+    ours = ChatterboxEngine(stand_in(tiny_t3("gpt")), prefix_cache=SpeakerCache(MemoryStore("32MiB")))
     monkeypatch.setattr(
-        "kvcache_chatterbox.audio._speaker.vocoder_of",
+        VOCODER_OF,
         lambda s3gen, options, device, programs, onednn: Hears(s3gen, device),
     )
 
     def runs(*args, **given):
         raise AssertionError("it ran")
 
-    monkeypatch.setattr(ours, "_in_order", runs)
+    speak_by(ours, runs)
     return ours
 
 
@@ -109,7 +109,7 @@ def test_a_scheduler_refuses_such_a_voice(idle):
 def test_a_clip_of_a_third_of_a_second_is_refused_before_it_is_encoded(kind, says, tmp_path, monkeypatch):
     model = whole(kind)
     monkeypatch.setattr(model.s3gen, "embed_ref", None)
-    ours = ChatterboxEngine(model, speakers=SpeakerCache(MemoryStore("32MiB")))
+    ours = ChatterboxEngine(model, prefix_cache=SpeakerCache(MemoryStore("32MiB")))
     file = clip(tmp_path / "short.wav", 0.3)
     with pytest.raises(InputError, match=says):
         ours.add_voice("short", file)
@@ -120,17 +120,17 @@ def test_a_clip_of_a_third_of_a_second_is_refused_before_it_is_encoded(kind, say
 
 @pytest.mark.audio
 def test_a_clip_that_turbo_does_not_take_says_so(tmp_path):
-    ours = ChatterboxEngine(whole("gpt"), speakers=SpeakerCache(MemoryStore("32MiB")))
+    ours = ChatterboxEngine(whole("gpt"), prefix_cache=SpeakerCache(MemoryStore("32MiB")))
     with pytest.raises(InputError, match=r"clip.*longer than 5 seconds"):
         ours.add_voice("short", clip(tmp_path / "clip.wav", 3))
 
 
 @pytest.mark.audio
 def test_of_a_clip_of_a_minute_the_first_ten_seconds_are_heard(tmp_path):
-    ours = ChatterboxEngine(whole("english"), speakers=SpeakerCache(MemoryStore("32MiB")))
+    ours = ChatterboxEngine(whole("english"), prefix_cache=SpeakerCache(MemoryStore("32MiB")))
     voice = ours.add_voice("long", clip(tmp_path / "long.wav", 60))
     assert voice.gen["prompt_feat"].shape == (1, 500, 80)
-    ours._with_vocoder().checked(voice)
+    speaker_of(ours).checked(voice)
 
 
 # ---------------------------------------------------------------------- settings
@@ -182,7 +182,7 @@ def test_a_vocoder_without_settings_is_given_none(options):
 def test_a_precision_that_this_device_does_not_have_is_refused(monkeypatch):
     model = stand_in(tiny_t3("english"))
     model.s3gen = s3gen(False)
-    monkeypatch.setattr("kvcache.models._precision.has_half", lambda precision: False)
+    monkeypatch.setattr(HAS_HALF, lambda precision: False)
     with pytest.raises(InputError, match="no fast bf16 arithmetic"):
         ChatterboxEngine(model, vocoder=VocoderOptions(precision="bf16"))
 

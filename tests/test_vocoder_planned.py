@@ -6,13 +6,13 @@ import json
 
 import pytest
 import torch
+from support.t3_models import UPSTREAMS_WARNINGS, tiny_t3
 from support.whole import reference, s3gen, short_s3gen, take_away_the_audio_stack
-from t3_models import UPSTREAMS_WARNINGS, tiny_t3
 from torch.profiler import ProfilerActivity, profile
 
 from kvcache import InputError, MemoryStore, SpeakerCache
 from kvcache.decoding import Setting, VocoderSetting
-from kvcache.testing._leaks import no_leaks
+from kvcache.testing import no_leaks
 from kvcache.tools import plan, subject
 from kvcache_chatterbox import ChatterboxEngine, SpeechScheduler, VocoderOptions, random_conditionals, stand_in
 from kvcache_chatterbox.vocoder import Run, SeededNoise
@@ -24,7 +24,7 @@ pytestmark = [*UPSTREAMS_WARNINGS, pytest.mark.one_release, pytest.mark.filterwa
 def engine(vocoder, kind="gpt", **options):
     model = stand_in(tiny_t3(kind))
     model.s3gen = vocoder
-    return ChatterboxEngine(model, speakers=SpeakerCache(MemoryStore("32MiB")), vocoder=VocoderOptions(**options))
+    return ChatterboxEngine(model, prefix_cache=SpeakerCache(MemoryStore("32MiB")), vocoder=VocoderOptions(**options))
 
 
 def voice_of(ours, seconds=2.0):
@@ -52,7 +52,7 @@ def test_the_largest_run_takes_what_was_planned(options, tmp_path):
     voice = voice_of(ours)
     planned = ours.plan("Hello there.", voice=voice, max_chunk=40, max_new_tokens=60).vocoder
     assert planned.chunk == 40
-    vocoder = ours._speaker.vocoder
+    vocoder = ours.vocoder
     run = Run(torch.arange(25 + 3 + 40), voice, SeededNoise(1), 25, 25, 480)
     found = peak(lambda: vocoder.waves([run]), tmp_path)
     # What torch's kernels for a CPU lay out for themselves is allocated as well.
@@ -89,13 +89,13 @@ def test_planned_weights_and_voice_are_what_is_held(distilled):
     list(ours.generate_stream("Hello there.", voice=voice, max_new_tokens=12, chunking="fixed", seed=0))
     ours.release()
     planned = ours.plan("Hello there.", voice=voice, max_chunk=25).vocoder
-    vocoder = ours._speaker.vocoder
+    vocoder = ours.vocoder
     loaded = held_by(own) + (held_by(s3gen(True)) if distilled else 0)
     assert planned.weights == loaded + held_by(vocoder.modules[-1])  # HiFT's weights, ready
     assert planned.voice == given + vocoder.nbytes
     assert vocoder.nbytes == 50 * 8 + 100 * 80 * 4 + 80 * 4
     # All that lives since: what is kept of the voice for T3, and tables of some kilobytes.
-    rest = alive() - before - engines - planned.voice - ours.speakers.store.nbytes
+    rest = alive() - before - engines - planned.voice - ours.prefix_cache.store.nbytes
     assert abs(rest) < 2**20
 
 
@@ -149,7 +149,7 @@ def test_weights_that_no_vocoder_has_are_refused():
 
 
 def test_of_a_vocoder_of_which_nothing_is_known_nothing_is_planned():
-    ours = ChatterboxEngine(stand_in(tiny_t3("gpt")), speakers=SpeakerCache(MemoryStore("32MiB")))
+    ours = ChatterboxEngine(stand_in(tiny_t3("gpt")), prefix_cache=SpeakerCache(MemoryStore("32MiB")))
     assert ours.plan("Hello there.").vocoder is None
 
 
@@ -168,7 +168,7 @@ def vocoders():
 @pytest.mark.parametrize("kind", vocoders())
 def test_200_requests_of_which_many_are_cancelled_leave_nothing(kind):
     if kind == "tones":
-        ours = ChatterboxEngine(stand_in(tiny_t3("gpt")), speakers=SpeakerCache(MemoryStore("32MiB")))
+        ours = ChatterboxEngine(stand_in(tiny_t3("gpt")), prefix_cache=SpeakerCache(MemoryStore("32MiB")))
         voice = ours.voice_of(None)
     else:
         ours = engine(short_s3gen(True), steps=1)
@@ -204,15 +204,15 @@ def test_200_requests_of_which_many_are_cancelled_leave_nothing(kind):
     direct(1)
     direct(2)
     ours.release()
-    held, kept = ours._speaker.vocoder.nbytes, ours.speakers.store.nbytes
+    held, kept = ours.vocoder.nbytes, ours.prefix_cache.store.nbytes
     with no_leaks(ours.t3):
         for first in range(0, 160, 40):
             asyncio.run(some(range(first, first + 40)))
         for number in range(40):
             direct(number)
         ours.release()
-    assert (ours._speaker.vocoder.nbytes, ours.speakers.store.nbytes) == (held, kept)
+    assert (ours.vocoder.nbytes, ours.prefix_cache.store.nbytes) == (held, kept)
     ours.voices.remove("sarah")
     del voice
     gc.collect()
-    assert ours._speaker.vocoder.nbytes == 0
+    assert ours.vocoder.nbytes == 0

@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 from support.clocks import Ticking
+from support.inside.speech import options_of, speaker_of
+from support.inside.tools import AUDIO, LanguageTarget, tuned_vocoder
+from support.t3_models import UPSTREAMS_WARNINGS, tiny_t3
 from support.whole import reference, short_s3gen
-from t3_models import UPSTREAMS_WARNINGS, tiny_t3
 
 pytest.importorskip("typer")
 
@@ -15,9 +17,6 @@ from kvcache import CorruptError, InputError, TuningProfile
 from kvcache.cli import main
 from kvcache.decoding import Setting, VocoderSetting
 from kvcache.tools import Space, profile, tune
-from kvcache.tools._module_timer import AUDIO
-from kvcache.tools._targets import LanguageTarget
-from kvcache.tools._tuning_vocoder import tuned_vocoder
 from kvcache_chatterbox import ChatterboxEngine, VocoderOptions, stand_in
 from kvcache_chatterbox.tools import LoadedTarget
 
@@ -112,8 +111,8 @@ def test_a_profile_says_how_the_vocoder_runs_and_an_engine_takes_it(saved):
     assert any(line.startswith("vocoder: own, as loaded") for line in made.explanation)
     loaded = TuningProfile.load(out, model.t3)
     assert loaded == made
-    assert ChatterboxEngine.from_profile(model, out)._speaker._options == VocoderOptions()
-    assert ChatterboxEngine.from_profile(model.t3, out)._speaker is None  # a bare T3 has none
+    assert options_of(speaker_of(ChatterboxEngine.from_profile(model, out))) == VocoderOptions()
+    assert speaker_of(ChatterboxEngine.from_profile(model.t3, out)) is None  # a bare T3 has none
 
 
 @pytest.mark.audio
@@ -125,9 +124,9 @@ def test_what_was_asked_for_of_the_sound_is_given_to_the_engine(saved, tmp_path)
     whole = stand_in(model.t3)
     whole.s3gen = short_s3gen(True)
     engine = ChatterboxEngine.from_profile(whole, tmp_path / "other.json")
-    assert engine._speaker.vocoder.options == VocoderOptions(precision="int8", compiled=True, reference_seconds=3.0)
+    assert engine.vocoder.options == VocoderOptions(precision="int8", compiled=True, reference_seconds=3.0)
     plain = ChatterboxEngine.from_profile(whole, tmp_path / "other.json", vocoder=None)
-    assert plain._speaker.vocoder.options == VocoderOptions()
+    assert plain.vocoder.options == VocoderOptions()
 
 
 def test_a_profile_without_a_vocoder_is_as_it_was(saved, tmp_path):

@@ -11,10 +11,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.inside.speech import new_cache as cache_of
 from support.searching import search, steps
-from t3_models import UPSTREAMS_WARNINGS, fingerprint, tiny_t3
-from test_chatterbox import MODELS, model, upstream
-from test_chatterbox_audio import tts
+from support.speech import tts
+from support.t3_models import UPSTREAMS_WARNINGS, fingerprint, tiny_t3
+from support.upstream import MODELS, model, upstream
 
 from kvcache import CorruptError, DiskStore, InputError, MemoryStore, SlidingWindow, SpeakerCache, TieredStore
 from kvcache.cache import pack, unpack
@@ -33,8 +34,8 @@ def memory():
     return SpeakerCache(MemoryStore("256MiB"))
 
 
-def engine(kind, speakers=None, **options):
-    made = ChatterboxEngine(model(kind), speakers=memory() if speakers is None else speakers, **options)
+def engine(kind, prefix_cache=None, **options):
+    made = ChatterboxEngine(model(kind), prefix_cache=memory() if prefix_cache is None else prefix_cache, **options)
     made.add_voice("sarah", conditionals=random_conditionals(model(kind)))
     return made
 
@@ -121,8 +122,8 @@ def test_logits_are_those_of_a_full_prefill(kind, weight, reuse):
     made = VoiceReuse(t3, memory(), reuse)
     for length in (10, 90, 50):
         request = prefill(t3, condition(t3, voice.t3), check_text(t3, text(kind, length), guided))
-        ours = ChatterboxEngine(t3, speakers=memory())._new_cache(request.embeds, 50)
-        whole = ChatterboxEngine(t3, speakers=memory())._new_cache(request.embeds, 50)
+        ours = cache_of(ChatterboxEngine(t3, prefix_cache=memory()), request.embeds, 50)
+        whole = cache_of(ChatterboxEngine(t3, prefix_cache=memory()), request.embeds, 50)
         with torch.inference_mode():
             first = made.start(request, ours).hidden
             expected = t3.tfmr(inputs_embeds=request.embeds, past_key_values=whole, use_cache=True)[0][:, -1]
@@ -152,7 +153,7 @@ def test_full_size_models_agree_over_200_greedy_tokens(variant):
     t3 = load_t3(variant)
     voice = Voice.of(t3, random_conditionals(t3))
     words = byte_tokens(t3, "The birch canoe slid on the smooth planks.")
-    made = ChatterboxEngine(t3, speakers=memory())
+    made = ChatterboxEngine(t3, prefix_cache=memory())
     made.add_voice("sarah", conditionals=voice)
     for exaggeration in (None, 0.9):
         changed = voice if exaggeration is None else voice.with_emotion(exaggeration)
@@ -210,9 +211,9 @@ def test_the_voice_of_gpt_is_all_but_text_and_start():
 
 
 def test_another_process_finds_the_voice_on_disk(tmp_path):
-    speakers = SpeakerCache(TieredStore(MemoryStore(), DiskStore(tmp_path)))
-    expected = tokens(engine("english", speakers), text("english"), voice="sarah")
-    speakers.close()
+    prefix_cache = SpeakerCache(TieredStore(MemoryStore(), DiskStore(tmp_path)))
+    expected = tokens(engine("english", prefix_cache), text("english"), voice="sarah")
+    prefix_cache.close()
     fresh = SpeakerCache(TieredStore(MemoryStore(), DiskStore(tmp_path)))
     assert torch.equal(tokens(engine("english", fresh), text("english"), voice="sarah"), expected)
     stats = fresh.stats()
@@ -220,34 +221,34 @@ def test_another_process_finds_the_voice_on_disk(tmp_path):
 
 
 def test_raw_conditionals_are_run_as_they_are_and_nothing_is_stored():
-    speakers = memory()
-    made = ChatterboxEngine(model("english"), speakers=speakers)
+    prefix_cache = memory()
+    made = ChatterboxEngine(model("english"), prefix_cache=prefix_cache)
     tokens(made, text("english"), 5, t3_cond=random_conditionals(model("english")))
-    assert speakers.stats().built == 0 and speakers.store.nbytes == 0
+    assert prefix_cache.stats().built == 0 and prefix_cache.store.nbytes == 0
 
 
 def test_without_a_cache_a_voice_gives_the_same_tokens():
     made = engine("english")
     expected = tokens(made, text("english"), 10, voice="sarah")
-    made.disable_kv_cache()
+    made.enabled = False
     assert torch.equal(tokens(made, text("english"), 10, voice="sarah"), expected)
 
 
 def test_pinned_voices_stay_and_others_leave():
-    made = ChatterboxEngine(model("english"), speakers=SpeakerCache(MemoryStore("1MiB")))
+    made = ChatterboxEngine(model("english"), prefix_cache=SpeakerCache(MemoryStore("1MiB")))
     made.add_voice("first", conditionals=random_conditionals(model("english"), 0), pin=True)
     for seed in range(1, 8):
         made.add_voice(f"voice {seed}", conditionals=random_conditionals(model("english"), seed))
-        assert made.speakers.store.nbytes <= 2**20
-    built = made.speakers.stats().built
+        assert made.prefix_cache.store.nbytes <= 2**20
+    built = made.prefix_cache.stats().built
     tokens(made, text("english"), 2, voice="first")
-    assert made.speakers.stats().built == built
+    assert made.prefix_cache.stats().built == built
     tokens(made, text("english"), 2, voice="voice 1")
-    assert made.speakers.stats().built == built + 1
+    assert made.prefix_cache.stats().built == built + 1
 
 
 def test_16_threads_that_want_a_cold_voice_build_it_once():
-    made = engine("gpt", speakers=SpeakerCache(MemoryStore()))
+    made = engine("gpt", prefix_cache=SpeakerCache(MemoryStore()))
     made.voices.add("cold", Voice.of(model("gpt"), random_conditionals(model("gpt"), 9)))
     words, results = text("gpt"), []
     together = threading.Barrier(16)
@@ -261,7 +262,7 @@ def test_16_threads_that_want_a_cold_voice_build_it_once():
         thread.start()
     for thread in threads:
         thread.join()
-    assert made.speakers.stats().built == 2  # sarah and this one
+    assert made.prefix_cache.stats().built == 2  # sarah and this one
     expected = spoken("gpt", words, 5, who=9)
     assert len(results) == 16 and all(torch.equal(result, expected) for result in results)
 
@@ -416,9 +417,9 @@ def test_an_exported_voice_speaks_the_same_elsewhere(kind, computed, tmp_path):
     made.voices.export("Zoë / ../x", file, computed=computed)
     assert [path.name for path in tmp_path.iterdir()] == ["zoe.safetensors"]
 
-    other = ChatterboxEngine(model(kind), speakers=memory())
+    other = ChatterboxEngine(model(kind), prefix_cache=memory())
     assert other.voices.load(file, computed=True) == "Zoë / ../x"
-    assert other.speakers.stats().built == (0 if computed else 1)
+    assert other.prefix_cache.stats().built == (0 if computed else 1)
     words = text(kind)
     assert torch.equal(tokens(other, words, 40, voice="Zoë / ../x"), spoken(kind, words, 40, 0.7, 6))
     again = other.voices["Zoë / ../x"].gen
@@ -431,9 +432,9 @@ def test_what_another_model_computed_is_not_used(tmp_path):
     made = engine("english")
     made.voices.export("sarah", tmp_path / "sarah.safetensors")
     t3 = tiny_t3("english", seed=1)
-    other = ChatterboxEngine(t3, speakers=memory())
+    other = ChatterboxEngine(t3, prefix_cache=memory())
     other.voices.load(tmp_path / "sarah.safetensors", computed=True)
-    assert other.speakers.stats().built == 1
+    assert other.prefix_cache.stats().built == 1
     words = text("english")
     plain = ChatterboxEngine(t3, reuse="none")
     assert torch.equal(
@@ -464,13 +465,13 @@ def test_what_a_strangers_file_says_was_computed_reaches_nobody(secret, tmp_path
             parts[name] = 100 * torch.randn(parts[name].shape, generator=torch.Generator().manual_seed(1))
     file.write_bytes(pack(parts, header))  # the checksum fits
 
-    taken = ChatterboxEngine(model("gpt"), speakers=sharing())
+    taken = ChatterboxEngine(model("gpt"), prefix_cache=sharing())
     taken.voices.load(file, "gift")
     other = engine("gpt", sharing())  # another process, with the same voice by its own name
     honest = spoken("gpt", words, 20)
     assert torch.equal(tokens(taken, words, 20, voice="gift"), honest)
     assert torch.equal(tokens(other, words, 20, voice="sarah"), honest)
-    vouched = ChatterboxEngine(model("gpt"), speakers=memory())
+    vouched = ChatterboxEngine(model("gpt"), prefix_cache=memory())
     vouched.voices.load(file, "gift", computed=True)
     assert not torch.equal(tokens(vouched, words, 20, voice="gift"), honest)  # what it would have done
 
@@ -518,7 +519,7 @@ def test_a_voice_file_that_is_intact_and_says_what_none_says_is_refused(tensors,
 
 def test_a_prefix_is_no_voice_and_a_voice_for_another_variant_does_not_fit(tmp_path):
     made = engine("gpt")
-    snapshot = made.speakers.get(VoiceReuse(model("gpt"), made.speakers, "all").key(made.voices["sarah"].t3))
+    snapshot = made.prefix_cache.get(VoiceReuse(model("gpt"), made.prefix_cache, "all").key(made.voices["sarah"].t3))
     (tmp_path / "prefix.safetensors").write_bytes(snapshot.to_bytes())
     with pytest.raises(CorruptError, match="'kvcache-prefix' of version 1, this reads version 1 of 'kvcache-voice'"):
         made.voices.load(tmp_path / "prefix.safetensors")
@@ -590,7 +591,7 @@ def test_names_and_choices_are_checked():
 @pytest.mark.parametrize("kind", ["english", "gpt", "multilingual"])
 def test_audio_of_a_named_voice_is_that_of_its_clip(kind, monkeypatch, tmp_path):
     loaded = tts(kind)
-    made = ChatterboxEngine(loaded, speakers=memory())
+    made = ChatterboxEngine(loaded, prefix_cache=memory())
     clip, builtin = tmp_path / "clip.wav", loaded.conds
     clip.write_bytes(b"a clip")
     encoded = []
@@ -615,7 +616,7 @@ def test_audio_of_a_named_voice_is_that_of_its_clip(kind, monkeypatch, tmp_path)
 
 def test_a_voice_the_model_is_given_later_is_the_one_that_speaks(tmp_path):
     loaded = tts("english")
-    made = ChatterboxEngine(loaded, speakers=memory())
+    made = ChatterboxEngine(loaded, prefix_cache=memory())
     first = made.generate("Hello there", max_new_tokens=12, seed=0)
     another = tmp_path / "another.wav"
     another.write_bytes(b"a clip")
@@ -628,7 +629,7 @@ def test_a_voice_the_model_is_given_later_is_the_one_that_speaks(tmp_path):
 
 def test_while_a_clip_is_encoded_the_model_keeps_the_voice_it_has_or_is_given(monkeypatch, tmp_path):
     loaded = tts("english")
-    made, inside = ChatterboxEngine(loaded, speakers=memory()), []
+    made, inside = ChatterboxEngine(loaded, prefix_cache=memory()), []
     (tmp_path / "clip.wav").write_bytes(b"a clip")
     own, given = made.voice_of(None), types.SimpleNamespace(t3=random_conditionals(loaded.t3, 9), gen=loaded.conds.gen)
     prepare = type(loaded).prepare_conditionals
@@ -651,7 +652,7 @@ def test_what_would_write_a_clips_voice_into_the_model_is_refused_before_it_runs
     before, prepare = loaded.conds, loaded.prepare_conditionals
     monkeypatch.setattr(loaded, "prepare_conditionals", lambda path: prepare(path))
     with pytest.raises(InputError, match=r"set it on the model's class, or as types\.MethodType"):
-        ChatterboxEngine(loaded, speakers=memory()).add_voice("v", tmp_path / "clip.wav")
+        ChatterboxEngine(loaded, prefix_cache=memory()).add_voice("v", tmp_path / "clip.wav")
     assert loaded.conds is before
 
 

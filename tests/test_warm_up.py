@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 from support.families import build, token_ids
-from t3_models import tiny_t3
+from support.inside.decoding import PROGRAMS_COMPILED, PROGRAMS_FAILED, PROGRAMS_LOADED
+from support.inside.speech import speaker_of
+from support.t3_models import tiny_t3
 
 from kvcache import InputError, KVCacheManager, subscribe
 from kvcache.cli import main
-from kvcache.decoding import _programs as module
 from kvcache_chatterbox import ChatterboxEngine, byte_tokens, random_conditionals
 from kvcache_chatterbox.testing import stand_in
 
@@ -37,7 +38,7 @@ def test_a_warm_engine_says_what_a_cold_one_says(kind):
 
 def test_the_vocoder_is_run_at_sizes_that_tell_what_its_runs_take():
     engine, told = ChatterboxEngine(stand_in(tiny_t3("gpt"))), []
-    cost = engine._speaker.cost
+    cost = speaker_of(engine).cost
     assert cost.of(100) == 0
     engine.warm_up(max_new_tokens=20, told=told.append)
     assert cost.of(100) > 0
@@ -91,7 +92,7 @@ def test_what_is_compiled_for_one_request_serves_one_of_a_batch_too(monkeypatch,
     """Its inputs lie alike, however many places there are: where they did not, each took the other's program for spoilt."""
     monkeypatch.setenv("KVCACHE_HOME", str(tmp_path / "home"))
     for made in (["compiled"] * 2, ["loaded"] * 2):
-        monkeypatch.setattr(module, "_loaded", {})
+        monkeypatch.setattr(PROGRAMS_LOADED, {})
         engine, fell_back = ChatterboxEngine(stand_in(tiny_t3("gpt")), backend="compile"), []
         with subscribe(fell_back.append, ["fell_back"]):
             warming = engine.warm_up(max_new_tokens=20, requests=3)
@@ -109,8 +110,8 @@ def test_what_cannot_be_warmed_is_said_before_anything_runs():
 
 def test_a_manager_that_was_warmed_in_a_thread_never_waits_for_a_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("KVCACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(module, "_failed", {})
-    monkeypatch.setattr(module, "compiled", _no_compiler)
+    monkeypatch.setattr(PROGRAMS_FAILED, {})
+    monkeypatch.setattr(PROGRAMS_COMPILED, _no_compiler)
     manager = KVCacheManager(build("llama"), max_cache_length=64)
     given = {"max_new_tokens": 12, "do_sample": False}
     expected = torch.cat(list(manager.stream(token_ids(1, 9), backend="eager", **given)), 1)
@@ -125,8 +126,8 @@ def _no_compiler(function, args):
 def test_the_command_says_what_it_made_or_why_not(monkeypatch, tmp_path, capsys):
     build("llama").save_pretrained(tmp_path / "model")
     monkeypatch.setenv("KVCACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(module, "_failed", {})
-    monkeypatch.setattr(module, "compiled", _no_compiler)
+    monkeypatch.setattr(PROGRAMS_FAILED, {})
+    monkeypatch.setattr(PROGRAMS_COMPILED, _no_compiler)
     monkeypatch.setattr(torch, "compile", _no_compiler_either)
     arguments = ["warm", str(tmp_path / "model"), "--context", "9", "--tokens", "12"]
     assert main([*arguments, "--json"]) == 1

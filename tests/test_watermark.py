@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.inside.speech import StreamMarker, WatermarkError, marked
 from support.searching import search
-from t3_models import tiny_t3
+from support.t3_models import tiny_t3
 
 from kvcache import InputError
 from kvcache_chatterbox import ChatterboxEngine, Chunking, SpeechScheduler
 from kvcache_chatterbox.audio import Speaker, heard
-from kvcache_chatterbox.audio._watermark import StreamMarker, WatermarkError, marked
 from kvcache_chatterbox.testing import stand_in
 from kvcache_chatterbox.units import SAMPLE_RATE, SAMPLES_PER_TOKEN
 

@@ -9,13 +9,12 @@ import itertools
 import pytest
 import torch
 from support import perth_net
-from t3_models import tiny_t3
+from support.inside.speech import S3GEN_SIL, ToneVocoder, marked
+from support.t3_models import tiny_t3
 
 from kvcache import MemoryStore, SpeakerCache
 from kvcache_chatterbox import ChatterboxEngine
-from kvcache_chatterbox.audio._watermark import marked
 from kvcache_chatterbox.testing import stand_in
-from kvcache_chatterbox.testing._stand_in import S3GEN_SIL, ToneVocoder
 from kvcache_chatterbox.units import SAMPLE_RATE, SAMPLES_PER_TOKEN
 
 pytestmark = [
@@ -52,7 +51,7 @@ def engine(kind, sound="noise"):
     model.watermarker = perth()
     if sound == "noise":
         model.s3gen = NoiseVocoder(model.s3gen.meanflow)
-    return ChatterboxEngine(model, speakers=SpeakerCache(MemoryStore("64MiB")))
+    return ChatterboxEngine(model, prefix_cache=SpeakerCache(MemoryStore("64MiB")))
 
 
 def detected(audio, exactly=False):

@@ -126,7 +126,7 @@ class SpeechScheduler:
         self._engine = engine
         self._slots, self.rows = engine.room(options.max_rows, options.slots, options.memory_budget)
         self._max_characters = options.max_characters
-        self._aside = Aside(engine.speakers)
+        self._aside = Aside(engine.prefix_cache)
         self._together = self._shared(None)
         self._scheduler = Scheduler(
             lambda: engine.batch(self.rows, self._slots),

@@ -21,6 +21,7 @@ import figures
 import measured
 import operating
 import smaller
+import summary
 import tables
 from measured import ROOT, Result, results
 
@@ -70,6 +71,7 @@ def rendered(name: str, found: dict[str, Result]) -> str:
         others=known.others,
         title=title,
         tables=tables,
+        summary=summary,
         smaller=smaller,
         operating=operating,
         figures=figures,

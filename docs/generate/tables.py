@@ -1,8 +1,8 @@
-"""The tables of the page on benchmarks, but for those on smaller caches, and of the README."""
+"""The tables of the page on benchmarks, but for its first and those on smaller caches."""
 
 from collections.abc import Sequence
 
-from measured import Result, Row, cell, digits, ms, quartiles, table, times
+from measured import Result, Row, cell, digits, quartiles, table, times
 
 ENGLISH, NANO = "english", "nano"
 NAMES = {ENGLISH: "English 520M", NANO: "Nano 110M"}
@@ -138,23 +138,6 @@ def any_ratios(result: Result) -> str:
 # ---------------------------------------------------------------------- text to audio
 
 
-def heard(rows: Sequence[Row]) -> str:
-    """What a listener waits for at the longest speech that each variant was measured with, a line for each side."""
-    longest = {name: max(row["speech, s"] for row in rows if row["variant"] == name) for name in _names(rows)}
-    header = ["", "side", "T3", "speech, s", "first audio, s", "without audio behind it, s", "RTF"]
-    lines = []
-    for row in rows:
-        if row["speech, s"] == longest[row["variant"]]:
-            behind = max(0.0, row["silence in all, s"] - row["first audio, s"])
-            figures = (row["speech, s"], row["first audio, s"], behind, row["RTF"])
-            lines.append([_variant(row), row["how"], row["T3"], *(digits(value) for value in figures)])
-    return table(header, lines, words=3)
-
-
-def _names(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(row["variant"] for row in rows))
-
-
 def end_to_end(rows: Sequence[Row]) -> str:
     """What a listener waits for, a line for each side and length of speech."""
     header = [
@@ -237,35 +220,6 @@ def _variant(row: Row) -> str:
     return NAMES.get(row["variant"], row["variant"].capitalize())
 
 
-# ---------------------------------------------------------------------- the README
-
-
-def gains(decode: Result, text: Result, first: Result) -> str:
-    """What each part brings, in one table: upstream's figure, ours, and how many times that is."""
-    lines = []
-    ways = {
-        "our cache in upstream's loop, fp32": ("upstream's loop, our cache", "fp32"),
-        "compiled, fp32": ("ours, compile", "fp32"),
-        "compiled, int8": ("ours, compile", "int8"),
-    }
-    for variant, context in tokens_shown(decode):
-        slow = decode.row(variant=variant, context=context, side="upstream's loop")
-        for way, (side, precision) in ways.items():
-            row = decode.row(variant=variant, context=context, side=side, precision=precision)
-            what = f"a token, {NAMES[variant]}, {context} in the cache: {way}"
-            lines.append([what, *_ours(ms(slow["ms/token"]), ms(row["ms/token"]), "ms", row["upstream / this"])])
-    slow = text.rows[0]
-    for side, way in (("ours, together, fp32", "fp32"), ("ours, together, int8, compiled", "int8, compiled")):
-        row = text.row(side=side)
-        what = f"a text of {text.data['segments']} segments, English, together: {way}"
-        lines.append([what, *_ours(digits(slow["s"]), digits(row["s"]), "s", row["upstream / this"])])
-    for case, what in (("turbo", "a known voice of Turbo"), ("smollm2", "a known prompt of SmolLM2-135M")):
-        slow, row = (first.row(case=case, prefix=prefix) for prefix in ("computed again", "from memory"))
-        figures = (f"{of['ms, median']:.0f}" for of in (slow, row))
-        lines.append([f"the first token of {what}, from memory", *_ours(*figures, "ms", row["computed / this"])])
-    return table(["", "without", "with", "gain"], lines)
-
-
 def tokens_shown(decode: Result) -> list[tuple[str, int]]:
     """The variants and contexts that stand for the others: a short and a long one, and Nano's shortest."""
     contexts = {variant: [row["context"] for row in decode.of(variant=variant)] for variant in NAMES}
@@ -274,7 +228,3 @@ def tokens_shown(decode: Result) -> list[tuple[str, int]]:
         (ENGLISH, max(contexts[ENGLISH])),
         (NANO, min(contexts[NANO])),
     ]
-
-
-def _ours(slow: str, fast: str, unit: str, ratio: float) -> list[str]:
-    return [f"{slow} {unit}", f"{fast} {unit}", times(ratio)]

@@ -1,88 +1,64 @@
 """A layer whose KV heads each keep the tokens that a `RankingPolicy` scores highest."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from kvcache.cache._growing import KVLayer
+from kvcache.cache._attended import Attended, Span
+from kvcache.cache._buffer import Buffer, held_of, states_like, token_of
+from kvcache.cache._layer import Expected, LayerCache
+from kvcache.cache._looks import check_looks, looked_at_most
 from kvcache.cache._policies import SizePolicy
 from kvcache.cache._ranking import RankingPolicy, ScoringContext
 from kvcache.cache._rope import KeyRotation
-from kvcache.errors import CorruptError, GeometryError, PolicyError, RollbackError
+from kvcache.cache._slots import slots_for
+from kvcache.cache._storage import Storage
+from kvcache.errors import GeometryError, PolicyError, RollbackError
 
 _AT_ONCE = 16  # queries that wait to be looked at together, or to push older ones out together
 
 
-Observer = Callable[[Tensor, float], None]
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Some KV heads of a layer as one attention sees them.
-
-    Attributes:
-        heads: which KV heads of the layer.
-        keys, values: all that the new tokens attend to, ``[batch, heads, tokens, dim]``.
-        mask: which new token sees what, ``[batch or 1, heads or 1, fresh, tokens]``; None if each sees all before it.
-        observe: is told the queries, ``[batch, heads, fresh, head_dim]``, and their scaling, after they have been attended.
-    """
-
-    heads: Sequence[int]
-    keys: Tensor
-    values: Tensor
-    mask: Tensor | None
-    observe: Observer | None
-
-
-def place(heads: Sequence[int]) -> slice | list[int]:
-    """These heads, in order, as an index: neighbours as a slice, of which a tensor has a view."""
-    return slice(heads[0], heads[-1] + 1) if heads[-1] - heads[0] + 1 == len(heads) else list(heads)
-
-
-class RankedLayer(KVLayer):
+class RankedLayer(LayerCache):
     """Keys and values of one layer, ``[batch, KV heads, tokens, head_dim]``, of which the best-scored stay.
 
-    A chunk is stored, attended to as a whole, and then ranked. Where the policy looks at queries, `observe` says what they
-    were and does the ranking, so it must follow each append; see `kvcache.models.observed_copy`. Tokens stay in order.
+    A chunk is stored, attended to as a whole, and then ranked. Where the policy looks at queries, its span's `observe` says
+    what they were and does the ranking, so it must follow each append; see `attend`. Tokens stay in order.
 
     Args:
         policy: a `RankingPolicy`, or one `Pinned`.
+        storage, max_length, padding, expected: as of `LayerCache`.
         turn: turns the model's queries, for a policy that does so; None if they carry no rotary embedding.
-        max_length, preallocate, padding, rows, layers, token_bytes: as for `KVLayer`.
+        preallocate: take the memory for the policy's limit at the first append.
     """
+
+    by_head = True
 
     def __init__(
         self,
         policy: SizePolicy,
+        storage: Storage | None = None,
         *,
         turn: KeyRotation | None = None,
         max_length: int | None = None,
-        preallocate: bool = False,
+        static: bool = False,
         padding: Tensor | None = None,
-        layers: int = 1,
-        rows: int | None = None,
-        token_bytes: tuple[int, int] | None = None,
+        expected: Expected | None = None,
     ) -> None:
         if not isinstance(policy.ranking, RankingPolicy):
             raise PolicyError(f"{policy!r} ranks no tokens; give for example SnapKV(1024), or use a KVLayer")
         self.ranking: RankingPolicy = policy.ranking
+        self.static = static
         self._turn = turn
-        super().__init__(
-            policy,
-            max_length=max_length,
-            preallocate=preallocate,
-            layers=layers,
-            rows=rows,
-            token_bytes=token_bytes,
-        )
-        if padding is not None and bool((padding > 0).any()):
-            self.padding = padding.detach().cpu().long()
+        by_token = None if storage is None else storage.by_token()
+        super().__init__(policy, by_token, max_length=max_length, padding=padding, expected=expected)
+        self._buffer: Buffer | None = None
+        self._clear()
 
     def _clear(self) -> None:
-        super()._clear()
-        self._pads = None  # of the base, which knows them by counts; here each token's position tells
+        self.seen = self.stored = 0
+        self._floor = 0  # no roll back below this length
         self._at: Tensor | None = None  # [B, H, stored] positions, int32
         self._mass: Tensor | None = None  # [B, H, stored] attention received in all
         self._queries: Tensor | None = None  # [B, heads, room, D]; in the first `_held` places the latest
@@ -94,10 +70,6 @@ class RankedLayer(KVLayer):
     # ------------------------------------------------------------------ what it holds
 
     @property
-    def by_head(self) -> bool:
-        return True
-
-    @property
     def observes(self) -> bool:
         """Whether it must be told what is attended to."""
         return self.ranking.observes
@@ -107,12 +79,36 @@ class RankedLayer(KVLayer):
         return self.stored
 
     @property
+    def capacity(self) -> int:
+        return 0 if self._buffer is None else self._buffer.slots
+
+    @property
+    def rows(self) -> int | None:
+        return self._rows if self._buffer is None else self._buffer.rows
+
+    @property
+    def initialized(self) -> bool:
+        return self._buffer is not None
+
+    @property
+    def rolls_back(self) -> bool:
+        return not self.policy.evicts
+
+    @property
     def nbytes(self) -> int:
         more = (self._at, self._mass, self._queries)
-        return super().nbytes + sum(t.numel() * t.element_size() for t in more if t is not None)
+        held = 0 if self._buffer is None else self._buffer.nbytes
+        return held + sum(t.numel() * t.element_size() for t in more if t is not None)
+
+    @property
+    def keys(self) -> Tensor | None:
+        return None if self._buffer is None else self._buffer.read_side("keys", self.stored)
+
+    @property
+    def values(self) -> Tensor | None:
+        return None if self._buffer is None else self._buffer.read_side("values", self.stored)
 
     def positions(self) -> Tensor:
-        """The position of the token in each slot, ``[batch, KV heads, stored]``."""
         return torch.zeros(1, 1, 0, dtype=torch.long) if self._at is None else self._at.long().cpu()
 
     # ------------------------------------------------------------------ append, observe
@@ -122,63 +118,60 @@ class RankedLayer(KVLayer):
         if self._waiting is not None:
             raise PolicyError(
                 f"{self.ranking!r} ranks tokens by what is attended to, but was not told after the last append; run the "
-                "model as manager.runner, or call observe()"
+                "model as manager.observed_model, or call observe()"
             )
 
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new tokens and return all that they attend to: all that is stored, then the new ones.
-
-        Raises:
-            GeometryError, PolicyError: before anything has changed.
-        """
+    def append(self, keys: Tensor, values: Tensor) -> Attended:
         self.check_append(keys, values)
-        if self._keys is None or (self.seen == 0 and not self._made_for(keys, values)):
-            self._allocate(keys, values)
+        buffer = self._buffer
+        if buffer is None or (self.seen == 0 and not buffer.made_for(keys, values)):
+            buffer = self._allocate(keys, values)
         fresh, after = keys.shape[2], self.stored + keys.shape[2]
         if fresh == 0:
-            return self._valid()
+            return Attended(*buffer.read(self.stored))
         keys, values = keys.detach(), values.detach()
         at = torch.arange(self.seen, self.seen + fresh, dtype=torch.int32, device=keys.device)
         at = at.expand(keys.shape[0], keys.shape[1], -1)
         at = at.contiguous() if self._at is None else torch.cat([self._at, at], 2)
-        if self.rehearsing is not None:
-            held = self._valid()
-            self._waiting = torch.cat([held[0], keys], 2), torch.cat([held[1], values], 2), at
-            return self._waiting[:2]
-        unpinned = self.seen + fresh > self.policy.pinned
-        assert self.policy.limit is not None
-        if after <= self.policy.limit:
-            attended = self._extend(keys, values)
-            self._at = at
+        limit = self.policy.limit
+        assert limit is not None
+        stays = self.rehearsing is None and after <= limit
+        if stays:
+            self._reserve(buffer, after)
+            buffer.write(self.stored, keys, values)
+            self.stored, self._at = after, at
+        if stays and self.storage.exact:
+            attended = buffer.read(after)
         else:
-            held = self._valid()
+            held = buffer.read(after - fresh)
             attended = torch.cat([held[0], keys], 2), torch.cat([held[1], values], 2)
-            self.seen += fresh
-        waiting = (*attended, at)
-        if self.observes and unpinned:
-            self._waiting = waiting
-        elif after > self.policy.limit:
-            self._rank(*waiting, self.policy.keep(after))
-        return attended
+        if self.rehearsing is not None:
+            self._waiting = *attended, at
+            return self._attended(*attended, fresh)
+        self.seen += fresh
+        if self.observes and self.seen > self.policy.pinned:
+            self._waiting = *attended, at
+        elif not stays:
+            self._rank(*attended, at, self.policy.keep(after))
+        return self._attended(*attended, fresh)
 
-    def pieces(self, keys: Tensor, values: Tensor, fresh: int) -> list[Piece]:
-        """What the attention of the last `fresh` tokens sees: to be asked after their append, before `observe`."""
-        return [self.piece(keys, values, fresh)]
-
-    def piece(self, keys: Tensor, values: Tensor, fresh: int) -> Piece:
-        """The same, of which there is one."""
-        columns = keys.shape[2]
-        mask = None
-        if self.padding is not None or (fresh > 1 and columns > fresh):
-            column, query = torch.arange(columns, device=keys.device), torch.arange(fresh, device=keys.device)
-            mask = (column <= columns - fresh + query[:, None])[None, None]
-        if self.padding is not None and mask is not None:
-            left = self.seen - columns  # before these; pads are the first to leave, in every head
-            pads = (self.padding.clamp_max(self.seen) - left).clamp_min(0).to(keys.device)[:, None, None, None]
-            itself = column == columns - fresh + query[:, None]  # a pad sees itself: no row of a softmax without a key
-            mask = (mask & (column >= pads)) | itself
+    def _attended(self, keys: Tensor, values: Tensor, fresh: int) -> Attended:
         observe = self.observe if self.observes or self.rehearsing is not None else None
-        return Piece(range(keys.shape[1]), keys, values, mask, observe)
+        span = Span(range(keys.shape[1]), keys, values, self._mask(keys.shape[2], fresh, keys.device), observe)
+        return Attended(keys, values, (span,))
+
+    def _mask(self, columns: int, fresh: int, device: torch.device) -> Tensor | None:
+        """Which of the last `fresh` of so many tokens sees what."""
+        if self.padding is None and (fresh == 1 or columns == fresh):
+            return None
+        column, query = torch.arange(columns, device=device), torch.arange(fresh, device=device)
+        mask = (column <= columns - fresh + query[:, None])[None, None]
+        if self.padding is None:
+            return mask
+        left = self.seen - columns  # before these; pads are the first to leave, in every head
+        pads = (self.padding.clamp_max(self.seen) - left).clamp_min(0).to(device)[:, None, None, None]
+        itself = column == columns - fresh + query[:, None]  # a pad sees itself: no row of a softmax without a key
+        return (mask & (column >= pads)) | itself
 
     @torch.no_grad()
     def observe(self, queries: Tensor, scaling: float) -> None:
@@ -194,14 +187,15 @@ class RankedLayer(KVLayer):
         self._scaling = scaling
         if self.rehearsing is not None:
             self._waiting = None
-            self._rehearse(self._seen(keys, values, at, queries.detach()))
+            seen = self._seen(keys, values, at, queries.detach())
+            self._mass = looked_at_most(seen, self.rehearsing, self.ranking.sinks, self.stored)
             return
-        if self.ranking.accumulates and (self.ranking.queries or queries.shape[2] > _AT_ONCE):
+        if self.ranking.needs_cumulative_attention and (self.ranking.query_window or queries.shape[2] > _AT_ONCE):
             self._count(keys, values, at, self.seen - queries.shape[2])
             self._add_mass(self._seen(keys, values, at, queries.detach()))
-        elif self.ranking.accumulates and self._held + queries.shape[2] > _AT_ONCE:
+        elif self.ranking.needs_cumulative_attention and self._held + queries.shape[2] > _AT_ONCE:
             self._count(keys, values, at, self.seen - queries.shape[2])
-        if self.ranking.queries or (self.ranking.accumulates and queries.shape[2] <= _AT_ONCE):
+        if self.ranking.query_window or (self.ranking.needs_cumulative_attention and queries.shape[2] <= _AT_ONCE):
             self._keep_queries(queries.detach())
         self._waiting = None
         assert self.policy.limit is not None
@@ -213,7 +207,7 @@ class RankedLayer(KVLayer):
         mass = seen.received
         for weights, at in seen.parts():
             weights = seen.per_kv_head(weights)
-            if (counted := self.ranking.counted(seen, at)) is not None:
+            if (counted := self.ranking.query_mask(seen, at)) is not None:
                 weights = weights * counted
             mass = mass + weights.sum(2) * seen.groups
         self._mass = mass
@@ -229,35 +223,9 @@ class RankedLayer(KVLayer):
         self._mass = None
         return undo
 
-    def _rehearse(self, seen: ScoringContext) -> None:
-        """Note the most attention that each token of a part got, divided among the sinks, that part and its repetition.
-
-        Nothing has left and no row has pads, so tokens are where their positions say.
-        """
-        part, fresh = self.rehearsing, seen.queries.shape[2]
-        assert part is not None and seen.received is not None
-        sinks = min(self.ranking.sinks, part.start)
-        places = torch.cat(
-            [torch.arange(n, m) for n, m in ((0, sinks), (part.start, part.stop), (self.seen, self.seen + fresh))]
-        )
-        places = places.to(seen.keys.device)
-        divided = replace(
-            seen,
-            keys=seen.keys[:, :, places],
-            values=seen.values[:, :, places],
-            positions=seen.positions[:, :, places],
-            length=self.seen + fresh,
-        )
-        most = seen.received[:, :, part.start : part.stop]
-        for weights, _ in divided.parts():
-            by_head = weights[..., sinks : sinks + len(part)].amax(2).view(*most.shape[:2], seen.groups, -1)
-            most = torch.maximum(most, by_head.amax(2))
-        self._mass = seen.received[:, :, : self.stored].clone()
-        self._mass[:, :, part.start : part.stop] = most
-
     def _keep_queries(self, queries: Tensor) -> None:
         """Note the queries of the latest tokens: as many as the policy looks at, or those whose looks are not yet counted."""
-        most, fresh = self.ranking.queries, queries.shape[2]
+        most, fresh = self.ranking.query_window, queries.shape[2]
         if most and fresh >= most:
             queries, fresh, self._held = queries[:, :, -most:], most, 0
         room = min(most, self._held + fresh) + (min(_AT_ONCE, most - 1) if most else _AT_ONCE)
@@ -277,7 +245,7 @@ class RankedLayer(KVLayer):
     @property
     def _latest(self) -> Tensor | None:
         """The queries that the policy looks at."""
-        most = self.ranking.queries
+        most = self.ranking.query_window
         return (
             None if self._queries is None or not most else self._queries[:, :, max(0, self._held - most) : self._held]
         )
@@ -289,18 +257,21 @@ class RankedLayer(KVLayer):
             keys, values, at: of all tokens that are there.
             length: tokens seen when the last of these queries came; by default all.
         """
-        if self._queries is not None and self._held and not self.ranking.queries:
+        if self._queries is not None and self._held and not self.ranking.query_window:
             waiting = self._queries[:, :, : self._held]
             seen = self._seen(keys, values, at, waiting)
             self._add_mass(seen if length is None else replace(seen, length=length))
             self._held = 0
 
     def _count_all(self) -> None:
-        if self._at is not None and self._waiting is None:
-            self._count(*self._valid(), self._at)
+        if self._buffer is not None and self._at is not None and self._waiting is None:
+            self._count(*self._buffer.read(self.stored), self._at)
 
     def _seen(self, keys: Tensor, values: Tensor, at: Tensor, queries: Tensor | None) -> ScoringContext:
-        asked, unknown = self.ranking.accumulates or self.ranking.rehearses, 0.0 if self.ranking.accumulates else -1.0
+        asked, unknown = (
+            self.ranking.needs_cumulative_attention or self.ranking.rehearses,
+            0.0 if self.ranking.needs_cumulative_attention else -1.0,
+        )
         mass = torch.zeros(*at.shape[:2], 0, device=keys.device) if self._mass is None else self._mass
         pads = torch.zeros(1, 1, 1, dtype=torch.long) if self.padding is None else self.padding[:, None, None]
         return ScoringContext(
@@ -318,8 +289,8 @@ class RankedLayer(KVLayer):
     def seen_all(self) -> ScoringContext:
         """What there is to rank now."""
         self._count_all()
-        assert self._at is not None
-        return self._seen(*self._valid(), self._at, self._latest)
+        assert self._at is not None and self._buffer is not None
+        return self._seen(*self._buffer.read(self.stored), self._at, self._latest)
 
     def worth(self) -> Tensor:
         """The scores of what is stored, best first in each head, ``[batch, KV heads, stored]``; infinite for what must stay."""
@@ -327,25 +298,31 @@ class RankedLayer(KVLayer):
 
     def rank_to(self, stay: int) -> None:
         """Keep the best `stay` of what is stored."""
-        if stay < self.stored and self._at is not None:
-            keys, values = self._valid()
-            self._rank(keys.clone(), values.clone(), self._at, stay)
+        if stay < self.stored and self._at is not None and self._buffer is not None:
+            self._rank(*self._buffer.read(self.stored), self._at, stay)
 
     def _scores(self, seen: ScoringContext) -> Tensor:
         score = self.ranking.score(seen).float().expand(seen.positions.shape)
         own = seen.positions - seen.padding
-        kept = (own >= 0) & ((own < self.policy.pinned) | (seen.positions >= self.seen - self.ranking.recent))
+        kept = (own >= 0) & ((own < self.policy.pinned) | (seen.positions >= self.seen - self.ranking.window_size))
         # Pads leave first; pinned and recent tokens stay.
         return score.masked_fill(own < 0, -torch.inf).masked_fill(kept, torch.inf)
 
     def _rank(self, keys: Tensor, values: Tensor, at: Tensor, stay: int) -> None:
-        """Keep the best `stay` of these tokens; of equal scores the older ones."""
+        """Keep the best `stay` of these tokens, what is stored and what has just come; of equal scores the older ones."""
         self._count(keys, values, at)
         seen = self._seen(keys, values, at, self._latest)
         columns = self._scores(seen).sort(dim=2, descending=True, stable=True).indices[:, :, :stay].sort(2).values
-        key_slots, value_slots = self._reserve(stay)
-        for slots, states in ((key_slots, keys), (value_slots, values)):
-            slots[:, :, :stay] = states.gather(2, columns[..., None].expand(-1, -1, -1, states.shape[3]))
+        buffer, stored = self._buffer, self.stored
+        assert buffer is not None
+        if self.storage.exact:
+            held = buffer.encode(keys, values)
+        elif stored == keys.shape[2]:
+            held = buffer.first(stored)
+        else:
+            held = buffer.behind(buffer.first(stored), buffer.encode(keys[:, :, stored:], values[:, :, stored:]))
+        self._reserve(buffer, stay)
+        buffer.fill(held, columns)
         with torch.inference_mode(False):
             self._at = at.gather(2, columns)
             if self._mass is not None and seen.received is not None:
@@ -356,6 +333,7 @@ class RankedLayer(KVLayer):
     # ------------------------------------------------------------------ going back, trimming
 
     def check_truncate(self, length: int) -> None:
+        super().check_truncate(length)
         if self.observes and 0 < length < self.seen:
             raise RollbackError(
                 f"cannot roll back to {length} tokens: {self.ranking!r} cannot forget what the tokens after them looked "
@@ -366,7 +344,6 @@ class RankedLayer(KVLayer):
                 f"cannot roll back to {length} tokens: tokens left up to length {self._floor}; give {self._floor} or "
                 "more, or reset"
             )
-        super().check_truncate(length)
 
     def truncate(self, length: int) -> None:
         self.check_truncate(length)
@@ -377,17 +354,21 @@ class RankedLayer(KVLayer):
         self.seen = length
         self._at = None if self._at is None else self._at[:, :, : self.stored].clone()
 
+    def reset(self) -> None:
+        self._clear()
+        self._rows = None
+
     def check_trim(self, max_tokens: int) -> None:
-        least = self.policy.pinned + self.ranking.recent
+        least = self.policy.pinned + self.ranking.window_size
         if max_tokens < least:
             raise PolicyError(
-                f"cannot trim to {max_tokens} tokens: {self.policy.pinned} are pinned and {self.ranking.recent} recent; "
+                f"cannot trim to {max_tokens} tokens: {self.policy.pinned} are pinned and {self.ranking.window_size} recent; "
                 f"give at least {least}"
             )
 
     def trim(self, max_tokens: int | None = None) -> int:
         """Rank now, down to `max_tokens`, or to where the policy ranks down to. How many left."""
-        self._refuse_waiting("trim")
+        self.refuse_waiting("trim")
         assert self.policy.limit is not None
         stay = min(self.stored, self.policy.keep(self.policy.limit + 1)) if max_tokens is None else max_tokens
         if max_tokens is not None:
@@ -398,66 +379,78 @@ class RankedLayer(KVLayer):
         self.rank_to(stay)
         return leaving
 
-    def _refuse_waiting(self, what: str) -> None:
+    def shrink_to_fit(self) -> None:
+        if self._buffer is not None:
+            self._buffer.cut(slots_for(self.stored, self._bound(), self.static))
+
+    def refuse_waiting(self, what: str) -> None:
+        """Raise `PolicyError` between an append and its observation."""
         if self._waiting is not None:
             raise PolicyError(f"cannot {what} between an append and its observation; call observe() first")
 
     # ------------------------------------------------------------------ as tensors
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        self._refuse_waiting("save")
+        self.refuse_waiting("save")
+        if self.padding is not None:
+            raise GeometryError("rows padded on the left cannot be saved; run the rows apart")
         self._count_all()
-        tensors, counts = super().state()
+        tensors = {} if self._buffer is None else self._buffer.tensors(self.stored)
         held = {"at": self._at, "mass": self._mass, "queries": self._latest}
         tensors |= {name: part.clone() for name, part in held.items() if part is not None}
         if tensors:
             tensors["scaling"] = torch.tensor(self._scaling, dtype=torch.float64)
+        counts = {"seen": self.seen, "stored": self.stored, "floor": self._floor}
         return tensors, counts | {"tensors": len(tensors)}
 
     def restore(self, tensors: Mapping[str, Tensor], counts: Mapping[str, int]) -> None:
-        known = {"keys", "values", "at", "mass", "queries", "scaling"}
-        seen, stored = self._check_state(tensors, counts, known)
+        self._check_numbers(tensors, counts)
         if not tensors:
             return
-        keys, at, scaling = tensors["keys"], tensors.get("at"), tensors.get("scaling")
-        mass, queries = tensors.get("mass"), tensors.get("queries")
-        shape = (*keys.shape[:2], stored)
-        if stored and (
-            at is None
-            or (tuple(at.shape), at.dtype) != (shape, torch.int32)
-            or not bool((at.diff(dim=2) > 0).all())
-            or int(at.min()) < 0
-            or int(at.max()) >= seen
-        ):
-            raise CorruptError("the positions of the tokens that are stored are not in order")
-        if mass is not None and (tuple(mass.shape), mass.dtype) != (shape, torch.float32):
-            raise CorruptError(f"the attention received is {mass.dtype} {list(mass.shape)}, not float32 {list(shape)}")
-        if queries is not None and (
-            queries.dim() != 4
-            or queries.dtype != keys.dtype
-            or (queries.shape[0], queries.shape[3]) != (keys.shape[0], keys.shape[3])
-            or queries.shape[1] % keys.shape[1]
-            or not 0 < queries.shape[2] <= min(seen, self.ranking.queries)
-        ):
-            raise CorruptError(f"queries {list(queries.shape)} do not fit keys {list(keys.shape)}")
-        if scaling is None or scaling.numel() != 1 or not bool(scaling.isfinite()):
-            raise CorruptError("the scaling of the scores is missing")
-        self._allocate(keys[:, :, :0], tensors["values"][:, :, :0])
-        self._fill(keys, tensors["values"])
-        self.seen, self._floor, self._scaling = seen, counts["floor"], float(scaling)
-        self._at, self._mass = (None if part is None else part.clone() for part in (at, mass))
-        if queries is not None:
+        keys, values = states_like(tensors)
+        self._check_counts(counts, keys, values)
+        seen, stored = counts["seen"], counts["stored"]
+        check_looks(tensors, keys, seen, stored, self.ranking.query_window)
+        buffer = self._allocate(keys, values)
+        held = held_of(buffer, tensors, stored, ("at", "mass", "queries", "scaling"))
+        self._reserve(buffer, stored)
+        buffer.fill(held)
+        self.seen, self.stored, self._floor = seen, stored, counts["floor"]
+        self._scaling = float(tensors["scaling"])
+        self._at, self._mass = (
+            None if part is None else part.clone() for part in (tensors.get("at"), tensors.get("mass"))
+        )
+        if (queries := tensors.get("queries")) is not None:
             self._keep_queries(queries)
 
-    # ------------------------------------------------------------------ rows
+    # ------------------------------------------------------------------ rows, inside
 
     def select(self, rows: Tensor) -> None:
         if rows.numel() == 0:
             raise GeometryError("cannot select no rows: give at least one, or reset the cache")
-        self._refuse_waiting("choose rows")
-        super().select(rows)
+        self.refuse_waiting("choose rows")
+        if self._buffer is not None:
+            self._buffer.select(rows.to(self._buffer.like["keys"].device), self.stored)
+        elif self._rows is not None:
+            self._rows = rows.shape[0]
         self.padding = None if self.padding is None else self.padding[rows.cpu()]
         for name in ("_at", "_mass", "_queries"):
             held: Tensor | None = getattr(self, name)
             if held is not None:
                 setattr(self, name, held.index_select(0, rows.to(held.device)))
+
+    def _check_shapes(self, keys: Tensor, values: Tensor) -> None:
+        super()._check_shapes(keys, values)
+        if self._buffer is not None and (self.seen or self._buffer.made_for(keys, values)):
+            self._check_alike(keys, values, self._buffer.like)
+        else:
+            self._check_first(keys, values)
+
+    def _allocate(self, keys: Tensor, values: Tensor) -> Buffer:
+        self.policy = self._resolved(keys.shape[0], token_of(keys, values))
+        self._buffer = Buffer(self.storage, keys, values, slots_for(0, self._bound(), self.static))
+        return self._buffer
+
+    def _reserve(self, buffer: Buffer, tokens: int) -> None:
+        if tokens > buffer.slots:
+            buffer.grow(slots_for(tokens, self._bound(), self.static), self.stored)

@@ -42,7 +42,7 @@ class ScoringContext:
         queries: the latest ones, ``[batch, heads, n, head_dim]``, n being at most the policy's `queries`.
         scaling: of the scores.
         received: `mass`, or None where nobody adds it up.
-        rotation: turns the model's keys and queries, where the policy `turns` them; None if they carry no rotary embedding.
+        rotation: turns the model's keys and queries, where the policy `needs_rope`; None if they carry no rotary embedding.
     """
 
     keys: Tensor
@@ -56,16 +56,16 @@ class ScoringContext:
     rotation: KeyRotation | None = None
 
     @property
-    def mass(self) -> Tensor:
+    def cumulative_attention(self) -> Tensor:
         """The attention that each token has received in all, summed over queries and the heads of a KV head, ``[batch, KV heads, tokens]``.
 
         Raises:
-            PolicyError: under a policy that does not say that it `accumulates`: nobody has added it up.
+            PolicyError: under a policy that does not say that it `needs_cumulative_attention`: nobody has added it up.
         """
         if self.received is None:
             raise PolicyError(
-                "this policy reads seen.mass and does not ask for it: add the line `accumulates: ClassVar[bool] = True` to "
-                "its class, or rank by seen.weights() of its latest `queries`"
+                "this policy reads seen.cumulative_attention and does not ask for it: add the line `needs_cumulative_attention: ClassVar[bool] = True` to "
+                "its class, or rank by seen.weights() of its latest queries, `query_window`"
             )
         return self.received
 
@@ -119,22 +119,24 @@ class RankingPolicy(SizePolicy):
 
     limit: int
     sinks: int = 4
-    recent: int = 32
+    window_size: int = 32
     low_water: int | None = None
 
-    queries: ClassVar[int] = 0  # how many of the latest queries `score` looks at
-    accumulates: ClassVar[bool] = False  # whether it looks at the mass of all queries, those of them that are `counted`
-    turns: ClassVar[bool] = False  # whether it turns queries to other positions
+    query_window: ClassVar[int] = 0  # how many of the latest queries `score` looks at
+    needs_cumulative_attention: ClassVar[bool] = (
+        False  # whether it looks at the mass of all queries, those of them that are `counted`
+    )
+    needs_rope: ClassVar[bool] = False  # whether it turns queries to other positions
     rehearses: ClassVar[bool] = False  # whether it looks at the largest attention of a second reading; -1 before
 
     def __post_init__(self) -> None:
         _at_least("limit", self.limit, 1)
         _at_least("sinks", self.sinks, 0)
-        _at_least("recent", self.recent, 1, ": the current token is one")
-        protected = self.sinks + self.recent
+        _at_least("recent", self.window_size, 1, ": the current token is one")
+        protected = self.sinks + self.window_size
         if self.limit <= protected:
             raise PolicyError(
-                f"limit={self.limit} leaves nothing to rank beside {self.sinks} sinks and {self.recent} recent tokens; "
+                f"limit={self.limit} leaves nothing to rank beside {self.sinks} sinks and a window_size of {self.window_size}; "
                 f"give at least {protected + 1}, or protect fewer"
             )
         if self.low_water is None:
@@ -158,12 +160,12 @@ class RankingPolicy(SizePolicy):
     @property
     def observes(self) -> bool:
         """Whether it needs to see what the model attends to."""
-        return self.queries > 0 or self.accumulates
+        return self.query_window > 0 or self.needs_cumulative_attention
 
     def keep(self, count: int) -> int:
         return count if count <= self.limit else self._low
 
-    def counted(self, seen: ScoringContext, at: Tensor) -> Tensor | None:
+    def query_mask(self, seen: ScoringContext, at: Tensor) -> Tensor | None:
         """Whose looks are added to the mass: of the queries at these positions, by token; None for all."""
         return None
 
@@ -182,10 +184,10 @@ class H2O(RankingPolicy):
 
     average: bool = True
 
-    accumulates: ClassVar[bool] = True
+    needs_cumulative_attention: ClassVar[bool] = True
 
     def score(self, seen: ScoringContext) -> Tensor:
-        return seen.mass / (seen.length - seen.positions) if self.average else seen.mass
+        return seen.cumulative_attention / (seen.length - seen.positions) if self.average else seen.cumulative_attention
 
 
 @dataclass(frozen=True)
@@ -196,10 +198,10 @@ class SnapKV(RankingPolicy):
         kernel: tokens over which scores are averaged, odd.
     """
 
-    recent: int = 64
+    window_size: int = 64
     kernel: int = 5
 
-    queries: ClassVar[int] = 64
+    query_window: ClassVar[int] = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -209,7 +211,7 @@ class SnapKV(RankingPolicy):
 
     def score(self, seen: ScoringContext) -> Tensor:
         looks = seen.per_kv_head(seen.weights().mean(2))
-        looks = looks.masked_fill(seen.positions >= seen.length - self.recent, 0)  # they stay anyway
+        looks = looks.masked_fill(seen.positions >= seen.length - self.window_size, 0)  # they stay anyway
         return smoothed(looks, self.kernel)
 
 
@@ -217,9 +219,9 @@ class SnapKV(RankingPolicy):
 class TOVA(RankingPolicy):
     """What the latest query looks at, averaged over all heads, which keep the same tokens (Oren et al., arXiv:2401.06104)."""
 
-    recent: int = 1
+    window_size: int = 1
 
-    queries: ClassVar[int] = 1
+    query_window: ClassVar[int] = 1
 
     def score(self, seen: ScoringContext) -> Tensor:
         if torch.equal(seen.positions, seen.positions[:, :1].expand_as(seen.positions)):
@@ -238,20 +240,20 @@ class ExpectedAttention(RankingPolicy):
         following: positions over which is averaged.
     """
 
-    following: int = 512
+    n_future_positions: int = 512
 
-    queries: ClassVar[int] = 128
-    turns: ClassVar[bool] = True
+    query_window: ClassVar[int] = 128
+    needs_rope: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least("following", self.following, 1)
+        _at_least("following", self.n_future_positions, 1)
 
     def score(self, seen: ScoringContext) -> Tensor:
         queries, heads = seen.queries.float(), (*seen.keys.shape[:2], seen.groups, -1, seen.keys.shape[3])
         at = torch.arange(seen.length - queries.shape[2], seen.length, device=queries.device)
         if seen.rotation is not None:
-            queries = seen.rotation.ahead(queries, seen.length - at, self.following)
+            queries = seen.rotation.ahead(queries, seen.length - at, self.n_future_positions)
         real = (at >= seen.padding)[..., None]
         count = real.sum(2, keepdim=True).clamp_min(1)
         mean = (queries * real).sum(2, keepdim=True) / count
@@ -298,19 +300,19 @@ class LongRangeAttention(RankingPolicy):
 
     near: int = 32
 
-    accumulates: ClassVar[bool] = True
+    needs_cumulative_attention: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.near < 0:
             raise PolicyError(f"near={self.near} must be at least 0")
 
-    def counted(self, seen: ScoringContext, at: Tensor) -> Tensor:
+    def query_mask(self, seen: ScoringContext, at: Tensor) -> Tensor:
         return seen.positions[:, :, None] <= (at - self.near)[:, None]
 
     def score(self, seen: ScoringContext) -> Tensor:
         looks = (seen.length - self.near - seen.positions).clamp_min(1)
-        return seen.mass / looks * _norm(seen.values)
+        return seen.cumulative_attention / looks * _norm(seen.values)
 
 
 @dataclass(frozen=True)
@@ -329,7 +331,7 @@ class KVzip(RankingPolicy):
     rehearses: ClassVar[bool] = True
 
     def score(self, seen: ScoringContext) -> Tensor:
-        return torch.where(seen.mass < 0, 1 + seen.positions / 2**40, seen.mass)
+        return torch.where(seen.cumulative_attention < 0, 1 + seen.positions / 2**40, seen.cumulative_attention)
 
 
 def _norm(states: Tensor) -> Tensor:
@@ -362,7 +364,7 @@ def pyramid_kv(
     _at_least("layers", layers, 1)
     if not isinstance(beta, int | float) or not beta >= 1:
         raise PolicyError(f"beta={beta!r} must be a number of at least 1")
-    protected, mean = policy.sinks + policy.recent, policy._low
+    protected, mean = policy.sinks + policy.window_size, policy._low
     # Exactly: a rounded quotient may equal what it is compared with.
     least = Fraction(0) if beta == math.inf else Fraction(mean) / Fraction(beta)
     if tokens is not None:

@@ -1,4 +1,4 @@
-"""What a cache takes: an exact estimate before, an account after, and how that is shown."""
+"""The account of what a cache holds, and how that is shown."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -6,100 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from kvcache.cache._budget import Token, Whole, bytes_of
-from kvcache.cache._geometry import CacheGeometry
-from kvcache.cache._policies import KeepAll, SizePolicy, budgeted
-from kvcache.cache._quantized import Quantization, quantized_bytes
-from kvcache.cache._shape import CacheShape, layer_bytes
-from kvcache.cache._slots import slots_for
+from kvcache.cache._shape import layer_bytes
 from kvcache.errors import MissingDependencyError
 from kvcache.io import html_table
 
 _COLUMNS = ("layers", "seen", "kept", "evicted", "slots", "MiB", "policy")
-
-
-def estimate_bytes(
-    geometry: CacheGeometry,
-    tokens: int,
-    *,
-    rows: int = 1,
-    policy: SizePolicy | Sequence[SizePolicy] | None = None,
-    max_length: int | None = None,
-    preallocate: bool = False,
-    rerotate: bool = False,
-) -> int:
-    """Bytes that a cache of layers of one shape holds once `tokens` have gone through it, exactly.
-
-    Counts the layers that kvcache manages; `KVCacheManager.estimate` counts whole caches, of layers of all kinds.
-
-    Args:
-        geometry: of the model; for a hybrid, with only its full-attention layers counted.
-        tokens: per row, pads among them.
-        rows: batch size.
-        policy, max_length, preallocate: as the cache will have them.
-        rerotate: whether positions are re-rotated, which keeps the pinned keys twice.
-    """
-    policies = (
-        [KeepAll() if policy is None else policy] * geometry.layers if not isinstance(policy, Sequence) else policy
-    )
-    token = geometry.kv_heads, geometry.head_dim, geometry.value_dim, geometry.dtype
-    whole = Whole((token,) * len(policies))
-    return sum(_held(token, tokens, rows, given, whole, max_length, preallocate, rerotate) for given in policies)
-
-
-def _held(
-    token: Token,
-    tokens: int,
-    rows: int,
-    given: SizePolicy,
-    whole: Whole,
-    max_length: int | None,
-    preallocate: bool,
-    rerotate: bool,
-) -> int:
-    """Bytes of one managed layer."""
-    key_bytes, value_bytes = (rows * size for size in bytes_of(token))
-    twice = given.pinned * rows * whole.keys if rerotate else 0
-    resolved = given.resolve(rows * (whole.keys + whole.values), twice + rows * whole.beside, max_length)
-    limit = resolved.limit
-    bound, stored = (max_length, tokens) if limit is None else (limit, min(tokens, limit))
-    total = (key_bytes + value_bytes) * slots_for(stored, bound, preallocate)
-    return total + (key_bytes * resolved.pinned if rerotate and limit is not None else 0)
-
-
-def estimate_cache(
-    shape: CacheShape,
-    tokens: int,
-    policies: Sequence[SizePolicy],
-    *,
-    rows: int = 1,
-    encoder_tokens: int = 0,
-    quantization: Quantization | None = None,
-    max_length: int | None = None,
-    preallocate: bool = False,
-    rerotate: bool = False,
-) -> int:
-    """Bytes that a whole cache holds once `tokens` have gone through it, exactly: all of its layers, of whatever kind.
-
-    Args:
-        shape: of the model's cache.
-        tokens: per row, pads among them.
-        policies: one per layer; a layer that the model manages its own way has no use for its.
-        rows: batch size.
-        encoder_tokens: positions that an encoder gave.
-        quantization, max_length, preallocate, rerotate: as the cache will have them.
-    """
-    counted = any(layer.managed and budgeted(policy) for layer, policy in zip(shape.layers, policies, strict=True))
-    whole = shape.whole(encoder_tokens) if counted else Whole(())
-    total = rows * shape.cross * encoder_tokens
-    for layer, policy in zip(shape.layers, policies, strict=True):
-        if not layer.managed:
-            total += rows * layer.own_bytes(tokens)
-        elif layer.token is not None and quantization is not None:
-            total += quantized_bytes(*layer.token, quantization, tokens, rows, policy, max_length, whole=whole)
-        elif layer.token is not None:
-            total += _held(layer.token, tokens, rows, policy, whole, max_length, preallocate, rerotate)
-    return total
 
 
 @dataclass(frozen=True)
@@ -185,8 +96,7 @@ def account(layers: Sequence[Any], cross: Sequence[Any] = ()) -> CacheReport:
 
 def _layer_report(layer: Any) -> LayerReport:
     if (kv := getattr(layer, "kv", None)) is not None:
-        heads = getattr(kv, "heads", ())
-        return LayerReport(repr(kv.policy), kv.seen, kv.stored, kv.evicted, kv.capacity, kv.nbytes, heads)
+        return LayerReport(repr(kv.policy), kv.seen, kv.stored, kv.evicted, kv.capacity, kv.nbytes, kv.heads)
     keys: Any = getattr(layer, "keys", None)
     attends = isinstance(keys, Tensor) and keys.dim() == 4
     seen = layer.get_seq_length() if attends else 0

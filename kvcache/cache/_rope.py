@@ -31,8 +31,8 @@ class KeyRotation:
         """`keys` ``[batch, heads, tokens, head_dim]`` turned by `delta` positions, in their own dtype."""
         return self._turned(keys, *self._angles(delta, keys.device))
 
-    def ahead(self, queries: Tensor, distance: Tensor, following: int) -> Tensor:
-        """Queries as they would be further on: turned by their distances, then on average by 0, 1, … `following` - 1 more.
+    def ahead(self, queries: Tensor, distance: Tensor, n_future_positions: int) -> Tensor:
+        """Queries as they would be further on: turned by their distances, then on average by 0, 1, … `n_future_positions` - 1 more.
 
         Args:
             queries: ``[batch, heads, tokens, head_dim]``.
@@ -42,7 +42,7 @@ class KeyRotation:
         home = _in_double(queries.device)
         frequencies = self.inv_freq.to(home).double()
         ones = torch.ones((), dtype=torch.float64, device=home)
-        average = torch.polar(ones, frequencies * torch.arange(following, device=home)[:, None]).mean(0)
+        average = torch.polar(ones, frequencies * torch.arange(n_future_positions, device=home)[:, None]).mean(0)
         turn = torch.polar(ones, frequencies * distance.to(home)[:, None]) * average
         return self._turned(queries, turn.real.float().to(queries.device), turn.imag.float().to(queries.device))
 

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from kvcache.cache._archive import check_finite, pack, unpack
 from kvcache.cache._geometry import CacheGeometry
-from kvcache.cache._growing import KVLayer
+from kvcache.cache._layer import LayerCache
 from kvcache.errors import CorruptError, InputError, KVCacheError, said
 
 _FORMAT = "kvcache-cache"
 _VERSION = 1
 
 
-def save_layers(layers: Sequence[KVLayer], model: str, rows: int, secret: bytes | None = None) -> bytes:
+def save_layers(layers: Sequence[LayerCache], model: str, rows: int, secret: bytes | None = None) -> bytes:
     """The layers of a cache as a checked safetensors file; see `kvcache.cache.pack`.
 
     Args:
@@ -76,7 +76,7 @@ def check_states(tensors: dict[str, Tensor], geometry: CacheGeometry) -> None:
 
 
 def restore_layers(
-    layers: Sequence[KVLayer], tensors: dict[str, Tensor], header: dict[str, Any], device: torch.device
+    layers: Sequence[LayerCache], tensors: dict[str, Tensor], header: dict[str, Any], device: torch.device
 ) -> None:
     """Fill the empty layers of a new cache; on any error they are to be thrown away.
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from kvcache.cache._budget import Token, Whole, bytes_of
+from kvcache.cache._geometry import CacheGeometry
 from kvcache.errors import GeometryError
 
 
@@ -65,6 +66,12 @@ class CacheShape:
 
     layers: tuple[LayerShape, ...]
     cross: int = 0
+
+    @classmethod
+    def of(cls, geometry: CacheGeometry) -> "CacheShape":
+        """Of a cache whose layers are all managed, and all of one shape."""
+        token = geometry.kv_heads, geometry.head_dim, geometry.value_dim, geometry.dtype
+        return cls((LayerShape(True, token),) * geometry.layers)
 
     def whole(self, encoder_tokens: int = 0) -> Whole:
         """For a budget in bytes, beside so many positions of an encoder."""

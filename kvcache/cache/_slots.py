@@ -12,13 +12,13 @@ from torch import Tensor
 _FIRST_SLOTS = 128
 
 
-def slots_for(tokens: int, bound: int | None, preallocate: bool = False) -> int:
+def slots_for(tokens: int, bound: int | None, static: bool = False) -> int:
     """How many slots a buffer has once it held `tokens`: all of `bound`, or the next step of a fixed ladder.
 
     The ladder grows by half at each step, so that the copying of a growing cache stays linear in its tokens; and as it
     depends on nothing but `tokens`, memory can be told exactly before it is taken.
     """
-    if preallocate and bound is not None:
+    if static and bound is not None:
         return bound
     if isinstance(tokens, torch.SymInt):  # of a program that is exported for texts of any length
         return tokens
@@ -50,11 +50,13 @@ def overwritten(turns: Tensor, stored: int, pinned: int, pads: Tensor) -> Tensor
 
 
 def take(slots: Tensor, columns: Tensor) -> Tensor:
-    """The chosen columns of ``[batch, heads, slots, dim]``, by row where `columns` is not ``[1, n]``."""
+    """The chosen columns of ``[batch, heads, slots, …]``, ``[batch or 1, n]`` or, by head, ``[batch, heads, n]``."""
     columns = columns.to(slots.device)
-    if columns.shape[0] == 1:
+    if columns.dim() == 2 and columns.shape[0] == 1:
         return slots.index_select(2, columns[0])
-    return slots.gather(2, columns[:, None, :, None].expand(-1, slots.shape[1], -1, slots.shape[3]))
+    by_head = columns if columns.dim() == 3 else columns[:, None].expand(-1, slots.shape[1], -1)
+    more = slots.shape[3:]
+    return slots.gather(2, by_head.reshape(*by_head.shape, *[1] * len(more)).expand(*by_head.shape, *more))
 
 
 # ---------------------------------------------------------------------- the same on a device, for rows of their own

@@ -1,4 +1,4 @@
-"""The command `kvcache`: plan, profile, tune, warm, voices, doctor. A file for each, and `_common` for what they share."""
+"""The command `kvcache`: plan, profile, tune, warm, prefixes, doctor. A file for each, and `_common` for what they share."""
 
 import errno
 import os
@@ -8,8 +8,9 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
-from typing import Any
+from typing import Annotated, Any
 
+import kvcache
 from kvcache.errors import InputError, KVCacheError, said
 from kvcache.io import printable
 
@@ -19,8 +20,9 @@ _COMMANDS = {  # each in the module of its name; what it is for stands here too,
     "profile": "Decode a little and say where time and memory go: attention, MLP, cache, sampling, host; weights, KV, the rest.",
     "tune": "Find the fastest way to decode a model on this machine, say why, and save it for from_profile().",
     "warm": "Compile a model's steps for backend='compile' on a CPU, and its vocoder's, before anybody waits for them.",
-    "voices": "Voices and other prefixes in a store: list, check, copy, pin and remove them.",
+    "prefixes": "Prompts and voices that a store holds: list, check, copy, pin and remove them.",
 }
+_VERSION = f"kvcache {kvcache.__version__}"
 _INTERRUPTED = 128 + signal.SIGINT  # as a shell has it
 _LONGEST = 900  # characters of a line
 _PIPE_CLOSED = 128 + 13  # SIGPIPE, which Windows has not
@@ -49,6 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> Any:
+    if arguments == ["--version"]:  # answered where typer is missing, too
+        print(_VERSION)
+        return 0
     with _leaving_at_once():
         try:
             import typer  # noqa: F401
@@ -133,8 +138,10 @@ def _readable(stream: Any) -> Iterator[None]:
 
 @contextmanager
 def _leaving_at_once() -> Iterator[None]:
-    """An interrupt ends the process while it only imports: there is nothing to clean up, and not every package that is being
-    imported lets an interrupt through."""
+    """Within this block an interrupt ends the process.
+
+    It only imports: there is nothing to clean up, and not every package that is imported lets an interrupt through.
+    """
     ours = threading.current_thread() is threading.main_thread()
     if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
@@ -171,10 +178,15 @@ def _group() -> Any:
 
     app = typer.Typer(name="kvcache", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
-    @app.callback(
-        help="Will it fit, where does it go, did it help: KV caches planned, profiled, tuned and looked after."
-    )
-    def group() -> None:
+    def say_version(asked: bool) -> None:
+        if asked:
+            print(_VERSION)
+            raise typer.Exit
+
+    option = typer.Option("--version", is_eager=True, callback=say_version, help="Print the version and exit.")
+
+    @app.callback(help="Plan, profile, tune and look after KV caches.")
+    def group(_version: Annotated[bool, option] = False) -> None:
         """Of commands, however few there are."""
 
     return app

@@ -7,7 +7,7 @@ import typer
 from rich.text import Text
 
 from kvcache.cli._common import CheckFailed, Json, display, print_json, progress, table
-from kvcache.cli._voices import Namespace, SecretFile, Where, read_secret
+from kvcache.cli._prefixes import Namespace, SecretFile, Where, read_secret
 from kvcache.installed import mend_torchaudio
 
 _COLOURS = {"ok": "green", "note": "yellow", "missing": "dim", "broken": "red"}

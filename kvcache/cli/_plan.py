@@ -1,6 +1,6 @@
 """`kvcache plan`: will it fit. What it takes is found by `kvcache.tools.plan`; here it is asked for and shown."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, get_args
 
 import torch
@@ -88,34 +88,8 @@ def command(
     )
     _one_of("--device", device, get_args(Device))
     found = subject(model)
-    most = found.longest(setting)
-    if length is None:
-        length = _LENGTH if most is None else min(_LENGTH, most)
-    process: int | None = None
-
-    def again(requests: int, length: int) -> MemoryPlan:
-        own = context if context is not None and context < length else None
-        return plan(
-            found,
-            replace(setting, requests=requests),
-            length,
-            context=own,
-            device=device,  # type: ignore[arg-type]
-            process=process,
-            keep_loaded=not drop_loaded,
-        )
-
-    with progress().status("running the model without its weights …"):
-        made = plan(
-            found,
-            setting,
-            length,
-            context=context,
-            device=device,  # type: ignore[arg-type]
-            keep_loaded=not drop_loaded,
-        )
-        process = made.process
-        fit = None if has is None else room(made, has, again, found.shortest + 1, most)
+    asked = _Asked(found, setting, context, device, not drop_loaded)  # type: ignore[arg-type]
+    made, fit = asked.planned(length, has)
     notes = _notes(made, setting, found)
     if as_json:
         print_json(made.to_dict() | {"notes": notes} | ({} if fit is None else {"room": asdict(fit)}))
@@ -123,6 +97,42 @@ def command(
         _show(made, fit, notes)
     if fit is not None and not fit.fits:
         raise CheckFailed(_lacks(made, fit))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is planned: requests on a model, in one way, on a device."""
+
+    found: ModelTarget
+    setting: Setting
+    context: int | None
+    device: Device
+    keep_loaded: bool
+
+    def planned(self, length: int | None, has: int | None) -> tuple[MemoryPlan, Room | None]:
+        """What requests of so many tokens take, and what so many bytes have room for, if they are given."""
+        most = self.found.longest(self.setting)
+        if length is None:
+            length = _LENGTH if most is None else min(_LENGTH, most)
+        with progress().status("running the model without its weights …"):
+            made = self._of(self.setting.requests, length, self.context, None)
+
+            def again(requests: int, length: int) -> MemoryPlan:
+                own = self.context if self.context is not None and self.context < length else None
+                return self._of(requests, length, own, made.process)
+
+            return made, None if has is None else room(made, has, again, self.found.shortest + 1, most)
+
+    def _of(self, requests: int, length: int, context: int | None, process: int | None) -> MemoryPlan:
+        return plan(
+            self.found,
+            replace(self.setting, requests=requests),
+            length,
+            context=context,
+            device=self.device,
+            process=process,
+            keep_loaded=self.keep_loaded,
+        )
 
 
 def _one_of(option: str, given: str, known: tuple[str, ...]) -> Any:

@@ -21,7 +21,7 @@ from kvcache.cli._common import (
     threads_of,
 )
 from kvcache.cli._vocoding import ReferenceSeconds, Vocoder, VocoderPrecision, vocoder_setting
-from kvcache.decoding import setting_to_dict
+from kvcache.decoding import VocoderSetting, setting_to_dict
 from kvcache.errors import InputError
 from kvcache.io import check_given
 from kvcache.tools import Tuned, shown, subject, tune
@@ -67,31 +67,16 @@ def command(
 ) -> None:
     """Find the fastest way to decode a model on this machine, say why, and save it for from_profile()."""
     budget = bytes_of("--memory", memory)
-    if not out.parent.is_dir() or out.is_dir():
-        raise InputError(f"--out {out}: there is no folder {out.parent} to write a file to, or that is a folder itself")
-    check_given(out)
-    at_least("--max-requests", max_requests, 1)
-    at_least("--context", context, 1)
-    if time_limit is not None and not 0 < time_limit < math.inf:
-        raise InputError(f"--time-limit {time_limit:g}: give a number of seconds above 0")
-    if not 0 <= fidelity < math.inf:
-        raise InputError(f"--fidelity {fidelity:g}: give a number of nats of at least 0; 0.03 is the default")
+    _check(out, max_requests, context, time_limit, fidelity)
     speaks = vocoder_setting(vocoder, vocoder_precision, reference_seconds)
-    if change_sound and (speaks is None or vocoder_precision is not None):
-        raise InputError(
-            "--change-sound: it goes with --vocoder own, and without --vocoder-precision, which is kept as given"
-        )
+    _check_sound(change_sound, speaks)
     found = subject(model)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device} is not here: {one_line(error)}; use cpu") from error
+    device = _device(device)
     threads_of(threads)
-    told = progress()
     tuned = tune(
         found,
         goal.value,
+        say=progress().print,
         context=context,
         time_limit=time_limit or (None if exhaustive else 300.0),
         bound=fidelity,
@@ -101,13 +86,41 @@ def command(
         exhaustive=exhaustive,
         vocoder=speaks,
         change_sound=change_sound,
-        say=lambda line: told.print(line),
     )
     tuned.profile.save(out)
     if as_json:
         print_json(_answer(tuned, out))
     else:
         _show(tuned, out, budget)
+
+
+def _check(out: Path, max_requests: int, context: int | None, time_limit: float | None, fidelity: float) -> None:
+    if not out.parent.is_dir() or out.is_dir():
+        raise InputError(f"--out {out}: there is no folder {out.parent} to write a file to, or that is a folder itself")
+    check_given(out)
+    at_least("--max-requests", max_requests, 1)
+    at_least("--context", context, 1)
+    if time_limit is not None and not 0 < time_limit < math.inf:
+        raise InputError(f"--time-limit {time_limit:g}: give a number of seconds above 0")
+    if not 0 <= fidelity < math.inf:
+        raise InputError(f"--fidelity {fidelity:g}: give a number of nats of at least 0; 0.03 is the default")
+
+
+def _check_sound(change_sound: bool, speaks: VocoderSetting | None) -> None:
+    if change_sound and (speaks is None or speaks.precision is not None):
+        raise InputError(
+            "--change-sound: it goes with --vocoder own, and without --vocoder-precision, which is kept as given"
+        )
+
+
+def _device(given: str | None) -> str:
+    """The device that is asked for, or a GPU where there is one."""
+    device = given or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device} is not here: {one_line(error)}; use cpu") from error
+    return device
 
 
 def _answer(tuned: Tuned, out: Path) -> dict[str, object]:

@@ -17,11 +17,11 @@ from kvcache.cli._common import (
     threads_of,
 )
 from kvcache.cli._vocoding import ReferenceSeconds, Vocoder, VocoderPrecision, vocoder_setting
-from kvcache.decoding import ProgramFiles, Setting
+from kvcache.decoding import ProgramFiles, Setting, WarmUp
 from kvcache.errors import InputError
 from kvcache.events import Event, subscribe
 from kvcache.models import Precision
-from kvcache.tools import check_vocoder, shown_seconds, subject
+from kvcache.tools import ModelTarget, check_vocoder, shown_seconds, subject
 
 
 def command(
@@ -70,6 +70,31 @@ def command(
         vocoder=None if speaks is None else replace(speaks, compiled=True),
     )
     check_vocoder(found, setting)
+    warming, reasons = _warmed(found, setting, context, tokens)
+    held = files.held()
+    size = sum(size for _, size in held)
+    if as_json:
+        print_json(
+            {
+                "model": model,
+                "seconds": warming.seconds,
+                "made": [asdict(one) for one in warming.made],
+                "folder": str(files.folder),
+                "files": len(held),
+                "bytes": size,
+                "reasons": reasons,
+            }
+        )
+    else:
+        _show(model, warming, f"{len(held)} compiled programs in {files.folder}, {shown_bytes(size)}.")
+    if not warming.made:
+        raise CheckFailed(
+            f"nothing was compiled: {'; '.join(reasons) or 'the model runs eagerly'}; see kvcache doctor --compile"
+        )
+
+
+def _warmed(found: ModelTarget, setting: Setting, context: int, tokens: int) -> tuple[WarmUp, list[str]]:
+    """What was made, and why something was not."""
     reasons: list[str] = []
 
     def fell_back(event: Event) -> None:
@@ -79,26 +104,11 @@ def command(
         warming = found.warm_up(
             setting, context, tokens, lambda line: status.update(f"{line}; compiling takes a minute or more")
         )
-    held = files.held()
-    answer = {
-        "model": model,
-        "seconds": warming.seconds,
-        "made": [asdict(one) for one in warming.made],
-        "folder": str(files.folder),
-        "files": len(held),
-        "bytes": sum(size for _, size in held),
-        "reasons": reasons,
-    }
-    if as_json:
-        print_json(answer)
-    else:
-        shown = table(f"{model}, warm in {shown_seconds(warming.seconds or 0.0)}", "what", "how", "time", right=2)
-        for one in warming.made:
-            shown.add_row(one.name, one.how, shown_seconds(one.seconds))
-        display(
-            shown, f"{len(held)} compiled programs in {files.folder}, {shown_bytes(sum(size for _, size in held))}."
-        )
-    if not warming.made:
-        raise CheckFailed(
-            f"nothing was compiled: {'; '.join(reasons) or 'the model runs eagerly'}; see kvcache doctor --compile"
-        )
+    return warming, reasons
+
+
+def _show(model: str, warming: WarmUp, kept: str) -> None:
+    shown = table(f"{model}, warm in {shown_seconds(warming.seconds or 0.0)}", "what", "how", "time", right=2)
+    for one in warming.made:
+        shown.add_row(one.name, one.how, shown_seconds(one.seconds))
+    display(shown, kept)

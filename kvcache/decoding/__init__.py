@@ -10,17 +10,22 @@ from kvcache.decoding._backends import (
     cuda_graph,
     traced,
 )
-from kvcache.decoding._batch import Batch, Job, Piece
+from kvcache.decoding._batch import Batch, Job, JobOutput
+from kvcache.decoding._compiling import Refused, compiled
 from kvcache.decoding._ends import Said, TextEnd
-from kvcache.decoding._engine import Decoding
+from kvcache.decoding._engine import Decoding, StepOptions
 from kvcache.decoding._generation_settings import GenerationSettings
 from kvcache.decoding._kernel import decode_attention
 from kvcache.decoding._language import LanguageDecoder
+from kvcache.decoding._ledger import SchedulerMetrics
 from kvcache.decoding._pool import Pool
+from kvcache.decoding._program import Bound, Program, fits
 from kvcache.decoding._program_files import ProgramFiles
-from kvcache.decoding._programs import Ahead, Bound, Made, Program, Programs, Refused, compiled, fits, made_by
+from kvcache.decoding._programs import Ahead, Made, Programs, RootSizes
+from kvcache.decoding._provenance import made_by
+from kvcache.decoding._request_stream import Stream
 from kvcache.decoding._sampler import GREEDY, Drawing, Sampler, Sampling
-from kvcache.decoding._scheduler import Scheduler, SchedulerMetrics, Stream, Work
+from kvcache.decoding._scheduler import Scheduler, Work
 from kvcache.decoding._setting import Backend, Setting, VocoderSetting
 from kvcache.decoding._static_cache import StaticKV
 from kvcache.decoding._streaming import as_async, chunked, from_worker, in_thread
@@ -53,9 +58,9 @@ __all__ = [
     "GenerationSettings",
     "Goal",
     "Job",
+    "JobOutput",
     "LanguageDecoder",
     "Made",
-    "Piece",
     "Pool",
     "Program",
     "ProgramFiles",
@@ -63,6 +68,7 @@ __all__ = [
     "Recorder",
     "Refused",
     "Request",
+    "RootSizes",
     "Said",
     "Sampler",
     "Sampling",
@@ -70,6 +76,7 @@ __all__ = [
     "SchedulerMetrics",
     "Setting",
     "StaticKV",
+    "StepOptions",
     "Stream",
     "TextEnd",
     "Told",

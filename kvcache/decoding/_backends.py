@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from kvcache.decoding._programs import Ahead, Programs
+from kvcache.decoding._programs import Ahead, Programs, RootSizes
 from kvcache.decoding._sampler import Drawing
 from kvcache.errors import InputError
 from kvcache.events import Event, emit
@@ -191,8 +191,7 @@ class Compiled:
                     about=about,
                     dynamic={"order": (0,)},
                     programs=self._programs,
-                    sized=steps.sized(),
-                    example=example,
+                    sizes=RootSizes(steps.sized(), example),
                 )
             self._ahead = steps, ahead
         return self._ahead[1]
@@ -279,6 +278,6 @@ def cuda_graph(step: Callable[[], None], restore: Callable[[], None]) -> Callabl
     return graph.replay
 
 
-def traced(step: Callable[[], None], restore: Callable[[], None]) -> Callable[[], Any]:
+def traced(step: Callable[[], None], _restore: Callable[[], None]) -> Callable[[], Any]:
     """Record a step as the list of its operators, with every Python number baked in, as a capture bakes it in."""
     return make_fx(step)()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvcache.cache import CacheReport, KVLayer
+from kvcache.cache import CacheReport, LayerCache
 from kvcache.decoding._ends import TextEnd
 from kvcache.decoding._engine import FAILED, Decoding, check_drawn
 from kvcache.decoding._sampler import Sampling
@@ -40,7 +40,7 @@ class Job:
         include_stop_token: whether the token that ends it is part of what it says.
     """
 
-    prefill: Callable[[], tuple[Tensor, Sequence[KVLayer]]]
+    prefill: Callable[[], tuple[Tensor, Sequence[LayerCache]]]
     sampling: Sampling
     generator: torch.Generator
     total: int
@@ -60,7 +60,7 @@ class Job:
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class JobOutput:
     """What a job has said since it was last looked at.
 
     Attributes:
@@ -126,7 +126,7 @@ class Batch:
         """The account of the cache, and of what runs the steps."""
         return self._decoding.report()
 
-    def enter(self, job: Job) -> Piece:
+    def add(self, job: Job) -> JobOutput:
         """Prefill a job, give it a place, and draw its first token.
 
         Raises:
@@ -157,19 +157,19 @@ class Batch:
         self._jobs[place], self._made[place] = job, 0
         piece = self._piece(place, job, first.cpu())
         if piece.over:
-            self.leave(job)
+            self.cancel(job)
         if piece.error is not None:
             raise piece.error
         return piece
 
-    def leave(self, job: Job) -> None:
+    def cancel(self, job: Job) -> None:
         """End a job. Nothing happens if it is not here."""
         if job in self._jobs:
             place = self._jobs.index(job)
             self._jobs[place] = None
             self._decoding.free(place, 1)
 
-    def turn(self) -> list[Piece]:
+    def step(self) -> list[JobOutput]:
         """Decode some steps, and say what came of them: one piece for each job, the places of those that ended are free."""
         if self.busy == 0:
             return []
@@ -180,10 +180,10 @@ class Batch:
         pieces = [self._piece(place, job, tokens[place]) for place, job in running]
         for piece in pieces:
             if piece.over:
-                self.leave(piece.job)
+                self.cancel(piece.job)
         return pieces
 
-    def _piece(self, place: int, job: Job, tokens: Tensor) -> Piece:
+    def _piece(self, place: int, job: Job, tokens: Tensor) -> JobOutput:
         """What these tokens are of a job: up to its end, if that is among them. What was drawn behind it is nothing."""
         said = job.end.of(tokens.tolist(), self._made[place])
         self._made[place] += len(tokens)
@@ -191,8 +191,8 @@ class Batch:
         try:
             check_drawn(tokens[None])
         except InputError as error:
-            return Piece(job, tokens[tokens != FAILED], True, error)
-        return Piece(job, tokens, said.over, cut_off=said.cut_off)
+            return JobOutput(job, tokens[tokens != FAILED], True, error)
+        return JobOutput(job, tokens, said.over, cut_off=said.cut_off)
 
     def _gather(self) -> int:
         """Move jobs to lower places as far as steps get cheaper by it. How many places the next step runs."""

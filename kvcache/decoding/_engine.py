@@ -9,13 +9,14 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypedDict, Unpack
 
-from kvcache.cache import CacheReport, KVLayer
+from kvcache.cache import CacheReport, LayerCache
 from kvcache.decoding._backends import BUCKET, Backend, BackendName, Compiled, Eager, backend_for
 from kvcache.decoding._ends import TextEnd
 from kvcache.decoding._programs import Programs
@@ -23,7 +24,7 @@ from kvcache.decoding._sampler import GREEDY, Drawing, Sampler, Sampling
 from kvcache.decoding._static_cache import StaticKV
 from kvcache.decoding._wiring import DecodeInputs, kernel_reason
 from kvcache.errors import GeometryError, InputError, KVCacheError
-from kvcache.events import Event, emit, heard
+from kvcache.events import Event, emit, has_listeners
 
 Forward = Callable[[Tensor, Tensor, dict[str, Any]], Tensor]
 """Runs a model on one token per request: token ids ``[requests]``; how many tokens each request has made so far,
@@ -33,6 +34,39 @@ FAILED = -1
 """Stands for a token that could not be drawn, as its logits were no numbers, and for those after it."""
 
 _NOISE_BYTES = 64 * 2**20
+
+
+class StepArguments(TypedDict, total=False):
+    """The fields of `StepOptions`, as keyword arguments."""
+
+    kernel: bool
+    tf32: bool
+    ahead: int
+    bucket: int
+    why_eager: str | None
+    programs: Programs | None
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """How the steps of a `Decoding` run.
+
+    Attributes:
+        kernel: read the cache with the Triton kernel where there is a GPU for it; False takes torch's own attention.
+        tf32: let a CUDA GPU round the inputs of fp32 products to TF32.
+        ahead: the most steps between two looks at the host.
+        bucket: slots that a captured graph reads, or a multiple of so many; the Triton kernel reads as many as there are
+            tokens, whatever this is.
+        why_eager: why steps can only run eagerly, whatever the back end; None if they can be compiled and captured.
+        programs: where compiled steps are kept; by default in the user's cache.
+    """
+
+    kernel: bool = True
+    tf32: bool = False
+    ahead: int = 64
+    bucket: int = BUCKET
+    why_eager: str | None = None
+    programs: Programs | None = None
 
 
 class Decoding:
@@ -45,13 +79,7 @@ class Decoding:
         backend: ``"eager"``; ``"compile"`` by torch's compiler, which takes a minute or so at the first chunk;
             ``"graph"`` records a step once and replays it (a CUDA graph; on a CPU a trace, which shows that a step can be
             captured and is no faster); ``"graph+compile"`` records the compiled step.
-        kernel: read the cache with the Triton kernel where there is a GPU for it; False takes torch's own attention.
-        tf32: let a CUDA GPU round the inputs of fp32 products to TF32.
-        ahead: the most steps between two looks at the host.
-        bucket: slots that a captured graph reads, or a multiple of so many; the Triton kernel reads as many as there are
-            tokens, whatever this is.
-        programs: where compiled steps are kept; by default in the user's cache.
-        why_eager: why steps can only run eagerly, whatever `backend` says; None if they can be compiled and captured.
+        **options: the fields of `StepOptions`.
 
     Attributes:
         token: each request's last token, ``[requests]``.
@@ -64,14 +92,9 @@ class Decoding:
         kv: StaticKV,
         sampler: Sampler,
         backend: BackendName = "eager",
-        *,
-        kernel: bool = True,
-        tf32: bool = False,
-        ahead: int = 64,
-        bucket: int = BUCKET,
-        why_eager: str | None = None,
-        programs: Programs | None = None,
+        **options: Unpack[StepArguments],
     ) -> None:
+        self._options = asked = StepOptions(**options)
         requests, vocabulary = sampler.seen.shape
         self.rows = 2 if sampler.guided else 1
         if kv.rows != requests * self.rows:
@@ -82,9 +105,9 @@ class Decoding:
         self.kv = kv
         self.sampler = sampler
         self._forward = forward
-        self._inputs = DecodeInputs(kv, kernel and kernel_reason(device) is None)
-        self._tf32 = tf32 and device.type == "cuda"
-        self.ahead = max(1, min(ahead, _NOISE_BYTES // (4 * requests * vocabulary)))
+        self._inputs = DecodeInputs(kv, asked.kernel and kernel_reason(device) is None)
+        self._tf32 = asked.tf32 and device.type == "cuda"
+        self.ahead = max(1, min(asked.ahead, _NOISE_BYTES // (4 * requests * vocabulary)))
         with torch.inference_mode(False):
             self.token, self.made, self._begun = (
                 torch.zeros(requests, dtype=torch.long, device=device) for _ in range(3)
@@ -94,13 +117,11 @@ class Decoding:
             self._noise = torch.ones(requests, self.ahead, vocabulary, device=device)
         self._generators: list[torch.Generator | None] = [None] * requests  # None where nothing is drawn
         self._states: dict[torch.Generator, Tensor] = {}  # as they were before the last chunk
-        self._named: BackendName = backend if why_eager is None else "eager"
-        self._bucket = bucket
+        self._named: BackendName = backend if asked.why_eager is None else "eager"
         self._backend: Backend
-        self._programs = programs
-        self._backend, self.fallback = backend_for(self._named, device, bucket, programs)
+        self._backend, self.fallback = backend_for(self._named, device, asked.bucket, asked.programs)
         if self._named != backend:
-            self.fallback = why_eager
+            self.fallback = asked.why_eager
         if self.fallback is not None:
             emit(Event("fell_back", f"{backend} to {self.backend}", reason=self.fallback))
         self._fronts: dict[int, Decoding] = {}
@@ -142,13 +163,15 @@ class Decoding:
             new.token, new.made, new._out = self.token[:requests], self.made[:requests], self._out[:requests]
             new._begun = self._begun[:requests]
             new._noise = self._noise[:requests]
-            new._backend, new.fallback = backend_for(self._named, self.token.device, self._bucket, self._programs)
+            new._backend, new.fallback = backend_for(
+                self._named, self.token.device, self._options.bucket, self._options.programs
+            )
             self._fronts[requests] = new
         return self._fronts[requests]
 
     # ------------------------------------------------------------------ requests
 
-    def load(self, first: int, layers: Sequence[KVLayer], pads: Tensor | None = None) -> None:
+    def load(self, first: int, layers: Sequence[LayerCache], pads: Tensor | None = None) -> None:
         """As `StaticKV.load`, but copied only before the next step: a request's first token does not wait for it."""
         self.kv.load(first, layers, pads, later=True)
 
@@ -229,7 +252,7 @@ class Decoding:
             for noise in self._noise[:, :steps].unbind(1):
                 self._draw(noise)
         self._column.zero_()
-        before = self.kv.evicted() if heard("evicted") else None
+        before = self.kv.evicted() if has_listeners("evicted") else None
         with _tf32(self._tf32):
             for _ in range(steps):
                 self._step(drawing)
@@ -277,9 +300,11 @@ class Decoding:
             held = held[:, :0]
 
     @torch.no_grad()
-    def told(self, ids: Tensor) -> Tensor:
-        """The logits ``[n, rows, vocabulary]`` after each of these token ids ``[n]``, given to every request in turn whatever
-        it would have drawn; to judge by what a cache or a precision costs. Steps run eagerly.
+    def teacher_forced_logits(self, ids: Tensor) -> Tensor:
+        """The logits ``[n, rows, vocabulary]`` after each of these token ids ``[n]``.
+
+        Every request is given them in turn, whatever it would have drawn, to judge what a cache or a precision costs. Steps
+        run eagerly.
 
         Raises:
             CapacityError: if a row has no room for them; nothing has changed then.

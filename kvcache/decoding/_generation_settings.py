@@ -119,7 +119,8 @@ class _Prepared:
     def by(cls, model: Any, inputs: Tensor | None, given: Mapping[str, Any]) -> "_Prepared":
         found: list[_Prepared] = []
 
-        def stop_here(model: Any, input_ids: Tensor, logits_processor: Any, stopping_criteria: Any,
+        def stop_here(model: Any,  # noqa: ARG001  # transformers gives it by name
+                      input_ids: Tensor, logits_processor: Any, stopping_criteria: Any,
                       generation_config: Any, **model_kwargs: Any) -> Tensor:  # fmt: skip
             found.append(cls(generation_config, input_ids.shape[1], logits_processor, stopping_criteria))
             return input_ids

@@ -115,15 +115,15 @@ def _check(query: Tensor, keys: Tensor, values: Tensor, length: Tensor, stored: 
         raise InputError(f"the kernel runs on CUDA and ROCm, not on {query.device}; use scaled_dot_product_attention")
 
 
-def _shape(
+def _shape(  # with the kernel's own arguments
     query: Tensor,
-    keys: Tensor,
+    keys: Tensor,  # noqa: ARG001
     values: Tensor,
-    length: Tensor,
-    stored: Tensor,
-    pinned: Tensor,
-    scale: float | None,
-    splits: int | None,
+    length: Tensor,  # noqa: ARG001
+    stored: Tensor,  # noqa: ARG001
+    pinned: Tensor,  # noqa: ARG001
+    scale: float | None,  # noqa: ARG001
+    splits: int | None,  # noqa: ARG001
 ) -> Tensor:
     return query.new_empty((*query.shape[:3], values.shape[3]))
 

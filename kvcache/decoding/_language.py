@@ -121,7 +121,7 @@ class LanguageDecoder:
             for chunk in decoding.chunks(total, size, settings.ends, settings.pad):
                 yield chunk, decoding.report()
 
-    def told(self, logits: Tensor, cache: Any, ids: Tensor) -> Tensor:
+    def teacher_forced_logits(self, logits: Tensor, cache: Any, ids: Tensor) -> Tensor:
         """The logits ``[n, vocabulary]`` after each of these token ids ``[n]``, behind what a cache of one row holds.
 
         Args:
@@ -131,7 +131,7 @@ class LanguageDecoder:
         decoding = self.decoding(layers[0].policy, 1, layers[0].stored + len(ids), logits.shape[1], "eager")
         decoding.load(0, layers)
         decoding.start(0, logits, [GREEDY], [None], [ids[:0]])
-        return decoding.told(ids)[:, 0]
+        return decoding.teacher_forced_logits(ids)[:, 0]
 
     def needed(self, policy: SizePolicy, stored: int, total: int) -> int:
         """Slots of a row that needs room for `total` new tokens behind so many stored ones."""
@@ -142,7 +142,7 @@ class LanguageDecoder:
 
     def decoding(self, policy: SizePolicy, rows: int, slots: int, vocabulary: int, backend: BackendName) -> Decoding:
         """What decodes so many rows of at least so many slots each."""
-        room = slots_for(slots, self._max_length, preallocate=True) if policy.limit is None else slots
+        room = slots_for(slots, self._max_length, static=True) if policy.limit is None else slots
         geometry, signature = geometry_of(self._model), self._watch.signature()
         kv = StaticKV(geometry, rows, room, dtype=self._kv_dtype)
         step = _Step(decoder_copy(self._model))
@@ -159,7 +159,7 @@ class _Step(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens: Tensor, made: Tensor, given: dict[str, Any]) -> Tensor:
+    def forward(self, tokens: Tensor, made: Tensor, given: dict[str, Any]) -> Tensor:  # noqa: ARG002  # as every step's
         return torch.as_tensor(self.model(input_ids=tokens[:, None], **given).logits[:, -1])
 
 
@@ -178,7 +178,7 @@ def _why_not_tried(facts: ModelFacts) -> str | None:
         with untouched(model):
             cache = new_cache(model)
             model(ids[:, :half], **cache_kwarg(model, cache), use_cache=True)
-            found = LanguageDecoder(model, None, None).told(told[:, half - 1], cache, ids[0, half:])
+            found = LanguageDecoder(model, None, None).teacher_forced_logits(told[:, half - 1], cache, ids[0, half:])
     except Exception as error:  # code of any model; the reason is told where it is asked for
         return f"a short trial of {type(model).__name__} failed with {type(error).__name__}: {str(error)[:200]}"
     if alike(found, told[0, half:], None if told.dtype == torch.float32 else 0.3):

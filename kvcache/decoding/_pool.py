@@ -67,8 +67,11 @@ class Pool:
                     self._let_go(0)
 
     def _let_go(self, lent: int) -> bool:
-        """Of those that have waited longest, where with so many that are lent there are too many kinds. Whether there was
-        anything captured or compiled among them."""
+        """Let go of those that have waited longest, while there are more kinds than may be; `lent` are in use.
+
+        Returns:
+            Whether there was anything captured or compiled among them.
+        """
         captured = False
         while self._most is not None and len(self._idle) + lent > self._most:
             captured |= self._idle.pop(next(iter(self._idle))).backend != "eager"

@@ -6,15 +6,13 @@ Whose turn it is, and how long anybody waits for it at most, is said in `kvcache
 import asyncio
 import contextvars
 import logging
-import statistics
 import threading
-import time
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -22,18 +20,15 @@ from torch import Tensor
 from typing_extensions import Self
 
 from kvcache.decoding._batch import Batch, Job
+from kvcache.decoding._ledger import Ledger, SchedulerMetrics
+from kvcache.decoding._request_stream import End, Inbox, Stream, described
 from kvcache.decoding._turns import Chunk, Request, Turns
 from kvcache.errors import BusyError, ClosedError, InputError, KVCacheError, check_whole
 from kvcache.memory import release_threads
 
-__all__ = ["Chunk", "Request", "Scheduler", "SchedulerMetrics", "Stream", "Turns", "Work"]
-
 T = TypeVar("T")
 
 log = logging.getLogger("kvcache.scheduler")
-
-_LATEST = 1000  # requests that percentiles are over
-_LAST = 32  # requests whose length says how soon another may come
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,36 +47,6 @@ class Work(Generic[T]):
 
     def __post_init__(self) -> None:
         check_whole("jobs", self.jobs, 1)
-
-
-@dataclass(frozen=True)
-class SchedulerMetrics:
-    """What a scheduler does and has done.
-
-    Attributes:
-        rows: jobs that can decode together.
-        busy: jobs that do.
-        waiting: requests none of whose jobs has begun.
-        running: requests that have begun.
-        finished: requests whose consumers were given all of it.
-        cancelled: that were closed, cancelled or forgotten before that.
-        failed: that ended by an error once they could begin, in decoding or in what is made of its chunks.
-        refused: of which nothing has run: there was no room, or they cannot be run as given.
-        tokens: decoded since the start.
-        ttfa: seconds from `submit` to the first item at the consumer, of the last 1000 requests: ``p50``, ``p90``,
-            ``p99``; nothing before there are any.
-    """
-
-    rows: int
-    busy: int
-    waiting: int
-    running: int
-    finished: int
-    cancelled: int
-    failed: int
-    refused: int
-    tokens: int
-    ttfa: dict[str, float] = field(default_factory=dict)
 
 
 class Scheduler:
@@ -129,10 +94,10 @@ class Scheduler:
         # As many as streams: one may wait long in its thread, for a vocoder that all share, and the loop's own threads are few.
         self._makers = ThreadPoolExecutor(max_waiting + max_running + rows, "kvcache-consumer")
         self._changed = threading.Condition()
-        self._unprepared: deque[tuple[_Inbox, Callable[[], Work[Any]]]] = deque()
+        self._unprepared: deque[tuple[Inbox, Callable[[], Work[Any]]]] = deque()
         self._added: list[Request] = []
         self._dropped: list[Request] = []
-        self._inboxes: dict[_Inbox, None] = {}  # of requests that are accepted and not over
+        self._inboxes: dict[Inbox, None] = {}  # of requests that are accepted and not over
         self._threads: list[threading.Thread] = []
         self._started: asyncio.Future[None] | None = None
         self._loop: weakref.ref[asyncio.AbstractEventLoop] | None = None  # the thread would keep it alive
@@ -140,9 +105,7 @@ class Scheduler:
         self._error: BaseException | None = None
         self._turns: Turns | None = None
         self._tokens = 0  # of batches that are closed
-        self._counts = dict.fromkeys(("finished", "cancelled", "failed", "refused"), 0)
-        self._firsts: deque[float] = deque(maxlen=_LATEST)
-        self._lengths: deque[float] = deque(maxlen=_LAST)  # seconds from a request's begin to its end
+        self._ledger = Ledger()
 
     def __repr__(self) -> str:
         state = "closed" if self._closing else "not started" if not self._threads else "running"
@@ -191,6 +154,7 @@ class Scheduler:
         """Begin a request; see `Request`.
 
         Args:
+            make: gives the job of an index; in sequence, of the tokens ``[n]`` of the job before it.
             through: makes of a chunk what the consumer is given, in a thread of its own.
 
         Raises:
@@ -236,51 +200,45 @@ class Scheduler:
         """What it does and has done."""
         waiting, running = self._held()
         turns = self._turns
-        firsts = list(self._firsts)
-        cuts = (
-            statistics.quantiles(firsts * 2 if len(firsts) == 1 else firsts, n=100, method="inclusive")
-            if firsts
-            else []
-        )
         return SchedulerMetrics(
             rows=self._rows,
             busy=0 if turns is None else turns.busy,
             waiting=waiting,
             running=len(running),
             tokens=self._tokens if turns is None else turns.tokens,
-            ttfa={f"p{p}": cuts[p - 1] for p in (50, 90, 99)} if cuts else {},
-            **self._counts,
+            ttfa=self._ledger.percentiles(),
+            **self._ledger.counts,
         )
 
     # ------------------------------------------------------------------ in the event loop
 
-    def _held(self) -> "tuple[int, Sequence[_Inbox]]":
+    def _held(self) -> tuple[int, Sequence[Inbox]]:
         """How many requests wait for their first place, and those that have begun."""
         inboxes = list(self._inboxes)
         running = [inbox for inbox in inboxes if inbox.request is not None and inbox.request.entered]
         return len(inboxes) - len(running), running
 
-    def _accepted(self, size: int, alone: int) -> "_Inbox":
+    def _accepted(self, size: int, alone: int) -> Inbox:
         self._check_open()
         check_whole("size", size, 1)
         check_whole("alone", alone, 1)
         waiting, running = self._held()
         most = self._max_waiting + self._max_running + self._rows
         if waiting >= self._max_waiting or waiting + len(running) >= most:
-            self._counts["refused"] += 1
-            seconds = self._until_room(waiting, running)
+            self._ledger.counts["refused"] += 1
+            seconds = self._ledger.until_room(waiting, [inbox.began for inbox in running])
             full = f"{waiting} requests wait already, max_waiting is {self._max_waiting}"
             if waiting < self._max_waiting:
                 full = f"{waiting + len(running)} requests are held already, which is the most"
             raise BusyError(f"{full}; come again in about {seconds:.0f} s", seconds)
-        inbox = _Inbox(size, alone)
+        inbox = Inbox(size, alone)
         self._inboxes[inbox] = None
         return inbox
 
     def _check_open(self) -> None:
         if self._error is not None:
             raise ClosedError(
-                f"the scheduler was ended by an error ({_told(self._error)}); start another"
+                f"the scheduler was ended by an error ({described(self._error)}); start another"
             ) from self._error
         self._check_loop()
         if self.closed:
@@ -302,23 +260,13 @@ class Scheduler:
                 f"{'one that is gone' if mine is None else mine!r}, and is used outside of it; use it where it was entered"
             )
 
-    def _until_room(self, waiting: int, running: "Sequence[_Inbox]") -> float:
-        """Seconds in which those who wait will have begun, if requests go on to take as long as the last ones."""
-        now = time.perf_counter()
-        ages = [now - inbox.began for inbox in running]
-        means = [sum(one) / len(one) for one in (ages, list(self._lengths)) if one]
-        return max(1.0, waiting * max(means, default=0.0) / max(1, len(running)))
-
-    def _first(self, seconds: float) -> None:
-        self._firsts.append(seconds)
-
-    def _count(self, inbox: "_Inbox", outcome: str) -> None:
+    def _count(self, inbox: Inbox, outcome: str) -> None:
         """How a request has ended, the first time that this is said."""
         if not inbox.counted:
             inbox.counted = True
-            self._counts[outcome] += 1
+            self._ledger.counts[outcome] += 1
 
-    def _drop(self, inbox: "_Inbox", outcome: str = "cancelled") -> None:
+    def _drop(self, inbox: Inbox, outcome: str = "cancelled") -> None:
         self._count(inbox, outcome)
         if inbox in self._inboxes:
             self._forget(inbox)
@@ -329,19 +277,19 @@ class Scheduler:
                 # What was to be prepared goes at once, however long another's preparing takes.
                 self._unprepared = deque(one for one in self._unprepared if one[0] is not inbox)
                 self._changed.notify_all()
-            inbox.queue.put_nowait(_End(None))  # for who waits for the next chunk in another task
+            inbox.queue.put_nowait(End(None))  # for who waits for the next chunk in another task
 
-    def _over(self, inbox: "_Inbox", error: BaseException | None, outcome: str = "failed") -> None:
+    def _over(self, inbox: Inbox, error: BaseException | None, outcome: str = "failed") -> None:
         if inbox in self._inboxes:
             self._forget(inbox)
             if error is not None:  # else its consumer has still to be given it
                 self._count(inbox, outcome)
-            inbox.queue.put_nowait(_End(error))
+            inbox.queue.put_nowait(End(error))
 
-    def _forget(self, inbox: "_Inbox") -> None:
+    def _forget(self, inbox: Inbox) -> None:
         del self._inboxes[inbox]
         if inbox.request is not None and inbox.request.entered:
-            self._lengths.append(time.perf_counter() - inbox.began)
+            self._ledger.over(inbox.began)
 
     # ------------------------------------------------------------------ in threads
 
@@ -372,10 +320,10 @@ class Scheduler:
             del inbox, prepare
             release_threads()
 
-    def _add(self, inbox: "_Inbox", work: Work[Any]) -> None:
+    def _add(self, inbox: Inbox, work: Work[Any]) -> None:
         def make(index: int, before: Tensor | None) -> Job:
             if index == 0:
-                inbox.began = time.perf_counter()
+                inbox.began = self._ledger.now()
             return work.make(index, before)
 
         inbox.through = work.through
@@ -430,7 +378,7 @@ class Scheduler:
                 one()
             except BaseException as again:
                 if again is not error:
-                    log.error("the scheduler could not clean up: %s", _told(again), exc_info=again)
+                    log.error("the scheduler could not clean up: %s", described(again), exc_info=again)
                     self._error = self._error or again
 
     def _turn(self, turns: Turns) -> None:
@@ -444,7 +392,7 @@ class Scheduler:
         for request in dropped:
             turns.drop(request)
         with self._within():
-            over = turns.turn()
+            over = turns.step()
         for request in over:
             self._call(self._request_over, request)
 
@@ -470,11 +418,11 @@ class Scheduler:
             else:
                 started.set_exception(error)
 
-    def _tell(self, inbox: "_Inbox", chunk: Chunk) -> None:
+    def _tell(self, inbox: Inbox, chunk: Chunk) -> None:
         inbox.told += 1
         self._call(inbox.queue.put_nowait, chunk)
 
-    def _took(self, inbox: "_Inbox") -> None:
+    def _took(self, inbox: Inbox) -> None:
         """A consumer has taken a chunk; the next job of its request may begin."""
         with self._changed:
             inbox.taken += 1
@@ -489,108 +437,3 @@ class Scheduler:
         except RuntimeError:  # it is closed
             log.debug("the event loop has ended without closing the scheduler")
         self._stop()  # nobody is left to be told
-
-
-def _told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-
-
-def _handed_on(error: BaseException) -> Exception:
-    """An error as the task is told that waits: what would end an iteration or the event loop there is told as an error."""
-    if isinstance(error, Exception) and not isinstance(error, StopIteration | StopAsyncIteration):
-        return error
-    told = RuntimeError(f"the request was ended by {_told(error)}")
-    told.__cause__ = error
-    return told
-
-
-@dataclass(frozen=True)
-class _End:
-    error: BaseException | None
-
-
-class _Inbox:
-    """A request that was accepted: what has been decoded for its consumer, who may have forgotten it."""
-
-    def __init__(self, size: int, alone: int) -> None:
-        self.size, self.alone = size, alone
-        self.queue: asyncio.Queue[Chunk | _End] = asyncio.Queue()
-        self.told = self.taken = 0  # chunks; one thread writes the one, another the other
-        self.request: Request | None = None  # until it is prepared
-        self.through: Callable[[Chunk], Iterable[Any]]
-        self.began = 0.0  # when its first job did
-        self.dropped = self.counted = False
-
-
-class Stream(AsyncIterator[T], Generic[T]):
-    """What one request gives. Closing it, cancelling who waits for it or forgetting it ends the request.
-
-    Attributes:
-        cut_off: which of the request's jobs, of those given so far, came to their most tokens without an end.
-    """
-
-    def __init__(self, scheduler: Scheduler, inbox: _Inbox) -> None:
-        self._scheduler, self._inbox = scheduler, inbox
-        self._items: deque[T] = deque()
-        self._since = time.perf_counter()
-        self._given = self._ended = False
-        self.cut_off: list[int] = []
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> T:
-        if not self._ended:
-            self._scheduler._check_loop()
-        try:
-            while not self._items:
-                if self._ended:
-                    raise StopAsyncIteration
-                item = await self._inbox.queue.get()
-                if isinstance(item, _End):
-                    self._ended = True
-                    if item.error is not None:
-                        raise _handed_on(item.error)
-                    self._scheduler._count(self._inbox, "finished")
-                else:
-                    self._scheduler._took(self._inbox)
-                    if item.cut_off:
-                        self.cut_off.append(item.index)
-                    made = await self._scheduler._in_thread(partial(self._made, item))
-                    if not self._ended:  # closed by another task meanwhile
-                        self._items.extend(made)
-        except StopAsyncIteration:
-            raise
-        except BaseException as error:  # cancelled, or it cannot be made into what was wanted
-            self._end("failed" if isinstance(error, Exception) else "cancelled")
-            raise
-        if not self._given:
-            self._given = True
-            self._scheduler._first(time.perf_counter() - self._since)
-        return self._items.popleft()
-
-    def _made(self, chunk: Chunk) -> list[T]:
-        try:
-            return list(self._inbox.through(chunk))
-        except BaseException as error:
-            told = _handed_on(error)
-            raise told from told.__cause__
-        finally:
-            release_threads()
-
-    async def aclose(self) -> None:
-        """End the request. Nothing happens if it has ended."""
-        if not self._ended:
-            self._end("cancelled")
-
-    def _end(self, outcome: str) -> None:
-        self._ended = True
-        self._items.clear()
-        if self._scheduler._is_here():
-            self._scheduler._drop(self._inbox, outcome)
-        else:
-            self._scheduler._call(self._scheduler._drop, self._inbox, outcome)
-
-    def __del__(self) -> None:
-        if not self._ended:
-            self._scheduler._call(self._scheduler._drop, self._inbox)

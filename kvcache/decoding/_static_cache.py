@@ -18,7 +18,7 @@ from kvcache.cache import (
     CacheGeometry,
     CacheReport,
     KeepAll,
-    KVLayer,
+    LayerCache,
     LayerReport,
     SizePolicy,
     ring_sees,
@@ -95,7 +95,9 @@ class StaticKV:
 
     # ------------------------------------------------------------------ between steps
 
-    def load(self, first: int, layers: Sequence[KVLayer], pads: Tensor | None = None, *, later: bool = False) -> None:
+    def load(
+        self, first: int, layers: Sequence[LayerCache], pads: Tensor | None = None, *, later: bool = False
+    ) -> None:
         """Begin the rows from `first` on with what was prefilled: all of it, or as much as its policy has left.
 
         Args:
@@ -136,7 +138,7 @@ class StaticKV:
         while self._pending:
             self._pending.pop(0)[1]()
 
-    def _copy(self, rows: range, layers: Sequence[KVLayer], positions: Tensor, pinned: int) -> None:
+    def _copy(self, rows: range, layers: Sequence[LayerCache], positions: Tensor, pinned: int) -> None:
         """The tokens at these positions, ``[rows, stored]``, to their slots; pads stand below zero."""
         slots = ring_slot(positions, torch.tensor(pinned), self.slots)
         stored = torch.arange(positions.shape[1])
@@ -150,7 +152,7 @@ class StaticKV:
                 keys[row][:, to] = kv.keys[i][:, taken].to(keys.dtype)
                 values[row][:, to] = kv.values[i][:, taken].to(values.dtype)
 
-    def check_load(self, first: int, layers: Sequence[KVLayer]) -> range:
+    def check_load(self, first: int, layers: Sequence[LayerCache]) -> range:
         """The rows that `load` would begin, if these layers fit there; raises if they do not."""
         held = layers[0].keys
         if held is None or len(layers) != len(self.keys):

@@ -28,8 +28,11 @@ class _Stopped(Exception):
 
 
 class ThreadState:
-    """What torch keeps for the thread that makes this, and not for all: autocast, whether gradients are kept, the default
-    device, the stream of a GPU. Deterministic algorithms, precisions and the default dtype are one for all threads."""
+    """What torch keeps for the thread that makes this, and not for all.
+
+    That is autocast, whether gradients are kept, the default device, and the stream of a GPU. Deterministic algorithms,
+    precisions and the default dtype are one for all threads.
+    """
 
     def __init__(self) -> None:
         accelerator = torch.accelerator.current_accelerator()

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from kvcache.cache import Quantization
+from kvcache.cache import KVQuantization
 from kvcache.decoding._backends import BackendName, check_bucket
 from kvcache.decoding._setting import Setting, VocoderSetting
 from kvcache.errors import CorruptError, InputError, said
@@ -125,8 +125,10 @@ class TuningProfile:
 
     @classmethod
     def load(cls, path: Path | str, model: nn.Module | None = None) -> "TuningProfile":
-        """Read it, checked field by field. A profile of another machine is taken, with a warning in the log; so is one of other
-        weights in a model that is the same otherwise: as fast, but its fidelity was judged on those.
+        """Read it, checked field by field.
+
+        A profile of another machine is taken, with a warning in the log. So is one of other weights in a model that is the
+        same otherwise: it is as fast, but its fidelity was judged on those weights.
 
         Args:
             model: that it must be of.
@@ -154,15 +156,17 @@ class TuningProfile:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What the setting is for `KVCacheManager`, but for the precision, and for an adapter's engine, which makes its own
-        options of how the vocoder runs: arguments by name."""
+        """The setting as arguments by name, for `KVCacheManager` and for an adapter's engine.
+
+        The precision is no argument of `KVCacheManager`; an engine makes its own options of how the vocoder runs.
+        """
         one = self.setting
         named = {
             "backend": one.backend,
             "precision": one.precision,
             "kv_dtype": one.kv_dtype,
             "bucket": one.bucket,
-            "quantization": None if one.quantization is None else Quantization(one.quantization),
+            "storage": None if one.quantization is None else KVQuantization(one.quantization),
             "max_cache_length": one.max_length,
             "vocoder": self.vocoder,
         }
@@ -306,7 +310,7 @@ def _setting(content: Any) -> Setting:
         requests=_count(content, "requests"),
     )
     if (bits := content["quantization"]) is not None:
-        Quantization(bits)
+        KVQuantization(bits)
         setting = replace(setting, quantization=bits)
     if content["max_length"] is not None:
         setting = replace(setting, max_length=_count(content, "max_length"))

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kvcache.decoding._batch import Batch, Job, Piece
+from kvcache.decoding._batch import Batch, Job, JobOutput
 from kvcache.errors import KVCacheError, check_whole
 
 _FAILURES = 8  # turns in a row in which something failed and nothing worked, after which a batch is given up
@@ -111,7 +111,7 @@ class Request:
         self.running[job] = index
         return job
 
-    def take(self, piece: Piece) -> None:
+    def take(self, piece: JobOutput) -> None:
         """Take what one of the jobs has said, and deliver what is due; raise what kept it from going on."""
         if piece.error is not None:
             raise piece.error
@@ -200,7 +200,7 @@ class Turns:
             self._waiting.pop(request, None)
             self._leave(request)
 
-    def turn(self) -> list[Request]:
+    def step(self) -> list[Request]:
         """Let jobs enter as places allow, then decode some steps. The requests that are over, failed ones among them.
 
         An error of one request ends that one, an error of a step all that decode.
@@ -228,7 +228,7 @@ class Turns:
 
     def _step(self) -> None:
         try:
-            pieces = self.batch.turn()
+            pieces = self.batch.step()
         except Exception as error:  # no telling whose
             self._worked, self._broke = False, error
             for request in self.requests:
@@ -277,7 +277,7 @@ class Turns:
             self._fail(request, error)
             return
         try:
-            piece = self.batch.enter(job)
+            piece = self.batch.add(job)
         except Exception as error:
             if not isinstance(error, KVCacheError):  # which is about what was asked for
                 self._broke = error
@@ -287,7 +287,7 @@ class Turns:
         self._worked = True
         self._take(request, piece)
 
-    def _take(self, request: Request, piece: Piece) -> None:
+    def _take(self, request: Request, piece: JobOutput) -> None:
         try:
             request.take(piece)
         except Exception as error:  # of whom it is delivered to
@@ -304,5 +304,5 @@ class Turns:
 
     def _leave(self, request: Request) -> None:
         for job in list(request.running):
-            self.batch.leave(job)
+            self.batch.cancel(job)
             del request.running[job]

@@ -1,25 +1,22 @@
 """How a transformers decoder reads and writes a `StaticKV`: its cache layers, its mask, its attention."""
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
-from transformers.masking_utils import AttentionMaskInterface
 
 from kvcache.decoding._kernel import available, decode_attention
 from kvcache.decoding._static_cache import StaticKV
 from kvcache.errors import GeometryError
 from kvcache.models import (
+    attending_copy,
     decoding_arguments,
     facts_of,
     geometry_of,
     own_attention,
     rope_by_length,
     signature_of,
-    structural_copy,
     told_more,
 )
 
@@ -65,18 +62,7 @@ def decoder_copy(model: Any) -> Any:
     """
     if (reason := unsupported_reason(model)) is not None:
         raise GeometryError(f"cannot decode on a static cache: {reason}; decode without a backend")
-    AttentionInterface.register(_ATTENTION, attend)
-    AttentionMaskInterface.register(_ATTENTION, _no_mask)
-    new = structural_copy(model, lambda name, module: None)
-    configs: dict[int, Any] = {}
-    for module in new.modules():
-        config = module.__dict__.get("config")
-        if config is not None and hasattr(config, "_attn_implementation"):
-            if id(config) not in configs:
-                configs[id(config)] = copy.copy(config)
-                configs[id(config)]._attn_implementation_internal = _ATTENTION
-            module.config = configs[id(config)]
-    return new
+    return attending_copy(model, _ATTENTION, attend, _no_mask)
 
 
 class DecodeInputs:
@@ -97,7 +83,7 @@ class DecodeInputs:
         """The arguments of the model's next call.
 
         Args:
-            order: ``arange(columns)``: so many slots are read.
+            order: ``[columns]``, which are 0, 1, 2, …: so many slots are read.
             whole: every row sees all of them, so that no mask is needed.
         """
         kv = self._kv
@@ -126,10 +112,10 @@ class StaticLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return self._kv.write(self._index, key_states, value_states)
 
-    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:  # noqa: ARG002  # as transformers calls it
         return self._kv.columns, 0
 
-    def get_seq_length(self, cache_position: Tensor | None = None) -> int:
+    def get_seq_length(self, cache_position: Tensor | None = None) -> int:  # noqa: ARG002  # as transformers calls it
         return 0  # positions are given; a number here would be baked into a captured step
 
     def get_max_length(self) -> int:
@@ -143,7 +129,7 @@ def _no_mask(*args: Any, **kwargs: Any) -> None:
 
 
 def attend(
-    module: nn.Module,
+    module: nn.Module,  # noqa: ARG001  # as transformers calls it
     query: Tensor,
     keys: Tensor,
     values: Tensor,

@@ -1,5 +1,6 @@
-"""The one place that hides passwords, and what steers a terminal: whatever kvcache says of a place or of an error goes
-through here.
+"""The one place that hides passwords, and what steers a terminal.
+
+Whatever kvcache says of a place or of an error goes through here.
 
 A password may hold any character, also those that divide a URL, so that nobody can say for sure where it ends. What is
 hidden is rather too much than too little.

@@ -9,32 +9,20 @@ from kvcache.models._arguments import (
 )
 from kvcache.models._attention import observed_copy, own_attention, told_more
 from kvcache.models._autocast import autocasts, each_without_autocast, without_autocast
+from kvcache.models._beginnings import run_prefix
 from kvcache.models._cache import (
     TESTED,
-    PositionMode,
-    cache_layers,
-    check_continues,
-    check_ours,
-    check_ranking,
     decoding_arguments,
-    emit_evictions,
     exact_windows,
     is_attention,
     key_rotation,
-    kv_layers,
-    left_padding,
     new_cache,
-    note_read,
-    rehearse,
-    report_of,
-    reset_eviction_count,
     shape_of,
-    truncate,
 )
 from kvcache.models._code import class_code, function_code
 from kvcache.models._compat import MADE_AS, cache_kwarg, get_cache, output_cache, pop_cache, takes
-from kvcache.models._copies import structural_copy
-from kvcache.models._facts import LayerShape, ModelFacts, Seat, alike, facts_of, geometry_of, rope_by_length, run_prefix
+from kvcache.models._copies import attending_copy, structural_copy
+from kvcache.models._facts import LayerShape, ModelFacts, facts_of, geometry_of
 from kvcache.models._fingerprint import (
     check_named,
     forget,
@@ -45,23 +33,36 @@ from kvcache.models._fingerprint import (
 )
 from kvcache.models._forwards import looks_on
 from kvcache.models._head_profile import RetrievalHeadProfile, profile_retrieval_heads
-from kvcache.models._managed import MadeFor, ManagedCache, ManagedLayer, check_positions
+from kvcache.models._managed import MadeFor, ManagedCache
+from kvcache.models._managed_layer import ManagedLayer, check_positions
 from kvcache.models._meta import Watch, meta_without_autocast, without_numbers
 from kvcache.models._onednn import has_onednn, onednn_linear, onednn_rows
+from kvcache.models._operations import (
+    cache_layers,
+    check_continues,
+    check_ours,
+    emit_evictions,
+    kv_layers,
+    left_padding,
+    note_read,
+    report_of,
+    reset_eviction_count,
+    truncate,
+)
+from kvcache.models._packed import LINEAR, PackedLinear, has_half, reads_half_caches
 from kvcache.models._precision import (
-    LINEAR,
-    PackedLinear,
     Precision,
     cast,
     check_precision,
     find_sensitive_layers,
-    has_half,
     is_plain,
     planned,
     quantize_linear,
-    reads_half_caches,
 )
-from kvcache.models._probe import untouched
+from kvcache.models._probe import alike, untouched
+from kvcache.models._rehearsal import check_ranking, rehearse
+from kvcache.models._rotations import rope_by_length
+from kvcache.models._seats import Seat
 from kvcache.models._shapes import encoder_input, reads_text, run_blank
 from kvcache.models._signature import Following, Signature, signature_of, trains, watch_of
 from kvcache.models._windows import unattended
@@ -78,13 +79,13 @@ __all__ = [
     "ManagedLayer",
     "ModelFacts",
     "PackedLinear",
-    "PositionMode",
     "Precision",
     "RetrievalHeadProfile",
     "Seat",
     "Signature",
     "Watch",
     "alike",
+    "attending_copy",
     "autocasts",
     "cache_kwarg",
     "cache_layers",

@@ -16,7 +16,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
-from kvcache.cache import Piece, place
+from kvcache.cache import Attended, LayerCache, attend
 from kvcache.errors import PolicyError
 from kvcache.models._compat import get_cache
 from kvcache.models._copies import structural_copy
@@ -31,8 +31,8 @@ _HARMLESS = {
     "max_length_k", "max_length_q", "num_items_in_batch", "position_ids", "return_dict", "use_cache",
 }  # fmt: skip
 
-# The layer that stored the keys which the next attention of this thread is given, and these keys.
-_stored: ContextVar[tuple[Any, Tensor, Tensor] | None] = ContextVar("kvcache_stored", default=None)
+# The layer that stored the keys which the next attention of this thread is given, and all that these attend to.
+_stored: ContextVar[tuple[LayerCache, Attended] | None] = ContextVar("kvcache_stored", default=None)
 _observing: ContextVar[int] = ContextVar("kvcache_observing", default=0)  # models that run, one inside the other
 _looked_at: ContextVar[Tensor | None] = ContextVar("kvcache_looked_at", default=None)  # the mask that was checked last
 
@@ -42,10 +42,10 @@ def observing() -> bool:
     return _observing.get() > 0
 
 
-def stored(layer: Any, keys: Tensor, values: Tensor) -> None:
-    """Say that a layer has just returned these keys and values, for the attention that follows."""
+def stored(layer: LayerCache, attended: Attended) -> None:
+    """Say that a layer has just returned this, for the attention that follows."""
     if _observing.get():
-        _stored.set((layer, keys, values))
+        _stored.set((layer, attended))
 
 
 def observed_copy(model: Any) -> Any:
@@ -124,7 +124,7 @@ def told_more(dropout: float = 0.0, **told: Any) -> str | None:
     return ", ".join([*more, "dropout"] if dropout else more) or None
 
 
-def _begin(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+def _begin(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
     _observing.set(_observing.get() + 1)  # first: what is refused ends as well
     if _observing.get() == 1:
         _check_mask(kwargs)
@@ -151,7 +151,7 @@ def _check_mask(given: dict[str, Any]) -> None:
         )
 
 
-def _end(module: nn.Module, args: Any, output: Any) -> None:
+def _end(_module: nn.Module, _args: Any, _output: Any) -> None:
     _observing.set(max(0, _observing.get() - 1))
     _stored.set(None)
     _looked_at.set(None)
@@ -166,7 +166,7 @@ def _attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The model's own attention; for our layers, each piece of KV heads over its own tokens."""
+    """The model's own attention; for our layers, that of heads over their own tokens."""
     held = _stored.get()
     _stored.set(None)
     if held is None:
@@ -177,32 +177,18 @@ def _attend(
             f"the attention of {type(module).__name__} depends on {more}, which heads that see tokens of their own do not "
             "compute; use a policy by age, such as SlidingWindow"
         )
-    layer, keys, values = held
-    if keys is not key or values is not value:
+    layer, attended = held
+    if attended.keys is not key or attended.values is not value:
         raise PolicyError(
             f"{type(module).__name__} attends to other keys or values than its cache returned, so heads cannot see tokens of "
             "their own; use a policy by age, such as SlidingWindow"
         )
-    rows, heads, fresh, dim = query.shape
     if attention_mask is not None and _looked_at.get() is not attention_mask:
-        _check_causal(layer, attention_mask, fresh, type(module).__name__)
-    pieces = layer.pieces(keys, values, fresh)
-    grouped = query.view(rows, sum(len(piece.heads) for piece in pieces), -1, fresh, dim)
-    out = query.new_empty(*grouped.shape[:4], pieces[0].values.shape[3])
-    for piece in pieces:
-        at = place(piece.heads)
-        own = grouped if len(pieces) == 1 else grouped[:, at]
-        found = _piece_attention(own, piece, scaling)
-        if len(pieces) == 1:
-            out = found
-        else:
-            out[:, at] = found
-        if piece.observe is not None:
-            piece.observe(own.flatten(1, 2), dim**-0.5 if scaling is None else scaling)
-    return out.view(rows, heads, fresh, -1).transpose(1, 2), None
+        _check_causal(layer, attention_mask, query.shape[2], type(module).__name__)
+    return attend(query, attended.spans, scaling).transpose(1, 2), None
 
 
-def _check_causal(layer: Any, mask: Tensor, fresh: int, name: str) -> None:
+def _check_causal(layer: LayerCache, mask: Tensor, fresh: int, name: str) -> None:
     """Refuse a mask that is not the causal one with the pads that the cache knows of: each head makes its own."""
     if mask.is_meta:  # says nothing
         return
@@ -213,19 +199,3 @@ def _check_causal(layer: Any, mask: Tensor, fresh: int, name: str) -> None:
             "honour: each head sees its own tokens; use a policy by age, such as SlidingWindow"
         )
     _looked_at.set(mask)
-
-
-def _piece_attention(query: Tensor, piece: Piece, scaling: float | None) -> Tensor:
-    """Attention of queries ``[rows, KV heads, groups, fresh, dim]``, in that shape."""
-    fresh = query.shape[3]
-    attend = nn.functional.scaled_dot_product_attention
-    if fresh == 1:
-        # The query heads of one KV head are so many queries to it: keys and values need not be repeated.
-        return attend(query.squeeze(3), piece.keys, piece.values, piece.mask, scale=scaling)[:, :, :, None]
-    groups = query.shape[2]
-    mask = piece.mask
-    if mask is not None and mask.shape[1] > 1:
-        mask = mask.repeat_interleave(groups, 1)
-    keys, values = (states.repeat_interleave(groups, 1) for states in (piece.keys, piece.values))
-    out = attend(query.flatten(1, 2), keys, values, mask, is_causal=mask is None, scale=scaling)
-    return out.view(*query.shape[:4], -1)

@@ -17,8 +17,10 @@ def autocasts(kind: str) -> bool:
 
 @contextmanager
 def without_autocast(kinds: Iterable[str]) -> Iterator[None]:
-    """Within this block no autocast is in force on devices of these kinds: what is kept for later requests, and for other
-    callers, must not depend on the block in which somebody asked for it."""
+    """Within this block no autocast is in force on devices of these kinds.
+
+    What is kept for later requests, and for other callers, must not depend on the block in which somebody asked for it.
+    """
     with ExitStack() as block:
         for kind in kinds:
             if autocasts(kind):

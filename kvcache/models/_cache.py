@@ -4,50 +4,40 @@ Two rules make a cache right while tokens leave it: its length is counted in tok
 ``(kept + new, seen - kept)``. What a release changed is bridged here and nowhere else.
 """
 
-from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
-import torch
 import transformers
 from torch import Tensor, nn
 from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
-    EncoderDecoderCache,
 )
 
 from kvcache.cache import (
     CacheGeometry,
-    CacheReport,
     CacheShape,
-    KeepAll,
+    CacheSpec,
+    Expected,
     KeyRotation,
-    KVLayer,
-    Quantization,
-    QuantizedLayer,
+    LayerCache,
     SizePolicy,
-    SnapKV,
-    SplitLayer,
-    account,
+    Token,
     budgeted,
-    check_policy,
-    check_quantization,
     chosen_by_head,
-    layer_for,
+    spec_of,
     turns,
 )
-from kvcache.errors import GeometryError, InputError, PolicyError, PositionsError
+from kvcache.errors import PolicyError, PositionsError
 from kvcache.events import Evictions
 from kvcache.models import _attention as attention
 from kvcache.models import _export as export
 from kvcache.models._arguments import check_model
-from kvcache.models._compat import MADE_AS, cache_kwarg
-from kvcache.models._facts import ModelFacts, alike, facts_of, geometry_of
-from kvcache.models._managed import Crossed, ManagedCache, ManagedEncoderDecoderCache, check_rollback
-from kvcache.models._managed import ManagedLayer as ManagedLayer
-from kvcache.models._managed import check_positions as check_positions
+from kvcache.models._compat import MADE_AS
+from kvcache.models._facts import facts_of, geometry_of
+from kvcache.models._managed import Crossed, ManagedCache, ManagedEncoderDecoderCache
+from kvcache.models._managed_layer import ManagedLayer
 from kvcache.models._probe import parameters
 from kvcache.models._shapes import cache_shape
 from kvcache.models._windows import Windows, announced
@@ -57,8 +47,6 @@ TESTED = ("5.2", "5.24")
 
 _VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 
-PositionMode = Literal["absolute", "rerotated"]
-
 export.register()
 
 
@@ -67,15 +55,11 @@ export.register()
 
 def new_cache(
     model: Any,
-    policy: SizePolicy | Sequence[SizePolicy] | None = None,
+    spec: CacheSpec | SizePolicy | Sequence[SizePolicy] | None = None,
     *,
-    max_length: int | None = None,
-    preallocate: bool = False,
-    positions: PositionMode = "absolute",
     rows: int | None = None,
     padding: Tensor | None = None,
     geometry: CacheGeometry | None = None,
-    quantization: Quantization | None = None,
     crossing: bool | None = None,
 ) -> Any:
     """A cache to pass as ``past_key_values`` (``cache`` from transformers 5.24 on); for an encoder-decoder, its decoder's.
@@ -85,14 +69,10 @@ def new_cache(
 
     Args:
         model: a transformers model.
-        policy: which tokens stay; one for all layers or a sequence of one per layer.
-        max_length: refuse to hold more tokens than this.
-        preallocate: take the memory for all of them at once.
-        positions: ``"rerotated"`` moves the pinned keys next to the window (needs RoPE).
+        spec: what is asked of the cache; a policy alone is a spec with nothing else.
         rows: refuse another batch size.
         padding: pads on the left of each row, ``[batch]``; see `left_padding`.
         geometry: the model's, where it is known already.
-        quantization: hold keys and values in few bits.
         crossing: whether the model attends to an encoder, whose keys and values need a place of their own; by default
             whether it is an encoder-decoder.
 
@@ -100,72 +80,72 @@ def new_cache(
         PositionsError, PolicyError, GeometryError: if that cannot work for this model.
     """
     check_model(model)
-    check_quantization(quantization)
-    if positions not in ("absolute", "rerotated"):
-        raise PositionsError(f"positions={positions!r} must be 'absolute' or 'rerotated'")
+    spec = spec_of(spec)
     geometry = geometry_of(model) if geometry is None else geometry
     layers = list(DynamicCache(config=model.config).layers)[: geometry.layers]  # T5's has as many as its encoder
     layers += [_full_layer() for _ in range(geometry.layers - len(layers))]
     managed = [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]
-    policies = _policy_per_layer(policy, len(layers))
-    evicting = [policies[i] for i in managed if policies[i].evicts]
-    rerotated = positions == "rerotated"
-    if evicting or rerotated:
-        _check_eviction(model, geometry, [policies[i] for i in managed] if evicting else [], rerotated)
-    idle = policy if any(p.evicts for p in policies) else quantization
-    if not managed and idle is not None:
+    policies = spec.policies(len(layers))
+    ours = [policies[i] for i in managed]
+    _check_spec(model, geometry, spec, ours, padding)
+    if not managed and (any(policy.evicts for policy in policies) or not spec.storage.exact):
         raise PolicyError(
-            f"{idle!r} has no layer to work on: each of the {len(layers)} layers is managed by the model in its own way "
+            f"{spec!r} has no layer to work on: each of the {len(layers)} layers is managed by the model in its own way "
             f"({type(layers[0]).__name__}); leave it out, or unset config.sliding_window where the model has one"
         )
-    for one in (policies[i] for i in managed if preallocate):
-        if max_length is None and not one.evicts:
-            raise PolicyError(
-                f"preallocate=True takes the memory of all tokens at once, and under {one!r} without a limit there is no "
-                "telling how many: give max_length (max_cache_length), or a policy with a limit"
-            )
-    if any(chosen_by_head(policies[i]) for i in managed):
-        _check_latent(model, policy)
-    ours: list[KVLayer] = []
-    evictions = Evictions(ours)
-    masked = evicting and not all(chosen_by_head(policies[i]) for i in managed)
-    windows = Windows(model, facts_of(model).seats, layers) if masked else None
-    counted = [i for i in managed if budgeted(policies[i]) and not chosen_by_head(policies[i])]
-    shape = shape_of(model) if counted else None
+    windows = Windows(model, facts_of(model).seats, layers) if _by_age(ours) and any(p.evicts for p in ours) else None
+    shape = shape_of(model) if any(budgeted(p) and not chosen_by_head(p) for p in ours) else None
+    held: list[LayerCache] = []
+    evictions = Evictions(held)
     for i in managed:
-        own = geometry.of(i)
-        given: dict[str, Any] = {"max_length": max_length, "padding": padding, "layers": len(managed), "rows": rows}
-        rotation = facts_of(model).rotation(i) if rerotated and policies[i].evicts else None
-        if rerotated and evicting and padding is not None and bool((padding > 0).any()):
-            raise PositionsError(
-                "re-rotated positions need rows without padding; run the rows apart, or keep positions='absolute'"
-            )
-        if shape is not None and i in counted:
-            given["whole"] = shape.whole()
-        if quantization is not None:
-            if rerotated and evicting:
-                raise PositionsError("quantized keys cannot be re-rotated; keep positions='absolute'")
-            kv: KVLayer = _quantized(policies[i], quantization, preallocate, own, given)
-        else:
-            given |= {"preallocate": preallocate, "token_bytes": own.layer_token_bytes}
-            kv = layer_for(policies[i], rotation, turn=_turn(model, geometry, policies[i], i), **given)
-        if kv.by_head and rerotated:
-            raise PositionsError(
-                f"under {policies[i]!r} each head keeps tokens of its own, so there is no window to turn sinks towards; "
-                "use positions='absolute'"
-            )
-        if isinstance(kv, SplitLayer) and kv.parts and len(kv.heads) != own.kv_heads:
-            raise GeometryError(
-                f"{policies[i]!r} is for {len(kv.heads)} KV heads, the model has {own.kv_heads}; give a policy for each"
-            )
-        ours.append(kv)
-        layers[i] = ManagedLayer(kv, geometry.max_positions, ours, evictions, windows)
+        counted = shape is not None and budgeted(policies[i]) and not chosen_by_head(policies[i])
+        expected = Expected(rows, _token(geometry, i), shape.whole() if shape is not None and counted else None)
+        kv = spec.layer(
+            policies[i],
+            rotation=facts_of(model).rotation(i) if spec.rerotated and policies[i].evicts else None,
+            turn=_turn(model, geometry, policies[i], i),
+            padding=padding,
+            expected=expected,
+        )
+        held.append(kv)
+        layers[i] = ManagedLayer(kv, geometry.max_positions, held, evictions, windows)
     if shape is not None and rows is None:
-        for kv in ours:
+        for kv in held:
             kv.share(shape.whole())  # says now what does not hold one row
     cache = ManagedCache(layers)
     crossing = model.config.is_encoder_decoder if crossing is None else crossing
-    return ManagedEncoderDecoderCache(cache, Crossed(ours, shape)) if crossing else cache
+    return ManagedEncoderDecoderCache(cache, Crossed(held, shape)) if crossing else cache
+
+
+def _token(geometry: CacheGeometry, layer: int) -> Token:
+    own = geometry.of(layer)
+    return own.kv_heads, own.head_dim, own.value_dim, own.dtype
+
+
+def _by_age(policies: Sequence[SizePolicy]) -> bool:
+    """Whether the oldest tokens leave first in any of these layers."""
+    return not all(map(chosen_by_head, policies))
+
+
+def _check_spec(
+    model: Any, geometry: CacheGeometry, spec: CacheSpec, policies: Sequence[SizePolicy], padding: Tensor | None
+) -> None:
+    """Refuse what cannot work for this model, whose managed layers have these policies."""
+    evicting = [policy for policy in policies if policy.evicts]
+    if evicting or spec.rerotated:
+        _check_eviction(model, geometry, policies if evicting else [], spec.rerotated)
+    for one in policies if spec.static else ():
+        if spec.max_length is None and not one.evicts:
+            raise PolicyError(
+                f"static=True takes the memory of all tokens at once, and under {one!r} without a limit there is no "
+                "telling how many: give max_length (max_cache_length), or a policy with a limit"
+            )
+    if any(map(chosen_by_head, policies)):
+        _check_latent(model, spec.policy)
+    if spec.rerotated and evicting and padding is not None and bool((padding > 0).any()):
+        raise PositionsError(
+            "re-rotated positions need rows without padding; run the rows apart, or keep positions='absolute'"
+        )
 
 
 def shape_of(model: Any) -> CacheShape:
@@ -221,37 +201,8 @@ def _turn(model: Any, geometry: CacheGeometry, policy: SizePolicy, layer: int) -
         ) from error
 
 
-def _quantized(
-    policy: SizePolicy,
-    quantization: Quantization,
-    preallocate: bool,
-    geometry: CacheGeometry,
-    given: dict[str, Any],
-) -> QuantizedLayer:
-    if chosen_by_head(policy):
-        raise PolicyError(
-            f"{policy!r} chooses tokens by head, and tokens that are quantized leave in groups; use one of the two, or a "
-            "policy by age, such as SlidingWindow"
-        )
-    if preallocate:
-        raise PolicyError("a quantized cache grows by groups; leave preallocate out")
-    return QuantizedLayer(policy, quantization, geometry=geometry, **given)
-
-
 def _full_layer() -> DynamicLayer:
     return DynamicLayer()  # type: ignore[no-untyped-call]
-
-
-def _policy_per_layer(policy: SizePolicy | Sequence[SizePolicy] | None, layers: int) -> list[SizePolicy]:
-    if policy is None or isinstance(policy, SizePolicy):
-        return [policy or KeepAll()] * layers
-    if not isinstance(policy, Sequence) or isinstance(policy, str) or len(policy) != layers:
-        raise PolicyError(
-            f"policy={policy!r} must be one SizePolicy, or a sequence of one for each of the {layers} layers"
-        )
-    for one in policy:
-        check_policy(one)
-    return list(policy)
 
 
 def decoding_arguments(cache: Any, positions: Tensor) -> dict[str, Any]:
@@ -262,197 +213,7 @@ def decoding_arguments(cache: Any, positions: Tensor) -> dict[str, Any]:
     return given | ({"cache_position": positions[0]} if _VERSION < (5, 4) else {})
 
 
-def cache_layers(cache: Any) -> list[Any]:
-    """The self-attention layers of a cache, ours and the model's own."""
-    return list(cache.self_attention_cache.layers if isinstance(cache, EncoderDecoderCache) else cache.layers)
-
-
-def cross_layers(cache: Any) -> list[Any]:
-    """The layers of a cache that hold what attends to an encoder."""
-    return list(cache.cross_attention_cache.layers) if isinstance(cache, EncoderDecoderCache) else []
-
-
-def report_of(cache: Any) -> CacheReport:
-    """The account of all that a cache holds."""
-    return account(cache_layers(cache), cross_layers(cache))
-
-
-def kv_layers(cache: Any, some: bool = True) -> list[KVLayer]:
-    """The layers of a cache that kvcache manages.
-
-    Raises:
-        GeometryError: if there are none, because the cache is not ours, and `some` must be.
-    """
-    managed = [layer.kv for layer in cache_layers(cache) if isinstance(layer, ManagedLayer)]
-    if not managed and some:
-        raise GeometryError(
-            f"{type(cache).__name__} has no layer that kvcache manages; make the cache with new_cache()"
-        )
-    return managed
-
-
-def check_ours(cache: Any) -> None:
-    """Raise `GeometryError` for something else than one of our caches, or None."""
-    own = getattr(cache, "self_attention_cache", cache)
-    if own is not None and not isinstance(own, ManagedCache):
-        raise GeometryError(f"{type(cache).__name__} is no cache of ours: make one with new_cache(), or give none")
-
-
-def truncate(cache: Any, length: int) -> None:
-    """Roll a whole cache back to its first `length` tokens; all of its layers or none.
-
-    Raises:
-        RollbackError: if one of them cannot.
-    """
-    layers, kept = cache_layers(cache), kv_layers(cache)
-    for kv in kept:
-        kv.check_truncate(length)
-    check_rollback(layers, length, kept[0].seen)
-    own = getattr(cache, "self_attention_cache", cache)
-    if length == 0:
-        own.reset()
-        return
-    if (removed := kept[0].seen - length) > 0:
-        for layer in layers:
-            if not isinstance(layer, ManagedLayer):
-                layer.crop(-removed)
-    for kv in kept:
-        kv.truncate(length)
-    if isinstance(cache, ManagedCache):
-        cache.forget_read(length)
-    reset_eviction_count(cache)
-
-
-def check_continues(cache: Any, ids: Tensor | None, given: int) -> None:
-    """Refuse what a cache already holds, or does not continue.
-
-    Args:
-        ids: the whole text so far, ``[rows, tokens]``; None where it is not known.
-        given: its tokens.
-
-    Raises:
-        InputError: with the length to `truncate` to.
-    """
-    held = kv_layers(cache, some=False)
-    seen = held[0].seen if held else 0
-    if given <= seen:
-        raise InputError(
-            f"the cache has seen {seen} tokens, and {given} were given: give the whole text so far and what follows it, or go "
-            f"back with truncate(cache, {max(0, given - 1)}) first, or use a new cache"
-        )
-    read = cache.read if isinstance(cache, ManagedCache) else None
-    if read is None or ids is None or ids.dim() != 2 or ids.shape[0] != len(read):
-        return
-    known = min(len(read[0]), seen)
-    before = torch.tensor([row[:known].tolist() for row in read])
-    same = (ids[:, :known].cpu() == before).all(0)
-    if not bool(same.all()):
-        common = int(same.long().cumprod(0).sum())
-        raise InputError(
-            f"the cache has seen another text: only the first {common} of its {seen} tokens are those given; go back with "
-            f"truncate(cache, {common}) first, or use a new cache"
-        )
-
-
-def note_read(cache: Any, ids: Tensor | None) -> None:
-    """Remember which token ids ``[rows, tokens]`` a cache of ours has seen; None forgets them."""
-    if isinstance(cache, ManagedCache):
-        held = kv_layers(cache, some=False)
-        known = ids is not None and held and held[0].rows == ids.shape[0]
-        cache.read = (
-            tuple(array("q", row[: held[0].seen].tolist()) for row in ids) if known and ids is not None else None
-        )
-
-
-def emit_evictions(cache: Any) -> None:
-    """Tell what has left a cache and was not told yet: nothing follows its last forward."""
-    managed = next((layer for layer in cache_layers(cache) if isinstance(layer, ManagedLayer)), None)
-    if managed is not None and managed.evictions is not None:
-        managed.evictions.after()
-
-
-def reset_eviction_count(cache: Any) -> None:
-    """Take the tokens that have left a cache so far for told, see `kvcache.events`."""
-    for layer in cache_layers(cache):
-        if isinstance(layer, ManagedLayer):
-            layer.reset_eviction_count()
-
-
-def check_ranking(model: Any, runner: Any) -> None:
-    """Try a policy that ranks tokens on a few of them, of which none leaves: the answer must be the model's own.
-
-    Args:
-        runner: the model's `observed_copy`.
-
-    Raises:
-        PolicyError: with the reason, if it is not.
-    """
-
-    def unsupported_reason(facts: ModelFacts) -> str | None:
-        if facts.why_not_probed is not None and model.device.type == "meta":
-            return None  # nothing is computed
-        try:
-            ids, told = facts.trial()
-        except GeometryError:
-            return None  # attention itself refuses what it cannot honour
-        cache = new_cache(model, SnapKV(1024))
-        try:
-            with facts.as_fresh(runner):
-                parts = [
-                    runner(part, **cache_kwarg(runner, cache), use_cache=True)[0] for part in (ids[:, :4], ids[:, 4:])
-                ]
-        except PolicyError as error:
-            return str(error).split(";")[0]
-        same = alike(torch.cat(parts, 1), told, None if told.dtype == torch.float32 else 0.3)
-        return (
-            None if same else f"{type(model).__name__} attends in a way of its own, which heads cannot do by themselves"
-        )
-
-    if (why := facts_of(model).once("ranking", unsupported_reason)) is not None:
-        raise PolicyError(f"{why}; use a policy by age, such as SlidingWindow")
-
-
-_REHEARSED = 2048  # tokens read again at a time
-_LEAD = 8  # tokens before them, which say where it goes on
-
-
-def rehearse(model: Any, cache: Any, ids: Tensor, instruction: Tensor | None) -> None:
-    """Run a text again on a cache that holds it, whose ranked layers look at what is looked at and store nothing.
-
-    Args:
-        model: that tells the cache what it attends to; see `kvcache.models.observed_copy`.
-        cache: of ours.
-        ids: ``[rows, tokens]``.
-        instruction: token ids ``[1, tokens]`` before each part.
-    """
-    layers: list[Any] = kv_layers(cache)
-    body = getattr(model, "base_model", model)
-    before = [layer.begin_rehearsal() for layer in layers]
-    try:
-        for start in range(0, ids.shape[1], _REHEARSED):
-            part = ids[:, max(0, start - _LEAD) : start + _REHEARSED]
-            for layer in layers:
-                layer.rehearsing = range(start, min(start + _REHEARSED, ids.shape[1]))
-            if instruction is not None:
-                part = torch.cat([instruction.to(ids.device).expand(ids.shape[0], -1), part], 1)
-            body(part, **cache_kwarg(body, cache), use_cache=True)
-    except BaseException:
-        for undo in before:
-            undo()
-        raise
-    finally:
-        for layer in layers:
-            layer.rehearsing = None
-
-
-def left_padding(attention_mask: Tensor | None) -> Tensor | None:
-    """Pads on the left of each row of a 2-D attention mask, ``[batch]``; None without a mask."""
-    if attention_mask is None or attention_mask.dim() != 2:
-        return None
-    return (attention_mask.cumsum(1) == 0).sum(1)
-
-
-# ---------------------------------------------------------------------- exact windows
+# ---------------------------------------------------------------------- masks, and rotary embeddings
 
 
 @contextmanager
@@ -479,9 +240,6 @@ def exact_windows(model: nn.Module) -> Iterator[None]:
 def is_attention(module: nn.Module) -> bool:
     """Whether a module is the attention of a layer, or one that hands its mask to it."""
     return isinstance(getattr(module, "layer_idx", None), int) and "attention_mask" in parameters(module)
-
-
-# ---------------------------------------------------------------------- rotary embeddings
 
 
 def key_rotation(model: Any) -> KeyRotation:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
 
 from kvcache.models._forwards import HOOKS, forward_of, unwrapped
 from kvcache.models._rebound import Rebinding
@@ -48,6 +50,29 @@ def structural_copy(module: nn.Module, replace: Callable[[str, nn.Module], nn.Mo
     for old, new in kept:
         _bind(old, new, bind, one_device=len(devices) <= 1)
     return root
+
+
+def attending_copy(model: Any, name: str, attend: Callable[..., Any], mask: Callable[..., Any]) -> Any:
+    """A copy of a model that shares its tensors and attends in another way.
+
+    Args:
+        model: is not changed.
+        name: of that attention, for transformers.
+        attend: computes it, see ``transformers.AttentionInterface``.
+        mask: makes its mask, see ``transformers.masking_utils.AttentionMaskInterface``.
+    """
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, mask)
+    new = structural_copy(model, lambda name, module: None)
+    configs: dict[int, Any] = {}
+    for module in new.modules():
+        config = module.__dict__.get("config")
+        if config is not None and hasattr(config, "_attn_implementation"):
+            if id(config) not in configs:
+                configs[id(config)] = copy.copy(config)
+                configs[id(config)]._attn_implementation_internal = name
+            module.config = configs[id(config)]
+    return new
 
 
 def _bind(old: nn.Module, new: nn.Module, bind: Rebinding, one_device: bool) -> None:

@@ -8,9 +8,10 @@ from torch.fx import _pytree as fx_pytree
 from torch.utils import _pytree as pytree
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from kvcache.cache import KeepAll, KVLayer
+from kvcache.cache import CacheSpec, KeepAll, LayerCache
 from kvcache.events import Evictions
-from kvcache.models._managed import PLAIN, ManagedCache, ManagedLayer
+from kvcache.models._managed import ManagedCache
+from kvcache.models._managed_layer import PLAIN, ManagedLayer
 
 
 class NotExportable:
@@ -49,9 +50,9 @@ def _made_of(layer: Any) -> dict[str, Any] | None:
     """What it takes to make an empty layer like this one; None if keys and values are not all that it holds."""
     if isinstance(layer, ManagedLayer):
         kv = layer.kv
-        if type(kv) is not KVLayer or not isinstance(kv.policy, KeepAll) or kv.padding is not None:
+        if not kv.storage.exact or not isinstance(kv.policy, KeepAll) or kv.padding is not None:
             return None
-        limits = {"max_length": kv.max_length, "preallocate": kv.preallocate, "max_positions": layer.max_positions}
+        limits = {"max_length": kv.max_length, "preallocate": kv.static, "max_positions": layer.max_positions}
         return {"managed": True, "held": layer.is_initialized, **limits}
     if type(layer) not in PLAIN or getattr(layer, "record_past", False):
         return None
@@ -65,13 +66,13 @@ def _unflatten(parts: Iterable[Any], made: list[Any]) -> ManagedCache:
     if not made:
         cache: ManagedCache = states[0].cache
         return cache
-    ours: list[KVLayer] = []
+    ours: list[LayerCache] = []
     evictions = Evictions(ours)
     layers: list[Any] = []
     for one in made:
         held = (states.pop(0), states.pop(0)) if one["held"] else None
         if one["managed"]:
-            kv = KVLayer(max_length=one["max_length"], preallocate=one["preallocate"])
+            kv = CacheSpec(max_length=one["max_length"], static=one["preallocate"]).layer()
             ours.append(kv)
             layers.append(ManagedLayer(kv, one["max_positions"], ours, evictions))
         else:

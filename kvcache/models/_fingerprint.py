@@ -70,14 +70,18 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def model_outline(model: nn.Module) -> str:
-    """A SHA-256, in hex, of what decides how fast a model is: its modules, the shapes and dtypes of its tensors, its
-    settings; not the numbers in them, nor the release of transformers."""
+    """A SHA-256, in hex, of what decides how fast a model is.
+
+    That is its modules, the shapes and dtypes of its tensors, and its settings; not the numbers in the tensors, nor the release
+    of transformers.
+    """
     return _digest(watch_of(unwrapped(model)).walk(), lambda tensor: f"{tensor.dtype} {list(tensor.shape)}", False)
 
 
 def model_program(model: nn.Module) -> str:
-    """A SHA-256, in hex, of what decides which operations a model runs: all that its fingerprint is of, but of its tensors
-    only shapes and dtypes.
+    """A SHA-256, in hex, of what decides which operations a model runs.
+
+    That is all that its fingerprint is of, but of its tensors only shapes and dtypes.
 
     Raises:
         InputError: as `model_fingerprint`.
@@ -220,6 +224,6 @@ def tensor_digest(tensor: Tensor) -> str:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """A tensor's bytes in row order, without a copy where it lies so already."""
+    """The bytes of a tensor of any shape, in row order; without a copy where it lies so already."""
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return memoryview(flat.numpy())  # type: ignore[arg-type]

@@ -158,8 +158,7 @@ def asks_training(kind: type) -> bool:
 
 
 def reached(kind: type, *beside: str) -> list[types.FunctionType]:
-    """The functions that a class's forward, and the methods of these names, run on themselves: they, and the methods they
-    call by name."""
+    """The class's forward, the methods of these names, and all methods that they call on themselves by name."""
     found: list[types.FunctionType] = []
     names = ["forward", *beside]
     seen = set(names)

@@ -9,13 +9,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kvcache.cache import KeepAll, PerHead, RankedLayer, RankingPolicy, ScoringContext, SizePolicy, SlidingWindow
+from kvcache.cache import KeepAll, PerHead, RankingPolicy, ScoringContext, SizePolicy, SlidingWindow
 from kvcache.errors import CorruptError, InputError, said
 from kvcache.io import write_given
 from kvcache.models._attention import observed_copy
-from kvcache.models._cache import kv_layers, new_cache
+from kvcache.models._cache import new_cache
 from kvcache.models._compat import cache_kwarg
 from kvcache.models._fingerprint import model_fingerprint
+from kvcache.models._operations import kv_layers
 
 _FORMAT = "kvcache-heads"
 
@@ -24,7 +25,7 @@ _FORMAT = "kvcache-heads"
 class _Watching(RankingPolicy):
     """Keeps everything, and every query, to be looked at afterwards."""
 
-    queries: ClassVar[int] = 2**31 - 1
+    query_window: ClassVar[int] = 2**31 - 1
 
     def score(self, seen: ScoringContext) -> Tensor:
         return torch.zeros_like(seen.positions, dtype=torch.float32)
@@ -131,7 +132,7 @@ class RetrievalHeadProfile:
         return profile
 
 
-def far_shares(layers: Sequence[RankedLayer], sinks: int, window: int) -> list[list[float]]:
+def far_shares(layers: Sequence[Any], sinks: int, window: int) -> list[list[float]]:
     """Of each layer and head, the mean share of attention beyond sinks and window, over queries for which there is such."""
     result = []
     for layer in layers:
@@ -174,10 +175,10 @@ def profile_retrieval_heads(
     sums: list[list[float]] = []
     tokens = sum(ids.numel() for ids in batches)
     for ids in batches:
-        room = ids.shape[1] + _Watching.recent + _Watching.sinks
+        room = ids.shape[1] + _Watching.window_size + _Watching.sinks
         cache = new_cache(model, _Watching(limit=room, low_water=room))
         body(ids.to(model.device), **cache_kwarg(body, cache), use_cache=True)
-        layers = [kv for kv in kv_layers(cache) if isinstance(kv, RankedLayer)]
+        layers = [kv for kv in kv_layers(cache) if kv.by_head]
         shares = far_shares(layers, sinks, window)
         weight = ids.numel() / tokens
         sums = [

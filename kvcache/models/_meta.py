@@ -119,7 +119,11 @@ def _picked(given: Tensor, indices: Sequence[Tensor | None]) -> Tensor:
 
 
 def _grouped(
-    given: Tensor, weight: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None
+    given: Tensor,
+    weight: Tensor,
+    offs: Tensor | None = None,  # noqa: ARG001  # as torch's own
+    bias: Tensor | None = None,  # noqa: ARG001
+    out_dtype: Any = None,
 ) -> Tensor:
     """Groups of rows, each multiplied with a matrix of its own. Torch's kernel for the meta device wants bf16; others do not."""
     return given.new_empty((*given.shape[:-1], weight.shape[-1]), dtype=out_dtype)

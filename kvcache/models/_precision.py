@@ -11,12 +11,9 @@ Yao et al., arXiv:2206.01861). On a GPU bf16 and fp16 convert the whole module, 
 would cost more than they save.
 """
 
-import hashlib
-import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache, lru_cache
 from typing import Any, Literal, get_args
-from weakref import finalize
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +22,12 @@ from transformers.pytorch_utils import Conv1D
 from kvcache.errors import InputError
 from kvcache.memory import malloc_trim
 from kvcache.models._copies import structural_copy
-from kvcache.models._fingerprint import tensor_digest
 from kvcache.models._forwards import forward_of, hooks_of, patched, reached, unwrapped
+from kvcache.models._packed import DTYPES, PackedLinear, Part, has_half
 from kvcache.models._signature import signature_of
 from kvcache.models._walk import ASIDE
 
 Precision = Literal["fp32", "bf16", "fp16", "int8"]
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check_precision(precision: str, device: torch.device) -> None:
@@ -64,7 +59,7 @@ def _like_cpu(device: torch.device) -> bool:
     return device.type in ("cpu", "meta")
 
 
-def quantize_linear(model: nn.Module, precision: Precision, *, wide: Collection[str] = ()) -> Any:
+def quantize_linear(model: nn.Module, precision: Precision, *, modules_to_not_convert: Collection[str] = ()) -> Any:
     """A copy of `model` whose linear layers compute in `precision`; what does not change is shared with it.
 
     Args:
@@ -82,17 +77,17 @@ def quantize_linear(model: nn.Module, precision: Precision, *, wide: Collection[
     weight = next(model.parameters())
     check_precision(precision, weight.device)
     linear = {name: module for name, module in _named(model) if isinstance(module, nn.Linear | Conv1D)}
-    for end in wide:
+    for end in modules_to_not_convert:
         if not any(_ends(name, end) for name in linear):
             raise InputError(
                 f"wide names {end!r}, and no linear layer's name ends so; there are, for example, {list(linear)[:3]}"
             )
-    if weight.dtype == _DTYPES.get(precision) and (precision == "fp32" or not _like_cpu(weight.device)):
+    if weight.dtype == DTYPES.get(precision) and (precision == "fp32" or not _like_cpu(weight.device)):
         return model
     if (why := signature_of(model).why_no_copy) is not None:
         raise InputError(f"{type(model).__name__} cannot be copied to compute in {precision}: {why}")
     if not _like_cpu(weight.device):
-        return cast(model, _DTYPES[precision])
+        return cast(model, DTYPES[precision])
     if weight.dtype != torch.float32:
         raise InputError(
             f"the model is {weight.dtype}: on a CPU precision={precision!r} starts from fp32; load it with dtype=torch.float32"
@@ -106,8 +101,8 @@ def quantize_linear(model: nn.Module, precision: Precision, *, wide: Collection[
         )
     packed: dict[str, nn.Module] = {}
     for name, module in plain.items():
-        if name not in packed and not any(_ends(name, end) for end in wide):
-            packed |= _packed(name, module, plain, precision, wide)
+        if name not in packed and not any(_ends(name, end) for end in modules_to_not_convert):
+            packed |= _packed(name, module, plain, precision, modules_to_not_convert)
     if weight.device.type == "cpu":
         malloc_trim()  # what packing took for a moment: of SmolLM2 in int8, 329 MiB
     return structural_copy(model, lambda name, module: packed.get(name))
@@ -159,7 +154,9 @@ def find_sensitive_layers(
         groups.setdefault(f"{parent}.{first}", []).append(name)
     moved: dict[str, float] = {}
     for group, inside in groups.items():
-        converted = quantize_linear(model, precision, wide=[name for name in names if name not in inside])
+        converted = quantize_linear(
+            model, precision, modules_to_not_convert=[name for name in names if name not in inside]
+        )
         moved[group] = (
             sum(
                 float((ours.exp() * (ours - forward(converted, batch).float().log_softmax(-1))).sum())
@@ -167,14 +164,14 @@ def find_sensitive_layers(
             )
             / tokens
         )
-    wide: list[str] = []
+    modules_to_not_convert: list[str] = []
     left = sum(moved.values())
     for group in sorted(moved, key=lambda name: moved[name], reverse=True):
         if left <= bound and bound > 0:
             break
         left -= moved[group]
-        wide += groups[group]
-    return wide
+        modules_to_not_convert += groups[group]
+    return modules_to_not_convert
 
 
 _TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -258,7 +255,7 @@ def _packed(
     module: nn.Linear | Conv1D,
     plain: Mapping[str, nn.Linear | Conv1D],
     precision: str,
-    wide: Collection[str],
+    modules_to_not_convert: Collection[str],
 ) -> dict[str, nn.Module]:
     """What takes the place of a linear layer, and of those that read the same input, by name."""
     parent, _, own = name.rpartition(".")
@@ -266,9 +263,9 @@ def _packed(
         if own == group[0]:
             names = [f"{parent}.{other}" if parent else other for other in group]
             layers = [layer for n in names if isinstance(layer := plain.get(n), nn.Linear)]
-            if len(layers) == len(group) and not any(_ends(n, end) for n in names for end in wide):
+            if len(layers) == len(group) and not any(_ends(n, end) for n in names for end in modules_to_not_convert):
                 together = PackedLinear(layers, precision)
-                parts = [_Part(together, i) for i in range(len(group))]
+                parts = [Part(together, i) for i in range(len(group))]
                 return {n: part.of(parts[0]) for n, part in zip(names, parts, strict=True)}
     return {name: PackedLinear([module], precision)}
 
@@ -284,7 +281,7 @@ def planned(model: nn.Module, precision: Precision | None, device: torch.device)
     check_precision(precision, device)
     if device.type == "cpu":
         return quantize_linear(model, precision)
-    return model if next(model.parameters()).dtype == _DTYPES[precision] else cast(model, _DTYPES[precision])
+    return model if next(model.parameters()).dtype == DTYPES[precision] else cast(model, DTYPES[precision])
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -304,173 +301,3 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def _ends(name: str, end: str) -> bool:
     return name == end or name.endswith("." + end)
-
-
-# ---------------------------------------------------------------------- kernels on a CPU
-
-_TINY = torch.finfo(torch.float32).tiny
-# Without VNNI kernels add pairs of products in 16 bits, where activations of 8 bits could overflow.
-_LEVELS = 127 if getattr(torch.cpu, "_is_vnni_supported", lambda: False)() else 63
-
-# The packed weights of torch's CPU kernels are opaque to its compiler, so compiled and traced steps name them by number. That
-# is a tensor: an input of what is compiled, which another process has with a number of its own.
-_kernels: dict[int, tuple[Callable[..., Tensor], tuple[Any, ...]]] = {}  # an operator, and what follows its input
-_numbers = itertools.count()
-_torch_library: Any = torch.library  # has no types
-_library = _torch_library.Library("kvcache", "FRAGMENT")
-_library.define("packed_linear(Tensor states, Tensor kernel, int out_features) -> Tensor")
-
-
-def _run(states: Tensor, kernel: Tensor, out_features: int) -> Tensor:
-    operator, others = _kernels[int(kernel)]
-    return operator(states, *others)
-
-
-_library.impl("packed_linear", _run, "CPU")
-_torch_library.register_fake(
-    "kvcache::packed_linear",
-    lambda states, kernel, out_features: states.new_empty(
-        (*states.shape[:-1], out_features), dtype=states.dtype if states.is_floating_point() else torch.float32
-    ),
-    lib=_library,
-)
-
-
-class PackedLinear(nn.Module):
-    """Linear layers of packed weights on a CPU, fp32 in and out.
-
-    Layers that read the same input (queries, keys and values; gate and up) are one product, computed by whoever asks
-    first: fewer and larger calls.
-
-    Args:
-        sources: ``nn.Linear`` layers or GPT-2's ``Conv1D`` in fp32, with the same input.
-        precision: what their weights become.
-    """
-
-    ASIDE = frozenset(("kernel", "number"))  # of this process's own, which says nothing of the weights
-
-    digest: Tensor
-    bias: Tensor | None
-    sums: Tensor | None
-
-    def __init__(self, sources: Sequence[nn.Linear | Conv1D], precision: str) -> None:
-        super().__init__()
-        weight = torch.cat([_rows_out(source) for source in sources])
-        self.widths = [_rows_out(source).shape[0] for source in sources]
-        self.out_features, self.in_features = weight.shape
-        self.precision = precision
-        biases = [source.bias for source in sources]
-        zeros = [weight.new_zeros(width) for width in self.widths]
-        bias = (
-            None
-            if all(b is None for b in biases)
-            else torch.cat([b.detach() if b is not None else z for b, z in zip(biases, zeros, strict=True)])
-        )
-        self.register_buffer("bias", bias)
-        self.kernel = next(_numbers)
-        self.number = torch.tensor(self.kernel, device="cpu")
-        sums = None
-        if weight.is_meta:
-            self.register_buffer("digest", weight.new_empty(hashlib.sha256().digest_size, dtype=torch.uint8))
-            self.register_buffer("sums", weight.new_empty(self.out_features) if precision == "int8" else None)
-            return
-        # So that a model's fingerprint still tells weights apart that it can no longer read.
-        said = hashlib.sha256(f"{precision} {tensor_digest(weight)}".encode()).digest()
-        self.register_buffer("digest", torch.tensor(list(said), dtype=torch.uint8))
-        if precision == "int8":
-            _kernels[self.kernel], sums = _int8(weight)
-        else:
-            _kernels[self.kernel] = _half(weight, precision)
-        self.register_buffer("sums", sums)
-        finalize(self, _kernels.pop, self.kernel, None)
-
-    @property
-    def packed_bytes(self) -> int:
-        """Bytes of the weights in the kernel's hands; int8 ones have a scale and a zero point for each output."""
-        if self.precision == "int8":
-            return self.out_features * (self.in_features + 8)
-        return self.out_features * self.in_features * _DTYPES[self.precision].itemsize
-
-    def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.widths}, {self.precision}"
-
-    def forward(self, states: Tensor) -> Tensor:
-        if self.sums is not None:
-            # Each token's numbers are told apart between its own least and greatest, and 0 stays 0: where one channel is
-            # huge, all others stand close to it. What moves them to 0 and above comes back as it is a constant: times the
-            # sum of each output's weights. Unsigned, as VNNI multiplies: with signed ones, oneDNN is a thousand times
-            # slower on processors without AMX.
-            low, high = states.amin(-1, keepdim=True).clamp_max(0), states.amax(-1, keepdim=True).clamp_min(0)
-            scale = ((high - low) / (2 * _LEVELS)).clamp_min(_TINY)
-            middle = ((high + low) / (2 * scale)).round()
-            levels = ((states / scale).round() - (middle - _LEVELS)).clamp(0, 2 * _LEVELS)
-            out = (self._product(levels.to(torch.uint8)) + (middle - _LEVELS) * self.sums) * scale
-        else:
-            out = self._product(states.to(_DTYPES[self.precision])).to(states.dtype)
-        return out if self.bias is None else out + self.bias
-
-    def _product(self, states: Tensor) -> Tensor:
-        flat = states.reshape(-1, self.in_features)  # as the kernels would do, at each call
-        out = torch.ops.kvcache.packed_linear(flat, self.number, self.out_features)
-        return torch.as_tensor(out).view(*states.shape[:-1], self.out_features)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedLinear":
-        return self  # immutable, and the number stands for weights that cannot be copied
-
-
-class _Part(nn.Module):
-    """One of several layers that are computed together."""
-
-    def __init__(self, together: PackedLinear, index: int) -> None:
-        super().__init__()
-        self.together = together
-        self.index = index
-        self.shared: list[tuple[Tensor, tuple[Tensor, ...]] | None] = [None]
-
-    def of(self, first: "_Part") -> "_Part":
-        self.shared = first.shared
-        return self
-
-    def forward(self, states: Tensor) -> Tensor:
-        held = self.shared[0]
-        if held is None or held[0] is not states:  # also where another thread has taken the place meanwhile
-            held = (states, self.together(states).split(self.together.widths, -1))
-        self.shared[0] = None if self.index == len(self.together.widths) - 1 else held
-        return held[1][self.index]
-
-
-LINEAR = (nn.Linear, Conv1D, PackedLinear, _Part)
-"""What a linear layer is."""
-
-
-def _rows_out(source: nn.Linear | Conv1D) -> Tensor:
-    """The weights as ``[out, in]``."""
-    weight = source.weight.detach()
-    return weight.t() if isinstance(source, Conv1D) else weight
-
-
-def _int8(weight: Tensor) -> tuple[tuple[Callable[..., Tensor], tuple[Any, ...]], Tensor]:
-    """The product with these weights, and the sum of each output's weights as they are after rounding."""
-    scale = weight.abs().amax(1).clamp_min(_TINY) / 127
-    rounded = (weight / scale[:, None]).round()
-    packed = torch.ops.onednn.qlinear_prepack(rounded.to(torch.int8), None)
-    zero = torch.zeros(len(scale), dtype=torch.int32)
-    others: tuple[Any, ...] = (1.0, 0, packed, scale, zero, None, 1.0, 0, torch.float32, "none", [], "")
-    return (torch.ops.onednn.qlinear_pointwise.default, others), rounded.sum(1) * scale
-
-
-def _half(weight: Tensor, precision: str) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(_DTYPES[precision]).contiguous())
-    return torch.ops.mkldnn._linear_pointwise.default, (packed, None, "none", [], "")
-
-
-def has_half(precision: str) -> bool:
-    """Whether this CPU computes fast in ``"bf16"`` or ``"fp16"``."""
-    able = getattr(torch.ops.mkldnn, f"_is_mkldnn_{precision}_supported", None)
-    return bool(torch._C._has_mkldnn and able is not None and able())
-
-
-def reads_half_caches() -> bool:
-    """Whether attention over a bf16 cache is fast on this CPU. Without AMX it takes several times as long as over one in fp32."""
-    tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return bool(tiles is not None and tiles())

@@ -5,7 +5,6 @@ followed from operation to operation until a module computes with it: that modul
 afterwards what it was: its random numbers, its training mode, its hooks and the attributes of its modules.
 """
 
-import copy
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,20 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
-from transformers.cache_utils import (
-    Cache,
-    CacheLayerMixin,
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    EncoderDecoderCache,
-)
 from transformers.modeling_outputs import BaseModelOutput
 
 from kvcache.models._autocast import without_autocast
 from kvcache.models._compat import cache_kwarg
 from kvcache.models._forwards import trying
+from kvcache.models._spy import SpyLayer, layers_of
 
 _LOCK = threading.RLock()  # one probe at a time: it sets modules to evaluation and back
 
@@ -76,99 +67,6 @@ _MOVES = frozenset(
         "view_as",
     ]
 )
-
-
-class SpyLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """A cache layer that keeps all it is given, and tells when it was."""
-
-    is_sliding = False
-    is_compileable = False
-    is_croppable = True
-    supports_early_init = False
-
-    def __init__(self, index: int) -> None:
-        # Not super().__init__(): what it assigns differs between releases.
-        self.index = index
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None
-        self.is_initialized = False
-        self.seen = 0
-        self.told: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]] = lambda index, keys, values: (keys, values)
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
-        """Nothing is allocated."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        first = self.keys is None or self.values is None
-        self.keys = key_states if first else torch.cat([self.keys, key_states], 2)  # type: ignore[list-item]
-        self.values = value_states if first else torch.cat([self.values, value_states], 2)  # type: ignore[list-item]
-        self.is_initialized = True
-        self.seen += key_states.shape[2]
-        return self.told(self.index, self.keys, self.values)
-
-    @property
-    def kept(self) -> int:
-        return 0 if self.keys is None else self.keys.shape[2]
-
-    def keep(self, columns: Sequence[int]) -> None:
-        """Forget all tokens but these; how many were seen stays."""
-        if self.keys is not None and self.values is not None:
-            self.keys, self.values = self.keys[:, :, list(columns)], self.values[:, :, list(columns)]
-
-    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
-        fresh = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
-        return self.kept + fresh, self.seen - self.kept
-
-    def get_seq_length(self, cache_position: Tensor | None = None) -> int:
-        return self.seen
-
-    def get_max_length(self) -> int:
-        return -1
-
-    get_max_cache_shape = get_max_length  # its name up to 5.12
-
-    def crop(self, tokens_to_remove: int | Tensor) -> None:
-        """Negative: remove that many tokens; on a GPU `generate` takes back one that it ran too many. Positive: cut to that length."""
-        n = int(tokens_to_remove)
-        length = min(n, self.seen) if n > 0 else max(0, self.seen + n)
-        self.keep(range(self.kept - (self.seen - length)))
-        self.seen = length
-
-
-def spying_cache(model: Any, layers: int, seen: int = 0, sliding: bool = False) -> Any:
-    """A cache with a `SpyLayer` wherever `DynamicCache` would have a plain layer.
-
-    Args:
-        layers: at least so many.
-        seen: tokens that it says have been seen, and does not hold.
-        sliding: spy on the layers with a window of their own, too.
-    """
-    spied = (DynamicLayer, DynamicSlidingWindowLayer) if sliding else (DynamicLayer,)
-    own = list(DynamicCache(config=model.config).layers)[: layers or None]
-    found: list[Any] = [SpyLayer(i) if type(layer) in spied else layer for i, layer in enumerate(own)]
-    found += [SpyLayer(i) for i in range(len(own), layers)]
-    for layer in found:
-        if isinstance(layer, SpyLayer):
-            layer.seen = seen
-    cache = Cache(layers=found)
-    return EncoderDecoderCache(cache, DynamicCache()) if model.config.is_encoder_decoder else cache
-
-
-def layers_of(cache: Any) -> list[Any]:
-    """The self-attention layers of a cache."""
-    return list(cache.self_attention_cache.layers if isinstance(cache, EncoderDecoderCache) else cache.layers)
-
-
-def copied(cache: Any) -> Any:
-    """A copy of a cache and of the tensors in its layers."""
-    held = (one for layer in layers_of(cache) for one in tree_leaves(vars(layer)))
-    # Subclasses of tensors know how they are cloned, but not all of them how they are copied.
-    return copy.deepcopy(cache, {id(one): one.clone() for one in held if isinstance(one, Tensor)})
-
-
-def cache_among(given: Mapping[str, Any]) -> Any:
-    """The cache among a module's arguments, under whichever name; None if there is none."""
-    return next((value for value in given.values() if isinstance(value, Cache | EncoderDecoderCache)), None)
 
 
 # ---------------------------------------------------------------------- what a run shows
@@ -297,7 +195,7 @@ def _hooked(model: nn.Module, stack: list[Call], notes: Notes, wanted: Sequence[
         return hook
 
     def leave(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             if threading.get_ident() == mine and stack:
                 stack.pop()
                 out = next(_tensors((output,)), None)
@@ -475,3 +373,11 @@ def _masking(argument: str, mask: Tensor) -> Callable[..., Any]:
         return replaced(module, args, kwargs, argument, mask) if threading.get_ident() == mine else (args, kwargs)
 
     return hook
+
+
+def alike(a: Tensor, b: Tensor, tolerance: float | None = None) -> bool:
+    """Whether two results, of any shape, are the same but for rounding."""
+    if tolerance is None:
+        tolerance = 1e-3 if a.dtype in (torch.float32, torch.float64) else 4e-2
+    a, b = a.float(), b.float()
+    return a.shape == b.shape and bool((a - b).abs().max() <= tolerance * b.abs().max().clamp_min(1e-30))

@@ -134,6 +134,9 @@ def reads_text(model: Any) -> bool:
 def encoder_input(model: Any, rows: int, tokens: int, device: Any) -> dict[str, Tensor]:
     """What an encoder-decoder is given for its encoder: so many tokens, or sound of the only length that it takes.
 
+    Returns:
+        ``input_ids`` ``[rows, tokens]``, or ``input_features`` ``[rows, mels, frames]``, all zeros.
+
     Raises:
         GeometryError: if its input is of another kind.
     """
@@ -202,7 +205,7 @@ class _Unruly:
         return asked
 
     def _refusing(self, index: int) -> Callable[[int], int]:
-        def asked(tokens: int) -> int:
+        def asked(_tokens: int) -> int:
             raise GeometryError(
                 f"what layer {index} of {self._name} holds depends on how many of its tokens came at once, not only on how "
                 "many came; run it, and ask report() afterwards"

@@ -66,8 +66,10 @@ def signature_of(model: nn.Module) -> Signature:
 
 
 def watch_of(model: nn.Module) -> "Watch":
-    """The one watch of a model. It holds on to what the model held when it was last asked: keep it no longer than
-    what was made from the model."""
+    """The one watch of a model.
+
+    It holds on to what the model held when it was last asked: keep it no longer than what was made from the model.
+    """
     with _lock:
         known = _watches.get(model)
         watch = None if known is None else known()

@@ -19,8 +19,10 @@ _FAST = re.compile("(STORE|LOAD)_FAST")
 
 
 def stored_by(functions: Iterable[types.FunctionType]) -> set[str]:
-    """The names of attributes that these functions store, or store into: ``self.x = y``, ``self.x[i] = y``,
-    ``self.x.append(y)``, ``self.x.copy_(y)``, also by way of a local variable."""
+    """The names of attributes that these functions store, or store into.
+
+    As in ``self.x = y``, ``self.x[i] = y``, ``self.x.append(y)`` and ``self.x.copy_(y)``, also by way of a local variable.
+    """
     return {name for function in functions for name in _stored(function.__code__)}
 
 

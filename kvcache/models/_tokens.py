@@ -100,8 +100,7 @@ class Tokens:
 
 
 def is_state(before: Facts, after: Facts, walk: Walk) -> set[tuple[str, str]]:
-    """Which attributes a forward wrote between two walks, of which this is the later one: the names of their modules, and
-    theirs."""
+    """Which attributes a forward wrote between two walks, as pairs of a module's name and theirs; `walk` is the later one."""
     changed = [place for place in before.keys() | after.keys() if before.get(place) != after.get(place)]
     stored = _Stored(walk)
     attributes = {place[:2] for place in changed}

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 
-from kvcache.cache import KVLayer, schedule
+from kvcache.cache import LayerCache, schedule
 from kvcache.errors import PolicyError
-from kvcache.models._facts import Seat
-from kvcache.models._probe import cache_among, layers_of, parameters, replaced
+from kvcache.models._probe import parameters, replaced
+from kvcache.models._seats import Seat
+from kvcache.models._spy import cache_among, layers_of
 
 _tokens: ContextVar[Tensor | None] = ContextVar("kvcache_tokens", default=None)
 """Which tokens are seen, ``[rows, tokens]``, in a forward of which not only pads on the left are hidden."""
@@ -109,7 +110,7 @@ class Windows:
 
     def check(self, layer: Any, fresh: int) -> None:
         """Raise `PolicyError` if a layer is about to be given tokens that would see more than their window."""
-        kv: KVLayer = layer.kv
+        kv: LayerCache = layer.kv
         masked = self._masked.pop(next(i for i, one in enumerate(self._layers) if one is layer), None)
         if (
             fresh < 2
@@ -121,11 +122,11 @@ class Windows:
             return
         raise PolicyError(
             f"{fresh} tokens at once run past {kv.policy!r}: each of them sees a window of its own, and the model was given "
-            "no mask that says so; run it by manager.generate() or within kvcache.models._cache.exact_windows(model), or give it fewer "
+            "no mask that says so; run it by manager.generate() or within kvcache.models.exact_windows(model), or give it fewer "
             "tokens at once"
         )
 
-    def _by_age(self) -> list[KVLayer]:
+    def _by_age(self) -> list[LayerCache]:
         return [layer.kv for layer in self._layers if _managed(layer) and not layer.kv.by_head]
 
     def _differ(self, fresh: int) -> bool:
@@ -193,13 +194,13 @@ def _nobody() -> None:
     """In place of a model that is not here."""
 
 
-def _moved(kv: KVLayer) -> bool:
+def _moved(kv: LayerCache) -> bool:
     """Whether, with the next token, some that it holds are no longer in the places that a mask counts on."""
     return kv.evicted > 0 or kv.retained < kv.stored
 
 
 def _managed(layer: Any) -> bool:
-    return isinstance(getattr(layer, "kv", None), KVLayer)
+    return isinstance(getattr(layer, "kv", None), LayerCache)
 
 
 @contextmanager
@@ -224,7 +225,7 @@ def announced(model: nn.Module) -> Iterator[None]:
         running.append((windows, token))
         return None
 
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
+    def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
         if threading.get_ident() == mine and running:
             windows, token = running.pop()
             windows.end()
@@ -257,7 +258,7 @@ def _scattered(mask: Tensor) -> bool:
     return bool((mask.bool().int().diff(dim=1) < 0).any())
 
 
-def _check_order(kv: KVLayer, fresh: int, mask: Tensor) -> None:
+def _check_order(kv: LayerCache, fresh: int, mask: Tensor) -> None:
     """Refuse a mask that hides other tokens than the pads that the cache knows of, once slots are not in their order.
 
     Raises:
@@ -294,7 +295,7 @@ def shows_later(mask: Tensor, fresh: int) -> bool:
     return bool(visible[..., -fresh:].triu(1).any())
 
 
-def exact_mask(kv: KVLayer, mask: Tensor | None, hidden: Tensor, additive: bool) -> Tensor | None:
+def exact_mask(kv: LayerCache, mask: Tensor | None, hidden: Tensor, additive: bool) -> Tensor | None:
     """The mask ``[batch or 1, 1, fresh, retained + fresh]`` for the tokens that come next; None where the given one serves.
 
     Args:

@@ -15,7 +15,7 @@ from kvcache.cache import CacheReport
 from kvcache.decoding import SchedulerMetrics
 from kvcache.errors import InputError, MissingDependencyError
 from kvcache.events import Event, subscribe
-from kvcache.prefixes import SpeakerCache
+from kvcache.prefixes import PrefixCache
 from kvcache.prefixes.stores import Store
 
 try:
@@ -85,7 +85,7 @@ class CacheMetrics(Collector):
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
         self._caches: dict[str, Reporting] = {}
-        self._prefixes: dict[str, SpeakerCache] = {}
+        self._prefixes: dict[str, PrefixCache] = {}
         self._stores: dict[str, Store] = {}
         self._lock = Lock()
         self._events: Counter[str] = Counter()
@@ -97,7 +97,7 @@ class CacheMetrics(Collector):
         watched = sorted({*self._caches, *self._prefixes, *self._stores})
         return f"{type(self).__name__}(watches {', '.join(watched) or 'nothing'})"
 
-    def watch(self, name: str, cache: Reporting | SpeakerCache | Store) -> Self:
+    def watch(self, name: str, cache: Reporting | PrefixCache | Store) -> Self:
         """Add metrics of something.
 
         Args:
@@ -110,7 +110,7 @@ class CacheMetrics(Collector):
         Raises:
             InputError: for a name that is taken, or something else.
         """
-        if isinstance(cache, SpeakerCache):
+        if isinstance(cache, PrefixCache):
             _add(self._prefixes, name, cache)
         elif isinstance(cache, Store):
             _add(self._stores, name, cache)
@@ -118,7 +118,7 @@ class CacheMetrics(Collector):
             _add(self._caches, name, cache)
         else:
             raise InputError(
-                f"{type(cache).__name__} has no report(); give a manager, an engine, a SpeakerCache or a store"
+                f"{type(cache).__name__} has no report(); give a manager, an engine, a PrefixCache or a store"
             )
         return self
 
@@ -154,11 +154,11 @@ class CacheMetrics(Collector):
             for cache, report in reports.items():
                 gauge.add_metric([cache], getattr(report, field))
             yield gauge
-        stats = {name: speakers.stats() for name, speakers in self._prefixes.items()}
+        stats = {name: prefix_cache.stats() for name, prefix_cache in self._prefixes.items()}
         for name, (text, field) in _PREFIXES.items():
             family = CounterMetricFamily(f"kvcache_{name}", text, labels=["prefixes"])
-            for speakers, found in stats.items():
-                family.add_metric([speakers], getattr(found, field))
+            for prefix_cache, found in stats.items():
+                family.add_metric([prefix_cache], getattr(found, field))
             yield family
         yield from self._tiers()
 
@@ -169,7 +169,7 @@ class CacheMetrics(Collector):
         misses = CounterMetricFamily(
             "kvcache_store_misses", "Prefixes that a tier had not, or not whole.", labels=labels
         )
-        stores = {name: speakers.store for name, speakers in self._prefixes.items()} | self._stores
+        stores = {name: prefix_cache.store for name, prefix_cache in self._prefixes.items()} | self._stores
         for name, store in stores.items():
             alike: Counter[str] = Counter()
             for tier in store.tiers:
@@ -194,8 +194,10 @@ def _add(known: dict[str, T], name: str, one: T) -> None:
 
 
 class SchedulerCollector(Collector):
-    """A scheduler's own counts: gauges ``kvcache_rows``, ``_busy``, ``_waiting``, ``_running``; counters
-    ``kvcache_finished_total``, ``_cancelled_total``, ``_refused_total``, ``_failed_total`` and ``_tokens_total``.
+    """A scheduler's own counts.
+
+    Gauges ``kvcache_rows``, ``_busy``, ``_waiting``, ``_running``; counters ``kvcache_finished_total``, ``_cancelled_total``,
+    ``_refused_total``, ``_failed_total`` and ``_tokens_total``.
 
     Args:
         scheduler: what has ``metrics()``: a `Scheduler`, or a `SpeechScheduler`.

@@ -8,21 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcache.cache import KVLayer, SplitLayer
+from kvcache.cache import LayerCache
 from kvcache.errors import InputError
 from kvcache.io import canvas
 
 
-def positions_by_head(layer: KVLayer) -> list[tuple[tuple[int, ...] | None, Tensor]]:
+def positions_by_head(layer: LayerCache) -> list[tuple[tuple[int, ...] | None, Tensor]]:
     """The positions that a layer holds, in slot order: ``[batch or 1, heads or 1, stored]`` for some of its KV heads.
 
     Returns:
         Pairs of which heads, None for all of them, and their positions.
     """
-    if isinstance(layer, SplitLayer):
-        return [(tuple(heads), positions_by_head(part)[0][1]) for heads, part in layer.parts]
-    at = layer.positions()
-    return [(None, at if at.dim() == 3 else at[:, None])]
+    found = []
+    for heads, part in layer.parts():
+        at = part.positions()
+        found.append((None if heads is None else tuple(heads), at if at.dim() == 3 else at[:, None]))
+    return found
 
 
 @dataclass(frozen=True)
@@ -114,12 +115,12 @@ def occupancy(cache: Any) -> Occupancy:
     """Which tokens a cache keeps now.
 
     Args:
-        cache: what `KVCacheManager.new_cache` made, or a sequence of `KVLayer`.
+        cache: what `KVCacheManager.new_cache` made, or a sequence of `LayerCache`.
 
     Raises:
         InputError: for anything else.
     """
-    if isinstance(cache, Sequence) and all(isinstance(layer, KVLayer) for layer in cache):
+    if isinstance(cache, Sequence) and all(isinstance(layer, LayerCache) for layer in cache):
         layers: list[Any] = list(cache)
     else:
         from kvcache.models import cache_layers  # which needs this module's neighbours first
@@ -128,14 +129,14 @@ def occupancy(cache: Any) -> Occupancy:
             layers = [getattr(layer, "kv", layer) for layer in cache_layers(cache)]
         except AttributeError:
             raise InputError(
-                f"{type(cache).__name__} is no cache: give what new_cache() made, or a list of KVLayer"
+                f"{type(cache).__name__} is no cache: give what new_cache() made, or a list of LayerCache"
             ) from None
     kept = tuple(_kept(layer) for layer in layers)
     return Occupancy(kept, tuple(_name(layer) for layer in layers))
 
 
 def _kept(layer: Any) -> Tensor:
-    if isinstance(layer, KVLayer):
+    if isinstance(layer, LayerCache):
         seen, parts = layer.seen, positions_by_head(layer)
     else:  # the model's own: a window, or all
         keys = getattr(layer, "keys", None)
@@ -153,4 +154,4 @@ def _kept(layer: Any) -> Tensor:
 
 
 def _name(layer: Any) -> str:
-    return repr(layer.policy) if isinstance(layer, KVLayer) else f"the model's own {type(layer).__name__}"
+    return repr(layer.policy) if isinstance(layer, LayerCache) else f"the model's own {type(layer).__name__}"

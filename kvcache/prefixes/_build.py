@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from kvcache.cache import KVLayer
+from kvcache.cache import CacheSpec
 from kvcache.errors import GeometryError, InputError, PositionsError
 from kvcache.models import ManagedCache, ManagedLayer, facts_of, kv_layers, rope_by_length
 from kvcache.prefixes._snapshot import PrefixKey, PrefixSnapshot
@@ -52,7 +52,7 @@ def prefix_cache(model: Any) -> Any:
         )
     if (why := facts_of(model).why_no_prefix) is not None:
         raise PositionsError(f"no prefix of {type(model).__name__} can be reused: {why}; give it with each request")
-    return ManagedCache([ManagedLayer(KVLayer()) for _ in layers])
+    return ManagedCache([ManagedLayer(CacheSpec().layer()) for _ in layers])
 
 
 def extend_prefix(
@@ -69,7 +69,7 @@ def extend_prefix(
     """
     began, known, spent = time.perf_counter(), 0, 0.0
     if start is not None:
-        start.to(device).fork(cache)
+        start.to(device).write_to(cache)
         known, spent = len(start), start.build_seconds
     run(key.content[None, known:].to(device))
     return PrefixSnapshot.of(kv_layers(cache), key, build_seconds=spent + time.perf_counter() - began)

@@ -1,4 +1,4 @@
-"""`SpeakerCache`: prefixes (voices, system prompts) that are computed once and served to every request."""
+"""`PrefixCache`: prefixes (voices, system prompts) that are computed once and served to every request."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from kvcache.errors import CorruptError, InputError
-from kvcache.events import Event, emit, heard
+from kvcache.events import Event, emit, has_listeners
 from kvcache.io import shown_value
 from kvcache.prefixes._snapshot import PrefixKey, PrefixSnapshot
 from kvcache.prefixes.stores._base import Store, log
@@ -20,8 +20,8 @@ from kvcache.prefixes.stores._tiered import TieredStore
 
 
 @dataclass(frozen=True)
-class SpeakerStats:
-    """What a `SpeakerCache` has done so far.
+class PrefixStats:
+    """What a `PrefixCache` has done so far.
 
     Attributes:
         hits: whole prefixes found, by tier.
@@ -42,7 +42,7 @@ class SpeakerStats:
     seconds_saved: float = 0.0
 
 
-class SpeakerCache:
+class PrefixCache:
     """Prefixes by content: computed once, whoever asks first, and served from then on.
 
     Args:
@@ -137,11 +137,11 @@ class SpeakerCache:
         """Forget this one in all tiers, pinned or not."""
         self.store.delete(key)
 
-    def stats(self) -> SpeakerStats:
+    def stats(self) -> PrefixStats:
         """What was found, computed and refused so far, and what is held now."""
         tiers = self.store.tiers
         with self._lock:
-            return SpeakerStats(
+            return PrefixStats(
                 {tier.name: tier.hits for tier in tiers},
                 self._extended,
                 self._built,
@@ -172,7 +172,7 @@ class SpeakerCache:
 
     @staticmethod
     def _hit(found: PrefixSnapshot) -> PrefixSnapshot:
-        if heard("hit"):
+        if has_listeners("hit"):
             numbers = {"tokens": len(found), "nbytes": found.nbytes, "seconds": found.build_seconds}
             emit(Event("hit", repr(found.key), numbers))
         return found
@@ -207,6 +207,9 @@ class SpeakerCache:
                     del self._waiting[key], self._building[key]
 
 
+SpeakerCache = PrefixCache  # what speech calls it: there a prefix is a voice
+
+
 def default_store(device: torch.device | str | None = None) -> TieredStore:
     """A gibibyte of memory over four of disk; no server needed.
 
@@ -216,10 +219,10 @@ def default_store(device: torch.device | str | None = None) -> TieredStore:
     return TieredStore(MemoryStore("1GiB", device=device), DiskStore())
 
 
-def check_prefix_cache(speakers: Any) -> None:
-    """Raise `InputError` for what is no `SpeakerCache`."""
-    if speakers is not None and not isinstance(speakers, SpeakerCache):
+def check_prefix_cache(prefix_cache: Any) -> None:
+    """Raise `InputError` for what is no `PrefixCache`."""
+    if prefix_cache is not None and not isinstance(prefix_cache, PrefixCache):
         raise InputError(
-            f"speakers={shown_value(speakers)} must be a SpeakerCache; give for example SpeakerCache(MemoryStore('1GiB')), or "
-            "SpeakerCache(RedisStore('redis://…'))"
+            f"prefix_cache={shown_value(prefix_cache)} must be a PrefixCache; give for example PrefixCache(MemoryStore('1GiB')), or "
+            "PrefixCache(RedisStore('redis://…'))"
         )

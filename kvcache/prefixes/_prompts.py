@@ -11,7 +11,7 @@ from kvcache.errors import CapacityError, InputError
 from kvcache.events import Event, emit
 from kvcache.models import check_positions, facts_of, model_fingerprint, run_prefix, trains
 from kvcache.prefixes._build import extend_prefix, prefix_cache
-from kvcache.prefixes._cache import SpeakerCache
+from kvcache.prefixes._cache import PrefixCache
 from kvcache.prefixes._snapshot import Layout, PrefixKey, PrefixSnapshot
 
 _NEITHER = {torch.bool, torch.complex32, torch.complex64, torch.complex128}
@@ -34,9 +34,9 @@ class PrefixRegistry(Mapping[str, Tensor]):
         positions: the length of the model's table of learned positions; None if it has none.
     """
 
-    def __init__(self, model: Any, speakers: SpeakerCache, most: int | None, positions: int | None) -> None:
+    def __init__(self, model: Any, prefix_cache: PrefixCache, most: int | None, positions: int | None) -> None:
         self._model = model
-        self._speakers = speakers
+        self._speakers = prefix_cache
         self._most = most
         self._positions = positions
         self._prompts: dict[str, _Prompt] = {}

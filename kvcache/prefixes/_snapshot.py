@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcache.cache import CacheGeometry, KVLayer, check_finite, longest_beginning, pack, unpack
+from kvcache.cache import CacheGeometry, LayerCache, check_finite, longest_beginning, pack, unpack
 from kvcache.errors import CapacityError, CorruptError, GeometryError, InputError, said
 from kvcache.models import tensor_bytes, unattended
 
@@ -165,7 +165,7 @@ class PrefixSnapshot:
 
     @classmethod
     def of(
-        cls, layers: Sequence[KVLayer], key: PrefixKey, *, row: int = 0, build_seconds: float = 0.0
+        cls, layers: Sequence[LayerCache], key: PrefixKey, *, row: int = 0, build_seconds: float = 0.0
     ) -> "PrefixSnapshot":
         """A copy of the first tokens of a cache's layers, as many as `key` has.
 
@@ -248,7 +248,7 @@ class PrefixSnapshot:
             if tensor.is_floating_point():
                 check_finite(tensor, name)
 
-    def fork(self, cache: Any, rows: int = 1) -> None:
+    def write_to(self, cache: Any, rows: int = 1) -> None:
         """Begin an empty cache of any kind with this prefix, in all of its rows.
 
         The one copy made is the cache's own, so no cache ever changes the snapshot, nor another cache.
@@ -345,7 +345,7 @@ def is_address(name: object) -> bool:
 
 def _check_room(layer: Any, tokens: int) -> None:
     """Raise `CapacityError` if `tokens` do not fit: asked of every layer before the first of them changes."""
-    if isinstance(kv := getattr(layer, "kv", None), KVLayer):
+    if isinstance(kv := getattr(layer, "kv", None), LayerCache):
         kv.check(tokens)
     static = not getattr(layer, "is_sliding", False)
     room = getattr(layer, "max_cache_len", None) if static else None  # of one of transformers' static layers

@@ -8,7 +8,7 @@ The laws need hypothesis: ``pip install hypothesis``.
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from kvcache.cache import KVLayer, SizePolicy
+from kvcache.cache import LayerCache, SizePolicy
 from kvcache.errors import MissingDependencyError
 from kvcache.testing._leaks import no_leaks
 
@@ -37,7 +37,7 @@ def check_policy(policy: SizePolicy, *, examples: int = 20) -> None:
 
 
 def check_layer(
-    make: Callable[..., KVLayer],
+    make: Callable[..., LayerCache],
     policies: Mapping[str, SizePolicy] | Sequence[SizePolicy] | None = None,
     *,
     variants: Collection[str] = ("plain", "padded"),
@@ -51,13 +51,14 @@ def check_layer(
     ``"failed_call_changes_nothing"`` (5), ``"rows_commute"`` (6), ``"bytes_are_told"`` (8).
 
     Args:
-        make: called with a policy and the keyword arguments of `KVLayer`; a subclass of it, or a function that drops what
+        make: called with a policy and the keyword arguments of `LayerCache`, and with `rotation` and, where it takes the
+            memory at once, `static`; a class of layers, or a function that drops what
             yours does not take.
         policies: that it is tried under, each keeping the oldest tokens last; by default one of each kind that there is.
         variants: ``"plain"``, ``"padded"``: rows padded on the left, ``"rerotated"``: pinned keys turned.
         laws: which of them; by default all.
         tolerance: how far what is held may be from what came, for a layer in few bits. Above 0 its bytes are compared with
-            what it holds, and not with `estimate_bytes`; it may refuse roll backs; and attention is not compared.
+            what it holds, and not with `CacheSpec.nbytes`; it may refuse roll backs; and attention is not compared.
         examples: how many scenarios each law is tried on, under each policy and variant.
 
     Raises:

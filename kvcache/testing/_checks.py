@@ -5,7 +5,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
-from typing import Any, cast
+from typing import Any
 
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
@@ -14,17 +14,17 @@ from torch import Tensor
 
 from kvcache.cache import (
     AdaKV,
+    CacheSpec,
+    Expected,
     KeepAll,
-    KVLayer,
+    LayerCache,
     MaxBytes,
     MaxTokens,
     PerHead,
     Pinned,
     SizePolicy,
     SlidingWindow,
-    SplitLayer,
     chosen_by_head,
-    layer_for,
     short_ladder,
 )
 from kvcache.cache import check_policy as check_keeps
@@ -46,18 +46,30 @@ VARIANTS = ("plain", "padded", "rerotated")
 class Made:
     """Layers by a function of the user's."""
 
-    make: Callable[..., KVLayer]
+    make: Callable[..., LayerCache]
     under: SizePolicy
     variant: str = "plain"
     tolerance: float = 0.0
 
-    def policy(self, rows: int, dtype: torch.dtype = torch.float32, layers: int = 1) -> SizePolicy:
+    def policy(self, rows: int, dtype: torch.dtype = torch.float32, layers: int = 1) -> SizePolicy:  # noqa: ARG002  # as other cases
         return self.under
+
+    def tokens(self, rows: int, count: int, seed: int, dtype: torch.dtype) -> list[Tensor]:
+        return held.tokens(rows, count, seed, dtype)
 
     def __call__(
         self, padding: list[int], dtype: torch.dtype = torch.float32, layers: int = 1, **options: Any
-    ) -> KVLayer:
+    ) -> LayerCache:
         return held.layer_of(self.make, self.under, self.variant, padding, dtype, layers, **options)
+
+
+def made_by(spec: CacheSpec) -> Callable[..., LayerCache]:
+    """What makes the layers of a cache, under any policy, of any length."""
+
+    def make(policy: SizePolicy, *, max_length: int | None = None, static: bool = False, **given: Any) -> LayerCache:
+        return replace(spec, max_length=max_length, static=static).layer(policy, **given)
+
+    return make
 
 
 def search(strategy: st.SearchStrategy[Any], examples: int, law: Callable[[Any], None]) -> None:
@@ -90,7 +102,7 @@ def search(strategy: st.SearchStrategy[Any], examples: int, law: Callable[[Any],
 
 
 def check_layer(
-    make: Callable[..., KVLayer],
+    make: Callable[..., LayerCache],
     policies: Mapping[str, SizePolicy] | Sequence[SizePolicy] | None,
     variants: Collection[str],
     laws: Collection[str] | None,
@@ -132,13 +144,13 @@ def check_policy(policy: SizePolicy, examples: int) -> None:
     for count in range(1, min(most, 2048) + 1):
         _check_count(policy, count)
     if chosen_by_head(policy):
-        make = cast("Callable[..., KVLayer]", layer_for)
+        make = made_by(CacheSpec())
         for name, law in (("kept", _kept_by_head), ("rows", _rows_by_head)):
             search(_by_head(policy), examples, partial(_named, name, partial(law, make, policy)))
     elif (
         policy.limit or 0
     ) <= held.MAX_LENGTH - 4:  # beyond, no scenario reaches the limit, and all were checked above
-        check_layer(KVLayer, [policy], ("plain", "padded"), None, 0.0, examples)
+        check_layer(made_by(CacheSpec()), [policy], ("plain", "padded"), None, 0.0, examples)
 
 
 def _named(name: str, law: Callable[[Any], None], scenario: Any) -> None:
@@ -198,7 +210,7 @@ def _by_head(policy: SizePolicy) -> st.SearchStrategy[Fed]:
 class _Feed:
     """A layer, and all that went into it."""
 
-    def __init__(self, layer: KVLayer, rows: int, heads: int, seed: int) -> None:
+    def __init__(self, layer: LayerCache, rows: int, heads: int, seed: int) -> None:
         self.layer, self.heads = layer, heads
         self._draw = torch.Generator().manual_seed(seed)
         self.keys = torch.zeros(rows, heads, 0, held.KEY_DIM)
@@ -213,17 +225,15 @@ class _Feed:
     def append(self, queries: Tensor, keys: Tensor, values: Tensor) -> None:
         """Append, and let the layer see what was attended to."""
         self.keys, self.values = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
-        came = self.layer.append(keys, values)
-        for piece in cast(Any, self.layer).pieces(*came, keys.shape[2]):
-            if piece.observe is not None:
-                piece.observe(queries[:, list(piece.heads)], held.KEY_DIM**-0.5)
+        for span in self.layer.append(keys, values).spans:
+            if span.observe is not None:
+                span.observe(queries[:, list(span.heads)], held.KEY_DIM**-0.5)
 
-    def parts(self) -> list[tuple[list[int], KVLayer, Tensor]]:
+    def parts(self) -> list[tuple[list[int], LayerCache, Tensor]]:
         """Of each part: its heads, itself, and the positions that it holds, ``[rows, heads, stored]``."""
         rows = self.keys.shape[0]
-        layers = [part for _, part in self.layer.parts] if isinstance(self.layer, SplitLayer) else [self.layer]
         found = []
-        for (which, at), part in zip(positions_by_head(self.layer), layers, strict=True):
+        for (which, at), (_, part) in zip(positions_by_head(self.layer), self.layer.parts(), strict=True):
             heads = list(range(self.heads)) if which is None else list(which)
             found.append((heads, part, at.expand(rows, len(heads), -1)))
         return found
@@ -243,14 +253,15 @@ class _Feed:
         self.keys, self.values = self.keys[rows], self.values[rows]
 
 
-def _layer(make: Callable[..., KVLayer], policy: SizePolicy, fed: Fed) -> _Feed:
+def _layer(make: Callable[..., LayerCache], policy: SizePolicy, fed: Fed) -> _Feed:
     inner = _inner(policy)
     heads = len(inner.heads) if isinstance(inner, PerHead) else held.HEADS
-    layer = make(policy, padding=torch.tensor(fed.padding), rows=len(fed.padding))
+    token = heads, held.KEY_DIM, held.VALUE_DIM, torch.float32
+    layer = make(policy, padding=torch.tensor(fed.padding), expected=Expected(len(fed.padding), token))
     return _Feed(layer, len(fed.padding), heads, fed.seed)
 
 
-def _kept_by_head(make: Callable[..., KVLayer], policy: SizePolicy, fed: Fed) -> None:
+def _kept_by_head(make: Callable[..., LayerCache], policy: SizePolicy, fed: Fed) -> None:
     """Laws 3 and 8: what holds whatever the scores are."""
     feed = _layer(make, policy, fed)
     layer, before = feed.layer, feed.kept()
@@ -265,10 +276,10 @@ def _kept_by_head(make: Callable[..., KVLayer], policy: SizePolicy, fed: Fed) ->
         told, found = layer.nbytes, held.held_bytes(layer)
         assert told == found, f"{told} bytes are reported, {found} are held"
         for heads, part, at in feed.parts():
-            recent = getattr(part.policy.ranking, "recent", 1)
+            window_size = getattr(part.policy.ranking, "recent", 1)
             for (b, pads), (i, head) in product(enumerate(fed.padding), enumerate(heads)):
                 pinned = range(pads, min(layer.seen, pads + part.policy.pinned))
-                lost = {*pinned, *range(max(pads, layer.seen - recent), layer.seen)} - kept[b, head]
+                lost = {*pinned, *range(max(pads, layer.seen - window_size), layer.seen)} - kept[b, head]
                 assert not lost, f"head {head} has lost the pinned or recent tokens {sorted(lost)}"
                 back = kept[b, head] - before.get((b, head), set()) - {*range(start, layer.seen), *range(pads)}
                 assert not back, f"head {head} has the tokens {sorted(back)} again, which had left"
@@ -280,7 +291,7 @@ def _kept_by_head(make: Callable[..., KVLayer], policy: SizePolicy, fed: Fed) ->
         before = kept
 
 
-def _rows_by_head(make: Callable[..., KVLayer], policy: SizePolicy, fed: Fed) -> None:
+def _rows_by_head(make: Callable[..., LayerCache], policy: SizePolicy, fed: Fed) -> None:
     """Law 6: rows that are chosen before the last chunk keep what they keep where they were so from the start."""
     rows = [row % len(fed.padding) for row in fed.rows]
     if isinstance(_inner(policy), AdaKV):  # whose shares are those of all rows together

@@ -13,7 +13,18 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvcache.cache import CacheGeometry, KeyRotation, KVLayer, MaxBytes, Pinned, SizePolicy, estimate_bytes
+from kvcache.cache import (
+    CacheGeometry,
+    CacheSpec,
+    Expected,
+    KeyRotation,
+    LayerCache,
+    MaxBytes,
+    Pinned,
+    PositionMode,
+    SizePolicy,
+    Whole,
+)
 from kvcache.errors import CapacityError, GeometryError, PolicyError, RollbackError
 from kvcache.testing._oracle import Oracle
 
@@ -36,9 +47,12 @@ class Maker(Protocol):
     def policy(self, rows: int, dtype: torch.dtype = torch.float32, layers: int = 1) -> SizePolicy:
         """Of a cache of so many rows and layers."""
 
+    def tokens(self, rows: int, count: int, seed: int, dtype: torch.dtype) -> list[Tensor]:
+        """Queries, keys and values of `count` tokens, such as the layers hold within the tolerance."""
+
     def __call__(
         self, padding: list[int], dtype: torch.dtype = torch.float32, layers: int = 1, **options: Any
-    ) -> KVLayer:
+    ) -> LayerCache:
         """A layer whose rows begin with so many pads."""
 
 
@@ -95,16 +109,17 @@ class Pair:
 
     def __init__(self, make: Maker, padding: list[int], dtype: torch.dtype = torch.float32, **options: Any) -> None:
         self.layer, self.dtype, self.tolerance = make(padding, dtype, **options), dtype, make.tolerance
+        self.make = make
         self.oracle = Oracle(self.layer.policy, padding, turn if self.layer.rotation else None)
         self.history = tokens(len(padding), 0, dtype=dtype)
 
     def append(self, count: int) -> None:
         """Append so many tokens to both."""
-        fresh = tokens(len(self.oracle.padding), count, seed=1 + self.layer.seen, dtype=self.dtype)
+        fresh = self.make.tokens(len(self.oracle.padding), count, 1 + self.layer.seen, self.dtype)
         self.history = [torch.cat(both, 2) for both in zip(self.history, fresh, strict=True)]
         expected, start = self.oracle.append(*fresh), self.layer.seen
         mask = self.layer.mask(count)
-        keys, values = self.layer.append(*fresh[1:])
+        keys, values = self.layer.append(*fresh[1:]).states
         if self.dtype == torch.float32 and not self.tolerance:
             outputs = torch.nn.functional.scaled_dot_product_attention(fresh[0], keys, values, attn_mask=mask)
             real = torch.arange(start, start + count) >= torch.tensor(self.oracle.padding)[:, None]
@@ -192,7 +207,7 @@ def parts_of(held: object) -> dict[str, Any]:
     return found
 
 
-def state(layer: KVLayer) -> dict[str, Any]:
+def state(layer: LayerCache) -> dict[str, Any]:
     """All that a layer is: its tensors by their bytes (free slots too), anything else by value."""
 
     def bits(x: object) -> object:
@@ -203,7 +218,7 @@ def state(layer: KVLayer) -> dict[str, Any]:
     return {name: bits(value) for name, value in parts_of(layer).items()}
 
 
-def held_bytes(layer: KVLayer) -> int:
+def held_bytes(layer: LayerCache) -> int:
     """Bytes of the storages behind all keys and values of a layer, and what it knows of each of them."""
     held = [x.untyped_storage() for x in parts_of(layer).values() if isinstance(x, Tensor) and x.dim() > 2]
     return sum({storage.data_ptr(): storage.nbytes() for storage in held}.values())
@@ -212,7 +227,7 @@ def held_bytes(layer: KVLayer) -> int:
 Errors = type[Exception] | tuple[type[Exception], ...]
 
 
-def refused(error: Errors, call: Callable[[], object], layer: KVLayer, before: Mapping[str, Any]) -> None:
+def refused(error: Errors, call: Callable[[], object], layer: LayerCache, before: Mapping[str, Any]) -> None:
     """Make a call that must fail, and see that nothing has changed."""
     try:
         call()
@@ -358,9 +373,10 @@ def bytes_are_told(make: Maker, s: Scenario) -> None:
         held, told = sum(held_bytes(layer) for layer in pair), sum(layer.nbytes for layer in pair)
         assert told == held, f"{told} bytes are reported, {held} are held"
         if not make.tolerance:
-            rerotate = pair[0].rotation is not None
-            expected = estimate_bytes(geometry, pair[0].seen, rows=rows, policy=policy, rerotate=rerotate, **options)
-            assert held == expected, f"{held} bytes are held, estimate_bytes says {expected}"
+            positions: PositionMode = "absolute" if pair[0].rotation is None else "rerotated"
+            spec = CacheSpec(policy, positions=positions, storage=pair[0].storage, **options)
+            expected = spec.nbytes(geometry, pair[0].seen, rows=rows)
+            assert held == expected, f"{held} bytes are held, CacheSpec.nbytes says {expected}"
         if isinstance(budget, MaxBytes) and isinstance(budget.budget, int):
             assert held <= budget.budget, f"{held} bytes are held, the budget is {budget.budget}"
 
@@ -380,21 +396,20 @@ LAWS: dict[Law, int] = {
 
 
 def layer_of(
-    make: Callable[..., KVLayer],
+    make: Callable[..., LayerCache],
     policy: SizePolicy,
     variant: str,
     padding: list[int],
     dtype: torch.dtype = torch.float32,
     layers: int = 1,
     **options: Any,
-) -> KVLayer:
+) -> LayerCache:
     """A layer as a cache of `layers` layers makes one, with rows that begin with so many pads."""
+    token = HEADS, KEY_DIM, VALUE_DIM, dtype
     return make(
         policy,
         padding=torch.tensor(padding),
         rotation=KeyRotation(FREQUENCIES) if variant == "rerotated" else None,
-        layers=layers,
-        rows=len(padding),
-        token_bytes=(HEADS * KEY_DIM * dtype.itemsize, HEADS * VALUE_DIM * dtype.itemsize),
+        expected=Expected(len(padding), token, Whole((token,) * layers)),
         **options,
     )

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kvcache.cache import KVLayer
+from kvcache.cache import LayerCache
 
 _FILES = Path("/proc/self/fd")
 _GRACE = 2.0  # seconds that threads on their way out have
@@ -34,7 +34,7 @@ def no_leaks(*models: nn.Module, allow: Callable[[object], bool] | None = None, 
 
     Args:
         *models: whose hooks and parts must be as before.
-        allow: is asked for each tensor, `KVLayer` and thread that is left whether it may be.
+        allow: is asked for each tensor, `LayerCache` and thread that is left whether it may be.
         files: whether to look at open files.
 
     Raises:
@@ -111,20 +111,37 @@ def _parts(model: nn.Module) -> dict[str, int]:
     return modules | {name: id(tensor) for name, tensor in tensors}
 
 
-def _held() -> list[Tensor | KVLayer]:
+def _held() -> list[Tensor | LayerCache]:
     """All tensors and cache layers that are alive and that the collector knows."""
     # By type, not isinstance: some objects pretend to be what they are not, and import things when they are asked.
-    kinds = (Tensor, KVLayer)
+    kinds = (Tensor, LayerCache)
     return [held for held in gc.get_objects() if issubclass(type(held), kinds)]
 
 
-def _of_a_layer(one: Tensor | KVLayer, new: Iterable[Tensor | KVLayer]) -> bool:
+def _of_a_layer(one: Tensor | LayerCache, new: Iterable[Tensor | LayerCache]) -> bool:
     """Whether the layer whose tensor it is says so already."""
-    return any(isinstance(held, KVLayer) and any(part is one for part in vars(held).values()) for held in new)
+    return any(isinstance(held, LayerCache) and id(one) in _inside(held) for held in new if held is not one)
 
 
-def _described(held: Tensor | KVLayer) -> str:
-    if isinstance(held, KVLayer):
+def _inside(layer: LayerCache) -> set[int]:
+    """Which objects a layer is made of, through containers and what else `kvcache.cache` holds tokens in."""
+    found, left = set[int](), list[object](vars(layer).values())
+    while left:
+        held = left.pop()
+        if id(held) in found:
+            continue
+        found.add(id(held))
+        if isinstance(held, dict):
+            left.extend(held.values())
+        elif isinstance(held, list | tuple):
+            left.extend(held)
+        elif type(held).__module__.startswith("kvcache.cache."):
+            left.extend(getattr(held, "__dict__", {}).values())
+    return found
+
+
+def _described(held: Tensor | LayerCache) -> str:
+    if isinstance(held, LayerCache):
         return f"a {type(held).__name__}: {held.policy!r}, {held.stored} tokens, {held.nbytes} bytes"
     return f"a {type(held).__name__} {list(held.shape)} of {held.dtype} on {held.device}"
 

@@ -1,6 +1,5 @@
 """Plan, profile, tune and examine anything that has a name."""
 
-from kvcache.tools._doctor import Finding, diagnose, healthy
 from kvcache.tools._footprint import (
     Footprint,
     Moment,
@@ -14,10 +13,15 @@ from kvcache.tools._footprint import (
 )
 from kvcache.tools._module_timer import PARTS, Watch
 from kvcache.tools._planning import MOST_REQUESTS, Device, MemoryPlan, Room, plan, room
-from kvcache.tools._profiling import MEMORY, Memory, Profile, Times, check_plot, plot, profile, shown_seconds
-from kvcache.tools._targets import ModelTarget, Prepared, check_vocoder, subject
-from kvcache.tools._tuning import SubjectBench, Tuned, space_of, tune
+from kvcache.tools._plotting import check_plot, plot
+from kvcache.tools._profile import MEMORY, Memory, Profile, Times, shown_seconds
+from kvcache.tools._profiling import profile
+from kvcache.tools._target import ModelTarget, Prepared, check_vocoder
+from kvcache.tools._targets import subject
+from kvcache.tools._tuning import SubjectBench, TuneArguments, Tuned, TuneOptions, tune
 from kvcache.tools._tuning_search import Refusal, Space, Tuner, shown
+from kvcache.tools._tuning_space import space_of
+from kvcache.tools.doctor import Finding, diagnose, healthy
 
 __all__ = [
     "MEMORY",
@@ -37,6 +41,8 @@ __all__ = [
     "Space",
     "SubjectBench",
     "Times",
+    "TuneArguments",
+    "TuneOptions",
     "Tuned",
     "Tuner",
     "VocoderFootprint",

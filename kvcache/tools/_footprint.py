@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.pytorch_utils import Conv1D
 
-from kvcache.cache import KVLayer
+from kvcache.cache import LayerCache
 from kvcache.decoding import Decoding, Drawing, StaticKV
+from kvcache.generation import GenerateCall
+from kvcache.manager import KVCacheManager
 from kvcache.models import (
     PackedLinear,
     Watch,
@@ -93,14 +95,16 @@ def held(tensors: Iterable[Tensor]) -> int:
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def buffers(layers: Sequence[KVLayer]) -> int:
+def buffers(layers: Sequence[LayerCache]) -> int:
     """Bytes of these layers, written to or not: what a C library hands out again has been written to before."""
     return sum(kv.nbytes for kv in layers)
 
 
 def written_static(kv: StaticKV, tokens: int, rows: int, device: str) -> int:
-    """Bytes of the decode engine's cache that memory counts, with `tokens` in each of its first rows: on a CPU the pages that
-    have been written to, elsewhere all."""
+    """Bytes of the decode engine's cache that memory counts, with `tokens` in each of its first rows.
+
+    On a CPU these are the pages that have been written to, elsewhere all.
+    """
     if device != "cpu":
         return kv.nbytes
     total = 0
@@ -127,7 +131,7 @@ def _pages(count: int, stride: int, size: int) -> int:
     return more(0) + rounds * once + sum(map(more, range(1, rest + 1)))
 
 
-def fill(layers: Sequence[KVLayer], tokens: int) -> None:
+def fill(layers: Sequence[LayerCache], tokens: int) -> None:
     """Let layers on the meta device, which hold something, see so many tokens more."""
     for kv in layers:
         assert kv.keys is not None and kv.values is not None
@@ -158,12 +162,12 @@ class _Blank:
     """A language model that runs without numbers, on one cache.
 
     Args:
-        manager: a `KVCacheManager` around a model on the meta device.
+        manager: around a model on the meta device.
         rows: that decode together.
         context: tokens of a request before those it makes.
     """
 
-    def __init__(self, manager: Any, rows: int, context: int) -> None:
+    def __init__(self, manager: KVCacheManager, rows: int, context: int) -> None:
         model = manager.model
         self._manager, self._rows, self.context = manager, rows, context
         self._more: dict[str, Any] = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
@@ -185,8 +189,8 @@ class _Blank:
 
     def run(self, count: int) -> tuple[int, Tensor]:
         """Bytes that a pass of so many tokens takes at most, beside the cache as it was before, and the logits."""
-        with without_numbers() as watch, self._manager._exactly():
-            out = run_blank(self._manager.runner, self.cache, self._rows, count, 0, "meta", **self._more)
+        with without_numbers() as watch, self._manager.caches.exactly():
+            out = run_blank(self._manager.observed_model, self.cache, self._rows, count, 0, "meta", **self._more)
         return watch.peak + self.states, out.logits
 
     def fill(self, count: int) -> None:
@@ -206,19 +210,22 @@ class _Blank:
 
 
 @torch.inference_mode()
-def language_footprint(manager: Any, setting: "Setting", context: int, tokens: int, device: str) -> Footprint:
+def language_footprint(
+    manager: KVCacheManager, setting: "Setting", context: int, tokens: int, device: str
+) -> Footprint:
     """What requests of a language model take.
 
     Args:
-        manager: a `KVCacheManager` around a model on the meta device.
+        manager: around a model on the meta device.
         setting: how it decodes.
         context: tokens of a request before those it makes: of an encoder-decoder that reads text, the encoder's.
         tokens: that it makes.
         device: ``"cpu"`` or ``"cuda"``: what is planned for.
     """
     model, rows = manager.model, setting.requests
-    request = {"max_new_tokens": tokens, "attention_mask": torch.ones(1, 1)}
-    reason = None if setting.backend == "off" else manager._why_not(None, None, request)
+    settings = {"max_new_tokens": tokens, "attention_mask": torch.ones(1, 1)}
+    call = GenerateCall.of(model, manager.geometry, None, settings)
+    reason = None if setting.backend == "off" else manager.engine.unsupported_reason(call)
     blank = _Blank(manager, rows, context)
     seen = blank.context + tokens - 1  # the last token drawn is never run
     peak, logits = blank.run(blank.context)
@@ -238,9 +245,10 @@ def language_footprint(manager: Any, setting: "Setting", context: int, tokens: i
         return Footprint(tuple(moments), blank.nbytes, 0, (model,), reason)
 
     policy, stored = blank.layers[0].policy, blank.layers[0].stored
+    decoder = manager.engine.decoder
     with Watch() as watch:
-        needed = manager._decoder.needed(policy, stored, tokens)
-        decoding = manager._decoder.decoding(policy, rows, needed, logits.shape[-1], setting.backend)
+        needed = decoder.needed(policy, stored, tokens)
+        decoding = decoder.decoding(policy, rows, needed, logits.shape[-1], setting.backend)
     static = decoding.kv
     fixed = watch.live - static.nbytes  # noise, marks, counters
     moments.append(Moment("handover", first, written_static(static, context, rows, device), fixed, last))
@@ -310,8 +318,10 @@ def weights_of(modules: Sequence[nn.Module], loaded: nn.Module, keep_loaded: boo
 
 
 def bytes_in(modules: Iterable[nn.Module]) -> int:
-    """Bytes of the storages that these modules hold, each counted once: of weights, of tables that are plain attributes, such as
-    positions, and of what is packed for kernels."""
+    """Bytes of the storages that these modules hold, each counted once.
+
+    They are of weights, of tables that are plain attributes, such as positions, and of what is packed for kernels.
+    """
     parts = {id(part): part for module in modules for part in module.modules()}.values()
     tensors = [
         tensor

@@ -205,8 +205,8 @@ class Watch:
 
     @property
     def between(self) -> bool:
-        """Whether no module runs."""
-        return len(self._stack) == 1
+        """Whether what is watched runs, and none of its modules."""
+        return self._running and len(self._stack) == 1
 
     def _here(self) -> bool:
         """Whether this is what is watched: the thread of the first module that runs."""
@@ -233,7 +233,7 @@ class Watch:
             self._tokens[-1] = args[0].shape[-2]
         self.enter("attention_scores" if part == _ATTENTION and id(module) in self._mixers else part)
 
-    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _after(self, module: nn.Module, _args: tuple[Any, ...], _output: Any) -> None:
         if not self._here() or self._part(module) is None:
             return
         if self._stack[-1] == _ATTENTION:  # nothing came between its shapes and its end
@@ -244,8 +244,10 @@ class Watch:
 
     @contextmanager
     def _updates(self) -> Iterator[None]:
-        """Within this block cache layers of all kinds, a model's own as well as ours, say when they are written to. What
-        follows in attention are the scores, or what a state is mixed with."""
+        """Within this block cache layers of all kinds, a model's own as well as ours, say when they are written to.
+
+        What follows in attention are the scores, or what a state is mixed with.
+        """
         plain = {(kind, name): vars(kind)[name] for kind in _kinds() for name in _WRITES if name in vars(kind)}
 
         def watched(update: Callable[..., Any]) -> Callable[..., Any]:
@@ -304,7 +306,7 @@ class _Functions(TorchFunctionMode):
             self.__exit__(None, None, None)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not (self._watch._running and self._watch.between):
+        if not self._watch.between:
             return func(*args, **(kwargs or {}))
         self._watch.enter("sampling")
         try:

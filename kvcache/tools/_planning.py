@@ -1,4 +1,4 @@
-"""Will it fit: what a model takes while it serves, to the byte where bytes can be known, before anything is loaded."""
+"""Planning memory: what a model takes while it serves, to the byte where bytes can be known, before anything is loaded."""
 
 import sys
 from bisect import bisect_right
@@ -15,7 +15,7 @@ from kvcache.errors import InputError
 from kvcache.memory import resident_bytes
 from kvcache.models import PackedLinear, Precision, meta_without_autocast, onednn_linear
 from kvcache.tools._footprint import Moment, Weights, bytes_in, weights_of
-from kvcache.tools._targets import ModelTarget, check_vocoder
+from kvcache.tools._target import ModelTarget, check_vocoder
 
 Device = Literal["cpu", "cuda"]
 
@@ -121,8 +121,7 @@ class Room:
 
 
 def process_bytes(precision: Precision | None = None) -> int | None:
-    """What this process holds of Python and its libraries, if it holds no model: its resident memory; None where the system
-    does not tell.
+    """Bytes that this process holds of Python and its libraries, if it holds no model; None where the system does not tell.
 
     Each kind of kernel runs once before, as its code is read from disk, or made, at its first use, and stays from then on.
 

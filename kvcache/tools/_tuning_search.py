@@ -101,8 +101,9 @@ class Bench(Protocol):
     """What settings are measured on."""
 
     def seconds(self, setting: Setting, tokens: int) -> Sequence[float]:
-        """Seconds per token of all requests together, chunk by chunk of about so many tokens of each request. What was set
-        up for it stays until it is dropped.
+        """Seconds per token of all requests together, chunk by chunk of about so many tokens of each request.
+
+        What was set up for it stays until it is dropped.
 
         Raises:
             KVCacheError: if it cannot be run.
@@ -258,8 +259,11 @@ class Tuner:
         return best
 
     def _rivals(self, best: Setting, alike: Sequence[Setting], compared: Sequence[Setting]) -> list[Setting]:
-        """What was not compared yet and may be the fastest: what is close to the best, or to what is like it; and the next best, if
-        that is not clearly beaten. Of what is slower no more than a few."""
+        """What was not compared yet and may be the fastest.
+
+        That is what is close to the best, or to what is like it; and the next best, if that is not clearly beaten. Of what is
+        slower no more than a few.
+        """
         ranked, slowest = self._ranked(), max(map(self._cost, alike))
         ahead = sum(self._cost(one) <= slowest for one in ranked)
         near = [
@@ -403,8 +407,10 @@ def _value(axis: str, value: Any) -> str:
 
 
 def _spread(samples: Sequence[float]) -> float:
-    """The standard error of a median, by the quartiles: 1.25 standard deviations over the root of the number, of which the
-    quartiles are 1.35 apart."""
+    """The standard error of a median, by the quartiles.
+
+    That is 1.25 standard deviations over the root of the number; the quartiles are 1.35 of them apart.
+    """
     if len(samples) < 4:
         return 0.0
     low, _, high = statistics.quantiles(samples, n=4)

@@ -11,7 +11,7 @@ from typing import get_args
 from kvcache.decoding import Setting, VocoderSetting, VocoderTrial
 from kvcache.errors import InputError, KVCacheError
 from kvcache.models import Precision
-from kvcache.tools._targets import ModelTarget
+from kvcache.tools._target import ModelTarget
 
 _SPOKEN = 50  # tokens, two seconds of speech
 _WORTH = 0.97  # of the time of the plainer setting: what takes more is no gain

@@ -56,9 +56,8 @@ from transformers import (
 )
 
 from kvcache.models import watch_of
-from kvcache.models._signature import Watch
 
-transformers.logging.set_verbosity_error()
+transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 torch.set_num_threads(1)
 
 RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
@@ -254,7 +253,7 @@ def widened(model: Any) -> Any:
     return model.requires_grad_(False)
 
 
-_WATCHES: list[Watch] = []
+_WATCHES: list[object] = []
 
 
 @cache
@@ -297,7 +296,8 @@ def logits(model: Any, ids: Tensor, cache: Any = None, chunks: Sequence[int] | N
     else:
         extra, name = {}, "input_ids"
     if cache is None:
-        return model(**{name: ids}, use_cache=False, **extra, **given).logits
+        whole: Tensor = model(**{name: ids}, use_cache=False, **extra, **given).logits
+        return whole
     result, start = [], 0
     for length in chunks or [ids.shape[1]]:
         end = start + length

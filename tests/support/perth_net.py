@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 
 class _Spectrogram(nn.Module):
+    window: Tensor
+
     def __init__(self, n_fft: int, win_length: int, hop_length: int, window_fn: Any, **_: Any) -> None:
         super().__init__()
         self.register_buffer("window", window_fn(win_length))  # a checkpoint has it by this name

@@ -5,6 +5,7 @@ fast set runs, it is FAST of them, the same on every run.
 """
 
 import os
+from typing import Any
 
 import hypothesis
 from hypothesis import Phase
@@ -27,7 +28,7 @@ def examples(count: int) -> int:
     return max(2, round(count * SHARE))
 
 
-def search(count: int, whole: bool = False, **options: object) -> hypothesis.settings:
+def search(count: int, whole: bool = False, **options: Any) -> hypothesis.settings:
     """Settings of a search that tries `count` examples when all are tried; or always, where it has to find something."""
     return hypothesis.settings(max_examples=count if whole else examples(count), **options)
 

@@ -12,10 +12,10 @@ from support.waiting import until
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "examples"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "benchmarks"))
-import server
-import server_load
-from server_connections import Server
-from server_guard import STANDARD, Gate, Limits
+import server  # type: ignore[import-not-found]
+import server_load  # type: ignore[import-not-found]
+from server_connections import Server  # type: ignore[import-not-found]
+from server_guard import STANDARD, Gate, Limits  # type: ignore[import-not-found]
 
 from kvcache_chatterbox import ChatterboxEngine, stand_in
 

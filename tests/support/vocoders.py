@@ -6,8 +6,8 @@ from torch import Tensor
 
 from kvcache_chatterbox.units import SAMPLES_PER_TOKEN
 from kvcache_chatterbox.vocoder import Run
-from kvcache_chatterbox.vocoder._run import Waveform
 from kvcache_chatterbox.voices import Voice
+from support.inside.speech import Waveform
 
 NOBODY = Voice(None, {})
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from t3_models import tiny_t3
 
 from kvcache import MissingDependencyError
 from kvcache_chatterbox.testing import stand_in
 from kvcache_chatterbox.vocoder import made_up_reference, random_s3gen
+from support.t3_models import tiny_t3
 
 
 @cache

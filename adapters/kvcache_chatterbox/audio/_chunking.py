@@ -260,8 +260,7 @@ class Pace:
         return min(max(round(best), SECOND), self._rule.most)
 
     def _lasting(self, times: float = 1.0) -> int | None:
-        """The smallest chunk that plays at least `times` as long as it takes to make; None if there is none that is worth the
-        wait."""
+        """The smallest chunk that plays at least `times` as long as it takes to make; None if none is worth the wait."""
         step = self._rule.step
         each = self._step_seconds / step
         sizes = range(step, self._largest() + 1, step)

@@ -71,7 +71,7 @@ class Speaker:
         self,
         tts: Any,
         options: VocoderOptions | None = None,
-        speakers: SpeakerCache | None = None,
+        prefix_cache: SpeakerCache | None = None,
         programs: Programs | None = None,
         onednn: bool = True,
     ) -> None:
@@ -80,7 +80,7 @@ class Speaker:
         self._vocoder: tuple[Any, str | None, Vocoder] | None = None
         self._planned: tuple[Vocoder, PlannedRuns] | None = None
         self.cost = Cost()
-        self._speakers = speakers
+        self._speakers = prefix_cache
         self._clips: OrderedDict[tuple[str | None, bytes], Voice] = OrderedDict()
         self._encoding = RLock()
         if options not in (None, VocoderOptions()):
@@ -135,8 +135,10 @@ class Speaker:
 
     @property
     def weights(self) -> nn.Module | None:
-        """All that holds weights of the vocoder: the model's own, what runs in its place, and what is made of them to run; None
-        if it has none."""
+        """All modules that hold weights of the vocoder; None if there are none.
+
+        These are the model's own, what runs in their place, and what is made of them to run.
+        """
         vocoder = self.vocoder
         parts = [self._tts.s3gen, *(vocoder.modules if isinstance(vocoder, S3GenVocoder) else ())]
         held = [part for part in parts if isinstance(part, nn.Module)]
@@ -164,8 +166,9 @@ class Speaker:
         return Voice.of(self._tts.t3, self.conds)
 
     def warm(self, voice: Voice, told: Callable[[str], object], requests: int = 1) -> None:
-        """Run the vocoder at a few sizes, so that what it compiles is there, and what its runs take is known; and the
-        watermarker, once.
+        """Run the vocoder at a few sizes, and the watermarker once.
+
+        Then what the vocoder compiles is there, and it is known how long its runs take.
 
         Args:
             told: is told what is done next.
@@ -195,8 +198,10 @@ class Speaker:
                 marked(watermarker, made.audio, self._tts.sr)  # Perth's first run imports, and compiles
 
     def encode(self, audio_prompt_path: str | os.PathLike[str]) -> Voice:
-        """The voice of a clip. It takes seconds, so each clip is encoded once: it is kept, by content, in the store of what is
-        known of voices, and the last few are remembered here.
+        """The voice of a clip.
+
+        It takes seconds, so each clip is encoded once: it is kept, by content, in the store of what is known of voices, and the
+        last few are remembered here.
 
         Raises:
             InputError: if the vocoder, or upstream, has no use for such a clip.
@@ -234,7 +239,7 @@ class Speaker:
                 self._speakers.evict(key)
         made: list[Voice] = []
 
-        def build(start: PrefixSnapshot | None) -> PrefixSnapshot:
+        def build(_start: PrefixSnapshot | None) -> PrefixSnapshot:
             made.append(self._encode(audio_prompt_path))
             return packed(key, made[0])
 
@@ -369,7 +374,7 @@ class Speaker:
         if not whole:
             unseeded = _state(self._tts.t3.device)
 
-            def by_place(index: int, tokens: int) -> Noise:
+            def by_place(index: int, _tokens: int) -> Noise:
                 seed = text.utterances[index].seed
                 return SeededNoise(unseeded if seed is None else seed)
 

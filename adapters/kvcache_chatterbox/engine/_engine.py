@@ -67,7 +67,7 @@ class ChatterboxEngine(UtteranceDecoder):
         model: Any,
         options: EngineOptions | SizePolicy | None = None,
         *,
-        speakers: SpeakerCache | None = None,
+        prefix_cache: SpeakerCache | None = None,
         **fields: Unpack[EngineFields],
     ) -> None:
         t3 = getattr(model, "t3", model)
@@ -76,7 +76,7 @@ class ChatterboxEngine(UtteranceDecoder):
                 f"{type(model).__name__} is no Chatterbox model: give a ChatterboxTTS (any variant) or its T3"
             )
         given = EngineOptions.of(options, fields)
-        super().__init__(t3, given, speakers)
+        super().__init__(t3, given, prefix_cache)
         self.voices = Voices(self.t3, self._reuse)
         if given.vocoder is not None and not hasattr(model, "s3gen"):
             raise InputError(
@@ -84,7 +84,7 @@ class ChatterboxEngine(UtteranceDecoder):
             )
         self._speaker = None
         if hasattr(model, "s3gen"):
-            self._speaker = Speaker(model, given.vocoder, self.speakers, self._programs, given.onednn)
+            self._speaker = Speaker(model, given.vocoder, self.prefix_cache, self._programs, given.onednn)
         self._defaults = {} if self._speaker is None else generate_defaults(model)
         self._source = VoiceSource(self.t3, self.voices, self._speaker, self._defaults.get("exaggeration"))
         release_threads()  # who has loaded the model may not be who decodes
@@ -95,7 +95,7 @@ class ChatterboxEngine(UtteranceDecoder):
         model: Any,
         path: str | os.PathLike[str],
         *,
-        speakers: SpeakerCache | None = None,
+        prefix_cache: SpeakerCache | None = None,
         **fields: Unpack[EngineFields],
     ) -> Self:
         """An engine with the setting that `kvcache tune` found for this model.
@@ -111,7 +111,7 @@ class ChatterboxEngine(UtteranceDecoder):
             InputError: if it cannot be read, is another model's, or has a quantized cache, which T3 has not.
             CorruptError: if that is no profile.
         """
-        return cls(model, EngineOptions.of_profile(model, path, fields), speakers=speakers)
+        return cls(model, EngineOptions.of_profile(model, path, fields), prefix_cache=prefix_cache)
 
     # ------------------------------------------------------------------ voices
 
@@ -140,7 +140,7 @@ class ChatterboxEngine(UtteranceDecoder):
         if self._reuse is not None and self._reuse.usable:
             shared = self._reuse.prepare(voice.t3)
             if pin:
-                self.speakers.pin(shared.key)
+                self.prefix_cache.pin(shared.key)
         return voice
 
     def voice_of(self, voice: str | Voice | None, audio_prompt_path: str | os.PathLike[str] | None = None) -> Voice:

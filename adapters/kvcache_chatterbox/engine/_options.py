@@ -10,8 +10,9 @@ import torch
 from typing_extensions import Self, TypedDict
 
 from kvcache import InputError, SizePolicy
+from kvcache.cache import PositionMode
 from kvcache.decoding import BackendName, TuningProfile
-from kvcache.models import PositionMode, Precision
+from kvcache.models import Precision
 from kvcache_chatterbox.checks import check_names
 from kvcache_chatterbox.speech import DecoderOptions
 from kvcache_chatterbox.vocoder import VocoderOptions, options_of

@@ -26,5 +26,5 @@ def batch_begun(decoder: UtteranceDecoder, utterance: Utterance, requests: int, 
         for size in batch.sizes:
             told(f"decoding the first tokens of {size} at once")
             while batch.busy < size:
-                batch.enter(decoder.job(utterance))
-            batch.turn()
+                batch.add(decoder.job(utterance))
+            batch.step()

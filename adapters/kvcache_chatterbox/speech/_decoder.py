@@ -20,6 +20,7 @@ from kvcache import (
     SpeakerCache,
     default_store,
 )
+from kvcache.cache import CacheSpec
 from kvcache.decoding import Batch, Job, Programs, backend_on, chunked
 from kvcache.events import Event, emit
 from kvcache.models import new_cache, reads_half_caches
@@ -51,17 +52,19 @@ class UtteranceDecoder:
 
     Attributes:
         options: as given.
+        enabled: False recomputes everything at every token: the same tokens, slowly; the reference that caches are measured
+            against.
     """
 
-    def __init__(self, t3: Any, options: DecoderOptions, speakers: SpeakerCache | None) -> None:
-        check_prefix_cache(speakers)
+    def __init__(self, t3: Any, options: DecoderOptions, prefix_cache: SpeakerCache | None) -> None:
+        check_prefix_cache(prefix_cache)
         backend = backend_on(options.backend, t3.device)
         precision, kv_dtype = options.precision, options.kv_dtype
         self.options = options
         self.t3 = t3 if precision is None else at_precision(t3, precision)
-        self.speakers = SpeakerCache(default_store(self.t3.device)) if speakers is None else speakers
-        self._reuse = None if options.reuse == "none" else VoiceReuse(self.t3, self.speakers, options.reuse)
-        self._caching = True
+        self.prefix_cache = SpeakerCache(default_store(self.t3.device)) if prefix_cache is None else prefix_cache
+        self._reuse = None if options.reuse == "none" else VoiceReuse(self.t3, self.prefix_cache, options.reuse)
+        self.enabled = True
         self._manager = KVCacheManager(
             self.t3.tfmr, options.policy, options.max_cache_length, positions=options.positions
         )
@@ -109,19 +112,6 @@ class UtteranceDecoder:
         """Which speech tokens stay."""
         return self.options.kept
 
-    @property
-    def enabled(self) -> bool:
-        """Whether caches are used, see `disable_kv_cache`."""
-        return self._caching
-
-    def enable_kv_cache(self) -> None:
-        """Use caches again (the default)."""
-        self._caching = True
-
-    def disable_kv_cache(self) -> None:
-        """Recompute everything at every token: the same tokens, slowly; the reference that caches are measured against."""
-        self._caching = False
-
     def report(self) -> CacheReport:
         """The account of the last request's cache, as of its last chunk."""
         return self._last
@@ -142,7 +132,7 @@ class UtteranceDecoder:
         reused: bool = True,
         **fields: Unpack[UtteranceFields],
     ) -> Utterance:
-        """One text in one voice, checked.
+        """One text ``[tokens]`` or ``[1, tokens]`` in one voice, checked.
 
         Args:
             voice: who speaks.
@@ -191,7 +181,7 @@ class UtteranceDecoder:
         """Utterances of one voice that ask no store once they decode: what is known of the voice is looked up now.
 
         Args:
-            aside: of `speakers`.
+            aside: of `prefix_cache`.
         """
         first = utterances[0]
         reuse = self._reuse_now(first.reused)
@@ -362,15 +352,9 @@ class UtteranceDecoder:
                 f"max_cache_length is {longest}; lower max_new_tokens, raise max_cache_length, or give a policy that evicts"
             )
         policy = Pinned(prefix, self.policy) if self.policy.evicts else self.policy
-        return new_cache(
-            self.t3.tfmr,
-            policy,
-            max_length=longest if slots is None or self.policy.evicts else slots,
-            preallocate=slots is not None,
-            positions=self._manager.positions,
-            rows=rows,
-            geometry=self._manager.geometry,
-        )
+        most = longest if slots is None or self.policy.evicts else slots
+        spec = CacheSpec(policy, most, self._manager.positions, static=slots is not None)
+        return new_cache(self.t3.tfmr, spec, rows=rows, geometry=self._manager.geometry)
 
     def _reported(self, chunks: Iterator[Tensor], cache: Any) -> Generator[Tensor, None, None]:
         reason = self._why_not

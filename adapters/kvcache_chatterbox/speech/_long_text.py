@@ -34,7 +34,7 @@ class LongText:
         check_carry(self.carry)
 
     def utterance(self, index: int, before: Tensor | None) -> Utterance:
-        """One of them, when the one before has said so much."""
+        """The utterance of an index, when the one before it has said the speech tokens ``[n]``; None says nothing of them."""
         return self.utterances[index].after(before if self.carry == "tail" else None)
 
 
@@ -70,7 +70,7 @@ def in_batch(batch: Batch, jobs: Sequence[Job], size: int, watch: Watch = unwatc
     turns.add(request)
     try:
         while not request.over:
-            turns.turn()
+            turns.step()
             while said:
                 yield said.popleft()
     finally:

@@ -6,9 +6,9 @@ from typing import Any, Literal
 import torch
 
 from kvcache import InputError, KeepAll, PolicyError, SizePolicy
-from kvcache.cache import chosen_by_head
+from kvcache.cache import PositionMode, chosen_by_head
 from kvcache.decoding import BUCKET, BackendName, check_bucket
-from kvcache.models import PositionMode, Precision, check_kv_dtype
+from kvcache.models import Precision, check_kv_dtype
 from kvcache_chatterbox.checks import check_count, check_flag
 from kvcache_chatterbox.voices import Reuse
 

@@ -48,13 +48,16 @@ def at_precision(t3: Any, precision: Precision) -> Any:
     if t3.device.type not in ("cpu", "meta"):  # on the meta device a model is planned for a CPU
         return quantize_linear(t3, precision)
     read = AlignmentCheck.layers(t3) if AlignmentCheck.wanted(t3) else []
-    wide = [f"layers.{layer}.self_attn.{name}" for layer in read for name in ("q_proj", "k_proj")]
-    backbone = quantize_linear(t3.tfmr, precision, wide=wide)
+    modules_to_not_convert = [f"layers.{layer}.self_attn.{name}" for layer in read for name in ("q_proj", "k_proj")]
+    backbone = quantize_linear(t3.tfmr, precision, modules_to_not_convert=modules_to_not_convert)
     return structural_copy(t3, lambda name, module: backbone if module is t3.tfmr else None)
 
 
 class T3Step(nn.Module):
     """From a speech token to the logits of the next, without a number from the host.
+
+    Called with the tokens ``[requests]`` and how many each request has made ``[requests]``, it gives logits
+    ``[requests * rows, vocabulary]``.
 
     Args:
         t3: whose step.
@@ -192,7 +195,7 @@ class Stepper:
             programs=self._programs,
         )
 
-    def told(self, logits: Tensor, cache: Any, ids: Tensor) -> Tensor:
+    def teacher_forced_logits(self, logits: Tensor, cache: Any, ids: Tensor) -> Tensor:
         """The logits ``[n, vocabulary]`` after each of these speech tokens ``[n]``, behind what a cache of one row holds.
 
         Args:
@@ -202,7 +205,7 @@ class Stepper:
         decoding = self.decoding(1, 1, layers[0].stored + len(ids))
         decoding.load(0, layers)
         decoding.start(0, logits, [GREEDY], [None], [ids[:0]])
-        return decoding.told(ids)[:, 0]
+        return decoding.teacher_forced_logits(ids)[:, 0]
 
     def chunks(
         self,

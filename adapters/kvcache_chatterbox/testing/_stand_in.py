@@ -132,7 +132,10 @@ class ToneVocoder:
         self.meanflow = meanflow
 
     def inference(
-        self, speech_tokens: Tensor, ref_dict: dict[str, Any], n_cfm_timesteps: int | None = None
+        self,
+        speech_tokens: Tensor,
+        ref_dict: dict[str, Any],
+        n_cfm_timesteps: int | None = None,  # noqa: ARG002  # as upstream's is called
     ) -> tuple[Tensor, None]:
         """The audio ``[1, samples]`` of tokens ``[n]`` or ``[1, n]``; the steps change nothing here."""
         tokens = speech_tokens.flatten().to("cpu", torch.float64)

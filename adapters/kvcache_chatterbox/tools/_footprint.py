@@ -42,8 +42,8 @@ def check_together(engine: ChatterboxEngine, requests: int) -> None:
 class _Assumed(VoiceReuse):
     """Finds every prefix: with the shapes that it has, and no numbers."""
 
-    def __init__(self, t3: Any, speakers: Any) -> None:
-        super().__init__(t3, speakers, "all")
+    def __init__(self, t3: Any, prefix_cache: Any) -> None:
+        super().__init__(t3, prefix_cache, "all")
         self.kept = 0  # tokens of the longest
 
     def condition(self, t3_cond: Any) -> Tensor:
@@ -98,7 +98,7 @@ def speech_footprint(engine: ChatterboxEngine, requests: int, context: int, toke
     """
     check_together(engine, requests)
     t3 = engine.t3
-    reuse = engine._reuse = _Assumed(t3, engine.speakers)
+    reuse = engine._reuse = _Assumed(t3, engine.prefix_cache)
     voice = Voice(random_conditionals(t3), {})
     beginning = reuse.condition(voice.t3)[0]
     count = text_room(engine, beginning.shape[0], context)

@@ -241,7 +241,7 @@ def engine_of(model: Any, setting: Setting, tokens: int = 0, vocoder: VocoderOpt
         bucket=setting.bucket or BUCKET,
         vocoder=vocoder,
     )
-    return ChatterboxEngine(model, options, speakers=SpeakerCache(MemoryStore("1GiB")))
+    return ChatterboxEngine(model, options, prefix_cache=SpeakerCache(MemoryStore("1GiB")))
 
 
 class _Speech:
@@ -269,9 +269,9 @@ class _Speech:
         voice = self.engine.voice_of(_VOICE)
         utterances = [self.engine.utterance(voice, text, max_new_tokens=tokens, seed=i) for i, text in enumerate(texts)]
         with self.engine.batch(requests, max(map(self.engine.slots, utterances))) as batch:
-            yield sum(len(batch.enter(self.engine.job(utterance)).tokens) for utterance in utterances)
+            yield sum(len(batch.add(self.engine.job(utterance)).tokens) for utterance in utterances)
             while batch.busy:
-                yield sum(len(piece.tokens) for piece in batch.turn())
+                yield sum(len(piece.tokens) for piece in batch.step())
                 self.engine._last = batch.report()
 
     def run(self, context: int, tokens: int) -> None:
@@ -303,7 +303,7 @@ class _Speech:
 
     @property
     def kept(self) -> int:
-        return self.engine.speakers.store.nbytes
+        return self.engine.prefix_cache.store.nbytes
 
     def _text(self, context: int, seed: int) -> Tensor:
         """Made-up text tokens, as many as let a request begin with `context` tokens in all."""
@@ -321,7 +321,7 @@ class _Speech:
         if engine._stepper is not None:
             utterance = engine.utterance(voice, text, max_new_tokens=len(ids) + 1, seed=0)
             decoder, cache = engine._decoder(utterance, 1, None, caching=True)
-            return engine._stepper.told(decoder.prefill(), cache, ids)
+            return engine._stepper.teacher_forced_logits(decoder.prefill(), cache, ids)
         with torch.inference_mode():
             speech = t3.speech_emb(ids[None])
             if t3.speech_pos_emb is not None:

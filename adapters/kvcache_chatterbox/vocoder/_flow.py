@@ -183,11 +183,11 @@ class Flow:
         for row, (reference, noise, count) in enumerate(zip(references, noises, frames, strict=True)):
             conditions[row, :, : reference.mel.shape[0]] = reference.mel.T
             start[row, :, :count] = noise[:, :count]
-        speakers = torch.stack([reference.speaker for reference in references])
+        prefix_cache = torch.stack([reference.speaker for reference in references])
         mask = None
         if min(frames) < most:
             mask = torch.arange(most, device=self.device) < torch.tensor(frames, device=self.device)[:, None]
-        found = self._solve(start, mu, speakers, conditions, mask)
+        found = self._solve(start, mu, prefix_cache, conditions, mask)
         return [
             found[row, :, reference.mel.shape[0] : count]
             for row, (reference, count) in enumerate(zip(references, frames, strict=True))
@@ -205,25 +205,25 @@ class Flow:
         x = net.forward_up_layers(x, shown, positions, shown)
         return torch.as_tensor(net.after_norm(x) if net.normalize_before else x)
 
-    def _solve(self, x: Tensor, mu: Tensor, speakers: Tensor, conditions: Tensor, mask: Tensor | None) -> Tensor:
+    def _solve(self, x: Tensor, mu: Tensor, prefix_cache: Tensor, conditions: Tensor, mask: Tensor | None) -> Tensor:
         """Euler's method from noise at 0 to the mel at 1, as upstream's `basic_euler` and `solve_euler`."""
         given = x.dtype
-        x, mu, speakers, conditions = (part.to(self._dtype) for part in (x, mu, speakers, conditions))
+        x, mu, prefix_cache, conditions = (part.to(self._dtype) for part in (x, mu, prefix_cache, conditions))
         times = torch.linspace(0, 1, self.steps + 1, device=x.device, dtype=x.dtype)
         if not self._meanflow and self._flow.decoder.t_scheduler == "cosine":
             times = 1 - torch.cos(times * 0.5 * torch.pi)
         rows = x.shape[0]
         guided = self.guidance > 0
         if guided:  # the second half is told nothing
-            mu, speakers, conditions = (
-                torch.cat([part, torch.zeros_like(part)]) for part in (mu, speakers, conditions)
+            mu, prefix_cache, conditions = (
+                torch.cat([part, torch.zeros_like(part)]) for part in (mu, prefix_cache, conditions)
             )
             mask = None if mask is None else mask.repeat(2, 1)
         for now, then in pairwise(times):
             slope = self._slope(
                 torch.cat([x, x]) if guided else x,
                 mu,
-                speakers,
+                prefix_cache,
                 conditions,
                 mask,
                 now.expand(mu.shape[0]),
@@ -240,7 +240,7 @@ def estimate(
     net: Any,
     x: Tensor,
     mu: Tensor,
-    speakers: Tensor,
+    prefix_cache: Tensor,
     conditions: Tensor,
     mask: Tensor | None,
     now: Tensor,
@@ -251,7 +251,7 @@ def estimate(
     if net.meanflow:
         end = net.time_mlp(net.time_embeddings(then).to(now.dtype))
         time = net.time_embed_mixer(torch.cat([time, end], 1))
-    x = torch.cat([x, mu, speakers[..., None].expand(-1, -1, x.shape[-1]), conditions], 1)
+    x = torch.cat([x, mu, prefix_cache[..., None].expand(-1, -1, x.shape[-1]), conditions], 1)
     shown = x.new_ones(1, 1, 1) if mask is None else mask[:, None].to(x.dtype)
     bias = None if mask is None else (1.0 - shown) * _HIDDEN
     skipped = []

@@ -63,7 +63,7 @@ def at_precision(module: nn.Module, precision: Precision | None) -> Any:
     return narrowed(made, half_of(precision, device)) if device.type in ("cpu", "meta") else made
 
 
-def _plain(name: str, part: nn.Module) -> nn.Module | None:
+def _plain(_name: str, part: nn.Module) -> nn.Module | None:
     """For a linear layer that could have an adapter, and has none (those of diffusers), one that is its weights alone."""
     if not (isinstance(part, nn.Linear) and getattr(part, "lora_layer", part) is None):
         return None

@@ -39,7 +39,7 @@ class Noise(Protocol):
         ...
 
 
-class SeededNoise:
+class SeededNoise(Noise):
     """Noise by place.
 
     Args:
@@ -75,7 +75,7 @@ class SeededNoise:
         return torch.Generator().manual_seed(int.from_bytes(place[:8], "big"))
 
 
-class UpstreamNoise:
+class UpstreamNoise(Noise):
     """Noise in upstream's order, for a text that is made in one run: with the same generator its waveform.
 
     Args:
@@ -96,7 +96,7 @@ class UpstreamNoise:
         self._options: dict[str, Any] = {"generator": generator, "device": device, "dtype": dtype}
         self._meanflow = meanflow
 
-    def start(self, reference: int, place: int, frames: int) -> Tensor:
+    def start(self, reference: int, place: int, frames: int) -> Tensor:  # noqa: ARG002  # as other noise has it
         text = torch.randn(1, MELS, frames, **self._options) if self._meanflow else None
         whole = torch.randn(1, MELS, reference + frames, **self._options)[0]
         return whole if text is None else torch.cat([whole[:, :reference], text[0]], 1)
@@ -106,7 +106,7 @@ class UpstreamNoise:
         phases[0] = 0
         return phases
 
-    def source(self, place: int, frames: int) -> Tensor:
+    def source(self, place: int, frames: int) -> Tensor:  # noqa: ARG002  # as other noise has it
         source = torch.randn(1, HARMONICS, frames * SAMPLES_PER_FRAME, **self._options)[0]
         # Upstream draws it and lets it go: what is drawn next is the same.
         torch.randn(1, 1, frames * SAMPLES_PER_FRAME, **self._options)

@@ -26,13 +26,13 @@ WEIGHTS = ("own", "meanflow")
 class _Blank:
     """Noise of the right shapes."""
 
-    def start(self, reference: int, place: int, frames: int) -> Tensor:
+    def start(self, reference: int, place: int, frames: int) -> Tensor:  # noqa: ARG002  # as other noise has it
         return torch.empty(MELS, reference + frames)
 
     def phases(self) -> Tensor:
         return torch.empty(HARMONICS)
 
-    def source(self, place: int, frames: int) -> Tensor:
+    def source(self, place: int, frames: int) -> Tensor:  # noqa: ARG002  # as other noise has it
         return torch.empty(HARMONICS, frames * SAMPLES_PER_FRAME)
 
 

@@ -164,8 +164,10 @@ class OneAtATime:
 
 
 def most_together(device: torch.device) -> int:
-    """Tokens of a run of several streams at most: a GPU takes as long for many as for one; a CPU computes one after the other
-    anyway, and who is first would wait for all."""
+    """Tokens of a run of several streams at most.
+
+    A GPU takes as long for many as for one. A CPU computes one after the other anyway, and who is first would wait for all.
+    """
     return _MOST_CPU if device.type in ("cpu", "meta") else _MOST
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kvcache import PrefixKey, PrefixSnapshot, SpeakerCache, model_fingerprint
+from kvcache.cache import CacheSpec
 from kvcache.models import cache_kwarg, geometry_of, kv_layers, new_cache, tensor_bytes, watch_of
 from kvcache.prefixes import Layout, extend_prefix
 from kvcache.prefixes.stores import Aside
@@ -53,8 +54,8 @@ class VoiceReuse:
         mode: ``"all"``; ``"conditioning"`` without the unconditional text.
     """
 
-    def __init__(self, t3: Any, speakers: SpeakerCache, mode: Reuse) -> None:
-        self.speakers = speakers
+    def __init__(self, t3: Any, prefix_cache: SpeakerCache, mode: Reuse) -> None:
+        self.prefix_cache = prefix_cache
         self._t3 = t3
         self._geometry = geometry_of(t3.tfmr)
         self._watch = watch_of(t3)  # held, so that whether the model has changed is cheap to ask
@@ -64,8 +65,10 @@ class VoiceReuse:
 
     @property
     def usable(self) -> bool:
-        """Whether the model, as it is now, can be told from others, so that what it computes may be kept; see
-        `kvcache.models.Signature.why_no_name`."""
+        """Whether the model, as it is now, can be told from others, so that what it computes may be kept.
+
+        See `kvcache.models.Signature.why_no_name`.
+        """
         return self._watch.signature().why_no_name is None
 
     @torch.inference_mode()
@@ -84,14 +87,14 @@ class VoiceReuse:
         rows, conditioning = request.embeds.shape[0], request.text[0]
         if rows == 2 and self._unconditional:
             return self._start_guided(request, cache, known)
-        known(self._key(request.embeds[0, :conditioning])).to(self._t3.device).fork(cache, rows)
+        known(self._key(request.embeds[0, :conditioning])).to(self._t3.device).write_to(cache, rows)
         out = self._t3.tfmr(
             inputs_embeds=request.embeds[:, conditioning:], **cache_kwarg(self._t3.tfmr, cache), use_cache=True
         )
         return FirstPass(out[0][:, -1])
 
     def condition(self, t3_cond: Any) -> Tensor:
-        """As `requests.condition`; the last few are remembered, by content."""
+        """The voice as the beginning of the backbone's input, ``[1, tokens, dim]``; the last few are remembered, by content."""
         parts = [getattr(t3_cond, field.name) for field in dataclasses.fields(t3_cond)]
         content = [(p.dtype, p.shape, bytes(tensor_bytes(p))) if isinstance(p, Tensor) else p for p in parts]
         with without_autocast(self._t3):
@@ -130,14 +133,16 @@ class VoiceReuse:
         return conditioning
 
     def _known(self, key: PrefixKey) -> PrefixSnapshot:
-        return self.speakers.get_or_extend(key, partial(self._extend, key))
+        return self.prefix_cache.get_or_extend(key, partial(self._extend, key))
 
     def passing(self, key: PrefixKey) -> PrefixSnapshot:
-        """The prefix of what is no named voice, such as a number that a request gives: it is not stored, but for the last
-        two, which are remembered here."""
+        """The prefix of what is no named voice, such as a number that a request gives.
+
+        It is not stored; the last two are remembered here.
+        """
         if (known := self._remembered(key)) is not None:
             return known
-        found = self.speakers.find(key)
+        found = self.prefix_cache.find(key)
         return found if found is not None and len(found) == len(key) else self.compute(key, found)
 
     def compute(self, key: PrefixKey, start: PrefixSnapshot | None, keep: Aside | None = None) -> PrefixSnapshot:
@@ -146,7 +151,7 @@ class VoiceReuse:
         Args:
             keep: what stores it; by default it is only remembered here.
         """
-        made = self.speakers.compute(key, start, partial(self._extend, key))
+        made = self.prefix_cache.compute(key, start, partial(self._extend, key))
         if keep is None:
             self._passing.append(made)
         else:
@@ -180,7 +185,7 @@ class VoiceReuse:
         own, new = length - conditioning, length - conditioning + speech
         beside = self._cache(end + new)
         key = self._key(embeds[1, :conditioning], end - conditioning)
-        known(key).first(end).to(device).fork(beside)
+        known(key).first(end).to(device).write_to(beside)
 
         sees = torch.zeros(new, end + new, dtype=torch.bool, device=device)
         sees[:, :conditioning] = True
@@ -206,7 +211,7 @@ class VoiceReuse:
 
     def _cache(self, tokens: int) -> Any:
         """For one row of so many tokens."""
-        return new_cache(self._t3.tfmr, max_length=tokens, preallocate=True, rows=1, geometry=self._geometry)
+        return new_cache(self._t3.tfmr, CacheSpec(max_length=tokens, static=True), rows=1, geometry=self._geometry)
 
 
 class Prepared:

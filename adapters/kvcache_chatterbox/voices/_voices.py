@@ -210,7 +210,7 @@ class Voices(Mapping[str, Voice]):
         if self._reuse is not None and self._reuse.usable:
             if computed and snapshot is not None and snapshot.key == (key := self._reuse.key(voice.t3)):
                 snapshot.check(key)
-                self._reuse.speakers.store.put(snapshot)
+                self._reuse.prefix_cache.store.put(snapshot)
             self._reuse.prepare(voice.t3)
         return name
 

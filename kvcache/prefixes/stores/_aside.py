@@ -26,12 +26,12 @@ class Aside:
     """Reads and writes of prefixes in threads of their own, which end when there is nothing to do.
 
     Args:
-        speakers: a `SpeakerCache`.
+        speakers: a `PrefixCache`.
         patience: seconds that `find` waits for it.
     """
 
-    def __init__(self, speakers: _Speakers, patience: float = _PATIENCE) -> None:
-        self._speakers, self._patience = speakers, patience
+    def __init__(self, prefix_cache: _Speakers, patience: float = _PATIENCE) -> None:
+        self._speakers, self._patience = prefix_cache, patience
         self.dropped = 0  # writes
         self._start()
 

@@ -5,14 +5,12 @@ import logging
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Set
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from threading import Lock, Thread
+from threading import Lock
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from kvcache.errors import CorruptError, InputError, KVCacheError, StoreError
 from kvcache.events import Event, emit
@@ -21,7 +19,6 @@ from kvcache.prefixes._snapshot import PrefixKey, PrefixSnapshot, is_address
 
 log = logging.getLogger("kvcache.stores")
 
-_File = TypeVar("_File")
 _Answer = TypeVar("_Answer")
 STORE_KEY = "KVCACHE_STORE_KEY"  # the environment's secret
 LONGEST_WAIT = 86400.0  # seconds, a day: to wait for an answer
@@ -409,71 +406,6 @@ def check_url(given: object) -> None:
         raise InputError(
             f"url={shown_value(given)} must be text; give for example 'redis://host:6379/0' or 's3://bucket/voices'"
         )
-
-
-class Patience:
-    """Asks in threads that are given up after a time. Nothing is asked while one that was given up still runs: where nobody
-    answers, each would leave one more."""
-
-    def __init__(self) -> None:
-        self._given_up: list[Thread] = []
-        self._lock = Lock()
-
-    def in_time(self, ask: Callable[[], _Answer], seconds: float) -> _Answer:
-        """What `ask` answers within so many seconds.
-
-        Raises:
-            TimeoutError: if it does not, and at once while a thread that was given up still runs; whatever `ask` raises.
-        """
-        with self._lock:
-            self._given_up = [thread for thread in self._given_up if thread.is_alive()]
-            if self._given_up:
-                raise TimeoutError("an earlier question has still not been answered")
-        answer: Future[_Answer] = Future()
-
-        def wait() -> None:
-            try:
-                answer.set_result(ask())
-            except BaseException as error:  # raised again in the thread that asked
-                answer.set_exception(error)
-
-        thread = Thread(
-            target=wait, daemon=True, name="kvcache-store"
-        )  # one that hangs must not keep the program alive
-        thread.start()
-        try:
-            return answer.result(seconds)
-        except FutureTimeout:
-            if answer.done():  # its own
-                raise
-        with self._lock:
-            self._given_up.append(thread)
-        raise TimeoutError(f"no answer within {seconds:g} s")
-
-
-def check_room(needed: int, pinned: int, max_bytes: int) -> None:
-    """Raise ValueError if these bytes do not fit beside the pinned ones; to be asked before any other is evicted."""
-    if pinned + needed > max_bytes:
-        raise ValueError(f"{needed} bytes do not fit beside {pinned} pinned ones into {max_bytes}")
-
-
-def leaving(files: Mapping[_File, tuple[int, Any]], pinned: Set[_File], needed: int, max_bytes: int) -> Iterator[_File]:
-    """Which files have to leave so that `needed` more bytes fit, one by one.
-
-    Args:
-        files: the size of each, and what they leave in the order of.
-        pinned: those of them that stay.
-
-    Raises:
-        ValueError: before any leaves, if they do not fit beside the pinned ones.
-    """
-    check_room(needed, sum(files[file][0] for file in pinned), max_bytes)
-    total = sum(size for size, _ in files.values())
-    for file in sorted(files.keys() - pinned, key=lambda file: files[file][1]):
-        if total + needed <= max_bytes:
-            return
-        yield file
-        total -= files[file][0]
 
 
 def check_address(address: str) -> str:

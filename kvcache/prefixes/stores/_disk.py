@@ -29,8 +29,9 @@ from kvcache.io import (
     write_private,
 )
 from kvcache.prefixes._snapshot import is_address
-from kvcache.prefixes.stores._base import BlobStore, StoreEntry, check_address, check_room
+from kvcache.prefixes.stores._base import BlobStore, StoreEntry, check_address
 from kvcache.prefixes.stores._index import Index, Row, discard, nanoseconds
+from kvcache.prefixes.stores._room import check_room
 
 _SUFFIX = ".safetensors"
 _PIN = ".pin"

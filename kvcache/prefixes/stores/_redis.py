@@ -13,13 +13,13 @@ from kvcache.prefixes.stores._base import (
     LONGEST_LIFE,
     LONGEST_WAIT,
     BlobStore,
-    Patience,
     StoreEntry,
     check_address,
-    check_room,
     check_seconds,
     check_url,
 )
+from kvcache.prefixes.stores._patience import Patience
+from kvcache.prefixes.stores._room import check_room
 
 _NAMESPACE = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _LARGEST = 512 * 2**20  # a Redis string

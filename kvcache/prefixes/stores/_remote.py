@@ -12,13 +12,13 @@ from kvcache.prefixes._snapshot import is_address
 from kvcache.prefixes.stores._base import (
     LONGEST_WAIT,
     BlobStore,
-    Patience,
     StoreEntry,
     check_address,
     check_seconds,
     check_url,
-    leaving,
 )
+from kvcache.prefixes.stores._patience import Patience
+from kvcache.prefixes.stores._room import leaving
 
 _SUFFIX = ".safetensors"
 _PIN = ".pin"

@@ -1,4 +1,4 @@
-"""Looking after a store: what is in it, whether it is intact, what may leave; what `kvcache voices` does.
+"""Looking after a store: what is in it, whether it is intact, what may leave; what `kvcache prefixes` does.
 
 Unlike in a request, a store that is down is an error here, `StoreError`.
 """
