@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.searching import search
-from t3_models import tiny_t3
+from support.t3_models import tiny_t3
 from typing_extensions import get_type_hints
 
 from kvcache import InputError, KeepAll, MemoryStore, PolicyError, SlidingWindow, SpeakerCache

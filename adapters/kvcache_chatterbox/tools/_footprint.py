@@ -68,6 +68,17 @@ class _Assumed(VoiceReuse):
             made = self._extend(key, start)
         return int(watch.peak - made.nbytes + made.key.content.nbytes)
 
+    def building(self, beginning: Tensor, unconditional: int) -> int:
+        """Bytes that computing a voice takes at most, and then what a longer text needs besides.
+
+        Args:
+            beginning: the voice as the beginning of the backbone's input, ``[tokens, dim]``.
+            unconditional: tokens of the text without conditioning; 0 without guidance.
+        """
+        first, last = self._key(beginning, min(1, unconditional)), self._key(beginning, unconditional)
+        voice = self.build(first, None)
+        return max(voice, self.build(last, self._known(first))) if len(last) > len(first) else voice
+
     def nbytes(self, tokens: int) -> int:
         """Bytes of a prefix as it is kept."""
         content: int = self._t3.dim * self._t3.speech_emb.weight.element_size()
@@ -95,36 +106,20 @@ def speech_footprint(engine: ChatterboxEngine, requests: int, context: int, toke
     utterance = Utterance(voice, text, sampling_of(t3.is_gpt, {}), tokens, None, True)
     rows = 2 if utterance.sampling.cfg_weight > 0 else 1
 
-    # The voice, then what a longer text needs besides.
-    first, last = reuse._key(beginning, int(rows == 2)), reuse._key(beginning, count if rows == 2 else 0)
-    building = reuse.build(first, None)
-    if len(last) > len(first):
-        building = max(building, reuse.build(last, reuse._known(first)))
+    building = reuse.building(beginning, count if rows == 2 else 0)
     decoder, cache = engine._decoder(utterance, rows, None, True)
     layers = kv_layers(cache)
     with Watch() as watch:
         logits = decoder.prefill()
-    prefix = reuse.nbytes(reuse.kept)
-    filled = buffers(layers)
-    prefill = max(0, watch.peak - buffers(layers))
-    plain = device == "cpu" and engine.options.onednn and logits.dtype == torch.float32
-    # `onednn_linear` multiplies with oneDNN, whose copy of the largest layer comes on top.
-    scratch = onednn_bytes([t3.tfmr]) if plain and (onednn_rows().start == 1 or not t3.is_gpt) else 0
-    prefill += scratch
+    prefix, filled, scratch = reuse.nbytes(reuse.kept), buffers(layers), _scratch(engine, device, logits.dtype)
+    prefill = max(0, watch.peak - filled) + scratch
     seen = context + tokens - 1  # the last token drawn is never run
 
     if engine._stepper is None:
+        step = 0
         if seen > context:
-            fill(layers, seen - context - 1)
-            before = buffers(layers)
-            with Watch() as watch:
-                out = t3.tfmr(
-                    inputs_embeds=logits.new_empty(rows, 1, t3.dim), **cache_kwarg(t3.tfmr, cache), use_cache=True
-                )
-                t3.speech_head(out[0][:, -1])
-            step = max(0, watch.peak - buffers(layers) + before) + (scratch if rows in onednn_rows() else 0)
-        else:
-            step = 0
+            step = _loop_step(t3, cache, logits, seen - context)
+            step += scratch if rows in onednn_rows() else 0
         token_loop = (
             Moment("voice", building),
             Moment("prefill", filled, workspace=prefill),
@@ -150,6 +145,28 @@ def speech_footprint(engine: ChatterboxEngine, requests: int, context: int, toke
         beginnings = [Moment("prefill", filled * requests, used(context, requests), fixed, prefill)]
     moments = [Moment("voice", building), *beginnings, Moment("step", 0, used(seen, requests), fixed, step)]
     return Footprint(tuple(moments), static.nbytes, prefix, (t3, *_modules(decoding)))
+
+
+def _scratch(engine: ChatterboxEngine, device: str, dtype: torch.dtype) -> int:
+    """Bytes of oneDNN's copy of the largest layer, where `onednn_linear` multiplies with it."""
+    plain = device == "cpu" and engine.options.onednn and dtype == torch.float32
+    return onednn_bytes([engine.t3.tfmr]) if plain and (onednn_rows().start == 1 or not engine.t3.is_gpt) else 0
+
+
+def _loop_step(t3: Any, cache: Any, logits: Tensor, steps: int) -> int:
+    """Bytes that the last of so many steps of the token loop takes beside the cache, which is filled up to there.
+
+    Args:
+        logits: of the prefill, ``[rows, vocabulary]``.
+    """
+    layers = kv_layers(cache)
+    fill(layers, steps - 1)
+    before = buffers(layers)
+    with Watch() as watch:
+        embeds = logits.new_empty(len(logits), 1, t3.dim)
+        out = t3.tfmr(inputs_embeds=embeds, **cache_kwarg(t3.tfmr, cache), use_cache=True)
+        t3.speech_head(out[0][:, -1])
+    return int(max(0, watch.peak - buffers(layers) + before))
 
 
 def _modules(decoding: Decoding) -> tuple[nn.Module, ...]:
