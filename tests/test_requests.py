@@ -197,7 +197,7 @@ def test_tokens_are_asked_for_by_options_or_by_their_fields(speaking: Chatterbox
 def test_an_engine_is_made_of_options_or_of_their_fields() -> None:
     t3, written = tiny_t3("english"), {"max_cache_length": 300, "backend": "off", "onednn": False}
     options = EngineOptions(policy=SlidingWindow(9), **written)  # type: ignore[arg-type]
-    store: dict[str, Any] = {"speakers": SpeakerCache(MemoryStore("1MiB"))}
+    store: dict[str, Any] = {"prefix_cache": SpeakerCache(MemoryStore("1MiB"))}
     for engine in (
         ChatterboxEngine(t3, options, **store),
         ChatterboxEngine(t3, SlidingWindow(9), **written, **store),
@@ -246,7 +246,7 @@ def test_an_unknown_keyword_is_named_with_the_closest_that_there_is(still: Chatt
         (lambda: still.utterance(still.voices["v"], tokens, **wrong), "temprature", "temperature"),
         (lambda: UtteranceOptions(sampling={"topk": 5}), "topk", "top_k"),  # type: ignore[typeddict-unknown-key]
         (lambda: ChatterboxEngine(still.t3, back_end="off"), "back_end", "backend"),  # type: ignore[call-arg]
-        (lambda: ChatterboxEngine(still.t3, speaker=None), "speaker", "speakers"),  # type: ignore[call-arg]
+        (lambda: ChatterboxEngine(still.t3, prefix_cach=None), "prefix_cach", "prefix_cache"),  # type: ignore[call-arg]
         (lambda: ChatterboxEngine.from_profile(still.t3, tmp_path, bucked=1), "bucked", "bucket"),  # type: ignore[call-arg]
         (lambda: SpeechScheduler(still, maxrows=1), "maxrows", "max_rows"),  # type: ignore[call-arg]
     ]

@@ -47,12 +47,12 @@ class ChatterboxEngine(UtteranceDecoder):
     Args:
         model: a loaded `ChatterboxTTS`, `ChatterboxMultilingualTTS`, `ChatterboxTurboTTS` (Nano too), or a bare `T3`.
         options: how it speaks, as `EngineOptions`; or the policy alone.
-        speakers: where what is known of voices lives; by default memory over disk, from the first voice on.
+        prefix_cache: where what is known of voices lives; by default memory over disk, from the first voice on.
         **fields: or the fields of `EngineOptions` as keywords.
 
     Attributes:
         options: how it speaks.
-        speakers: where what is known of voices lives.
+        prefix_cache: where what is known of voices lives.
         voices: the voices added so far, by name.
 
     Raises:
@@ -105,7 +105,7 @@ class ChatterboxEngine(UtteranceDecoder):
         Args:
             model: that the profile is of, as it was then.
             path: of the profile.
-            speakers, **fields: as of the constructor; they go before what the profile says.
+            prefix_cache, **fields: as of the constructor; they go before what the profile says.
 
         Raises:
             InputError: if it cannot be read, is another model's, or has a quantized cache, which T3 has not.

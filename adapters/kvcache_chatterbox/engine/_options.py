@@ -65,7 +65,7 @@ class EngineOptions(DecoderOptions):
         Raises:
             InputError, PolicyError: for an unknown keyword, a value that cannot be, or keywords beside options.
         """
-        check_names(given, [one.name for one in fields(cls)] + ["speakers"], "ChatterboxEngine()")
+        check_names(given, [one.name for one in fields(cls)] + ["prefix_cache"], "ChatterboxEngine()")
         if isinstance(options, EngineOptions):
             if given:
                 raise InputError(
@@ -83,7 +83,7 @@ class EngineOptions(DecoderOptions):
         Args:
             given: keywords, which go before what the profile says.
         """
-        check_names(given, [one.name for one in fields(cls)] + ["speakers"], "ChatterboxEngine.from_profile()")
+        check_names(given, [one.name for one in fields(cls)] + ["prefix_cache"], "ChatterboxEngine.from_profile()")
         found = TuningProfile.load(Path(path), getattr(model, "t3", model)).arguments
         if "quantization" in found:
             raise InputError(f"{path} has a quantized cache, which Chatterbox's engine has not; tune with kvcache tune")

@@ -48,7 +48,7 @@ class UtteranceDecoder:
     Args:
         t3: upstream's.
         options: how it decodes.
-        speakers: see `ChatterboxEngine`.
+        prefix_cache: see `ChatterboxEngine`.
 
     Attributes:
         options: as given.
