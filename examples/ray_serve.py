@@ -180,7 +180,7 @@ class Replica:
         return {
             "replica": self._id,
             "scheduler": self._scheduler.metrics(),
-            "speakers": self._engine.prefix_cache.stats(),
+            "prefix_cache": self._engine.prefix_cache.stats(),
         }
 
     async def _prepare(self, name: str) -> tuple[Voice, str]:

@@ -20,8 +20,8 @@ DECODERS = [name for name in FAMILIES if name not in SEQ2SEQ]
 # Every kind of cache, with limits above the 20 + 12 tokens of these texts.
 KINDS: dict[str, dict[str, Any]] = {
     "growing": {},
-    "static": {"max_cache_length": 64, "preallocate": True},
-    "window": {"policy": SlidingWindow(60, sinks=4), "preallocate": True},
+    "static": {"max_cache_length": 64, "static": True},
+    "window": {"policy": SlidingWindow(60, sinks=4), "static": True},
     "max-tokens": {"policy": MaxTokens(64)},
     "max-bytes": {"policy": MaxBytes("1MiB")},
     "pinned": {"policy": Pinned(8, SlidingWindow(56))},

@@ -114,7 +114,7 @@ def test_generating_with_positions_that_move_along(name: str) -> None:
     # The text fits into the window beside the prefix: a chunk that evicts sees its pinned keys where its first query
     # does, so a prompt in one chunk would by definition be another thing than in two.
     model, rule = tiny(name), SlidingWindow(10, sinks=1)
-    options = {"positions": "rerotated", "speakers": in_memory()}
+    options = {"positions": "rerotated", "prefix_cache": in_memory()}
     expected = KVCacheManager(model, Pinned(len(PREFIX), rule), **options).generate(after(PREFIX), **GREEDY)
     assert torch.equal(manager(model, rule, **options).generate(TEXT, prefix="p", **GREEDY), expected)
     assert not torch.equal(expected, plain(name))  # what left is missed

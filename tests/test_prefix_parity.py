@@ -37,7 +37,7 @@ from kvcache import GeometryError, InputError, KVCacheManager, PositionsError, S
 
 KINDS_ABOVE: dict[str, dict[str, Any]] = {  # with limits above the 9 + 12 tokens that follow the prefix
     "growing": {},
-    "static": {"max_cache_length": 40, "preallocate": True},
+    "static": {"max_cache_length": 40, "static": True},
     "window": {"policy": SlidingWindow(24, sinks=2)},
 }
 

@@ -262,7 +262,7 @@ class ForgetsTheRecent(RankedLayer):
 
     def _scores(self, seen):
         ranking, self.ranking = self.ranking, copy.copy(self.ranking)
-        object.__setattr__(self.ranking, "recent", 0)
+        object.__setattr__(self.ranking, "window_size", 0)
         result = super()._scores(seen)
         self.ranking = ranking
         return result

@@ -66,17 +66,17 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"storage": 8}, InputError, r"storage=8.*KVQuantization\(8\)"),
     ({"kv_dtype": "bf16"}, InputError, r"kv_dtype='bf16'.*torch\.bfloat16"),
     ({"kv_dtype": torch.int8}, InputError, r"kv_dtype=torch\.int8.*floating-point"),
-    ({"speakers": "redis://localhost"}, InputError, r"prefix_cache='redis://localhost'.*SpeakerCache\("),
+    ({"prefix_cache": "redis://localhost"}, InputError, r"prefix_cache='redis://localhost'.*SpeakerCache\("),
     ({"max_cache_length": 0}, PolicyError, "max_length=0 must be at least 1"),
     ({"max_cache_length": 2.5}, PolicyError, r"max_length=2\.5"),
-    ({"preallocate": True}, PolicyError, "static=True.*max_cache_length"),
+    ({"static": True}, PolicyError, "static=True.*max_cache_length"),
 ]
 
 
 @pytest.mark.parametrize(("given", "error", "said"), ARGUMENTS, ids=lambda value: str(value)[:30])
 def test_d9_arguments_of_the_manager_are_checked(given: dict[str, Any], error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
-        KVCacheManager(tiny("llama"), **{"speakers": memory(), **given})
+        KVCacheManager(tiny("llama"), **{"prefix_cache": memory(), **given})
 
 
 def test_d9_preallocation_takes_any_limit() -> None:

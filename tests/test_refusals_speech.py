@@ -19,7 +19,7 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"policy": [SlidingWindow(3)] * 4}, PolicyError, r"all layers; give one SizePolicy, such as SlidingWindow\(500\)"),
     ({"policy": SnapKV(128)}, PolicyError, r"SnapKV.*chooses tokens by head, which the engine does not.*SlidingWindow"),
     ({"policy": "window"}, PolicyError, "policy='window'"),
-    ({"speakers": "redis://localhost"}, InputError, "must be a SpeakerCache"),
+    ({"prefix_cache": "redis://localhost"}, InputError, "must be a PrefixCache"),
     ({"kv_dtype": "bf16"}, InputError, "kv_dtype='bf16'"),
 ]
 
@@ -34,7 +34,7 @@ def test_d11_the_engine_refuses_at_construction(
     t3: Any, given: dict[str, Any], error: type[Exception], said: str
 ) -> None:
     with pytest.raises(error, match=said):
-        ChatterboxEngine(t3, **{"speakers": SpeakerCache(MemoryStore("1MiB")), **given})
+        ChatterboxEngine(t3, **{"prefix_cache": SpeakerCache(MemoryStore("1MiB")), **given})
 
 
 def test_d11_a_budget_is_a_size_in_words_too(t3: Any) -> None:

@@ -82,7 +82,7 @@ def test_generate_past_a_learned_table_says_so(name: str, policy: SizePolicy | N
 
 
 @pytest.mark.grid(38)
-@pytest.mark.parametrize("preallocate", [False, True], ids=["growing", "preallocated"])
+@pytest.mark.parametrize("static", [False, True], ids=["growing", "preallocated"])
 @pytest.mark.parametrize("fresh", [1, 4])
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "mistral-own-window"])
 def test_a_full_cache_refuses_before_any_layer_changed(name: str, fresh: int, static: bool) -> None:
@@ -135,7 +135,7 @@ def test_another_batch_size_is_refused(name: str) -> None:
 
 
 @pytest.mark.grid(34)
-@pytest.mark.parametrize("kind", [{}, {"max_cache_length": 64, "preallocate": True}], ids=["growing", "static"])
+@pytest.mark.parametrize("kind", [{}, {"max_cache_length": 64, "static": True}], ids=["growing", "static"])
 @pytest.mark.parametrize("length", [0, 7, 20])
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if not family.hybrid])
 def test_rolled_back_is_never_appended(name: str, length: int, kind: dict[str, Any]) -> None:

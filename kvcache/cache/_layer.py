@@ -50,7 +50,7 @@ class LayerCache(ABC):
         stored: tokens held, by the fullest head.
         by_head: whether its heads may hold different tokens, so that attention is `attend`'s and not the model's own.
         heads: how many tokens each KV head holds, where they differ.
-        preallocate: whether the memory of all tokens is taken at the first append.
+        static: whether the memory of all tokens is taken at the first append.
         rotation: of its pinned keys, where they are turned; see `KVLayer`.
         rehearsing: tokens are attended to and looked at, and not stored: they repeat those at these positions.
     """

@@ -48,7 +48,7 @@ class AdaKV(SizePolicy):
 
     Args:
         policy: ranks the tokens; its `limit` is the mean over the heads.
-        floor: what share of its own part each head is sure to keep.
+        alpha_safeguard: what share of its own part each head is sure to keep.
     """
 
     policy: RankingPolicy

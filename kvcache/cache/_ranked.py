@@ -30,7 +30,7 @@ class RankedLayer(LayerCache):
         policy: a `RankingPolicy`, or one `Pinned`.
         storage, max_length, padding, expected: as of `LayerCache`.
         turn: turns the model's queries, for a policy that does so; None if they carry no rotary embedding.
-        preallocate: take the memory for the policy's limit at the first append.
+        static: take the memory for the policy's limit at the first append.
     """
 
     by_head = True

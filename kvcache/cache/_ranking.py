@@ -112,7 +112,7 @@ class RankingPolicy(SizePolicy):
     Args:
         limit: tokens that a KV head ever holds after a forward.
         sinks: first tokens that never leave.
-        recent: latest tokens that never leave.
+        window_size: latest tokens that never leave.
         low_water: to how many the cache is ranked down when one more than `limit` comes, which spreads the cost. Default:
             7/8 of the limit.
     """
@@ -132,7 +132,7 @@ class RankingPolicy(SizePolicy):
     def __post_init__(self) -> None:
         _at_least("limit", self.limit, 1)
         _at_least("sinks", self.sinks, 0)
-        _at_least("recent", self.window_size, 1, ": the current token is one")
+        _at_least("window_size", self.window_size, 1, ": the current token is one")
         protected = self.sinks + self.window_size
         if self.limit <= protected:
             raise PolicyError(
@@ -237,7 +237,7 @@ class ExpectedAttention(RankingPolicy):
     rotation is averaged. The expectation of attention is then known in closed form.
 
     Args:
-        following: positions over which is averaged.
+        n_future_positions: positions over which is averaged.
     """
 
     n_future_positions: int = 512
@@ -247,7 +247,7 @@ class ExpectedAttention(RankingPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least("following", self.n_future_positions, 1)
+        _at_least("n_future_positions", self.n_future_positions, 1)
 
     def score(self, seen: ScoringContext) -> Tensor:
         queries, heads = seen.queries.float(), (*seen.keys.shape[:2], seen.groups, -1, seen.keys.shape[3])

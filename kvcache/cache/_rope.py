@@ -37,7 +37,7 @@ class KeyRotation:
         Args:
             queries: ``[batch, heads, tokens, head_dim]``.
             distance: positions, ``[tokens]``.
-            following: over how many positions the average goes.
+            n_future_positions: over how many positions the average goes.
         """
         home = _in_double(queries.device)
         frequencies = self.inv_freq.to(home).double()

@@ -31,7 +31,7 @@ class KVLayer(ByAge):
 
     Args:
         policy, storage, max_length, padding, expected: as of `LayerCache`.
-        preallocate: take the memory for `max_length` (or the policy's limit) at the first append, not as it is needed.
+        static: take the memory for `max_length` (or the policy's limit) at the first append, not as it is needed.
         rotation: turn the pinned keys so that they sit next to the window (StreamingLLM); needs rotary keys.
     """
 

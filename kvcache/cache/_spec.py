@@ -37,7 +37,7 @@ class CacheSpec:
         max_length: refuse to hold more tokens than this; None for no limit.
         positions: ``"rerotated"`` moves the pinned keys next to the window, as StreamingLLM does (needs RoPE).
         storage: how keys and values are held.
-        preallocate: take the memory of all tokens at the first one.
+        static: take the memory of all tokens at the first one.
 
     Raises:
         InputError, PolicyError, PositionsError: for values that are none of these.

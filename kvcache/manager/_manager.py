@@ -42,8 +42,8 @@ class KVCacheManager:
         max_cache_length: refuse, with a `CapacityError`, to hold more tokens than this; without it the cache grows.
         positions: ``"absolute"``, or ``"rerotated"``: the pinned tokens (sinks) move along next to the window, so that
             distances stay within what the model was trained on (StreamingLLM; RoPE models only).
-        preallocate: take a cache's memory at once, not as it grows.
-        speakers: where prefixes live (`add_prefix`); by default memory over disk.
+        static: take a cache's memory at once, not as it grows.
+        prefix_cache: where prefixes live (`add_prefix`); by default memory over disk.
         storage: how keys and values are held; by default as they come, `KVQuantization(8)` in 8 bits.
         **decoding: the fields of `kvcache.manager.DecodeOptions`: how `stream` decodes.
 

@@ -52,7 +52,7 @@ def _made_of(layer: Any) -> dict[str, Any] | None:
         kv = layer.kv
         if not kv.storage.exact or not isinstance(kv.policy, KeepAll) or kv.padding is not None:
             return None
-        limits = {"max_length": kv.max_length, "preallocate": kv.static, "max_positions": layer.max_positions}
+        limits = {"max_length": kv.max_length, "static": kv.static, "max_positions": layer.max_positions}
         return {"managed": True, "held": layer.is_initialized, **limits}
     if type(layer) not in PLAIN or getattr(layer, "record_past", False):
         return None
@@ -72,7 +72,7 @@ def _unflatten(parts: Iterable[Any], made: list[Any]) -> ManagedCache:
     for one in made:
         held = (states.pop(0), states.pop(0)) if one["held"] else None
         if one["managed"]:
-            kv = CacheSpec(max_length=one["max_length"], static=one["preallocate"]).layer()
+            kv = CacheSpec(max_length=one["max_length"], static=one["static"]).layer()
             ours.append(kv)
             layers.append(ManagedLayer(kv, one["max_positions"], ours, evictions))
         else:

@@ -66,7 +66,7 @@ def quantize_linear(model: nn.Module, precision: Precision, *, modules_to_not_co
         model: in fp32 where it shall run on a CPU; a bare decoder, or a model with its head, which is left as it is.
         precision: ``"fp32"``, ``"bf16"``, ``"fp16"`` or ``"int8"``. On a CPU only plain linear layers change: those that do
             more (LoRA's, quantized ones, with hooks or a forward of their own) stay as they are, with all that is in them.
-        wide: linear layers that stay as they are, by the end of their names, such as ``"mlp.down_proj"`` or
+        modules_to_not_convert: linear layers that stay as they are, by the end of their names, such as ``"mlp.down_proj"`` or
             ``"layers.0.mlp.down_proj"``.
 
     Raises:

@@ -29,7 +29,7 @@ class PrefixRegistry(Mapping[str, Tensor]):
 
     Args:
         model: a transformers model.
-        speakers: where what was computed lives.
+        prefix_cache: where what was computed lives.
         most: refuse prefixes of as many tokens or more; None for no limit.
         positions: the length of the model's table of learned positions; None if it has none.
     """

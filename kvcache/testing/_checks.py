@@ -276,7 +276,7 @@ def _kept_by_head(make: Callable[..., LayerCache], policy: SizePolicy, fed: Fed)
         told, found = layer.nbytes, held.held_bytes(layer)
         assert told == found, f"{told} bytes are reported, {found} are held"
         for heads, part, at in feed.parts():
-            window_size = getattr(part.policy.ranking, "recent", 1)
+            window_size = getattr(part.policy.ranking, "window_size", 1)
             for (b, pads), (i, head) in product(enumerate(fed.padding), enumerate(heads)):
                 pinned = range(pads, min(layer.seen, pads + part.policy.pinned))
                 lost = {*pinned, *range(max(pads, layer.seen - window_size), layer.seen)} - kept[b, head]

@@ -33,7 +33,7 @@ FREQUENCIES = torch.tensor([1.0, 0.1])  # four of the six key channels are rotar
 BUFFERS: dict[str, dict[str, Any]] = {
     "grown": {},
     "static": {"max_length": MAX_LENGTH},
-    "preallocated": {"max_length": MAX_LENGTH, "preallocate": True},
+    "preallocated": {"max_length": MAX_LENGTH, "static": True},
 }
 
 

@@ -39,7 +39,7 @@ def in_memory() -> SpeakerCache:
 
 def manager(model: Any, policy: Any = None, prefix: Tensor = PREFIX, **options: Any) -> KVCacheManager:
     """A manager that has the prefix "p"."""
-    kv = KVCacheManager(model, policy, **{"speakers": in_memory(), **options})
+    kv = KVCacheManager(model, policy, **{"prefix_cache": in_memory(), **options})
     kv.add_prefix("p", prefix)
     return kv
 

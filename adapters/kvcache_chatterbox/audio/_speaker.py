@@ -56,7 +56,7 @@ class Speaker:
     Args:
         tts: a `ChatterboxTTS`, `ChatterboxMultilingualTTS` or `ChatterboxTurboTTS`.
         options: how its vocoder runs; by default as upstream does.
-        speakers: where what is made of clips is kept; by default only the last few are, here.
+        prefix_cache: where what is made of clips is kept; by default only the last few are, here.
         programs: where what is compiled is kept; by default in the user's cache.
         onednn: let oneDNN multiply in fp32 where it is faster; see `kvcache.models.onednn_linear`.
 

@@ -50,7 +50,7 @@ class VoiceReuse:
 
     Args:
         t3: upstream's T3.
-        speakers: where that lives.
+        prefix_cache: where that lives.
         mode: ``"all"``; ``"conditioning"`` without the unconditional text.
     """
 

@@ -26,7 +26,7 @@ class Aside:
     """Reads and writes of prefixes in threads of their own, which end when there is nothing to do.
 
     Args:
-        speakers: a `PrefixCache`.
+        prefix_cache: a `PrefixCache`.
         patience: seconds that `find` waits for it.
     """
 
