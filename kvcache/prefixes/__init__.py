@@ -1,7 +1,7 @@
 """Beginnings computed once: snapshots, what keeps them, and the stores behind that."""
 
 from kvcache.prefixes._build import extend_prefix, prefix_cache
-from kvcache.prefixes._cache import PrefixCache, PrefixStats, check_prefix_cache, default_store
+from kvcache.prefixes._cache import PrefixCache, PrefixStats, SpeakerCache, check_prefix_cache, default_store
 from kvcache.prefixes._prompts import PrefixRegistry
 from kvcache.prefixes._snapshot import Layout, PrefixKey, PrefixSnapshot
 
@@ -12,6 +12,7 @@ __all__ = [
     "PrefixRegistry",
     "PrefixSnapshot",
     "PrefixStats",
+    "SpeakerCache",
     "check_prefix_cache",
     "default_store",
     "extend_prefix",

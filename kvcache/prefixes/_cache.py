@@ -207,7 +207,7 @@ class PrefixCache:
                     del self._waiting[key], self._building[key]
 
 
-PrefixCache = PrefixCache  # what speech calls it: there a prefix is a voice
+SpeakerCache = PrefixCache  # what speech calls it: there a prefix is a voice
 
 
 def default_store(device: torch.device | str | None = None) -> TieredStore:
