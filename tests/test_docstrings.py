@@ -17,11 +17,6 @@ TENSOR = re.compile(r"\bTensor\b")
 
 # In files that are being rewritten: to be taken out one by one.
 WAITING = {
-    "kvcache.cache.CacheSpec.layer",
-    "kvcache.cache.KVQuantization.check",
-    "kvcache.cache.LongRangeAttention.counted",
-    "kvcache.cache.RankingPolicy.counted",
-    "kvcache.cache.Storage.check",
     "kvcache.cache.check_finite",
     "kvcache.cache.check_states",
     "kvcache.cache.pack",

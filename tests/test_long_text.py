@@ -334,7 +334,7 @@ def test_limits_have_clear_refusals():
 def test_what_is_wanted_whole_decodes_together_from_the_first_token_on(monkeypatch):
     ours, busy = ChatterboxEngine(stand_in(tiny_t3("gpt"))), []
     turn = Batch.step
-    monkeypatch.setattr(Batch, "turn", lambda batch: (busy.append(batch.busy), turn(batch))[1])
+    monkeypatch.setattr(Batch, "step", lambda batch: (busy.append(batch.busy), turn(batch))[1])
     given = {"segment_characters": 30, "max_new_tokens": 40}
     assert ours.plan(TEXT, **given).rows >= 4
     ours.generate(TEXT, **given)

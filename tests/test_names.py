@@ -35,7 +35,7 @@ NAMES = {
     r"\bwhy_not\(": "unsupported_reason",
     r"\.front\(": "first_rows",
     r"\bkv\.fit\(": "shrink_to_fit",
-    r"\bmanager\.observed_model\b": "manager.observed_model",
+    r"\bmanager\.runner\b": "manager.observed_model",
     r"\.intact\(": "read_verified",
     r"\bwith_precision\b": "quantize_linear",
     r"\bquantize_linear\([^)]*\bwide=": "modules_to_not_convert",

@@ -145,7 +145,7 @@ def test_d4_heads_that_share_a_budget_read_in_parts_too(monkeypatch: pytest.Monk
     logits(manager.observed_model, ids, cache)
     manager.compress(cache, ids, 20)
     paper = kept(looks(ids, [(0, 16), (16, 32), (32, 40)], 3, 2), 20, 2, 3)
-    found = [[set(part.positions()[0, 0].tolist()) for _, part in kv.parts] for kv in hf.kv_layers(cache)]
+    found = [[set(part.positions()[0, 0].tolist()) for _, part in kv.parts()] for kv in hf.kv_layers(cache)]
     assert found == paper
 
 

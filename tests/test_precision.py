@@ -185,7 +185,9 @@ def test_fp32_is_the_model_itself():
 
 
 @pytest.mark.parametrize("precision", NARROW)
-@pytest.mark.parametrize("wide", [["mlp.down_proj"], ["layers.0.mlp.down_proj"], ["k_proj", "layers.1.mlp.up_proj"]])
+@pytest.mark.parametrize(
+    "modules_to_not_convert", [["mlp.down_proj"], ["layers.0.mlp.down_proj"], ["k_proj", "layers.1.mlp.up_proj"]]
+)
 def test_wide_layers_stay_as_they_are(precision, modules_to_not_convert):
     model = tiny("llama")
     new = quantize_linear(model, precision, modules_to_not_convert=modules_to_not_convert)

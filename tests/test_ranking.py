@@ -158,17 +158,17 @@ def test_managers_own_calls():
     [
         ({"limit": 0}, "limit"),
         ({"limit": -5}, "limit"),
-        ({"limit": 6, "sinks": 3, "recent": 3}, "give at least 7"),
+        ({"limit": 6, "sinks": 3, "window_size": 3}, "give at least 7"),
         ({"limit": 200.5}, "limit=200.5"),
         ({"limit": "200"}, "limit='200'"),
         ({"limit": True}, "limit"),
         ({"limit": 200, "sinks": -1}, "sinks"),
         ({"limit": 200, "sinks": 1.0}, "sinks"),
-        ({"limit": 200, "recent": 0}, "recent"),
-        ({"limit": 200, "recent": 2.5}, "recent"),
+        ({"limit": 200, "window_size": 0}, "recent"),
+        ({"limit": 200, "window_size": 2.5}, "recent"),
         ({"limit": 200, "low_water": 201}, "low_water"),
         ({"limit": 200, "low_water": 0}, "low_water"),
-        ({"limit": 200, "sinks": 4, "recent": 8, "low_water": 12}, "low_water"),
+        ({"limit": 200, "sinks": 4, "window_size": 8, "low_water": 12}, "low_water"),
         ({"limit": 200, "low_water": 180.5}, "low_water"),
     ],
     ids=lambda x: repr(x) if isinstance(x, dict) else None,
@@ -189,7 +189,7 @@ def test_defaults():
         RankedLayer(SlidingWindow(8))
 
 
-@pytest.mark.parametrize("following", [0, -1, 2.5, "5"])
+@pytest.mark.parametrize("n_future_positions", [0, -1, 2.5, "5"])
 def test_bad_futures_are_refused(n_future_positions):
     with pytest.raises(PolicyError, match="n_future_positions"):
         ExpectedAttention(128, n_future_positions=n_future_positions)

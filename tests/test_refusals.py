@@ -66,7 +66,7 @@ ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"storage": 8}, InputError, r"storage=8.*KVQuantization\(8\)"),
     ({"kv_dtype": "bf16"}, InputError, r"kv_dtype='bf16'.*torch\.bfloat16"),
     ({"kv_dtype": torch.int8}, InputError, r"kv_dtype=torch\.int8.*floating-point"),
-    ({"prefix_cache": "redis://localhost"}, InputError, r"prefix_cache='redis://localhost'.*SpeakerCache\("),
+    ({"prefix_cache": "redis://localhost"}, InputError, r"prefix_cache='redis://localhost'.*PrefixCache\("),
     ({"max_cache_length": 0}, PolicyError, "max_length=0 must be at least 1"),
     ({"max_cache_length": 2.5}, PolicyError, r"max_length=2\.5"),
     ({"static": True}, PolicyError, "static=True.*max_cache_length"),
@@ -187,7 +187,7 @@ def test_d9_public_objects_say_what_they_are(tmp_path: Path) -> None:
     report = repr(manager.report())
     assert report.startswith("CacheReport(23 tokens seen, 23 kept, ")
     assert "MiB in 2 layers" in report
-    assert repr(manager.prefix_cache) == "SpeakerCache(MemoryStore(max_bytes=1048576, 0 snapshots, nbytes=0))"
+    assert repr(manager.prefix_cache) == "PrefixCache(MemoryStore(max_bytes=1048576, 0 snapshots, nbytes=0))"
     assert str(tmp_path) in repr(DiskStore(tmp_path))
     silent = [
         name

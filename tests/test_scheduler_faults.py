@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.clocks import Clock
 from support.inside import decoding as inside
-from support.inside.speech import passing, reuse_of
+from support.inside.speech import TEXTS_SPLIT, passing, reuse_of
 from support.scheduling import Opened, ask, both, counted, due, read, threads
 from support.searching import search
 from support.speech import SHORT, TEXT, audio
@@ -225,7 +225,7 @@ def test_s3_a_refusal_divides_tokenizes_and_plans_nothing_and_no_text_does_so_on
         return prepare(*args, **options)
 
     monkeypatch.setattr(ours, "long_text", long_text)
-    monkeypatch.setattr("kvcache_chatterbox.engine._texts.split", watched(where))
+    monkeypatch.setattr(TEXTS_SPLIT, watched(where))
 
     async def main():
         async with SpeechScheduler(ours, max_rows=1, max_waiting=1) as scheduler:
@@ -494,15 +494,15 @@ class Faulty:
         return self._batch.busy
 
     def add(self, job):
-        self._passes("enter")
+        self._passes("add")
         return self._batch.add(job)
 
     def cancel(self, job):
-        self._passes("leave")
+        self._passes("cancel")
         self._batch.cancel(job)
 
     def step(self):
-        self._passes("turn")
+        self._passes("step")
         return self._batch.step()
 
     @contextmanager
@@ -513,7 +513,7 @@ class Faulty:
 
 
 @pytest.mark.parametrize("lasting", [False, True], ids=["once", "lasting"])
-@pytest.mark.parametrize("call", ["places", "busy", "enter", "turn", "leave", "exit"])
+@pytest.mark.parametrize("call", ["places", "busy", "add", "step", "cancel", "exit"])
 def test_s10_every_consumer_is_told_of_an_error(call, lasting):
     async def main():
         opened = Opened(2)
@@ -527,7 +527,7 @@ def test_s10_every_consumer_is_told_of_an_error(call, lasting):
                 await asyncio.gather(*map(anext, running))
                 waiting = [ask(scheduler, [9]) for _ in range(9)]
                 faulty.armed = True
-                if call in ("leave", "enter"):
+                if call in ("cancel", "add"):
                     await running.pop().aclose()  # who leaves makes it happen
                 if call == "exit":
                     closing = asyncio.ensure_future(scheduler.close())
@@ -541,7 +541,7 @@ def test_s10_every_consumer_is_told_of_an_error(call, lasting):
                 wrong = [one for one in told if one is not None]
                 assert faulty.failed and wrong
                 assert all(isinstance(one, ClosedError if call == "exit" else Breaks) for one in wrong)
-                if lasting or call not in ("enter", "turn"):  # it cannot be used any more
+                if lasting or call not in ("add", "step"):  # it cannot be used any more
                     await until_async(lambda: scheduler.closed)
                     assert isinstance(scheduler.error, Breaks)
                     with pytest.raises(ClosedError, match=f"ended by an error .Breaks: {call} is broken"):
@@ -550,7 +550,7 @@ def test_s10_every_consumer_is_told_of_an_error(call, lasting):
                     assert [item async for item in ask(scheduler, [9])] == due([9])
                     assert scheduler.error is None
             _, cancelled, failed, refused = counted(scheduler.metrics())
-            assert failed == len(wrong) and refused == 0 and cancelled == (call in ("leave", "enter"))
+            assert failed == len(wrong) and refused == 0 and cancelled == (call in ("cancel", "add"))
 
     asyncio.run(main())
     assert threads() == []
@@ -560,7 +560,7 @@ def test_s10_a_batch_of_which_nothing_but_errors_come_is_given_up():
     async def main():
         opened = Opened(1)
         with opened() as batch:
-            faulty = Faulty(batch, "turn", True, opened)
+            faulty = Faulty(batch, "step", True, opened)
             async with Scheduler(faulty.opened, 1) as scheduler:
                 faulty.armed = True
                 for _ in range(8):

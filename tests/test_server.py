@@ -273,8 +273,8 @@ def test_s10_health_says_by_what_kind_of_error_it_was_ended(monkeypatch):
 
     with serving(server.create_app(SpeechScheduler(engine), engine.voices)) as url:
         say(url)
-        monkeypatch.setattr(Batch, "turn", breaks)
-        monkeypatch.setattr(Batch, "leave", breaks)
+        monkeypatch.setattr(Batch, "step", breaks)
+        monkeypatch.setattr(Batch, "cancel", breaks)
         assert httpx.post(f"{url}/v1/audio/speech", json=body()).status_code == 500
         until(lambda: httpx.get(f"{url}/health").status_code == 503)
         found = httpx.get(f"{url}/health")

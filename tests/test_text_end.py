@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.inside.speech import Ending
 from support.searching import search
 
 from kvcache.decoding import Said, TextEnd
 from kvcache_chatterbox.speech import speech_end
-from kvcache_chatterbox.speech._ending import Ending
 
 pytestmark = pytest.mark.one_release
 

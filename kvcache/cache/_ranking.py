@@ -166,7 +166,7 @@ class RankingPolicy(SizePolicy):
         return count if count <= self.limit else self._low
 
     def query_mask(self, seen: ScoringContext, at: Tensor) -> Tensor | None:
-        """Whose looks are added to the mass: of the queries at these positions, by token; None for all."""
+        """Whose looks are added up: of the queries at positions `at` ``[queries]``, a mask ``[…, queries, tokens]``; None for all."""
         return None
 
     @abstractmethod
@@ -308,6 +308,7 @@ class LongRangeAttention(RankingPolicy):
             raise PolicyError(f"near={self.near} must be at least 0")
 
     def query_mask(self, seen: ScoringContext, at: Tensor) -> Tensor:
+        """Queries at positions ``[queries]`` that are far enough from each token: ``[batch, KV heads, queries, tokens]``."""
         return seen.positions[:, :, None] <= (at - self.near)[:, None]
 
     def score(self, seen: ScoringContext) -> Tensor:

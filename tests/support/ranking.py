@@ -192,7 +192,7 @@ class Reference:
         first = self.seen - len(self.queries[b])  # the position of the first query that is known
         for head in range(h * self.groups, (h + 1) * self.groups):
             coming = [
-                ahead(heads[head], self.seen - first - i, how.following, self.frequencies)
+                ahead(heads[head], self.seen - first - i, how.n_future_positions, self.frequencies)
                 for i, heads in latest
                 if first + i >= self.padding[b]
             ]

@@ -85,7 +85,7 @@ class EngineOptions(DecoderOptions):
         """
         check_names(given, [one.name for one in fields(cls)] + ["prefix_cache"], "ChatterboxEngine.from_profile()")
         found = TuningProfile.load(Path(path), getattr(model, "t3", model)).arguments
-        if "quantization" in found:
+        if "storage" in found:
             raise InputError(f"{path} has a quantized cache, which Chatterbox's engine has not; tune with kvcache tune")
         vocoder = found.pop("vocoder", None)
         if vocoder is not None and hasattr(model, "s3gen"):

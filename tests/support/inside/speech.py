@@ -11,6 +11,7 @@ from kvcache_chatterbox.audio._segmented import AudioStream  # the joints of one
 from kvcache_chatterbox.audio._watermark import StreamMarker, WatermarkError, marked  # of any audio
 from kvcache_chatterbox.speech._alignment import AlignmentCheck  # beside upstream's analyzer
 from kvcache_chatterbox.speech._defaults import _of_file as defaults_of_file  # read without an import
+from kvcache_chatterbox.speech._ending import Ending  # where a text ends, by itself
 from kvcache_chatterbox.speech._step_engine import Stepper  # whose logits a test compares
 from kvcache_chatterbox.testing._stand_in import (  # what stands in for upstream's, beside upstream's own
     S3GEN_SIL,
@@ -40,6 +41,7 @@ __all__ = [
     "AudioStream",
     "ChatterboxTarget",
     "Cost",
+    "Ending",
     "Listener",
     "Pace",
     "StandIn",
@@ -59,6 +61,7 @@ __all__ = [
 ]
 
 PACKED = "kvcache_chatterbox.text._segments._packed"
+TEXTS_SPLIT = "kvcache_chatterbox.engine._texts.split"  # that takes its time
 READS_HALF_CACHES = "kvcache_chatterbox.speech._decoder.reads_half_caches"
 STATIC_CACHE = "kvcache_chatterbox.speech._step_engine.StaticKV"  # one that is counted as long as it lives
 VOCODER_OF = "kvcache_chatterbox.audio._speaker.vocoder_of"  # for a vocoder that may not run
