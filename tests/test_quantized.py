@@ -690,7 +690,7 @@ def test_which_layers_hold_groups():
         (True, CacheSpec(storage=groups).layer()),
         (True, CacheSpec(SlidingWindow(9, sinks=2), storage=groups).layer()),
         (False, CacheSpec(storage=KVQuantization(8, group_size=None)).layer()),
-        (False, CacheSpec(SlidingWindow(9, sinks=2), storage=groups).layer(rotation=turn)),
+        (False, CacheSpec(SlidingWindow(9, sinks=2), positions="rerotated", storage=groups).layer(rotation=turn)),
         (False, CacheSpec(SlidingWindow(9), storage=groups, static=True).layer()),
         (False, CacheSpec(SnapKV(128), storage=groups).layer()),
         (False, CacheSpec(PerHead((KeepAll(), SlidingWindow(9))), storage=groups).layer(expected=expected)),

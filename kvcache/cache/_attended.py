@@ -87,6 +87,8 @@ def attend(queries: Tensor, spans: Sequence[Span], scaling: float | None = None)
 def _one(queries: Tensor, span: Span, scaling: float | None) -> Tensor:
     """Of queries ``[batch, KV heads, groups, fresh, head_dim]``, in that shape."""
     fresh, groups, mask = queries.shape[3], queries.shape[2], span.mask
+    if mask is None and 1 < fresh != span.keys.shape[2]:
+        mask = _mask(span, fresh, queries.device)
     if fresh == 1:
         # The query heads of one KV head are so many queries to it: keys and values need not be repeated.
         found = scaled_dot_product_attention(queries.squeeze(3), span.keys, span.values, mask, scale=scaling)

@@ -144,7 +144,7 @@ def _rounded_down(low: Tensor, dtype: torch.dtype) -> Tensor:
 
 def check_storage(storage: Any) -> None:
     """Raise `InputError` for what is no `Storage`."""
-    if storage is not None and not isinstance(storage, Storage):
+    if not isinstance(storage, Storage):
         raise InputError(
             f"storage={storage!r} must be a Storage, such as KVQuantization(8) or KVQuantization(4); leave it out to hold "
             "keys and values as they come"

@@ -87,10 +87,11 @@ class Buffer:
 
     def write_each(self, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Put one token of each row into the slot of that row, ``[batch]``."""
-        rows = torch.arange(keys.shape[0], device=keys.device)
+        rows = torch.arange(keys.shape[0])
         for side, held in self.encode(keys, values).items():
             for name, part in held.items():
-                self.parts[side][name][rows, :, slots] = part[:, :, 0]
+                into = self.parts[side][name]
+                into[rows.to(into.device), :, slots.to(into.device)] = part[:, :, 0].to(into.device)
 
     def read(self, stored: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the first tokens: views where the storage is exact."""
@@ -144,10 +145,13 @@ class Buffer:
         if rows.shape[0] == self.rows:
             for held in self.parts.values():
                 for part in held.values():
-                    part[:, :, :stored] = part[:, :, :stored].index_select(0, rows)
+                    part[:, :, :stored] = part[:, :, :stored].index_select(0, rows.to(part.device))
             return
-        chosen = [{name: part.index_select(0, rows) for name, part in held.items()} for held in self.parts.values()]
         with torch.inference_mode(False):
+            chosen = [
+                {name: part.index_select(0, rows.to(part.device)) for name, part in held.items()}
+                for held in self.parts.values()
+            ]
             self.like = {side: like.new_empty((rows.shape[0], *like.shape[1:])) for side, like in self.like.items()}
         self.parts = dict(zip(SIDES, chosen, strict=True))
 
@@ -158,7 +162,7 @@ class Buffer:
         found: dict[str, Tensor] = {}
         for side, held in self.first(stored).items():
             found |= {_named(side, name): part.clone() for name, part in held.items()}
-            if AS_CAME not in held:  # how states come cannot be seen from what is held of them
+            if not self.storage.plain:  # how states come cannot be seen from what is held of them
                 found[f"{side}.like"] = self.like[side].clone()
         return found
 
@@ -172,7 +176,7 @@ def states_like(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     found = []
     for side in SIDES:
         like = tensors.get(f"{side}.like", tensors.get(side))
-        if like is None or like.dim() != 4:
+        if like is None or like.dim() != 4 or (f"{side}.like" in tensors and like.shape[2]):
             raise CorruptError(f"the {side} of the tokens that are stored are missing; save the cache again")
         found.append(like[:, :, :0])
     return found[0], found[1]
@@ -187,7 +191,7 @@ def held_of(buffer: Buffer, tensors: Mapping[str, Tensor], stored: int, others: 
     found: Held = {"keys": {}, "values": {}}
     left = set(tensors) - set(others)
     for side, held in buffer.parts.items():
-        left -= {f"{side}.like"} if AS_CAME not in held else set()
+        left -= set() if buffer.storage.plain else {f"{side}.like"}
         for name, part in held.items():
             saved = tensors.get(_named(side, name))
             expected = (*part.shape[:2], stored, *part.shape[3:])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kvcache.cache._budget import Token, Whole
+from kvcache.cache._buffer import token_of
 from kvcache.cache._layer import LayerCache
 from kvcache.cache._policies import SizePolicy, schedule
 from kvcache.cache._slots import overwritten, staying
@@ -164,6 +165,16 @@ class ByAge(LayerCache):
             if self.stored > policy.limit:
                 self.trim(policy.limit)
             self._cut(policy)
+
+    def _check_budget(self, keys: Tensor, values: Tensor) -> None:
+        """Refuse, after a reset, a first chunk for which a mask was made from what a budget in bytes held before."""
+        policy, tokens = self._resolved(keys.shape[0], token_of(keys, values)), keys.shape[2]
+        limits = [p.limit for p in (policy, self.policy) if p.limit is not None]
+        if policy != self.policy and tokens > min(limits):
+            raise PolicyError(
+                f"{self.given!r} holds {policy.limit} tokens of {keys.shape[0]} rows like these, and held "
+                f"{self.policy.limit} before the reset: too late for a chunk of {tokens}; make a new cache for them"
+            )
 
     # ------------------------------------------------------------------ pads
 

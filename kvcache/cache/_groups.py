@@ -332,6 +332,8 @@ class GroupedLayer(ByAge):
             self._check_alike(keys, values, self._like())
             return
         self._check_first(keys, values)
+        if self._sides is not None:
+            self._check_budget(keys, values)
 
     def _allocate(self, keys: Tensor, values: Tensor) -> tuple[GroupedSide, GroupedSide]:
         self.policy = policy = self._resolved(keys.shape[0], token_of(keys, values))

@@ -430,7 +430,7 @@ class RankedLayer(LayerCache):
             raise GeometryError("cannot select no rows: give at least one, or reset the cache")
         self.refuse_waiting("choose rows")
         if self._buffer is not None:
-            self._buffer.select(rows.to(self._buffer.like["keys"].device), self.stored)
+            self._buffer.select(rows, self.stored)
         elif self._rows is not None:
             self._rows = rows.shape[0]
         self.padding = None if self.padding is None else self.padding[rows.cpu()]

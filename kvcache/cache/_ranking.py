@@ -39,9 +39,9 @@ class ScoringContext:
         positions: of each token, ``[batch, KV heads, tokens]``, pads counted.
         padding: pads on the left of each row, ``[batch, 1, 1]``.
         length: tokens seen so far, those that have left among them.
-        queries: the latest ones, ``[batch, heads, n, head_dim]``, n being at most the policy's `queries`.
+        queries: the latest ones, ``[batch, heads, n, head_dim]``, n being at most the policy's `query_window`.
         scaling: of the scores.
-        received: `mass`, or None where nobody adds it up.
+        received: `cumulative_attention`, or None where nobody adds it up.
         rotation: turns the model's keys and queries, where the policy `needs_rope`; None if they carry no rotary embedding.
     """
 
@@ -122,12 +122,12 @@ class RankingPolicy(SizePolicy):
     window_size: int = 32
     low_water: int | None = None
 
-    query_window: ClassVar[int] = 0  # how many of the latest queries `score` looks at
-    needs_cumulative_attention: ClassVar[bool] = (
-        False  # whether it looks at the mass of all queries, those of them that are `counted`
-    )
-    needs_rope: ClassVar[bool] = False  # whether it turns queries to other positions
-    rehearses: ClassVar[bool] = False  # whether it looks at the largest attention of a second reading; -1 before
+    # How many of the latest queries `score` looks at; whether it looks at what all queries looked at, those of `query_mask`;
+    # whether it turns queries to other positions; whether it looks at the largest attention of a second reading, -1 before.
+    query_window: ClassVar[int] = 0
+    needs_cumulative_attention: ClassVar[bool] = False
+    needs_rope: ClassVar[bool] = False
+    rehearses: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _at_least("limit", self.limit, 1)

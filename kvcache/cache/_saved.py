@@ -29,7 +29,7 @@ def save_layers(layers: Sequence[LayerCache], model: str, rows: int, secret: byt
         tensors |= {f"{i}.{name}": tensor for name, tensor in own.items()}
         counts.append(numbers)
     header: dict[str, Any] = {"format": _FORMAT, "version": _VERSION, "model": model, "rows": rows}
-    return pack(tensors, header | {"policies": [repr(layer.given) for layer in layers], "counts": counts}, secret)
+    return pack(tensors, header | {"policies": _policies(layers), "counts": counts}, secret)
 
 
 def read_saved(data: bytes, model: str, secret: bytes | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -60,19 +60,37 @@ def check_states(tensors: dict[str, Tensor], geometry: CacheGeometry) -> None:
         geometry: of the model that the cache is for.
     """
     for name, states in tensors.items():
-        number, _, part = name.partition(".")
+        numbers, part = _parted(name)
         if not part.startswith(("keys", "values", "pinned_keys")):
             continue  # counts and positions, which their layer checks
         if states.is_floating_point():
             check_finite(states, name)
-        if part in ("keys", "values") and states.dim() == 4 and number.isdigit() and int(number) < geometry.layers:
-            layer = geometry.of(int(number))
-            expected = layer.kv_heads, layer.head_dim if part == "keys" else layer.value_dim
-            if (states.shape[1], states.shape[3]) != expected:
-                raise CorruptError(
-                    f"{name} has {states.shape[1]} heads of {states.shape[3]}, the model {expected[0]} of {expected[1]}; "
-                    "it will not be used, save it again"
-                )
+        whole = part in ("keys", "values") or part.endswith((".like", ".tail"))
+        if not whole or states.dim() != 4 or not numbers or numbers[0] >= geometry.layers:
+            continue
+        layer = geometry.of(numbers[0])
+        heads = layer.kv_heads if len(numbers) == 1 else states.shape[1]  # some heads, which their layer counts
+        expected = heads, layer.head_dim if part.startswith("keys") else layer.value_dim
+        if (states.shape[1], states.shape[3]) != expected:
+            raise CorruptError(
+                f"{name} has {states.shape[1]} heads of {states.shape[3]}, the model {expected[0]} of {expected[1]}; "
+                "it will not be used, save it again"
+            )
+
+
+def _parted(name: str) -> tuple[list[int], str]:
+    """The numbers of the layer and of its part, and what a tensor is called within."""
+    words, numbers = name.split("."), list[int]()
+    while words and words[0].isdigit():
+        numbers.append(int(words.pop(0)))
+    return numbers, ".".join(words)
+
+
+def _policies(layers: Sequence[LayerCache]) -> list[str]:
+    """What stays in each layer and how it is held."""
+    return [
+        repr(layer.given) if layer.storage.plain else f"{layer.given!r}, held as {layer.storage!r}" for layer in layers
+    ]
 
 
 def restore_layers(
@@ -84,7 +102,7 @@ def restore_layers(
         InputError: if the policies are others.
         CorruptError: if tensors and counts do not belong together.
     """
-    policies = [repr(layer.given) for layer in layers]
+    policies = _policies(layers)
     if header.get("policies") != policies:
         saved = header.get("policies")
         first = saved[0] if isinstance(saved, list) and saved else saved

@@ -54,6 +54,8 @@ def take(slots: Tensor, columns: Tensor) -> Tensor:
     columns = columns.to(slots.device)
     if columns.dim() == 2 and columns.shape[0] == 1:
         return slots.index_select(2, columns[0])
+    if slots.dtype.is_floating_point and slots.dtype.itemsize == 1:  # which a CPU does not gather
+        return take(slots.view(torch.uint8), columns).view(slots.dtype)
     by_head = columns if columns.dim() == 3 else columns[:, None].expand(-1, slots.shape[1], -1)
     more = slots.shape[3:]
     return slots.gather(2, by_head.reshape(*by_head.shape, *[1] * len(more)).expand(*by_head.shape, *more))

@@ -23,7 +23,7 @@ from kvcache.cache._policies import SizePolicy, schedule
 from kvcache.cache._rope import KeyRotation
 from kvcache.cache._slots import slots_for, staying, take
 from kvcache.cache._storage import Storage
-from kvcache.errors import CorruptError, GeometryError, PolicyError, PositionsError
+from kvcache.errors import CorruptError, GeometryError, PositionsError
 
 
 class KVLayer(ByAge):
@@ -298,16 +298,6 @@ class KVLayer(ByAge):
         if self._buffer is not None:
             self._check_budget(keys, values)
 
-    def _check_budget(self, keys: Tensor, values: Tensor) -> None:
-        """Refuse, after a reset, a first chunk for which a mask was made from what a budget in bytes held before."""
-        policy, tokens = self._resolved(keys.shape[0], token_of(keys, values)), keys.shape[2]
-        limits = [p.limit for p in (policy, self.policy) if p.limit is not None]
-        if policy != self.policy and tokens > min(limits):
-            raise PolicyError(
-                f"{self.given!r} holds {policy.limit} tokens of {keys.shape[0]} rows like these, and held "
-                f"{self.policy.limit} before the reset: too late for a chunk of {tokens}; make a new cache for them"
-            )
-
     def _allocate(self, keys: Tensor, values: Tensor) -> Buffer:
         """Slots for tokens like these, of which none is stored yet."""
         self.policy = policy = self._resolved(keys.shape[0], token_of(keys, values))
@@ -331,11 +321,11 @@ class KVLayer(ByAge):
 
     def _select_held(self, rows: Tensor) -> None:
         if self._buffer is not None:
-            rows = rows.to(self._buffer.like["keys"].device)
             same = rows.shape[0] == self._buffer.rows
             self._buffer.select(rows, self.stored)
             if self._pinned_keys is not None:
-                chosen = self._pinned_keys.index_select(0, rows)
+                with torch.inference_mode(False):
+                    chosen = self._pinned_keys.index_select(0, rows.to(self._pinned_keys.device))
                 self._pinned_keys = self._pinned_keys.copy_(chosen) if same else chosen
 
     def _cut(self, policy: SizePolicy) -> None:

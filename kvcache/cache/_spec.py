@@ -53,7 +53,9 @@ class CacheSpec:
         check_storage(self.storage)
         if self.positions not in get_args(PositionMode):
             raise PositionsError(f"positions={self.positions!r} must be 'absolute' or 'rerotated'")
-        for policy in self.policies(1) if isinstance(self.policy, SizePolicy) else self.policy:
+        if not isinstance(self.policy, SizePolicy | tuple):
+            raise PolicyError(f"policy={self.policy!r} must be one SizePolicy, or a tuple of one for each layer")
+        for policy in (self.policy,) if isinstance(self.policy, SizePolicy) else self.policy:
             check_policy(policy)
 
     @property
@@ -146,7 +148,7 @@ class CacheSpec:
         policy = self.policies(1)[0] if policy is None else policy
         given: dict[str, Any] = {"max_length": self.max_length, "padding": padding, "expected": expected}
         if not chosen_by_head(policy):
-            if (groups := _groups(self.storage, policy, rotation is not None, self.static)) is not None:
+            if (groups := _groups(self.storage, policy, self.rerotated, self.static)) is not None:
                 return GroupedLayer(policy, groups, **given)
             return KVLayer(policy, self.storage, static=self.static, rotation=rotation, **given)
         if rotation is not None:

@@ -76,6 +76,11 @@ class SplitLayer(LayerCache):
     def _ranked(self) -> list[RankedLayer]:
         return [part for _, part in self._parts if isinstance(part, RankedLayer)]
 
+    def _refuse_waiting(self, what: str) -> None:
+        """Refuse before any part has changed."""
+        for part in self._ranked():
+            part.refuse_waiting(what)
+
     @property
     def heads(self) -> tuple[int, ...]:
         held = {head: part.stored for heads, part in self._parts for head in heads}
@@ -206,6 +211,7 @@ class SplitLayer(LayerCache):
             part.check_trim(max_tokens)
 
     def trim(self, max_tokens: int | None = None) -> int:
+        self._refuse_waiting("trim")
         if max_tokens is not None:
             self.check_trim(max_tokens)
         return max(part.trim(max_tokens) for _, part in self._parts)
@@ -217,6 +223,7 @@ class SplitLayer(LayerCache):
     def select(self, rows: Tensor) -> None:
         if rows.numel() == 0:
             raise GeometryError("cannot select no rows: give at least one, or reset the cache")
+        self._refuse_waiting("choose rows")
         padding = None if self.padding is None else self.padding[rows.cpu()]
         for _, part in self._parts:
             part.select(rows)
@@ -297,8 +304,7 @@ class AdaKVLayer(SplitLayer):
     def trim(self, max_tokens: int | None = None) -> int:
         if max_tokens is not None:
             self.check_trim(max_tokens)
-        for part in self._ranked():
-            part.refuse_waiting("trim")
+        self._refuse_waiting("trim")
         before = sum(self.heads)
         mean = self.policy.keep(self._shared.limit + self._first + 1) if max_tokens is None else max_tokens
         if before > mean * len(self._parts):

@@ -24,9 +24,11 @@ class Storage(ABC):
 
     Attributes:
         exact: whether what is read is, bit by bit, what came.
+        plain: whether tokens are held just as they came, so that nothing is lost where another buffer takes them over.
     """
 
     exact: ClassVar[bool] = False
+    plain: ClassVar[bool] = False
 
     @abstractmethod
     def encode(self, states: Tensor, side: Side) -> dict[str, Tensor]:
@@ -68,6 +70,7 @@ class Plain(Storage):
     """Keys and values as they came."""
 
     exact: ClassVar[bool] = True
+    plain: ClassVar[bool] = True
 
     def encode(self, states: Tensor, side: Side) -> dict[str, Tensor]:
         return {AS_CAME: states}

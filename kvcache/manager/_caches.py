@@ -1,6 +1,6 @@
 """The caches of one model under one policy: made, estimated, and what the model runs as on them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationMixin
 
-from kvcache.cache import CacheGeometry, CacheSpec, Pinned, SizePolicy
+from kvcache.cache import CacheGeometry, CacheSpec, LayerCache, Pinned, SizePolicy
 from kvcache.errors import GeometryError, InputError, PolicyError
 from kvcache.generation import Wanted, check_no_pads
 from kvcache.models import (
@@ -87,7 +87,7 @@ class ModelCaches:
 
     @property
     def observed_model(self) -> Any:
-        """What runs on these caches: the model, or a copy that shares its weights, see `KVCacheManager.runner`."""
+        """What runs on these caches: the model, or a copy that shares its weights, see `KVCacheManager.observed_model`."""
         return self._of_model.now().observed_model
 
     @property
@@ -104,7 +104,7 @@ class ModelCaches:
     @property
     def matter(self) -> bool:
         """Whether a run would go, or end, another way on the model's own cache."""
-        return self.evicts or self.spec.max_length is not None or not self.spec.storage.exact
+        return self.evicts or self.spec.max_length is not None or not self.spec.storage.plain
 
     def exactly(self) -> AbstractContextManager[None]:
         """A block in which each token of a prompt sees what the policy says, see `kvcache.models.exact_windows`."""
@@ -121,6 +121,21 @@ class ModelCaches:
             crossing: see `kvcache.models.new_cache`.
         """
         return self._made(self.spec, rows, attention_mask, crossing)
+
+    def like(self, layers: Sequence[LayerCache]) -> Any:
+        """An empty cache for as many rows, whose layers have the policies of these: of one that begins with a prefix, too.
+
+        Raises:
+            InputError: if they hold their tokens in another way than those of these caches.
+        """
+        ways = {layer.storage for layer in layers} - {self.spec.storage, self.spec.storage.by_token()}
+        if ways:
+            raise InputError(
+                f"this cache holds its tokens as {ways.pop()!r}, and the caches of this manager as {self.spec.storage!r}; fork it "
+                "with the manager that made it"
+            )
+        spec = replace(self.spec, policy=tuple(layer.given for layer in layers))
+        return self._made(spec, layers[0].rows or 1, None, None)
 
     def behind(self, snapshot: PrefixSnapshot, rows: int, attention_mask: Tensor | None = None) -> Any:
         """A cache that begins with a prefix, which is pinned: the policy is about what follows it.
@@ -157,13 +172,13 @@ class ModelCaches:
             if self.matter:
                 raise PolicyError(
                     f"{type(self.model).__name__} takes no cache of keys and values, so nothing of it can be bounded or "
-                    "held in few bits; use KVCacheManager(model) without a policy, limit or quantization"
+                    "held in few bits; use KVCacheManager(model) without a policy, limit or storage"
                 )
             return None
-        if wanted.assisted and (self.evicts or not self.spec.storage.exact):
+        if wanted.assisted and (self.evicts or not self.spec.storage.plain):
             raise PolicyError(
                 "guessed tokens that are wrong are taken back, which needs a cache that drops and packs nothing; use a "
-                "manager with KeepAll() and no quantization, or generate without an assistant, prompt lookup or early exit"
+                "manager with KeepAll() and no storage, or generate without an assistant, prompt lookup or early exit"
             )
         if begin is not None:
             self.check_makes()

@@ -38,7 +38,7 @@ class EngineCalls:
             return "layers have policies of their own"
         if caches.ranks:
             return "tokens are ranked on the host"
-        if not caches.spec.storage.exact:
+        if not caches.spec.storage.plain:
             return "a quantized cache is read on the host"
         if (reason := self._why_not_masked(policy, call.mask, behind_prefix)) is not None:
             return reason

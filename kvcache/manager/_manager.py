@@ -15,7 +15,7 @@ from kvcache.errors import check_whole
 from kvcache.generation import GenerateCall
 from kvcache.manager._caches import ModelCaches
 from kvcache.manager._engine import EngineCalls
-from kvcache.manager._options import Backends, DecodeArguments, DecodeOptions
+from kvcache.manager._options import Backends, DecodeArguments, decode_options, whole_spec
 from kvcache.manager._runs import Runs
 from kvcache.manager._saving import fork, load, save
 from kvcache.manager._streaming import Streams
@@ -38,7 +38,7 @@ class KVCacheManager:
 
     Args:
         model: a model with ``generate``, or a bare decoder for `new_cache` alone.
-        policy: which tokens stay; one for all layers, or one per layer.
+        policy: which tokens stay; one for all layers, or one per layer. Or a `CacheSpec`, which says all of a cache at once.
         max_cache_length: refuse, with a `CapacityError`, to hold more tokens than this; without it the cache grows.
         positions: ``"absolute"``, or ``"rerotated"``: the pinned tokens (sinks) move along next to the window, so that
             distances stay within what the model was trained on (StreamingLLM; RoPE models only).
@@ -61,7 +61,7 @@ class KVCacheManager:
     def __init__(
         self,
         model: Any,
-        policy: SizePolicy | Sequence[SizePolicy] | None = None,
+        policy: CacheSpec | SizePolicy | Sequence[SizePolicy] | None = None,
         max_cache_length: int | None = None,
         *,
         positions: PositionMode = "absolute",
@@ -72,19 +72,21 @@ class KVCacheManager:
     ) -> None:
         check_model(model)
         check_prefix_cache(prefix_cache)
-        options = DecodeOptions(**decoding)
+        options = decode_options(decoding)
         self.model = model
         self.backend: Backends = options.backend
         self.enabled = True
         held = Plain() if storage is None else storage
         spec = CacheSpec(spec_of(policy).policy, max_cache_length, positions, held, static)
+        if isinstance(policy, CacheSpec):
+            spec = whole_spec(policy, spec)
         self.caches = ModelCaches(model, spec)
         device = self.geometry.device
         backend_on(options.backend, device)
         self.prefix_cache = PrefixCache(default_store(device)) if prefix_cache is None else prefix_cache
-        decoder = LanguageDecoder(model, options.kv_dtype, max_cache_length, options.bucket)
+        decoder = LanguageDecoder(model, options.kv_dtype, spec.max_length, options.bucket)
         self.engine = EngineCalls(self.caches, decoder)
-        self._prompts = PrefixRegistry(model, self.prefix_cache, max_cache_length, self.geometry.max_positions)
+        self._prompts = PrefixRegistry(model, self.prefix_cache, spec.max_length, self.geometry.max_positions)
         self._runs = Runs(self.caches, self._prompts)
         self._streams = Streams(self.engine, self._runs)
         release_threads()  # who has loaded the model may not be who decodes

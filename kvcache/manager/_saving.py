@@ -31,7 +31,7 @@ def load(caches: ModelCaches, data: bytes, secret: bytes | None) -> Any:
 def fork(caches: ModelCaches, cache: Any) -> Any:
     """See `KVCacheManager.fork`."""
     layers = _layers(caches, cache)
-    copied = caches.empty(layers[0].rows or 1)
+    copied = caches.like(layers)
     for layer, own in zip(layers, kv_layers(copied), strict=True):
         own.restore(*layer.state())
     copied.made_for = cache.made_for

@@ -88,7 +88,7 @@ def new_cache(
     policies = spec.policies(len(layers))
     ours = [policies[i] for i in managed]
     _check_spec(model, geometry, spec, ours, padding)
-    if not managed and (any(policy.evicts for policy in policies) or not spec.storage.exact):
+    if not managed and (any(policy.evicts for policy in policies) or not spec.storage.plain):
         raise PolicyError(
             f"{spec!r} has no layer to work on: each of the {len(layers)} layers is managed by the model in its own way "
             f"({type(layers[0]).__name__}); leave it out, or unset config.sliding_window where the model has one"

@@ -50,7 +50,7 @@ def _made_of(layer: Any) -> dict[str, Any] | None:
     """What it takes to make an empty layer like this one; None if keys and values are not all that it holds."""
     if isinstance(layer, ManagedLayer):
         kv = layer.kv
-        if not kv.storage.exact or not isinstance(kv.policy, KeepAll) or kv.padding is not None:
+        if not kv.storage.plain or not isinstance(kv.policy, KeepAll) or kv.padding is not None:
             return None
         limits = {"max_length": kv.max_length, "static": kv.static, "max_positions": layer.max_positions}
         return {"managed": True, "held": layer.is_initialized, **limits}

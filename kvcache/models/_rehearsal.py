@@ -17,7 +17,7 @@ def check_ranking(model: Any, runner: Any) -> None:
     """Try a policy that ranks tokens on a few of them, of which none leaves: the answer must be the model's own.
 
     Args:
-        observed_model: the model's `observed_copy`.
+        runner: the model's `observed_copy`.
 
     Raises:
         PolicyError: with the reason, if it is not.
