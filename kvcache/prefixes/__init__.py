@@ -1,6 +1,6 @@
 """Beginnings computed once: snapshots, what keeps them, and the stores behind that."""
 
-from kvcache.prefixes._build import extend_prefix, prefix_cache
+from kvcache.prefixes._build import cache_for_prefix, extend_prefix
 from kvcache.prefixes._cache import PrefixCache, PrefixStats, SpeakerCache, check_prefix_cache, default_store
 from kvcache.prefixes._prompts import PrefixRegistry
 from kvcache.prefixes._snapshot import Layout, PrefixKey, PrefixSnapshot
@@ -13,8 +13,8 @@ __all__ = [
     "PrefixSnapshot",
     "PrefixStats",
     "SpeakerCache",
+    "cache_for_prefix",
     "check_prefix_cache",
     "default_store",
     "extend_prefix",
-    "prefix_cache",
 ]

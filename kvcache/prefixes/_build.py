@@ -16,7 +16,7 @@ from kvcache.prefixes._snapshot import PrefixKey, PrefixSnapshot
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
-def prefix_cache(model: Any) -> Any:
+def cache_for_prefix(model: Any) -> Any:
     """A cache that keeps everything in every layer, also where the model has a window of its own: to compute a prefix on.
 
     What a layer's window hides, its mask hides; so any cache can begin with what this one holds.
@@ -64,7 +64,7 @@ def extend_prefix(
         run: runs ``[1, tokens]`` ids or ``[1, tokens, dim]`` embeddings on that cache.
         key: of what.
         start: a beginning of it that is known and need not be run; None if nothing is.
-        cache: of ours, which keeps everything; see `prefix_cache`.
+        cache: of ours, which keeps everything; see `cache_for_prefix`.
         device: where the model wants its input.
     """
     began, known, spent = time.perf_counter(), 0, 0.0

@@ -10,7 +10,7 @@ from torch import Tensor
 from kvcache.errors import CapacityError, InputError
 from kvcache.events import Event, emit
 from kvcache.models import check_positions, facts_of, model_fingerprint, run_prefix, trains
-from kvcache.prefixes._build import extend_prefix, prefix_cache
+from kvcache.prefixes._build import cache_for_prefix, extend_prefix
 from kvcache.prefixes._cache import PrefixCache
 from kvcache.prefixes._snapshot import Layout, PrefixKey, PrefixSnapshot
 
@@ -36,7 +36,7 @@ class PrefixRegistry(Mapping[str, Tensor]):
 
     def __init__(self, model: Any, prefix_cache: PrefixCache, most: int | None, positions: int | None) -> None:
         self._model = model
-        self._speakers = prefix_cache
+        self._prefix_cache = prefix_cache
         self._most = most
         self._positions = positions
         self._prompts: dict[str, _Prompt] = {}
@@ -56,7 +56,7 @@ class PrefixRegistry(Mapping[str, Tensor]):
     def add(self, name: str, prefix: Tensor, pin: bool) -> None:
         """Compute a prefix, or find it; one of the same name is replaced. For what is refused see `KVCacheManager`."""
         self._refuse_training()
-        prefix_cache(self._model)
+        cache_for_prefix(self._model)
         content = self._checked(name, prefix)
         key = self._key(content)
         self._compute(key)
@@ -65,7 +65,7 @@ class PrefixRegistry(Mapping[str, Tensor]):
         if before is not None and before.key != key:
             emit(Event("replaced", f"prefix {name!r}", {"tokens": len(key), "known": len(before.key)}))
         if pin:
-            self._speakers.pin(key)
+            self._prefix_cache.pin(key)
         self._let_go(before)
 
     def remove(self, name: str) -> None:
@@ -81,7 +81,7 @@ class PrefixRegistry(Mapping[str, Tensor]):
         if key != prompt.key:
             self._prompts[name] = replace(prompt, key=key)
             if prompt.pinned:
-                self._speakers.pin(key)
+                self._prefix_cache.pin(key)
             self._let_go(prompt)
         return self._compute(key).to(self._model.device)
 
@@ -94,7 +94,7 @@ class PrefixRegistry(Mapping[str, Tensor]):
     def _let_go(self, prompt: _Prompt | None) -> None:
         """Unpin what no name stands for any more."""
         if prompt is not None and prompt.pinned:
-            self._speakers.pin(prompt.key, any(p.pinned and p.key == prompt.key for p in self._prompts.values()))
+            self._prefix_cache.pin(prompt.key, any(p.pinned and p.key == prompt.key for p in self._prompts.values()))
 
     def _refuse_training(self) -> None:
         if self._model.training:
@@ -140,12 +140,12 @@ class PrefixRegistry(Mapping[str, Tensor]):
         )
 
     def _compute(self, key: PrefixKey) -> PrefixSnapshot:
-        return self._speakers.get_or_extend(key, lambda start: self._extend(key, start))
+        return self._prefix_cache.get_or_extend(key, lambda start: self._extend(key, start))
 
     @torch.no_grad()
     def _extend(self, key: PrefixKey, start: PrefixSnapshot | None) -> PrefixSnapshot:
         self._refuse_training()
-        cache = prefix_cache(self._model)
+        cache = cache_for_prefix(self._model)
         kind = "inputs_embeds" if key.content.is_floating_point() else "input_ids"
         facts_of(self._model).clear_request_state()
 

@@ -16,7 +16,7 @@ _PATIENCE = 0.25  # seconds; most of what is known takes milliseconds to find, a
 _MOST_PENDING = 16  # writes; each holds the memory of a prefix
 
 
-class _Speakers(Protocol):
+class _Finds(Protocol):
     def find(self, key: PrefixKey) -> PrefixSnapshot | None: ...
 
     def keep(self, snapshot: PrefixSnapshot) -> None: ...
@@ -30,8 +30,8 @@ class Aside:
         patience: seconds that `find` waits for it.
     """
 
-    def __init__(self, prefix_cache: _Speakers, patience: float = _PATIENCE) -> None:
-        self._speakers, self._patience = prefix_cache, patience
+    def __init__(self, prefix_cache: _Finds, patience: float = _PATIENCE) -> None:
+        self._prefix_cache, self._patience = prefix_cache, patience
         self.dropped = 0  # writes
         self._start()
 
@@ -61,7 +61,7 @@ class Aside:
 
         def ask() -> None:
             try:
-                found.append(self._speakers.find(key))
+                found.append(self._prefix_cache.find(key))
             except BaseException as error:  # a store never should
                 log.warning("could not look for %r (%s); it is computed", key, _told(error))
                 found.append(None)
@@ -111,7 +111,7 @@ class Aside:
                     return
                 snapshot = self._pending[0]
             try:
-                self._speakers.keep(snapshot)
+                self._prefix_cache.keep(snapshot)
             except BaseException as error:  # a store never should
                 log.warning("could not write %r (%s)", snapshot, _told(error))
             with self._changed:
