@@ -21,7 +21,9 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from kvcache.decoding import RECORDERS
 from kvcache.io import parse_bytes
+from kvcache.testing import traced
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,6 +36,12 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default: 2)")
     parser.add_argument("--rehearsal", action="store_true", help="mark the result as one that measures nothing")
     return parser
+
+
+def trace_graphs(rehearsed: bool) -> None:
+    """Let a run that measures nothing trace on a CPU what a GPU captures, so that the same steps are rehearsed."""
+    if rehearsed:
+        RECORDERS["cpu"] = traced
 
 
 def memory_option(parser: argparse.ArgumentParser, most: int | None = None) -> None:

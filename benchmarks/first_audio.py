@@ -128,7 +128,7 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", choices=("english", "nano"), default=["english", "nano"])
     parser.add_argument("--tokens", type=int, default=75, help="speech tokens, 25 a second (default: 75)")
     parser.add_argument("--rounds", type=int, default=3, help="timed requests of each side (default: 3)")
-    parser.add_argument("--backend", default="graph", help="of our engine (default: graph)")
+    parser.add_argument("--backend", default="auto", help="of our engine (default: auto, graph on a GPU)")
     options: argparse.Namespace = parser.parse_args()
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"

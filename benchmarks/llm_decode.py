@@ -10,12 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import arguments, finish, interleaved, paired_ratio, spread
+from common import arguments, finish, interleaved, paired_ratio, spread, trace_graphs
 from preparing import Preparing
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvcache import KVCacheManager
+from kvcache.decoding import RECORDERS
 
 GENERATE = "generate, DynamicCache"
 STATIC = "generate, StaticCache"
@@ -66,11 +67,13 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=100, help="tokens of it (default: 100)")
     parser.add_argument("--tokens", type=int, default=200, help="new tokens of a request (default: 200)")
     parser.add_argument("--rounds", type=int, default=5, help="timed requests of each side (default: 5)")
-    parser.add_argument("--backends", nargs="+", default=["eager", "graph"], help="of ours (default: eager graph)")
+    parser.add_argument("--backends", nargs="+", help="of ours (default: eager, and graph on a GPU)")
     options: argparse.Namespace = parser.parse_args()
+    trace_graphs(options.quick or options.rehearsal)
     torch.set_num_threads(options.threads)
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    options.backends = options.backends or (["eager", "graph"] if options.device in RECORDERS else ["eager"])
     if options.quick:
         options.prompt, options.tokens, options.rounds = 10, 12, 1
     model = model_of(options.device, options.quick)

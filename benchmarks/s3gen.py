@@ -24,7 +24,8 @@ import torch
 from common import arguments, finish, interleaved, keep, paired_ratio, spread, synchronize
 from torch import Tensor
 
-from kvcache.decoding import Recorder, cuda_graph, traced
+from kvcache.decoding import Recorder, cuda_graph
+from kvcache.testing import traced
 from kvcache_chatterbox.units import SAMPLE_RATE, SAMPLES_PER_TOKEN, SPEECH_TOKENS
 from kvcache_chatterbox.upstream import upstream_t3
 

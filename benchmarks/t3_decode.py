@@ -24,7 +24,18 @@ from statistics import median
 from typing import Any
 
 import torch
-from common import arguments, chosen, finish, known, memory_option, paired_ratio, show, spread, synchronize
+from common import (
+    arguments,
+    chosen,
+    finish,
+    known,
+    memory_option,
+    paired_ratio,
+    show,
+    spread,
+    synchronize,
+    trace_graphs,
+)
 from preparing import Preparing
 from processes import Failure, Gate, Measured, Phase, Processes
 from torch import Tensor, nn
@@ -58,6 +69,7 @@ class Case:
     device: str
     turn: int  # tokens
     layers: int | None = None
+    rehearsed: bool = False  # on a CPU, which then traces what a GPU captures
 
 
 @dataclass(frozen=True)
@@ -439,6 +451,7 @@ class Engine:
 def serve(gate: Gate, case: Case, side: Side) -> None:
     """Run a side, a turn at a time."""
     logging.getLogger("chatterbox").setLevel(logging.ERROR)
+    trace_graphs(case.rehearsed)
     if not side.together:
         kvcache.models._precision._TOGETHER = ()  # type: ignore[assignment]
     model = make(case, side)
@@ -669,6 +682,7 @@ def options_of() -> argparse.Namespace:
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the times there (PNG, PDF or SVG)")
     options: argparse.Namespace = parser.parse_args()
+    trace_graphs(options.quick or options.rehearsal)
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.quick:
@@ -681,7 +695,7 @@ def options_of() -> argparse.Namespace:
 def main() -> None:
     options = options_of()
     torch.set_num_threads(options.threads)
-    every = GPU_SIDES | SIDES if options.device == "cpu" else SIDES | GPU_SIDES  # a CPU traces what a GPU captures
+    every = GPU_SIDES | SIDES if options.device == "cpu" else SIDES | GPU_SIDES
     usual = list(SIDES if options.device == "cpu" else GPU_SIDES)
     sides = chosen(every, ",".join(usual) if options.sides is None else options.sides)
     variants = ("english", "nano") if options.variant == "all" else (options.variant,)
@@ -695,7 +709,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)  # nothing is found compiled
         for variant in variants:
-            case = Case(variant, options.device, options.turn, options.layers)
+            case = Case(variant, options.device, options.turn, options.layers, options.quick or options.rehearsal)
             if options.quick:
                 check(replace(case, device="cpu"))
                 malloc_trim()  # its models, which glibc would keep beside the sides

@@ -61,6 +61,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     random.seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def graphs_are_traced() -> Iterator[None]:
+    """What a GPU captures is tested on any machine: there a trace takes the place of a CUDA graph."""
+    from kvcache.testing import traced_graphs
+
+    with traced_graphs():
+        yield
+
+
 @pytest.fixture(scope="module")
 def all_threads() -> Iterator[None]:
     """For models of full size: this process's share of the cores. Two that take all of them take ten times as long."""

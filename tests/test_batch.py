@@ -13,7 +13,7 @@ from support.static_rows import assert_state, state_of
 from support.tables import SYMBOLS, TABLE, Breaks, assert_empty, assert_free, chain, link, linked, through
 
 from kvcache import CacheGeometry, CapacityError, GeometryError, InputError, MaxTokens, SlidingWindow
-from kvcache.decoding import Batch, Job
+from kvcache.decoding import RECORDERS, Batch, Job
 
 pytestmark = pytest.mark.one_release
 
@@ -281,7 +281,7 @@ def test_the_account_tells_of_a_front_that_fell_back(monkeypatch):
 
     batch = Batch(chain(2, 64, backend="graph"))
     assert (batch.report().backend, batch.report().fallback) == ("graph", None)
-    monkeypatch.setattr(inside.TRACED, breaks)  # of what is made from now on
+    monkeypatch.setitem(RECORDERS, "cpu", breaks)  # of what is made from now on
     assert through(batch, [link(1, 9)]) == [linked(1, 9)]
     assert batch.report().fallback == "graph failed: Breaks: no capture today"
 

@@ -21,10 +21,10 @@ from kvcache.decoding import (
     Sampling,
     StaticKV,
     decoder_copy,
-    traced,
     unsupported_reason,
 )
 from kvcache.models import geometry_of, kv_layers
+from kvcache.testing import traced
 
 # ---------------------------------------------------------------------- backends against generate
 
@@ -84,12 +84,6 @@ def test_inductors_tokens_are_those_of_generate():
     decoding = decoding_of(model, 1, 64, "compile")
     assert torch.equal(say(decoding, manager, token_ids(1, 9), GREEDY, 40), expected)
     assert (decoding.backend, decoding.fallback) == ("compile", None)
-
-
-def test_compiled_graphs_are_only_compiled_on_a_cpu():
-    decoding = decoding_of(tiny("llama"), 1, 8, "graph+compile")
-    assert decoding.backend == "compile"
-    assert "no graphs on a CPU" in decoding.report().fallback
 
 
 def test_rows_of_different_lengths_and_generators_say_what_each_says_alone():

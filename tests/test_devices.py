@@ -18,8 +18,9 @@ from kvcache import (
     SpeakerCache,
 )
 from kvcache.cache import KeyRotation
-from kvcache.decoding import backend_for, backend_on, kernel_reason
+from kvcache.decoding import RECORDERS, backend_for, backend_on, kernel_reason
 from kvcache.models import looks_on
+from kvcache.testing import traced_graphs
 
 XPU = torch.device("xpu", 0)
 GREEDY = {"max_new_tokens": 12, "do_sample": False}
@@ -147,6 +148,24 @@ def test_graphs_are_refused_with_the_reason_before_anything_runs(model, mps, nam
         backend_for(name, mps)
 
 
+@pytest.mark.parametrize("name", ["graph", "graph+compile"])
+def test_a_cpu_has_no_graphs_unless_they_are_traced(monkeypatch, name):
+    model = build("llama")
+    assert torch.equal(
+        run(KVCacheManager(model), token_ids(), "graph", **GREEDY),
+        run(KVCacheManager(model), token_ids(), "generate", **GREEDY),
+    )
+    monkeypatch.delitem(RECORDERS, "cpu")
+    before = dict(RECORDERS)
+    with pytest.raises(
+        InputError, match="records steps in a CUDA graph, and the model is on 'cpu', which has none; use 'eager'"
+    ):
+        KVCacheManager(model, backend=name)
+    with traced_graphs():
+        assert backend_for("graph", torch.device("cpu")).name == "graph"
+    assert before == RECORDERS
+
+
 def test_what_each_device_decodes_with():
     cpu, cuda, mps = (torch.device(kind) for kind in ("cpu", "cuda", "mps"))
     assert [backend_on("auto", device) for device in (cpu, cuda, mps, XPU)] == ["eager", "graph", "eager", "eager"]
@@ -156,7 +175,7 @@ def test_what_each_device_decodes_with():
         assert kernel_reason(device) == "it is for CUDA GPUs"
         with pytest.raises(InputError, match="'auto', which is eager there"):
             check_backend("graph", device)
-    assert backend_for("graph", cpu)[0].name == "graph"
+    assert backend_for("graph", cuda).name == "graph"
 
 
 def test_draws_come_from_the_devices_own_generator(mps, monkeypatch):

@@ -22,7 +22,7 @@ from kvcache import (
     TuningProfile,
     quantize_linear,
 )
-from kvcache.decoding import Setting, Trial, machine, traced, versions
+from kvcache.decoding import RECORDERS, Setting, Trial, machine, versions
 from kvcache.models import model_fingerprint, model_outline
 from kvcache.tools import Refusal, Space, SubjectBench, Tuner, space_of, tune
 
@@ -517,7 +517,7 @@ def test_graphs_read_multiples_of_their_bucket(bucket):
     assert reads == sorted({min(-(-length // bucket) * bucket, slots) for length in lengths})
     with pytest.raises(InputError, match="bucket=0 must be a whole number"):
         KVCacheManager(model, bucket=0)
-    assert inside.Graph(traced, bucket=bucket).name == "graph"
+    assert inside.Graph(RECORDERS["cpu"], bucket=bucket).name == "graph"
 
 
 # ---------------------------------------------------------------------- a real bench

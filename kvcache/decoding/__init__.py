@@ -2,13 +2,13 @@
 
 from kvcache.decoding._backends import (
     BUCKET,
+    RECORDERS,
     BackendName,
     Recorder,
     backend_for,
     backend_on,
     check_bucket,
     cuda_graph,
-    traced,
 )
 from kvcache.decoding._batch import Batch, Job, JobOutput
 from kvcache.decoding._compiling import Refused, compiled
@@ -46,6 +46,7 @@ from kvcache.decoding._wiring import DecodeInputs, decoder_copy, kernel_reason, 
 __all__ = [
     "BUCKET",
     "GREEDY",
+    "RECORDERS",
     "Ahead",
     "Backend",
     "BackendName",
@@ -104,7 +105,6 @@ __all__ = [
     "machine",
     "made_by",
     "setting_to_dict",
-    "traced",
     "unsupported_reason",
     "untold",
     "versions",

@@ -7,7 +7,6 @@ from typing import Any, Literal, Protocol, cast, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from kvcache.decoding._programs import Ahead, Programs, RootSizes
 from kvcache.decoding._sampler import Drawing
@@ -61,7 +60,7 @@ def check_backend(name: str, device: torch.device | None = None) -> None:
     if name not in get_args(BackendName):
         known = ", ".join(map(repr, get_args(BackendName)))
         raise InputError(f"backend={name!r} must be one of {known}, 'auto' or 'off'")
-    if device is not None and "graph" in name and device.type not in ("cpu", "cuda", "meta"):
+    if device is not None and "graph" in name and device.type not in RECORDERS:
         raise InputError(
             f"backend={name!r} records steps in a CUDA graph, and the model is on {device.type!r}, which has none; use "
             "'eager' or 'compile', or 'auto', which is eager there"
@@ -88,10 +87,8 @@ def check_bucket(bucket: int) -> None:
         raise InputError(f"bucket={bucket!r} must be a whole number of slots, at least 1; {BUCKET} is the default")
 
 
-def backend_for(
-    name: str, device: torch.device, bucket: int = BUCKET, programs: Programs | None = None
-) -> tuple[Backend, str | None]:
-    """The backend of that name, and what is missing of it on this device, if anything.
+def backend_for(name: str, device: torch.device, bucket: int = BUCKET, programs: Programs | None = None) -> Backend:
+    """The backend of that name.
 
     Args:
         bucket: see `Graph`.
@@ -103,14 +100,10 @@ def backend_for(
     check_backend(name, device)
     check_bucket(bucket)
     if name == "eager":
-        return Eager(), None
+        return Eager()
     if name == "compile":
-        return Compiled(device, programs=programs), None
-    if device.type != "cuda":
-        if name == "graph":
-            return Graph(traced, bucket=bucket), None
-        return Compiled(device, programs=programs), "there are no graphs on a CPU to capture the compiled step in"
-    return Graph(cuda_graph, Compiled(device) if name == "graph+compile" else None, bucket), None
+        return Compiled(device, programs=programs)
+    return Graph(RECORDERS[device.type], Compiled(device) if name == "graph+compile" else None, bucket)
 
 
 class Eager:
@@ -215,7 +208,7 @@ class Graph:
     """A step recorded once for each length that is read, and replayed.
 
     Args:
-        record: `cuda_graph` or `traced`.
+        record: `cuda_graph`, or another of `RECORDERS`.
         compiled: records what this makes of a step.
         bucket: lengths are rounded up to a multiple of so many slots, and so few are recorded.
     """
@@ -278,6 +271,6 @@ def cuda_graph(step: Callable[[], None], restore: Callable[[], None]) -> Callabl
     return graph.replay
 
 
-def traced(step: Callable[[], None], _restore: Callable[[], None]) -> Callable[[], Any]:
-    """Record a step as the list of its operators, with every Python number baked in, as a capture bakes it in."""
-    return make_fx(step)()
+RECORDERS: dict[str, Recorder] = {"cuda": cuda_graph, "meta": cuda_graph}
+"""What records a step, by the type of its device: one without a recorder has no graphs. A model on ``meta`` is planned for
+a GPU, and records nothing."""

@@ -77,8 +77,7 @@ class Decoding:
         kv: its cache: as many rows as requests, or twice as many with guidance.
         sampler: how tokens are drawn.
         backend: ``"eager"``; ``"compile"`` by torch's compiler, which takes a minute or so at the first chunk;
-            ``"graph"`` records a step once and replays it (a CUDA graph; on a CPU a trace, which shows that a step can be
-            captured and is no faster); ``"graph+compile"`` records the compiled step.
+            ``"graph"`` records a step once and replays it, as a CUDA graph; ``"graph+compile"`` records the compiled step.
         **options: the fields of `StepOptions`.
 
     Attributes:
@@ -119,9 +118,8 @@ class Decoding:
         self._states: dict[torch.Generator, Tensor] = {}  # as they were before the last chunk
         self._named: BackendName = backend if asked.why_eager is None else "eager"
         self._backend: Backend
-        self._backend, self.fallback = backend_for(self._named, device, asked.bucket, asked.programs)
-        if self._named != backend:
-            self.fallback = asked.why_eager
+        self._backend = backend_for(self._named, device, asked.bucket, asked.programs)
+        self.fallback = asked.why_eager if self._named != backend else None
         if self.fallback is not None:
             emit(Event("fell_back", f"{backend} to {self.backend}", reason=self.fallback))
         self._fronts: dict[int, Decoding] = {}
@@ -163,9 +161,8 @@ class Decoding:
             new.token, new.made, new._out = self.token[:requests], self.made[:requests], self._out[:requests]
             new._begun = self._begun[:requests]
             new._noise = self._noise[:requests]
-            new._backend, new.fallback = backend_for(
-                self._named, self.token.device, self._options.bucket, self._options.programs
-            )
+            new._backend = backend_for(self._named, self.token.device, self._options.bucket, self._options.programs)
+            new.fallback = None
             self._fronts[requests] = new
         return self._fronts[requests]
 

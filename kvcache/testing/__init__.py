@@ -1,6 +1,6 @@
-"""For tests of your own: that nothing leaks, and that a layer or policy you wrote keeps the laws.
+"""For tests of your own: that nothing leaks, that a layer or policy you wrote keeps the laws, and that steps can be recorded.
 
-    from kvcache.testing import check_layer, check_policy, no_leaks
+    from kvcache.testing import check_layer, check_policy, no_leaks, traced_graphs
 
 The laws need hypothesis: ``pip install hypothesis``.
 """
@@ -11,8 +11,9 @@ from typing import Any
 from kvcache.cache import LayerCache, SizePolicy
 from kvcache.errors import MissingDependencyError
 from kvcache.testing._leaks import no_leaks
+from kvcache.testing._traces import traced, traced_graphs
 
-__all__ = ["check_layer", "check_policy", "no_leaks"]
+__all__ = ["check_layer", "check_policy", "no_leaks", "traced", "traced_graphs"]
 
 
 def check_policy(policy: SizePolicy, *, examples: int = 20) -> None:

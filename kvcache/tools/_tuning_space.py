@@ -55,9 +55,7 @@ def _on_cpu(weight: Tensor) -> bool:
 def _backends(weight: Tensor, refused: list[Refusal]) -> tuple[Backend, ...]:
     if not _on_cpu(weight):
         return ("eager", "off", "compile", "graph", "graph+compile")
-    why = (
-        "there are no graphs on a CPU; what it has is a trace, which shows that a step can be captured and is no faster"
-    )
+    why = "there are no graphs on a CPU"
     refused += [Refusal("backend", name, why) for name in ("graph", "graph+compile")]
     return ("eager", "off", "compile")
 

@@ -35,14 +35,13 @@ KERNEL_INTERPRETED = "kvcache.decoding._kernel._interpreted"
 KERNEL_REASON = "kvcache.decoding._engine.kernel_reason"  # for steps without the kernel where there is one
 KERNEL_TILE = "kvcache.decoding._kernel._TILE"  # a small one makes several blocks of a few slots
 LANGUAGE_COPY = "kvcache.decoding._language.decoder_copy"
-MAKE_FX = "kvcache.decoding._backends.make_fx"  # for a recording that fails
+MAKE_FX = "kvcache.testing._traces.make_fx"  # for a recording that fails
 PROGRAMS_BEGUN = "kvcache.decoding._programs._begun"  # what this process has begun, found wanting and loaded
 PROGRAMS_COMPILED = "kvcache.decoding._programs.compiled"
 PROGRAMS_FAILED = "kvcache.decoding._programs._failed"
 PROGRAMS_LOADED = "kvcache.decoding._programs._loaded"
 PROGRAMS_ROOM = "kvcache.decoding._program_files._ALL"
 SCHEDULER_CLOCK = "kvcache.decoding._ledger.time"
-TRACED = "kvcache.decoding._backends.traced"
 WORKER_QUEUE = "kvcache.decoding._streaming.queue"
 ZEROS = "kvcache.decoding._static_cache.zeros"  # the system's own pages, which cannot be faked
 
