@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import logging
+import pkgutil
 import re
 from contextlib import redirect_stdout
 
@@ -111,6 +112,13 @@ def test_quoted_figures_have_their_files(page):
         result = json.loads((ROOT / quoted).read_text())
         assert set(result) >= {"benchmark", "machine", "versions", "commit", "rows", "ratios"}, quoted
         assert not result.get("quick"), f"{quoted} is a smoke run, whose figures mean nothing"
+
+
+def test_the_reference_names_what_there_is():
+    named = re.findall(r"^::: (\S+)", (ROOT / "docs/reference.md").read_text(), re.MULTILINE)
+    assert len(named) > 20
+    for one in named:
+        assert pkgutil.resolve_name(one) is not None
 
 
 def test_these_checks_find_what_they_look_for(tmp_path):
