@@ -1,4 +1,4 @@
-"""Is a commit slower than the one before? Both are measured by turns on one machine, with the same benchmarks.
+"""A commit beside the one before, both measured by turns on one machine, with the same benchmarks.
 
     python benchmarks/commits.py HEAD~1 --json result.json
 
