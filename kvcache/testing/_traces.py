@@ -17,13 +17,15 @@ def traced_graphs() -> Iterator[None]:
     machine that a step can be recorded: what hangs on the host is wrong when it is replayed, and the tokens differ. It is no
     faster than ``"eager"``. Outside of the block the back end is refused on a CPU; other threads see it too.
     """
-    before = dict(RECORDERS)
+    before = RECORDERS.get("cpu")
     RECORDERS["cpu"] = traced
     try:
         yield
-    finally:
-        RECORDERS.clear()
-        RECORDERS.update(before)
+    finally:  # the other devices' stay there meanwhile: other threads may ask for them
+        if before is None:
+            RECORDERS.pop("cpu", None)
+        else:
+            RECORDERS["cpu"] = before
 
 
 def traced(step: Callable[[], None], _restore: Callable[[], None]) -> Callable[[], Any]:
