@@ -35,6 +35,7 @@ from speaking import (
     PARTS,
     TEXT,
     Case,
+    Heard,
     Side,
     begin,
     chatterbox,
@@ -360,34 +361,29 @@ def at_once(gate: Gate, case: Case, side: Side, counts: Sequence[int], tokens: i
 
 
 async def spoken(engine: Any, voice: Voice, count: int, rows: int, tokens: int, by_turns: bool) -> dict[str, Any]:
-    """So many requests through a scheduler, `rows` at a time: seconds in all, of audio, and to each first audio.
+    """So many requests through a scheduler, `rows` at a time: seconds in all, and what each listener has heard.
 
     Args:
         by_turns: T3 and the vocoder compute one at a time.
     """
-    firsts: list[float] = []
-    audio = 0.0
+    heard: list[Heard] = []
 
     async def one(index: int, tokens: int = tokens) -> None:
-        nonlocal audio
-        begin, first = time.perf_counter(), None
+        begin = time.perf_counter()
         stream = scheduler.submit(TEXT, voice=voice, max_new_tokens=tokens, seed=index, segment_characters=None)
-        async for piece in stream:
-            first = time.perf_counter() - begin if first is None else first
-            audio += piece.shape[-1] / SAMPLE_RATE
-        firsts.append(first or 0.0)
+        heard.append(listen([(time.perf_counter() - begin, piece.shape[-1] / SAMPLE_RATE) async for piece in stream]))
 
     async with SpeechScheduler(engine, max_rows=rows, one_at_a_time=by_turns) as scheduler:
         await asyncio.gather(*(one(index, tokens // 8) for index in range(rows)))  # it has served before
-        firsts.clear()
-        audio, start = 0.0, time.perf_counter()
+        heard.clear()
+        start = time.perf_counter()
         if rows == 1:
             for index in range(count):
                 await one(index)
         else:
             await asyncio.gather(*(one(index) for index in range(count)))
         took = time.perf_counter() - start
-    return {"seconds": took, "audio": audio, "firsts": firsts}
+    return {"seconds": took, "heard": heard}
 
 
 def streams_of(case: Case, side: Side, options: argparse.Namespace) -> tuple[list[dict[str, Any]], Any]:
@@ -404,8 +400,12 @@ def streams_of(case: Case, side: Side, options: argparse.Namespace) -> tuple[lis
         pairs = [(alone, together) for n, alone, together in note.get("streams", []) if n == count]
         if not pairs:
             continue
-        speed = [[run["audio"] / run["seconds"] for run in runs] for runs in zip(*pairs, strict=True)]
-        firsts = torch.tensor([first for _, run in pairs for first in run["firsts"]], dtype=torch.float64)
+        speed = [
+            [sum(one.audio for one in run["heard"]) / run["seconds"] for run in runs]
+            for runs in zip(*pairs, strict=True)
+        ]
+        together = [one for _, run in pairs for one in run["heard"]]
+        firsts = torch.tensor([one.first for one in together], dtype=torch.float64)
         rows.append(
             {"variant": case.variant, "streams": count,
              "computed": "both at once" if options.both_at_once else "by turns", "T3": side.t3, "vocoder": side.voiced, "n": len(pairs),
@@ -414,6 +414,7 @@ def streams_of(case: Case, side: Side, options: argparse.Namespace) -> tuple[lis
              "audio s / s, together": spread(speed[1])["median"],
              "together / one by one": spread([b / a for a, b in zip(*speed, strict=True)])["median"]}
             | {f"first audio p{p}, s": float(torch.quantile(firsts, p / 100)) for p in (50, 90, 99)}
+            | {"silence in all, s": spread([one.waited for one in together])["median"]}
             | {"peak, MiB": note.get("MiB, peak")}
         )  # fmt: skip
     return rows, measured

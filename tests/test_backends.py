@@ -178,6 +178,31 @@ def test_attention_that_is_told_more_than_it_computes_is_refused(more):
             inside.attend(None, query[:, :, :1], keys, values, None, **given)
 
 
+@pytest.mark.parametrize("held", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("heads", "kv_heads", "value_dim"), [(4, 4, 16), (6, 2, 16), (8, 1, 12)])
+@pytest.mark.parametrize("masked", ["whole", "row", "head"])
+@pytest.mark.parametrize("scaling", [None, 0.4])
+def test_what_a_compiled_step_reduces_is_torchs_attention(
+    held, heads, kv_heads, value_dim, masked, scaling, monkeypatch
+):
+    """Of bfloat16 the keys and values are rounded, as they are held, and nothing besides."""
+    torch.manual_seed(0)
+    query, slots = torch.randn(3, heads, 1, 16, dtype=torch.promote_types(held, torch.float32)), 21
+    keys = torch.randn(3, kv_heads, slots, 16).to(held)
+    values = torch.randn(3, kv_heads, slots, value_dim).to(held)
+    seen = None
+    if masked != "whole":
+        seen = torch.rand(3, 1 if masked == "row" else heads, 1, slots) < 0.6
+        seen[..., 7] = True
+    exact = [states.to(query.dtype).repeat_interleave(heads // kv_heads, 1) for states in (keys, values)]
+    expected = torch.nn.functional.scaled_dot_product_attention(query, *exact, attn_mask=seen, scale=scaling)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)  # which must not be asked
+    added = None if seen is None else seen.float().log()
+    found, _ = inside.attend(None, query, keys, values, added, scaling=scaling)
+    torch.testing.assert_close(found.transpose(1, 2), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_sinks_in_half_precision_are_left_to_generate():
     config = GptOssConfig(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,

@@ -1,5 +1,6 @@
 """When tokens become audio: a listener simulated on a clock that only the test moves, and the rule's promises."""
 
+import gc
 import math
 
 import pytest
@@ -126,6 +127,88 @@ def test_a_little_slower_than_time_the_last_chunk_is_not_all_that_is_waited_for(
     assert first + listener.silence < 5
     slow = Machine(0.1, 10.0, 0.03).say(Chunking(), 750)[0]
     assert max(slow) == 250  # where a run takes ten seconds, few runs are all that counts
+
+
+class Nobody(set):
+    """In place of a vocoder's listeners: each thinks that it is alone."""
+
+    def add(self, one):
+        pass
+
+
+class Table(Machine):
+    """Several listeners at once on such a machine, tokens and audio by turns, audio first."""
+
+    def say_to(self, listeners, rule, total):
+        """The sizes of each one's chunks, the listeners, and when the last was served."""
+        clock = Clock(0.0)
+        ears = [Listener(clock.perf_counter) for _ in range(listeners)]
+        paces = [Pace(rule, self.cost, BEFORE) for _ in range(listeners)]
+        sizes, waiting, made = [[] for _ in ears], [0] * listeners, 0
+        while made < total:
+            step = min(rule.step, total - made)
+            clock.now += step * self.token
+            made += step
+            for i, pace in enumerate(paces):
+                waiting[i] += step
+                pace.came(step, step * self.token)
+            due = [pace.due(n, ear.left) for pace, n, ear in zip(paces, waiting, ears, strict=True)]
+            for i, size in enumerate(waiting[:] if made == total else due):
+                if size:
+                    took = self.took(BEFORE + size)
+                    clock.now += took
+                    paces[i].ran(size, took)
+                    ears[i].heard(size / TOKENS_PER_SECOND)
+                    sizes[i].append(size)
+                    waiting[i] -= size
+        return sizes, ears, clock.now
+
+
+@search(100)
+@given(speeds, st.integers(2, 8), st.integers(100, 1000))
+def test_several_listeners_cost_no_more_than_with_fixed_chunks(speed, listeners, total):
+    sizes, ears, ended = Table(*speed).say_to(listeners, Chunking(None, SECOND, 250), total)
+    _, fixed, fixed_ended = Table(*speed).say_to(listeners, Chunking((SECOND,)), total)
+    assert all(sum(one) == total for one in sizes)
+    assert ended <= fixed_ended + 1e-6
+    longest = listeners * Machine(*speed).took(BEFORE + 250) + 250 * speed[0]
+    assert all(ear.silence <= other.silence + longest for ear, other in zip(ears, fixed, strict=True))
+
+
+def test_those_who_share_a_vocoder_have_fewer_and_larger_chunks():
+    """Nano, fast: four at once take longer than time, and each was given as many runs as one alone."""
+    speed = (0.0085, 0.1, 0.0025)
+    alone, [ear], _ = Table(*speed).say_to(1, Chunking(), 250)
+    together, ears, ended = Table(*speed).say_to(4, Chunking(), 250)
+    assert ear.silence == 0 and len(alone[0]) > len(together[3])
+    unknowing = Table(*speed)
+    unknowing.cost.listeners = Nobody()
+    _, others, later = unknowing.say_to(4, Chunking(), 250)
+    assert ended < later / 2 and max(ear.silence for ear in ears) < min(ear.silence for ear in others) / 2
+
+
+def test_who_is_over_or_forgotten_counts_as_a_listener_no_more():
+    cost = Cost()
+    cost.took(100, 1.0)
+    paces = [Pace(Chunking(), cost, BEFORE) for _ in range(3)]
+    assert cost.round(100) == 1.0, "nobody listens yet"
+    for pace in paces:
+        pace.came(5, 0.1)
+    assert cost.round(100) == pytest.approx(3 * 1.2)
+    paces[0].over()
+    del pace, paces[1:]
+    gc.collect()
+    assert cost.round(100) == 1.0
+
+
+def test_what_comes_last_is_said_with_what_is_still_to_be_said():
+    """The tokens that are looked ahead at had a run of their own, of three."""
+    pace = Pace(Chunking(), Cost(), BEFORE)
+    pace.came(30, 0.1)
+    assert pace.due(30, -1.0) == 30 and pace.due(30, -1.0, last=True) == 0
+    assert pace.due(300, -1.0, last=True) == 250, "a chunk has its most tokens all the same"
+    fixed = Pace(Chunking((25,)), Cost(), BEFORE)
+    assert fixed.due(25, -1.0, last=True) == 25, "of given sizes each is kept"
 
 
 def test_given_sizes_are_kept_and_the_last_goes_on():

@@ -15,18 +15,6 @@ HOUSES = {"kvcache": ROOT / "kvcache", "kvcache_chatterbox": ROOT / "adapters" /
 SHAPE = re.compile(r"\[[^\[\]\n]*\]|of any shape")  # ``[batch, tokens]``, ``[n]``; ``[]`` for a single number
 TENSOR = re.compile(r"\bTensor\b")
 
-# In files that are being rewritten: to be taken out one by one.
-WAITING = {
-    "kvcache.cache.check_finite",
-    "kvcache.cache.check_states",
-    "kvcache.cache.pack",
-    "kvcache.cache.read_saved",
-    "kvcache.cache.restore_layers",
-    "kvcache.cache.tensors_of",
-    "kvcache.cache.unpack",
-    "kvcache_chatterbox.engine.ChatterboxEngine.ainference_stream",
-}
-
 
 @dataclass(frozen=True)
 class Public:
@@ -118,8 +106,7 @@ def silent(found: dict[str, ast.AST]) -> set[str]:
 def test_whoever_takes_or_gives_tensors_says_their_shapes():
     found = dict(definitions())
     assert len(found) > 300  # or the search is wrong
-    assert silent(found) - WAITING == set()
-    assert WAITING - silent(found) == set(), "take these out of WAITING: they say their shapes now"
+    assert silent(found) == set()
 
 
 def test_what_says_no_shape_is_found():

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from support.clocks import Clock
 from support.inside.speech import Waveform, audio_waiting, waiting
 from support.waiting import until
 
@@ -45,6 +46,22 @@ def run(count, due, token=1):
 @pytest.fixture
 def slow():
     return Slow()
+
+
+def test_each_is_told_its_part_of_the_seconds_of_a_run(slow, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr("kvcache_chatterbox.vocoder._together.time", clock)
+    waves = slow.waves
+
+    def timed(runs):
+        clock.now += 3.0
+        return waves(runs)
+
+    slow.waves = timed
+    together = Together(slow, most=1000)
+    slow.free.release(2)
+    assert together.waves([run(10, 0.0)])[0].seconds == 3.0
+    assert [wave.seconds for wave in together.waves([run(10, 0.0), run(11, 1.0), run(12, 2.0)])] == [1.0] * 3
 
 
 def test_who_has_least_to_hear_goes_first_and_what_is_as_long_goes_along(slow):

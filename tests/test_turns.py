@@ -5,6 +5,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.clocks import Clock
 from support.searching import search
 from support.tables import SYMBOLS, Breaks, assert_empty, chain, link, linked
 from support.turns import Asked, World
@@ -119,6 +120,24 @@ def test_the_first_chunk_comes_before_further_jobs():
     for entered, given_ in ((1, 0), (1, 0), (1, 1), (3, 1)):
         turns.step()
         assert (request.entered, len(chunks)) == (entered, given_)
+
+
+def test_a_chunk_tells_how_long_the_batch_had_computed_and_not_what_was_between_turns(monkeypatch):
+    clock, batch = Clock(), Batch(chain(1), quantum=2)
+    monkeypatch.setattr("kvcache.decoding._turns.time", clock)
+    step = batch.step
+
+    def slow():
+        clock.now += 0.5
+        return step()
+
+    monkeypatch.setattr(batch, "step", slow)
+    turns, (request, chunks) = Turns(batch), quietly([9], size=2)
+    turns.add(request)
+    while turns.requests:
+        turns.step()
+        clock.now += 60.0  # a vocoder has its turn
+    assert [chunk.at for chunk in chunks] == [0.5, 1.0, 1.5, 2.0, 2.0]
 
 
 def test_a_newcomer_finds_the_reserved_place():

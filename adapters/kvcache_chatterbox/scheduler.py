@@ -246,8 +246,9 @@ class SpeechScheduler:
         def heard(chunk: Chunk) -> Iterator[Tensor]:
             if chunk.cut_off:
                 tell_cut_off(chunk.index, long.utterances[chunk.index].max_new_tokens)
-            parts = [audio.push(chunk.index, chunk.tokens, seconds(chunk))]
-            if chunk.last and chunk.index == last:
+            ends = chunk.last and chunk.index == last
+            parts = [audio.push(chunk.index, chunk.tokens, seconds(chunk), ends)]
+            if ends:
                 parts.append(audio.finish())
             return (part for part in parts if part.numel())
 

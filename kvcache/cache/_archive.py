@@ -27,7 +27,13 @@ _CHUNK = 4 * 2**20
 
 
 def pack(tensors: Mapping[str, Tensor], header: Mapping[str, Any], secret: bytes | None = None) -> bytes:
-    """A safetensors file with these tensors, a header (JSON) and a checksum."""
+    """A safetensors file with these tensors, a header (JSON) and a checksum.
+
+    Args:
+        tensors: by name, of any shape, in dtypes that safetensors has.
+        header: what goes with them.
+        secret: what the file is signed with; None signs nothing.
+    """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"header": json.dumps(header, sort_keys=True), "checksum": _UNSET}
     if secret is not None:
@@ -38,7 +44,7 @@ def pack(tensors: Mapping[str, Tensor], header: Mapping[str, Any], secret: bytes
 
 
 def unpack(data: bytes, secret: bytes | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the header of a file that `pack` wrote.
+    """The tensors, of any shape, and the header of a file that `pack` wrote.
 
     Raises:
         CorruptError: if one byte is not as it was written; a `SignatureError` if the file was written with another secret.
@@ -153,7 +159,11 @@ def _digests(chunks: list[memoryview]) -> list[bytes]:
 
 
 def check_finite(states: Tensor, where: str) -> None:
-    """Raise `CorruptError` unless all of these keys or values are finite numbers."""
+    """Raise `CorruptError` unless all of these keys or values, of any shape, are finite numbers.
+
+    Args:
+        where: what holds them, for the message.
+    """
     if not states.is_floating_point():
         raise CorruptError(f"{where} holds {states.dtype}, no keys and values")
     if not states.numel():

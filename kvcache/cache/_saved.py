@@ -35,6 +35,10 @@ def save_layers(layers: Sequence[LayerCache], model: str, rows: int, secret: byt
 def read_saved(data: bytes, model: str, secret: bytes | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `save_layers` wrote, checked as far as can be without the layers.
 
+    Returns:
+        The tensors by layer and part, such as ``0.keys``, ``[rows, KV heads, tokens, head_dim]`` where they are held as they
+        came; and the header.
+
     Raises:
         CorruptError: if it is not that.
         InputError: if it is another model's.
@@ -56,7 +60,7 @@ def check_states(tensors: dict[str, Tensor], geometry: CacheGeometry) -> None:
     """Raise `CorruptError` for keys and values that are not finite, or not of this model's shape.
 
     Args:
-        tensors: of `read_saved`.
+        tensors: of `read_saved`; those that are checked are ``[rows, KV heads, tokens, head_dim]``.
         geometry: of the model that the cache is for.
     """
     for name, states in tensors.items():
@@ -97,6 +101,10 @@ def restore_layers(
     layers: Sequence[LayerCache], tensors: dict[str, Tensor], header: dict[str, Any], device: torch.device
 ) -> None:
     """Fill the empty layers of a new cache; on any error they are to be thrown away.
+
+    Args:
+        tensors, header: of `read_saved`: keys and values are ``[rows, KV heads, tokens, head_dim]``.
+        device: where the layers shall hold them.
 
     Raises:
         InputError: if the policies are others.

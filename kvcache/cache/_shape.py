@@ -83,7 +83,10 @@ class CacheShape:
 
 
 def tensors_of(layer: Any) -> list[Tensor]:
-    """All tensors that a layer of a transformers cache holds: keys, values and states; no counters."""
+    """All tensors that a layer of a transformers cache holds, and no counters.
+
+    They are keys and values ``[rows, KV heads, tokens, head_dim]``, and states in the shapes of their model.
+    """
     held = {name: value for name, value in vars(layer).items() if isinstance(value, Tensor | dict | list | tuple)}
     return [t for t in tree_leaves(held) if isinstance(t, Tensor) and t.dim() > 0]
 

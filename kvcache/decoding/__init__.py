@@ -9,6 +9,7 @@ from kvcache.decoding._backends import (
     backend_on,
     check_bucket,
     cuda_graph,
+    runs_on,
 )
 from kvcache.decoding._batch import Batch, Job, JobOutput
 from kvcache.decoding._compiling import Refused, compiled
@@ -104,6 +105,7 @@ __all__ = [
     "kernel_reason",
     "machine",
     "made_by",
+    "runs_on",
     "setting_to_dict",
     "unsupported_reason",
     "untold",

@@ -60,11 +60,16 @@ def check_backend(name: str, device: torch.device | None = None) -> None:
     if name not in get_args(BackendName):
         known = ", ".join(map(repr, get_args(BackendName)))
         raise InputError(f"backend={name!r} must be one of {known}, 'auto' or 'off'")
-    if device is not None and "graph" in name and device.type not in RECORDERS:
+    if device is not None and not runs_on(name, device):
         raise InputError(
             f"backend={name!r} records steps in a CUDA graph, and the model is on {device.type!r}, which has none; use "
             "'eager' or 'compile', or 'auto', which is eager there"
         )
+
+
+def runs_on(name: str, device: torch.device) -> bool:
+    """Whether a device has what a back end needs: those of graphs need a device that records some."""
+    return "graph" not in name or device.type in RECORDERS
 
 
 def backend_on(name: str, device: torch.device) -> BackendName | Literal["off"]:

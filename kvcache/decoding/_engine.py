@@ -22,7 +22,7 @@ from kvcache.decoding._ends import TextEnd
 from kvcache.decoding._programs import Programs
 from kvcache.decoding._sampler import GREEDY, Drawing, Sampler, Sampling
 from kvcache.decoding._static_cache import StaticKV
-from kvcache.decoding._wiring import DecodeInputs, kernel_reason
+from kvcache.decoding._wiring import DecodeInputs
 from kvcache.errors import GeometryError, InputError, KVCacheError
 from kvcache.events import Event, emit, has_listeners
 
@@ -52,7 +52,8 @@ class StepOptions:
     """How the steps of a `Decoding` run.
 
     Attributes:
-        kernel: read the cache with the Triton kernel where there is a GPU for it; False takes torch's own attention.
+        kernel: read the cache with the Triton kernel where there is a GPU for it, and by reductions where steps are compiled
+            for a CPU; False takes torch's own attention.
         tf32: let a CUDA GPU round the inputs of fp32 products to TF32.
         ahead: the most steps between two looks at the host.
         bucket: slots that a captured graph reads, or a multiple of so many; the Triton kernel reads as many as there are
@@ -104,7 +105,7 @@ class Decoding:
         self.kv = kv
         self.sampler = sampler
         self._forward = forward
-        self._inputs = DecodeInputs(kv, asked.kernel and kernel_reason(device) is None)
+        self._inputs = DecodeInputs(kv, asked.kernel)
         self._tf32 = asked.tf32 and device.type == "cuda"
         self.ahead = max(1, min(asked.ahead, _NOISE_BYTES // (4 * requests * vocabulary)))
         with torch.inference_mode(False):
@@ -157,7 +158,7 @@ class Decoding:
             new = copy.copy(self)
             new._fronts = {}
             new.kv, new.sampler = self.kv.first_rows(requests * self.rows), self.sampler.first_rows(requests)
-            new._inputs = DecodeInputs(new.kv, self._inputs.kernel)
+            new._inputs = DecodeInputs(new.kv, self._inputs.own)
             new.token, new.made, new._out = self.token[:requests], self.made[:requests], self._out[:requests]
             new._begun = self._begun[:requests]
             new._noise = self._noise[:requests]
@@ -402,7 +403,7 @@ class Decoding:
         """What decides which operations a step runs beside its tensors: the model, None if that is none, and the rest as text."""
         kv, sampler = self.kv, self.sampler
         kind = f"{type(self).__qualname__} {self.rows} rows of {len(self.token)}, slots of {kv.keys[0].dtype}"
-        rest = f"{sampler.order} {sampler.guided} {sampler.vocabulary} {self._inputs.kernel} {self.ahead}"
+        rest = f"{sampler.order} {sampler.guided} {sampler.vocabulary} {self._inputs.own} {self.ahead}"
         return self._forward if isinstance(self._forward, nn.Module) else None, f"{kind}, {rest}"
 
     def state(self) -> list[Tensor]:

@@ -13,7 +13,7 @@ Whose job enters a free place, see `Turns`, is bounded for everybody. Counted in
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -33,14 +33,14 @@ class Chunk:
         tokens: ``[n]``, on the host.
         last: whether the job ends with them.
         cut_off: whether it ends because it came to its most tokens, and not with one that ends it.
-        at: when they were there, by ``time.perf_counter``.
+        at: seconds that the batch had computed by then, for all its requests.
     """
 
     index: int
     tokens: Tensor
     last: bool
     cut_off: bool = False
-    at: float = field(default_factory=time.perf_counter)
+    at: float = 0.0
 
 
 class Request:
@@ -111,8 +111,12 @@ class Request:
         self.running[job] = index
         return job
 
-    def take(self, piece: JobOutput) -> None:
-        """Take what one of the jobs has said, and deliver what is due; raise what kept it from going on."""
+    def take(self, piece: JobOutput, at: float = 0.0) -> None:
+        """Take what one of the jobs has said, and deliver what is due; raise what kept it from going on.
+
+        Args:
+            at: see `Chunk`.
+        """
         if piece.error is not None:
             raise piece.error
         index = self.running[piece.job]
@@ -126,18 +130,18 @@ class Request:
             if piece.cut_off:
                 self._cut_off.add(index)
         self._watch(index, len(piece.tokens), piece.over)
-        self._due()
+        self._due(at)
 
-    def _due(self) -> None:
+    def _due(self, at: float) -> None:
         while self._next in self._said:
             index, said, ended = self._next, self._said[self._next], self._next in self._ended
             while len(said) > self._size or (len(said) == self._size and not ended):
-                self._hand(Chunk(index, said[: self._size], False))
+                self._hand(Chunk(index, said[: self._size], False, at=at))
                 said = said[self._size :]
             self._said[index] = said
             if not ended:
                 return
-            self._hand(Chunk(index, said, True, index in self._cut_off))
+            self._hand(Chunk(index, said, True, index in self._cut_off, at))
             del self._said[index]
             self._next += 1
 
@@ -178,6 +182,10 @@ class Turns:
         self._failures = 0
         self._worked = False  # in the turn that is taken
         self._broke: Exception | None = None
+        self._computed, self._began = 0.0, 0.0  # seconds of the turns so far, and when this one began
+
+    def _at(self) -> float:
+        return self._computed + time.perf_counter() - self._began
 
     @property
     def idle(self) -> bool:
@@ -210,6 +218,7 @@ class Turns:
                 row: it cannot be used any more.
         """
         self._worked, self._broke = False, None
+        self._began = time.perf_counter()
         for _ in range(self._prefills):
             request = self._next()
             if request is None:
@@ -217,6 +226,7 @@ class Turns:
             self._enter(request)
         self._look()
         self._step()
+        self._computed = self._at()
         over = [request for request in self.requests if request.over]
         for request in over:
             self.drop(request)
@@ -289,7 +299,7 @@ class Turns:
 
     def _take(self, request: Request, piece: JobOutput) -> None:
         try:
-            request.take(piece)
+            request.take(piece, self._at())
         except Exception as error:  # of whom it is delivered to
             self._fail(request, error)
 

@@ -70,12 +70,15 @@ class DecodeInputs:
 
     Args:
         kv: the cache.
-        kernel: read with the Triton kernel, which needs neither a mask nor a bound.
+        kernel: read it in ways of our own where they are faster, see `attend`.
     """
 
     def __init__(self, kv: StaticKV, kernel: bool) -> None:
         self._kv = kv
-        self.kernel = kernel
+        self.own = kernel
+        self.kernel = (
+            kernel and kernel_reason(kv.length.device) is None
+        )  # of Triton, which needs neither a mask nor a bound
         layers: list[Any] = [StaticLayer(kv, i) for i in range(len(kv.keys))]
         self._cache = Cache(layers=layers)
 
@@ -89,7 +92,9 @@ class DecodeInputs:
         kv = self._kv
         kv.begin(order.shape[0])
         # The kernel works out itself what a row sees. A 4-D tensor is what transformers hands through untouched.
-        mask = kv.counts()[:, None, None] if self.kernel else None if whole else kv.mask(order)
+        mask = kv.counts()[:, None, None] if self.kernel else None if whole and self.own else kv.mask(order)
+        if self.own and mask is not None and _reduces(mask):
+            mask = mask.float().log()  # of a logarithm the compiler makes a tensor, once for all layers
         return {"attention_mask": mask, **decoding_arguments(self._cache, kv.length[:, None])}
 
 
@@ -140,6 +145,9 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Attention of one query per row and head, ``[rows, heads, 1, dim]``, over the slots of a `StaticKV`.
 
+    Counts in place of a mask are for the Triton kernel. A mask that is added, or none, is for reductions where steps are
+    compiled for a CPU; all else is for torch's own attention.
+
     Raises:
         GeometryError: if it is told of more (sinks, a cap of its scores, a window), which would be left out.
     """
@@ -154,9 +162,32 @@ def attend(
         grouped = query.view(rows, keys.shape[1], -1, query.shape[3]).to(keys.dtype)
         if attention_mask is not None and attention_mask.shape[1] > 1:  # one for each head
             attention_mask = attention_mask.expand(rows, heads, -1, -1).reshape(*grouped.shape[:3], -1)
-        out = nn.functional.scaled_dot_product_attention(grouped, keys, values, attention_mask, scale=scaling)
+        if _reduces(query) and (attention_mask is None or attention_mask.is_floating_point()):
+            out = _reduced(query.view(grouped.shape), keys, values, attention_mask, scaling)
+        else:
+            out = nn.functional.scaled_dot_product_attention(grouped, keys, values, attention_mask, scale=scaling)
         out = out.reshape(rows, heads, 1, -1)
     return out.transpose(1, 2).to(query.dtype), None
+
+
+def _reduces(states: Tensor) -> bool:
+    """Whether a step is being compiled for a CPU."""
+    return torch.compiler.is_compiling() and states.device.type == "cpu"
+
+
+def _reduced(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
+    """Attention of a group of queries per KV head, ``[rows, KV heads, group, dim]``, as two reductions over what is held.
+
+    A mask ``[rows, 1 or KV heads, 1 or group, tokens]`` is added to its scores. A step reads each key and value once, so it takes as long as reading them does. The compiler makes of this loops that read
+    bfloat16 as it is held, half of the bytes of float32, and compute in float32; torch's own attention makes products of
+    matrices of it, for which a single query is too few.
+    """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query, keys, values = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (query, keys, values))
+    scores = (keys[:, :, None] * (scale * query)[:, :, :, None]).sum(-1)
+    if mask is not None:
+        scores = scores + mask
+    return (scores.softmax(-1)[..., None] * values[:, :, None]).sum(-2)
 
 
 def kernel_reason(device: torch.device) -> str | None:

@@ -7,6 +7,9 @@ longer is waited for up to the last moment, as the next ones grow by that. Where
 than it lasts, a listener waits at each chunk: for all runs, of which large chunks have few, and for the last chunk, which nothing
 plays before. Both together are least where a chunk lasts as long as the square root of the text's length times what a run takes
 by itself; chunks grow to that, each `GROWTH` times the one before.
+
+Listeners who share a vocoder wait for one another's runs, too: a chunk of each takes as many runs to make. So what a run takes
+counts once for each of them, and the more there are, the larger their chunks.
 """
 
 import math
@@ -17,6 +20,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from statistics import median
 from typing import Literal, cast
+from weakref import WeakSet
 
 from kvcache import InputError
 from kvcache_chatterbox.units import TOKENS_PER_SECOND
@@ -126,15 +130,22 @@ class Cost:
     nearest to it in size: attention makes long ones longer than in proportion. One run in eight may have taken any time: a first
     one sets libraries up or compiles, and tells nothing of those behind it. Where runs are too much alike to tell what a token
     takes, it is taken in proportion.
+
+    Attributes:
+        listeners: those who wait for runs of the vocoder, until they are over or forgotten.
     """
 
     def __init__(self) -> None:
+        self.listeners: WeakSet[Pace] = WeakSet()
         self._runs: deque[tuple[int, float]] = deque(maxlen=_REMEMBERED)
         self._line = 0.0, 0.0  # seconds of each token, and of a run by itself
         self._known: dict[int, float] = {}
 
     def took(self, tokens: int, seconds: float) -> None:
-        """Remember a run: the tokens that it went over, at least one, those of the reference included, and its seconds."""
+        """Remember a run: the tokens that it went over, at least one, those of the reference included, and its seconds.
+
+        Of a run for several listeners, each one's tokens and part of the seconds.
+        """
         self._runs.append((tokens, seconds))
         self._known.clear()
         runs = list(self._runs)
@@ -151,6 +162,14 @@ class Cost:
             beside = median(took - level - each * n for n, took in nearest) if nearest else 0.0
             self._known[tokens] = max(0.0, level + each * tokens + beside)
         return self._known[tokens]
+
+    def round(self, tokens: int) -> float:
+        """An estimate of the seconds that a run over this many tokens for each of the listeners takes.
+
+        Of several with caution: they come when they come, and who is last waits for all.
+        """
+        several = len(self.listeners)
+        return self.of(tokens) if several < 2 else _CAUTION * several * self.of(tokens)
 
 
 class Listener:
@@ -206,20 +225,24 @@ class Pace:
 
     def came(self, tokens: int, seconds: float) -> None:
         """So many tokens have come, which took so long to decode."""
+        self._cost.listeners.add(self)
         took = seconds * self._rule.step / tokens
         self._step_seconds = took if self._step_seconds == 0 else 0.5 * (self._step_seconds + took)
 
-    def due(self, waiting: int, left: float) -> int:
+    def due(self, waiting: int, left: float, last: bool = False) -> int:
         """How many of the tokens that wait are to be made into audio now; 0: none yet.
 
         Args:
             waiting: speech tokens that are there and no audio yet.
             left: seconds that the listener still has to hear.
+            last: none come behind them: what is to be made of them all at once can wait for that.
         """
         sizes = self._rule.sizes
         if sizes is not None:
             size = sizes[min(self._ran, len(sizes) - 1)]
             return size if waiting >= size else 0
+        if last and waiting <= self._rule.most:
+            return 0
         return min(waiting, self._rule.most) if self._now(waiting, left) else 0
 
     def _now(self, waiting: int, left: float) -> bool:
@@ -237,14 +260,22 @@ class Pace:
             return False
         growing = self._lasting(_LONGER)
         if growing is not None and waiting < growing:  # no time to spare: it is what the next ones grow by
-            return left < self._cost.of(self._before + waiting + rule.step) + self._step_seconds
+            return left < self._cost.round(self._before + waiting + rule.step) + self._step_seconds
         return left < self._run(waiting + rule.step) + self._step_seconds + _SLACK
 
-    def ran(self, tokens: int, seconds: float) -> None:
-        """A run over so many new tokens has taken so long."""
+    def over(self) -> None:
+        """No tokens come any more."""
+        self._cost.listeners.discard(self)
+
+    def ran(self, tokens: int, seconds: float, before: int | None = None) -> None:
+        """A run over so many new tokens has taken so long; of one for several listeners, this one's part.
+
+        Args:
+            before: tokens that it went over besides; None: as many as each.
+        """
         self._last = tokens
         self._ran += 1
-        self._cost.took(self._before + tokens, seconds)
+        self._cost.took(tokens + (self._before if before is None else before), seconds)
 
     def _lasts(self, tokens: int) -> bool:
         """Whether a first chunk lasts until the smallest that goes on without a silence could be there, if any does."""
@@ -264,8 +295,8 @@ class Pace:
         step = self._rule.step
         each = self._step_seconds / step
         sizes = range(step, self._largest() + 1, step)
-        took = ((n, n * each + self._cost.of(self._before + n)) for n in sizes)
+        took = ((n, n * each + self._cost.round(self._before + n)) for n in sizes)
         return next((n for n, seconds in took if n / TOKENS_PER_SECOND >= times * seconds), None)
 
     def _run(self, tokens: int) -> float:
-        return _CAUTION * self._cost.of(self._before + tokens)
+        return _CAUTION * self._cost.round(self._before + tokens)

@@ -35,6 +35,9 @@ class AudioStream:
         noise: of the text.
         context: tokens before a chunk that are run again with it.
         fade: samples of cross-fade, at most `LEAD`.
+
+    Attributes:
+        seconds: that the last run took, see `Waveform`.
     """
 
     def __init__(self, vocoder: Vocoder, voice: Voice, noise: Noise, context: int = CONTEXT, fade: int = LEAD) -> None:
@@ -45,6 +48,12 @@ class AudioStream:
         self._known = 0  # how many of them were said
         self._turned: Tensor | None = None
         self._held = torch.zeros(0)
+        self.seconds: float | None = None
+
+    @property
+    def known(self) -> int:
+        """Tokens before the next ones that their run hears, too."""
+        return self._known
 
     def push(self, tokens: Tensor, ended: bool = False, due: float = 0.0) -> Tensor:
         """The audio ``[samples]`` that `tokens` ``[n]`` complete.
@@ -61,6 +70,7 @@ class AudioStream:
         held = self._held.numel()
         run = Run(tokens, self._voice, self._noise, self._place, self._known, held, ended, self._turned, due)
         made = self._vocoder.waves([run])[0]
+        self.seconds = made.seconds
         rising = torch.linspace(0, 1, held + 2, dtype=made.audio.dtype)[1:-1]
         joint = self._held * (1 - rising) + made.audio[:held] * rising
         audio = torch.cat(
@@ -159,16 +169,18 @@ class SegmentedAudio:
         self.chunks: list[int] = []
         self.marked_seconds = 0.0
         held = vocoder.lookahead / TOKENS_PER_SECOND + LEAD / SAMPLE_RATE + (0 if marker is None else LATER)
-        rule, before = Chunking() if chunking is None else chunking, vocoder.before(voice) + CONTEXT
-        self._pace = Pace(rule, Cost() if cost is None else cost, before, held)
+        self._reference = vocoder.before(voice)  # tokens of it
+        rule = Chunking() if chunking is None else chunking
+        self._pace = Pace(rule, Cost() if cost is None else cost, self._reference + CONTEXT, held)
 
-    def push(self, index: int, tokens: Tensor, seconds: float = 0.0) -> Tensor:
+    def push(self, index: int, tokens: Tensor, seconds: float = 0.0, last: bool = False) -> Tensor:
         """The audio ``[1, samples]`` that `tokens` of the segment `index` complete; it may have no samples.
 
         Args:
             index: of the segment; it never falls, and may skip.
             tokens: ``[n]`` or ``[1, n]``; those that are not speech are dropped.
             seconds: that they took to decode.
+            last: the text ends with them, and `finish` comes next.
 
         Raises:
             InputError: if a later segment was heard already.
@@ -183,13 +195,14 @@ class SegmentedAudio:
         self._index = index
         self._pace.came(speech.numel(), seconds)
         self._waiting = torch.cat([self._waiting.to(speech.device), speech])
-        return self._out(*parts, *self._due())
+        return self._out(*parts, *self._due(last))
 
     def finish(self) -> Tensor:
         """The audio ``[1, samples]`` that was held back for tokens that do not come."""
         if self._index is None:
             return torch.zeros(1, 0)
         end, self._index = self._ended(), None
+        self._pace.over()
         return self._out(end, last=True)
 
     def _between(self) -> list[Tensor]:
@@ -201,11 +214,11 @@ class SegmentedAudio:
         self._rises = True
         return [end, self._silence]
 
-    def _due(self) -> Iterator[Tensor]:
+    def _due(self, last: bool) -> Iterator[Tensor]:
         """Audio of the chunks that are due."""
         while self._chunking is not None and self._waiting.numel():
             waiting = self._waiting
-            size = self._pace.due(waiting.numel(), self.listener.left)
+            size = self._pace.due(waiting.numel(), self.listener.left, last)
             if size == 0:
                 return
             self._waiting = waiting[size:]
@@ -216,9 +229,10 @@ class SegmentedAudio:
             self._stream = AudioStream(
                 self._vocoder, self._voice, self._noise(self._index or 0, self._pushed[self._index or 0])
             )
-        begin = self._clock()
+        known, begin = self._stream.known, self._clock()
         audio = self._stream.push(tokens, ended, self.listener.due)
-        self._pace.ran(tokens.numel(), self._clock() - begin)
+        took = self._clock() - begin if self._stream.seconds is None else self._stream.seconds
+        self._pace.ran(tokens.numel(), took, self._reference + known)
         self.chunks.append(tokens.numel())
         return self._risen(audio)
 

@@ -313,7 +313,6 @@ class Speaker:
         chunking: Chunking | None = FIXED,
         pause: float = 0.2,
         joined: bool = False,
-        cost: Cost | None = None,
         vocoder: Vocoder | None = None,
     ) -> SegmentedAudio:
         """What turns the speech tokens of segments into the voice's audio as they are pushed; one request's own.
@@ -323,7 +322,6 @@ class Speaker:
             watermark: mark the audio, as one signal, with the model's watermarker if it has one; see `StreamMarker`.
             noise, chunking: see `SegmentedAudio`.
             pause, joined: see `Joints`.
-            cost: of runs of the vocoder; by default of this speaker's.
             vocoder: in place of this speaker's own.
 
         Raises:
@@ -337,7 +335,7 @@ class Speaker:
             voice,
             noise,
             chunking=chunking,
-            cost=self.cost if cost is None else cost,
+            cost=self.cost,
             joints=joints,
             marker=None if watermarker is None else StreamMarker(watermarker, self._tts.sr),
         )

@@ -267,7 +267,7 @@ class ChatterboxEngine(UtteranceDecoder):
         chunk_size: int = 25,
         **fields: Unpack[UtteranceFields],
     ) -> AsyncIterator[Tensor]:
-        """`inference_stream` for an event loop. Cancelling ends the request."""
+        """`inference_stream` for an event loop: token ids ``[1, n]`` each time. Cancelling ends the request."""
         stream = self.inference_stream(
             text_tokens=text_tokens, t3_cond=t3_cond, voice=voice, chunk_size=chunk_size, **fields
         )

@@ -69,7 +69,8 @@ class UtteranceDecoder:
             self.t3.tfmr, options.policy, options.max_cache_length, positions=options.positions
         )
         self._last = CacheReport(())
-        if kv_dtype is None and precision in ("bf16", "int8") and reads_half_caches():
+        reads = reads_half_caches() or (backend == "compile" and t3.device.type == "cpu")
+        if kv_dtype is None and precision in ("bf16", "int8") and reads:
             kv_dtype = torch.bfloat16
         self._programs = Programs()
         self._engine: Stepper | None = None

@@ -47,10 +47,12 @@ class Waveform:
         audio: ``[lead + 960 m]``, fp32 on the CPU, of the m tokens that were not known, nor only looked ahead at.
         turned: how far the fundamental had turned by the end of each frame of the run ``[2 (known + m)]``; None if there is
             no such thing.
+        seconds: that it took, of a run of several its part; None if nobody has measured that.
     """
 
     audio: Tensor
     turned: Tensor | None = None
+    seconds: float | None = None
 
 
 class Vocoder(Protocol):

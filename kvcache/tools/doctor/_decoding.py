@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 import torch
 
-from kvcache.decoding import RECORDERS, BackendName, ProgramFiles, kernel_reason
+from kvcache.decoding import BackendName, ProgramFiles, kernel_reason, runs_on
 from kvcache.errors import InputError
 from kvcache.manager import KVCacheManager
 from kvcache.tools.doctor._finding import ELSEWHERE, Finding
@@ -31,7 +31,7 @@ def backends(device: torch.device, compiling: bool) -> Iterator[Finding]:
     yield _tried("the cache in generate", partial(tried, "off"))
     compiler = _no_compiler(device)
     for name in get_args(BackendName):
-        if "graph" in name and device.type not in RECORDERS:
+        if not runs_on(name, device):
             yield Finding("back ends", name, "missing", f"there are no graphs on {device.type!r}")
         elif "compile" in name and compiler is not None:
             yield Finding("back ends", name, "missing", *compiler)
