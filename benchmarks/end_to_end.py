@@ -404,6 +404,7 @@ def streams_of(case: Case, side: Side, options: argparse.Namespace) -> tuple[lis
             [sum(one.audio for one in run["heard"]) / run["seconds"] for run in runs]
             for runs in zip(*pairs, strict=True)
         ]
+        gained = spread([b / a for a, b in zip(*speed, strict=True)])
         together = [one for _, run in pairs for one in run["heard"]]
         firsts = torch.tensor([one.first for one in together], dtype=torch.float64)
         rows.append(
@@ -412,7 +413,7 @@ def streams_of(case: Case, side: Side, options: argparse.Namespace) -> tuple[lis
              "speech of each, s": options.stream_seconds,
              "audio s / s, one by one": spread(speed[0])["median"],
              "audio s / s, together": spread(speed[1])["median"],
-             "together / one by one": spread([b / a for a, b in zip(*speed, strict=True)])["median"]}
+             "together / one by one": gained["median"], "q1": gained["q1"], "q3": gained["q3"]}
             | {f"first audio p{p}, s": float(torch.quantile(firsts, p / 100)) for p in (50, 90, 99)}
             | {"silence in all, s": spread([one.waited for one in together])["median"]}
             | {"peak, MiB": note.get("MiB, peak")}

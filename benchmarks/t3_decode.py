@@ -138,6 +138,7 @@ def ablations(device: str) -> dict[str, Side]:
             replace(best, label="bf16 instead of int8", precision="bf16"),
             replace(best, label="fp32 instead of int8", precision="fp32", kv="bf16"),
             replace(best, label="fp32 cache instead of bf16", kv="fp32"),
+            replace(best, label="torch's attention instead of reductions", kernel=False),
             replace(best, label="a product each for q, k, v, gate, up", together=False),
             replace(best, label="fp32 head instead of bf16", narrow_head=False),
             replace(best, label="transformers' sampling, a look per token", sampler=False, chunk=1),

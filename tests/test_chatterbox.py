@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 from support.inside import decoding as inside
-from support.inside.speech import READS_HALF_CACHES, AlignmentCheck, Stepper, pool_of, punc_norm
+from support.inside.speech import READS_HALF_CACHES, AlignmentCheck, Stepper, pool_of, punc_norm, stepper_of
 from support.searching import examples, steps
 from support.t3_models import UPSTREAMS_WARNINGS, fingerprint, likely_end, tiny_t3
 from support.upstream import model, upstream, voice
@@ -449,6 +449,25 @@ def precise(name):
     except InputError:
         return False
     return True
+
+
+@pytest.mark.parametrize("tiles", [True, False])
+@pytest.mark.parametrize(
+    ("backend", "precision", "half"),
+    [
+        ("eager", "int8", None),
+        ("compile", "int8", True),
+        ("compile", "fp32", False),
+        ("compile", None, False),
+        ("eager", None, False),
+    ],
+)
+def test_the_cache_is_in_bf16_where_that_is_read_faster(backend, precision, half, tiles, monkeypatch):
+    """Compiled steps read it as it is held; torch's attention is fast at it with AMX, and slower than in fp32 without."""
+    monkeypatch.setattr(READS_HALF_CACHES, lambda: tiles)
+    engine = ChatterboxEngine(model("english"), backend=backend, precision=precision)
+    wide = stepper_of(ChatterboxEngine(model("english"))).token_bytes
+    assert stepper_of(engine).token_bytes == (wide / 2 if (tiles if half is None else half) else wide)
 
 
 @pytest.mark.grid(2)

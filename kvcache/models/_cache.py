@@ -96,7 +96,7 @@ def new_cache(
     windows = Windows(model, facts_of(model).seats, layers) if _by_age(ours) and any(p.evicts for p in ours) else None
     shape = shape_of(model) if any(budgeted(p) and not chosen_by_head(p) for p in ours) else None
     held: list[LayerCache] = []
-    evictions = Evictions(held)
+    evictions = Evictions(held) if any(policy.evicts for policy in ours) else None
     for i in managed:
         counted = shape is not None and budgeted(policies[i]) and not chosen_by_head(policies[i])
         expected = Expected(rows, _token(geometry, i), shape.whole() if shape is not None and counted else None)

@@ -9,7 +9,6 @@ from torch.utils import _pytree as pytree
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from kvcache.cache import CacheSpec, KeepAll, LayerCache
-from kvcache.events import Evictions
 from kvcache.models._managed import ManagedCache
 from kvcache.models._managed_layer import PLAIN, ManagedLayer
 
@@ -67,14 +66,13 @@ def _unflatten(parts: Iterable[Any], made: list[Any]) -> ManagedCache:
         cache: ManagedCache = states[0].cache
         return cache
     ours: list[LayerCache] = []
-    evictions = Evictions(ours)
     layers: list[Any] = []
     for one in made:
         held = (states.pop(0), states.pop(0)) if one["held"] else None
         if one["managed"]:
             kv = CacheSpec(max_length=one["max_length"], static=one["static"]).layer()
             ours.append(kv)
-            layers.append(ManagedLayer(kv, one["max_positions"], ours, evictions))
+            layers.append(ManagedLayer(kv, one["max_positions"], ours))
         else:
             layers.append(_own_layer(one["window"]))
         if held is not None:

@@ -67,7 +67,7 @@ class ManagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         kv: the layer.
         max_positions: of the model's table of learned positions; None where it has none.
         beside: all layers of the cache, which are asked before the first of them changes.
-        evictions: of all of them.
+        evictions: of all of them; None where nothing is ever evicted.
         windows: of all of them; None where nothing is evicted by age.
     """
 

@@ -177,6 +177,6 @@ def has_half(precision: str) -> bool:
 
 
 def reads_half_caches() -> bool:
-    """Whether attention over a bf16 cache is fast on this CPU. Without AMX it takes several times as long as over one in fp32."""
+    """Whether torch's attention over a bf16 cache is fast on this CPU. Without AMX it takes several times as long as over fp32."""
     tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return bool(tiles is not None and tiles())
