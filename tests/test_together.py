@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from support.clocks import Clock
-from support.inside.speech import Waveform, audio_waiting, waiting
+from support.inside.speech import TOGETHER_CLOCK, Waveform, audio_waiting, waiting
 from support.waiting import until
 
 from kvcache_chatterbox.units import SAMPLES_PER_TOKEN
@@ -50,7 +50,7 @@ def slow():
 
 def test_each_is_told_its_part_of_the_seconds_of_a_run(slow, monkeypatch):
     clock = Clock()
-    monkeypatch.setattr("kvcache_chatterbox.vocoder._together.time", clock)
+    monkeypatch.setattr(TOGETHER_CLOCK, clock)
     waves = slow.waves
 
     def timed(runs):

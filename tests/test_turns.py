@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.clocks import Clock
+from support.inside.decoding import TURNS_CLOCK
 from support.searching import search
 from support.tables import SYMBOLS, Breaks, assert_empty, chain, link, linked
 from support.turns import Asked, World
@@ -124,7 +125,7 @@ def test_the_first_chunk_comes_before_further_jobs():
 
 def test_a_chunk_tells_how_long_the_batch_had_computed_and_not_what_was_between_turns(monkeypatch):
     clock, batch = Clock(), Batch(chain(1), quantum=2)
-    monkeypatch.setattr("kvcache.decoding._turns.time", clock)
+    monkeypatch.setattr(TURNS_CLOCK, clock)
     step = batch.step
 
     def slow():

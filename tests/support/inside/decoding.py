@@ -32,7 +32,7 @@ COMPILED = "kvcache.decoding._backends.Compiled"  # with torch's compiler withou
 EMIT_EVICTIONS = "kvcache.decoding._static_cache.StaticKV.emit_evictions"
 KERNEL_DOT_TILE = "kvcache.decoding._kernel._DOT_TILE"
 KERNEL_INTERPRETED = "kvcache.decoding._kernel._interpreted"
-KERNEL_REASON = "kvcache.decoding._engine.kernel_reason"  # for steps without the kernel where there is one
+KERNEL_REASON = "kvcache.decoding._wiring.kernel_reason"  # for steps without the kernel where there is one
 KERNEL_TILE = "kvcache.decoding._kernel._TILE"  # a small one makes several blocks of a few slots
 LANGUAGE_COPY = "kvcache.decoding._language.decoder_copy"
 MAKE_FX = "kvcache.testing._traces.make_fx"  # for a recording that fails
@@ -42,6 +42,7 @@ PROGRAMS_FAILED = "kvcache.decoding._programs._failed"
 PROGRAMS_LOADED = "kvcache.decoding._programs._loaded"
 PROGRAMS_ROOM = "kvcache.decoding._program_files._ALL"
 SCHEDULER_CLOCK = "kvcache.decoding._ledger.time"
+TURNS_CLOCK = "kvcache.decoding._turns.time"
 WORKER_QUEUE = "kvcache.decoding._streaming.queue"
 ZEROS = "kvcache.decoding._static_cache.zeros"  # the system's own pages, which cannot be faked
 

@@ -63,6 +63,7 @@ __all__ = [
 PACKED = "kvcache_chatterbox.text._segments._packed"
 TEXTS_SPLIT = "kvcache_chatterbox.engine._texts.split"  # that takes its time
 READS_HALF_CACHES = "kvcache_chatterbox.speech._decoder.reads_half_caches"
+TOGETHER_CLOCK = "kvcache_chatterbox.vocoder._together.time"
 STATIC_CACHE = "kvcache_chatterbox.speech._step_engine.StaticKV"  # one that is counted as long as it lives
 VOCODER_OF = "kvcache_chatterbox.audio._speaker.vocoder_of"  # for a vocoder that may not run
 
