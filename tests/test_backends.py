@@ -196,11 +196,20 @@ def test_what_a_compiled_step_reduces_is_torchs_attention(
         seen[..., 7] = True
     exact = [states.to(query.dtype).repeat_interleave(heads // kv_heads, 1) for states in (keys, values)]
     expected = torch.nn.functional.scaled_dot_product_attention(query, *exact, attn_mask=seen, scale=scaling)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(torch.compiler, "is_dynamo_compiling", lambda: True)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)  # which must not be asked
     added = None if seen is None else seen.float().log()
     found, _ = inside.attend(None, query, keys, values, added, scaling=scaling)
     torch.testing.assert_close(found.transpose(1, 2), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_another_thread_compiles_is_no_matter_of_an_eager_step(monkeypatch):
+    """torch tells of a compiler at work in any thread, and of one that traces in this one."""
+    query, keys, values = torch.randn(3, 2, 4, 5, 8).unbind()
+    expected = inside.attend(None, query[:, :, :1], keys, values, None)[0]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+    assert torch.equal(inside.attend(None, query[:, :, :1], keys, values, None)[0], expected)
 
 
 def test_sinks_in_half_precision_are_left_to_generate():

@@ -2,13 +2,15 @@
 
 import ast
 import functools
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.inside.speech import S3GEN_SIL, AudioStream, ToneVocoder, model_of, punc_norm
+from support.clocks import Clock
+from support.inside.speech import S3GEN_SIL, AudioStream, Cost, ToneVocoder, model_of, punc_norm
 from support.searching import search
 from support.speech import tts
 from support.vocoders import NOBODY, Told
@@ -272,6 +274,49 @@ def test_a_vocoder_that_never_says_the_same_twice_does_not_click(pause, joined):
     assert heard.numel() == 24 * 960 + 2 * round(pause * 24000)
     # The wave's own slope; between two waves the fade adds at most their distance, 2, over its 480 samples; at an edge, 1 over 120.
     assert float(heard.diff().abs().max()) <= 2 * torch.pi * 110 / 24000 + 1 / 121
+
+
+def test_tokens_that_are_only_looked_ahead_at_cost_nothing_and_are_part_of_the_next_chunk():
+    clock, cost = Clock(0.0), Cost()
+
+    def vocode(tokens):
+        clock.now += 1.0
+        return tone(tokens, 3)
+
+    audio = SegmentedAudio(Told(vocode, 3), NOBODY, chunking=Chunking((2,)), cost=cost, clock=clock.perf_counter)
+    given = tokens_of(9)
+    parts = [audio.push(0, given[:, :2])]
+    assert parts[0].shape == (1, 0) and audio.chunks == [] and cost.of(50) == 0
+    parts += [audio.push(0, given[:, 2:]), audio.finish()]
+    assert audio.chunks == [4, 2, 2, 1] and cost.of(50) == pytest.approx(1.0)
+    assert torch.cat(parts, 1).shape == (1, 9 * SAMPLES_PER_TOKEN)
+
+
+@pytest.mark.parametrize("way", ["heard", "closed", "failed", "vocoder"])
+def test_who_waits_no_more_is_reckoned_with_no_more(way):
+    """A stream that had ended was a listener until its memory was collected."""
+    cost = Cost()
+
+    def vocode(tokens):
+        if way == "vocoder" and tokens.numel() > 4:
+            raise OSError("gone")
+        return tone(tokens)
+
+    def pieces():
+        yield 0, tokens_of(4)
+        if way == "failed":
+            raise OSError("gone")
+        yield 0, tokens_of(4)
+
+    audio = SegmentedAudio(Told(vocode), NOBODY, chunking=Chunking((4,)), cost=cost)
+    stream = heard(audio, pieces())
+    assert next(stream).numel() and len(cost.listeners) == 1
+    if way == "closed":
+        stream.close()
+    else:
+        with nullcontext() if way == "heard" else pytest.raises(OSError, match="gone"):
+            list(stream)
+    assert len(cost.listeners) == 0
 
 
 @pytest.mark.parametrize("pause", [0, 0.2, 1 / 7, 3e-5])

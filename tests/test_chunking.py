@@ -196,6 +196,8 @@ def test_who_is_over_or_forgotten_counts_as_a_listener_no_more():
         pace.came(5, 0.1)
     assert cost.round(100) == pytest.approx(3 * 1.2)
     paces[0].over()
+    paces[0].came(5, 0.1)  # which were on their way
+    assert cost.round(100) == pytest.approx(2 * 1.2)
     del pace, paces[1:]
     gc.collect()
     assert cost.round(100) == 1.0
@@ -205,10 +207,11 @@ def test_what_comes_last_is_said_with_what_is_still_to_be_said():
     """The tokens that are looked ahead at had a run of their own, of three."""
     pace = Pace(Chunking(), Cost(), BEFORE)
     pace.came(30, 0.1)
-    assert pace.due(30, -1.0) == 30 and pace.due(30, -1.0, last=True) == 0
-    assert pace.due(300, -1.0, last=True) == 250, "a chunk has its most tokens all the same"
+    assert pace.due(30, -1.0) == 30 and pace.due(30, -1.0, ending=0) == 0
+    assert pace.due(300, -1.0, ending=0) == 250, "a chunk has its most tokens all the same"
+    assert pace.due(247, -1.0, ending=3) == 0 and pace.due(248, -1.0, ending=3) == 248, "those that end the text, too"
     fixed = Pace(Chunking((25,)), Cost(), BEFORE)
-    assert fixed.due(25, -1.0, last=True) == 25, "of given sizes each is kept"
+    assert fixed.due(25, -1.0, ending=0) == 25, "of given sizes each is kept"
 
 
 def test_given_sizes_are_kept_and_the_last_goes_on():

@@ -16,7 +16,7 @@ from support.tables import Breaks, assert_empty, link
 from support.waiting import until_async
 
 from kvcache import BusyError, ClosedError, InputError
-from kvcache.decoding import Scheduler, SchedulerMetrics
+from kvcache.decoding import Scheduler, SchedulerMetrics, Work
 
 pytestmark = pytest.mark.one_release
 
@@ -80,6 +80,48 @@ def test_closing_cancelling_and_forgetting_each_end_a_request():
 
     asyncio.run(main())
     assert threads() == []
+
+
+def test_what_a_request_has_to_close_is_closed_however_it_ends():
+    async def main():
+        opened, closed = Opened(6), []
+
+        def fail(chunk):
+            raise OSError("gone")
+
+        async with Scheduler(opened, 6) as scheduler:
+
+            def begun(name, through=both):
+                def make(index, before):
+                    return link(index, 60, seed=index)
+
+                work = Work(1, make, through, close=lambda: closed.append(name))
+                return scheduler.submit_prepared(lambda: work, size=4)
+
+            names = ["read", "closed", "cancelled", "failed", "forgotten"]
+            streams = {name: begun(name, fail if name == "failed" else both) for name in names}
+            for name in names[:3]:
+                await anext(streams[name])
+            assert closed == []
+            await read(streams["read"], [])
+            await streams["closed"].aclose()
+            task = asyncio.create_task(read(streams["cancelled"], []))
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises((asyncio.CancelledError, asyncio.InvalidStateError)):
+                await task
+            with pytest.raises(OSError, match="gone"):
+                await anext(streams["failed"])
+            del streams["forgotten"]
+            gc.collect()
+            assert closed == names
+            ended = begun("ended")
+            await anext(ended)
+        with pytest.raises(ClosedError):
+            await read(ended, [])
+        assert closed == [*names, "ended"]
+
+    asyncio.run(main())
 
 
 def test_a_closed_stream_gives_nothing_more():

@@ -252,4 +252,4 @@ class SpeechScheduler:
                 parts.append(audio.finish())
             return (part for part in parts if part.numel())
 
-        return Work(len(long.utterances), job, heard, sequence=long.carry is not None)
+        return Work(len(long.utterances), job, heard, sequence=long.carry is not None, close=audio.close)

@@ -45,6 +45,7 @@ class Inbox:
         self.told = self.taken = 0  # chunks; one thread writes the one, another the other
         self.request: Request | None = None  # until it is prepared
         self.through: Callable[[Chunk], Iterable[Any]]
+        self.close: Callable[[], None] = lambda: None
         self.began = 0.0  # when its first job did
         self.dropped = self.counted = False
 
@@ -75,7 +76,7 @@ class Stream(AsyncIterator[T], Generic[T]):
                     raise StopAsyncIteration
                 item = await self._inbox.queue.get()
                 if isinstance(item, End):
-                    self._ended = True
+                    self._close()
                     if item.error is not None:
                         raise _handed_on(item.error)
                     self._scheduler._count(self._inbox, "finished")
@@ -110,8 +111,14 @@ class Stream(AsyncIterator[T], Generic[T]):
         if not self._ended:
             self._end("cancelled")
 
+    def _close(self) -> None:
+        """Nothing is given any more."""
+        if not self._ended:
+            self._ended = True
+            self._inbox.close()
+
     def _end(self, outcome: str) -> None:
-        self._ended = True
+        self._close()
         self._items.clear()
         if self._scheduler._is_here():
             self._scheduler._drop(self._inbox, outcome)
@@ -120,4 +127,5 @@ class Stream(AsyncIterator[T], Generic[T]):
 
     def __del__(self) -> None:
         if not self._ended:
+            self._close()
             self._scheduler._call(self._scheduler._drop, self._inbox)

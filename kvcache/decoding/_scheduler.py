@@ -38,12 +38,14 @@ class Work(Generic[T]):
     Attributes:
         jobs, make, sequence: see `Request`.
         through: makes of a chunk what the consumer is given, in a thread of its own.
+        close: called once nobody is given more, however the request ends, in any thread and maybe while `through` runs.
     """
 
     jobs: int
     make: Callable[[int, Tensor | None], Job]
     through: Callable[[Chunk], Iterable[T]]
     sequence: bool = False
+    close: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         check_whole("jobs", self.jobs, 1)
@@ -326,7 +328,7 @@ class Scheduler:
                 inbox.began = self._ledger.now()
             return work.make(index, before)
 
-        inbox.through = work.through
+        inbox.through, inbox.close = work.through, work.close
         request = Request(
             work.jobs,
             make,

@@ -92,9 +92,15 @@ class DecodeInputs:
         kv = self._kv
         kv.begin(order.shape[0])
         # The kernel works out itself what a row sees. A 4-D tensor is what transformers hands through untouched.
-        mask = kv.counts()[:, None, None] if self.kernel else None if whole and self.own else kv.mask(order)
-        if self.own and mask is not None and _reduces(mask):
-            mask = mask.float().log()  # of a logarithm the compiler makes a tensor, once for all layers
+        reduces = _reduces(order)
+        if self.kernel:
+            mask = kv.counts()[:, None, None]
+        elif whole and (self.own or not reduces):
+            mask = None
+        else:
+            mask = kv.mask(order)
+            if self.own and reduces:
+                mask = mask.float().log()  # of a logarithm the compiler makes a tensor, once for all layers
         return {"attention_mask": mask, **decoding_arguments(self._cache, kv.length[:, None])}
 
 
@@ -171,16 +177,17 @@ def attend(
 
 
 def _reduces(states: Tensor) -> bool:
-    """Whether a step is being compiled for a CPU."""
-    return torch.compiler.is_compiling() and states.device.type == "cpu"
+    """Whether these are traced to be compiled for a CPU: here, and not in another thread."""
+    return torch.compiler.is_dynamo_compiling() and states.device.type == "cpu"
 
 
 def _reduced(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
     """Attention of a group of queries per KV head, ``[rows, KV heads, group, dim]``, as two reductions over what is held.
 
-    A mask ``[rows, 1 or KV heads, 1 or group, tokens]`` is added to its scores. A step reads each key and value once, so it takes as long as reading them does. The compiler makes of this loops that read
-    bfloat16 as it is held, half of the bytes of float32, and compute in float32; torch's own attention makes products of
-    matrices of it, for which a single query is too few.
+    A mask ``[rows, 1 or KV heads, 1 or group, tokens]`` is added to its scores. A step reads each key and value once, so it
+    takes as long as reading them does. The compiler makes of this loops that read bfloat16 as it is held, half of the bytes of
+    float32, and compute in float32; torch's own attention makes products of matrices of it, for which a single query is too
+    few.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     query, keys, values = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (query, keys, values))

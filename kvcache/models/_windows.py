@@ -78,7 +78,7 @@ class Windows:
     def begin(self, fresh: int) -> None:
         """A forward of so many tokens begins, says its cache: give the modules their masks, if nothing has done so."""
         model = self._model()
-        if self._outside or model is None or torch.compiler.is_compiling():
+        if self._outside or model is None or torch.compiler.is_dynamo_compiling():
             return
         self.end()
         if self._differ(fresh):

@@ -156,12 +156,13 @@ class Cost:
 
     def of(self, tokens: int) -> float:
         """An estimate of the seconds that a run over this many tokens takes; 0 before the first run."""
-        if tokens not in self._known:
+        known = self._known.get(tokens)  # another thread may forget it meanwhile
+        if known is None:
             each, level = self._line
             nearest = sorted(self._runs, key=lambda run: abs(run[0] - tokens))[:_NEAREST]
             beside = median(took - level - each * n for n, took in nearest) if nearest else 0.0
-            self._known[tokens] = max(0.0, level + each * tokens + beside)
-        return self._known[tokens]
+            known = self._known[tokens] = max(0.0, level + each * tokens + beside)
+        return known
 
     def round(self, tokens: int) -> float:
         """An estimate of the seconds that a run over this many tokens for each of the listeners takes.
@@ -222,27 +223,30 @@ class Pace:
         self._last = 0
         self._ran = 0
         self._step_seconds = 0.0
+        self._over = False
 
     def came(self, tokens: int, seconds: float) -> None:
         """So many tokens have come, which took so long to decode."""
-        self._cost.listeners.add(self)
+        if not self._over:
+            self._cost.listeners.add(self)
         took = seconds * self._rule.step / tokens
         self._step_seconds = took if self._step_seconds == 0 else 0.5 * (self._step_seconds + took)
 
-    def due(self, waiting: int, left: float, last: bool = False) -> int:
+    def due(self, waiting: int, left: float, ending: int | None = None) -> int:
         """How many of the tokens that wait are to be made into audio now; 0: none yet.
 
         Args:
             waiting: speech tokens that are there and no audio yet.
             left: seconds that the listener still has to hear.
-            last: none come behind them: what is to be made of them all at once can wait for that.
+            ending: so many tokens come behind them, which the text ends with: what is to be made of them all at once can wait
+                for that. None: nobody knows.
         """
         sizes = self._rule.sizes
         if sizes is not None:
             size = sizes[min(self._ran, len(sizes) - 1)]
             return size if waiting >= size else 0
-        if last and waiting <= self._rule.most:
-            return 0
+        if ending is not None:
+            return 0 if waiting + ending <= self._rule.most else min(waiting, self._rule.most)
         return min(waiting, self._rule.most) if self._now(waiting, left) else 0
 
     def _now(self, waiting: int, left: float) -> bool:
@@ -264,7 +268,8 @@ class Pace:
         return left < self._run(waiting + rule.step) + self._step_seconds + _SLACK
 
     def over(self) -> None:
-        """No tokens come any more."""
+        """No tokens come any more, or nobody waits for them: others need not wait for its runs."""
+        self._over = True
         self._cost.listeners.discard(self)
 
     def ran(self, tokens: int, seconds: float, before: int | None = None) -> None:

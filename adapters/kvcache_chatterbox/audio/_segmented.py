@@ -35,14 +35,23 @@ class AudioStream:
         noise: of the text.
         context: tokens before a chunk that are run again with it.
         fade: samples of cross-fade, at most `LEAD`.
+        clock: seconds.
 
     Attributes:
-        seconds: that the last run took, see `Waveform`.
+        seconds: that the vocoder ran for at the last push, see `Waveform`; None: it did not.
     """
 
-    def __init__(self, vocoder: Vocoder, voice: Voice, noise: Noise, context: int = CONTEXT, fade: int = LEAD) -> None:
+    def __init__(
+        self,
+        vocoder: Vocoder,
+        voice: Voice,
+        noise: Noise,
+        context: int = CONTEXT,
+        fade: int = LEAD,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self._vocoder, self._voice, self._noise = vocoder, voice, noise
-        self._context, self._fade = context, fade
+        self._context, self._fade, self._clock = context, fade, clock
         self._place = 0  # in the text, of the first of `_tokens`
         self._tokens = torch.zeros(0, dtype=torch.long)  # those said last, then those that were only looked ahead at
         self._known = 0  # how many of them were said
@@ -62,6 +71,7 @@ class AudioStream:
             ended: nothing comes behind them that they could look ahead at.
             due: see `Run`.
         """
+        self.seconds = None
         tokens = torch.cat([self._tokens.to(tokens.device), tokens])
         said = tokens.numel() - self._known - (0 if ended else self._vocoder.lookahead)
         if said <= 0:
@@ -69,8 +79,9 @@ class AudioStream:
             return torch.zeros(0)
         held = self._held.numel()
         run = Run(tokens, self._voice, self._noise, self._place, self._known, held, ended, self._turned, due)
+        begin = self._clock()
         made = self._vocoder.waves([run])[0]
-        self.seconds = made.seconds
+        self.seconds = self._clock() - begin if made.seconds is None else made.seconds
         rising = torch.linspace(0, 1, held + 2, dtype=made.audio.dtype)[1:-1]
         joint = self._held * (1 - rising) + made.audio[:held] * rising
         audio = torch.cat(
@@ -164,7 +175,9 @@ class SegmentedAudio:
         self._index: int | None = None  # of the segment last heard
         self._pushed: Counter[int] = Counter()  # tokens of each segment, those that are no speech too
         self._waiting = torch.zeros(0, dtype=torch.long)
+        self._unsaid = 0  # of the tokens that the vocoder was given, those that wait for what they look ahead at
         self._rises = False  # the next audio begins a segment behind another
+        self._behind = 0 if self._ending is None else self._ending.numel()
         self.listener = Listener(clock)
         self.chunks: list[int] = []
         self.marked_seconds = 0.0
@@ -201,9 +214,15 @@ class SegmentedAudio:
         """The audio ``[1, samples]`` that was held back for tokens that do not come."""
         if self._index is None:
             return torch.zeros(1, 0)
-        end, self._index = self._ended(), None
+        try:
+            end, self._index = self._ended(), None
+            return self._out(end, last=True)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Nobody waits for what is still to be said: those who share its vocoder need not reckon with it."""
         self._pace.over()
-        return self._out(end, last=True)
 
     def _between(self) -> list[Tensor]:
         """The end of a segment that another follows, and the pause."""
@@ -218,7 +237,7 @@ class SegmentedAudio:
         """Audio of the chunks that are due."""
         while self._chunking is not None and self._waiting.numel():
             waiting = self._waiting
-            size = self._pace.due(waiting.numel(), self.listener.left, last)
+            size = self._pace.due(waiting.numel(), self.listener.left, self._behind if last else None)
             if size == 0:
                 return
             self._waiting = waiting[size:]
@@ -227,13 +246,17 @@ class SegmentedAudio:
     def _said(self, tokens: Tensor, ended: bool = False) -> Tensor:
         if self._stream is None:
             self._stream = AudioStream(
-                self._vocoder, self._voice, self._noise(self._index or 0, self._pushed[self._index or 0])
+                self._vocoder,
+                self._voice,
+                self._noise(self._index or 0, self._pushed[self._index or 0]),
+                clock=self._clock,
             )
-        known, begin = self._stream.known, self._clock()
+        known, self._unsaid = self._stream.known, self._unsaid + tokens.numel()
         audio = self._stream.push(tokens, ended, self.listener.due)
-        took = self._clock() - begin if self._stream.seconds is None else self._stream.seconds
-        self._pace.ran(tokens.numel(), took, self._reference + known)
-        self.chunks.append(tokens.numel())
+        if self._stream.seconds is not None:
+            self._pace.ran(self._unsaid, self._stream.seconds, self._reference + known)
+            self.chunks.append(self._unsaid)
+            self._unsaid = 0
         return self._risen(audio)
 
     def _risen(self, audio: Tensor) -> Tensor:

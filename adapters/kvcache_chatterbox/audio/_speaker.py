@@ -421,10 +421,13 @@ def _state(device: torch.device) -> int:
 def heard(audio: SegmentedAudio, pieces: Iterable[tuple[int, Tensor]]) -> Iterator[Tensor]:
     """Audio chunks ``[1, samples]`` of segments, as their speech tokens come."""
     begin: float | None = None  # what comes first waits for its prefill, and tells nothing of those behind it
-    for index, tokens in pieces:
-        took = 0.0 if begin is None else time.perf_counter() - begin
-        if (chunk := audio.push(index, tokens, took)).numel():
+    try:
+        for index, tokens in pieces:
+            took = 0.0 if begin is None else time.perf_counter() - begin
+            if (chunk := audio.push(index, tokens, took)).numel():
+                yield chunk
+            begin = time.perf_counter()
+        if (chunk := audio.finish()).numel():
             yield chunk
-        begin = time.perf_counter()
-    if (chunk := audio.finish()).numel():
-        yield chunk
+    finally:
+        audio.close()

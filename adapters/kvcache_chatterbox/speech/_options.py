@@ -30,7 +30,8 @@ class DecoderOptions:
             the host for every token. What cannot be done falls back to that, and the report says why.
         precision: of the backbone: ``"bf16"``, ``"fp16"``, ``"int8"``, see `kvcache.models.quantize_linear`; None: as the model is.
         kv_dtype: of the cache while decoding; None: bf16 where the precision is bf16 or int8 and a CPU reads that faster, which
-            is in compiled steps or with AMX; else the model's.
+            is with AMX or ``backend="compile"`` (not in the steps that run eagerly for want of a C++ compiler: give
+            ``torch.float32`` there); else the model's.
         tf32: let a GPU round the inputs of fp32 products to TF32 while decoding.
         bucket: slots that a captured graph reads, or a multiple of so many, see `kvcache.decoding.Decoding`.
 

@@ -83,7 +83,7 @@ class T3Step(nn.Module):
         if self.positions is not None:
             embeds = embeds + self.positions.emb(made)
         embeds = embeds[:, None].repeat_interleave(self.rows, 0)
-        faster = self._onednn and not torch.compiler.is_compiling()
+        faster = self._onednn and not torch.compiler.is_dynamo_compiling()
         with onednn_linear(self.tfmr, embeds.shape[0]) if faster else nullcontext():
             hidden = self.tfmr(inputs_embeds=embeds, **given)[0]
             return torch.as_tensor(self.head(hidden[:, -1]))
