@@ -492,6 +492,32 @@ def work(folder, budget, seed, times):
     return stats.hits["disk"], stats.built, [line for line in lines if not any(word in line for word in expected)]
 
 
+@pytest.mark.parametrize("other", ["unpins", "pins"])
+def test_another_process_that_changes_the_pin_meanwhile_is_no_failure(other, tmp_path, monkeypatch):
+    store, lines = DiskStore(tmp_path), logged()
+    cache = SpeakerCache(store)
+    assert served(cache, voice(0))
+    opened = os.open
+
+    def meanwhile(path, *how, **more):
+        if not str(path).endswith(".pin"):
+            return opened(path, *how, **more)
+        if other == "pins":
+            os.close(opened(path, *how, **more))
+        file = opened(path, *how, **more)
+        if other == "unpins":
+            os.unlink(path)
+        return file
+
+    monkeypatch.setattr(os, "open", meanwhile)
+    cache.pin(voice(0))
+    monkeypatch.undo()
+    assert lines == []
+    assert [entry.pinned for entry in store.entries()] == [other == "pins"]
+    cache.pin(voice(0))
+    assert [entry.pinned for entry in store.entries()] == [True]
+
+
 def counts(entry):
     """Whether this is a snapshot, or is going to be one."""
     return entry.name.endswith((".safetensors", ".partial"))

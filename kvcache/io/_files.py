@@ -93,7 +93,8 @@ def make_private_file(path: str | os.PathLike[str], data: bytes = b"") -> None:
         FileExistsError: if there is one.
     """
     with os.fdopen(os.open(path, _MAKE, 0o600), "wb") as file:
-        os.chmod(path, 0o600)
+        # By the open file: another process may have removed the name meanwhile. Windows knows no such thing before 3.13.
+        os.chmod(file.fileno() if os.chmod in os.supports_fd else path, 0o600)
         file.write(data)
 
 

@@ -238,7 +238,8 @@ class DiskStore(BlobStore):
                 mark.unlink(missing_ok=True)
             elif not os.path.lexists(mark):
                 make_private_folder(self.folder)
-                make_private_file(mark)
+                with suppress(FileExistsError):  # another process pins it, too
+                    make_private_file(mark)
 
         def note(index: Index) -> None:
             if (row := self._row(address)) is not None:
