@@ -23,6 +23,7 @@ import torch
 from processes import Gate, peak_from_here
 from s3gen import load
 from torch import Tensor
+from unending import unending
 
 from kvcache import MemoryStore, SpeakerCache, subscribe
 from kvcache.decoding import WarmUp
@@ -270,17 +271,6 @@ def imported(name: str) -> Any:
     return found
 
 
-def unending(module: Any) -> None:
-    """Let the multilingual model's alignment check look on, and neither end nor prolong the speech."""
-    step = module.AlignmentStreamAnalyzer.step
-
-    def looks_on(self: Any, logits: Tensor, next_token: Any = None) -> Tensor:
-        step(self, logits.clone(), next_token=next_token)
-        return logits
-
-    module.AlignmentStreamAnalyzer.step = looks_on
-
-
 # ---------------------------------------------------------------------- one that speaks
 
 
@@ -320,7 +310,7 @@ class Speaking:
         self._tts = tts = chatterbox(case)
         self._language = {"language_id": "en"} if tts.t3.hp.is_multilingual else {}
         if tts.t3.hp.is_multilingual:
-            unending(upstream_t3())
+            unending()
         tts.watermarker = Marker(tts.watermarker, self.clock)
         self._voices = 0
         self._engine: Engine | None = None

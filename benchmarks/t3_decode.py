@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import torch
 from common import (
@@ -41,15 +41,28 @@ from processes import Failure, Gate, Measured, Phase, Processes
 from torch import Tensor, nn
 from transformers import StaticCache
 from transformers.pytorch_utils import Conv1D
+from unending import unending
 
 import kvcache.models._precision
 from kvcache.cache import CacheSpec
-from kvcache.decoding import Decoding, Sampler, StaticKV
+from kvcache.decoding import BackendName, Decoding, HeadWatch, Sampler, StaticKV
 from kvcache.memory import malloc_trim
 from kvcache.models import decoding_arguments, geometry_of, kv_layers, new_cache
 from kvcache_chatterbox import byte_tokens, load_t3, random_conditionals
 from kvcache_chatterbox.prefill import Prefill, check_text, copy_conditionals, embed_speech, prefill
-from kvcache_chatterbox.speech import Decoder, T3Step, at_precision, draw, order, processors, sampling_of
+from kvcache_chatterbox.speech import (
+    ALIGNMENT,
+    AlignmentRule,
+    Decoder,
+    T3Step,
+    aligned_heads,
+    at_precision,
+    draw,
+    is_checked,
+    order,
+    processors,
+    sampling_of,
+)
 from kvcache_chatterbox.upstream import upstream_t3
 
 TEXT = "The quick brown fox jumps over the lazy dog, and runs away. "  # 60 letters; Nano says the first 16
@@ -88,6 +101,8 @@ class Side:
     sampler: bool = True  # on the device
     cpp_wrapper: bool = True
     kernel: bool = True
+    checked: bool = True  # by the alignment of the multilingual model
+    variant: str | None = None  # by default the case's
 
     @property
     def head(self) -> Any:
@@ -113,6 +128,17 @@ SIDES = {
         for precision in ("fp32", "bf16", "int8")
         for backend in ("eager", "compile")
     },
+}
+# Of the multilingual model: what its check costs, and what English takes beside it.
+CHECKS = {
+    f"{what}{backend}-{precision}": replace(
+        SIDES[f"{backend}-{precision}"], label=f"ours, {backend}, {label}", **change
+    )
+    for backend, precision in (("eager", "fp32"), ("compile", "int8"))
+    for what, label, change in (
+        ("unchecked-", "without the check", {"checked": False}),
+        ("english-", "English", {"variant": "english"}),
+    )
 }
 GPU_SIDES = {
     "upstream": SIDES["upstream"],
@@ -193,7 +219,7 @@ class Model:
 
 def make(case: Case, side: Side) -> Model:
     """The model of a side."""
-    t3 = load_t3(case.variant)  # type: ignore[arg-type]
+    t3 = load_t3(side.variant or case.variant)  # type: ignore[arg-type]
     if case.layers is not None:
         name = "h" if t3.is_gpt else "layers"
         setattr(t3.tfmr, name, getattr(t3.tfmr, name)[: case.layers])
@@ -395,8 +421,15 @@ class Engine:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[side.kv_precision]
         self.kv = StaticKV(geometry_of(t3.tfmr), rows, SLOTS, dtype=dtype)
         kind = Sampler if side.sampler else HostSampler
-        sampler = kind(1, t3.speech_head.out_features, order(t3.is_gpt), t3.device, guided=rows == 2)
-        self.decoding = Decoding(T3Step(t3, rows, side.head), self.kv, sampler, side.backend, kernel=side.kernel)  # type: ignore[arg-type]
+        rules: dict[str, Any] = {}
+        if is_checked(t3) and side.checked:
+            most, stop, begin = t3.text_pos_emb.emb.num_embeddings, t3.hp.stop_speech_token, t3.hp.start_speech_token
+            rules[ALIGNMENT] = AlignmentRule(1, min(most, SLOTS), SLOTS, stop, begin, t3.device)
+        watch = HeadWatch(aligned_heads(t3), every=rows) if rules else None
+        named = (*rules, *order(t3.is_gpt))
+        sampler = kind(1, t3.speech_head.out_features, named, t3.device, guided=rows == 2, rules=rules)
+        step, backend = T3Step(t3, rows, side.head), cast(BackendName, side.backend)
+        self.decoding = Decoding(step, self.kv, sampler, backend, watch=watch, kernel=side.kernel)
         if not side.cpp_wrapper:
             self.decoding._backend._options = {}  # type: ignore[attr-defined]
         self.ids = torch.full((1, 1), t3.hp.start_speech_token, device=t3.device)
@@ -404,12 +437,13 @@ class Engine:
     def begin(self) -> Tensor:
         """The first token."""
         cache = new_cache(self.t3.tfmr, CacheSpec(max_length=SLOTS), rows=self.kv.rows)
-        logits = Decoder(self.t3, self.model.request(), self.sampling, 1, cache, None).prefill()
+        decoder = Decoder(self.t3, self.model.request(), self.sampling, 1, cache, None)
+        logits = decoder.prefill()
         self.kv.load(0, kv_layers(cache))
         sampling = self.sampling if self.side.sampler else replace(self.sampling, temperature=0)  # takes no noise
-        first = self.decoding.start(0, logits, [sampling], [None], [self.ids[0]])
+        first = self.decoding.start(0, logits, [sampling], [None], [self.ids[0]], [decoder.notes])
         if self.t3.is_gpt:
-            self.decoding.sampler.begin(0, first)
+            self.decoding.sampler.penalize(0, first)
         return first if self.side.sampler else self.draw()[0]
 
     @torch.no_grad()
@@ -455,6 +489,8 @@ def serve(gate: Gate, case: Case, side: Side) -> None:
     trace_graphs(case.rehearsed)
     if not side.together:
         kvcache.models._precision._TOGETHER = ()  # type: ignore[assignment]
+    if case.variant == "multilingual":
+        unending()
     model = make(case, side)
     if case.device != "cpu":
         torch.cuda.reset_peak_memory_stats()  # the weights' way through fp32 is not what decoding takes
@@ -604,6 +640,7 @@ def best_ratio(at: tuple[Measured, int] | None, keys: Iterable[str], over: str) 
 def ratios_of(device: str, at: dict[tuple[str, int], tuple[Measured, int]]) -> dict[str, float]:
     """Of what was measured of each variant and context."""
     english, nano = at.get(("english", 900)), at.get(("nano", NANO_CONTEXT))
+    multilingual = at.get(("multilingual", 900))
     if device == "cpu":
         ours = [key for key, side in SIDES.items() if side.kind == "engine"]
         return known(
@@ -611,6 +648,9 @@ def ratios_of(device: str, at: dict[tuple[str, int], tuple[Measured, int]]) -> d
                 "t3_520m_fp32": best_ratio(english, [key for key in ours if "fp32" in key], UPSTREAM),
                 "t3_520m_best": best_ratio(english, ours, UPSTREAM),
                 "nano_best": best_ratio(nano, ours, UPSTREAM),
+                "multilingual_best": best_ratio(multilingual, ours, UPSTREAM),
+                "multilingual_step_over_english": best_ratio(multilingual, ["english-compile-int8"], "compile-int8"),
+                "multilingual_check": best_ratio(multilingual, ["unchecked-compile-int8"], "compile-int8"),
             }
         )
     graphs = ("graph-bf16", "graph+compile-bf16")
@@ -667,7 +707,7 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
 
 def options_of() -> argparse.Namespace:
     parser = arguments((__doc__ or "").splitlines()[0])
-    parser.add_argument("--variant", choices=("english", "nano", "all"), default="all")
+    parser.add_argument("--variant", choices=("english", "nano", "multilingual", "all"), default="all")
     parser.add_argument(
         "--contexts", default="100,500,900", help="tokens in the cache at the first step (default: 100,500,900)"
     )
@@ -688,7 +728,7 @@ def options_of() -> argparse.Namespace:
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.quick:
         options.steps, options.turn, options.contexts = 2, 3, "110,400"
-        options.layers = options.layers or 2
+        options.layers = options.layers or (14 if options.variant == "multilingual" else 2)  # which its check looks at
         options.sides = options.sides or "upstream,upstream-cache,static,eager-fp32,compile-int8"
     return options
 
@@ -698,6 +738,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     every = GPU_SIDES | SIDES if options.device == "cpu" else SIDES | GPU_SIDES
     usual = list(SIDES if options.device == "cpu" else GPU_SIDES)
+    if options.variant == "multilingual":
+        every, usual = every | CHECKS, [*usual, *CHECKS]
     sides = chosen(every, ",".join(usual) if options.sides is None else options.sides)
     variants = ("english", "nano") if options.variant == "all" else (options.variant,)
     contexts = sorted({int(context) for context in options.contexts.split(",")})

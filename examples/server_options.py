@@ -26,8 +26,6 @@ def parser_of(description: str | None) -> Parser:
 
 def check_served(parser: Parser, options: argparse.Namespace) -> None:
     """End with a line if this model cannot be loaded, or not speak for many, or not so; see `check_sound`."""
-    if options.variant == "multilingual":
-        parser.error("--variant multilingual: it decodes one request at a time, and this serves many; take another")
     check_model(parser, options.variant, options.checkpoint)
     check_sound(parser, options)
 

@@ -13,7 +13,7 @@ from support.static_rows import assert_state, state_of
 from support.tables import SYMBOLS, TABLE, Breaks, assert_empty, assert_free, chain, link, linked, through
 
 from kvcache import CacheGeometry, CapacityError, GeometryError, InputError, MaxTokens, SlidingWindow
-from kvcache.decoding import RECORDERS, Batch, Job
+from kvcache.decoding import RECORDERS, Batch, Job, Prefilled
 
 pytestmark = pytest.mark.one_release
 
@@ -105,7 +105,7 @@ def test_d10_a_job_whose_logits_are_no_numbers_ends_and_its_neighbours_go_on():
         assert piece.job is good and piece.error is None
 
     def prefill():
-        return torch.full((1, SYMBOLS), float("nan")), link(0, 1).prefill()[1]
+        return Prefilled(torch.full((1, SYMBOLS), float("nan")), link(0, 1).prefill().layers)
 
     with pytest.raises(InputError, match="NaN"):
         batch.add(replace(link(2, 9), prefill=prefill))

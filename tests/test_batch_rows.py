@@ -14,7 +14,7 @@ from support.static_rows import GEOMETRY, POLICIES, Row, assert_shows, prefilled
 from support.tables import chain, through
 
 from kvcache import GeometryError, KeepAll, KVCacheManager, MaxTokens, SlidingWindow
-from kvcache.decoding import Batch, Job, Sampler, Sampling, StaticKV
+from kvcache.decoding import Batch, Job, Prefilled, Sampler, Sampling, StaticKV
 from kvcache.models import exact_windows, kv_layers
 
 pytestmark = pytest.mark.one_release
@@ -235,7 +235,7 @@ def test_batches_of_captured_and_compiled_steps_say_what_each_says_alone(backend
         def prefill():
             new = manager.new_cache(1)
             with torch.no_grad():
-                return model(ids, past_key_values=new).logits[:, -1], kv_layers(new)
+                return Prefilled(model(ids, past_key_values=new).logits[:, -1], kv_layers(new))
 
         return Job(prefill, sampling, torch.Generator().manual_seed(i), totals[i], [70], ids[0])
 

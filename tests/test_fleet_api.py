@@ -142,7 +142,6 @@ def test_a_failure_is_an_error_object_without_its_reason():
         ({"voices": __file__, "made_up": 2}, "is a file"),
         ({"redis": "localhost"}, "redis://"),
         ({"device": "gpu"}, "--device gpu"),
-        ({"variant": "multilingual"}, "one request at a time"),
         ({"host": "203.0.113.1"}, "--host 203.0.113.1"),
         ({"chunking": "fixed", "max_chunk": 9}, "leave them out"),
         ({"vocoder": "/no/such"}, "weights='/no/such' must be"),

@@ -8,7 +8,6 @@ import torch
 from support.t3_models import UPSTREAMS_WARNINGS, tiny_t3
 
 from kvcache import MemoryStore, SpeakerCache
-from kvcache.models import PackedLinear
 from kvcache_chatterbox import ChatterboxEngine, byte_tokens, random_conditionals
 
 pytestmark = UPSTREAMS_WARNINGS
@@ -77,13 +76,3 @@ def test_an_engine_follows_its_model(change: Any, backend: Any) -> None:
     assert FALLS_BACK.get(change.__name__, "") in str(engine.report().fallback)
     if change is hook and backend == "graph":
         assert "hooks on tfmr.layers.1.mlp run in Python" in str(engine.report().fallback)
-
-
-def test_the_multilingual_model_keeps_what_its_check_reads() -> None:
-    t3 = tiny_t3("multilingual")
-    voice = random_conditionals(t3)
-    engine = ChatterboxEngine(t3, precision="int8", prefix_cache=SpeakerCache(MemoryStore()))
-    assert spoken(engine, t3, t3_cond=voice).shape[1] == 16
-    kept = [name for name, part in engine.t3.tfmr.named_modules() if isinstance(part, torch.nn.Linear)]
-    assert kept == [f"layers.{layer}.self_attn.{name}" for layer in (9, 12, 13) for name in ("q_proj", "k_proj")]
-    assert any(isinstance(part, PackedLinear) for part in engine.t3.modules())

@@ -51,7 +51,6 @@ def refused(call, options, monkeypatch, capsys):
         (["--device", "cuda:77"], "--device cuda:77"),
         (["--device", ""], "--device"),
         (["--variant", "french"], "invalid choice: 'french'"),
-        (["--variant", "multilingual"], "one request at a time"),
         (["--checkpoint", "/no/such/folder"], "is no folder"),
         (["--checkpoint", __file__], "is no folder"),
         (["--checkpoint", "."], "has no t3_nano_v1.safetensors or t3_nano.safetensors"),

@@ -11,7 +11,7 @@ from kvcache.decoding._backends import (
     cuda_graph,
     runs_on,
 )
-from kvcache.decoding._batch import Batch, Job, JobOutput
+from kvcache.decoding._batch import Batch, Job, JobOutput, Prefilled
 from kvcache.decoding._compiling import Refused, compiled
 from kvcache.decoding._ends import Said, TextEnd
 from kvcache.decoding._engine import Decoding, StepOptions
@@ -25,7 +25,7 @@ from kvcache.decoding._program_files import ProgramFiles
 from kvcache.decoding._programs import Ahead, Made, Programs, RootSizes
 from kvcache.decoding._provenance import made_by
 from kvcache.decoding._request_stream import Stream
-from kvcache.decoding._sampler import GREEDY, Drawing, Sampler, Sampling
+from kvcache.decoding._sampler import GREEDY, Drawing, Sampler, Sampling, ScoreRule
 from kvcache.decoding._scheduler import Scheduler, Work
 from kvcache.decoding._setting import Backend, Setting, VocoderSetting
 from kvcache.decoding._static_cache import StaticKV
@@ -42,7 +42,7 @@ from kvcache.decoding._tuning_profile import (
 )
 from kvcache.decoding._turns import Chunk, Request, Turns
 from kvcache.decoding._warming import Told, WarmUp, untold
-from kvcache.decoding._wiring import DecodeInputs, decoder_copy, kernel_reason, unsupported_reason
+from kvcache.decoding._wiring import DecodeInputs, HeadWatch, decoder_copy, kernel_reason, unsupported_reason
 
 __all__ = [
     "BUCKET",
@@ -59,11 +59,13 @@ __all__ = [
     "Drawing",
     "GenerationSettings",
     "Goal",
+    "HeadWatch",
     "Job",
     "JobOutput",
     "LanguageDecoder",
     "Made",
     "Pool",
+    "Prefilled",
     "Program",
     "ProgramFiles",
     "Programs",
@@ -76,6 +78,7 @@ __all__ = [
     "Sampling",
     "Scheduler",
     "SchedulerMetrics",
+    "ScoreRule",
     "Setting",
     "StaticKV",
     "StepOptions",

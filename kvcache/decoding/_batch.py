@@ -6,8 +6,10 @@ places than it must. What a request says does not depend on who decodes beside i
 matrix products of more rows add up in another order.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,13 +25,26 @@ QUANTUM = 8
 """Steps between two looks at who has ended."""
 
 
+class Prefilled(NamedTuple):
+    """What a request begins with.
+
+    Attributes:
+        logits: of the last position, ``[rows, vocabulary]``.
+        layers: that were filled.
+        notes: what the sampler's rules have to know of it, see `Sampler.begin`.
+    """
+
+    logits: Tensor
+    layers: Sequence[LayerCache]
+    notes: Mapping[str, Any] = MappingProxyType({})
+
+
 @dataclass(eq=False)
 class Job:
     """One request.
 
     Attributes:
-        prefill: runs when a place is free; gives the logits of the last position, ``[rows, vocabulary]``, and the layers
-            that it filled. Called once.
+        prefill: runs when a place is free. Called once.
         sampling: how tokens are drawn.
         generator: of its draws; its own, or one request's draws would depend on another.
         total: the most tokens.
@@ -38,9 +53,12 @@ class Job:
         first_may_end: whether it may end with its first token.
         reset_penalty_after_first: from the second token on, the penalty is only about what was drawn.
         include_stop_token: whether the token that ends it is part of what it says.
+        pieces: does what comes before `prefill` a piece at a time, of which others wait for one between two chunks of theirs;
+            None: there is nothing.
+        prompt: tokens that it begins with and that stay, where that is known before the prefill; else 0.
     """
 
-    prefill: Callable[[], tuple[Tensor, Sequence[LayerCache]]]
+    prefill: Callable[[], Prefilled]
     sampling: Sampling
     generator: torch.Generator
     total: int
@@ -49,6 +67,8 @@ class Job:
     first_may_end: bool = True
     reset_penalty_after_first: bool = False
     include_stop_token: bool = True
+    pieces: Callable[[], Iterator[None]] | None = None
+    prompt: int = 0
 
     def __post_init__(self) -> None:
         check_whole("total", self.total, 1)
@@ -65,7 +85,7 @@ class JobOutput:
 
     Attributes:
         job: whose.
-        tokens: ``[n]``, on the host; none where all that came was an end that is not said.
+        tokens: ``[n]``, on the host; none where all that came was an end that is not said, or a piece of the prefill.
         over: whether it has ended.
         error: why it could not go on; what it said before is in `tokens`.
         cut_off: whether it has ended at its most tokens, and not with one that ends it.
@@ -74,7 +94,7 @@ class JobOutput:
     job: Job
     tokens: Tensor
     over: bool
-    error: InputError | None = None
+    error: Exception | None = None
     cut_off: bool = False
 
 
@@ -97,6 +117,7 @@ class Batch:
         places = len(decoding.token)
         self._decoding = decoding
         self._jobs: list[Job | None] = [None] * places
+        self._begun: dict[Job, Iterator[None]] = {}  # whose prefill is under way, first those that came first
         self._made = [0] * places
         self._compact = compact
         self._quantum = max(1, min(quantum, decoding.ahead))
@@ -119,41 +140,54 @@ class Batch:
 
     @property
     def busy(self) -> int:
-        """How many do."""
-        return sum(job is not None for job in self._jobs)
+        """How many do, those among them whose prefill is under way."""
+        return sum(job is not None for job in self._jobs) + len(self._begun)
 
     def report(self) -> CacheReport:
         """The account of the cache, and of what runs the steps."""
         return self._decoding.report()
 
     def add(self, job: Job) -> JobOutput:
-        """Prefill a job, give it a place, and draw its first token.
+        """Prefill a job, give it a place, and draw its first token. Of a job in pieces that is done by the steps that follow.
 
         Raises:
             CapacityError: if there is no place, or not enough room in one. What the prefill raises comes through. Nothing
                 has changed then.
             InputError: if its first token cannot be drawn, as its logits are no numbers. It has left then.
         """
-        if None not in self._jobs:
+        if self.busy == self.places:
             raise CapacityError(f"all {self.places} places are taken; wait until one of the jobs has left")
-        place = self._jobs.index(None)
-        decoding, rows = self._decoding, self._decoding.rows
-        logits, layers = job.prefill()
-        policy, stored = layers[0].policy, layers[0].stored
-        if policy.limit is None and (needed := stored + job.total - 1) > decoding.kv.slots:
+        if job.prompt:
+            self._check_room(job, job.prompt)
+        if job.pieces is None:
+            return self._enter(job)
+        self._begun[job] = job.pieces()
+        return JobOutput(job, torch.zeros(0, dtype=torch.long), False)
+
+    def _check_room(self, job: Job, stored: int) -> None:
+        slots = self._decoding.kv.slots
+        if (needed := stored + job.total - 1) > slots:
             raise CapacityError(
-                f"a job of {stored} tokens and {job.total} new ones needs {needed} slots, there are {decoding.kv.slots}; "
+                f"a job of {stored} tokens and {job.total} new ones needs {needed} slots, there are {slots}; "
                 "ask for fewer tokens, or make a batch with more slots"
             )
+
+    def _enter(self, job: Job) -> JobOutput:
+        """Give a job a place, and draw its first token."""
+        place = self._jobs.index(None)
+        decoding, rows = self._decoding, self._decoding.rows
+        logits, layers, notes = job.prefill()
+        if layers[0].policy.limit is None:
+            self._check_room(job, layers[0].stored)
         check_positions(decoding.kv.positions, layers[0].seen, job.total - 1)
         decoding.load(place * rows, layers)
         try:
-            first = decoding.start(place, logits, [job.sampling], [job.generator], [job.seen])
+            first = decoding.start(place, logits, [job.sampling], [job.generator], [job.seen], [notes])
         except BaseException:
             decoding.free(place, 1)
             raise
         if job.reset_penalty_after_first:
-            decoding.sampler.begin(place, first)
+            decoding.sampler.penalize(place, first)
         self._jobs[place], self._made[place] = job, 0
         piece = self._piece(place, job, first.cpu())
         if piece.over:
@@ -164,24 +198,51 @@ class Batch:
 
     def cancel(self, job: Job) -> None:
         """End a job. Nothing happens if it is not here."""
+        self._begun.pop(job, None)
         if job in self._jobs:
             place = self._jobs.index(job)
             self._jobs[place] = None
             self._decoding.free(place, 1)
 
     def step(self) -> list[JobOutput]:
-        """Decode some steps, and say what came of them: one piece for each job, the places of those that ended are free."""
-        if self.busy == 0:
-            return []
+        """Decode some steps, and say what came of them: one piece for each job, the places of those that ended are free.
+
+        Before them a piece of one prefill is run: whose is the last draws its first token here, and others in the next steps.
+        """
+        running = [job for job in self._jobs if job is not None]
+        pieces = self._prefilled()
+        if not running:
+            return pieces
         front = self._decoding.first_rows(self._gather() if self._compact else self.places)
-        running = [(place, job) for place, job in enumerate(self._jobs) if job is not None]
-        steps = min(self._quantum, *(job.total - self._made[place] for place, job in running))
+        at = [(place, job) for place, job in enumerate(self._jobs) if job is not None]
+        steps = min(self._quantum, *(job.total - self._made[place] for place, job in at))
         tokens = front.chunk(steps).cpu()  # the one look at the device
-        pieces = [self._piece(place, job, tokens[place]) for place, job in running]
-        for piece in pieces:
+        said = {job: self._piece(place, job, tokens[place]) for place, job in at}
+        for piece in pieces:  # whose first token has come, and some behind it
+            if (more := said.pop(piece.job, None)) is not None:
+                said[piece.job] = replace(more, tokens=torch.cat([piece.tokens, more.tokens]))
+            else:
+                said[piece.job] = piece
+        for piece in said.values():
             if piece.over:
                 self.cancel(piece.job)
-        return pieces
+        return list(said.values())
+
+    def _prefilled(self) -> list[JobOutput]:
+        """Run a piece of the prefill that was begun first; what its job has said, if that was the last."""
+        if not self._begun:
+            return []
+        job, pieces = next(iter(self._begun.items()))
+        try:
+            try:
+                next(pieces)
+            except StopIteration:
+                del self._begun[job]
+                return [self._enter(job)]
+        except Exception as error:  # its own, and nobody else's
+            self.cancel(job)
+            return [JobOutput(job, torch.zeros(0, dtype=torch.long), True, error)]
+        return []
 
     def _piece(self, place: int, job: Job, tokens: Tensor) -> JobOutput:
         """What these tokens are of a job: up to its end, if that is among them. What was drawn behind it is nothing."""
@@ -196,7 +257,8 @@ class Batch:
 
     def _gather(self) -> int:
         """Move jobs to lower places as far as steps get cheaper by it. How many places the next step runs."""
-        wanted = next(size for size in self._sizes if size >= self.busy)
+        decoding = sum(job is not None for job in self._jobs)
+        wanted = next(size for size in self._sizes if size >= decoding)
         for place in range(wanted, self.places):
             job = self._jobs[place]
             if job is not None:

@@ -7,7 +7,7 @@ thrown away.
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +22,7 @@ from kvcache.decoding._ends import TextEnd
 from kvcache.decoding._programs import Programs
 from kvcache.decoding._sampler import GREEDY, Drawing, Sampler, Sampling
 from kvcache.decoding._static_cache import StaticKV
-from kvcache.decoding._wiring import DecodeInputs
+from kvcache.decoding._wiring import DecodeInputs, HeadWatch
 from kvcache.errors import GeometryError, InputError, KVCacheError
 from kvcache.events import Event, emit, has_listeners
 
@@ -79,6 +79,7 @@ class Decoding:
         sampler: how tokens are drawn.
         backend: ``"eager"``; ``"compile"`` by torch's compiler, which takes a minute or so at the first chunk;
             ``"graph"`` records a step once and replays it, as a CUDA graph; ``"graph+compile"`` records the compiled step.
+        watch: attention heads that the rules of the sampler look at.
         **options: the fields of `StepOptions`.
 
     Attributes:
@@ -92,6 +93,8 @@ class Decoding:
         kv: StaticKV,
         sampler: Sampler,
         backend: BackendName = "eager",
+        *,
+        watch: HeadWatch | None = None,
         **options: Unpack[StepArguments],
     ) -> None:
         self._options = asked = StepOptions(**options)
@@ -105,7 +108,7 @@ class Decoding:
         self.kv = kv
         self.sampler = sampler
         self._forward = forward
-        self._inputs = DecodeInputs(kv, asked.kernel)
+        self._inputs = DecodeInputs(kv, asked.kernel, watch)
         self._tf32 = asked.tf32 and device.type == "cuda"
         self.ahead = max(1, min(asked.ahead, _NOISE_BYTES // (4 * requests * vocabulary)))
         with torch.inference_mode(False):
@@ -158,7 +161,7 @@ class Decoding:
             new = copy.copy(self)
             new._fronts = {}
             new.kv, new.sampler = self.kv.first_rows(requests * self.rows), self.sampler.first_rows(requests)
-            new._inputs = DecodeInputs(new.kv, self._inputs.own)
+            new._inputs = DecodeInputs(new.kv, self._inputs.own, self._inputs.watch)
             new.token, new.made, new._out = self.token[:requests], self.made[:requests], self._out[:requests]
             new._begun = self._begun[:requests]
             new._noise = self._noise[:requests]
@@ -181,6 +184,7 @@ class Decoding:
         sampling: Sequence[Sampling],
         generators: Sequence[torch.Generator | None],
         seen: Sequence[Tensor],
+        notes: Sequence[Mapping[str, Any]] | None = None,
     ) -> Tensor:
         """Begin requests whose rows have been loaded: draw the first token of each, ``[requests]``.
 
@@ -191,6 +195,7 @@ class Decoding:
             generators: of their draws; None takes torch's default one. Requests with the same share its draws, as the
                 rows of a batch do in `generate`.
             seen: the token ids that their repetition penalty is about from the start.
+            notes: what the rules of the sampler have to know of each, see `Sampler.begin`.
 
         Returns:
             The tokens, or `FAILED`, see `check_drawn`.
@@ -199,7 +204,7 @@ class Decoding:
         default = default_generator(self.token.device)
         for i, request in enumerate(range(*which.indices(len(self._generators)))):
             self.sampler.set(request, sampling[i])
-            self.sampler.begin(request, seen[i])
+            self.sampler.begin(request, seen[i], None if notes is None else notes[i])
             self._generators[request] = generators[i] or default
         self._states = {}
         drawing = self.sampler.drawing_of(which)
@@ -383,7 +388,11 @@ class Decoding:
 
     def step(self, order: Tensor, whole: bool, drawing: Drawing | None) -> None:
         """One token for every request. `order` is ``arange(columns)``: so many slots are read."""
-        logits = self._forward(self.token, self.made, self._inputs.of_step(order, whole))
+        given = self._inputs.of_step(order, whole)
+        logits = self._forward(self.token, self.made, given)
+        if (looks := given.get("looks")) is not None:
+            for rule in self.sampler.rules.values():
+                rule.look(looks.weights)
         token = self.sampler(logits, self._noise.index_select(1, self._column)[:, 0], drawing)
         self._out.index_copy_(1, self._column, token.masked_fill(self.sampler.failed, FAILED)[:, None])
         self.token.copy_(token)
@@ -408,7 +417,7 @@ class Decoding:
 
     def state(self) -> list[Tensor]:
         """All that a step changes, but for keys and values, which it writes again to where it wrote them."""
-        return [self.token, self.made, self._column, self._out, self.kv.length, self.sampler.seen, self.sampler.failed]
+        return [self.token, self.made, self._column, self._out, self.kv.length, *self.sampler.state()]
 
 
 def check_drawn(tokens: Tensor) -> None:

@@ -10,12 +10,13 @@ values: where tokens have the very same score, as they often have in bf16, that 
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from kvcache.errors import InputError
 
@@ -88,15 +89,47 @@ class Drawing(NamedTuple):
     floor: bool
 
 
+class ScoreRule(Protocol):
+    """Changes scores by what each request has said and looked at, within a step: without a look at the host.
+
+    What it knows is tensors of one size throughout, a row for each request, which it changes in place.
+    """
+
+    def begin(self, request: int, note: Any) -> None:
+        """Forget what a request was; `note` says what the rule has to know of the next one. None: it leaves that alone."""
+
+    def move(self, request: int, to: int) -> None:
+        """Bring what is known of a request to another place."""
+
+    def first_rows(self, requests: int) -> Self:
+        """The rule of the first requests: the same memory."""
+        ...
+
+    def state(self) -> list[Tensor]:
+        """All tensors that a step changes."""
+        ...
+
+    def look(self, weights: Sequence[Tensor]) -> None:
+        """What the heads that are watched see in this step, ``[requests, columns]`` each; see `HeadWatch`."""
+
+    def scores(self, scores: Tensor, which: slice) -> Tensor:
+        """The scores ``[requests, vocabulary]`` of these requests, changed. Called once for each token."""
+        ...
+
+    def drew(self, tokens: Tensor, which: slice) -> None:
+        """These tokens ``[requests]`` were drawn."""
+
+
 class Sampler:
     """Draws one token for each of several requests.
 
     Args:
         requests: how many.
         vocabulary: how many tokens there are.
-        order: of ``"penalty"``, ``"temperature"`` and the three filters, which stand together.
+        order: of ``"penalty"``, ``"temperature"``, the names of the rules, and the three filters, which stand together.
         device: of the logits.
         guided: each request has two rows, conditional and unconditional, one below the other.
+        rules: what else changes the scores, by names that `order` has.
 
     Attributes:
         seen: which tokens a request's penalty is about, ``[requests, vocabulary]``.
@@ -111,10 +144,12 @@ class Sampler:
         order: Sequence[str],
         device: torch.device,
         guided: bool = False,
+        rules: Mapping[str, ScoreRule] | None = None,
     ) -> None:
-        at = [name in _FILTERS for name in order]
-        if sorted(order) != sorted(TRANSFORMERS) or at.index(True) + sum(at) != len(at) - at[::-1].index(True):
-            raise InputError(f"order={tuple(order)} must hold each of {TRANSFORMERS} once, the three filters together")
+        self.rules = dict(rules or {})
+        at, names = [name in _FILTERS for name in order], (*TRANSFORMERS, *self.rules)
+        if sorted(order) != sorted(names) or at.index(True) + sum(at) != len(at) - at[::-1].index(True):
+            raise InputError(f"order={tuple(order)} must hold each of {names} once, the three filters together")
         self.order = tuple(order)
         self.guided = guided
         self.vocabulary = vocabulary
@@ -133,12 +168,19 @@ class Sampler:
         new = copy.copy(self)
         new.seen, new.failed = self.seen[:requests], self.failed[:requests]
         new._settings, new._top_k = self._settings[:requests], self._top_k[:requests]
+        new.rules = {name: rule.first_rows(requests) for name, rule in self.rules.items()}
         return new
+
+    def state(self) -> list[Tensor]:
+        """All that a step changes."""
+        return [self.seen, self.failed, *(held for rule in self.rules.values() for held in rule.state())]
 
     def move(self, request: int, to: int) -> None:
         """Bring a request's settings and marks to another place."""
         for held in (self.seen, self.failed, self._settings, self._top_k):
             held[to] = held[request].clone()
+        for rule in self.rules.values():
+            rule.move(request, to)
         self._chosen[to] = self._chosen[request]
 
     def set(self, request: int, sampling: Sampling) -> None:
@@ -176,8 +218,18 @@ class Sampler:
             min(candidates, self.vocabulary), any(one.top_p < 1 for one in chosen), any(one.min_p > 0 for one in chosen)
         )
 
-    def begin(self, request: int, seen: Tensor) -> None:
-        """Forget what a request has drawn; its penalty is about these token ids, ``[tokens]``, and what it draws."""
+    def begin(self, request: int, seen: Tensor, notes: Mapping[str, Any] | None = None) -> None:
+        """Forget what a request has drawn; its penalty is about these token ids, ``[tokens]``, and what it draws.
+
+        Args:
+            notes: what its rules have to know, by their names; what has no note is left alone by them.
+        """
+        self.penalize(request, seen)
+        for name, rule in self.rules.items():
+            rule.begin(request, (notes or {}).get(name))
+
+    def penalize(self, request: int, seen: Tensor) -> None:
+        """From now on the penalty of a request is about these token ids, ``[tokens]``, and what it draws."""
         self.seen[request] = False
         self.seen[request, seen.to(self.seen.device)] = True
 
@@ -200,6 +252,8 @@ class Sampler:
             self.failed[which].logical_or_(share.gather(1, drawn[:, None])[:, 0].isnan() & ~greedy)
             tokens = torch.where(greedy, tokens, drawn)
         self.seen[which].scatter_(1, tokens[:, None], True)
+        for rule in self.rules.values():
+            rule.drew(tokens, which)
         return tokens
 
     def process(self, logits: Tensor, drawing: Drawing | None, which: slice = _ALL) -> Tensor:
@@ -216,6 +270,8 @@ class Sampler:
                 )
             elif name == "temperature":
                 scores = scores / temperature
+            elif name in self.rules:
+                scores = self.rules[name].scores(scores, which)
             elif drawing is None:
                 continue
             elif name == "top_k" and drawing.candidates:

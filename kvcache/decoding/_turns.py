@@ -293,7 +293,7 @@ class Turns:
                 self._broke = error
             self._fail(request, error)
             return
-        self.tokens += 1
+        self.tokens += len(piece.tokens)
         self._worked = True
         self._take(request, piece)
 

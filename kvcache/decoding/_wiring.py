@@ -1,5 +1,6 @@
 """How a transformers decoder reads and writes a `StaticKV`: its cache layers, its mask, its attention."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -65,16 +66,58 @@ def decoder_copy(model: Any) -> Any:
     return attending_copy(model, _ATTENTION, attend, _no_mask)
 
 
+@dataclass(frozen=True)
+class HeadWatch:
+    """Attention heads whose weights a step hands on, for a model whose layers hand their arguments on to their attention.
+
+    Attributes:
+        heads: ``(layer, head)`` pairs.
+        every: of the rows the first of so many is looked at: 2 with guidance.
+    """
+
+    heads: tuple[tuple[int, int], ...]
+    every: int = 1
+
+
+class Looks:
+    """What watched heads see in the step that is running.
+
+    Args:
+        watch: which.
+        seen: what each row's token may see, ``[rows, 1, 1, columns]``; None: all.
+
+    Attributes:
+        weights: of each head so far, ``[rows // every, columns]``, fp32.
+    """
+
+    def __init__(self, watch: HeadWatch, seen: Tensor | None) -> None:
+        self._watch, self._seen = watch, seen
+        self.weights: list[Tensor] = []
+
+    def take(self, layer: int, query: Tensor, keys: Tensor, scaling: float | None) -> None:
+        """Look at a layer's queries ``[rows, heads, 1, dim]`` and keys ``[rows, KV heads, columns, dim]``."""
+        every, group = self._watch.every, query.shape[1] // keys.shape[1]
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        for at, head in self._watch.heads:
+            if at == layer:
+                scores = (keys[::every, head // group].float() * (scale * query[::every, head].float())).sum(-1)
+                if self._seen is not None:
+                    scores = scores.masked_fill(~self._seen[::every, 0, 0], -torch.inf)
+                self.weights.append(scores.softmax(-1))
+
+
 class DecodeInputs:
     """What a model is given beside the token, to decode one step on a `StaticKV`.
 
     Args:
         kv: the cache.
         kernel: read it in ways of our own where they are faster, see `attend`.
+        watch: heads whose weights are wanted; they are in `Looks`, the argument ``looks``.
     """
 
-    def __init__(self, kv: StaticKV, kernel: bool) -> None:
+    def __init__(self, kv: StaticKV, kernel: bool, watch: HeadWatch | None = None) -> None:
         self._kv = kv
+        self.watch = watch
         self.own = kernel
         self.kernel = (
             kernel and kernel_reason(kv.length.device) is None
@@ -101,7 +144,8 @@ class DecodeInputs:
             mask = kv.mask(order)
             if self.own and reduces:
                 mask = mask.float().log()  # of a logarithm the compiler makes a tensor, once for all layers
-        return {"attention_mask": mask, **decoding_arguments(self._cache, kv.length[:, None])}
+        looks = {} if self.watch is None else {"looks": Looks(self.watch, None if whole else kv.mask(order))}
+        return {"attention_mask": mask, **looks, **decoding_arguments(self._cache, kv.length[:, None])}
 
 
 class StaticLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -140,13 +184,14 @@ def _no_mask(*args: Any, **kwargs: Any) -> None:
 
 
 def attend(
-    module: nn.Module,  # noqa: ARG001  # as transformers calls it
+    module: nn.Module,
     query: Tensor,
     keys: Tensor,
     values: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    looks: Looks | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one query per row and head, ``[rows, heads, 1, dim]``, over the slots of a `StaticKV`.
@@ -159,6 +204,8 @@ def attend(
     """
     if (more := told_more(dropout=dropout, **kwargs)) is not None:
         raise GeometryError(f"its attention depends on {more}; decode without a backend")
+    if looks is not None:
+        looks.take(int(module.layer_idx), query, keys, scaling)  # type: ignore[arg-type]  # a number, by transformers' convention
     rows, heads, _, _ = query.shape
     if attention_mask is not None and attention_mask.dtype == torch.long:
         length, stored, pinned = attention_mask[:, 0, 0].unbind(1)

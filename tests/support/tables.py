@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvcache import CacheGeometry, KVLayer, SizePolicy
-from kvcache.decoding import Batch, Decoding, Job, Sampler, Sampling, StaticKV
+from kvcache.decoding import Batch, Decoding, Job, Prefilled, Sampler, Sampling, StaticKV
 from support.decoders import CPU
 from support.inside import decoding as inside
 
@@ -64,10 +64,10 @@ def link(
 ) -> Job:
     """A job that goes on from a token, after a prefix of so many."""
 
-    def prefill() -> tuple[Tensor, list[KVLayer]]:
+    def prefill() -> Prefilled:
         kv = KVLayer(policy)
         kv.append(torch.zeros(1, 1, prefix, 2), torch.zeros(1, 1, prefix, 2))
-        return TABLE[start][None], [kv]
+        return Prefilled(TABLE[start][None], [kv])
 
     sampling = Sampling(temperature, 1.0, repetition_penalty=penalty)
     return Job(prefill, sampling, torch.Generator().manual_seed(seed), total, ends, torch.tensor([start]), **options)

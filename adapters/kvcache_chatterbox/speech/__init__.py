@@ -1,5 +1,6 @@
 """T3: a text's speech tokens, step by step."""
 
+from kvcache_chatterbox.speech._alignment import ALIGNMENT, AlignmentRule, aligned_heads, is_checked
 from kvcache_chatterbox.speech._cache_needs import CacheNeeds
 from kvcache_chatterbox.speech._decoder import UtteranceDecoder
 from kvcache_chatterbox.speech._defaults import generate_defaults, most_tokens
@@ -18,8 +19,10 @@ from kvcache_chatterbox.speech._utterance import (
 )
 
 __all__ = [
+    "ALIGNMENT",
     "OPTIONS",
     "UTTERANCE_FIELDS",
+    "AlignmentRule",
     "CacheNeeds",
     "Carry",
     "Decoder",
@@ -32,10 +35,12 @@ __all__ = [
     "UtteranceFields",
     "UtteranceOptions",
     "Watch",
+    "aligned_heads",
     "at_precision",
     "check_carry",
     "draw",
     "generate_defaults",
+    "is_checked",
     "most_tokens",
     "order",
     "processors",

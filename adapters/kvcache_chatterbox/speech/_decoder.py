@@ -21,9 +21,9 @@ from kvcache import (
     default_store,
 )
 from kvcache.cache import CacheSpec
-from kvcache.decoding import Batch, Job, Programs, backend_on, chunked
+from kvcache.decoding import Batch, Job, Prefilled, Programs, backend_on, chunked
 from kvcache.events import Event, emit
-from kvcache.models import new_cache, reads_half_caches
+from kvcache.models import kv_layers, new_cache, reads_half_caches
 from kvcache.prefixes import check_prefix_cache
 from kvcache.prefixes.stores import Aside
 from kvcache_chatterbox.checks import autocast_on, check_count, each_without_autocast
@@ -172,9 +172,9 @@ class UtteranceDecoder:
         if generator is None:
             raise InputError("an utterance of a batch needs a seed")
 
-        def run() -> tuple[Tensor, Any]:
+        def run() -> Prefilled:
             decoder, cache = self._decoder(utterance, 1 if self.t3.is_gpt else 2, None, caching=True)
-            return decoder.prefill(), cache
+            return Prefilled(decoder.prefill(), kv_layers(cache), decoder.notes)
 
         return self._batched().job(run, utterance.sampling, utterance.max_new_tokens, generator)
 
@@ -376,8 +376,9 @@ class UtteranceDecoder:
         exactly: bool,
     ) -> Generator[Tensor, None, None]:
         sampling, ending = utterance.sampling, decoder.ending
-        chunks = stepper.chunks(decoder.prefill(), cache, sampling, ending, size, generator, slots, exactly)
-        del decoder, cache  # what was prefilled is copied, and would take its memory twice while this decodes
+        begun = Prefilled(decoder.prefill(), kv_layers(cache), decoder.notes)
+        chunks = stepper.chunks(begun, sampling, ending, size, generator, slots, exactly)
+        del begun, decoder, cache  # what was prefilled is copied, and would take its memory twice while this decodes
         for chunk, report in chunks:
             self._last = report
             yield chunk

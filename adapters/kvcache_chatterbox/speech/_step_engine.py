@@ -14,8 +14,10 @@ from kvcache.decoding import (
     BackendName,
     Batch,
     Decoding,
+    HeadWatch,
     Job,
     Pool,
+    Prefilled,
     Programs,
     Sampler,
     Sampling,
@@ -35,21 +37,16 @@ from kvcache.models import (
     quantize_linear,
     structural_copy,
 )
-from kvcache_chatterbox.speech._alignment import AlignmentCheck
+from kvcache_chatterbox.speech._alignment import ALIGNMENT, AlignmentRule, aligned_heads, is_checked
 from kvcache_chatterbox.speech._ending import Ending, speech_end
 from kvcache_chatterbox.speech._sampling import order
 
 
 def at_precision(t3: Any, precision: Precision) -> Any:
-    """A copy of a T3 that computes in `precision` and shares what does not change: on a CPU all but the backbone.
-
-    Queries and keys that the multilingual model's alignment check reads from their weights stay as they are.
-    """
+    """A copy of a T3 that computes in `precision` and shares what does not change: on a CPU all but the backbone."""
     if t3.device.type not in ("cpu", "meta"):  # on the meta device a model is planned for a CPU
         return quantize_linear(t3, precision)
-    read = AlignmentCheck.layers(t3) if AlignmentCheck.wanted(t3) else []
-    modules_to_not_convert = [f"layers.{layer}.self_attn.{name}" for layer in read for name in ("q_proj", "k_proj")]
-    backbone = quantize_linear(t3.tfmr, precision, modules_to_not_convert=modules_to_not_convert)
+    backbone = quantize_linear(t3.tfmr, precision)
     return structural_copy(t3, lambda name, module: backbone if module is t3.tfmr else None)
 
 
@@ -113,7 +110,7 @@ class Stepper:
         programs: Programs | None = None,
     ) -> None:
         self._t3, self._programs = t3, programs
-        self._from_model = Following(t3, lambda: (geometry_of(t3.tfmr), _why_not(t3)))
+        self._from_model = Following(t3, lambda: (geometry_of(t3.tfmr), unsupported_reason(t3.tfmr)))
         self._onednn, self._bucket = onednn, bucket
         self._backend: BackendName = backend
         self._kv_dtype, self._tf32, self._precision = kv_dtype, tf32, precision
@@ -149,24 +146,18 @@ class Stepper:
         with self._pool.lent(("batch", places), slots, make, exactly=True, signature=signature) as decoding:
             yield Batch(decoding, compact=compact)
 
-    def job(
-        self, prefill: Callable[[], tuple[Tensor, Any]], sampling: Sampling, total: int, generator: torch.Generator
-    ) -> Job:
+    def job(self, prefill: Callable[[], Prefilled], sampling: Sampling, total: int, generator: torch.Generator) -> Job:
         """One utterance for a batch, which ends as upstream's loop does.
 
         Args:
-            prefill: gives the logits ``[rows, vocabulary]`` of its last position, and the cache.
+            prefill: gives what it begins with.
             sampling, generator: how tokens are drawn.
             total: the most tokens.
         """
         hp, end = self._t3.hp, speech_end(self._t3, total)
 
-        def layers() -> tuple[Tensor, Any]:
-            logits, cache = prefill()
-            return logits, kv_layers(cache)
-
         return Job(
-            layers,
+            prefill,
             sampling,
             generator,
             end.most,
@@ -181,7 +172,17 @@ class Stepper:
         """What decodes so many requests of so many rows and slots each."""
         t3, device = self._t3, self._t3.device
         kv = StaticKV(self._geometry, requests * rows, slots, dtype=self._kv_dtype)
-        sampler = Sampler(requests, t3.speech_head.out_features, order(t3.is_gpt), device, guided=rows == 2)
+        rules, watch = {}, None
+        if is_checked(t3):
+            text, stop, start = (
+                min(t3.text_pos_emb.emb.num_embeddings, slots),
+                t3.hp.stop_speech_token,
+                t3.hp.start_speech_token,
+            )
+            rules[ALIGNMENT] = AlignmentRule(requests, text, slots, stop, start, device)
+            watch = HeadWatch(aligned_heads(t3), every=rows)
+        named, vocabulary = (*rules, *order(t3.is_gpt)), t3.speech_head.out_features
+        sampler = Sampler(requests, vocabulary, named, device, guided=rows == 2, rules=rules)
         step = T3Step(t3, rows, self._precision, self._onednn)
         why_eager = self._from_model.watch.signature().why_no_capture
         return Decoding(
@@ -189,6 +190,7 @@ class Stepper:
             kv,
             sampler,
             self._backend,
+            watch=watch,
             tf32=self._tf32,
             bucket=self._bucket,
             why_eager=why_eager,
@@ -209,8 +211,7 @@ class Stepper:
 
     def chunks(
         self,
-        logits: Tensor,
-        cache: Any,
+        begun: Prefilled,
         sampling: Sampling,
         ending: Ending,
         size: int,
@@ -221,15 +222,14 @@ class Stepper:
         """A request's speech tokens ``[1, n]`` as upstream's loop returns them, and the account of its cache.
 
         Args:
-            logits: of its prefill's last position, ``[rows, vocabulary]``.
-            cache: what was prefilled.
+            begun: what it begins with.
             sampling, generator: how tokens are drawn.
             ending: of the request, which has said nothing yet.
             size: tokens in a chunk.
             slots: of the static cache: as many as the request needs, or more.
             exactly: so many; False also takes what waits from an earlier request and has more.
         """
-        layers = kv_layers(cache)
+        logits, layers, notes = begun
         t3, rows, end = self._t3, logits.shape[0], ending.end
 
         def make(slots: int) -> Decoding:
@@ -239,17 +239,11 @@ class Stepper:
         with self._pool.lent(rows, slots, make, exactly, signature) as decoding:
             decoding.load(0, layers)
             begin = torch.tensor([t3.hp.start_speech_token], device=logits.device)
-            first = decoding.start(0, logits, [sampling], [generator], [begin])
+            first = decoding.start(0, logits, [sampling], [generator], [begin], [notes])
             if t3.is_gpt:  # penalizes the start token only as long as there is nothing else
-                decoding.sampler.begin(0, first)
-            del cache, layers
+                decoding.sampler.penalize(0, first)
+            del begun, layers
             for chunk in decoding.chunks(end.most, size, end.tokens, first_may_end=end.first_may_end):
                 said = ending.take(chunk[0])
                 if said.numel():
                     yield said[None], decoding.report()
-
-
-def _why_not(t3: Any) -> str | None:
-    if AlignmentCheck.wanted(t3):
-        return "the multilingual model's alignment check looks at every token on the host"
-    return unsupported_reason(t3.tfmr)

@@ -12,7 +12,15 @@ from kvcache.decoding import Sampling
 from kvcache.models import cache_kwarg, onednn_linear
 from kvcache_chatterbox.checks import without_autocast
 from kvcache_chatterbox.prefill import Prefill, embed_speech
-from kvcache_chatterbox.speech._alignment import AlignmentCheck
+from kvcache_chatterbox.speech._alignment import (
+    ALIGNMENT,
+    AlignmentNote,
+    AlignmentRule,
+    HeadReader,
+    aligned_heads,
+    first_look,
+    is_checked,
+)
 from kvcache_chatterbox.speech._ending import Ending, speech_end
 from kvcache_chatterbox.speech._sampling import draw, processors
 from kvcache_chatterbox.voices import FirstPass
@@ -57,7 +65,10 @@ class Decoder:
         self.prefix = request.embeds.shape[1]
         self._start = None if start is None else partial(start, request, cache)
         self._onednn = onednn
-        self._alignment = AlignmentCheck(t3, request.text) if AlignmentCheck.wanted(t3) else None
+        self._text = request.text
+        self._reader = HeadReader(t3.tfmr, aligned_heads(t3)) if is_checked(t3) else None
+        self._rule: AlignmentRule | None = None
+        self._own: tuple[int, Tensor] | None = None
         self.ending = Ending(speech_end(t3, max_new_tokens))
         self._ids = torch.full((1, max_new_tokens + 1), t3.hp.start_speech_token, device=t3.device)
 
@@ -82,6 +93,8 @@ class Decoder:
             logits = processor(drawn, logits)
         token = logits.argmax(-1, keepdim=True) if self._greedy else draw(logits, self._generator)
         self._ids[:, made + 1 : made + 2] = token
+        if self._rule is not None:
+            self._rule.drew(token[:, 0])
         embeds = embed_speech(self._t3, token, made + 1).expand(self._pending.shape[0], -1, -1)
         self._pending = embeds if self._cache is not None else torch.cat([self._pending, embeds], dim=1)
         return token
@@ -92,11 +105,20 @@ class Decoder:
         with without_autocast(self._t3):
             return torch.as_tensor(self._t3.speech_head(self._run(0).hidden))
 
+    @property
+    def notes(self) -> dict[str, AlignmentNote]:
+        """What the rules of a sampler have to know of the request, once it is prefilled."""
+        if self._reader is None:
+            return {}
+        return {ALIGNMENT: first_look(list(self._reader.weights.values()), self._text, self._own)}
+
     def _run(self, made: int) -> FirstPass:
-        reading = nullcontext() if self._alignment is None else self._alignment.reader.reading()
+        reading = nullcontext() if self._reader is None else self._reader.reading()
         rows = None if made == 0 else self._pending.shape[0] * self._pending.shape[1]
         with reading, onednn_linear(self._t3.tfmr, rows) if self._onednn else nullcontext():
-            return self._start() if self._start is not None and made == 0 else self._forward()
+            out = self._start() if self._start is not None and made == 0 else self._forward()
+        self._own = out.own
+        return out
 
     def _logits(self, made: int) -> Tensor:
         """Of the last position, guided and checked, ``[1, vocabulary]``."""
@@ -106,9 +128,21 @@ class Decoder:
             conditional, unconditional = logits[0:1], logits[1:2]
             weight = torch.as_tensor(self._cfg_weight, device=logits.device, dtype=logits.dtype)
             logits = conditional + weight * (conditional - unconditional)
-        if self._alignment is not None:
-            logits = self._alignment.step(logits, int(self._ids[0, made]), out.own)
+        if self._reader is not None:
+            logits = self._checked(self._reader, logits, made)
         return logits
+
+    def _checked(self, reader: HeadReader, logits: Tensor, made: int) -> Tensor:
+        if self._rule is None:
+            hp, (begin, end), steps = self._t3.hp, self._text, self.ending.end.most
+            self._rule = AlignmentRule(
+                1, end - begin, steps, hp.stop_speech_token, hp.start_speech_token, logits.device
+            )
+        if made == 0:
+            self._rule.begin(0, self.notes[ALIGNMENT])
+        else:
+            self._rule.look([weights[-1:] for weights in reader.weights.values()])
+        return self._rule.scores(logits)
 
     def _forward(self) -> FirstPass:
         caching = self._cache is not None

@@ -9,7 +9,13 @@ from kvcache_chatterbox.audio import Speaker
 from kvcache_chatterbox.audio._chunking import GROWTH, SECOND, Cost, Listener, Pace  # chunks, on a clock of the test's
 from kvcache_chatterbox.audio._segmented import AudioStream  # the joints of one segment, of any tokens
 from kvcache_chatterbox.audio._watermark import StreamMarker, WatermarkError, marked  # of any audio
-from kvcache_chatterbox.speech._alignment import AlignmentCheck  # beside upstream's analyzer
+from kvcache_chatterbox.speech._alignment import (
+    ALIGNMENT,
+    AlignmentNote,
+    AlignmentRule,
+    aligned_heads,
+    is_checked,
+)  # beside upstream's analyzer
 from kvcache_chatterbox.speech._defaults import _of_file as defaults_of_file  # read without an import
 from kvcache_chatterbox.speech._ending import Ending  # where a text ends, by itself
 from kvcache_chatterbox.speech._step_engine import Stepper  # whose logits a test compares
@@ -31,13 +37,15 @@ from kvcache_chatterbox.vocoder._run import Waveform  # what such a vocoder give
 from kvcache_chatterbox.vocoder._weights import FILE, distilled  # weights that are not there, or none
 
 __all__ = [
+    "ALIGNMENT",
     "FILE",
     "GROWTH",
     "HARMONICS",
     "S3GEN_SIL",
     "SECOND",
     "SUPPORTED_LANGUAGES",
-    "AlignmentCheck",
+    "AlignmentNote",
+    "AlignmentRule",
     "AudioStream",
     "ChatterboxTarget",
     "Cost",
@@ -50,9 +58,11 @@ __all__ = [
     "ToneVocoder",
     "WatermarkError",
     "Waveform",
+    "aligned_heads",
     "check_reference",
     "defaults_of_file",
     "distilled",
+    "is_checked",
     "marked",
     "pace",
     "predicted_tokens",
