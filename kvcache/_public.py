@@ -44,7 +44,7 @@ from kvcache.errors import (
     RollbackError,
 )
 from kvcache.events import Event, subscribe
-from kvcache.manager import KVCacheManager
+from kvcache.manager import KVCacheManager, TextScheduler
 from kvcache.models import RetrievalHeadProfile, model_fingerprint, profile_retrieval_heads, quantize_linear
 from kvcache.monitoring import MemoryTimeline, Occupancy, Sample, occupancy
 from kvcache.prefixes import PrefixCache, PrefixKey, PrefixSnapshot, PrefixStats, SpeakerCache, default_store
@@ -105,6 +105,7 @@ __all__ = [
     "SnapKV",
     "SpeakerCache",
     "Storage",
+    "TextScheduler",
     "TieredStore",
     "TuningProfile",
     "default_store",

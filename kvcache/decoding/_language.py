@@ -1,6 +1,7 @@
 """A transformers language model on the decode engine: what `generate` would say, decoded in whole steps."""
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,6 +43,9 @@ class LanguageDecoder:
         kv_dtype: of the static cache; by default the model's.
         max_length: the most tokens of a row. A cache that keeps all of them is made as long at once.
         bucket: see `Decoding`.
+
+    Attributes:
+        kv_dtype: as given.
     """
 
     def __init__(
@@ -53,7 +57,7 @@ class LanguageDecoder:
     ) -> None:
         self._model = model
         self._watch = watch_of(model)
-        self._kv_dtype = kv_dtype
+        self.kv_dtype = kv_dtype
         self._max_length = max_length
         self._bucket = bucket
         self._pool = Pool()
@@ -121,6 +125,18 @@ class LanguageDecoder:
             for chunk in decoding.chunks(total, size, settings.ends, settings.pad):
                 yield chunk, decoding.report()
 
+    @contextmanager
+    def lent(self, rows: int, slots: int, backend: BackendName) -> Iterator[Decoding]:
+        """A decoding of so many rows of so many slots each, with nothing in it, which waits for the next afterwards."""
+        vocabulary = facts_of(self._model).trial()[1].shape[-1]
+
+        def make(slots: int) -> Decoding:
+            return self._decoding(rows, slots, vocabulary, backend)
+
+        kind, signature = ("batch", rows, backend), self._watch.signature()
+        with self._pool.lent(kind, slots, make, exactly=True, signature=signature) as decoding:
+            yield decoding
+
     def teacher_forced_logits(self, logits: Tensor, cache: Any, ids: Tensor) -> Tensor:
         """The logits ``[n, vocabulary]`` after each of these token ids ``[n]``, behind what a cache of one row holds.
 
@@ -143,8 +159,11 @@ class LanguageDecoder:
     def decoding(self, policy: SizePolicy, rows: int, slots: int, vocabulary: int, backend: BackendName) -> Decoding:
         """What decodes so many rows of at least so many slots each."""
         room = slots_for(slots, self._max_length, static=True) if policy.limit is None else slots
+        return self._decoding(rows, room, vocabulary, backend)
+
+    def _decoding(self, rows: int, slots: int, vocabulary: int, backend: BackendName) -> Decoding:
         geometry, signature = geometry_of(self._model), self._watch.signature()
-        kv = StaticKV(geometry, rows, room, dtype=self._kv_dtype)
+        kv = StaticKV(geometry, rows, slots, dtype=self.kv_dtype)
         step = _Step(decoder_copy(self._model))
         sampler = Sampler(rows, vocabulary, TRANSFORMERS, geometry.device)
         return Decoding(

@@ -2,7 +2,7 @@
 
 from kvcache.generation._call import GenerateCall
 from kvcache.generation._prefixed import behind_prefix, check_no_pads
-from kvcache.generation._run import STEPWISE, Run, Wanted, asks, own_way, running
+from kvcache.generation._run import STEPWISE, Run, Wanted, asks, own_way, running, speaker
 from kvcache.generation._tokens import Emitter
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "check_no_pads",
     "own_way",
     "running",
+    "speaker",
 ]

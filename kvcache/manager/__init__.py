@@ -1,6 +1,17 @@
-"""`KVCacheManager`: wrap a transformers model; get caches, generate, stream, trim, report."""
+"""`KVCacheManager`: wrap a transformers model; get caches, generate, stream, decode in batches, trim, report."""
 
+from kvcache.manager._batches import BatchRoom, BatchRoomFields
 from kvcache.manager._manager import KVCacheManager
 from kvcache.manager._options import DecodeArguments, DecodeOptions
+from kvcache.manager._text_scheduler import TextScheduler, TextSchedulerFields, TextSchedulerOptions
 
-__all__ = ["DecodeArguments", "DecodeOptions", "KVCacheManager"]
+__all__ = [
+    "BatchRoom",
+    "BatchRoomFields",
+    "DecodeArguments",
+    "DecodeOptions",
+    "KVCacheManager",
+    "TextScheduler",
+    "TextSchedulerFields",
+    "TextSchedulerOptions",
+]

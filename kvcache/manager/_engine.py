@@ -7,9 +7,16 @@ from torch import Tensor
 
 from kvcache.cache import CacheReport, SizePolicy
 from kvcache.decoding import BackendName, GenerationSettings, LanguageDecoder
-from kvcache.generation import GenerateCall, own_way, running
+from kvcache.generation import GenerateCall, own_way, running, speaker
 from kvcache.manager._caches import ModelCaches
 from kvcache.models import left_padding, output_cache
+
+
+def prefill_of(call: GenerateCall, settings: GenerationSettings, **more: Any) -> GenerateCall:
+    """The call that stands for the prefill of another: it makes one token."""
+    names = ("input_ids", "inputs_embeds", "attention_mask")
+    given = {name: call.settings[name] for name in names if call.settings.get(name) is not None}
+    return call.given(call.inputs, {**given, **more, "generation_config": settings.prefill})
 
 
 class EngineCalls:
@@ -31,25 +38,35 @@ class EngineCalls:
             call: as it was given.
             behind_prefix: whether a prefix comes before its inputs.
         """
-        caches, policy = self._caches, self._caches.spec.policy
+        if (reason := self._why_not_held() or self._why_not_masked(call.mask, behind_prefix)) is not None:
+            return reason
+        return self._why_not_run(call.module)
+
+    def why_no_batch(self) -> str | None:
+        """Why the engine can do no call at all; None if it can some."""
+        return self._why_not_held() or self._why_not_run(speaker(self._caches.model, self._caches.geometry))
+
+    def _why_not_held(self) -> str | None:
+        caches = self._caches
         if caches.spec.rerotated and caches.evicts:
             return "re-rotated positions are turned on the host"
-        if not isinstance(policy, SizePolicy):
+        if not isinstance(caches.spec.policy, SizePolicy):
             return "layers have policies of their own"
         if caches.ranks:
             return "tokens are ranked on the host"
-        if not caches.spec.storage.plain:
-            return "a quantized cache is read on the host"
-        if (reason := self._why_not_masked(policy, call.mask, behind_prefix)) is not None:
-            return reason
-        if call.module is None:
-            return f"{type(call.model).__name__} is no transformers model that generates"
-        if caches.model_makes_its_own:
-            return f"{type(call.model).__name__} generates on a cache of its own making"
-        return own_way(call.module) or self.decoder.unsupported_reason()
+        return None if caches.spec.storage.plain else "a quantized cache is read on the host"
 
-    def _why_not_masked(self, policy: SizePolicy, mask: Tensor | None, behind_prefix: bool) -> str | None:
-        if mask is None:
+    def _why_not_run(self, module: Any) -> str | None:
+        name = type(self._caches.model).__name__
+        if module is None:
+            return f"{name} is no transformers model that generates"
+        if self._caches.model_makes_its_own:
+            return f"{name} generates on a cache of its own making"
+        return own_way(module) or self.decoder.unsupported_reason()
+
+    def _why_not_masked(self, mask: Tensor | None, behind_prefix: bool) -> str | None:
+        policy = self._caches.spec.policy
+        if mask is None or not isinstance(policy, SizePolicy):
             return None
         if mask.dim() != 2 or not bool((mask.bool().int().diff(dim=1) >= 0).all()) or not bool(mask[:, -1].all()):
             return "the attention mask hides more than pads on the left"
@@ -94,11 +111,9 @@ class EngineCalls:
             backend: of the steps.
             chunk_size: tokens in a chunk.
         """
-        names = ("input_ids", "inputs_embeds", "attention_mask")
-        given = {name: call.settings[name] for name in names if call.settings.get(name) is not None}
 
         def prefill() -> tuple[Tensor, Any, Sequence[Tensor], Tensor | None]:
-            out = generate(call.given(call.inputs, {**given, "generation_config": settings.prefill}))
+            out = generate(prefill_of(call, settings))
             pads = None if behind_prefix else left_padding(call.mask)
             return out.logits[0], output_cache(out), list(out.sequences[:, :-1]), pads
 

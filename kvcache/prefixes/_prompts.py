@@ -53,6 +53,11 @@ class PrefixRegistry(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._prompts)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest; 0 if there is none."""
+        return max((len(prompt.content) for prompt in list(self._prompts.values())), default=0)
+
     def add(self, name: str, prefix: Tensor, pin: bool) -> None:
         """Compute a prefix, or find it; one of the same name is replaced. For what is refused see `KVCacheManager`."""
         self._refuse_training()
