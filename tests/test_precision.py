@@ -14,7 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from kvcache import InputError
-from kvcache.models import PackedLinear, check_precision, model_fingerprint, planned, quantize_linear
+from kvcache.models import PackedLinear, check_precision, closeness, model_fingerprint, planned, quantize_linear
 
 pytestmark = pytest.mark.one_release
 
@@ -316,3 +316,9 @@ def test_on_a_cpu_the_model_must_be_fp32(precision):
     model = copy.deepcopy(build("llama")).to(torch.bfloat16)
     with pytest.raises(InputError, match=r"the model is torch.bfloat16: .* starts from fp32"):
         quantize_linear(model, precision)
+
+
+def test_what_rounds_to_few_bits_is_compared_as_such():
+    model = tiny("llama")
+    assert closeness(model, torch.float32) is None and closeness(model, torch.bfloat16) == 0.3
+    assert closeness(quantize_linear(model, "int8"), torch.float32) == 0.3

@@ -22,6 +22,7 @@ from kvcache.models import (
     alike,
     autocasts,
     cache_kwarg,
+    closeness,
     each_without_autocast,
     facts_of,
     geometry_of,
@@ -200,6 +201,6 @@ def _why_not_tried(facts: ModelFacts) -> str | None:
             found = LanguageDecoder(model, None, None).teacher_forced_logits(told[:, half - 1], cache, ids[0, half:])
     except Exception as error:  # code of any model; the reason is told where it is asked for
         return f"a short trial of {type(model).__name__} failed with {type(error).__name__}: {str(error)[:200]}"
-    if alike(found, told[0, half:], None if told.dtype == torch.float32 else 0.3):
+    if alike(found, told[0, half:], closeness(model, told.dtype)):
         return None
     return f"step by step on a static cache, {type(model).__name__} says something else"

@@ -59,7 +59,7 @@ from kvcache.models._precision import (
     planned,
     quantize_linear,
 )
-from kvcache.models._probe import alike, untouched
+from kvcache.models._probe import alike, closeness, untouched
 from kvcache.models._rehearsal import check_ranking, rehearse
 from kvcache.models._rotations import rope_by_length
 from kvcache.models._seats import Seat
@@ -101,6 +101,7 @@ __all__ = [
     "check_precision",
     "check_ranking",
     "class_code",
+    "closeness",
     "decoding_arguments",
     "each_without_autocast",
     "emit_evictions",

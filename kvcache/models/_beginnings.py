@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from kvcache.models._compat import cache_kwarg
-from kvcache.models._probe import TOKENS, Probe, alike, parameters
+from kvcache.models._probe import TOKENS, Probe, alike, closeness, parameters
 from kvcache.models._spy import layers_of, spying_cache
 
 _SHIFT = 7  # what is added to the numbers that a request has left behind
@@ -61,12 +61,12 @@ def left_behind(model: Any) -> tuple[tuple[str, str], ...] | str:
         mine = layers_of(cache)[i].keys
         if mine is None or mine.shape[2] != half or not alike(mine, states[:, :, :half]):
             return "what it computes of a beginning is not what it computes of a whole prompt"
-        if states.dtype != torch.float32:
+        if closeness(model, states.dtype) is not None:
             break  # deeper layers differ by rounding, and a mixture of experts by more
     for name, attribute in left:
         setattr(model.get_submodule(name), attribute, None)
     behind, _ = _generated(probe, ids, cache)
-    if not alike(behind, whole, 1e-3 if whole.dtype == torch.float32 else 0.3):
+    if not alike(behind, whole, closeness(model, whole.dtype)):
         return "behind a beginning that is known, its positions are others than in a whole prompt"
     return left
 

@@ -16,7 +16,7 @@ from kvcache.cache import WHY_NO_EVICTION, CacheGeometry, KeyRotation, Positions
 from kvcache.errors import GeometryError, PositionsError
 from kvcache.models._beginnings import left_behind
 from kvcache.models._evicting import banded, why_no_eviction
-from kvcache.models._probe import TOKENS, Probe, parameters, untouched
+from kvcache.models._probe import TOKENS, Probe, closeness, parameters, untouched
 from kvcache.models._probe import alike as alike
 from kvcache.models._rotations import rope_by_length, turns_of
 from kvcache.models._seats import Seat, masked_seats, named_seats, seats_in
@@ -256,7 +256,7 @@ class ModelFacts:
             untold, taught = (
                 probe.run(ids, spying_cache(self.model), more=more).output for more in ({}, {"position_ids": told})
             )
-        same = alike(untold, taught, None if untold.dtype == torch.float32 else 0.3)
+        same = alike(untold, taught, closeness(self.model, untold.dtype))
         return None if same else "it counts its positions in a way of its own"
 
     # ------------------------------------------------------------------ how keys are turned

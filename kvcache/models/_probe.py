@@ -21,8 +21,10 @@ from transformers.modeling_outputs import BaseModelOutput
 from kvcache.models._autocast import without_autocast
 from kvcache.models._compat import cache_kwarg
 from kvcache.models._forwards import trying
+from kvcache.models._packed import PackedLinear
 from kvcache.models._spy import SpyLayer, layers_of
 
+_FEW_BITS = 0.3  # of the largest logit: what two runs of a model may be apart that rounds to few bits on its way
 _LOCK = threading.RLock()  # one probe at a time: it sets modules to evaluation and back
 
 # Operations that hand on what they are given without computing with it.
@@ -381,3 +383,13 @@ def alike(a: Tensor, b: Tensor, tolerance: float | None = None) -> bool:
         tolerance = 1e-3 if a.dtype in (torch.float32, torch.float64) else 4e-2
     a, b = a.float(), b.float()
     return a.shape == b.shape and bool((a - b).abs().max() <= tolerance * b.abs().max().clamp_min(1e-30))
+
+
+def closeness(model: Any, dtype: torch.dtype) -> float | None:
+    """How close what a model says is in runs of other shapes, for `alike`; None: but for rounding in this dtype.
+
+    Where activations are rounded to few bits as well, rounding in float32 tips some of them over to the next level.
+    """
+    levels = any(isinstance(part, PackedLinear) for part in model.modules())
+    levels = levels or getattr(model.config, "quantization_config", None) is not None
+    return None if dtype == torch.float32 and not levels else _FEW_BITS

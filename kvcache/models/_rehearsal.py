@@ -11,6 +11,7 @@ from kvcache.models._cache import new_cache
 from kvcache.models._compat import cache_kwarg
 from kvcache.models._facts import ModelFacts, alike, facts_of
 from kvcache.models._operations import kv_layers
+from kvcache.models._probe import closeness
 
 
 def check_ranking(model: Any, runner: Any) -> None:
@@ -38,7 +39,7 @@ def check_ranking(model: Any, runner: Any) -> None:
                 ]
         except PolicyError as error:
             return str(error).split(";")[0]
-        same = alike(torch.cat(parts, 1), told, None if told.dtype == torch.float32 else 0.3)
+        same = alike(torch.cat(parts, 1), told, closeness(model, told.dtype))
         return (
             None if same else f"{type(model).__name__} attends in a way of its own, which heads cannot do by themselves"
         )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kvcache.cache import KeyRotation
-from kvcache.models._probe import TOKENS, Probe, alike
+from kvcache.models._probe import TOKENS, Probe, alike, closeness
 from kvcache.models._seats import Fresh
 from kvcache.models._spy import spying_cache
 
@@ -41,7 +41,7 @@ def turns_of(model: Any, fresh: Fresh) -> Mapping[int, KeyRotation | str | None]
         found[i] = _turn(i, keys[:, :, :1], later[:, :, :1], known)  # of the first, which has seen nothing but itself
         if not alike(notes[0].values[i][:, :, :1], notes[1].values[i][:, :, :1]):
             found[i] = f"what layer {i} stores beside its keys carries positions, too"
-    same = alike(notes[0].output, notes[1].output, None if notes[0].output.dtype == torch.float32 else 0.3)
+    same = alike(notes[0].output, notes[1].output, closeness(model, notes[0].output.dtype))
     if not same and not any(isinstance(turn, str) for turn in found.values()):
         return {0: "its attention is another at other positions, though distances are the same"}
     return found
