@@ -1,6 +1,7 @@
 """A torchaudio that does not load: found, said, set aside, mended."""
 
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -122,3 +123,52 @@ def test_transformers_works_beside_it_once_kvcache_is_imported(broken, tmp_path)
         timeout=300,
     )
     assert ended.returncode == 0 and ended.stderr.count("RuntimeWarning") == 1, ended.stderr
+
+
+ALONE = """
+import re, sys
+from importlib.metadata import distribution, packages_distributions, PackageNotFoundError
+
+def name_of(requirement):
+    return re.split(r"[^A-Za-z0-9_.-]", requirement)[0].lower().replace("_", "-")
+
+wanted, core = [name_of(one) for one in DEPENDENCIES], set()
+while wanted:
+    one = wanted.pop()
+    if one in core:
+        continue
+    try:
+        found = distribution(one).requires or []
+    except PackageNotFoundError:
+        continue
+    core.add(one)
+    wanted += [name_of(each) for each in found if "extra ==" not in each]
+for module, owners in packages_distributions().items():
+    if core.isdisjoint(owner.lower().replace("_", "-") for owner in owners) and module not in ("kvcache", "kvcache_chatterbox"):
+        sys.modules[module] = None  # as if it were not installed
+
+import kvcache
+import kvcache.monitoring
+from kvcache import *
+assert "prometheus_client" not in [name for name, module in sys.modules.items() if module is not None]
+try:
+    kvcache.monitoring.CacheMetrics
+except kvcache.MissingDependencyError as error:
+    print(error)
+import kvcache.cache, kvcache.decoding, kvcache.generation, kvcache.io, kvcache.manager, kvcache.models, kvcache.prefixes
+import kvcache.prefixes.stores, kvcache.testing, kvcache.tools
+print("all there")
+"""
+
+
+def test_the_library_is_imported_with_what_it_depends_on_and_nothing_else():
+    """It asked for prometheus-client, of an extra, at the first name that was wanted of it."""
+    wanted = re.search(r"\ndependencies = \[\n(.*?)\n\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL)
+    assert wanted is not None
+    names = re.findall(r'"([^"]+)"', wanted[1])
+    assert any(name.startswith("torch>") for name in names)
+    script = f"DEPENDENCIES = {names!r}\n{ALONE}"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    needs = "CacheMetrics needs prometheus-client; run: pip install 'kvcache[metrics]'"
+    assert done.stdout.splitlines() == [needs, "all there"]

@@ -352,11 +352,13 @@ def test_without_triton_it_says_so():
 import sys
 sys.modules["triton"] = None  # as if it were not installed
 import torch
-print(kernel.available())
+from kvcache import InputError
+from kvcache.decoding import decode_attention, kernel_reason
+print(kernel_reason(torch.device("cuda")))
 counts = torch.ones(1, dtype=torch.int64)
 try:
-    kernel.decode_attention(*torch.zeros(3, 1, 1, 1, 8), counts, counts, counts)
-except kernel.InputError as error:
+    decode_attention(*torch.zeros(3, 1, 1, 1, 8), counts, counts, counts)
+except InputError as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

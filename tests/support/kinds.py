@@ -85,7 +85,11 @@ class Kind:
 
     def policy(self, rows: int, dtype: torch.dtype = torch.float32, layers: int = 1) -> SizePolicy:
         policy = POLICIES[self.name]
-        token = layers * rows * sum(held_bytes_of(STORAGES[self.storage], (HEADS, KEY_DIM, VALUE_DIM, dtype)))
+        one = sum(held_bytes_of(STORAGES[self.storage], (HEADS, KEY_DIM, VALUE_DIM, dtype)))
+        if self.storage != "plain" and self.variant == "rerotated":
+            # Pinned keys are kept as they were, too, and a budget has to hold them where rows are repeated.
+            one += HEADS * KEY_DIM * dtype.itemsize // 2
+        token = layers * rows * one
         return cast(SizePolicy, policy(token) if callable(policy) else policy)
 
     def __call__(
