@@ -125,17 +125,11 @@ def together(manager: KVCacheManager, prompts: list[Tensor], tokens: int, backen
     slots = max(prompt.shape[1] for prompt in prompts) + tokens
     said: dict[Job, list[int]] = {}
     with manager.batch(max_rows=len(prompts), slots=slots, backend=backend) as batch:
-        pieces = []
         for prompt in prompts:
-            job = manager.job(prompt, seed=0, prefill_chunk=slots, **given_of(tokens))
-            said[job] = []
-            pieces.append(batch.add(job))
-        while True:
-            for piece in pieces:
+            said[batch.add(prompt, seed=0, **given_of(tokens))] = []
+        while batch.busy:
+            for piece in batch.step():
                 said[piece.job] += piece.tokens.tolist()
-            if not batch.busy:
-                break
-            pieces = batch.step()
         if (why := batch.report().fallback) is not None:
             raise RuntimeError(f"ours, {backend}: {why}")
     return list(said.values())

@@ -437,7 +437,8 @@ def serve(gate: Gate, case: Case, side: Side, tokens: int, patience: float) -> N
     """A side's turns, each a request; what they were like is in its notes.
 
     It is told how many tokens, or a text. Before the first turn it speaks `tokens` in a new process, and begins once more
-    with a new voice. A request that takes longer than `patience` seconds is not repeated.
+    with a new voice; a side whose steps are compiled speaks each text once. A request that takes longer than `patience`
+    seconds is not repeated.
     """
     speaking = Speaking(case, side)
     peak_from_here()
@@ -456,6 +457,8 @@ def serve(gate: Gate, case: Case, side: Side, tokens: int, patience: float) -> N
     gate()
     while True:
         key, count, text = task[0]
+        if key not in gate.notes["runs"] and text is not None and side.backend == "compile":
+            speaking.say(count, text, divided=True)  # its segments have compiled steps of their own
         runs = gate.notes["runs"].setdefault(key, [])
         if not runs or runs[-1]["seconds"] <= patience:
             runs.append(vars(speaking.say(count, text or TEXT, divided=text is not None)))

@@ -10,13 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.alignments import PATHS, Upstream
 from support.inside import decoding as inside
-from support.inside.speech import ALIGNMENT, AlignmentNote, AlignmentRule, pool_of, tokens_of
+from support.inside.speech import ALIGNMENT, AlignmentNote, AlignmentRule, HeadReader, aligned_heads, pool_of, tokens_of
 from support.searching import search, steps
 from support.speech import audio, tts
 from support.t3_models import UPSTREAMS_WARNINGS, tiny_t3
 from support.upstream import model, upstream, voice
 
 from kvcache import InputError, SlidingWindow
+from kvcache.models import structural_copy
 from kvcache_chatterbox import ChatterboxEngine, SpeechScheduler, byte_tokens
 
 pytestmark = [pytest.mark.one_release, *UPSTREAMS_WARNINGS]
@@ -394,3 +395,33 @@ def test_a_model_of_a_release_without_the_check_is_not_checked(monkeypatch):
 def test_a_sampler_wants_each_rule_in_its_order():
     with pytest.raises(InputError, match="must hold each of"):
         inside.Sampler(1, 9, inside.TRANSFORMERS, CPU, rules={ALIGNMENT: rule(1)})
+
+
+@pytest.mark.slow  # torch's compiler, once
+def test_texts_of_any_length_share_a_compiled_step(tmp_path, monkeypatch):
+    monkeypatch.setenv("KVCACHE_HOME", str(tmp_path))
+    text = byte_tokens(model("multilingual"), TEXT)
+    eager, made = engine(), engine("compile", bucket=64)
+    for most in (30, 300):
+        expected = said(eager, text, 30 if most == 300 else most, seed=1)
+        assert torch.equal(said(made, text, most, seed=1)[:, :30], expected)
+        assert (made.report().backend, made.report().fallback) == ("compile", None)
+    files = [one for one in tmp_path.rglob("*") if one.is_file() and one.suffix in (".so", ".pt2", ".program")]
+    assert files, "it was compiled ahead of time"
+
+
+def test_what_a_rule_does_is_part_of_what_a_program_is_kept_under(monkeypatch):
+    made = engine()
+    said(made, byte_tokens(made.t3, TEXT), 2, seed=0)
+    [decoding] = inside.idle(pool_of(made)).values()
+    before = decoding.program()[1]
+    monkeypatch.setattr(AlignmentRule, "scores", lambda self, scores, which=slice(None): scores)
+    assert decoding.program()[1] != before
+
+
+def test_what_is_copied_while_somebody_is_prefilled_has_none_of_its_hooks():
+    t3 = model("multilingual")
+    with HeadReader(t3.tfmr, aligned_heads(t3)).reading():
+        assert t3.tfmr.layers[9].self_attn.q_proj._forward_hooks
+        made = structural_copy(t3.tfmr, lambda name, module: None)
+    assert not any(part._forward_hooks for part in made.modules())

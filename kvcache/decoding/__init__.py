@@ -11,7 +11,7 @@ from kvcache.decoding._backends import (
     cuda_graph,
     runs_on,
 )
-from kvcache.decoding._batch import Batch, Job, JobOutput, Prefilled
+from kvcache.decoding._batch import PREFILL_CHUNK, Batch, Job, JobOutput, Piece, Prefilled
 from kvcache.decoding._compiling import Refused, compiled
 from kvcache.decoding._ends import Said, TextEnd
 from kvcache.decoding._engine import Decoding, StepOptions
@@ -47,6 +47,7 @@ from kvcache.decoding._wiring import DecodeInputs, HeadWatch, decoder_copy, kern
 __all__ = [
     "BUCKET",
     "GREEDY",
+    "PREFILL_CHUNK",
     "RECORDERS",
     "Ahead",
     "Backend",
@@ -64,6 +65,7 @@ __all__ = [
     "JobOutput",
     "LanguageDecoder",
     "Made",
+    "Piece",
     "Pool",
     "Prefilled",
     "Program",

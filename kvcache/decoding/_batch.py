@@ -6,7 +6,7 @@ places than it must. What a request says does not depend on who decodes beside i
 matrix products of more rows add up in another order.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -19,10 +19,13 @@ from kvcache.decoding._ends import TextEnd
 from kvcache.decoding._engine import FAILED, Decoding, check_drawn
 from kvcache.decoding._sampler import Sampling
 from kvcache.errors import CapacityError, GeometryError, InputError, check_whole
-from kvcache.models import check_positions
+from kvcache.models import check_positions, without_autocast
 
 QUANTUM = 8
 """Steps between two looks at who has ended."""
+
+PREFILL_CHUNK = 256
+"""Tokens of prompts that are run between two chunks, while others decode."""
 
 
 class Prefilled(NamedTuple):
@@ -39,6 +42,18 @@ class Prefilled(NamedTuple):
     notes: Mapping[str, Any] = MappingProxyType({})
 
 
+class Piece(NamedTuple):
+    """A part of a prefill.
+
+    Attributes:
+        tokens: that it runs.
+        run: runs them.
+    """
+
+    tokens: int
+    run: Callable[[], None]
+
+
 @dataclass(eq=False)
 class Job:
     """One request.
@@ -53,9 +68,10 @@ class Job:
         first_may_end: whether it may end with its first token.
         reset_penalty_after_first: from the second token on, the penalty is only about what was drawn.
         include_stop_token: whether the token that ends it is part of what it says.
-        pieces: does what comes before `prefill` a piece at a time, of which others wait for one between two chunks of theirs;
-            None: there is nothing.
-        prompt: tokens that it begins with and that stay, where that is known before the prefill; else 0.
+        pieces: what is run before `prefill`, while others decode; None: `prefill` runs as soon as the job is added.
+        rest: tokens that `prefill` runs, behind pieces.
+        close: lets go of what pieces have made, where no `prefill` follows.
+        slots: that it needs, where that is known before its prefill; else 0.
     """
 
     prefill: Callable[[], Prefilled]
@@ -67,8 +83,10 @@ class Job:
     first_may_end: bool = True
     reset_penalty_after_first: bool = False
     include_stop_token: bool = True
-    pieces: Callable[[], Iterator[None]] | None = None
-    prompt: int = 0
+    pieces: Sequence[Piece] | None = None
+    rest: int = 1
+    close: Callable[[], None] = lambda: None
+    slots: int = 0
 
     def __post_init__(self) -> None:
         check_whole("total", self.total, 1)
@@ -109,15 +127,26 @@ class Batch:
             are worth their memory and time: powers of two for graphs, one and all for compiled steps.
         compact: move jobs together when others have left, and run no more places than needed; False always runs all.
         quantum: steps between two looks at who has ended.
+        prefill_chunk: tokens of prefills in pieces that are run between two chunks, or one piece of more.
+        check: is called before a job is taken: raises where it cannot be.
     """
 
     def __init__(
-        self, decoding: Decoding, sizes: Sequence[int] | None = None, compact: bool = True, quantum: int = QUANTUM
+        self,
+        decoding: Decoding,
+        sizes: Sequence[int] | None = None,
+        compact: bool = True,
+        quantum: int = QUANTUM,
+        *,
+        prefill_chunk: int = PREFILL_CHUNK,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
+        self._prefill_chunk, self._check = prefill_chunk, check
+        self._device = decoding.kv.length.device.type
         places = len(decoding.token)
         self._decoding = decoding
         self._jobs: list[Job | None] = [None] * places
-        self._begun: dict[Job, Iterator[None]] = {}  # whose prefill is under way, first those that came first
+        self._begun: dict[Job, list[Piece]] = {}  # what is left of prefills, first of those that came first
         self._made = [0] * places
         self._compact = compact
         self._quantum = max(1, min(quantum, decoding.ahead))
@@ -155,21 +184,22 @@ class Batch:
                 has changed then.
             InputError: if its first token cannot be drawn, as its logits are no numbers. It has left then.
         """
+        if job in self._jobs or job in self._begun:
+            raise InputError("this job is in the batch already; make one for each time that a prompt is to be said")
         if self.busy == self.places:
             raise CapacityError(f"all {self.places} places are taken; wait until one of the jobs has left")
-        if job.prompt:
-            self._check_room(job, job.prompt)
+        self._check_room(job.slots)
+        self._check()
         if job.pieces is None:
-            return self._enter(job)
-        self._begun[job] = job.pieces()
+            with without_autocast([self._device]):
+                return self._enter(job)
+        self._begun[job] = list(job.pieces)
         return JobOutput(job, torch.zeros(0, dtype=torch.long), False)
 
-    def _check_room(self, job: Job, stored: int) -> None:
-        slots = self._decoding.kv.slots
-        if (needed := stored + job.total - 1) > slots:
+    def _check_room(self, needed: int) -> None:
+        if needed > (slots := self._decoding.kv.slots):
             raise CapacityError(
-                f"a job of {stored} tokens and {job.total} new ones needs {needed} slots, there are {slots}; "
-                "ask for fewer tokens, or make a batch with more slots"
+                f"the job needs {needed} slots, there are {slots}; ask for fewer tokens, or make a batch with more slots"
             )
 
     def _enter(self, job: Job) -> JobOutput:
@@ -178,7 +208,7 @@ class Batch:
         decoding, rows = self._decoding, self._decoding.rows
         logits, layers, notes = job.prefill()
         if layers[0].policy.limit is None:
-            self._check_room(job, layers[0].stored)
+            self._check_room(layers[0].stored + job.total - 1)
         check_positions(decoding.kv.positions, layers[0].seen, job.total - 1)
         decoding.load(place * rows, layers)
         try:
@@ -198,7 +228,8 @@ class Batch:
 
     def cancel(self, job: Job) -> None:
         """End a job. Nothing happens if it is not here."""
-        self._begun.pop(job, None)
+        if self._begun.pop(job, None) is not None:
+            job.close()
         if job in self._jobs:
             place = self._jobs.index(job)
             self._jobs[place] = None
@@ -207,8 +238,12 @@ class Batch:
     def step(self) -> list[JobOutput]:
         """Decode some steps, and say what came of them: one piece for each job, the places of those that ended are free.
 
-        Before them a piece of one prefill is run: whose is the last draws its first token here, and others in the next steps.
+        Before them some of the prefills in pieces is run: whose is the last draws its first token here.
         """
+        with without_autocast([self._device]):
+            return self._step()
+
+    def _step(self) -> list[JobOutput]:
         running = [job for job in self._jobs if job is not None]
         pieces = self._prefilled()
         if not running:
@@ -229,20 +264,25 @@ class Batch:
         return list(said.values())
 
     def _prefilled(self) -> list[JobOutput]:
-        """Run a piece of the prefill that was begun first; what its job has said, if that was the last."""
-        if not self._begun:
-            return []
-        job, pieces = next(iter(self._begun.items()))
-        try:
+        """Run pieces of the prefills that were begun first; what those have said whose last it was."""
+        said, ran = [], 0
+        while self._begun:
+            job, left = next(iter(self._begun.items()))
+            size = left[0].tokens if left else job.rest
+            if ran and ran + size > self._prefill_chunk:
+                break
+            ran += size
             try:
-                next(pieces)
-            except StopIteration:
-                del self._begun[job]
-                return [self._enter(job)]
-        except Exception as error:  # its own, and nobody else's
-            self.cancel(job)
-            return [JobOutput(job, torch.zeros(0, dtype=torch.long), True, error)]
-        return []
+                if left:
+                    left.pop(0).run()
+                else:
+                    del self._begun[job]
+                    said.append(self._enter(job))
+            except Exception as error:  # its own, and nobody else's
+                self.cancel(job)
+                job.close()
+                said.append(JobOutput(job, torch.zeros(0, dtype=torch.long), True, error))
+        return said
 
     def _piece(self, place: int, job: Job, tokens: Tensor) -> JobOutput:
         """What these tokens are of a job: up to its end, if that is among them. What was drawn behind it is nothing."""

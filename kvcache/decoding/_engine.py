@@ -413,6 +413,7 @@ class Decoding:
         kv, sampler = self.kv, self.sampler
         kind = f"{type(self).__qualname__} {self.rows} rows of {len(self.token)}, slots of {kv.keys[0].dtype}"
         rest = f"{sampler.order} {sampler.guided} {sampler.vocabulary} {self._inputs.own} {self.ahead}"
+        rest += "".join(f" {name} {rule.program()}" for name, rule in sampler.rules.items()) + f" {self._inputs.watch}"
         return self._forward if isinstance(self._forward, nn.Module) else None, f"{kind}, {rest}"
 
     def state(self) -> list[Tensor]:

@@ -109,6 +109,10 @@ class ScoreRule(Protocol):
         """All tensors that a step changes."""
         ...
 
+    def program(self) -> str:
+        """What decides, beside its tensors, which operations it runs: its code, and numbers that are part of it."""
+        ...
+
     def look(self, weights: Sequence[Tensor]) -> None:
         """What the heads that are watched see in this step, ``[requests, columns]`` each; see `HeadWatch`."""
 

@@ -248,7 +248,10 @@ class Turns:
         owners = {job: request for request in self.requests for job in request.running}
         for piece in pieces:
             self.tokens += len(piece.tokens)
-            self._worked = True
+            if piece.error is None or isinstance(piece.error, KVCacheError):
+                self._worked = True
+            else:  # of a prefill that was under way
+                self._broke = piece.error
             owner = owners[piece.job]
             if owner.error is None:
                 self._take(owner, piece)
@@ -294,7 +297,7 @@ class Turns:
             self._fail(request, error)
             return
         self.tokens += len(piece.tokens)
-        self._worked = True
+        self._worked |= piece.over or piece.tokens.numel() > 0
         self._take(request, piece)
 
     def _take(self, request: Request, piece: JobOutput) -> None:

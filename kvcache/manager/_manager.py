@@ -10,21 +10,10 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from kvcache.cache import CacheGeometry, CacheReport, CacheSpec, Plain, PositionMode, SizePolicy, Storage, spec_of
-from kvcache.decoding import (
-    BackendName,
-    Batch,
-    Job,
-    LanguageDecoder,
-    Told,
-    TuningProfile,
-    WarmUp,
-    as_async,
-    backend_on,
-    untold,
-)
-from kvcache.errors import check_whole
+from kvcache.decoding import LanguageDecoder, Told, TuningProfile, WarmUp, as_async, backend_on, untold
+from kvcache.errors import InputError, check_whole
 from kvcache.generation import GenerateCall
-from kvcache.manager._batches import PREFILL_CHUNK, Batches, BatchRoom, BatchRoomFields, batch_room
+from kvcache.manager._batches import Batches, BatchRoom, BatchRoomFields, PromptBatch, batch_room
 from kvcache.manager._caches import ModelCaches
 from kvcache.manager._engine import EngineCalls
 from kvcache.manager._options import Backends, DecodeArguments, decode_options, whole_spec
@@ -64,6 +53,7 @@ class KVCacheManager:
             against. The policy is ignored then. `generate` does the same for one call where it is given ``use_cache=False``.
         caches: makes the caches.
         engine: tells which calls the decode engine can do, and lets it do them.
+        batches: what `batch` is made of.
 
     Raises:
         InputError: for what is no model, no `PrefixCache`, dtype, `Storage` or back end.
@@ -101,7 +91,7 @@ class KVCacheManager:
         self._prompts = PrefixRegistry(model, self.prefix_cache, spec.max_length, self.geometry.max_positions)
         self._runs = Runs(self.caches, self._prompts)
         self._streams = Streams(self.engine, self._runs)
-        self._batches = Batches(self.caches, self.engine, self._runs, self._prompts)
+        self.batches = Batches(self.caches, self.engine, self._runs, self._prompts)
         release_threads()  # who has loaded the model may not be who decodes
 
     @classmethod
@@ -424,11 +414,11 @@ class KVCacheManager:
 
     def batch(
         self, room: BatchRoom | None = None, *, backend: Backends | None = None, **fields: Unpack[BatchRoomFields]
-    ) -> AbstractContextManager[Batch]:
+    ) -> AbstractContextManager[PromptBatch]:
         """A batch in which prompts of any length decode together, each of which comes and goes when it does.
 
-        ``with manager.batch(max_rows=8) as batch`` takes what `job` makes. Its memory, and what was captured or compiled for it,
-        waits for the next batch of the same size; see `release`. `kvcache.manager.TextScheduler` serves many clients with one.
+        Its memory, and what was captured or compiled for it, waits for the next batch of the same size; see `release`.
+        `TextScheduler` serves many clients with one.
 
         Args:
             room: for how many; or the fields of `BatchRoom` as keywords.
@@ -438,44 +428,9 @@ class KVCacheManager:
             InputError: if this model or its policy does not decode on the engine, with the reason.
             CapacityError: if the budget does not hold one row.
         """
-        return self._batches.batch(batch_room(room, fields), self._steps(backend))
-
-    def rows(self, room: BatchRoom | None = None, **fields: Unpack[BatchRoomFields]) -> int:
-        """How many prompts decode together in such a `batch`."""
-        return self._batches.room(batch_room(room, fields))[0]
-
-    def job(
-        self,
-        inputs: Tensor | None = None,
-        *,
-        prefix: str | None = None,
-        seed: int | None = None,
-        prefill_chunk: int = PREFILL_CHUNK,
-        **kwargs: Any,
-    ) -> Job:
-        """One prompt for a `batch`: it says what `stream` would say of it alone after ``torch.manual_seed(seed)``.
-
-        Args:
-            inputs: token ids ``[tokens]`` or ``[1, tokens]``.
-            prefix: as in `generate`.
-            seed: of its draws, which are its own; by default one that torch's global generator gives.
-            prefill_chunk: a longer prompt is run in pieces of so many tokens: who decodes waits for one piece at a time.
-            **kwargs: as in `generate`.
-
-        Raises:
-            InputError: for what cannot decode in a batch, with the reason: more than one row, pads, a setting of `generate` that
-                the engine does not know, or one that `generate` refuses.
-        """
-        check_generates(self.model)
-        check_generate_arguments(self.model, kwargs)
-        if isinstance(inputs, Tensor) and inputs.dim() == 1:
-            inputs = inputs[None]
-        with self.caches.one_model(runs=False):
-            return self._batches.job(self._call(inputs, kwargs), prefix, seed, prefill_chunk)
-
-    def _steps(self, backend: Backends | None) -> BackendName:
-        found = backend_on(self.backend if backend is None else backend, self.geometry.device)
-        return "eager" if found == "off" else found
+        if not self.enabled:
+            raise InputError("the cache is disabled, and a batch decodes on nothing else; set enabled=True")
+        return self.batches.prompts(batch_room(room, fields), self.backend if backend is None else backend)
 
     def unsupported_reason(
         self, inputs: Tensor | None = None, *, prefix: str | None = None, **kwargs: Any

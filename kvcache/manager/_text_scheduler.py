@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Self, TypedDict, Unpack
 
-from kvcache.decoding import Chunk, Scheduler, SchedulerMetrics, Stream, Work
+from kvcache.decoding import PREFILL_CHUNK, Chunk, Scheduler, SchedulerMetrics, Stream, Work
 from kvcache.errors import InputError, check_whole
-from kvcache.manager._batches import PREFILL_CHUNK, BatchRoom
+from kvcache.manager._batches import BatchRoom
 from kvcache.manager._manager import KVCacheManager
 from kvcache.manager._options import Backends
 
@@ -32,10 +32,8 @@ class TextSchedulerOptions:
     """For how many clients a scheduler decodes, and within which limits.
 
     Attributes:
-        max_rows, slots, memory_budget: see `BatchRoom`.
+        max_rows, slots, memory_budget, prefill_chunk: see `BatchRoom`.
         backend: as in `KVCacheManager.batch`.
-        prefill_chunk: tokens of a prompt that run at once: who decodes waits for so many, and no more, between two chunks of 8
-            tokens.
         max_waiting: requests that may wait for a row; one more is refused.
         ahead: chunks that may lie undelivered.
 
@@ -52,7 +50,7 @@ class TextSchedulerOptions:
     ahead: int = 32
 
     def __post_init__(self) -> None:
-        for name in ("prefill_chunk", "max_waiting", "ahead"):
+        for name in ("max_waiting", "ahead"):
             check_whole(name, getattr(self, name), 1)
         _ = self.room
 
@@ -75,7 +73,7 @@ class TextSchedulerOptions:
     @property
     def room(self) -> BatchRoom:
         """Of the batch."""
-        return BatchRoom(self.max_rows, self.slots, self.memory_budget)
+        return BatchRoom(self.max_rows, self.slots, self.memory_budget, self.prefill_chunk)
 
 
 class TextScheduler:
@@ -103,9 +101,10 @@ class TextScheduler:
     ) -> None:
         self._manager, self._options = manager, TextSchedulerOptions.of(options, fields)
         asked = self._options
-        self.rows = manager.rows(asked.room)
+        self.rows = manager.batches.room(asked.room)[0]
+        backend = manager.backend if asked.backend is None else asked.backend
         self._scheduler = Scheduler(
-            lambda: manager.batch(asked.room, backend=asked.backend),
+            lambda: manager.batches.opened(asked.room, backend),
             self.rows,
             max_waiting=asked.max_waiting,
             ahead=asked.ahead,
@@ -170,9 +169,8 @@ class TextScheduler:
             seed = int(torch.randint(2**31, ()))
 
         def prepare() -> Work[Tensor]:
-            job = self._manager.job(
-                inputs, prefix=prefix, seed=seed, prefill_chunk=self._options.prefill_chunk, **kwargs
-            )
+            piece = self._options.prefill_chunk
+            job = self._manager.batches.job(inputs, kwargs, prefix=prefix, seed=seed, prefill_chunk=piece)
             return Work(1, lambda index, before: job, _tokens)
 
         return self._scheduler.submit_prepared(prepare, size=chunk_size)

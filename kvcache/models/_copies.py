@@ -80,7 +80,8 @@ def _bind(old: nn.Module, new: nn.Module, bind: Rebinding, one_device: bool) -> 
     held = new.__dict__
     for key, value in vars(old).items():
         if key in HOOKS:
-            held[key] = type(value)((number, bind(hook)) for number, hook in value.items())
+            lasting = ((number, hook) for number, hook in value.items() if not getattr(hook, "passing", False))
+            held[key] = type(value)((number, bind(hook)) for number, hook in lasting)
         elif key in HELD or "_hooks" in key:  # with what torch notes of each hook beside it
             held[key] = copy.copy(value)
         elif key != "_modules":

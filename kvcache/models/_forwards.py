@@ -122,8 +122,8 @@ trying: ContextVar[bool] = ContextVar("kvcache_trying", default=False)
 class _Onlooker:
     """A hook that only looks, and at nothing but what is run for somebody."""
 
-    def __init__(self, hook: Callable[..., Any]) -> None:
-        self._hook = hook
+    def __init__(self, hook: Callable[..., Any], passing: bool) -> None:
+        self._hook, self.passing = hook, passing
         update_wrapper(self, hook)
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
@@ -131,15 +131,19 @@ class _Onlooker:
             self._hook(*args, **kwargs)
 
 
-def looks_on(hook: Hook) -> Hook:
+def looks_on(hook: Hook, passing: bool = False) -> Hook:
     """Mark a hook as one that only looks: it gives nothing back and changes nothing in place. Register what this returns.
 
     Models with other hooks have no prefixes and save no caches, since what they compute has no name to be kept under. It
     sees what runs on the model itself, not on the copies of it that rank tokens or decode in whole steps, nor the few
     tokens that are run once to find out what the model does with a cache.
+
+    Args:
+        hook: of a module.
+        passing: it is there for one run: copies of the model that are made meanwhile do not have it.
     """
     setattr(getattr(hook, "__func__", hook), _MARK, True)
-    return cast(Hook, _Onlooker(hook))
+    return cast(Hook, _Onlooker(hook, passing))
 
 
 def foreign(hook: Any) -> bool:

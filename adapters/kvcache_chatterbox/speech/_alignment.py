@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from kvcache.models import get_cache
+from kvcache.models import class_code, get_cache, looks_on
 from kvcache_chatterbox.upstream import beside, needed_beside
 
 ALIGNMENT = "alignment"
@@ -28,6 +28,9 @@ _BACK, _AHEAD = -4, 7  # tokens of the text that a step goes on by more than, an
 _NEAR_END = 3  # tokens of the text at its end that count as such
 _SHORTEST = 5  # a text of so many tokens may end at any time
 _LONG = 5.0  # attention in all, about as many steps, that the end of the text, or what is before it, has behind its end
+REMEMBERED = 1024
+"""Steps of a request whose looks are remembered: a little more than upstream's longest speech."""
+
 _reading: ContextVar["HeadReader | None"] = ContextVar("kvcache_chatterbox_reading", default=None)
 
 
@@ -60,8 +63,11 @@ class HeadReader:
         """Within this block, forward passes of this thread leave their weights in `weights`."""
         handles = []
         for module in {self._decoder.layers[layer].self_attn for layer, _ in self._heads}:
-            handles += [part.register_forward_hook(self._note) for part in (module.q_proj, module.k_proj)]
-            handles.append(module.register_forward_hook(self._read, with_kwargs=True))
+            handles += [
+                part.register_forward_hook(looks_on(self._note, passing=True))
+                for part in (module.q_proj, module.k_proj)
+            ]
+            handles.append(module.register_forward_hook(looks_on(self._read, passing=True), with_kwargs=True))
         token = _reading.set(self)
         try:
             yield
@@ -145,7 +151,7 @@ class AlignmentRule:
 
     Args:
         requests: how many.
-        text: tokens of a text at most.
+        text: tokens of a text at most. Like the steps it is the same for decodings of any length, which share a compiled step.
         steps: so many of a request's last ones are remembered.
         stop: the token that ends speech.
         start: the token that it begins with.
@@ -189,6 +195,10 @@ class AlignmentRule:
     def state(self) -> list[Tensor]:
         """See `kvcache.decoding.ScoreRule`."""
         return list(self._held.values())
+
+    def program(self) -> str:
+        """See `kvcache.decoding.ScoreRule`."""
+        return f"{class_code(type(self))} {self._stop} {self._start}"
 
     def begin(self, request: int, note: AlignmentNote | None) -> None:
         """See `kvcache.decoding.ScoreRule`."""

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kvcache import CacheGeometry, CacheReport
+from kvcache import CacheGeometry, CacheReport, InputError
 from kvcache.decoding import (
     GREEDY,
     BackendName,
@@ -29,6 +30,7 @@ from kvcache.models import (
     Following,
     PackedLinear,
     Precision,
+    Signature,
     geometry_of,
     has_half,
     is_plain,
@@ -37,7 +39,7 @@ from kvcache.models import (
     quantize_linear,
     structural_copy,
 )
-from kvcache_chatterbox.speech._alignment import ALIGNMENT, AlignmentRule, aligned_heads, is_checked
+from kvcache_chatterbox.speech._alignment import ALIGNMENT, REMEMBERED, AlignmentRule, aligned_heads, is_checked
 from kvcache_chatterbox.speech._ending import Ending, speech_end
 from kvcache_chatterbox.speech._sampling import order
 
@@ -144,7 +146,11 @@ class Stepper:
 
         signature = self._from_model.watch.signature()
         with self._pool.lent(("batch", places), slots, make, exactly=True, signature=signature) as decoding:
-            yield Batch(decoding, compact=compact)
+            yield Batch(decoding, compact=compact, check=partial(self._check_same, signature))
+
+    def _check_same(self, signature: Signature) -> None:
+        if self._from_model.watch.signature() is not signature:
+            raise InputError("the model has changed since this batch was made for it; let it end and make another")
 
     def job(self, prefill: Callable[[], Prefilled], sampling: Sampling, total: int, generator: torch.Generator) -> Job:
         """One utterance for a batch, which ends as upstream's loop does.
@@ -174,12 +180,10 @@ class Stepper:
         kv = StaticKV(self._geometry, requests * rows, slots, dtype=self._kv_dtype)
         rules, watch = {}, None
         if is_checked(t3):
-            text, stop, start = (
-                min(t3.text_pos_emb.emb.num_embeddings, slots),
-                t3.hp.stop_speech_token,
-                t3.hp.start_speech_token,
+            longest, hp = t3.text_pos_emb.emb.num_embeddings, t3.hp
+            rules[ALIGNMENT] = AlignmentRule(
+                requests, longest, REMEMBERED, hp.stop_speech_token, hp.start_speech_token, device
             )
-            rules[ALIGNMENT] = AlignmentRule(requests, text, slots, stop, start, device)
             watch = HeadWatch(aligned_heads(t3), every=rows)
         named, vocabulary = (*rules, *order(t3.is_gpt)), t3.speech_head.out_features
         sampler = Sampler(requests, vocabulary, named, device, guided=rows == 2, rules=rules)

@@ -13,6 +13,7 @@ from kvcache_chatterbox.speech._alignment import (
     ALIGNMENT,
     AlignmentNote,
     AlignmentRule,
+    HeadReader,
     aligned_heads,
     is_checked,
 )  # beside upstream's analyzer
@@ -50,6 +51,7 @@ __all__ = [
     "ChatterboxTarget",
     "Cost",
     "Ending",
+    "HeadReader",
     "Listener",
     "Pace",
     "StandIn",
