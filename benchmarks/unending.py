@@ -1,4 +1,5 @@
 """A multilingual T3 whose alignment check looks on, and neither ends nor prolongs the speech: each side says as much as it is asked."""
+# Not by `make bench`: what benchmarks share.
 
 from typing import Any
 

@@ -266,7 +266,7 @@ def scripted(monkeypatch):
     def began(self, request, note):
         if note is not None:
             tokens = note.text[1] - note.text[0]
-            note = note._replace(looks=path(tokens)(tokens, 0).expand(len(note.looks), -1))
+            note = AlignmentNote(note.text, path(tokens)(tokens, 0).expand(len(note.looks), -1))
         begin(self, request, note)
 
     analyzer = importlib.import_module("chatterbox.models.t3.t3").AlignmentStreamAnalyzer

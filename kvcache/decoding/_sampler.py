@@ -106,7 +106,7 @@ class ScoreRule(Protocol):
         ...
 
     def state(self) -> list[Tensor]:
-        """All tensors that a step changes."""
+        """All tensors that a step changes, each ``[requests, …]``."""
         ...
 
     def program(self) -> str:

@@ -110,6 +110,11 @@ class TextScheduler:
             ahead=asked.ahead,
         )
 
+    def __repr__(self) -> str:
+        metrics = self.metrics()
+        state = "closed" if self.closed else "running"
+        return f"{type(self).__name__}(rows={self.rows}, {state}, {metrics.waiting + metrics.running} requests)"
+
     async def __aenter__(self) -> Self:
         await self._scheduler.__aenter__()
         return self

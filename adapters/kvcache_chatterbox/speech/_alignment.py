@@ -193,7 +193,7 @@ class AlignmentRule:
             held[to] = held[request].clone()
 
     def state(self) -> list[Tensor]:
-        """See `kvcache.decoding.ScoreRule`."""
+        """All that a step changes, each ``[requests, …]``."""
         return list(self._held.values())
 
     def program(self) -> str:
@@ -247,7 +247,7 @@ class AlignmentRule:
         return torch.where(late[:, None], torch.where(stopping, _SURE, -_SURE).to(scores.dtype), scores)
 
     def drew(self, tokens: Tensor, which: slice = slice(None)) -> None:
-        """See `kvcache.decoding.ScoreRule`."""
+        """These tokens ``[requests]`` were drawn."""
         spoken = self._held["spoken"][which]
         spoken.copy_(torch.stack((spoken[:, 1], tokens), 1))
 
