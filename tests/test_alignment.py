@@ -1,7 +1,6 @@
 """The multilingual model's alignment check as tensors, beside upstream's analyzer: its rules, its looks, its tokens."""
 
 import asyncio
-import importlib
 from functools import partial
 
 import pytest
@@ -19,6 +18,7 @@ from support.upstream import model, upstream, voice
 from kvcache import InputError, SlidingWindow
 from kvcache.models import structural_copy
 from kvcache_chatterbox import ChatterboxEngine, SpeechScheduler, byte_tokens
+from kvcache_chatterbox.upstream import upstream_t3
 
 pytestmark = [pytest.mark.one_release, *UPSTREAMS_WARNINGS]
 
@@ -213,7 +213,7 @@ def test_tokens_are_upstreams(seed, backend):
 @pytest.mark.parametrize("backend", ["off", "eager"])
 @pytest.mark.parametrize("reuse", ["all", "conditioning", "none"])
 def test_what_is_looked_at_is_upstreams(backend, reuse, monkeypatch):
-    analyzer = importlib.import_module("chatterbox.models.t3.t3").AlignmentStreamAnalyzer
+    analyzer = upstream_t3().AlignmentStreamAnalyzer
     step, theirs, ours = analyzer.step, [], []
 
     def record(self, logits, next_token=None):
@@ -269,7 +269,7 @@ def scripted(monkeypatch):
             note = AlignmentNote(note.text, path(tokens)(tokens, 0).expand(len(note.looks), -1))
         begin(self, request, note)
 
-    analyzer = importlib.import_module("chatterbox.models.t3.t3").AlignmentStreamAnalyzer
+    analyzer = upstream_t3().AlignmentStreamAnalyzer
     step = analyzer.step
 
     def stepped(self, logits, next_token=None):
@@ -384,7 +384,7 @@ def test_what_each_step_saw_can_be_read_from_the_engine():
 
 
 def test_a_model_of_a_release_without_the_check_is_not_checked(monkeypatch):
-    module = importlib.import_module("chatterbox.models.t3.t3")
+    module = upstream_t3()
     monkeypatch.delattr(module, "AlignmentStreamAnalyzer")
     made = engine()
     said(made, byte_tokens(made.t3, TEXT), 12, seed=0)
