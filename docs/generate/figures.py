@@ -162,6 +162,7 @@ def end_to_end(found: dict[str, Result], made: Figure) -> Shown:
                 "chunks": len(arrivals),
             }
         axis.set_xscale("log")
+        axis.tick_params(axis="x", which="minor", labelbottom=False)
         axis.set_xlabel("seconds since the request")
         axis.set_title(NAMES.get(variant, variant.capitalize()), fontsize=9)
         if i == 0:
