@@ -1,9 +1,9 @@
 """SmolLM2-135M decoded by transformers and by the engine: eager, graphed, compiled, alone and several prompts together.
 
 Each request is a prompt and as many greedy tokens; stopping is made impossible. In fp32 on a CPU all sides must say the same;
-in bf16 and int8 a near tie may go either way, so there it is told how many tokens are alike. Weights are random, of the same
-shapes, or with ``--model smollm2`` the real ones, whose prompts are of CPython's documentation. With ``--rows`` so many prompts,
-each of its own length, decode one after the other and together; there ms/token is of all of them.
+in bf16 and int8, where two tokens are nearly as likely, either may come, so the table says how many tokens are alike. Weights
+are random. With ``--model smollm2`` they are real, and the prompts come from CPython's documentation. With ``--rows N`` there is
+a second table: N prompts of different lengths, one after the other and together, and the time for each token of them all.
 """
 
 import argparse

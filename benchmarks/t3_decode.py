@@ -423,8 +423,7 @@ class Engine:
         kind = Sampler if side.sampler else HostSampler
         rules: dict[str, Any] = {}
         if is_checked(t3) and side.checked:
-            most, stop, begin = t3.text_pos_emb.emb.num_embeddings, t3.hp.stop_speech_token, t3.hp.start_speech_token
-            rules[ALIGNMENT] = AlignmentRule(1, most, SLOTS, stop, begin, t3.device)
+            rules[ALIGNMENT] = AlignmentRule.of(t3, 1)
         watch = HeadWatch(aligned_heads(t3), every=rows) if rules else None
         named = (*rules, *order(t3.is_gpt))
         sampler = kind(1, t3.speech_head.out_features, named, t3.device, guided=rows == 2, rules=rules)

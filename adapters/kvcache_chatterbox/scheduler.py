@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Self, TypedDict, Unpack
+from typing_extensions import TypedDict, Unpack
 
 from kvcache import InputError
-from kvcache.decoding import Chunk, Job, Scheduler, SchedulerMetrics, Stream, Work
+from kvcache.decoding import Chunk, Job, Scheduler, SchedulerFront, Stream, Work
 from kvcache.errors import check_whole
 from kvcache.prefixes.stores import Aside
 from kvcache_chatterbox.audio import SegmentedAudio
@@ -97,7 +97,7 @@ class SchedulerOptions:
         return options
 
 
-class SpeechScheduler:
+class SpeechScheduler(SchedulerFront):
     """Speaks for many clients on one engine, their segments decoded together.
 
     ``async with SpeechScheduler(engine) as scheduler`` starts and ends its thread; `submit` gives one client's audio.
@@ -128,45 +128,26 @@ class SpeechScheduler:
         self._max_characters = options.max_characters
         self._aside = Aside(engine.prefix_cache)
         self._together = self._shared(None)
-        self._scheduler = Scheduler(
-            lambda: engine.batch(self.rows, self._slots),
-            self.rows,
-            max_waiting=options.max_waiting,
-            max_running=options.max_running,
-            ahead=options.ahead,
-            prefills=options.prefills,
-            reserved=options.reserved,
-            within=nullcontext if self._by_turns is None else self._by_turns.tokens,
+        super().__init__(
+            Scheduler(
+                lambda: engine.batch(self.rows, self._slots),
+                self.rows,
+                max_waiting=options.max_waiting,
+                max_running=options.max_running,
+                ahead=options.ahead,
+                prefills=options.prefills,
+                reserved=options.reserved,
+                within=nullcontext if self._by_turns is None else self._by_turns.tokens,
+            )
         )
-
-    async def __aenter__(self) -> Self:
-        await self._scheduler.__aenter__()
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        await self.close()
 
     async def close(self) -> None:
         """End all requests, whose clients are told, and the threads.
 
         What was computed of voices and is still to be stored is waited for, 2 seconds at most.
         """
-        await self._scheduler.close()
+        await super().close()
         await asyncio.to_thread(self._aside.flush, _LAST_WRITES)
-
-    @property
-    def closed(self) -> bool:
-        """Whether it takes no requests: not yet begun, closed, or ended by an error."""
-        return self._scheduler.closed
-
-    @property
-    def error(self) -> BaseException | None:
-        """What ended it, or came up when it was closed; None while all is well."""
-        return self._scheduler.error
-
-    def metrics(self) -> SchedulerMetrics:
-        """What it does and has done; ``ttfa`` is to the first audio."""
-        return self._scheduler.metrics()
 
     def submit(self, text: str | SpeechRequest, **fields: Unpack[RequestFields]) -> Stream[Tensor]:
         """One text's audio in chunks ``[1, samples]``.

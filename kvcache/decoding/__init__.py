@@ -11,10 +11,11 @@ from kvcache.decoding._backends import (
     cuda_graph,
     runs_on,
 )
-from kvcache.decoding._batch import PREFILL_CHUNK, Batch, Job, JobOutput, Piece, Prefilled
+from kvcache.decoding._batch import PREFILL_CHUNK, Batch, Job, JobOutput, Piece, Prefilled, rows_within
 from kvcache.decoding._compiling import Refused, compiled
 from kvcache.decoding._ends import Said, TextEnd
 from kvcache.decoding._engine import Decoding, StepOptions
+from kvcache.decoding._front import SchedulerFront
 from kvcache.decoding._generation_settings import GenerationSettings
 from kvcache.decoding._kernel import decode_attention
 from kvcache.decoding._language import LanguageDecoder
@@ -79,6 +80,7 @@ __all__ = [
     "Sampler",
     "Sampling",
     "Scheduler",
+    "SchedulerFront",
     "SchedulerMetrics",
     "ScoreRule",
     "Setting",
@@ -110,6 +112,7 @@ __all__ = [
     "kernel_reason",
     "machine",
     "made_by",
+    "rows_within",
     "runs_on",
     "setting_to_dict",
     "unsupported_reason",

@@ -28,6 +28,22 @@ PREFILL_CHUNK = 256
 """Tokens of prompts that are run between two chunks, while others decode."""
 
 
+def rows_within(max_rows: int, budget: int | None, slots: int, row_bytes: int, lower: str) -> int:
+    """How many rows of so many slots and bytes a budget in bytes holds, `max_rows` at most; None: no budget.
+
+    Raises:
+        CapacityError: if it does not hold one; says which setting to lower.
+    """
+    if budget is None:
+        return max_rows
+    if budget < row_bytes:
+        raise CapacityError(
+            f"one row of {slots} tokens takes {row_bytes / 2**20:.1f} MiB of KV cache, memory_budget is "
+            f"{budget / 2**20:.1f} MiB; raise it, or lower {lower}"
+        )
+    return min(max_rows, budget // row_bytes)
+
+
 class Prefilled(NamedTuple):
     """What a request begins with.
 
@@ -276,11 +292,10 @@ class Batch:
                 if left:
                     left.pop(0).run()
                 else:
-                    del self._begun[job]
                     said.append(self._enter(job))
+                    self._begun.pop(job, None)
             except Exception as error:  # its own, and nobody else's
                 self.cancel(job)
-                job.close()
                 said.append(JobOutput(job, torch.zeros(0, dtype=torch.long), True, error))
         return said
 

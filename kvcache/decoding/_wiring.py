@@ -119,9 +119,8 @@ class DecodeInputs:
         self._kv = kv
         self.watch = watch
         self.own = kernel
-        self.kernel = (
-            kernel and kernel_reason(kv.length.device) is None
-        )  # of Triton, which needs neither a mask nor a bound
+        # Triton's, which needs neither a mask nor a bound.
+        self.kernel = kernel and kernel_reason(kv.length.device) is None
         layers: list[Any] = [StaticLayer(kv, i) for i in range(len(kv.keys))]
         self._cache = Cache(layers=layers)
 
@@ -136,15 +135,13 @@ class DecodeInputs:
         kv.begin(order.shape[0])
         # The kernel works out itself what a row sees. A 4-D tensor is what transformers hands through untouched.
         reduces = _reduces(order)
-        if self.kernel:
-            mask = kv.counts()[:, None, None]
-        elif whole and (self.own or not reduces):
-            mask = None
-        else:
-            mask = kv.mask(order)
-            if self.own and reduces:
-                mask = mask.float().log()  # of a logarithm the compiler makes a tensor, once for all layers
-        looks = {} if self.watch is None else {"looks": Looks(self.watch, None if whole else kv.mask(order))}
+        # A compiled step without a mask reduces: one that is not to has a mask, too, where all is seen.
+        masked = not whole or (reduces and not self.own)
+        seen = kv.mask(order) if masked and (self.watch is not None or not self.kernel) else None
+        mask = kv.counts()[:, None, None] if self.kernel else seen
+        if mask is not None and reduces and self.own and not self.kernel:
+            mask = mask.float().log()  # of a logarithm the compiler makes a tensor, once for all layers
+        looks = {} if self.watch is None else {"looks": Looks(self.watch, seen)}
         return {"attention_mask": mask, **looks, **decoding_arguments(self._cache, kv.length[:, None])}
 
 

@@ -20,6 +20,7 @@ from kvcache.decoding import (
     Piece,
     Prefilled,
     backend_on,
+    rows_within,
 )
 from kvcache.errors import CapacityError, InputError, check_whole
 from kvcache.generation import GenerateCall
@@ -81,22 +82,6 @@ class BatchRoomFields(TypedDict, total=False):
     prefill_chunk: int
 
 
-def batch_room(room: BatchRoom | None, given: Mapping[str, Any]) -> BatchRoom:
-    """The room that these arguments stand for.
-
-    Raises:
-        InputError: for an unknown keyword, or keywords beside a room.
-    """
-    unknown = sorted(set(given) - set(BatchRoomFields.__annotations__))
-    if unknown:
-        raise InputError(
-            f"{unknown[0]} is no setting of a batch; those are {', '.join(BatchRoomFields.__annotations__)}"
-        )
-    if room is not None and given:
-        raise InputError(f"a BatchRoom and {', '.join(given)} are given; put them into it with dataclasses.replace()")
-    return BatchRoom(**given) if room is None else room
-
-
 class Batches:
     """Batches of one manager.
 
@@ -130,13 +115,8 @@ class Batches:
                 f"slots={slots} are fewer than the {policy.limit} tokens that {policy!r} keeps; give more"
             )
         one = slots * replace(geometry, dtype=self._engine.decoder.kv_dtype or geometry.dtype).token_bytes
-        budget = room.max_rows * one if room.memory_budget is None else parse_bytes(room.memory_budget)
-        if budget < one:
-            raise CapacityError(
-                f"one row of {slots} tokens takes {one / 2**20:.1f} MiB of KV cache, memory_budget is "
-                f"{budget / 2**20:.1f} MiB; raise it, or lower slots"
-            )
-        return min(room.max_rows, budget // one), slots
+        budget = None if room.memory_budget is None else parse_bytes(room.memory_budget)
+        return rows_within(room.max_rows, budget, slots, one, "slots"), slots
 
     def _policy_of_a_row(self) -> SizePolicy:
         if (reason := self._engine.why_no_batch()) is not None:
@@ -194,7 +174,7 @@ class Batches:
             return self._job(call, prefix, seed, prefill_chunk)
 
     def _job(self, call: GenerateCall, prefix: str | None, seed: int | None, prefill_chunk: int) -> Job:
-        self._policy_of_a_row()
+        policy = self._policy_of_a_row()
         reason = self._engine.unsupported_reason(call, prefix is not None)
         whole = self._runs.whole(call, prefix) if reason is None else call
         settings = None if reason is not None else self._engine.settings(whole)
@@ -209,19 +189,20 @@ class Batches:
                 f"a job is one prompt, [tokens] or [1, tokens] without pads, and this has {call.rows} rows; give each row as "
                 "a job of its own"
             )
-        return self._made(call, whole, settings, prefix, seed, prefill_chunk)
+        return self._made(call, whole, settings, policy, prefix, seed, prefill_chunk)
 
     def _made(
         self,
         call: GenerateCall,
         whole: GenerateCall,
         settings: GenerationSettings,
+        policy: SizePolicy,
         prefix: str | None,
         seed: int | None,
         prefill_chunk: int,
     ) -> Job:
         """The job of a call that can be one; `whole` has the prefix before its inputs."""
-        geometry, policy, prompt = self._caches.geometry, self._policy_of_a_row(), whole.prompt
+        geometry, prompt = self._caches.geometry, whole.prompt
         tokens = 0 if prompt is None else prompt.shape[1]
         ids = None if prompt is None or prompt.is_floating_point() else prompt
         check_positions(geometry.max_positions, tokens, settings.new_tokens - 1)

@@ -13,10 +13,10 @@ from kvcache.cache import CacheGeometry, CacheReport, CacheSpec, Plain, Position
 from kvcache.decoding import LanguageDecoder, Told, TuningProfile, WarmUp, as_async, backend_on, untold
 from kvcache.errors import InputError, check_whole
 from kvcache.generation import GenerateCall
-from kvcache.manager._batches import Batches, BatchRoom, BatchRoomFields, PromptBatch, batch_room
+from kvcache.manager._batches import Batches, BatchRoom, BatchRoomFields, PromptBatch
 from kvcache.manager._caches import ModelCaches
 from kvcache.manager._engine import EngineCalls
-from kvcache.manager._options import Backends, DecodeArguments, decode_options, whole_spec
+from kvcache.manager._options import Backends, DecodeArguments, decode_options, value_of, whole_spec
 from kvcache.manager._runs import Runs
 from kvcache.manager._saving import fork, load, save
 from kvcache.manager._streaming import Streams
@@ -430,7 +430,8 @@ class KVCacheManager:
         """
         if not self.enabled:
             raise InputError("the cache is disabled, and a batch decodes on nothing else; set enabled=True")
-        return self.batches.prompts(batch_room(room, fields), self.backend if backend is None else backend)
+        room = value_of(BatchRoom, room, fields, "a batch")
+        return self.batches.prompts(room, self.backend if backend is None else backend)
 
     def unsupported_reason(
         self, inputs: Tensor | None = None, *, prefix: str | None = None, **kwargs: Any

@@ -1,9 +1,9 @@
 """How a manager's streams decode, as keywords and as one value."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from typing_extensions import TypedDict
@@ -14,6 +14,7 @@ from kvcache.errors import InputError
 from kvcache.models import check_kv_dtype
 
 Backends = BackendName | Literal["auto", "off"]
+_V = TypeVar("_V")
 
 
 class DecodeArguments(TypedDict, total=False):
@@ -72,3 +73,25 @@ def whole_spec(given: CacheSpec, beside: CacheSpec) -> CacheSpec:
             "a CacheSpec says all of a cache: give max_length, positions, static and storage in it, and not beside it"
         )
     return given
+
+
+def value_of(kind: type[_V], given: _V | None, fields_given: Mapping[str, Any], whose: str) -> _V:
+    """The value that an argument, or the fields of it as keywords, stand for.
+
+    Args:
+        kind: a dataclass.
+        given: the value, if that was given.
+        fields_given: the keywords.
+        whose: settings they are, in words.
+
+    Raises:
+        InputError: for an unknown keyword, or keywords beside a value.
+    """
+    names = [field.name for field in fields(cast(Any, kind))]
+    if unknown := sorted(set(fields_given) - set(names)):
+        raise InputError(f"{unknown[0]} is no setting of {whose}; those are {', '.join(names)}")
+    if given is not None and fields_given:
+        raise InputError(
+            f"{kind.__name__} and {', '.join(fields_given)} are given; put them into the options with dataclasses.replace()"
+        )
+    return kind(**fields_given) if given is None else given

@@ -1,38 +1,33 @@
 """Many prompts for many clients, on one batch of a language model."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Self, TypedDict, Unpack
+from typing_extensions import Unpack
 
-from kvcache.decoding import PREFILL_CHUNK, Chunk, Scheduler, SchedulerMetrics, Stream, Work
-from kvcache.errors import InputError, check_whole
-from kvcache.manager._batches import BatchRoom
+from kvcache.decoding import Chunk, Scheduler, SchedulerFront, Stream, Work
+from kvcache.errors import check_whole
+from kvcache.manager._batches import BatchRoom, BatchRoomFields
 from kvcache.manager._manager import KVCacheManager
-from kvcache.manager._options import Backends
+from kvcache.manager._options import Backends, value_of
 
 
-class TextSchedulerFields(TypedDict, total=False):
+class TextSchedulerFields(BatchRoomFields, total=False):
     """The fields of `TextSchedulerOptions`, as keyword arguments."""
 
-    max_rows: int
-    slots: int | None
-    memory_budget: int | str | None
     backend: Backends | None
-    prefill_chunk: int
     max_waiting: int
     ahead: int
 
 
 @dataclass(frozen=True)
-class TextSchedulerOptions:
-    """For how many clients a scheduler decodes, and within which limits.
+class TextSchedulerOptions(BatchRoom):
+    """The room of a scheduler's batch, and for how many clients it decodes.
 
     Attributes:
-        max_rows, slots, memory_budget, prefill_chunk: see `BatchRoom`.
         backend: as in `KVCacheManager.batch`.
         max_waiting: requests that may wait for a row; one more is refused.
         ahead: chunks that may lie undelivered.
@@ -41,42 +36,17 @@ class TextSchedulerOptions:
         InputError, PolicyError: for a number that cannot be.
     """
 
-    max_rows: int = 8
-    slots: int | None = None
-    memory_budget: int | str | None = None
     backend: Backends | None = None
-    prefill_chunk: int = PREFILL_CHUNK
     max_waiting: int = 64
     ahead: int = 32
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("max_waiting", "ahead"):
             check_whole(name, getattr(self, name), 1)
-        _ = self.room
-
-    @classmethod
-    def of(cls, options: "TextSchedulerOptions | None", given: Mapping[str, Any]) -> "TextSchedulerOptions":
-        """The options that a scheduler's arguments stand for.
-
-        Raises:
-            InputError: for an unknown keyword, or keywords beside options.
-        """
-        names = [field.name for field in fields(cls)]
-        if unknown := sorted(set(given) - set(names)):
-            raise InputError(f"{unknown[0]} is no setting of TextScheduler; those are {', '.join(names)}")
-        if options is not None and given:
-            raise InputError(
-                f"TextSchedulerOptions and {', '.join(given)} are given; put them into the options with dataclasses.replace()"
-            )
-        return cls(**given) if options is None else options
-
-    @property
-    def room(self) -> BatchRoom:
-        """Of the batch."""
-        return BatchRoom(self.max_rows, self.slots, self.memory_budget, self.prefill_chunk)
 
 
-class TextScheduler:
+class TextScheduler(SchedulerFront):
     """Decodes prompts of many clients together; they join and leave while others decode.
 
     ``async with TextScheduler(manager) as scheduler`` starts and ends its thread; `submit` gives one prompt's tokens.
@@ -99,46 +69,23 @@ class TextScheduler:
         options: TextSchedulerOptions | None = None,
         **fields: Unpack[TextSchedulerFields],
     ) -> None:
-        self._manager, self._options = manager, TextSchedulerOptions.of(options, fields)
-        asked = self._options
-        self.rows = manager.batches.room(asked.room)[0]
+        self._manager = manager
+        self._options = asked = value_of(TextSchedulerOptions, options, fields, "TextScheduler")
+        self.rows = manager.batches.room(asked)[0]
         backend = manager.backend if asked.backend is None else asked.backend
-        self._scheduler = Scheduler(
-            lambda: manager.batches.opened(asked.room, backend),
-            self.rows,
-            max_waiting=asked.max_waiting,
-            ahead=asked.ahead,
+        super().__init__(
+            Scheduler(
+                lambda: manager.batches.opened(asked, backend),
+                self.rows,
+                max_waiting=asked.max_waiting,
+                ahead=asked.ahead,
+            )
         )
 
     def __repr__(self) -> str:
         metrics = self.metrics()
         state = "closed" if self.closed else "running"
         return f"{type(self).__name__}(rows={self.rows}, {state}, {metrics.waiting + metrics.running} requests)"
-
-    async def __aenter__(self) -> Self:
-        await self._scheduler.__aenter__()
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        await self.close()
-
-    async def close(self) -> None:
-        """End all requests, whose clients are told, and the threads."""
-        await self._scheduler.close()
-
-    @property
-    def closed(self) -> bool:
-        """Whether it takes no requests: not yet begun, closed, or ended by an error."""
-        return self._scheduler.closed
-
-    @property
-    def error(self) -> BaseException | None:
-        """What ended it, or came up when it was closed; None while all is well."""
-        return self._scheduler.error
-
-    def metrics(self) -> SchedulerMetrics:
-        """What it does and has done; ``ttfa`` is to the first tokens."""
-        return self._scheduler.metrics()
 
     def submit(
         self,
@@ -158,7 +105,7 @@ class TextScheduler:
         Args:
             inputs: token ids ``[tokens]`` or ``[1, tokens]``.
             prefix: the name of one added with `KVCacheManager.add_prefix`: computed once for all prompts behind it.
-            seed: of its draws, see `KVCacheManager.job`.
+            seed: of its draws, see `PromptBatch.add`.
             chunk_size: tokens in a chunk.
             **kwargs: as in `generate`, for this prompt alone.
 

@@ -135,8 +135,8 @@ def looks_on(hook: Hook, passing: bool = False) -> Hook:
     """Mark a hook as one that only looks: it gives nothing back and changes nothing in place. Register what this returns.
 
     Models with other hooks have no prefixes and save no caches, since what they compute has no name to be kept under. It
-    sees what runs on the model itself, not on the copies of it that rank tokens or decode in whole steps, nor the few
-    tokens that are run once to find out what the model does with a cache.
+    sees what runs on the model, and on copies of it that are made while it is there (that rank tokens, or decode in whole
+    steps), but not the few tokens that are run once to find out what the model does with a cache.
 
     Args:
         hook: of a module.

@@ -238,8 +238,8 @@ class Pace:
         Args:
             waiting: speech tokens that are there and no audio yet.
             left: seconds that the listener still has to hear.
-            ending: so many tokens come behind them, which the text ends with: what is to be made of them all at once can wait
-                for that. None: nobody knows.
+            ending: the text is over, and ends with so many more tokens. If all fit into one chunk, they are made together at
+                the end. None: it is not known whether more tokens come.
         """
         sizes = self._rule.sizes
         if sizes is not None:
@@ -273,10 +273,10 @@ class Pace:
         self._cost.listeners.discard(self)
 
     def ran(self, tokens: int, seconds: float, before: int | None = None) -> None:
-        """A run over so many new tokens has taken so long; of one for several listeners, this one's part.
+        """The vocoder ran over so many new tokens for so many seconds. Of a run for several listeners: this one's part of it.
 
         Args:
-            before: tokens that it went over besides; None: as many as each.
+            before: tokens that it ran over besides; None: those of every run.
         """
         self._last = tokens
         self._ran += 1

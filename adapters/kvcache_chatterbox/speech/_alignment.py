@@ -6,6 +6,7 @@ and call, copies whole attention maps to the host, and takes one request; with a
 IndexError.
 """
 
+import copy
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ _ANALYZER = "AlignmentStreamAnalyzer"
 _SURE = 2.0**15  # a score for and against a token that leaves no choice, as upstream's
 _BACK, _AHEAD = -4, 7  # tokens of the text that a step goes on by more than, and by less than; else it is a jump
 _NEAR_END = 3  # tokens of the text at its end that count as such
-_SHORTEST = 5  # a text of so many tokens may end at any time
+_SHORTEST = 5  # a text of five tokens or fewer may end at any time
 _LONG = 5.0  # attention in all, about as many steps, that the end of the text, or what is before it, has behind its end
 REMEMBERED = 1024
 """Steps of a request whose looks are remembered: a little more than upstream's longest speech."""
@@ -152,7 +153,7 @@ class AlignmentRule:
     Args:
         requests: how many.
         text: tokens of a text at most. Like the steps it is the same for decodings of any length, which share a compiled step.
-        steps: so many of a request's last ones are remembered.
+        steps: how many of a request's last steps are remembered.
         stop: the token that ends speech.
         start: the token that it begins with.
         device: of the scores.
@@ -160,31 +161,35 @@ class AlignmentRule:
 
     def __init__(self, requests: int, text: int, steps: int, stop: int, start: int, device: torch.device) -> None:
         self._stop, self._start = stop, start
-        like = {
-            "begin": torch.zeros(1, dtype=torch.long),  # of the text
-            "length": torch.zeros(1, dtype=torch.long),  # of the text; 0: nothing is checked
-            "step": torch.zeros(1, dtype=torch.long),
-            "position": torch.zeros(1, dtype=torch.long),  # in the text, without jumps
-            "complete": torch.zeros(1, dtype=torch.bool),  # the end of the text was reached
-            "tail": torch.zeros(1, _NEAR_END),  # attention to each of its last tokens since
-            "again": torch.zeros(1),  # attention to what is before its end since
-            "spoken": torch.zeros(1, 2, dtype=torch.long),  # the last tokens of speech
-            "looks": torch.zeros(1, text),  # of the step that is running
-            "history": torch.zeros(1, 1, text, dtype=torch.float16),
-        }
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
+            return torch.zeros(requests, *shape, dtype=dtype, device=device)
+
         with torch.inference_mode(False):
             self._held = {
-                name: torch.zeros(
-                    requests, *((steps, text) if name == "history" else one.shape[1:]), dtype=one.dtype, device=device
-                )
-                for name, one in like.items()
+                "begin": zeros(),  # of the text
+                "length": zeros(),  # of the text; 0: nothing is checked
+                "step": zeros(),
+                "position": zeros(),  # in the text, without jumps
+                "complete": zeros(dtype=torch.bool),  # the end of the text was reached
+                "tail": zeros(_NEAR_END, dtype=torch.float32),  # attention to each of its last tokens since
+                "again": zeros(dtype=torch.float32),  # attention to what is before its end since
+                "spoken": zeros(2),  # the last tokens of speech
+                "looks": zeros(text, dtype=torch.float32),  # of the step that is running
+                "history": zeros(steps, text, dtype=torch.float16),
             }
             self._order = torch.arange(text, device=device)
 
-    def first_rows(self, requests: int) -> Self:
+    @classmethod
+    def of(cls, t3: Any, requests: int, text: int | None = None, steps: int = REMEMBERED) -> Self:
+        """The rule of a checked T3; by default for the longest text that it has positions for."""
+        text = t3.text_pos_emb.emb.num_embeddings if text is None else text
+        return cls(requests, text, steps, t3.hp.stop_speech_token, t3.hp.start_speech_token, t3.device)
+
+    def first_rows(self, requests: int) -> "AlignmentRule":
         """See `kvcache.decoding.ScoreRule`."""
-        new = type(self).__new__(type(self))
-        new.__dict__ |= {**vars(self), "_held": {name: held[:requests] for name, held in self._held.items()}}
+        new = copy.copy(self)
+        vars(new).update(_held={name: held[:requests] for name, held in self._held.items()})
         return new
 
     def move(self, request: int, to: int) -> None:

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from kvcache import CapacityError, KVCacheManager, Pinned
+from kvcache import KVCacheManager, Pinned
+from kvcache.decoding import rows_within
 from kvcache.errors import check_whole
 from kvcache_chatterbox.speech._options import DecoderOptions
 from kvcache_chatterbox.speech._step_engine import Stepper
@@ -82,13 +83,7 @@ class CacheNeeds:
         assert slots is not None
         check_whole("slots", slots, 1)
         one = slots * self.token_bytes * self.rows
-        budget = limits.bytes
-        if budget is not None and budget < one:
-            raise CapacityError(
-                f"one row of {slots} tokens takes {one / 2**20:.1f} MiB of KV cache, memory_budget is "
-                f"{budget / 2**20:.1f} MiB; raise it, or lower max_cache_length"
-            )
-        return slots, limits.max_rows if budget is None else min(limits.max_rows, budget // one)
+        return slots, rows_within(limits.max_rows, limits.bytes, slots, one, "max_cache_length")
 
     def _pinned_twice(self, before: int, rows: int) -> int:
         """Bytes of the keys that re-rotated positions keep besides, as they were before they were turned."""

@@ -39,7 +39,7 @@ from kvcache.models import (
     quantize_linear,
     structural_copy,
 )
-from kvcache_chatterbox.speech._alignment import ALIGNMENT, REMEMBERED, AlignmentRule, aligned_heads, is_checked
+from kvcache_chatterbox.speech._alignment import ALIGNMENT, AlignmentRule, aligned_heads, is_checked
 from kvcache_chatterbox.speech._ending import Ending, speech_end
 from kvcache_chatterbox.speech._sampling import order
 
@@ -180,10 +180,7 @@ class Stepper:
         kv = StaticKV(self._geometry, requests * rows, slots, dtype=self._kv_dtype)
         rules, watch = {}, None
         if is_checked(t3):
-            longest, hp = t3.text_pos_emb.emb.num_embeddings, t3.hp
-            rules[ALIGNMENT] = AlignmentRule(
-                requests, longest, REMEMBERED, hp.stop_speech_token, hp.start_speech_token, device
-            )
+            rules[ALIGNMENT] = AlignmentRule.of(t3, requests)
             watch = HeadWatch(aligned_heads(t3), every=rows)
         named, vocabulary = (*rules, *order(t3.is_gpt)), t3.speech_head.out_features
         sampler = Sampler(requests, vocabulary, named, device, guided=rows == 2, rules=rules)

@@ -134,10 +134,8 @@ class Decoder:
 
     def _checked(self, reader: HeadReader, logits: Tensor, made: int) -> Tensor:
         if self._rule is None:
-            hp, (begin, end), steps = self._t3.hp, self._text, self.ending.end.most
-            self._rule = AlignmentRule(
-                1, end - begin, steps, hp.stop_speech_token, hp.start_speech_token, logits.device
-            )
+            begin, end = self._text
+            self._rule = AlignmentRule.of(self._t3, 1, end - begin, self.ending.end.most)
         if made == 0:
             self._rule.begin(0, self.notes[ALIGNMENT])
         else:
