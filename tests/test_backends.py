@@ -14,7 +14,6 @@ from transformers import (
     GenerationConfig,
     GptOssConfig,
     GptOssForCausalLM,
-    StoppingCriteriaList,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
@@ -107,10 +106,7 @@ def test_one_manager_serves_requests_of_all_shapes_in_turn():
 
 
 NOT_OURS = {
-    "a stopping criterion": ({"stopping_criteria": StoppingCriteriaList([lambda ids, scores: ids.shape[1] >= 15])}, "stopping_criteria"),
-    "no repeated n-grams": ({"no_repeat_ngram_size": 2}, "no_repeat_ngram_size"),
-    "at least some tokens": ({"min_new_tokens": 5}, "min_new_tokens"),
-    "typical tokens": ({"do_sample": True, "typical_p": 0.5}, "typical_p"),
+    "drafts": ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
     "without a cache": ({"use_cache": False}, "use_cache=False"),
     "a hole in the mask": ({"attention_mask": torch.tensor([[1, 1, 0, 1, 1, 1, 1, 1, 1]])}, "mask hides more"),
 }  # fmt: skip
@@ -219,7 +215,7 @@ def test_sinks_in_half_precision_are_left_to_generate():
     )  # fmt: skip
     torch.manual_seed(0)
     manager = KVCacheManager(GptOssForCausalLM(config).eval().to(torch.bfloat16))
-    assert "depends on s_aux" in manager.unsupported_reason(token_ids(1, 9), max_new_tokens=4)
+    assert "depends on s_aux" in manager.explain(token_ids(1, 9), max_new_tokens=4).reason
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT names the cache as transformers did before

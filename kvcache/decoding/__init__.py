@@ -13,7 +13,7 @@ from kvcache.decoding._backends import (
 )
 from kvcache.decoding._batch import PREFILL_CHUNK, Batch, Job, JobOutput, Piece, Prefilled, rows_within
 from kvcache.decoding._compiling import Refused, compiled
-from kvcache.decoding._ends import Said, TextEnd
+from kvcache.decoding._ends import Criteria, Said, TextEnd
 from kvcache.decoding._engine import Decoding, StepOptions
 from kvcache.decoding._front import SchedulerFront
 from kvcache.decoding._generation_settings import GenerationSettings
@@ -31,6 +31,15 @@ from kvcache.decoding._scheduler import Scheduler, Work
 from kvcache.decoding._setting import Backend, Setting, VocoderSetting
 from kvcache.decoding._static_cache import StaticKV
 from kvcache.decoding._streaming import as_async, chunked, from_worker, in_thread
+from kvcache.decoding._token_rules import (
+    LONGEST_NGRAM,
+    HostProcessors,
+    RepeatedNGrams,
+    RuleRoom,
+    TokenLimits,
+    TokenRules,
+    processor_name,
+)
 from kvcache.decoding._tuning_profile import (
     Goal,
     Trial,
@@ -48,6 +57,7 @@ from kvcache.decoding._wiring import DecodeInputs, HeadWatch, decoder_copy, kern
 __all__ = [
     "BUCKET",
     "GREEDY",
+    "LONGEST_NGRAM",
     "PREFILL_CHUNK",
     "RECORDERS",
     "Ahead",
@@ -56,12 +66,14 @@ __all__ = [
     "Batch",
     "Bound",
     "Chunk",
+    "Criteria",
     "DecodeInputs",
     "Decoding",
     "Drawing",
     "GenerationSettings",
     "Goal",
     "HeadWatch",
+    "HostProcessors",
     "Job",
     "JobOutput",
     "LanguageDecoder",
@@ -74,8 +86,10 @@ __all__ = [
     "Programs",
     "Recorder",
     "Refused",
+    "RepeatedNGrams",
     "Request",
     "RootSizes",
+    "RuleRoom",
     "Said",
     "Sampler",
     "Sampling",
@@ -88,6 +102,8 @@ __all__ = [
     "StepOptions",
     "Stream",
     "TextEnd",
+    "TokenLimits",
+    "TokenRules",
     "Told",
     "Trial",
     "TuningProfile",
@@ -112,6 +128,7 @@ __all__ = [
     "kernel_reason",
     "machine",
     "made_by",
+    "processor_name",
     "rows_within",
     "runs_on",
     "setting_to_dict",

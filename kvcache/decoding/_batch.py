@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from kvcache.cache import CacheReport, LayerCache
-from kvcache.decoding._ends import TextEnd
+from kvcache.decoding._ends import Criteria, Said, TextEnd
 from kvcache.decoding._engine import FAILED, Decoding, check_drawn
 from kvcache.decoding._sampler import Sampling
-from kvcache.errors import CapacityError, GeometryError, InputError, check_whole
+from kvcache.errors import CapacityError, ClosedError, GeometryError, InputError, check_whole
 from kvcache.models import check_positions, without_autocast
 
 QUANTUM = 8
@@ -88,6 +88,7 @@ class Job:
         rest: tokens that `prefill` runs, behind pieces.
         close: lets go of what pieces have made, where no `prefill` follows.
         slots: that it needs, where that is known before its prefill; else 0.
+        criteria: what else ends it.
     """
 
     prefill: Callable[[], Prefilled]
@@ -103,6 +104,7 @@ class Job:
     rest: int = 1
     close: Callable[[], None] = lambda: None
     slots: int = 0
+    criteria: Criteria | None = None
 
     def __post_init__(self) -> None:
         check_whole("total", self.total, 1)
@@ -172,6 +174,7 @@ class Batch:
         if any(not 1 <= size <= places for size in sizes):
             raise GeometryError(f"sizes={list(sizes)}: a step can run 1 to {places} places")
         self._sizes = sorted({*sizes, places})
+        self._closed = False
 
     @property
     def places(self) -> int:
@@ -199,7 +202,9 @@ class Batch:
             CapacityError: if there is no place, or not enough room in one. What the prefill raises comes through. Nothing
                 has changed then.
             InputError: if its first token cannot be drawn, as its logits are no numbers. It has left then.
+            ClosedError: after `close`.
         """
+        self._check_open()
         if job in self._jobs or job in self._begun:
             raise InputError("this job is in the batch already; make one for each time that a prompt is to be said")
         if self.busy == self.places:
@@ -211,6 +216,16 @@ class Batch:
                 return self._enter(job)
         self._begun[job] = list(job.pieces)
         return JobOutput(job, torch.zeros(0, dtype=torch.long), False)
+
+    def close(self) -> None:
+        """End all jobs. The decoding is another's from then on."""
+        for job in [*self._begun, *(job for job in self._jobs if job is not None)]:
+            self.cancel(job)
+        self._closed = True
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("this batch is closed, and another may have its memory; open one more")
 
     def _check_room(self, needed: int) -> None:
         if needed > (slots := self._decoding.kv.slots):
@@ -255,7 +270,11 @@ class Batch:
         """Decode some steps, and say what came of them: one piece for each job, the places of those that ended are free.
 
         Before them some of the prefills in pieces is run: whose is the last draws its first token here.
+
+        Raises:
+            ClosedError: after `close`.
         """
+        self._check_open()
         with without_autocast([self._device]):
             return self._step()
 
@@ -301,8 +320,11 @@ class Batch:
 
     def _piece(self, place: int, job: Job, tokens: Tensor) -> JobOutput:
         """What these tokens are of a job: up to its end, if that is among them. What was drawn behind it is nothing."""
-        said = job.end.of(tokens.tolist(), self._made[place])
-        self._made[place] += len(tokens)
+        said, made = job.end.of(tokens.tolist(), self._made[place]), len(tokens)
+        if job.criteria is not None:
+            [(here, over)] = job.criteria.cut(tokens[None], [said.tokens], [said.over])
+            said = Said(here, over, said.cut_off and here == said.tokens)
+        self._made[place] += made
         tokens = tokens[: said.tokens]
         try:
             check_drawn(tokens[None])

@@ -1,8 +1,14 @@
-"""Where a text ends: at a token that ends it, or at its most tokens. Single streams and batches ask the same function."""
+"""Where a text ends: at a token that ends it, at its most tokens, or where one of transformers' criteria says so.
+
+Single streams and batches ask the same functions.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
 
 
 class Said(NamedTuple):
@@ -52,3 +58,42 @@ class TextEnd:
     def drawn(self, said: int) -> int:
         """How many tokens were drawn for a text of so many: an end that does not belong to it is one more."""
         return said + (not self.include_stop_token and said < self.most)
+
+
+class Criteria:
+    """Stopping criteria of transformers, asked after each token as `generate` asks them, but only once a chunk.
+
+    Args:
+        criteria: each takes token ids ``[rows, tokens]`` and scores, which here are None, and says of each row whether it ends.
+        ids: of the prompts ``[rows, tokens]``.
+        pad: the token behind an end.
+    """
+
+    def __init__(self, criteria: Sequence[Any], ids: Tensor, pad: int = 0) -> None:
+        self._criteria, self._ids, self._pad = list(criteria), ids, pad
+
+    def cut(self, tokens: Tensor, lengths: Sequence[int], over: Sequence[bool]) -> list[tuple[int, bool]]:
+        """How many of the next tokens ``[rows, n]`` belong to each row, and whether it ends with them.
+
+        Args:
+            tokens: as they were drawn.
+            lengths: how many of them belong to each row as far as tokens that end it say.
+            over: whether it ends with those.
+        """
+        found = list(zip(lengths, over, strict=True))
+        if not self._criteria:
+            return found
+        for i, drawn in enumerate(tokens.to(self._ids.device).unbind(1)):
+            here = torch.tensor([i < length for length, _ in found], device=drawn.device)
+            self._ids = torch.cat([self._ids, torch.where(here, drawn, self._pad)[:, None].to(self._ids)], 1)
+            for row, stop in enumerate(self._stops()):
+                if stop and i < found[row][0]:
+                    found[row] = i + 1, True
+            if all(ends and length <= i + 1 for length, ends in found):
+                break
+        return found
+
+    def _stops(self) -> list[bool]:
+        rows = self._ids.shape[0]
+        said = [torch.as_tensor(one(self._ids, None), device=self._ids.device).expand(rows) for one in self._criteria]
+        return torch.stack(said).any(0).tolist()  # type: ignore[no-any-return]  # a list of so many

@@ -18,9 +18,9 @@ from typing_extensions import TypedDict, Unpack
 
 from kvcache.cache import CacheReport, LayerCache
 from kvcache.decoding._backends import BUCKET, Backend, BackendName, Compiled, Eager, backend_for
-from kvcache.decoding._ends import TextEnd
+from kvcache.decoding._ends import Criteria, TextEnd
 from kvcache.decoding._programs import Programs
-from kvcache.decoding._sampler import GREEDY, Drawing, Sampler, Sampling
+from kvcache.decoding._sampler import Drawing, Sampler, Sampling, default_generator
 from kvcache.decoding._static_cache import StaticKV
 from kvcache.decoding._wiring import DecodeInputs, HeadWatch
 from kvcache.errors import GeometryError, InputError, KVCacheError
@@ -209,7 +209,7 @@ class Decoding:
         self._states = {}
         drawing = self.sampler.drawing_of(which)
         noise = self._noise[which, 0]
-        if drawing is not None:
+        if drawing is not None and drawing.draws:
             self._draw(noise, which)
         token = self.sampler(logits, noise, drawing, which)
         self.token[which] = token
@@ -221,7 +221,7 @@ class Decoding:
         self.kv.free(first * self.rows, requests * self.rows)
         self.made[first : first + requests] = self._begun[first : first + requests] = 0
         for request in range(first, first + requests):
-            self.sampler.set(request, GREEDY)
+            self.sampler.free(request)
             self._generators[request] = None
 
     @torch.no_grad()
@@ -249,7 +249,7 @@ class Decoding:
         self.kv.check(steps)
         self.kv.settle()
         drawing = self.sampler.drawing
-        if drawing is not None:
+        if drawing is not None and drawing.draws:
             default = default_generator(self.token.device)
             self._states = {g: g.get_state() for g in self._generators if g is default}
             for noise in self._noise[:, :steps].unbind(1):
@@ -265,7 +265,13 @@ class Decoding:
         return self._out[:, :steps].clone()
 
     def chunks(
-        self, total: int, size: int, ends: Sequence[int], pad: int = 0, first_may_end: bool = True
+        self,
+        total: int,
+        size: int,
+        ends: Sequence[int],
+        pad: int = 0,
+        first_may_end: bool = True,
+        criteria: Criteria | None = None,
     ) -> Iterator[Tensor]:
         """The tokens of all requests in chunks ``[requests, size]``, from the first on; the last may be shorter.
 
@@ -277,6 +283,7 @@ class Decoding:
             ends: the tokens that end a request.
             pad: the token behind an end.
             first_may_end: whether a request may end with its first token.
+            criteria: what else ends a request.
 
         Raises:
             InputError: if a token cannot be drawn, as its logits are NaN or infinite. The chunks before have been given;
@@ -284,7 +291,8 @@ class Decoding:
             CapacityError: where a row has no room for more, after all tokens that there was room for.
         """
         end, over, made = TextEnd(ends, total, first_may_end), [False] * self.requests, 1
-        held = self._until_ends(self.token.masked_fill(self.sampler.failed, FAILED)[:, None], 0, end, over, pad)
+        first = self.token.masked_fill(self.sampler.failed, FAILED)[:, None]
+        held = self._until_ends(first, 0, end, over, pad, criteria)
         while True:
             while not all(over) and held.shape[1] < size:
                 if (room := self.kv.room()) == 0:
@@ -292,7 +300,7 @@ class Decoding:
                         yield held
                     self.kv.check(1)
                 steps = min(size - held.shape[1], total - made, self.ahead, room)
-                new = self._until_ends(self.chunk(steps), made, end, over, pad)
+                new = self._until_ends(self.chunk(steps), made, end, over, pad, criteria)
                 if new.shape[1] < steps:
                     self.rewind(new.shape[1])
                 held = torch.cat([held, new], 1)
@@ -325,7 +333,9 @@ class Decoding:
         return torch.stack(said)
 
     @staticmethod
-    def _until_ends(tokens: Tensor, made: int, end: TextEnd, over: list[bool], pad: int) -> Tensor:
+    def _until_ends(
+        tokens: Tensor, made: int, end: TextEnd, over: list[bool], pad: int, criteria: Criteria | None = None
+    ) -> Tensor:
         """The tokens up to where the last request ends, padded behind each end.
 
         Args:
@@ -333,18 +343,19 @@ class Decoding:
             made: tokens of each request before them.
             end: where each ends.
             over: which have ended, which is brought up to date.
+            criteria: what else ends a request.
 
         Raises:
             InputError: if one of them could not be drawn.
         """
-        lengths = []
-        for request, ids in enumerate(tokens.tolist()):  # the one look at the device
-            said = 0
-            if not over[request]:
-                said, over[request], _ = end.of(ids, made)
-                if FAILED in ids[:said]:
-                    check_drawn(tokens)
-            lengths.append(said)
+        drawn = tokens.tolist()  # the one look at the device
+        found = [(0, True) if over[row] else end.of(ids, made)[:2] for row, ids in enumerate(drawn)]
+        if criteria is not None:
+            found = criteria.cut(tokens, *zip(*found, strict=True))
+        lengths = [said for said, _ in found]
+        over[:] = [ends for _, ends in found]
+        if any(FAILED in ids[:said] for ids, said in zip(drawn, lengths, strict=True)):
+            check_drawn(tokens)
         needed = max(lengths) if all(over) else tokens.shape[1]
         tokens = tokens[:, :needed]
         if min(lengths) == needed:
@@ -428,17 +439,6 @@ def check_drawn(tokens: Tensor) -> None:
             "a token cannot be drawn: the logits of its step were NaN, infinite, or all of them -inf; look for NaN in the "
             "model's weights and inputs, or run it in a wider dtype"
         )
-
-
-def default_generator(device: torch.device) -> torch.Generator:
-    """What torch draws with on a device where it is given no generator."""
-    if device.type in ("cpu", "meta"):
-        return torch.default_generator
-    if device.type == "mps":
-        return torch.mps._get_default_mps_generator()
-    module = torch.get_device_module(device)
-    module.init()
-    return module.default_generators[module.current_device() if device.index is None else device.index]  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -8,16 +8,11 @@ from typing import Any
 
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.generation.logits_process import (
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
+from kvcache.decoding._processors import read_processors
 from kvcache.decoding._sampler import Sampling
+from kvcache.decoding._token_rules import TokenRules
 from kvcache.errors import InputError
 
 _KNOWN = {
@@ -25,7 +20,20 @@ _KNOWN = {
     "eos_token_id", "pad_token_id", "bos_token_id", "use_cache", "transformers_version", "decoder_start_token_id",
     "num_return_sequences", "cache_implementation",
 }  # fmt: skip
-_INPUTS = {"inputs", "input_ids", "inputs_embeds", "attention_mask"}
+# What `generate` makes processors and criteria of, which are looked at themselves. The prefill is done without.
+_MADE_OF: dict[str, Any] = {
+    **dict.fromkeys((
+        "no_repeat_ngram_size", "bad_words_ids", "min_length", "min_new_tokens", "forced_bos_token_id", "forced_eos_token_id",
+        "suppress_tokens", "begin_suppress_tokens", "sequence_bias", "exponential_decay_length_penalty", "guidance_scale",
+        "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h", "watermarking_config", "stop_strings", "max_time",
+    )),
+    "remove_invalid_values": False,
+    "renormalize_logits": False,
+}  # fmt: skip
+_INPUTS = {
+    "inputs", "input_ids", "inputs_embeds", "attention_mask", "logits_processor", "stopping_criteria", "tokenizer",
+    "negative_prompt_ids", "negative_prompt_attention_mask", "prefix_allowed_tokens_fn",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,8 @@ class GenerationSettings:
 
     Attributes:
         sampling: how tokens are drawn.
+        rules: what else changes their scores.
+        criteria: what else ends a row, of transformers.
         new_tokens: the most that follow the prompt.
         copies: sequences for each row of the prompt.
         ends: tokens that end a row.
@@ -44,6 +54,8 @@ class GenerationSettings:
     """
 
     sampling: Sampling
+    rules: TokenRules
+    criteria: tuple[Any, ...]
     new_tokens: int
     copies: int
     ends: tuple[int, ...]
@@ -73,7 +85,7 @@ class GenerationSettings:
             else:
                 reason = "use_cache=False" if config.use_cache is False else ""
             if reason:
-                return cls(Sampling(), 1, 1, (), 0, (), first, reason)
+                return cls(Sampling(), TokenRules(), (), 1, 1, (), 0, (), first, reason)
             return _read(cls, first, _Prepared.by(model, inputs, given))
         except (ValueError, TypeError) as error:
             if isinstance(error, InputError):
@@ -86,6 +98,7 @@ def _prefill_of(config: GenerationConfig) -> GenerationConfig:
     first.update(
         max_new_tokens=1, max_length=None, do_sample=False, temperature=1.0, top_k=50, top_p=1.0, min_p=None, repetition_penalty=1.0,
         num_return_sequences=1, cache_implementation=None, return_dict_in_generate=True, output_logits=True,
+        **{name: value for name, value in _MADE_OF.items() if hasattr(config, name)},
     )  # fmt: skip
     return first  # type: ignore[no-any-return]
 
@@ -97,6 +110,7 @@ def _unknown(config: GenerationConfig, others: Mapping[str, Any]) -> list[str]:
         name
         for name, value in config.to_dict().items()
         if name not in _KNOWN
+        and name not in _MADE_OF
         and not name.startswith("_")
         and not (value is None or value is False)
         and (type(value), value) != (type(defaults.get(name)), defaults.get(name))  # 0 is a token, False is none
@@ -131,35 +145,30 @@ class _Prepared:
 
 
 def _read(kind: type[GenerationSettings], first: GenerationConfig, run: _Prepared) -> GenerationSettings:
-    config, found, odd = run.config, Sampling(0.0, 1.0, 0.0, 0, 1.0).__dict__.copy(), []
-    ignored: Any = None
-    found["temperature"] = 1.0 if config.do_sample else 0.0
-    for one in run.processors:
-        if isinstance(one, RepetitionPenaltyLogitsProcessor):
-            found["repetition_penalty"], ignored = one.penalty, one.prompt_ignore_length
-        elif isinstance(one, TemperatureLogitsWarper):
-            found["temperature"] = one.temperature
-        elif isinstance(one, TopKLogitsWarper):
-            found["top_k"] = one.top_k
-        elif isinstance(one, TopPLogitsWarper):
-            found["top_p"] = one.top_p
-        elif isinstance(one, MinPLogitsWarper):
-            found["min_p"] = float(one.min_p)
+    config, total, odd = run.config, run.config.max_length - run.prompt, []
+    ends: list[int] = []
+    criteria = []
+    for one in run.criteria:
+        if type(one) is MaxLengthCriteria:
+            total = min(total, one.max_length - run.prompt)
+        elif type(one) is EosTokenCriteria:
+            ends += one.eos_token_id.flatten().tolist()
         else:
-            odd.append(type(one).__name__)
-    odd += [type(one).__name__ for one in run.criteria if not isinstance(one, MaxLengthCriteria | EosTokenCriteria)]
-    ends = [] if config._eos_token_tensor is None else config._eos_token_tensor.flatten().tolist()
-    pad = (ends or [0])[0] if config._pad_token_tensor is None else int(config._pad_token_tensor)
-    rows: tuple[int, ...] = tuple(ignored.tolist()) if isinstance(ignored, Tensor) else (ignored,) if ignored else ()
-    if any(pads > run.prompt for pads in rows):
+            criteria.append(one)
+    drawn = read_processors(run.processors, run.prompt, bool(config.do_sample))
+    if any(pads > run.prompt for pads in drawn.unpenalized):
         odd.append("a repetition penalty on embeddings with pads")
+    stops = [] if config._eos_token_tensor is None else config._eos_token_tensor.flatten().tolist()
+    pad = (stops or [0])[0] if config._pad_token_tensor is None else int(config._pad_token_tensor)
     return kind(
-        Sampling(**found),
-        math.ceil(config.max_length - run.prompt),
+        drawn.sampling,
+        drawn.rules,
+        tuple(criteria),
+        max(1, math.ceil(total)),
         config.num_return_sequences or 1,
         tuple(ends),
         pad,
-        rows,
+        drawn.unpenalized,
         first,
         f"the decode engine does not know {', '.join(odd)}" if odd else None,
     )

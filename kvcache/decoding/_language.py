@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from kvcache.cache import CacheReport, SizePolicy, slots_for
 from kvcache.decoding._backends import BUCKET, BackendName
+from kvcache.decoding._ends import Criteria
 from kvcache.decoding._engine import Decoding
 from kvcache.decoding._generation_settings import GenerationSettings
 from kvcache.decoding._pool import Pool
 from kvcache.decoding._programs import Programs
-from kvcache.decoding._sampler import GREEDY, TRANSFORMERS, Sampler
+from kvcache.decoding._sampler import GREEDY, Sampler
 from kvcache.decoding._static_cache import StaticKV
+from kvcache.decoding._token_rules import RuleRoom
 from kvcache.decoding._wiring import decoder_copy, unsupported_reason
 from kvcache.errors import GeometryError
 from kvcache.models import (
@@ -70,6 +72,14 @@ class LanguageDecoder:
             return "its steps, which wait for later requests, are not taken under torch.autocast"
         return unsupported_reason(self._model) or facts_of(self._model).once("engine", _why_not_tried)
 
+    def why_eager(self, backend: BackendName, why_host: str | None) -> str | None:
+        """Why steps run eagerly, whatever the back end; None if they run as it says.
+
+        Args:
+            why_host: what of a request's rules does not run within a step, see `RuleRoom`.
+        """
+        return None if backend == "eager" else self._watch.signature().why_no_capture or why_host
+
     def release(self) -> None:
         """Let go of the memory that waits for the next request."""
         self._pool.clear()
@@ -109,32 +119,36 @@ class LanguageDecoder:
                 layer.repeat(copies)
             logits, seen = logits.repeat_interleave(copies, 0), [ids for ids in seen for _ in range(copies)]
             pads = None if pads is None else pads.repeat_interleave(copies, 0)
+        prompt = torch.stack(list(seen))
         if any(settings.unpenalized):
             few = settings.unpenalized * (len(seen) // len(settings.unpenalized))  # one for each row, or one for all
             seen = [ids[skip:] for ids, skip in zip(seen, few, strict=True)]
         policy, total = layers[0].policy, settings.new_tokens
         needed = self.needed(policy, layers[0].stored, total)
         rows, vocabulary = logits.shape
+        room = settings.rules.room(prompt.shape[1] + total)
 
         def make(slots: int) -> Decoding:
-            return self.decoding(policy, rows, slots, vocabulary, backend)
+            return self.decoding(policy, rows, slots, vocabulary, backend, room)
 
-        with self._pool.lent((rows, backend), needed, make, signature=signature) as decoding:
+        with self._pool.lent((rows, backend, room), needed, make, signature=signature) as decoding:
             decoding.load(0, layers, pads)
             del cache, layers
-            decoding.start(0, logits, [settings.sampling] * rows, [None] * rows, seen)
-            for chunk in decoding.chunks(total, size, settings.ends, settings.pad):
+            notes = [settings.rules.notes(ids) for ids in prompt]
+            decoding.start(0, logits, [settings.sampling] * rows, [None] * rows, seen, notes)
+            criteria = Criteria(settings.criteria, prompt, settings.pad) if settings.criteria else None
+            for chunk in decoding.chunks(total, size, settings.ends, settings.pad, criteria=criteria):
                 yield chunk, decoding.report()
 
     @contextmanager
-    def lent(self, rows: int, slots: int, backend: BackendName) -> Iterator[Decoding]:
+    def lent(self, rows: int, slots: int, backend: BackendName, rules: RuleRoom) -> Iterator[Decoding]:
         """A decoding of so many rows of so many slots each, with nothing in it, which waits for the next afterwards."""
         vocabulary = facts_of(self._model).trial()[1].shape[-1]
 
         def make(slots: int) -> Decoding:
-            return self._decoding(rows, slots, vocabulary, backend)
+            return self._decoding(rows, slots, vocabulary, backend, rules)
 
-        kind, signature = ("batch", rows, backend), self._watch.signature()
+        kind, signature = ("batch", rows, backend, rules), self._watch.signature()
         with self._pool.lent(kind, slots, make, exactly=True, signature=signature) as decoding:
             yield decoding
 
@@ -157,19 +171,27 @@ class LanguageDecoder:
         needed = stored + total - 1  # the last token drawn is never run
         return needed if self._max_length is None else min(needed, self._max_length)
 
-    def decoding(self, policy: SizePolicy, rows: int, slots: int, vocabulary: int, backend: BackendName) -> Decoding:
-        """What decodes so many rows of at least so many slots each."""
+    def decoding(
+        self,
+        policy: SizePolicy,
+        rows: int,
+        slots: int,
+        vocabulary: int,
+        backend: BackendName,
+        rules: RuleRoom | None = None,
+    ) -> Decoding:
+        """What decodes so many rows of at least so many slots each, by these rules; by default by none."""
         room = slots_for(slots, self._max_length, static=True) if policy.limit is None else slots
-        return self._decoding(rows, room, vocabulary, backend)
+        return self._decoding(rows, room, vocabulary, backend, RuleRoom() if rules is None else rules)
 
-    def _decoding(self, rows: int, slots: int, vocabulary: int, backend: BackendName) -> Decoding:
-        geometry, signature = geometry_of(self._model), self._watch.signature()
+    def _decoding(self, rows: int, slots: int, vocabulary: int, backend: BackendName, rules: RuleRoom) -> Decoding:
+        geometry = geometry_of(self._model)
         kv = StaticKV(geometry, rows, slots, dtype=self.kv_dtype)
         step = _Step(decoder_copy(self._model))
-        sampler = Sampler(rows, vocabulary, TRANSFORMERS, geometry.device)
-        return Decoding(
-            step, kv, sampler, backend, bucket=self._bucket, why_eager=signature.why_no_capture, programs=self.programs
-        )
+        made = rules.rules(rows, vocabulary, geometry.device)
+        sampler = Sampler(rows, vocabulary, rules.order, geometry.device, rules=made)
+        why_eager = self.why_eager(backend, rules.why_host)
+        return Decoding(step, kv, sampler, backend, bucket=self._bucket, why_eager=why_eager, programs=self.programs)
 
 
 class _Step(nn.Module):

@@ -82,11 +82,15 @@ class Drawing(NamedTuple):
         candidates: a bound on every ``top_k`` that filters, or 0 if none does.
         nucleus: whether some ``top_p`` filters.
         floor: whether some ``min_p`` filters.
+        draws: whether some request draws; else all take their most likely token.
+        rules: the names of those that change some request's scores.
     """
 
-    candidates: int
-    nucleus: bool
-    floor: bool
+    candidates: int = 0
+    nucleus: bool = False
+    floor: bool = False
+    draws: bool = True
+    rules: tuple[str, ...] = ()
 
 
 class ScoreRule(Protocol):
@@ -111,6 +115,10 @@ class ScoreRule(Protocol):
 
     def program(self) -> str:
         """What decides, beside its tensors, which operations it runs: its code, and numbers that are part of it."""
+        ...
+
+    def active(self, which: slice) -> bool:
+        """Whether it changes the scores of one of these requests at all, as far as the host knows. Else a step leaves it out."""
         ...
 
     def look(self, weights: Sequence[Tensor]) -> None:
@@ -208,18 +216,23 @@ class Sampler:
 
     @property
     def drawing(self) -> Drawing | None:
-        """What a step has to do; None if every request takes its most likely token."""
+        """What a step has to do; None if every request takes its most likely token, by its logits and penalty alone."""
         return self.drawing_of(_ALL)
 
     def drawing_of(self, which: slice) -> Drawing | None:
         """The same for a step of these requests alone."""
         chosen = [one for one in self._chosen[: len(self.seen)][which] if not one.greedy]
-        if not chosen:
+        rules = tuple(name for name, rule in self.rules.items() if rule.active(which))
+        if not chosen and not rules:
             return None
         most = max((one.top_k for one in chosen if one.top_k < self.vocabulary), default=0)
         candidates = next((few for few in _CANDIDATES if few >= most), self.vocabulary)
         return Drawing(
-            min(candidates, self.vocabulary), any(one.top_p < 1 for one in chosen), any(one.min_p > 0 for one in chosen)
+            min(candidates, self.vocabulary),
+            any(one.top_p < 1 for one in chosen),
+            any(one.min_p > 0 for one in chosen),
+            bool(chosen),
+            rules,
         )
 
     def begin(self, request: int, seen: Tensor, notes: Mapping[str, Any] | None = None) -> None:
@@ -232,10 +245,17 @@ class Sampler:
         for name, rule in self.rules.items():
             rule.begin(request, (notes or {}).get(name))
 
+    def free(self, request: int) -> None:
+        """Draw nothing for a request, and let its rules forget it."""
+        self.set(request, GREEDY)
+        for rule in self.rules.values():
+            rule.begin(request, None)
+
     def penalize(self, request: int, seen: Tensor) -> None:
         """From now on the penalty of a request is about these token ids, ``[tokens]``, and what it draws."""
-        self.seen[request] = False
-        self.seen[request, seen.to(self.seen.device)] = True
+        marks = self.seen.new_zeros(self.vocabulary + 1)  # the last is for ids that the model reads and never says
+        marks[seen.to(marks.device).clamp(max=self.vocabulary)] = True
+        self.seen[request] = marks[:-1]
 
     def __call__(self, logits: Tensor, noise: Tensor, drawing: Drawing | None, which: slice = _ALL) -> Tensor:
         """The next tokens ``[requests]``, which count as seen from then on.
@@ -248,7 +268,7 @@ class Sampler:
         """
         scores = self.process(logits, drawing, which)
         tokens = scores.argmax(-1)
-        if drawing is not None:
+        if drawing is not None and drawing.draws:
             share = torch.softmax(scores, -1)
             drawn = (share / noise).argmax(-1)
             greedy = self._settings[which, 0] > 0
@@ -256,8 +276,8 @@ class Sampler:
             self.failed[which].logical_or_(share.gather(1, drawn[:, None])[:, 0].isnan() & ~greedy)
             tokens = torch.where(greedy, tokens, drawn)
         self.seen[which].scatter_(1, tokens[:, None], True)
-        for rule in self.rules.values():
-            rule.drew(tokens, which)
+        for name in () if drawing is None else drawing.rules:
+            self.rules[name].drew(tokens, which)
         return tokens
 
     def process(self, logits: Tensor, drawing: Drawing | None, which: slice = _ALL) -> Tensor:
@@ -274,10 +294,10 @@ class Sampler:
                 )
             elif name == "temperature":
                 scores = scores / temperature
-            elif name in self.rules:
-                scores = self.rules[name].scores(scores, which)
             elif drawing is None:
                 continue
+            elif name in drawing.rules:
+                scores = self.rules[name].scores(scores, which)
             elif name == "top_k" and drawing.candidates:
                 scores = _best(scores, self._top_k[which], drawing.candidates)
             elif name == "top_p" and drawing.nucleus:
@@ -286,6 +306,17 @@ class Sampler:
                 share = torch.softmax(scores, -1)
                 scores = scores.masked_fill(share < min_p * share.amax(-1, keepdim=True), -torch.inf)
         return scores
+
+
+def default_generator(device: torch.device) -> torch.Generator:
+    """What torch draws with on a device where it is given no generator."""
+    if device.type in ("cpu", "meta"):
+        return torch.default_generator
+    if device.type == "mps":
+        return torch.mps._get_default_mps_generator()
+    module = torch.get_device_module(device)
+    module.init()
+    return module.default_generators[module.current_device() if device.index is None else device.index]  # type: ignore[no-any-return]
 
 
 def _best(scores: Tensor, top_k: Tensor, candidates: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Prompts of a language model that decode together: the batch, and each prompt as a job of it."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,13 +12,16 @@ from typing_extensions import TypedDict
 
 from kvcache.cache import CacheReport, SizePolicy
 from kvcache.decoding import (
+    LONGEST_NGRAM,
     PREFILL_CHUNK,
     Batch,
+    Criteria,
     GenerationSettings,
     Job,
     JobOutput,
     Piece,
     Prefilled,
+    RuleRoom,
     backend_on,
     rows_within,
 )
@@ -34,6 +37,7 @@ from kvcache.models import (
     check_generate_arguments,
     check_generates,
     check_positions,
+    facts_of,
     kv_layers,
     output_cache,
     signature_of,
@@ -140,8 +144,12 @@ class Batches:
             if signature_of(self._caches.model) is not signature:
                 raise InputError("the model has changed since this batch was made for it; let it end and make another")
 
-        with self._engine.decoder.lent(rows, slots, "eager" if named == "off" else named) as decoding:
-            yield Batch(decoding, prefill_chunk=room.prefill_chunk, check=check)
+        rules = RuleRoom(limits=True, ngram=LONGEST_NGRAM, tokens=max(SLOTS, slots + 1))
+        with (
+            self._engine.decoder.lent(rows, slots, "eager" if named == "off" else named, rules) as decoding,
+            closing(Batch(decoding, prefill_chunk=room.prefill_chunk, check=check)) as batch,
+        ):
+            yield batch
 
     @contextmanager
     def prompts(self, room: BatchRoom, backend: Backends) -> Iterator["PromptBatch"]:
@@ -182,6 +190,7 @@ class Batches:
             reason = settings.unsupported_reason
             if settings.copies > 1:
                 reason = f"num_return_sequences={settings.copies} is more than one row"
+            reason = reason or _why_no_rules(settings, policy.limit is not None, whole.prompt)
         if settings is None or reason is not None:
             raise InputError(f"this prompt cannot decode in a batch: {reason}; use stream() or generate()")
         if call.rows not in (None, 1) or (call.mask is not None and not bool(call.mask.all())):
@@ -226,7 +235,7 @@ class Batches:
                 else:
                     mine = cache_kwarg(self._caches.model, cache())
                     out = self._runs.generate(prefill_of(whole, settings, **mine), None, cached=True)
-                return Prefilled(out.logits[0], kv_layers(output_cache(out)))
+                return Prefilled(out.logits[0], kv_layers(output_cache(out)), settings.rules.notes(seen))
             finally:
                 let_go()
 
@@ -247,6 +256,7 @@ class Batches:
             rest=tokens - begin - sum(piece.tokens for piece in pieces),
             close=let_go,
             slots=tokens + settings.new_tokens - 1 if kept is None else kept,
+            criteria=Criteria(settings.criteria, seen[None], settings.pad) if settings.criteria else None,
         )
 
     @torch.no_grad()
@@ -256,7 +266,21 @@ class Batches:
         model, held = self._caches.observed_model, cache()
         more = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
         with self._caches.one_model(runs=True), self._caches.exactly():
+            facts_of(self._caches.model).clear_request_state(model)  # of who came before
             model(input_ids=ids[:, begin:end], **cache_kwarg(model, held), use_cache=True, **more)
+
+
+def _why_no_rules(settings: GenerationSettings, evicts: bool, prompt: Tensor | None) -> str | None:
+    """Why the rules of a prompt do not run beside others; None if they do."""
+    rules = settings.rules
+    if rules.why_host is not None:
+        return f"{rules.why_host}, which all of its batch would wait for"
+    if rules.ngram > LONGEST_NGRAM:
+        return f"no_repeat_ngram_size={rules.ngram} is more than the {LONGEST_NGRAM} tokens that a batch looks back for"
+    tokens = settings.new_tokens + (0 if prompt is None else prompt.shape[1])
+    if rules.ngram and evicts and tokens > SLOTS:
+        return f"no_repeat_ngram_size needs all {tokens} tokens, and a batch remembers {SLOTS} where its policy evicts"
+    return None
 
 
 class PromptBatch:

@@ -16,6 +16,7 @@ from kvcache.generation import GenerateCall
 from kvcache.manager._batches import Batches, BatchRoom, BatchRoomFields, PromptBatch
 from kvcache.manager._caches import ModelCaches
 from kvcache.manager._engine import EngineCalls
+from kvcache.manager._explaining import Explanation
 from kvcache.manager._options import Backends, DecodeArguments, decode_options, value_of, whole_spec
 from kvcache.manager._runs import Runs
 from kvcache.manager._saving import fork, load, save
@@ -83,9 +84,8 @@ class KVCacheManager:
         if isinstance(policy, CacheSpec):
             spec = whole_spec(policy, spec)
         self.caches = ModelCaches(model, spec)
-        device = self.geometry.device
-        backend_on(options.backend, device)
-        self.prefix_cache = PrefixCache(default_store(device)) if prefix_cache is None else prefix_cache
+        backend_on(options.backend, self.geometry.device)
+        self.prefix_cache = PrefixCache(default_store(self.geometry.device)) if prefix_cache is None else prefix_cache
         decoder = LanguageDecoder(model, options.kv_dtype, spec.max_length, options.bucket)
         self.engine = EngineCalls(self.caches, decoder)
         self._prompts = PrefixRegistry(model, self.prefix_cache, spec.max_length, self.geometry.max_positions)
@@ -344,9 +344,8 @@ class KVCacheManager:
             inputs, prefix, **kwargs: as in `generate`. A ``streamer`` gets its tokens as well.
             chunk_size: tokens in a chunk.
             backend: by default the manager's own. ``"off"`` lets `generate` run each token. The others decode in whole steps, without a look at the host
-                between chunks: ``"eager"``, ``"compile"``, ``"graph"``, ``"graph+compile"`` (see
-                `kvcache.decoding.Decoding`), and ``"auto"``, which is graph on a CUDA GPU and eager elsewhere. What they cannot
-                do `generate` does, and the report says why.
+                between chunks: ``"eager"``, ``"compile"``, ``"graph"``, ``"graph+compile"`` (see `kvcache.decoding.Decoding`), and
+                ``"auto"``, which is graph on a CUDA GPU and eager elsewhere. What they cannot do `generate` does, see `explain`.
 
         Raises:
             InputError: for beams and other ways whose tokens are only known at the end, settings that `generate` refuses, a
@@ -433,18 +432,19 @@ class KVCacheManager:
         room = value_of(BatchRoom, room, fields, "a batch")
         return self.batches.prompts(room, self.backend if backend is None else backend)
 
-    def unsupported_reason(
-        self, inputs: Tensor | None = None, *, prefix: str | None = None, **kwargs: Any
-    ) -> str | None:
-        """Why `stream` would not decode this on the decode engine, but by `generate`; None if it would.
+    def explain(
+        self, inputs: Tensor | None = None, *, prefix: str | None = None, backend: Backends = "auto", **kwargs: Any
+    ) -> Explanation:
+        """How `stream` would decode this: on the decode engine, or by `generate` and why, before anything runs.
 
         Args:
-            inputs, prefix, **kwargs: as in `generate`: token ids ``[rows, tokens]``.
+            inputs, prefix, backend, **kwargs: as in `stream`: token ids ``[rows, tokens]``.
         """
-        return self._streams.unsupported_reason(self._call(inputs, kwargs), prefix, cached=self.enabled)
+        call, named = self._call(inputs, kwargs), backend_on(backend, self.geometry.device)
+        return self._streams.explain(call, prefix, named, cached=self.enabled)
 
     def release(self) -> None:
-        """Let go of what waits for the next ``stream(backend=…)``: a cache, and what was captured or compiled for it."""
+        """Let go of what waits for the next `stream`: a cache, and what was captured or compiled for it."""
         self.engine.decoder.release()
 
     def report(self, cache: Any = None) -> CacheReport:

@@ -1,5 +1,6 @@
 """The tokens of `generate` as they come: from the decode engine, or from `generate` in a worker thread."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -7,11 +8,12 @@ from typing import Any, Literal
 from torch import Tensor
 from transformers.generation.configuration_utils import GenerationMode
 
-from kvcache.decoding import BackendName, GenerationSettings, chunked, from_worker
+from kvcache.decoding import BackendName, GenerationSettings, chunked, from_worker, processor_name
 from kvcache.errors import InputError
 from kvcache.events import Event, emit
 from kvcache.generation import STEPWISE, GenerateCall
 from kvcache.manager._engine import EngineCalls
+from kvcache.manager._explaining import Explanation
 from kvcache.manager._runs import Runs
 
 
@@ -25,6 +27,7 @@ class Streams:
 
     def __init__(self, engine: EngineCalls, runs: Runs) -> None:
         self._engine, self._runs = engine, runs
+        self._warned: set[str] = set()  # reasons why `generate` did what was asked of the engine
 
     def begin(
         self,
@@ -53,7 +56,9 @@ class Streams:
             if isinstance(settings, GenerationSettings):
                 return self._decoded(call, settings, prefix, backend, chunk_size)
             reason = settings
-            emit(Event("fell_back", f"{backend} to generate", reason=reason))
+            level = None if reason in self._warned else logging.WARNING
+            self._warned.add(reason)
+            emit(Event("fell_back", f"{backend} to generate", reason=reason), level)
 
         def generate(emit: Callable[[Tensor], None]) -> None:
             self._runs.generate(call, prefix, cached=cached, emit=emit)
@@ -61,10 +66,21 @@ class Streams:
 
         return chunked(_tokens_of(generate, call.model), chunk_size)
 
-    def unsupported_reason(self, call: GenerateCall, prefix: str | None, *, cached: bool) -> str | None:
-        """Why the engine does not decode this call; None if it does."""
+    def explain(
+        self, call: GenerateCall, prefix: str | None, backend: BackendName | Literal["off"], *, cached: bool
+    ) -> Explanation:
+        """How this call would be decoded; see `begin` for its arguments."""
+        _check(call)
+        if backend == "off":
+            return Explanation(None)
         settings = self._settings(call, prefix, cached)
-        return settings if isinstance(settings, str) else None
+        if isinstance(settings, str):
+            return Explanation(None, settings)
+        why_eager = self._engine.decoder.why_eager(backend, settings.rules.why_host)
+        step, chunk = (
+            tuple(processor_name(one) for one in each) for each in (settings.rules.processors, settings.criteria)
+        )
+        return Explanation(backend if why_eager is None else "eager", why_eager, step, chunk)
 
     def _settings(self, call: GenerateCall, prefix: str | None, cached: bool) -> GenerationSettings | str:
         """What the engine is to do, or why it cannot."""

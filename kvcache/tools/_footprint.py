@@ -145,7 +145,11 @@ def step_bytes(decoding: Decoding, seen: int) -> int:
     watch = Watch()
     with watch:
         # As where requests draw and are of different lengths, which takes a mask.
-        decoding.step(decoding.order[: min(seen, decoding.kv.slots)], False, Drawing(0, True, True))
+        decoding.step(
+            decoding.order[: min(seen, decoding.kv.slots)],
+            False,
+            Drawing(0, True, True, rules=tuple(decoding.sampler.rules)),
+        )
     return watch.peak
 
 

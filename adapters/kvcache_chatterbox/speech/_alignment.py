@@ -205,6 +205,10 @@ class AlignmentRule:
         """See `kvcache.decoding.ScoreRule`."""
         return f"{class_code(type(self))} {self._stop} {self._start}"
 
+    def active(self, which: slice) -> bool:  # noqa: ARG002  # every request has a text
+        """See `kvcache.decoding.ScoreRule`."""
+        return True
+
     def begin(self, request: int, note: AlignmentNote | None) -> None:
         """See `kvcache.decoding.ScoreRule`."""
         held = {name: one[request] for name, one in self._held.items()}

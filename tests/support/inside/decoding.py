@@ -11,12 +11,17 @@ from kvcache.decoding._backends import (  # made with recorders and compilers th
     Graph,
     check_backend,
 )
-from kvcache.decoding._engine import default_generator  # of devices that are not here
-from kvcache.decoding._sampler import TRANSFORMERS  # the order of generate, of samplers that are run by themselves
+from kvcache.decoding._processors import read_processors  # of lists that no generation makes
+from kvcache.decoding._sampler import (  # the order of generate, of samplers that are run by themselves; of devices that are not here
+    TRANSFORMERS,
+    default_generator,
+)
 from kvcache.decoding._streaming import AsyncItems  # whose items are made in a thread of the test's own
+from kvcache.decoding._token_rules import ALWAYS  # a step that never comes
 from kvcache.decoding._wiring import StaticLayer, attend  # an attention by itself; whose updates are timed
 
 __all__ = [
+    "ALWAYS",
     "TRANSFORMERS",
     "AsyncItems",
     "Compiled",
@@ -26,6 +31,7 @@ __all__ = [
     "check_backend",
     "default_generator",
     "kernel",
+    "read_processors",
 ]
 
 COMPILED = "kvcache.decoding._backends.Compiled"  # with torch's compiler without its slow half
