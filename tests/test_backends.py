@@ -106,7 +106,7 @@ def test_one_manager_serves_requests_of_all_shapes_in_turn():
 
 
 NOT_OURS = {
-    "drafts": ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
+    "beams": ({"num_beam_groups": 2}, "num_beam_groups"),
     "without a cache": ({"use_cache": False}, "use_cache=False"),
     "a hole in the mask": ({"attention_mask": torch.tensor([[1, 1, 0, 1, 1, 1, 1, 1, 1]])}, "mask hides more"),
 }  # fmt: skip

@@ -14,7 +14,7 @@ from support.static_rows import GEOMETRY, POLICIES, Row, assert_shows, prefilled
 from support.tables import chain, through
 
 from kvcache import GeometryError, KeepAll, KVCacheManager, MaxTokens, SlidingWindow
-from kvcache.decoding import Batch, Job, Prefilled, Sampler, Sampling, StaticKV
+from kvcache.decoding import Batch, Job, Prefilled, Sampler, Sampling, StaticKV, TextEnd, chunks_of
 from kvcache.models import exact_windows, kv_layers
 
 pytestmark = pytest.mark.one_release
@@ -244,7 +244,7 @@ def test_batches_of_captured_and_compiled_steps_say_what_each_says_alone(backend
         one = decoding_of(model, 1, 64)
         ids, sampling = request(model, None, i % 4)
         begin(one, manager, ids, sampling, [torch.Generator().manual_seed(i)])
-        expected.append([t for chunk in one.chunks(total, 9, [70]) for t in chunk[0].tolist()])
+        expected.append([t for chunk in chunks_of(one, TextEnd([70], total), 9) for t in chunk[0].tolist()])
     together = decoding_of(model, 3, 64, backend)
     batch = Batch(together)
     assert inside.sizes_of(batch) == sizes

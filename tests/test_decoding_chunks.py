@@ -13,7 +13,7 @@ from support.searching import search
 from support.static_rows import GEOMETRY, assert_state, state_of
 
 from kvcache import CapacityError, GeometryError, InputError, KVCacheManager
-from kvcache.decoding import Decoding, Sampler, StaticKV
+from kvcache.decoding import Decoding, Sampler, StaticKV, TextEnd, chunks_of
 
 # ---------------------------------------------------------------------- what fails
 
@@ -143,7 +143,7 @@ def test_chunks_are_those_of_plain_python(data, requests, total, size, ends, pad
     tokens = st.lists(st.integers(0, 9), min_size=total + 1, max_size=total + 1)
     script = [data.draw(tokens) for _ in range(requests)]
     decoding = scripted(torch.tensor(script), ahead)
-    found = [chunk.tolist() for chunk in decoding.chunks(total, size, ends, pad, first_may_end)]
+    found = [chunk.tolist() for chunk in chunks_of(decoding, TextEnd(ends, total, first_may_end), size, pad)]
     assert found == chunked_plainly(script, total, size, ends, pad, first_may_end)
 
 
@@ -151,7 +151,7 @@ def test_chunks_are_those_of_plain_python(data, requests, total, size, ends, pad
 def test_an_end_at_the_edge_of_a_chunk(at):
     script = [[1] * at + [7] + [2] * (8 - at)]
     for size in (1, 2, 3, 4):
-        found = [chunk.tolist() for chunk in scripted(torch.tensor(script)).chunks(8, size, [7])]
+        found = [chunk.tolist() for chunk in chunks_of(scripted(torch.tensor(script)), TextEnd([7], 8), size)]
         assert found == chunked_plainly(script, 8, size, [7], 0, True)
 
 
@@ -169,7 +169,7 @@ def test_an_early_end_leaves_torchs_generator_where_generate_leaves_it(size, row
         state = torch.get_rng_state()
         torch.manual_seed(2)
         begin(decoding, manager, ids, DRAWING)
-        found = torch.cat(list(decoding.chunks(40, size, [end])), 1)
+        found = torch.cat(list(chunks_of(decoding, TextEnd([end], 40), size)), 1)
         assert torch.equal(found, expected)
         assert torch.equal(torch.get_rng_state(), state)
 
@@ -178,5 +178,5 @@ def test_a_generator_of_ones_own_leaves_torchs_alone():
     decoding = decoding_of(tiny("llama"), 1, 64)
     state = torch.get_rng_state()
     begin(decoding, KVCacheManager(tiny("llama")), token_ids(1, 9), DRAWING, [torch.Generator().manual_seed(1)])
-    list(decoding.chunks(40, 7, [3]))
+    list(chunks_of(decoding, TextEnd([3], 40), 7))
     assert torch.equal(torch.get_rng_state(), state)

@@ -180,6 +180,7 @@ def test_a_window_remembers_what_has_left_it():
     assert len(set(tokens[0].tolist())) == 60
 
 
+@pytest.mark.filterwarnings("ignore:Passing `no_repeat_ngram_size` with `inputs_embeds`")
 def test_the_rules_are_about_what_is_said_where_the_prompt_is_embeddings():
     manager, given_ = KVCacheManager(tiny("llama")), {"max_new_tokens": 20, "do_sample": False}
     embeds = tiny("llama").get_input_embeddings()(token_ids(2, 9))
@@ -216,7 +217,7 @@ ONCE_A_STEP = {
         "logits_processor": LogitsProcessorList([TopKLogitsWarper(5), TopPLogitsWarper(0.9)]), "do_sample": True, "temperature": 0.7
     },
     "some tokens allowed": lambda: {"prefix_allowed_tokens_fn": lambda row, ids: range(int(ids[-1]) % 7, VOCABULARY, 7)},
-    "forced, and out of the question": lambda: {"forced_eos_token_id": 5, "suppress_tokens": [6, 5]},
+    "forced, and out of the question": lambda: {"forced_eos_token_id": [5, 8], "suppress_tokens": [6, 5]},
     "a watermark": lambda: {"watermarking_config": WatermarkingConfig(), "do_sample": True},
     "guided": lambda: {"guidance_scale": 1.5},
 }  # fmt: skip
@@ -252,8 +253,9 @@ def test_a_processor_is_called_once_for_each_token_and_not_for_the_prefill():
 
 def words():
     """A tokenizer of a word for each token: a, b, …, aa, ab, …"""
-    names = {"".join(chr(97 + d) for d in (i // 26, i % 26)): i for i in range(VOCABULARY)}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(names, unk_token="aa")))
+    names = {"".join(chr(97 + d) for d in (i // 26, i % 26)): i for i in range(1, VOCABULARY)}
+    names["abcdef"] = 0  # which transformers looks for, to learn how tokens are joined
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(names, unk_token="abcdef")))
 
 
 def late(ids, scores, tokens=15):  # as transformers calls it
@@ -307,7 +309,7 @@ ROWS = [{}, *WITHIN.values(), STOPS["each row by itself"](None), {"no_repeat_ngr
 def test_prompts_with_rules_of_their_own_decode_together(policy):
     manager = KVCacheManager(build("llama"), policy)
     found, jobs = {}, {}
-    with manager.batch(max_rows=3, slots=None if policy else 64, prefill_chunk=7) as batch:
+    with manager.batch(max_rows=3, slots=None if policy else 96, prefill_chunk=7) as batch:
         waiting = list(range(len(ROWS)))
         while waiting or batch.busy:
             while waiting and batch.busy < batch.rows:

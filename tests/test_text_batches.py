@@ -282,7 +282,7 @@ def test_what_does_not_decode_on_the_engine_is_refused_with_the_reason(options, 
         (token_ids(1, 5), {"attention_mask": torch.tensor([[0, 0, 1, 1, 1]])}, "without pads"),
         (token_ids(1, 5), {"num_return_sequences": 2, "do_sample": True}, "more than one row"),
         (token_ids(1, 5), {"num_beams": 2}, "does not know num_beams"),
-        (token_ids(1, 5), {"prompt_lookup_num_tokens": 2}, "does not know prompt_lookup_num_tokens"),
+        (token_ids(1, 5), {"prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens=2 guesses for one row alone"),
         (token_ids(1, 5), {"prefix": "nobody"}, "nobody"),
         (token_ids(1, 5), {"temperature": -1.0, "do_sample": True}, "temperature"),
     ],
@@ -459,7 +459,7 @@ def test_a_batch_that_is_over_takes_and_says_nothing():
     with manager.batch(max_rows=2, slots=40) as batch:
         left = batch.add(token_ids(1, 5), max_new_tokens=9)
     assert batch.busy == 0
-    for begin in (batch.step, lambda: batch.add(token_ids(1, 5))):
+    for begin in (batch.step, lambda: batch.add(token_ids(1, 5), max_new_tokens=3)):
         with pytest.raises(ClosedError, match="this batch is closed"):
             begin()
     batch.cancel(left)

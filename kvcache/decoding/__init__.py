@@ -12,7 +12,9 @@ from kvcache.decoding._backends import (
     runs_on,
 )
 from kvcache.decoding._batch import PREFILL_CHUNK, Batch, Job, JobOutput, Piece, Prefilled, rows_within
+from kvcache.decoding._chunks import chunks_of
 from kvcache.decoding._compiling import Refused, compiled
+from kvcache.decoding._drafts import Drafts
 from kvcache.decoding._ends import Criteria, Said, TextEnd
 from kvcache.decoding._engine import Decoding, StepOptions
 from kvcache.decoding._front import SchedulerFront
@@ -69,6 +71,7 @@ __all__ = [
     "Criteria",
     "DecodeInputs",
     "Decoding",
+    "Drafts",
     "Drawing",
     "GenerationSettings",
     "Goal",
@@ -117,6 +120,7 @@ __all__ = [
     "backend_on",
     "check_bucket",
     "chunked",
+    "chunks_of",
     "compiled",
     "cuda_graph",
     "decode_attention",

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from kvcache.cache import CacheReport, LayerCache
+from kvcache.decoding._chunks import check_drawn
 from kvcache.decoding._ends import Criteria, Said, TextEnd
-from kvcache.decoding._engine import FAILED, Decoding, check_drawn
+from kvcache.decoding._engine import FAILED, Decoding
 from kvcache.decoding._sampler import Sampling
 from kvcache.errors import CapacityError, ClosedError, GeometryError, InputError, check_whole
 from kvcache.models import check_positions, without_autocast

@@ -66,10 +66,10 @@ class Criteria:
     Args:
         criteria: each takes token ids ``[rows, tokens]`` and scores, which here are None, and says of each row whether it ends.
         ids: of the prompts ``[rows, tokens]``.
-        pad: the token behind an end.
+        pad: the token behind an end; None: what is drawn there.
     """
 
-    def __init__(self, criteria: Sequence[Any], ids: Tensor, pad: int = 0) -> None:
+    def __init__(self, criteria: Sequence[Any], ids: Tensor, pad: int | None = 0) -> None:
         self._criteria, self._ids, self._pad = list(criteria), ids, pad
 
     def cut(self, tokens: Tensor, lengths: Sequence[int], over: Sequence[bool]) -> list[tuple[int, bool]]:
@@ -84,8 +84,10 @@ class Criteria:
         if not self._criteria:
             return found
         for i, drawn in enumerate(tokens.to(self._ids.device).unbind(1)):
-            here = torch.tensor([i < length for length, _ in found], device=drawn.device)
-            self._ids = torch.cat([self._ids, torch.where(here, drawn, self._pad)[:, None].to(self._ids)], 1)
+            if self._pad is not None:
+                here = torch.tensor([i < length for length, _ in found], device=drawn.device)
+                drawn = torch.where(here, drawn, self._pad)  # as `generate` would have it
+            self._ids = torch.cat([self._ids, drawn[:, None].to(self._ids)], 1)
             for row, stop in enumerate(self._stops()):
                 if stop and i < found[row][0]:
                     found[row] = i + 1, True

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,17 +18,17 @@ from typing_extensions import TypedDict, Unpack
 
 from kvcache.cache import CacheReport, LayerCache
 from kvcache.decoding._backends import BUCKET, Backend, BackendName, Compiled, Eager, backend_for
-from kvcache.decoding._ends import Criteria, TextEnd
 from kvcache.decoding._programs import Programs
 from kvcache.decoding._sampler import Drawing, Sampler, Sampling, default_generator
 from kvcache.decoding._static_cache import StaticKV
 from kvcache.decoding._wiring import DecodeInputs, HeadWatch
-from kvcache.errors import GeometryError, InputError, KVCacheError
+from kvcache.errors import GeometryError, KVCacheError
 from kvcache.events import Event, emit, has_listeners
 
 Forward = Callable[[Tensor, Tensor, dict[str, Any]], Tensor]
 """Runs a model on one token per request: token ids ``[requests]``; how many tokens each request has made so far,
-``[requests]``; what else to hand to the model. Gives logits ``[rows, vocabulary]``."""
+``[requests]``; what else to hand to the model. Gives logits ``[rows, vocabulary]``. Where drafts are judged: token ids
+``[requests, n]`` and logits ``[rows, n, vocabulary]``."""
 
 FAILED = -1
 """Stands for a token that could not be drawn, as its logits were no numbers, and for those after it."""
@@ -68,6 +68,17 @@ class StepOptions:
     bucket: int = BUCKET
     why_eager: str | None = None
     programs: Programs | None = None
+
+
+class Judging(Protocol):
+    """Steps of another kind on the same requests: each judges several tokens, and says one at least."""
+
+    @property
+    def fresh(self) -> int:
+        """How many tokens a step runs."""
+
+    def run(self, steps: int, drawing: Drawing | None) -> Tensor:
+        """Run so many; the tokens that they say, ``[requests, n]``."""
 
 
 class Decoding:
@@ -120,6 +131,7 @@ class Decoding:
             self._noise = torch.ones(requests, self.ahead, vocabulary, device=device)
         self._generators: list[torch.Generator | None] = [None] * requests  # None where nothing is drawn
         self._states: dict[torch.Generator, Tensor] = {}  # as they were before the last chunk
+        self._left = 0  # tokens whose noise is there already
         self._named: BackendName = backend if asked.why_eager is None else "eager"
         self._backend: Backend
         self._backend = backend_for(self._named, device, asked.bucket, asked.programs)
@@ -132,6 +144,10 @@ class Decoding:
     def backend(self) -> str:
         """What runs the steps."""
         return self._backend.name
+
+    def other_backend(self) -> Backend:
+        """One more of the kind that runs the steps, for steps of another kind."""
+        return backend_for(self._named, self.token.device, self._options.bucket, self._options.programs)
 
     def report(self) -> CacheReport:
         """The account of the cache, and of what runs the steps."""
@@ -165,7 +181,7 @@ class Decoding:
             new.token, new.made, new._out = self.token[:requests], self.made[:requests], self._out[:requests]
             new._begun = self._begun[:requests]
             new._noise = self._noise[:requests]
-            new._backend = backend_for(self._named, self.token.device, self._options.bucket, self._options.programs)
+            new._backend = self.other_backend()
             new.fallback = None
             self._fronts[requests] = new
         return self._fronts[requests]
@@ -206,7 +222,7 @@ class Decoding:
             self.sampler.set(request, sampling[i])
             self.sampler.begin(request, seen[i], None if notes is None else notes[i])
             self._generators[request] = generators[i] or default
-        self._states = {}
+        self._states, self._left = {}, 0
         drawing = self.sampler.drawing_of(which)
         noise = self._noise[which, 0]
         if drawing is not None and drawing.draws:
@@ -235,80 +251,42 @@ class Decoding:
         self.free(request, 1)
 
     @torch.no_grad()
-    def chunk(self, steps: int) -> Tensor:
+    def chunk(self, steps: int, judging: "Judging | None" = None) -> Tensor:
         """The next tokens of every request, ``[requests, steps]``; `FAILED` from where one could not be drawn.
 
         Args:
-            steps: at most `ahead`.
+            steps: at most `ahead`, or with `judging` as many as make so many tokens.
+            judging: what says several tokens a step, as many as it finds: then there are at least `steps`.
 
         Raises:
             CapacityError: if a row has no room for them; nothing has changed then.
         """
-        if not 1 <= steps <= self.ahead:
-            raise GeometryError(f"a chunk of {steps} steps: give 1 to {self.ahead}")
-        self.kv.check(steps)
+        tokens = steps * (1 if judging is None else judging.fresh)
+        if not 1 <= tokens <= self.ahead:
+            raise GeometryError(f"a chunk of {tokens} steps: give 1 to {self.ahead}")
+        self.kv.check(tokens)
         self.kv.settle()
         drawing = self.sampler.drawing
-        if drawing is not None and drawing.draws:
+        draws = drawing is not None and drawing.draws
+        if draws:
             default = default_generator(self.token.device)
             self._states = {g: g.get_state() for g in self._generators if g is default}
-            for noise in self._noise[:, :steps].unbind(1):
-                self._draw(noise)
-        self._column.zero_()
+            self._fresh_noise(tokens)
         before = self.kv.evicted() if has_listeners("evicted") else None
         with _tf32(self._tf32):
-            for _ in range(steps):
-                self._step(drawing)
-                self.kv.advance(1)
+            said = self._run(steps, drawing) if judging is None else judging.run(steps, drawing)
+        if draws:
+            self._keep_noise(tokens, said.shape[1])
         if before is not None:
             self.kv.emit_evictions(before)
+        return said
+
+    def _run(self, steps: int, drawing: Drawing | None) -> Tensor:
+        self._column.zero_()
+        for _ in range(steps):
+            self._step(drawing)
+            self.kv.advance(1)
         return self._out[:, :steps].clone()
-
-    def chunks(
-        self,
-        total: int,
-        size: int,
-        ends: Sequence[int],
-        pad: int = 0,
-        first_may_end: bool = True,
-        criteria: Criteria | None = None,
-    ) -> Iterator[Tensor]:
-        """The tokens of all requests in chunks ``[requests, size]``, from the first on; the last may be shorter.
-
-        Over when every request has ended; what a request that has ended would say further is `pad`.
-
-        Args:
-            total: the most tokens of a request.
-            size: tokens in a chunk. The host looks at the device once for each, and every `ahead` tokens.
-            ends: the tokens that end a request.
-            pad: the token behind an end.
-            first_may_end: whether a request may end with its first token.
-            criteria: what else ends a request.
-
-        Raises:
-            InputError: if a token cannot be drawn, as its logits are NaN or infinite. The chunks before have been given;
-                what was drawn before it in its own chunk has not.
-            CapacityError: where a row has no room for more, after all tokens that there was room for.
-        """
-        end, over, made = TextEnd(ends, total, first_may_end), [False] * self.requests, 1
-        first = self.token.masked_fill(self.sampler.failed, FAILED)[:, None]
-        held = self._until_ends(first, 0, end, over, pad, criteria)
-        while True:
-            while not all(over) and held.shape[1] < size:
-                if (room := self.kv.room()) == 0:
-                    if held.shape[1]:
-                        yield held
-                    self.kv.check(1)
-                steps = min(size - held.shape[1], total - made, self.ahead, room)
-                new = self._until_ends(self.chunk(steps), made, end, over, pad, criteria)
-                if new.shape[1] < steps:
-                    self.rewind(new.shape[1])
-                held = torch.cat([held, new], 1)
-                made += new.shape[1]
-            yield held
-            if all(over):
-                return
-            held = held[:, :0]
 
     @torch.no_grad()
     def teacher_forced_logits(self, ids: Tensor) -> Tensor:
@@ -332,37 +310,6 @@ class Decoding:
             self.kv.advance(1)
         return torch.stack(said)
 
-    @staticmethod
-    def _until_ends(
-        tokens: Tensor, made: int, end: TextEnd, over: list[bool], pad: int, criteria: Criteria | None = None
-    ) -> Tensor:
-        """The tokens up to where the last request ends, padded behind each end.
-
-        Args:
-            tokens: ``[requests, n]``, as they were drawn.
-            made: tokens of each request before them.
-            end: where each ends.
-            over: which have ended, which is brought up to date.
-            criteria: what else ends a request.
-
-        Raises:
-            InputError: if one of them could not be drawn.
-        """
-        drawn = tokens.tolist()  # the one look at the device
-        found = [(0, True) if over[row] else end.of(ids, made)[:2] for row, ids in enumerate(drawn)]
-        if criteria is not None:
-            found = criteria.cut(tokens, *zip(*found, strict=True))
-        lengths = [said for said, _ in found]
-        over[:] = [ends for _, ends in found]
-        if any(FAILED in ids[:said] for ids, said in zip(drawn, lengths, strict=True)):
-            check_drawn(tokens)
-        needed = max(lengths) if all(over) else tokens.shape[1]
-        tokens = tokens[:, :needed]
-        if min(lengths) == needed:
-            return tokens
-        order = torch.arange(needed, device=tokens.device)
-        return tokens.masked_fill(order >= torch.tensor(lengths, device=tokens.device)[:, None], pad)
-
     def rewind(self, steps: int) -> None:
         """Leave torch's default generator as if the last chunk had ended after so many steps."""
         for generator, state in self._states.items():
@@ -371,6 +318,18 @@ class Decoding:
             for noise in self._noise[:, :steps].unbind(1):
                 self._draw(noise)
         self._states = {}
+
+    def _fresh_noise(self, tokens: int) -> None:
+        """Noise for so many tokens, behind what is left of that of drafts that were wrong."""
+        for noise in self._noise[:, self._left : tokens].unbind(1):
+            self._draw(noise)
+
+    def _keep_noise(self, tokens: int, used: int) -> None:
+        """The next token takes the noise behind that which was used."""
+        self._left = max(self._left, tokens) - used
+        if self._left:
+            self._noise[:, : self._left] = self._noise[:, used : used + self._left].clone()
+            self._states = {}
 
     def _draw(self, noise: Tensor, which: slice = slice(None)) -> None:
         """Exponential noise ``[requests, vocabulary]``, as `torch.multinomial` draws it."""
@@ -404,12 +363,20 @@ class Decoding:
         if (looks := given.get("looks")) is not None:
             for rule in self.sampler.rules.values():
                 rule.look(looks.weights)
-        token = self.sampler(logits, self._noise.index_select(1, self._column)[:, 0], drawing)
+        token = self.sampler(logits, self.noise(self._column), drawing)
         self._out.index_copy_(1, self._column, token.masked_fill(self.sampler.failed, FAILED)[:, None])
         self.token.copy_(token)
         self._column.add_(1)
         self.made.add_(self._begun)
         self.kv.length.add_(self.kv.taken)
+
+    def judged(self, tokens: Tensor, order: Tensor) -> Tensor:
+        """The logits ``[rows, n, vocabulary]`` after each of these token ids ``[rows, n]``, which are not counted."""
+        return self._forward(tokens, self.made, self._inputs.of_step(order, False, tokens.shape[1]))
+
+    def noise(self, column: Tensor) -> Tensor:
+        """The noise ``[requests, vocabulary]`` of one token of the chunk, ``[1]``."""
+        return self._noise.index_select(1, column)[:, 0]
 
     def reach(self) -> tuple[int, bool]:
         """How many slots the next step has to read, and whether every row sees all of them."""
@@ -430,15 +397,6 @@ class Decoding:
     def state(self) -> list[Tensor]:
         """All that a step changes, but for keys and values, which it writes again to where it wrote them."""
         return [self.token, self.made, self._column, self._out, self.kv.length, *self.sampler.state()]
-
-
-def check_drawn(tokens: Tensor) -> None:
-    """Raise `InputError` if one of these tokens ``[requests, n]`` could not be drawn."""
-    if bool((tokens == FAILED).any()):
-        raise InputError(
-            "a token cannot be drawn: the logits of its step were NaN, infinite, or all of them -inf; look for NaN in the "
-            "model's weights and inputs, or run it in a wider dtype"
-        )
 
 
 @contextmanager

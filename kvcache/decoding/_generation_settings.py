@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
+from kvcache.decoding._drafts import Drafts
 from kvcache.decoding._processors import read_processors
 from kvcache.decoding._sampler import Sampling
 from kvcache.decoding._token_rules import TokenRules
@@ -18,7 +19,7 @@ from kvcache.errors import InputError
 _KNOWN = {
     "max_new_tokens", "max_length", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty",
     "eos_token_id", "pad_token_id", "bos_token_id", "use_cache", "transformers_version", "decoder_start_token_id",
-    "num_return_sequences", "cache_implementation",
+    "num_return_sequences", "cache_implementation", "prompt_lookup_num_tokens", "max_matching_ngram_size",
 }  # fmt: skip
 # What `generate` makes processors and criteria of, which are looked at themselves. The prefill is done without.
 _MADE_OF: dict[str, Any] = {
@@ -44,10 +45,11 @@ class GenerationSettings:
         sampling: how tokens are drawn.
         rules: what else changes their scores.
         criteria: what else ends a row, of transformers.
+        drafts: how tokens are guessed; None: they are not.
         new_tokens: the most that follow the prompt.
         copies: sequences for each row of the prompt.
         ends: tokens that end a row.
-        pad: what stands behind an end.
+        pad: what stands behind an end; None where no token ends a row, and one that is over goes on, as in `generate`.
         unpenalized: how many tokens at the start of each row the repetition penalty is not about.
         prefill: the same as a generation of one token, whose logits and cache it returns.
         unsupported_reason: None if the engine can.
@@ -56,10 +58,11 @@ class GenerationSettings:
     sampling: Sampling
     rules: TokenRules
     criteria: tuple[Any, ...]
+    drafts: Drafts | None
     new_tokens: int
     copies: int
     ends: tuple[int, ...]
-    pad: int
+    pad: int | None
     unpenalized: tuple[int, ...]
     prefill: GenerationConfig
     unsupported_reason: str | None
@@ -84,9 +87,11 @@ class GenerationSettings:
                 reason = f"the decode engine does not know {', '.join(sorted(odd))}"
             else:
                 reason = "use_cache=False" if config.use_cache is False else ""
+                if model.generation_config.stop_strings:
+                    reason = "stop_strings are among the model's own settings; give them to the call"
             if reason:
-                return cls(Sampling(), TokenRules(), (), 1, 1, (), 0, (), first, reason)
-            return _read(cls, first, _Prepared.by(model, inputs, given))
+                return cls(Sampling(), TokenRules(), (), None, 1, 1, (), None, (), first, reason)
+            return _read(cls, first, _Prepared.by(model, inputs, given, config.stop_strings))
         except (ValueError, TypeError) as error:
             if isinstance(error, InputError):
                 raise
@@ -98,6 +103,7 @@ def _prefill_of(config: GenerationConfig) -> GenerationConfig:
     first.update(
         max_new_tokens=1, max_length=None, do_sample=False, temperature=1.0, top_k=50, top_p=1.0, min_p=None, repetition_penalty=1.0,
         num_return_sequences=1, cache_implementation=None, return_dict_in_generate=True, output_logits=True,
+        prompt_lookup_num_tokens=None,
         **{name: value for name, value in _MADE_OF.items() if hasattr(config, name)},
     )  # fmt: skip
     return first  # type: ignore[no-any-return]
@@ -125,18 +131,32 @@ class _Prepared:
     """A run of `generate` as it stands before its first forward: what it has made of its arguments."""
 
     config: GenerationConfig
+    rows: int
     prompt: int
     processors: Sequence[Any]
     criteria: Sequence[Any]
 
     @classmethod
-    def by(cls, model: Any, inputs: Tensor | None, given: Mapping[str, Any]) -> "_Prepared":
+    def by(cls, model: Any, inputs: Tensor | None, given: Mapping[str, Any], strings: Any) -> "_Prepared":
+        """As `generate` prepares it.
+
+        Args:
+            model, inputs, given: see `GenerationSettings.of`.
+            strings: that end a text. `generate` loses the tokenizer on this way, so their criterion is made here.
+        """
+        more = []
+        if strings and given.get("tokenizer") is not None:
+            more = [StopStringCriteria(given["tokenizer"], strings)]
+            given = {name: value for name, value in given.items() if name not in ("tokenizer", "stop_strings")}
+            if (config := given.get("generation_config")) is not None:
+                given["generation_config"] = copy.deepcopy(config)
+                given["generation_config"].stop_strings = None
         found: list[_Prepared] = []
 
         def stop_here(model: Any,  # noqa: ARG001  # transformers gives it by name
                       input_ids: Tensor, logits_processor: Any, stopping_criteria: Any,
                       generation_config: Any, **model_kwargs: Any) -> Tensor:  # fmt: skip
-            found.append(cls(generation_config, input_ids.shape[1], logits_processor, stopping_criteria))
+            found.append(cls(generation_config, *input_ids.shape, logits_processor, [*stopping_criteria, *more]))
             return input_ids
 
         first = () if inputs is None else (inputs,)
@@ -158,16 +178,21 @@ def _read(kind: type[GenerationSettings], first: GenerationConfig, run: _Prepare
     drawn = read_processors(run.processors, run.prompt, bool(config.do_sample))
     if any(pads > run.prompt for pads in drawn.unpenalized):
         odd.append("a repetition penalty on embeddings with pads")
+    lookup = config.prompt_lookup_num_tokens
+    drafts = None if lookup is None else Drafts(lookup, config.max_matching_ngram_size or Drafts.longest)
+    if drafts is not None and run.rows > 1:
+        odd.append(f"prompt_lookup_num_tokens={lookup} for more than one row")
     stops = [] if config._eos_token_tensor is None else config._eos_token_tensor.flatten().tolist()
     pad = (stops or [0])[0] if config._pad_token_tensor is None else int(config._pad_token_tensor)
     return kind(
         drawn.sampling,
         drawn.rules,
         tuple(criteria),
+        drafts,
         max(1, math.ceil(total)),
         config.num_return_sequences or 1,
         tuple(ends),
-        pad,
+        pad if ends else None,
         drawn.unpenalized,
         first,
         f"the decode engine does not know {', '.join(odd)}" if odd else None,

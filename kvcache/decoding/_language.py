@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from kvcache.cache import CacheReport, SizePolicy, slots_for
 from kvcache.decoding._backends import BUCKET, BackendName
-from kvcache.decoding._ends import Criteria
+from kvcache.decoding._chunks import chunks_of
+from kvcache.decoding._drafts import Drafting
+from kvcache.decoding._ends import Criteria, TextEnd
 from kvcache.decoding._engine import Decoding
 from kvcache.decoding._generation_settings import GenerationSettings
 from kvcache.decoding._pool import Pool
@@ -127,6 +129,9 @@ class LanguageDecoder:
         needed = self.needed(policy, layers[0].stored, total)
         rows, vocabulary = logits.shape
         room = settings.rules.room(prompt.shape[1] + total)
+        drafts = settings.drafts
+        if drafts is not None and self._max_length is None:  # what is guessed needs slots of its own
+            needed += drafts.tokens
 
         def make(slots: int) -> Decoding:
             return self.decoding(policy, rows, slots, vocabulary, backend, room)
@@ -137,7 +142,9 @@ class LanguageDecoder:
             notes = [settings.rules.notes(ids) for ids in prompt]
             decoding.start(0, logits, [settings.sampling] * rows, [None] * rows, seen, notes)
             criteria = Criteria(settings.criteria, prompt, settings.pad) if settings.criteria else None
-            for chunk in decoding.chunks(total, size, settings.ends, settings.pad, criteria=criteria):
+            text = [*prompt[0].tolist(), int(decoding.token[0])] if drafts is not None else []
+            more = None if drafts is None else Drafting(decoding, drafts, text, len(text) + total).chunk
+            for chunk in chunks_of(decoding, TextEnd(settings.ends, total), size, settings.pad, criteria, more):
                 yield chunk, decoding.report()
 
     @contextmanager
@@ -195,14 +202,15 @@ class LanguageDecoder:
 
 
 class _Step(nn.Module):
-    """From a token to the logits of the next."""
+    """From a token of each row ``[rows]`` to the logits of the next; or from several, ``[rows, n]``, to those after each."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, tokens: Tensor, made: Tensor, given: dict[str, Any]) -> Tensor:  # noqa: ARG002  # as every step's
-        return torch.as_tensor(self.model(input_ids=tokens[:, None], **given).logits[:, -1])
+        logits = self.model(input_ids=tokens if tokens.dim() == 2 else tokens[:, None], **given).logits
+        return torch.as_tensor(logits if tokens.dim() == 2 else logits[:, -1])
 
 
 def _why_not_tried(facts: ModelFacts) -> str | None:

@@ -102,6 +102,9 @@ class ScoreRule(Protocol):
     def begin(self, request: int, note: Any) -> None:
         """Forget what a request was; `note` says what the rule has to know of the next one. None: it leaves that alone."""
 
+    def end(self, request: int) -> None:
+        """The request is over: its scores are nobody's. What is known of it may still be read."""
+
     def move(self, request: int, to: int) -> None:
         """Bring what is known of a request to another place."""
 
@@ -246,10 +249,10 @@ class Sampler:
             rule.begin(request, (notes or {}).get(name))
 
     def free(self, request: int) -> None:
-        """Draw nothing for a request, and let its rules forget it."""
+        """Draw nothing for a request, which is over."""
         self.set(request, GREEDY)
         for rule in self.rules.values():
-            rule.begin(request, None)
+            rule.end(request)
 
     def penalize(self, request: int, seen: Tensor) -> None:
         """From now on the penalty of a request is about these token ids, ``[tokens]``, and what it draws."""

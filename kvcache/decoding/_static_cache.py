@@ -220,6 +220,13 @@ class StaticKV:
                 room = min(room, self.slots - seen)
         return max(0, room)
 
+    def spare(self) -> int:
+        """How many tokens more can be written to each row and taken back, in place of none that stays."""
+        held = [
+            seen if policy.limit is None else policy.limit for seen, policy in self._accounts() if policy is not None
+        ]
+        return self.slots - max(held, default=0)
+
     def advance(self, steps: int) -> None:
         """Count what so many steps have written."""
         for row in range(self.rows):
@@ -272,10 +279,13 @@ class StaticKV:
 
     # ------------------------------------------------------------------ within a step
 
-    def begin(self, columns: int) -> None:
-        """Say where this step's tokens go, and how many slots are read."""
+    def begin(self, columns: int, fresh: int = 1) -> None:
+        """Say where this step's tokens go, so many of each row, and how many slots are read."""
         torch._check(columns <= self.slots)  # type: ignore[no-untyped-call]  # what a compiler that knows neither number has to be told
-        self.slot = ring_slot(self.length, self.pinned, self.slots)
+        length, pinned = self.length, self.pinned
+        if fresh > 1:
+            length, pinned = length[:, None] + self.order[:fresh], pinned[:, None]
+        self.slot = ring_slot(length, pinned, self.slots)
         self.columns = columns
 
     def counts(self) -> Tensor:
@@ -283,17 +293,30 @@ class StaticKV:
         length = self.length + 1
         return torch.stack((length, staying_of(length, self.limit, self.low), self.pinned), 1)
 
-    def mask(self, order: Tensor) -> Tensor:
-        """What each row's current token sees of the slots in `order`, ``[rows, 1, 1, columns]``."""
-        length = self.length + 1
-        stored = staying_of(length, self.limit, self.low)
-        return ring_sees(length, stored, self.pinned, self.slots, order)[:, None, None]
+    def mask(self, order: Tensor, fresh: int = 1) -> Tensor:
+        """What each row's current tokens see of the slots in `order`, ``[rows, 1, fresh, columns]``.
+
+        Of several tokens each sees those before it. A policy that evicts needs as many slots more than it keeps.
+        """
+        marks = (self.length + 1, self.limit, self.low, self.pinned)
+        if fresh > 1:
+            later = self.order[:fresh].repeat(self.rows)
+            length, limit, low, pinned = (mark.repeat_interleave(fresh) for mark in marks)
+            length = length + later
+        else:
+            length, limit, low, pinned = marks
+        seen = ring_sees(length, staying_of(length, limit, low), pinned, self.slots, order)
+        return seen.view(self.rows, 1, fresh, -1)
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the current token of each row, ``[rows, heads, 1, dim]``; the slots to read, a view."""
+        """Store the current tokens of each row, ``[rows, heads, fresh, dim]``; the slots to read, a view."""
         held_keys, held_values = self.keys[layer], self.values[layer]
-        held_keys[self._row, :, self.slot] = keys[:, :, 0].to(held_keys.dtype)
-        held_values[self._row, :, self.slot] = values[:, :, 0].to(held_values.dtype)
+        if self.slot.dim() == 1:
+            held_keys[self._row, :, self.slot] = keys[:, :, 0].to(held_keys.dtype)
+            held_values[self._row, :, self.slot] = values[:, :, 0].to(held_values.dtype)
+        else:
+            held_keys[self._row[:, None], :, self.slot] = keys.transpose(1, 2).to(held_keys.dtype)
+            held_values[self._row[:, None], :, self.slot] = values.transpose(1, 2).to(held_values.dtype)
         return held_keys[:, :, : self.columns], held_values[:, :, : self.columns]
 
 

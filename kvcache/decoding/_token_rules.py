@@ -156,6 +156,10 @@ class _Held:
         vars(new).update(_held={name: held[:requests] for name, held in self._held.items()})
         return new
 
+    def end(self, request: int) -> None:
+        """See `ScoreRule`."""
+        self._active[request] = False
+
     def move(self, request: int, to: int) -> None:
         """See `ScoreRule`."""
         for held in self._held.values():
@@ -163,7 +167,7 @@ class _Held:
         self._active[to] = self._active[request]
 
     def state(self) -> list[Tensor]:
-        """See `ScoreRule`."""
+        """See `ScoreRule`: each ``[requests, …]``."""
         return list(self._held.values())
 
     def program(self) -> str:
@@ -176,7 +180,7 @@ class _Held:
         return any(self._active[:rows][which])
 
     def look(self, weights: Sequence[Tensor]) -> None:
-        """See `ScoreRule`: it looks at nothing."""
+        """See `ScoreRule`: of ``[requests, columns]`` each it looks at nothing."""
 
 
 class TokenLimits(_Held):
@@ -200,14 +204,12 @@ class TokenLimits(_Held):
 
     def begin(self, request: int, note: Limits | None) -> None:
         """See `ScoreRule`."""
-        if note is None and not self._active[request]:
+        self._active[request] = note is not None
+        if note is None:
             return
         held = {name: one[request] for name, one in self._held.items()}
         for name, one in held.items():
             one.fill_(-1 if name == "forced_at" else 0)
-        self._active[request] = note is not None
-        if note is None:
-            return
         tokens = torch.tensor(list(note.until), dtype=torch.long)
         steps = torch.tensor(list(note.until.values()), dtype=torch.int32)
         held["until"].index_copy_(0, tokens.to(held["until"].device), steps.to(held["until"].device))
@@ -227,7 +229,7 @@ class TokenLimits(_Held):
         return scores
 
     def drew(self, tokens: Tensor, which: slice) -> None:  # noqa: ARG002  # as every rule's
-        """See `ScoreRule`."""
+        """See `ScoreRule`: tokens ``[requests]``."""
         self._held["made"][which].add_(1)
 
 
@@ -292,7 +294,7 @@ class RepeatedNGrams(_Held):
         return scores.masked_fill(banned, -torch.inf)
 
     def drew(self, tokens: Tensor, which: slice) -> None:
-        """See `ScoreRule`."""
+        """See `ScoreRule`: tokens ``[requests]``."""
         ids, length = self._held["ids"][which], self._held["length"][which]
         ids.scatter_(1, length.clamp(max=ids.shape[1] - 1)[:, None], tokens[:, None])
         length.add_(1)
@@ -330,13 +332,17 @@ class HostProcessors:
         vars(new).update(_rows=requests)
         return new
 
+    def end(self, request: int) -> None:
+        """See `ScoreRule`."""
+        self.begin(request, None)
+
     def move(self, request: int, to: int) -> None:
         """See `ScoreRule`."""
         for held in (self._processors, self._ids):
             held[to] = held[request]  # type: ignore[index]  # two lists of two kinds
 
     def state(self) -> list[Tensor]:
-        """See `ScoreRule`: its memory is not a tensor of one size, so it is never captured."""
+        """See `ScoreRule`: nothing ``[requests, …]``, as it is never captured."""
         return []
 
     def program(self) -> str:
@@ -348,7 +354,7 @@ class HostProcessors:
         return any(self._processors[: self._rows][which])
 
     def look(self, weights: Sequence[Tensor]) -> None:
-        """See `ScoreRule`: it looks at nothing."""
+        """See `ScoreRule`: of ``[requests, columns]`` each it looks at nothing."""
 
     def begin(self, request: int, note: ProcessorsNote | None) -> None:
         """See `ScoreRule`."""
@@ -375,7 +381,7 @@ class HostProcessors:
         return [slice(first + a, first + b) for a, b in zip([0, *edges], [*edges, len(kinds)], strict=True)]
 
     def drew(self, tokens: Tensor, which: slice) -> None:
-        """See `ScoreRule`."""
+        """See `ScoreRule`: tokens ``[requests]``."""
         for request, token in zip(range(*which.indices(self._rows)), tokens, strict=True):
             if (ids := self._ids[request]) is not None:
                 self._ids[request] = torch.cat([ids, token[None].to(ids)])

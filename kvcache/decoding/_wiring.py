@@ -124,15 +124,19 @@ class DecodeInputs:
         layers: list[Any] = [StaticLayer(kv, i) for i in range(len(kv.keys))]
         self._cache = Cache(layers=layers)
 
-    def of_step(self, order: Tensor, whole: bool) -> dict[str, Any]:
+    def of_step(self, order: Tensor, whole: bool, fresh: int = 1) -> dict[str, Any]:
         """The arguments of the model's next call.
 
         Args:
             order: ``[columns]``, which are 0, 1, 2, …: so many slots are read.
             whole: every row sees all of them, so that no mask is needed.
+            fresh: tokens of each row that the step runs.
         """
         kv = self._kv
-        kv.begin(order.shape[0])
+        kv.begin(order.shape[0], fresh)
+        if fresh > 1:
+            given = decoding_arguments(self._cache, kv.length[:, None] + kv.order[:fresh])
+            return {"attention_mask": kv.mask(order, fresh), **given}
         # The kernel works out itself what a row sees. A 4-D tensor is what transformers hands through untouched.
         reduces = _reduces(order)
         # A compiled step without a mask reduces: one that is not to has a mask, too, where all is seen.
@@ -191,7 +195,7 @@ def attend(
     looks: Looks | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one query per row and head, ``[rows, heads, 1, dim]``, over the slots of a `StaticKV`.
+    """Attention of one query per row and head, or of several, ``[rows, heads, n, dim]``, over the slots of a `StaticKV`.
 
     Counts in place of a mask are for the Triton kernel. A mask that is added, or none, is for reductions where steps are
     compiled for a CPU; all else is for torch's own attention.
@@ -203,20 +207,20 @@ def attend(
         raise GeometryError(f"its attention depends on {more}; decode without a backend")
     if looks is not None:
         looks.take(int(module.layer_idx), query, keys, scaling)  # type: ignore[arg-type]  # a number, by transformers' convention
-    rows, heads, _, _ = query.shape
+    rows, heads, fresh, _ = query.shape
     if attention_mask is not None and attention_mask.dtype == torch.long:
         length, stored, pinned = attention_mask[:, 0, 0].unbind(1)
         out = decode_attention(query, keys, values, length, stored, pinned, scaling)
     else:
         # The query heads of one KV head are so many queries to it: keys and values need not be repeated.
-        grouped = query.view(rows, keys.shape[1], -1, query.shape[3]).to(keys.dtype)
-        if attention_mask is not None and attention_mask.shape[1] > 1:  # one for each head
-            attention_mask = attention_mask.expand(rows, heads, -1, -1).reshape(*grouped.shape[:3], -1)
-        if _reduces(query) and (attention_mask is None or attention_mask.is_floating_point()):
+        grouped = query.reshape(rows, keys.shape[1], -1, query.shape[3]).to(keys.dtype)
+        if attention_mask is not None and attention_mask.shape[1:3] != (1, 1):  # one for each head or query
+            attention_mask = attention_mask.expand(rows, heads, fresh, -1).reshape(*grouped.shape[:3], -1)
+        if fresh == 1 and _reduces(query) and (attention_mask is None or attention_mask.is_floating_point()):
             out = _reduced(query.view(grouped.shape), keys, values, attention_mask, scaling)
         else:
             out = nn.functional.scaled_dot_product_attention(grouped, keys, values, attention_mask, scale=scaling)
-        out = out.reshape(rows, heads, 1, -1)
+        out = out.reshape(rows, heads, fresh, -1)
     return out.transpose(1, 2).to(query.dtype), None
 
 

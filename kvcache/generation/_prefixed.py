@@ -21,8 +21,7 @@ _KNOWN = (
 ) - {"kwargs"}
 # What brings a cache of its own, positions of its own, or weights that the prefix was not computed with.
 _INSTEAD = (
-    "cache", "past_key_values", "assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size", "position_ids",
-    "adapter_names",
+    "cache", "past_key_values", "assistant_model", "prefill_chunk_size", "position_ids", "adapter_names",
 )  # fmt: skip
 
 
@@ -59,14 +58,23 @@ def behind_prefix(call: GenerateCall, name: str, content: Tensor, evicts: bool) 
     return call.given(None, settings)
 
 
-def _what_follows(call: GenerateCall, name: str) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """The token ids and the embeddings that follow a prefix, of which one is None, and that which is not."""
-    for other in _INSTEAD:
+def check_undrafted(call: GenerateCall) -> None:
+    """Raise `InputError` if a call behind a prefix asks `generate` itself for drafts, which begin with a cache of their own."""
+    _check_not_both(call, "prompt_lookup_num_tokens")
+
+
+def _check_not_both(call: GenerateCall, *others: str) -> None:
+    for other in others:
         if call.setting(other) is not None:
             raise InputError(
                 f"give prefix or {other}, not both; new_cache(prefix=…) makes a cache that begins with one, to be run "
                 "in a loop of your own"
             )
+
+
+def _what_follows(call: GenerateCall, name: str) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """The token ids and the embeddings that follow a prefix, of which one is None, and that which is not."""
+    _check_not_both(call, *_INSTEAD)
     settings = call.settings
     unknown = sorted(one for one in settings if one not in _KNOWN and settings[one] is not None)
     if unknown:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvcache.cache import CacheReport
 from kvcache.errors import GeometryError
-from kvcache.generation import Emitter, GenerateCall, Run, Wanted, asks, behind_prefix, running
+from kvcache.generation import Emitter, GenerateCall, Run, Wanted, asks, behind_prefix, check_undrafted, running
 from kvcache.manager._caches import ModelCaches
 from kvcache.models import (
     cache_kwarg,
@@ -75,6 +75,7 @@ class Runs:
         with self._caches.one_model(runs=True):
             call = self.whole(call, prefix)
             if prefix is not None:
+                check_undrafted(call)
                 facts_of(call.model).clear_request_state()
             call.check_cache_kind()
             if not (cached and call.caches):

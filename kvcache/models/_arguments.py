@@ -55,6 +55,9 @@ def check_kv_dtype(kv_dtype: Any) -> None:
         raise InputError(f"kv_dtype={kv_dtype!r} must be a floating-point dtype of torch, such as torch.bfloat16")
 
 
+_POPPED = ("tokenizer", "assistant_tokenizer", "trust_remote_code")  # that `generate` takes without saying so
+
+
 def check_generate_arguments(model: Any, given: Mapping[str, Any]) -> None:
     """Raise `InputError` for keyword arguments that neither ``generate`` nor the model takes, as ``generate`` itself would.
 
@@ -68,7 +71,7 @@ def check_generate_arguments(model: Any, given: Mapping[str, Any]) -> None:
     given = dict(given)
     pop_cache(given)  # a cache, under whichever of its names
     try:
-        rest = settings().update(**{name: value for name, value in given.items() if name not in own})
+        rest = settings().update(**{name: value for name, value in given.items() if name not in {*own, *_POPPED}})
     except (ValueError, TypeError) as error:
         raise InputError(f"generate refuses these settings: {error}") from error
     try:

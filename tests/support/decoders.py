@@ -33,8 +33,9 @@ def decoding_of(
     decoder = decoder_copy(model)
 
     def forward(tokens: Tensor, made: Tensor, given: Any) -> Tensor:
-        logits: Tensor = decoder(input_ids=tokens[:, None], **given).logits
-        return logits[:, -1]
+        several = tokens.dim() == 2  # a draft
+        logits: Tensor = decoder(input_ids=tokens if several else tokens[:, None], **given).logits
+        return logits if several else logits[:, -1]
 
     named: Any = "eager" if backend == "aot_eager" else backend
     decoding = Decoding(forward, kv, Sampler(rows, VOCABULARY, TRANSFORMERS, CPU), named, **options)

@@ -205,6 +205,9 @@ class AlignmentRule:
         """See `kvcache.decoding.ScoreRule`."""
         return f"{class_code(type(self))} {self._stop} {self._start}"
 
+    def end(self, request: int) -> None:
+        """See `kvcache.decoding.ScoreRule`: `alignment` is asked of it then."""
+
     def active(self, which: slice) -> bool:  # noqa: ARG002  # every request has a text
         """See `kvcache.decoding.ScoreRule`."""
         return True

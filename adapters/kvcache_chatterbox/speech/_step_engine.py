@@ -23,6 +23,8 @@ from kvcache.decoding import (
     Sampler,
     Sampling,
     StaticKV,
+    TextEnd,
+    chunks_of,
     decoder_copy,
     unsupported_reason,
 )
@@ -244,7 +246,7 @@ class Stepper:
             if t3.is_gpt:  # penalizes the start token only as long as there is nothing else
                 decoding.sampler.penalize(0, first)
             del begun, layers
-            for chunk in decoding.chunks(end.most, size, end.tokens, first_may_end=end.first_may_end):
+            for chunk in chunks_of(decoding, TextEnd(end.tokens, end.most, end.first_may_end), size):
                 said = ending.take(chunk[0])
                 if said.numel():
                     yield said[None], decoding.report()

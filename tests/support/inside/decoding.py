@@ -11,6 +11,12 @@ from kvcache.decoding._backends import (  # made with recorders and compilers th
     Graph,
     check_backend,
 )
+from kvcache.decoding._drafts import (  # a guess by itself; drafts whether they pay or not
+    DraftedSteps,
+    Drafting,
+    looked_up,
+    said_at_once,
+)
 from kvcache.decoding._processors import read_processors  # of lists that no generation makes
 from kvcache.decoding._sampler import (  # the order of generate, of samplers that are run by themselves; of devices that are not here
     TRANSFORMERS,
@@ -25,13 +31,17 @@ __all__ = [
     "TRANSFORMERS",
     "AsyncItems",
     "Compiled",
+    "DraftedSteps",
+    "Drafting",
     "Graph",
     "StaticLayer",
     "attend",
     "check_backend",
     "default_generator",
     "kernel",
+    "looked_up",
     "read_processors",
+    "said_at_once",
 ]
 
 COMPILED = "kvcache.decoding._backends.Compiled"  # with torch's compiler without its slow half

@@ -1,0 +1,178 @@
+"""Drafts by n-gram lookup: what is said is what would be said without them, whatever was guessed."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.decoders import DRAWING, GREEDY, begin, decoding_of
+from support.families import tiny, token_ids
+from support.inside.decoding import Drafting, looked_up, said_at_once
+from support.searching import search
+
+from kvcache import InputError, KeepAll, KVCacheManager, MaxTokens, SlidingWindow
+from kvcache.decoding import Drafts, Sampling, TextEnd, chunks_of
+
+ALWAYS = Drafts(4, 2, cost=0.0)
+
+# ---------------------------------------------------------------------- guesses
+
+
+def guessed_plainly(ids, drafts):
+    best, place = 0, len(ids) - 2
+    for i in range(len(ids) - 1):
+        alike = 0
+        while alike < drafts.longest and i >= alike and ids[i - alike] == ids[-1 - alike]:
+            alike += 1
+        if alike >= max(1, best):
+            best, place = alike, i
+    follow = ids[place + 1 : place + 1 + drafts.tokens]
+    return best, follow + [ids[-1]] * (drafts.tokens - len(follow))
+
+
+@search(150)
+@given(
+    texts=st.lists(st.lists(st.integers(0, 3), min_size=2, max_size=30), min_size=1, max_size=4),
+    tokens=st.integers(1, 5),
+    longest=st.integers(1, 4),
+)
+def test_a_guess_is_what_followed_the_last_place_with_most_alike(texts, tokens, longest):
+    drafts, room = Drafts(tokens, longest), max(map(len, texts)) + 3
+    ids = torch.tensor([text + [7] * (room - len(text)) for text in texts])
+    found = looked_up(ids, torch.tensor([len(text) for text in texts]), drafts)
+    for row, text in enumerate(texts):
+        alike, expected = guessed_plainly(text, drafts)
+        if alike:
+            assert found[row].tolist() == expected
+
+
+@search(60)
+@given(text=st.lists(st.integers(0, 4), min_size=1, max_size=90), tokens=st.integers(1, 4))
+def test_what_drafts_would_have_brought_is_counted_as_they_are_judged(text, tokens):
+    drafts, begin_at = Drafts(tokens, 2), max(1, len(text) - 64)
+    at, steps = begin_at, 0
+    while at < len(text):
+        guess = looked_up(torch.tensor([text[:at]]), torch.tensor([at]), drafts)[0].tolist()
+        right = 0
+        while right < tokens and at + right < len(text) and guess[right] == text[at + right]:
+            right += 1
+        at, steps = at + right + 1, steps + 1
+    expected = 1.0 if steps == 0 else (len(text) - begin_at) / steps
+    assert said_at_once(text, drafts) == pytest.approx(expected)
+
+
+def test_what_comes_again_pays_and_what_does_not_does_not():
+    drafts = Drafts(7, 3)
+    assert said_at_once(list(range(8)) * 20, drafts) > 7
+    assert said_at_once(list(range(200)), drafts) == 1
+    assert said_at_once([5], drafts) == 1
+
+
+# ---------------------------------------------------------------------- what is said
+
+
+def said(model, policy, ids, sampling, tokens, backend="eager", drafts=None, size=13, ends=(), spare=0):
+    manager = KVCacheManager(model, policy)
+    slots = policy.limit or ids.shape[1] + tokens
+    decoding = decoding_of(model, 1, slots + (drafts.tokens if drafts else spare), backend)
+    begin(decoding, manager, ids, sampling, [torch.Generator().manual_seed(3)])
+    text = [*ids[0].tolist(), int(decoding.token[0])]
+    drafting = drafts and Drafting(decoding, drafts, text, len(text) + tokens)
+    chunks = list(chunks_of(decoding, TextEnd(ends, tokens), size, more=drafting and drafting.chunk))
+    assert all(chunk.shape[1] == size for chunk in chunks[:-1])
+    assert decoding.fallback is None
+    return torch.cat(chunks, 1), decoding
+
+
+POLICIES = [KeepAll(), SlidingWindow(20, sinks=3), MaxTokens(24, 15)]
+SETTINGS = {
+    "greedy": GREEDY,
+    "penalized": Sampling(temperature=0, repetition_penalty=1.4),
+    "drawn": DRAWING,
+    "cold": Sampling(temperature=0.05, top_p=1, repetition_penalty=1),
+}
+
+
+@pytest.mark.parametrize("backend", ["eager", "graph"])
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_the_tokens_are_those_without_drafts(name, policy, backend):
+    model = tiny(name)
+    for case, sampling in enumerate(SETTINGS.values()):
+        for drafts in (ALWAYS, Drafts(7, 3, cost=0.0), Drafts(1, 1, cost=0.0)):
+            ids = token_ids(1, 9, seed=case).repeat(1, 2)
+            expected, _ = said(model, policy, ids, sampling, 120)
+            found, decoding = said(model, policy, ids, sampling, 120, backend, drafts)
+            assert torch.equal(found, expected)
+            report = decoding.report().layers[0]
+            assert 137 <= report.seen <= 137 + drafts.tokens  # the last step may say more than was wanted
+
+
+@search(40)
+@given(
+    ends=st.lists(st.integers(0, 127), max_size=6),
+    size=st.integers(1, 40),
+    tokens=st.integers(1, 60),
+    guess=st.integers(1, 6),
+    sampling=st.sampled_from(list(SETTINGS.values())),
+    seed=st.integers(0, 5),
+)
+def test_ends_and_chunks_are_those_without_drafts(ends, size, tokens, guess, sampling, seed):
+    ids = token_ids(1, 7, seed=seed).repeat(1, 2)
+    expected, _ = said(tiny("llama"), KeepAll(), ids, sampling, tokens, size=size, ends=ends)
+    drafts = Drafts(guess, 2, cost=0.0)
+    found, _ = said(tiny("llama"), KeepAll(), ids, sampling, tokens, "eager", drafts, size, ends)
+    assert torch.equal(found, expected)
+
+
+def test_a_step_with_drafts_says_several_tokens():
+    ids = torch.tensor([[5, 6, 7, 8] * 6])
+    manager, model = KVCacheManager(tiny("llama")), tiny("llama")
+    decoding = decoding_of(model, 1, 160)
+    begin(decoding, manager, ids, GREEDY)
+    text = [*ids[0].tolist(), int(decoding.token[0])]
+    drafting = Drafting(decoding, ALWAYS, text, 160)
+    ran = [drafting.chunk(8).shape[1] for _ in range(12)]  # a tiny model says the same few tokens again and again
+    assert sum(ran[-4:]) > 4 * 8 * 0.9, ran
+    assert decoding.kv.seen == [24 + sum(ran)]
+
+
+def test_drafts_that_do_not_pay_are_not_made():
+    ids = token_ids(1, 20)
+    manager, model = KVCacheManager(tiny("llama")), tiny("llama")
+    decoding = decoding_of(model, 1, 160)
+    begin(decoding, manager, ids, GREEDY)
+    text = [*ids[0].tolist(), int(decoding.token[0])]
+    drafting = Drafting(decoding, Drafts(4, 2, cost=100.0), text, 160)
+    assert [drafting.chunk(8).shape[1] for _ in range(5)] == [8] * 5
+
+
+# ---------------------------------------------------------------------- by the manager
+
+
+@pytest.mark.parametrize("backend", ["eager", "graph"])
+@pytest.mark.parametrize("options", [{}, {"policy": SlidingWindow(20, sinks=3)}, {"max_cache_length": 90}], ids=str)
+def test_generates_own_setting_turns_them_on(options, backend):
+    manager = KVCacheManager(tiny("llama"), **options)
+    manager.add_prefix("before", token_ids(1, 8, seed=4))
+    for draws in (
+        {"do_sample": False},
+        {"do_sample": False, "no_repeat_ngram_size": 4, "repetition_penalty": 1.1},
+        {"do_sample": True},
+    ):
+        for prefix in (None, "before"):
+            ids = token_ids(1, 6).repeat(1, 3)
+            torch.manual_seed(0)
+            given_ = {"max_new_tokens": 60, "prefix": prefix, **draws}
+            expected = torch.cat(list(manager.stream(ids, backend="eager", **given_)), 1)
+            torch.manual_seed(0)
+            found = torch.cat(list(manager.stream(ids, backend=backend, prompt_lookup_num_tokens=5, **given_)), 1)
+            assert torch.equal(found, expected)
+            assert (manager.report().backend, manager.report().fallback) == (backend, None)
+
+
+def test_what_cannot_be_drafted_is_left_to_generate_or_refused():
+    manager = KVCacheManager(tiny("llama"))
+    reason = manager.explain(token_ids(2, 9), prompt_lookup_num_tokens=4, max_new_tokens=5).reason
+    assert "one row" in reason
+    with pytest.raises(InputError, match="tokens=0"):
+        Drafts(0)
