@@ -8,7 +8,9 @@ a second table: N prompts of different lengths, one after the other and together
 
 import argparse
 import copy
+import inspect
 import sys
+import textwrap
 from collections.abc import Callable
 from functools import partial
 from pydoc_data import topics
@@ -192,6 +194,66 @@ def batch_sides_of(
     return sides
 
 
+DRAFTED = {"a function copied": {"do_sample": False}, "drawn text": {"do_sample": True, "temperature": 1.0, "top_k": 0}}
+LOOKUP = {"prompt_lookup_num_tokens": 7}
+
+
+def drafted_prompts(tokenizer: Any) -> dict[str, Tensor]:
+    """A prompt whose answer is in it, and one whose answer is drawn and says little twice."""
+    source = textwrap.dedent(inspect.getsource(textwrap.TextWrapper._split))
+    again = f"{source}\n\n# The same function once more:\n{source[:60]}"
+    topic = next(text for _, text in sorted(topics.topics.items()) if len(text) > 1000)
+    return {
+        name: torch.tensor([tokenizer(text).input_ids[-400:]])
+        for name, text in zip(DRAFTED, (again, topic[:600]), strict=True)
+    }
+
+
+def draft_sides_of(
+    model: Any, prompt: Tensor, tokens: int, backends: list[str], drawing: dict[str, Any]
+) -> dict[str, Callable[[], Tensor]]:
+    """New tokens ``[1, n]`` without drafts and with, by each side."""
+    manager = KVCacheManager(model)
+
+    def generate(**more: Any) -> Tensor:
+        torch.manual_seed(0)
+        mask = torch.ones_like(prompt)
+        out = model.generate(prompt, attention_mask=mask, max_new_tokens=tokens, **drawing, **more)
+        return torch.as_tensor(out[:, prompt.shape[1] :])
+
+    def ours(backend: Any, **more: Any) -> Tensor:
+        torch.manual_seed(0)
+        chunks = manager.stream(prompt, backend=backend, max_new_tokens=tokens, **drawing, **more)
+        said = torch.cat(list(chunks), 1)
+        if (why := manager.report().fallback) is not None:
+            raise RuntimeError(f"ours, {backend}: {why}")
+        return said
+
+    sides: dict[str, Callable[[], Tensor]] = {GENERATE: generate}
+    if not drawing["do_sample"]:  # drawn, it says something else than without
+        sides[f"{GENERATE}, drafts"] = partial(generate, **LOOKUP)
+    for backend in backends:
+        sides[f"ours, {backend}"] = partial(ours, backend)
+        sides[f"ours, {backend}, drafts"] = partial(ours, backend, **LOOKUP)
+    return sides
+
+
+def drafted(
+    model: Any, tokenizer: Any, options: argparse.Namespace, exact: Callable[[str], bool]
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Rows of all texts, and how much sooner our best back end has said each with drafts."""
+    rows, gains = [], {}
+    for name, prompt in drafted_prompts(tokenizer).items():
+        sides = draft_sides_of(model, prompt, options.tokens, options.backends, DRAFTED[name])
+        found, seconds = measured(sides, options.tokens, options.rounds, options.device, exact)
+        rows += [{"text": name, **row} for row in found]
+        gains[name] = max(
+            paired_ratio(seconds[f"ours, {backend}"], seconds[f"ours, {backend}, drafts"])
+            for backend in options.backends
+        )
+    return rows, gains
+
+
 def alike(said: Tensor, expected: Tensor) -> int:
     """How many tokens are the same, up to the first that is not."""
     return int((said == expected).int().cumprod(1).sum())
@@ -243,6 +305,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200, help="new tokens of a request (default: 200)")
     parser.add_argument("--rounds", type=int, default=5, help="timed requests of each side (default: 5)")
     parser.add_argument("--backends", nargs="+", help="of ours (default: eager, and graph on a GPU)")
+    parser.add_argument("--drafts", action="store_true", help="n-gram lookup as well; real weights")
     parser.add_argument("--rows", type=int, default=0, help="prompts that decode together as well (default: none)")
     options: argparse.Namespace = parser.parse_args()
     trace_graphs(options.quick or options.rehearsal)
@@ -291,6 +354,10 @@ def main() -> None:
         }
         more |= {"rows together": options.rows, "batch": found, "together over one after the other": gains}
         show(f"llm_decode, {options.rows} prompts", found)
+    if options.drafts and narrow:
+        more["drafts"], gains = drafted(model, tokenizer, options, exact)
+        ratios |= {"smollm2_ngram_code": gains["a function copied"], "smollm2_ngram_drawn": gains["drawn text"]}
+        show("llm_decode, drafts", more["drafts"])
     finish("llm_decode", rows, ratios, options, **more)
 
 

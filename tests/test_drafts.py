@@ -10,7 +10,7 @@ from support.inside.decoding import Drafting, looked_up, said_at_once
 from support.searching import search
 
 from kvcache import InputError, KeepAll, KVCacheManager, MaxTokens, SlidingWindow
-from kvcache.decoding import Drafts, Sampling, TextEnd, chunks_of
+from kvcache.decoding import RECORDERS, Drafts, Sampling, TextEnd, chunks_of
 
 ALWAYS = Drafts(4, 2, cost=0.0)
 
@@ -170,9 +170,81 @@ def test_generates_own_setting_turns_them_on(options, backend):
             assert (manager.report().backend, manager.report().fallback) == (backend, None)
 
 
-def test_what_cannot_be_drafted_is_left_to_generate_or_refused():
+@pytest.mark.parametrize(
+    ("rows", "given_", "reason"),
+    [
+        (2, {}, "for more than one row"),
+        (1, {"typical_p": 0.5, "do_sample": True}, "for processors that Python runs"),
+    ],
+)
+def test_what_cannot_be_drafted_is_left_to_generate(rows, given_, reason):
     manager = KVCacheManager(tiny("llama"))
-    reason = manager.explain(token_ids(2, 9), prompt_lookup_num_tokens=4, max_new_tokens=5).reason
-    assert "one row" in reason
+    found = manager.explain(token_ids(rows, 9), prompt_lookup_num_tokens=4, max_new_tokens=5, **given_)
+    assert found.backend is None
+    assert reason in found.reason
+    assert reason in str(found)
+
+
+def test_what_generate_refuses_beside_drafts_is_refused():
+    with pytest.raises(InputError, match="num_return_sequences has to be 1"):
+        KVCacheManager(tiny("llama")).explain(
+            token_ids(1, 9), prompt_lookup_num_tokens=4, num_return_sequences=2, do_sample=True
+        )
+
+
+def test_an_empty_guess_is_refused():
     with pytest.raises(InputError, match="tokens=0"):
         Drafts(0)
+
+
+def test_steps_with_drafts_wait_for_the_next_request_and_leave_nothing_to_it():
+    manager = KVCacheManager(tiny("llama"), max_cache_length=200)
+    for seed in range(4):
+        ids = token_ids(1, 6, seed=seed).repeat(1, 3)
+        expected, _ = said(tiny("llama"), KeepAll(), ids, GREEDY, 50)
+        given_ = {"max_new_tokens": 50, "do_sample": False, "backend": "graph", "prompt_lookup_num_tokens": 5}
+        assert torch.equal(torch.cat(list(manager.stream(ids, **given_)), 1), expected)
+
+
+def test_a_backend_that_fails_on_a_guess_is_left_for_the_eager_one(monkeypatch, caplog):
+    def fail(step, restore):
+        raise RuntimeError("out of memory")
+
+    ids = torch.tensor([[5, 6, 7, 8] * 6])
+    expected, _ = said(tiny("llama"), KeepAll(), ids, GREEDY, 40)
+    monkeypatch.setitem(RECORDERS, "cpu", fail)
+    model, manager = tiny("llama"), KVCacheManager(tiny("llama"))
+    decoding = decoding_of(model, 1, 80, "graph")
+    begin(decoding, manager, ids, GREEDY)
+    text = [*ids[0].tolist(), int(decoding.token[0])]
+    drafting = Drafting(decoding, ALWAYS, text, 80)
+    found = torch.cat(list(chunks_of(decoding, TextEnd((), 40), 9, more=drafting.chunk)), 1)
+    assert torch.equal(found, expected)
+    assert "out of memory" in decoding.report().fallback
+    assert "decoding goes on in eager mode" in caplog.text
+
+
+@pytest.mark.slow  # torch's compiler
+@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # torch's own, at the compiler's import
+def test_a_compiled_step_judges_a_guess():
+    ids = token_ids(1, 9).repeat(1, 2)
+    for policy in POLICIES[:2]:
+        for sampling in (GREEDY, DRAWING):
+            expected, _ = said(tiny("llama"), policy, ids, sampling, 60)
+            found, decoding = said(tiny("llama"), policy, ids, sampling, 60, "compile", ALWAYS)
+            assert torch.equal(found, expected)
+            assert decoding.backend == "compile"
+
+
+@pytest.mark.slow  # torch's compiler
+@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # torch's own, at the compiler's import
+def test_a_compiled_step_that_judges_is_kept_for_the_next_process(monkeypatch, tmp_path):
+    monkeypatch.setenv("KVCACHE_HOME", str(tmp_path))
+    ids = torch.tensor([[5, 6, 7, 8] * 12])
+    given_ = {"max_new_tokens": 60, "do_sample": False}
+    manager = KVCacheManager(tiny("llama"), max_cache_length=200)
+    expected = torch.cat(list(manager.stream(ids, backend="eager", **given_)), 1)
+    found = torch.cat(list(manager.stream(ids, backend="compile", prompt_lookup_num_tokens=4, **given_)), 1)
+    assert torch.equal(found, expected)
+    assert (manager.report().backend, manager.report().fallback) == ("compile", None)
+    assert len(list((tmp_path / "programs").iterdir())) in (1, 2)  # with guesses, and where it came to that without

@@ -110,9 +110,10 @@ def test_a_request_leaves_nothing_of_its_rules_to_the_next_and_takes_them_along(
     assert banned.nonzero().tolist() == [[1, 2], [1, 3], [1, 4]]
     sampler.move(1, 0)
     sampler.free(1)
+    sampler.begin(1, torch.tensor([2, 3]), None)
     assert sampler.process(logits, sampler.drawing).isneginf().nonzero().tolist() == [[0, 2], [0, 3], [0, 4]]
     assert sampler.first_rows(1).drawing.rules == ("ngrams", "limits")
-    sampler.begin(0, torch.tensor([2, 3]), None)
+    sampler.free(0)
     assert sampler.drawing is None
 
 

@@ -85,7 +85,7 @@ def _until_ends(
         check_drawn(tokens)
     needed = max(lengths) if all(over) else tokens.shape[1]
     tokens = tokens[:, :needed]
-    if min(lengths) == needed:
+    if pad is None or min(lengths) == needed:
         return tokens
     order = torch.arange(needed, device=tokens.device)
     return tokens.masked_fill(order >= torch.tensor(lengths, device=tokens.device)[:, None], pad)

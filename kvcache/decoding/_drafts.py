@@ -9,7 +9,6 @@ all of its probability on one token). What is behind the first wrong one is take
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -124,7 +123,7 @@ class DraftedSteps:
         kv, before = self._decoding.kv, list(self._decoding.kv.seen)
         self._said.zero_()
         for _ in range(steps):
-            self._backend(self, drawing)
+            self._backend = self._decoding.attempt(self._backend, self, drawing)
             kv.advance(self.fresh)
         kv.seen[:] = before
         said = int(self._said)  # the one look at the device
@@ -184,15 +183,12 @@ class DraftedSteps:
         )
 
 
-_made: "WeakKeyDictionary[Decoding, dict[Drafts, DraftedSteps]]" = WeakKeyDictionary()
-
-
 def steps_of(decoding: Decoding, drafts: Drafts, room: int) -> DraftedSteps:
     """The steps that guess for a decoding, which are made once: what was captured or compiled serves the next request."""
-    made = _made.setdefault(decoding, {})
-    if drafts not in made or not made[drafts].holds(room):
-        made[drafts] = DraftedSteps(decoding, drafts, 1 << max(8, (room - 1).bit_length()))
-    return made[drafts]
+    made = decoding.beside.get(drafts)
+    if not isinstance(made, DraftedSteps) or not made.holds(room):
+        made = decoding.beside[drafts] = DraftedSteps(decoding, drafts, 1 << max(8, (room - 1).bit_length()))
+    return made
 
 
 class Drafting:

@@ -98,4 +98,4 @@ class Criteria:
     def _stops(self) -> list[bool]:
         rows = self._ids.shape[0]
         said = [torch.as_tensor(one(self._ids, None), device=self._ids.device).expand(rows) for one in self._criteria]
-        return torch.stack(said).any(0).tolist()  # type: ignore[no-any-return]  # a list of so many
+        return torch.stack(said).any(0).tolist()

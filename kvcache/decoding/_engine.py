@@ -7,7 +7,7 @@ thrown away.
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict, Unpack
 
 from kvcache.cache import CacheReport, LayerCache
-from kvcache.decoding._backends import BUCKET, Backend, BackendName, Compiled, Eager, backend_for
+from kvcache.decoding._backends import BUCKET, Backend, BackendName, Compiled, Eager, Steps, backend_for
 from kvcache.decoding._programs import Programs
 from kvcache.decoding._sampler import Drawing, Sampler, Sampling, default_generator
 from kvcache.decoding._static_cache import StaticKV
@@ -96,6 +96,7 @@ class Decoding:
     Attributes:
         token: each request's last token, ``[requests]``.
         fallback: why something else than `backend` runs; None if it does.
+        beside: steps of other kinds on the same requests, which wait with it for the next request.
     """
 
     def __init__(
@@ -139,6 +140,7 @@ class Decoding:
         if self.fallback is not None:
             emit(Event("fell_back", f"{backend} to {self.backend}", reason=self.fallback))
         self._fronts: dict[int, Decoding] = {}
+        self.beside: dict[Hashable, Judging] = {}
 
     @property
     def backend(self) -> str:
@@ -284,7 +286,7 @@ class Decoding:
     def _run(self, steps: int, drawing: Drawing | None) -> Tensor:
         self._column.zero_()
         for _ in range(steps):
-            self._step(drawing)
+            self._backend = self.attempt(self._backend, self, drawing)
             self.kv.advance(1)
         return self._out[:, :steps].clone()
 
@@ -340,19 +342,23 @@ class Decoding:
             if generator is not None:
                 row.exponential_(generator=generator)
 
-    def _step(self, drawing: Drawing | None) -> None:
+    def attempt(self, backend: Backend, steps: Steps, drawing: Drawing | None) -> Backend:
+        """Run one step of these; what runs the next: the same back end, or where that has failed the eager one."""
         try:
-            self._backend(self, drawing)
+            backend(steps, drawing)
         except KVCacheError:
             raise
         except Exception as error:
-            if isinstance(self._backend, Eager):
+            if isinstance(backend, Eager):
                 raise
-            self.fallback = f"{self._backend.name} failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            self.fallback = (
+                f"{backend.name} failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            )
             reason = f"{self.fallback}; decoding goes on in eager mode"
-            emit(Event("fell_back", f"{self._backend.name} to eager", reason=reason), logging.WARNING)
-            self._backend = Eager()
-            self._backend(self, drawing)
+            emit(Event("fell_back", f"{backend.name} to eager", reason=reason), logging.WARNING)
+            backend = Eager()
+            backend(steps, drawing)
+        return backend
 
     # ------------------------------------------------------------------ what is captured
 

@@ -156,7 +156,8 @@ class _Prepared:
         def stop_here(model: Any,  # noqa: ARG001  # transformers gives it by name
                       input_ids: Tensor, logits_processor: Any, stopping_criteria: Any,
                       generation_config: Any, **model_kwargs: Any) -> Tensor:  # fmt: skip
-            found.append(cls(generation_config, *input_ids.shape, logits_processor, [*stopping_criteria, *more]))
+            rows, tokens = input_ids.shape[:2]
+            found.append(cls(generation_config, rows, tokens, logits_processor, [*stopping_criteria, *more]))
             return input_ids
 
         first = () if inputs is None else (inputs,)
@@ -180,8 +181,9 @@ def _read(kind: type[GenerationSettings], first: GenerationConfig, run: _Prepare
         odd.append("a repetition penalty on embeddings with pads")
     lookup = config.prompt_lookup_num_tokens
     drafts = None if lookup is None else Drafts(lookup, config.max_matching_ngram_size or Drafts.longest)
-    if drafts is not None and run.rows > 1:
-        odd.append(f"prompt_lookup_num_tokens={lookup} for more than one row")
+    if drafts is not None and (run.rows > 1 or drawn.rules.why_host is not None):
+        beside = "more than one row" if drawn.rules.why_host is None else "processors that Python runs"
+        odd.append(f"prompt_lookup_num_tokens={lookup} for {beside}")
     stops = [] if config._eos_token_tensor is None else config._eos_token_tensor.flatten().tolist()
     pad = (stops or [0])[0] if config._pad_token_tensor is None else int(config._pad_token_tensor)
     return kind(

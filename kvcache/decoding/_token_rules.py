@@ -205,11 +205,11 @@ class TokenLimits(_Held):
     def begin(self, request: int, note: Limits | None) -> None:
         """See `ScoreRule`."""
         self._active[request] = note is not None
-        if note is None:
-            return
         held = {name: one[request] for name, one in self._held.items()}
         for name, one in held.items():
             one.fill_(-1 if name == "forced_at" else 0)
+        if note is None:
+            return
         tokens = torch.tensor(list(note.until), dtype=torch.long)
         steps = torch.tensor(list(note.until.values()), dtype=torch.int32)
         held["until"].index_copy_(0, tokens.to(held["until"].device), steps.to(held["until"].device))
@@ -338,8 +338,7 @@ class HostProcessors:
 
     def move(self, request: int, to: int) -> None:
         """See `ScoreRule`."""
-        for held in (self._processors, self._ids):
-            held[to] = held[request]  # type: ignore[index]  # two lists of two kinds
+        self._processors[to], self._ids[to] = self._processors[request], self._ids[request]
 
     def state(self) -> list[Tensor]:
         """See `ScoreRule`: nothing ``[requests, …]``, as it is never captured."""
