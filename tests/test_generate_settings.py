@@ -249,6 +249,66 @@ def test_a_processor_is_called_once_for_each_token_and_not_for_the_prefill():
     assert odd.calls == 12
 
 
+@pytest.mark.parametrize(
+    "given_",
+    [
+        {"eos_token_id": -1, "min_new_tokens": 3},
+        {"eos_token_id": [2, 500], "min_new_tokens": 3},
+        {"suppress_tokens": [500]},
+        {"suppress_tokens": [-1]},
+    ],
+    ids=str,
+)
+def test_ids_that_are_no_tokens_are_nothing(given_):
+    same(KVCacheManager(tiny("llama")), token_ids(1, 9), "eager", max_new_tokens=9, do_sample=False, **given_)
+
+
+def test_a_processor_is_not_asked_what_comes_behind_an_end():
+    manager, ids = KVCacheManager(tiny("llama")), token_ids(1, 9)
+
+    def allowed(row, text):  # as transformers calls it
+        """Two tokens and an end, and nothing then."""
+        return [5] if len(text) == 9 else [80] if len(text) == 10 else []
+
+    given_ = {"prefix_allowed_tokens_fn": allowed, "eos_token_id": 80, "max_new_tokens": 20, "do_sample": False}
+    assert same(manager, ids, "eager", **given_).tolist() == [[5, 80]]
+
+
+class Told(LogitsProcessor):
+    """Notes all ids that it is given."""
+
+    def __init__(self):
+        self.ids = []
+
+    def __call__(self, input_ids, scores):
+        self.ids.append(input_ids.tolist())
+        return scores
+
+
+def test_a_processor_sees_the_ids_that_generate_shows_it():
+    manager, ids = KVCacheManager(tiny("llama")), token_ids(3, 9)
+    plain, _ = said(manager, ids, "off", max_new_tokens=12, do_sample=False)
+    seen = []
+    for backend in ("off", "eager"):
+        told = Told()
+        given_ = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": [int(plain[1, 4])]}
+        said(manager, ids, backend, logits_processor=LogitsProcessorList([told]), **given_)
+        seen.append(told.ids)
+    assert seen[0] == seen[1]
+
+
+def test_what_is_forced_behind_a_rule_of_ones_own_is_done_in_that_order():
+    processor = LogitsProcessorList([NoRepeatNGramLogitsProcessor(1)])
+    ids = token_ids(1, 9)
+    given_ = {"forced_eos_token_id": int(ids[0, 3]), "logits_processor": processor, "max_new_tokens": 6}
+    same(KVCacheManager(tiny("llama")), ids, "eager", do_sample=False, **given_)
+
+
+def test_rules_of_other_sizes_are_other_programs():
+    texts = [[rule.program() for rule in TokenRules(ngram=3).room(n).rules(1, 9, CPU).values()] for n in (200, 300)]
+    assert texts[0] != texts[1]
+
+
 # ---------------------------------------------------------------------- where a text ends
 
 
@@ -301,6 +361,17 @@ def test_time_that_has_run_out_ends_a_text_at_the_next_look():
     assert manager.report().fallback is None
 
 
+class Five(EosTokenCriteria):
+    """A user's own kind of end."""
+
+
+def test_rows_are_padded_behind_whatever_ends_them_as_a_token_does():
+    manager, ids = KVCacheManager(tiny("llama")), token_ids(2, 9)
+    plain, _ = said(manager, ids, "off", max_new_tokens=12, do_sample=False)
+    ends = StoppingCriteriaList([Five(int(plain[0, 2]))])
+    same(manager, ids, "eager", max_new_tokens=12, do_sample=False, pad_token_id=0, stopping_criteria=ends)
+
+
 # ---------------------------------------------------------------------- in batches
 
 ROWS = [{}, *WITHIN.values(), STOPS["each row by itself"](None), {"no_repeat_ngram_size": 8}]
@@ -327,10 +398,33 @@ def test_prompts_with_rules_of_their_own_decode_together(policy):
         assert found[case] == torch.cat(list(chunks), 1)[0].tolist(), more
 
 
+def test_a_criterion_that_fails_ends_its_own_prompt_alone():
+    def fail(ids, scores):  # as transformers calls it
+        if ids.shape[1] > 12:
+            raise RuntimeError("nothing is known of so long a text")
+        return False
+
+    manager = KVCacheManager(tiny("llama"))
+    expected = torch.cat(list(manager.stream(token_ids(1, 7), max_new_tokens=30, do_sample=False)), 1)[0].tolist()
+    found, errors = {}, {}
+    with manager.batch(max_rows=2, slots=64) as batch:
+        bad = batch.add(token_ids(1, 5), max_new_tokens=30, stopping_criteria=StoppingCriteriaList([fail]))
+        good = batch.add(token_ids(1, 7), max_new_tokens=30, do_sample=False)
+        while batch.busy:
+            for piece in batch.step():
+                found.setdefault(piece.job, []).extend(piece.tokens.tolist())
+                errors[piece.job] = piece.error
+    assert found[good] == expected
+    assert "so long a text" in str(errors[bad])
+
+
 @pytest.mark.parametrize(
     ("given_", "match"),
     [
-        ({"logits_processor": LogitsProcessorList([Odd()])}, "Odd run once a step, by Python, which all of its batch"),
+        (
+            {"logits_processor": LogitsProcessorList([Odd()])},
+            "processors run once a step, by Python, which all of its batch",
+        ),
         ({"no_repeat_ngram_size": 9}, "no_repeat_ngram_size=9 is more than the 8 tokens"),
     ],
 )

@@ -322,10 +322,11 @@ class Batch:
     def _piece(self, place: int, job: Job, tokens: Tensor) -> JobOutput:
         """What these tokens are of a job: up to its end, if that is among them. What was drawn behind it is nothing."""
         said, made = job.end.of(tokens.tolist(), self._made[place]), len(tokens)
-        if job.criteria is not None:
-            [(here, over)] = job.criteria.cut(tokens[None], [said.tokens], [said.over])
-            said = Said(here, over, said.cut_off and here == said.tokens)
         self._made[place] += made
+        try:
+            said = _ended(job, tokens, said)
+        except Exception as error:  # a criterion's own, and nobody else's
+            return JobOutput(job, tokens[:0], True, error)
         tokens = tokens[: said.tokens]
         try:
             check_drawn(tokens[None])
@@ -345,3 +346,13 @@ class Batch:
                 self._jobs[to], self._made[to] = job, self._made[place]
                 self._jobs[place] = None
         return wanted
+
+
+def _ended(job: Job, tokens: Tensor, said: Said) -> Said:
+    """What these tokens ``[n]`` are of a job, where its criteria are asked as well."""
+    if job.criteria is None:
+        return said
+    drawn = tokens[: said.tokens].tolist()
+    good = drawn.index(FAILED) if FAILED in drawn else len(tokens)
+    [(here, over)] = job.criteria.cut(tokens[None, :good], [said.tokens], [said.over])
+    return Said(here, over, said.cut_off and here == said.tokens)

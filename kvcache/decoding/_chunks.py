@@ -75,7 +75,8 @@ def _until_ends(
     drawn = tokens.tolist()  # the one look at the device
     found = [(0, True) if over[row] else end.of(ids, made)[:2] for row, ids in enumerate(drawn)]
     if criteria is not None:
-        good = min((ids.index(FAILED) for ids in drawn if FAILED in ids), default=tokens.shape[1])
+        shown = [ids[: length if pad is not None else None] for ids, (length, _) in zip(drawn, found, strict=True)]
+        good = min((ids.index(FAILED) for ids in shown if FAILED in ids), default=tokens.shape[1])
         found = criteria.cut(tokens[:, :good], [said for said, _ in found], [ends for _, ends in found])
     lengths = [said for said, _ in found]
     over[:] = [ends for _, ends in found]

@@ -18,6 +18,8 @@ from kvcache.decoding._sampler import Drawing
 from kvcache.errors import check_whole
 
 _LOOKED_BACK = 64  # tokens of the text by which it is judged whether drafts pay
+_SEARCHED = 2048  # tokens of the text in which they are looked up for that
+_JUDGED = 16  # tokens after which it is judged again
 _COST = 1.5  # a step with a draft beside a step without, until both have been measured
 _GAIN = 1.05  # what it has to bring at least
 
@@ -66,6 +68,7 @@ def looked_up(ids: Tensor, known: Tensor, drafts: Drafts) -> Tensor:
 
 def said_at_once(text: Sequence[int], drafts: Drafts) -> float:
     """How many tokens a step would have said of the end of a text, on average, with drafts."""
+    text = text[-_SEARCHED:]
     end = len(text)
     begin = max(1, end - _LOOKED_BACK)
     if end <= begin:
@@ -91,12 +94,13 @@ class DraftedSteps:
 
     Attributes:
         fresh: tokens that a step runs: the last one and a guess.
+        ran: steps of this text.
     """
 
     def __init__(self, decoding: Decoding, drafts: Drafts, room: int) -> None:
         self._decoding, self.drafts, self._backend = decoding, drafts, decoding.other_backend()
         device = decoding.token.device
-        self.fresh = drafts.tokens + 1
+        self.fresh, self.ran = drafts.tokens + 1, 0
         with torch.inference_mode(False):
             self._ids = torch.zeros(1, room + self.fresh, dtype=torch.long, device=device)
             self._known, self._said = (torch.zeros(1, dtype=torch.long, device=device) for _ in range(2))
@@ -110,12 +114,17 @@ class DraftedSteps:
 
     def begin(self, tokens: Tensor) -> None:
         """These token ids ``[n]`` are all of the text."""
+        self.ran = 0
         self._known.zero_()
         self.tell(tokens)
 
     def holds(self, tokens: int) -> bool:
         """Whether there is room for a text of so many."""
         return tokens + self.fresh <= self._ids.shape[1]
+
+    def room(self, tokens: int) -> int:
+        """How many steps have room behind a text of so many tokens."""
+        return max(0, self._ids.shape[1] - 1 - tokens) // self.fresh
 
     @torch.no_grad()
     def run(self, steps: int, drawing: Drawing | None) -> Tensor:
@@ -126,6 +135,7 @@ class DraftedSteps:
             self._backend = self._decoding.attempt(self._backend, self, drawing)
             kv.advance(self.fresh)
         kv.seen[:] = before
+        self.ran += steps
         said = int(self._said)  # the one look at the device
         kv.advance(said)
         return self._out[:, :said].clone()
@@ -208,22 +218,29 @@ class Drafting:
         self._decoding, self._text = decoding, list(text)
         self._steps = steps_of(decoding, drafts, room)
         self._seconds: dict[bool, float] = {}  # of a step, with drafts and without
+        self._ran: set[bool] = set()  # which of the two have run, and need not be compiled or captured any more
+        self._many, self._judged = 1.0, -_JUDGED  # tokens that a step would have said, and of how many that was told
         self._steps.begin(torch.tensor(self._text))
 
     def chunk(self, most: int) -> Tensor:
         """The next tokens ``[1, n]``: at least one, and as many as `most` or somewhat more."""
         drafts, began = self._steps.drafts, time.perf_counter()
-        many = said_at_once(self._text, drafts)
+        if len(self._text) >= self._judged + _JUDGED:
+            self._many, self._judged = said_at_once(self._text, drafts), len(self._text)
+        many = self._many
         kv, fresh = self._decoding.kv, self._steps.fresh
-        few = 0 if kv.spare() < fresh else min(self._decoding.ahead, kv.room()) // fresh
+        few = min(min(self._decoding.ahead, kv.room()) // fresh, self._steps.room(len(self._text)))
+        few = 0 if kv.spare() < fresh else few
         drafted = few > 0 and many > self._cost() * _GAIN
         steps = min(few, max(1, round(most / many))) if drafted else most
         tokens = self._decoding.chunk(steps, self._steps) if drafted else self._decoding.chunk(steps)
         self._text += tokens[0].tolist()
         if not drafted:
             self._steps.tell(tokens[0])
-        new = (time.perf_counter() - began) / steps
-        self._seconds[drafted] = min(new, self._seconds.get(drafted, new))  # the first of a kind may have been compiled
+        if drafted in self._ran:
+            new = (time.perf_counter() - began) / steps
+            self._seconds[drafted] = min(new, self._seconds.get(drafted, new))
+        self._ran.add(drafted)
         return tokens
 
     def _cost(self) -> float:

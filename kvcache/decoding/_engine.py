@@ -257,7 +257,7 @@ class Decoding:
         """The next tokens of every request, ``[requests, steps]``; `FAILED` from where one could not be drawn.
 
         Args:
-            steps: at most `ahead`, or with `judging` as many as make so many tokens.
+            steps: they run `ahead` tokens of a request at most.
             judging: what says several tokens a step, as many as it finds: then there are at least `steps`.
 
         Raises:
@@ -272,7 +272,8 @@ class Decoding:
         draws = drawing is not None and drawing.draws
         if draws:
             default = default_generator(self.token.device)
-            self._states = {g: g.get_state() for g in self._generators if g is default}
+            # Behind drafts there is noise that was drawn before: where the generator would be without is not known.
+            self._states = {} if self._left else {g: g.get_state() for g in self._generators if g is default}
             self._fresh_noise(tokens)
         before = self.kv.evicted() if has_listeners("evicted") else None
         with _tf32(self._tf32):

@@ -37,6 +37,9 @@ _INPUTS = {
 }  # fmt: skip
 
 
+_LONGEST_DRAFT = 31  # tokens; of longer ones nearly all are wrong, and each is run
+
+
 @dataclass(frozen=True)
 class GenerationSettings:
     """Settings of a generation, and why the decode engine cannot follow them.
@@ -87,8 +90,9 @@ class GenerationSettings:
                 reason = f"the decode engine does not know {', '.join(sorted(odd))}"
             else:
                 reason = "use_cache=False" if config.use_cache is False else ""
-                if model.generation_config.stop_strings:
-                    reason = "stop_strings are among the model's own settings; give them to the call"
+                for name in ("stop_strings", "prompt_lookup_num_tokens"):
+                    if getattr(model.generation_config, name, None):
+                        reason = f"{name} is among the model's own settings; give it to the call"
             if reason:
                 return cls(Sampling(), TokenRules(), (), None, 1, 1, (), None, (), first, reason)
             return _read(cls, first, _Prepared.by(model, inputs, given, config.stop_strings))
@@ -180,10 +184,9 @@ def _read(kind: type[GenerationSettings], first: GenerationConfig, run: _Prepare
     if any(pads > run.prompt for pads in drawn.unpenalized):
         odd.append("a repetition penalty on embeddings with pads")
     lookup = config.prompt_lookup_num_tokens
-    drafts = None if lookup is None else Drafts(lookup, config.max_matching_ngram_size or Drafts.longest)
-    if drafts is not None and (run.rows > 1 or drawn.rules.why_host is not None):
-        beside = "more than one row" if drawn.rules.why_host is None else "processors that Python runs"
-        odd.append(f"prompt_lookup_num_tokens={lookup} for {beside}")
+    drafts = None  # which are about speed alone
+    if lookup is not None and run.rows == 1 and drawn.rules.why_host is None:
+        drafts = Drafts(min(lookup, _LONGEST_DRAFT), config.max_matching_ngram_size or Drafts.longest)
     stops = [] if config._eos_token_tensor is None else config._eos_token_tensor.flatten().tolist()
     pad = (stops or [0])[0] if config._pad_token_tensor is None else int(config._pad_token_tensor)
     return kind(
@@ -194,7 +197,7 @@ def _read(kind: type[GenerationSettings], first: GenerationConfig, run: _Prepare
         max(1, math.ceil(total)),
         config.num_return_sequences or 1,
         tuple(ends),
-        pad if ends else None,
+        pad if any(hasattr(one, "eos_token_id") for one in run.criteria) else None,
         drawn.unpenalized,
         first,
         f"the decode engine does not know {', '.join(odd)}" if odd else None,

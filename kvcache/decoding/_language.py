@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +37,9 @@ from kvcache.models import (
     watch_of,
 )
 
+_KINDS = 8
+"""Numbers of rows, back ends and rules of requests whose decodings wait for more of the kind."""
+
 
 class LanguageDecoder:
     """Decodes what a language model's prefill has begun.
@@ -65,7 +69,7 @@ class LanguageDecoder:
         self.kv_dtype = kv_dtype
         self._max_length = max_length
         self._bucket = bucket
-        self._pool = Pool()
+        self._pool = Pool(_KINDS)
         self.programs = Programs()
 
     def unsupported_reason(self) -> str | None:
@@ -139,11 +143,13 @@ class LanguageDecoder:
         with self._pool.lent((rows, backend, room), needed, make, signature=signature) as decoding:
             decoding.load(0, layers, pads)
             del cache, layers
-            notes = [settings.rules.notes(ids) for ids in prompt]
+            notes = [settings.rules.notes(ids, settings.ends, settings.pad) for ids in prompt]
             decoding.start(0, logits, [settings.sampling] * rows, [None] * rows, seen, notes)
             criteria = Criteria(settings.criteria, prompt, settings.pad) if settings.criteria else None
             text = [*prompt[0].tolist(), int(decoding.token[0])] if drafts is not None else []
             more = None if drafts is None else Drafting(decoding, drafts, text, len(text) + total).chunk
+            if settings.rules.why_host is not None:  # a processor is not asked what comes behind an end
+                more = partial(one_by_one, decoding)
             for chunk in chunks_of(decoding, TextEnd(settings.ends, total), size, settings.pad, criteria, more):
                 yield chunk, decoding.report()
 
@@ -199,6 +205,11 @@ class LanguageDecoder:
         sampler = Sampler(rows, vocabulary, rules.order, geometry.device, rules=made)
         why_eager = self.why_eager(backend, rules.why_host)
         return Decoding(step, kv, sampler, backend, bucket=self._bucket, why_eager=why_eager, programs=self.programs)
+
+
+def one_by_one(decoding: Decoding, most: int) -> Tensor:  # noqa: ARG001  # as every source of tokens
+    """The next token of every request, ``[requests, 1]``, however many are wanted."""
+    return decoding.chunk(1)
 
 
 class _Step(nn.Module):

@@ -58,6 +58,8 @@ class Pool:
             yield decoding
         finally:
             decoding.free(0, len(decoding.token))
+            if decoding.backend == "eager":
+                decoding.beside.clear()  # they refer to it, so that its memory would wait for a collection
             with self._lock:
                 waiting = self._idle.get(kind)
                 fits = waiting is None or exactly or waiting.kv.slots < decoding.kv.slots

@@ -108,7 +108,7 @@ class _Read:
             )
 
     def ngrams(self, one: Any) -> None:
-        if self._ngram:
+        if self._ngram or self._forced:  # what is forced is forced behind it
             raise _Unknown
         self._ngram = one.ngram_size
 

@@ -222,9 +222,8 @@ class StaticKV:
 
     def spare(self) -> int:
         """How many tokens more can be written to each row and taken back, in place of none that stays."""
-        held = [
-            seen if policy.limit is None else policy.limit for seen, policy in self._accounts() if policy is not None
-        ]
+        known = [(seen, policy.limit) for seen, policy in self._accounts() if policy is not None]
+        held = [seen if limit is None else limit - 1 for seen, limit in known]  # where one comes, another leaves
         return self.slots - max(held, default=0)
 
     def advance(self, steps: int) -> None:

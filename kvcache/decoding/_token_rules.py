@@ -75,14 +75,15 @@ class TokenRules:
     @property
     def why_host(self) -> str | None:
         """Why its steps can be neither compiled nor captured; None if they can."""
-        names = ", ".join(processor_name(one) for one in self.processors)
-        return f"{names} run once a step, by Python" if names else None
+        return "some of its processors run once a step, by Python" if self.processors else None
 
-    def notes(self, ids: Tensor) -> dict[str, Any]:
+    def notes(self, ids: Tensor, ends: Sequence[int] = (), pad: int | None = None) -> dict[str, Any]:
         """What the rules of a sampler have to know of it, see `Sampler.begin`.
 
         Args:
             ids: its prompt ``[tokens]``.
+            ends: the tokens that end it.
+            pad: what stands behind an end; None: what is drawn there.
         """
         notes: dict[str, Any] = {}
         if self.limits:
@@ -90,7 +91,7 @@ class TokenRules:
         if self.ngram:
             notes[NGRAMS] = NGramNote(self.ngram, ids)
         if self.processors:
-            notes[PROCESSORS] = ProcessorsNote(self.processors, ids)
+            notes[PROCESSORS] = ProcessorsNote(self.processors, ids, tuple(ends), pad)
         return notes
 
     def room(self, tokens: int) -> "RuleRoom":
@@ -99,8 +100,10 @@ class TokenRules:
         Args:
             tokens: of a request at most, its prompt among them.
         """
-        longest = 1 << max(6, (tokens - 1).bit_length()) if self.ngram else 0  # few sizes: each has a step of its own
-        return RuleRoom(bool(self.limits), self.ngram, longest, self.why_host)
+        # Few sizes: each has a step of its own.
+        longest = 1 << max(8, (tokens - 1).bit_length()) if self.ngram else 0
+        ngram = max(self.ngram, LONGEST_NGRAM) if self.ngram else 0
+        return RuleRoom(bool(self.limits), ngram, longest, self.why_host)
 
 
 @dataclass(frozen=True)
@@ -210,12 +213,14 @@ class TokenLimits(_Held):
             one.fill_(-1 if name == "forced_at" else 0)
         if note is None:
             return
-        tokens = torch.tensor(list(note.until), dtype=torch.long)
-        steps = torch.tensor(list(note.until.values()), dtype=torch.int32)
+        said = range(held["until"].shape[0])  # other ids are out of the question anyway
+        until = {token: step for token, step in note.until.items() if token in said}
+        tokens = torch.tensor(list(until), dtype=torch.long)
+        steps = torch.tensor(list(until.values()), dtype=torch.int32)
         held["until"].index_copy_(0, tokens.to(held["until"].device), steps.to(held["until"].device))
         for i, forced in enumerate(note.forced):
             held["forced_at"][i] = forced.at
-            held["forced"][i, list(forced.tokens)] = True
+            held["forced"][i, [token for token in forced.tokens if token in said]] = True
 
     def scores(self, scores: Tensor, which: slice) -> Tensor:
         """The scores ``[requests, vocabulary]``: ``-inf`` where a token is out of the question, 0 where it is forced."""
@@ -268,7 +273,7 @@ class RepeatedNGrams(_Held):
 
     def program(self) -> str:
         """See `ScoreRule`."""
-        return f"{super().program()} {self._longest}"
+        return f"{super().program()} {self._longest} of {len(self._order)}"
 
     def begin(self, request: int, note: NGramNote | None) -> None:
         """See `ScoreRule`."""
@@ -306,10 +311,14 @@ class ProcessorsNote(NamedTuple):
     Attributes:
         processors: transformers', in order.
         ids: the prompt's token ids ``[tokens]``.
+        ends: the tokens that end it.
+        pad: what stands behind an end, for those that look there; None: what is drawn.
     """
 
     processors: tuple[Any, ...]
     ids: Tensor
+    ends: tuple[int, ...] = ()
+    pad: int | None = None
 
 
 class HostProcessors:
@@ -322,8 +331,8 @@ class HostProcessors:
     """
 
     def __init__(self, requests: int) -> None:
-        self._processors: list[tuple[Any, ...]] = [()] * requests
-        self._ids: list[Tensor | None] = [None] * requests
+        self._notes: list[ProcessorsNote | None] = [None] * requests  # with what has been said since among the ids
+        self._over = [False] * requests
         self._rows = requests
 
     def first_rows(self, requests: int) -> "HostProcessors":
@@ -338,7 +347,7 @@ class HostProcessors:
 
     def move(self, request: int, to: int) -> None:
         """See `ScoreRule`."""
-        self._processors[to], self._ids[to] = self._processors[request], self._ids[request]
+        self._notes[to], self._over[to] = self._notes[request], self._over[request]
 
     def state(self) -> list[Tensor]:
         """See `ScoreRule`: nothing ``[requests, …]``, as it is never captured."""
@@ -350,24 +359,24 @@ class HostProcessors:
 
     def active(self, which: slice) -> bool:
         """See `ScoreRule`."""
-        return any(self._processors[: self._rows][which])
+        return any(note is not None for note in self._notes[: self._rows][which])
 
     def look(self, weights: Sequence[Tensor]) -> None:
         """See `ScoreRule`: of ``[requests, columns]`` each it looks at nothing."""
 
     def begin(self, request: int, note: ProcessorsNote | None) -> None:
         """See `ScoreRule`."""
-        self._processors[request] = () if note is None else note.processors
-        self._ids[request] = None if note is None else note.ids
+        self._notes[request], self._over[request] = note, False
 
     def scores(self, scores: Tensor, which: slice) -> Tensor:
         """The scores ``[requests, vocabulary]`` that the processors make of them."""
         made, first = [], which.indices(self._rows)[0]
         for rows in self._alike(which):
             ours = scores[rows.start - first : rows.stop - first]
-            if processors := self._processors[rows.start]:
-                ids = torch.stack([one for one in self._ids[rows] if one is not None])
-                for processor in processors:
+            notes = [note for note in self._notes[rows] if note is not None]
+            if notes:
+                ids = torch.stack([note.ids for note in notes])
+                for processor in notes[0].processors:
                     ours = processor(ids, ours)
             made.append(ours)
         return torch.cat(made)
@@ -375,12 +384,15 @@ class HostProcessors:
     def _alike(self, which: slice) -> list[slice]:
         """Neighbours with the same processors and as many tokens."""
         first, last, _ = which.indices(self._rows)
-        kinds = [(self._processors[i], None if (ids := self._ids[i]) is None else len(ids)) for i in range(first, last)]
+        notes = self._notes[first:last]
+        kinds = [None if note is None else (note.processors, len(note.ids)) for note in notes]
         edges = [i for i in range(1, len(kinds)) if kinds[i] != kinds[i - 1]]
         return [slice(first + a, first + b) for a, b in zip([0, *edges], [*edges, len(kinds)], strict=True)]
 
     def drew(self, tokens: Tensor, which: slice) -> None:
         """See `ScoreRule`: tokens ``[requests]``."""
-        for request, token in zip(range(*which.indices(self._rows)), tokens, strict=True):
-            if (ids := self._ids[request]) is not None:
-                self._ids[request] = torch.cat([ids, token[None].to(ids)])
+        for request, token in zip(range(*which.indices(self._rows)), tokens.tolist(), strict=True):
+            if (note := self._notes[request]) is not None:
+                shown = note.pad if self._over[request] and note.pad is not None else token
+                self._notes[request] = note._replace(ids=torch.cat([note.ids, note.ids.new_tensor([shown])]))
+                self._over[request] = self._over[request] or token in note.ends

@@ -190,8 +190,6 @@ class Batches:
             reason = settings.unsupported_reason
             if settings.copies > 1:
                 reason = f"num_return_sequences={settings.copies} is more than one row"
-            if settings.drafts is not None:
-                reason = f"prompt_lookup_num_tokens={settings.drafts.tokens} guesses for one row alone"
             reason = reason or _why_no_rules(settings, policy.limit is not None, whole.prompt)
         if settings is None or reason is not None:
             raise InputError(f"this prompt cannot decode in a batch: {reason}; use stream() or generate()")

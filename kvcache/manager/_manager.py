@@ -433,15 +433,15 @@ class KVCacheManager:
         return self.batches.prompts(room, self.backend if backend is None else backend)
 
     def explain(
-        self, inputs: Tensor | None = None, *, prefix: str | None = None, backend: Backends = "auto", **kwargs: Any
+        self, inputs: Tensor | None = None, *, prefix: str | None = None, backend: Backends | None = None, **kwargs: Any
     ) -> Explanation:
         """How `stream` would decode this: on the decode engine, or by `generate` and why, before anything runs.
 
         Args:
             inputs, prefix, backend, **kwargs: as in `stream`: token ids ``[rows, tokens]``.
         """
-        call, named = self._call(inputs, kwargs), backend_on(backend, self.geometry.device)
-        return self._streams.explain(call, prefix, named, cached=self.enabled)
+        named = backend_on(self.backend if backend is None else backend, self.geometry.device)
+        return self._streams.explain(self._call(inputs, kwargs), prefix, named, cached=self.enabled)
 
     def release(self) -> None:
         """Let go of what waits for the next `stream`: a cache, and what was captured or compiled for it."""

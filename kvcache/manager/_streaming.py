@@ -11,10 +11,13 @@ from transformers.generation.configuration_utils import GenerationMode
 from kvcache.decoding import BackendName, GenerationSettings, chunked, from_worker, processor_name
 from kvcache.errors import InputError
 from kvcache.events import Event, emit
-from kvcache.generation import STEPWISE, GenerateCall
+from kvcache.generation import STEPWISE, GenerateCall, check_undrafted
 from kvcache.manager._engine import EngineCalls
 from kvcache.manager._explaining import Explanation
 from kvcache.manager._runs import Runs
+from kvcache.models import check_generate_arguments
+
+_REASONS = 100  # that are remembered, so that each is warned of once
 
 
 class Streams:
@@ -57,8 +60,11 @@ class Streams:
                 return self._decoded(call, settings, prefix, backend, chunk_size)
             reason = settings
             level = None if reason in self._warned else logging.WARNING
-            self._warned.add(reason)
+            self._warned = {*self._warned, reason} if len(self._warned) < _REASONS else {reason}
             emit(Event("fell_back", f"{backend} to generate", reason=reason), level)
+
+        if prefix is not None:
+            check_undrafted(call)
 
         def generate(emit: Callable[[Tensor], None]) -> None:
             self._runs.generate(call, prefix, cached=cached, emit=emit)
@@ -70,6 +76,7 @@ class Streams:
         self, call: GenerateCall, prefix: str | None, backend: BackendName | Literal["off"], *, cached: bool
     ) -> Explanation:
         """How this call would be decoded; see `begin` for its arguments."""
+        check_generate_arguments(call.model, call.settings)
         _check(call)
         if backend == "off":
             return Explanation(None)

@@ -145,7 +145,7 @@ class LanguageTarget(ModelTarget):
             )
         language = PreparedLanguage(self.load(), setting)
         prompt, settings = language.request(context, tokens)
-        if (reason := language.manager.explain(prompt, **settings).reason) is not None:
+        if (reason := language.manager.explain(prompt, backend="auto", **settings).reason) is not None:
             raise InputError(f"{self.name} has no steps to compile: {reason}")
         return language.manager.warm_up(prompt, backend=setting.backend, told=told, **settings)
 
@@ -190,7 +190,10 @@ class PreparedLanguage:
 
     def run(self, context: int, tokens: int) -> None:
         prompt, settings = self.request(context, tokens)
-        if self._setting.backend == "off" or self.manager.explain(prompt, **settings).reason is not None:
+        if (
+            self._setting.backend == "off"
+            or self.manager.explain(prompt, backend="auto", **settings).reason is not None
+        ):
             self.manager.generate(prompt, **settings)
         else:
             for _ in self.stream(context, tokens):
