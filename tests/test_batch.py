@@ -190,9 +190,9 @@ def test_a_job_that_cannot_enter_changes_nothing():
         (CapacityError, "21 tokens do not fit 20 slots", link(2, 1, policy=SlidingWindow(21))),
         (Breaks, "no prefill today", Job(broken, GREEDY, torch.Generator(), 3, [], torch.tensor([1]))),
         # A job whose first token cannot be drawn: its row has been taken by then.
-        (IndexError, "out of bounds", link(2, 9)),
+        (IndexError, "used as indices", link(2, 9)),
     ]
-    refused[-1][2].seen = torch.tensor([SYMBOLS])
+    refused[-1][2].seen = torch.tensor([0.5])
     for error, words, job in refused:
         before = whole_state(batch)
         with pytest.raises(error, match=words):

@@ -194,7 +194,7 @@ def test_w15_one_kind_waits_where_memory_is_planned():
         backend = "eager"
 
         def __init__(self, slots):
-            self.kv, self.token = self, [0]
+            self.kv, self.token, self.beside = self, [0], {}
             self.slots = slots
 
         def free(self, first, requests):
