@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.decoders import CPU
-from support.families import VOCABULARY, build, tiny, token_ids
+from support.families import RELEASE, VOCABULARY, build, tiny, token_ids
 from support.inside.decoding import ALWAYS, read_processors
 from support.searching import search
 from tokenizers import Tokenizer, models
@@ -80,7 +80,8 @@ def test_scores_are_those_of_the_processors_one_after_the_other(case, rows, draw
     room = read.rules.room(prompt + total)
     sampler = Sampler(rows, 30, room.order, CPU, rules=room.rules(rows, 30, CPU))
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, 34, (rows, prompt), generator=generator)  # some that the model never says
+    highest = 34 if RELEASE >= (5, 23) else 30  # some that the model never says, which older processors fail on
+    ids = torch.randint(0, highest, (rows, prompt), generator=generator)
     for row in range(rows):
         sampler.set(row, read.sampling)
         sampler.begin(row, ids[row], read.rules.notes(ids[row]))
