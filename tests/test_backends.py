@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from support.decoders import streamed
 from support.families import FAMILIES, RELEASE, VOCABULARY, build, tiny, token_ids
 from support.inside import decoding as inside
 from transformers import (
@@ -33,16 +34,10 @@ DRAWING = [
 POLICIES = [None, SlidingWindow(12, sinks=3), MaxTokens(24, 15), MaxBytes("40KB")]
 
 
-def text(manager, ids, backend, seed=0, **given):
-    torch.manual_seed(seed)
-    tokens = torch.cat(list(manager.stream(ids, backend=backend, **given)), 1)
-    return tokens, torch.get_rng_state()
-
-
 def same(manager, ids, backend, native=True, **given):
     """The tokens equal those of `generate`, and torch's generator is left where that leaves it."""
-    expected, drawn = text(manager, ids, "off", **given)
-    tokens, ours = text(manager, ids, backend, **given)
+    expected, drawn = streamed(manager, ids, "off", **given)
+    tokens, ours = streamed(manager, ids, backend, **given)
     report = manager.report()
     assert (report.fallback is None) == native, report.fallback
     assert report.backend == (backend if native else None)
@@ -80,7 +75,7 @@ def test_policies_padding_and_prefixes(name, policy, backend):
 def test_rows_end_by_themselves():
     manager = KVCacheManager(tiny("llama"))
     ids = token_ids(3, 6)
-    said, _ = text(manager, ids, "off", max_new_tokens=30, do_sample=False)
+    said, _ = streamed(manager, ids, "off", max_new_tokens=30, do_sample=False)
     for ends in ([int(said[0, 4])], [int(said[0, 4]), int(said[1, 11]), int(said[2, 20])], [int(said[2, 0])]):
         for size in (1, 4, 64):
             for drawing in DRAWING:
@@ -261,10 +256,10 @@ def test_bad_backends_are_refused_at_once():
 def test_a_backend_that_fails_is_left_for_the_eager_one(monkeypatch, caplog):
     manager = KVCacheManager(tiny("llama"))
     ids = token_ids(1, 9)
-    expected, _ = text(manager, ids, "off", max_new_tokens=30, do_sample=True)
+    expected, _ = streamed(manager, ids, "off", max_new_tokens=30, do_sample=True)
     monkeypatch.setattr(inside.MAKE_FX, lambda step: _breaking)
     with caplog.at_level(logging.WARNING, "kvcache"):
-        tokens, _ = text(manager, ids, "graph", max_new_tokens=30, do_sample=True)
+        tokens, _ = streamed(manager, ids, "graph", max_new_tokens=30, do_sample=True)
     assert torch.equal(tokens, expected)
     assert manager.report().backend == "eager"
     assert "graph failed: RuntimeError: no memory for a graph" in manager.report().fallback

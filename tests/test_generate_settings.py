@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.decoders import CPU
+from support.decoders import CPU, streamed
 from support.families import RELEASE, VOCABULARY, build, tiny, token_ids
 from support.inside.decoding import ALWAYS, read_processors
 from support.searching import search
@@ -128,16 +128,10 @@ def test_what_is_always_out_of_the_question_stays_so():
 # ---------------------------------------------------------------------- generate
 
 
-def said(manager, ids, backend, seed=0, **given):
-    torch.manual_seed(seed)
-    tokens = torch.cat(list(manager.stream(ids, backend=backend, **given)), 1)
-    return tokens, torch.get_rng_state()
-
-
 def same(manager, ids, backend, on=None, **given):
     """The tokens are those of `generate`, and the engine says them on the back end `on`."""
-    expected, drawn = said(manager, ids, "off", **given)
-    tokens, ours = said(manager, ids, backend, **given)
+    expected, drawn = streamed(manager, ids, "off", **given)
+    tokens, ours = streamed(manager, ids, backend, **given)
     assert manager.report().backend == (backend if on is None else on), manager.report().fallback
     assert torch.equal(tokens, expected)
     assert torch.equal(ours, drawn)
@@ -233,8 +227,8 @@ def test_other_processors_run_once_a_step(case):
         for backend in ("eager", "graph"):
             ids = token_ids(rows, 9)
             given_ = {"max_new_tokens": 20, "pad_token_id": 0, "do_sample": False, **make()}
-            expected, drawn = said(manager, ids, "off", **given_)
-            tokens, ours = said(manager, ids, backend, **{**given_, **make()})
+            expected, drawn = streamed(manager, ids, "off", **given_)
+            tokens, ours = streamed(manager, ids, backend, **{**given_, **make()})
             report = manager.report()
             assert report.backend == "eager"
             assert (report.fallback is None) == (backend == "eager") or "once a step" in report.fallback
@@ -288,12 +282,12 @@ class Told(LogitsProcessor):
 
 def test_a_processor_sees_the_ids_that_generate_shows_it():
     manager, ids = KVCacheManager(tiny("llama")), token_ids(3, 9)
-    plain, _ = said(manager, ids, "off", max_new_tokens=12, do_sample=False)
+    plain, _ = streamed(manager, ids, "off", max_new_tokens=12, do_sample=False)
     seen = []
     for backend in ("off", "eager"):
         told = Told()
         given_ = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": [int(plain[1, 4])]}
-        said(manager, ids, backend, logits_processor=LogitsProcessorList([told]), **given_)
+        streamed(manager, ids, backend, logits_processor=LogitsProcessorList([told]), **given_)
         seen.append(told.ids)
     assert seen[0] == seen[1]
 
@@ -347,7 +341,7 @@ def test_criteria_end_a_text_where_generate_ends_it(case, backend):
     manager = KVCacheManager(tiny("llama"))
     for rows in (1, 3):
         ids = token_ids(rows, 9)
-        plain, _ = said(manager, ids, "off", max_new_tokens=20, do_sample=True)
+        plain, _ = streamed(manager, ids, "off", max_new_tokens=20, do_sample=True)
         for size in (1, 5, 64):
             for draws in ({"do_sample": True}, {"do_sample": False}):
                 given_ = {"max_new_tokens": 20, "pad_token_id": 0, "chunk_size": size, **draws, **STOPS[case](plain)}
@@ -368,7 +362,7 @@ class Five(EosTokenCriteria):
 
 def test_rows_are_padded_behind_whatever_ends_them_as_a_token_does():
     manager, ids = KVCacheManager(tiny("llama")), token_ids(2, 9)
-    plain, _ = said(manager, ids, "off", max_new_tokens=12, do_sample=False)
+    plain, _ = streamed(manager, ids, "off", max_new_tokens=12, do_sample=False)
     ends = StoppingCriteriaList([Five(int(plain[0, 2]))])
     same(manager, ids, "eager", max_new_tokens=12, do_sample=False, pad_token_id=0, stopping_criteria=ends)
 

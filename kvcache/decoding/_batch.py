@@ -16,8 +16,8 @@ from torch import Tensor
 
 from kvcache.cache import CacheReport, LayerCache
 from kvcache.decoding._chunks import check_drawn
-from kvcache.decoding._ends import Criteria, Said, TextEnd
-from kvcache.decoding._engine import FAILED, Decoding
+from kvcache.decoding._ends import FAILED, Criteria, Said, TextEnd
+from kvcache.decoding._engine import Decoding
 from kvcache.decoding._sampler import Sampling
 from kvcache.errors import CapacityError, ClosedError, GeometryError, InputError, check_whole
 from kvcache.models import check_positions, without_autocast
@@ -352,7 +352,5 @@ def _ended(job: Job, tokens: Tensor, said: Said) -> Said:
     """What these tokens ``[n]`` are of a job, where its criteria are asked as well."""
     if job.criteria is None:
         return said
-    drawn = tokens[: said.tokens].tolist()
-    good = drawn.index(FAILED) if FAILED in drawn else len(tokens)
-    [(here, over)] = job.criteria.cut(tokens[None, :good], [said.tokens], [said.over])
+    [(here, over)] = job.criteria.cut(tokens[None], [said.tokens], [said.over])
     return Said(here, over, said.cut_off and here == said.tokens)

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from kvcache.decoding._ends import Criteria, TextEnd
-from kvcache.decoding._engine import FAILED, Decoding
+from kvcache.decoding._ends import FAILED, Criteria, TextEnd
+from kvcache.decoding._engine import Decoding
 from kvcache.errors import InputError
 
 
@@ -28,7 +28,7 @@ def chunks_of(
         size: tokens in a chunk. The host looks at the device once for each, and every `Decoding.ahead` tokens.
         pad: the token behind an end; None: a request that has ended goes on, where others have not.
         criteria: what else ends a request.
-        more: gives the next tokens of every request, ``[requests, n]``, of which so many are wanted; by default
+        more: is told how many tokens are wanted, and gives the next of every request, ``[requests, n]``; by default
             `Decoding.chunk`.
 
     Raises:
@@ -75,9 +75,7 @@ def _until_ends(
     drawn = tokens.tolist()  # the one look at the device
     found = [(0, True) if over[row] else end.of(ids, made)[:2] for row, ids in enumerate(drawn)]
     if criteria is not None:
-        shown = [ids[: length if pad is not None else None] for ids, (length, _) in zip(drawn, found, strict=True)]
-        good = min((ids.index(FAILED) for ids in shown if FAILED in ids), default=tokens.shape[1])
-        found = criteria.cut(tokens[:, :good], [said for said, _ in found], [ends for _, ends in found])
+        found = criteria.cut(tokens, [said for said, _ in found], [ends for _, ends in found])
     lengths = [said for said, _ in found]
     over[:] = [ends for _, ends in found]
     if pad is None:

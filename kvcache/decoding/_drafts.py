@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kvcache.decoding._engine import FAILED, Decoding
+from kvcache.decoding._ends import FAILED
+from kvcache.decoding._engine import Decoding
 from kvcache.decoding._sampler import Drawing
 from kvcache.errors import check_whole
 
@@ -30,7 +31,7 @@ class Drafts:
 
     Attributes:
         tokens: of a guess.
-        longest: of the last tokens as many are looked for, or fewer where so many have not been.
+        longest: how many of the last tokens are looked for; where they have not stood together before, fewer.
         cost: a step with a guess beside one without; None: as measured.
     """
 

@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+FAILED = -1
+"""Stands for a token that could not be drawn, as its logits were no numbers, and for those after it."""
+
 
 class Said(NamedTuple):
     """What some of a text's tokens are of it.
@@ -75,15 +78,17 @@ class Criteria:
     def cut(self, tokens: Tensor, lengths: Sequence[int], over: Sequence[bool]) -> list[tuple[int, bool]]:
         """How many of the next tokens ``[rows, n]`` belong to each row, and whether it ends with them.
 
+        Nothing is asked from where one that belongs to a row could not be drawn.
+
         Args:
             tokens: as they were drawn.
             lengths: how many of them belong to each row as far as tokens that end it say.
             over: whether it ends with those.
         """
         found = list(zip(lengths, over, strict=True))
-        if not self._criteria:
-            return found
-        for i, drawn in enumerate(tokens.to(self._ids.device).unbind(1)):
+        shown = [row[: None if self._pad is None else said] for row, said in zip(tokens.tolist(), lengths, strict=True)]
+        good = min((row.index(FAILED) for row in shown if FAILED in row), default=tokens.shape[1])
+        for i, drawn in enumerate(tokens[:, :good].to(self._ids.device).unbind(1)):
             if self._pad is not None:
                 here = torch.tensor([i < length for length, _ in found], device=drawn.device)
                 drawn = torch.where(here, drawn, self._pad)  # as `generate` would have it

@@ -18,6 +18,7 @@ from typing_extensions import TypedDict, Unpack
 
 from kvcache.cache import CacheReport, LayerCache
 from kvcache.decoding._backends import BUCKET, Backend, BackendName, Compiled, Eager, Steps, backend_for
+from kvcache.decoding._ends import FAILED
 from kvcache.decoding._programs import Programs
 from kvcache.decoding._sampler import Drawing, Sampler, Sampling, default_generator
 from kvcache.decoding._static_cache import StaticKV
@@ -29,9 +30,6 @@ Forward = Callable[[Tensor, Tensor, dict[str, Any]], Tensor]
 """Runs a model on one token per request: token ids ``[requests]``; how many tokens each request has made so far,
 ``[requests]``; what else to hand to the model. Gives logits ``[rows, vocabulary]``. Where drafts are judged: token ids
 ``[requests, n]`` and logits ``[rows, n, vocabulary]``."""
-
-FAILED = -1
-"""Stands for a token that could not be drawn, as its logits were no numbers, and for those after it."""
 
 _NOISE_BYTES = 64 * 2**20
 

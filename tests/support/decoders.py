@@ -79,6 +79,13 @@ def generated(manager: KVCacheManager, ids: Tensor, tokens: int, seed: int = 0, 
     return said[:, ids.shape[1] :]
 
 
+def streamed(manager: KVCacheManager, ids: Any, backend: Any, seed: int = 0, **given: Any) -> tuple[Tensor, Tensor]:
+    """The tokens of a stream, and the state of torch's generator behind them."""
+    torch.manual_seed(seed)
+    tokens = torch.cat(list(manager.stream(ids, backend=backend, **given)), 1)
+    return tokens, torch.get_rng_state()
+
+
 def guided_decoding(model: Any, slots: int, requests: int, backend: Any) -> Decoding:
     kv = StaticKV(geometry_of(model), 2 * requests, slots)
     decoder = decoder_copy(model)
